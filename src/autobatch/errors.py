@@ -1,0 +1,29 @@
+"""Everything autobatch raises on its own account, drawn as a tree.
+
+AutobatchError
+├── DoesNotFitError    no batch size that may be used fits the budget
+├── ShortTrialError    a workload ended before its trial had run
+└── ProbeError         a device's memory can not be read
+
+A bad argument is a plain `ValueError`. A user's own exception passes through as it is.
+"""
+
+from __future__ import annotations
+
+__all__ = ["AutobatchError", "DoesNotFitError", "ProbeError", "ShortTrialError"]
+
+
+class AutobatchError(Exception):
+    """What autobatch raises on its own account; also raised when a set-up is one it can not tune."""
+
+
+class DoesNotFitError(AutobatchError):
+    """No batch size that may be used fits the budget; the message lists what was tried."""
+
+
+class ShortTrialError(AutobatchError):
+    """A workload ended before the trial had run all of its steps, so nothing was proven."""
+
+
+class ProbeError(AutobatchError):
+    """A device does not exist, or its memory can not be read."""
