@@ -1,1 +1,65 @@
 """Memory-aware batch sizes: what fits, how to reach the effective batch, and what it costs."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from autobatch._plan import BatchPlan
+    from autobatch._report import TuningReport
+    from autobatch._search import Bisection, GuidedBisection
+    from autobatch._trial import Outcome, Trial
+    from autobatch._tune import find
+    from autobatch.errors import (
+        AutobatchError,
+        DoesNotFitError,
+        ProbeError,
+        ShortTrialError,
+    )
+    from autobatch.lightning import AutoBatch
+
+__all__ = [
+    "AutoBatch",
+    "AutobatchError",
+    "BatchPlan",
+    "Bisection",
+    "DoesNotFitError",
+    "GuidedBisection",
+    "Outcome",
+    "ProbeError",
+    "ShortTrialError",
+    "Trial",
+    "TuningReport",
+    "find",
+]
+
+# Where each name lives. Nothing is loaded before it is asked for: the import stays light.
+_HOMES = {
+    "AutoBatch": "lightning",
+    "AutobatchError": "errors",
+    "BatchPlan": "_plan",
+    "Bisection": "_search",
+    "DoesNotFitError": "errors",
+    "GuidedBisection": "_search",
+    "Outcome": "_trial",
+    "ProbeError": "errors",
+    "ShortTrialError": "errors",
+    "Trial": "_trial",
+    "TuningReport": "_report",
+    "find": "_tune",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("lightning-autobatch")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__, "__version__"])

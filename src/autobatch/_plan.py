@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
 
-__all__ = ["BatchPlan"]
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from autobatch._pace import Pace
+
+__all__ = ["BatchPlan", "candidates", "nearest", "per_rank"]
+
+_FAST_ENOUGH: Final = (
+    0.95  # of the fastest: below the knee a larger micro-batch buys next to nothing
+)
+_CHEAP: Final = (
+    2  # an exact effective batch may cost up to this many times the fewest passes
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,3 +43,65 @@ class BatchPlan:
     def effective_batch_size(self) -> int:
         """Samples behind one optimizer update, over all ranks."""
         return self.micro_batch_size * self.accumulate_grad_batches * self.world_size
+
+
+def per_rank(target: int, world_size: int) -> int:
+    """Samples of an effective batch that each rank sees, to the nearest whole one."""
+    return max(1, round(target / world_size))
+
+
+def candidates(
+    target: int, world_size: int, largest: int, pace: Pace
+) -> tuple[BatchPlan, ...]:
+    """Plans that reach the target with micro-batches up to the largest, the one to take first.
+
+    Exact ones where exactness is cheap, of these first the smallest micro-batch within 5 % of the fastest; else the
+    nearest effective batch in the fewest passes.
+    """
+    samples = per_rank(target, world_size)
+    fewest = math.ceil(samples / largest)
+    passes = range(fewest, min(_CHEAP * fewest, samples) + 1)
+    exact = [BatchPlan(samples // k, k, world_size) for k in passes if samples % k == 0]
+    if exact:
+        return tuple(_by_speed(exact, pace))
+    near = (
+        BatchPlan(min(largest, max(1, round(samples / k))), k, world_size)
+        for k in passes
+    )
+    return tuple(
+        sorted(
+            near, key=lambda plan: (_off(plan, target), plan.accumulate_grad_batches)
+        )
+    )
+
+
+def nearest(target: int, world_size: int, sizes: Iterable[int]) -> BatchPlan:
+    """The plan closest to the target that uses one of these micro-batches; the larger of two as close."""
+    samples = per_rank(target, world_size)
+    plans = (
+        BatchPlan(size, max(1, round(samples / size)), world_size) for size in sizes
+    )
+    return min(plans, key=lambda plan: (_off(plan, target), -plan.micro_batch_size))
+
+
+def _off(plan: BatchPlan, target: int) -> int:
+    return abs(plan.effective_batch_size - target)
+
+
+def _by_speed(plans: list[BatchPlan], pace: Pace) -> list[BatchPlan]:
+    """Smallest micro-batch within reach of the fastest first, then the others from the fastest on."""
+    seconds = {
+        plan: pace.update(plan.micro_batch_size, plan.accumulate_grad_batches)
+        for plan in plans
+    }
+    timed = {plan: value for plan, value in seconds.items() if value is not None}
+    if not timed:
+        return sorted(plans, key=lambda plan: plan.accumulate_grad_batches)
+    best = min(timed.values())
+    fast = [plan for plan, value in timed.items() if best / value >= _FAST_ENOUGH]
+    first = min(fast, key=lambda plan: plan.micro_batch_size)
+    rest = sorted(
+        (plan for plan in plans if plan != first),
+        key=lambda plan: timed.get(plan, math.inf),
+    )
+    return [first, *rest]

@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+import gc
+import statistics
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
 
-__all__ = ["Outcome", "Trial"]
+from autobatch._memory import is_oom
+from autobatch.errors import ShortTrialError
+
+if TYPE_CHECKING:
+    from autobatch._memory import MemoryProbe, Watch
+
+__all__ = ["OptimizerWatch", "Outcome", "Trial", "Workload", "run_trial"]
+
+# (batch size, accumulation) -> a training loop that yields after every optimizer step
+Workload: TypeAlias = Callable[[int, int], Iterator[Any]]
+
+# Steps granted until an optimizer has really stepped: a GradScaler may skip the first dozen while its scale settles.
+_WARM_UP: Final = 20
 
 
 class Outcome(StrEnum):
@@ -50,3 +69,289 @@ class Trial:
     def samples_per_second(self) -> float | None:
         """Samples per second of one device."""
         return self.batch_size / self.step_seconds if self.step_seconds else None
+
+    def judged(self, budget: int) -> Trial:
+        """The same trial under another budget, in bytes."""
+        if self.peak is None or self.outcome not in (Outcome.FIT, Outcome.OVER_BUDGET):
+            return self
+        return replace(
+            self, outcome=Outcome.FIT if self.peak <= budget else Outcome.OVER_BUDGET
+        )
+
+
+class OptimizerWatch:
+    """Counts the optimizer steps that really happen, and times them, through torch's global hooks."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.steps = 0
+        self.expected = (
+            False  # whether the workload should step one: it trains something
+        )
+        self._clock = clock
+        self._timing = False
+        self._began = 0.0
+        self._seconds = 0.0
+
+    def __enter__(self) -> Self:
+        from torch.optim.optimizer import (
+            register_optimizer_step_post_hook,
+            register_optimizer_step_pre_hook,
+        )
+
+        self._hooks = (
+            register_optimizer_step_pre_hook(self._before),
+            register_optimizer_step_post_hook(self._after),
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    @contextlib.contextmanager
+    def timing(self) -> Iterator[Callable[[], float]]:
+        """Within it the clock, which waits for queued work, is read around optimizers; gives seconds since last asked."""
+        self._timing, self._seconds = True, 0.0
+        try:
+            yield self._take
+        finally:
+            self._timing = False
+
+    def _take(self) -> float:
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def _before(
+        self, _: object, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if not self._timing:
+            return None
+        self._began = self._clock()
+        if callable(kwargs.get("closure")):
+            return args, {**kwargs, "closure": self._without(kwargs["closure"])}
+        if len(args) > 1 and callable(args[1]):  # the first is the optimizer itself
+            return (args[0], self._without(args[1]), *args[2:]), kwargs
+        return None
+
+    def _after(self, *_: object) -> None:
+        self.steps += 1
+        if self._timing:
+            self._seconds += self._clock() - self._began
+
+    def _without(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """The closure, whose forward and backward pass are not the optimizer's time."""
+
+        def timed() -> Any:
+            began = self._clock()
+            try:
+                return closure()
+            finally:
+                self._seconds -= self._clock() - began
+
+        return timed
+
+
+class _Run:
+    """A running workload: its steps counted, started again when it ends after at least one of them."""
+
+    def __init__(self, workload: Workload, batch_size: int, accumulate: int) -> None:
+        self.steps = 0
+        self.samples: int | None = (
+            None  # of its largest micro-batch, where the workload says
+        )
+        self.accumulate = accumulate
+        self._start: Callable[[], Iterator[Any]] = partial(
+            workload, batch_size, accumulate
+        )
+        self._batch_size = batch_size
+        self._steps = self._start()
+
+    def step(self) -> None:
+        try:
+            said = next(self._steps)
+        except StopIteration:
+            self._steps = self._start()
+            try:
+                said = next(self._steps)
+            except StopIteration:
+                raise self._too_short() from None
+        self.steps += 1
+        if isinstance(said, int) and not isinstance(said, bool):
+            self.samples = max(said, self.samples or 0)
+
+    def close(self) -> None:
+        if hasattr(self._steps, "close"):
+            self._steps.close()
+
+    def _too_short(self) -> ShortTrialError:
+        return ShortTrialError(
+            f"The workload ended after {self.steps} optimizer steps at batch_size={self._batch_size}, without "
+            "yielding again when it was started anew. A trial that runs no step proves nothing: yield after every "
+            "optimizer step."
+        )
+
+
+def run_trial(
+    workload: Workload,
+    batch_size: int,
+    *,
+    accumulate: int,
+    steps: int,
+    probe: MemoryProbe,
+    budget: Callable[[], int],
+    optimizers: OptimizerWatch,
+) -> Trial:
+    """Run one batch size for `steps` optimizer steps under a cap, and say how it went.
+
+    Where watching memory slows the steps down, they are run once more without, and those are timed. `budget` is read
+    before and after, since others may take memory meanwhile. An error that is not about memory passes through with a
+    note; `ShortTrialError` when the workload ends early; `ValueError` when it runs more samples than it was given.
+    """
+    trial = Trial(batch_size, Outcome.OUT_OF_MEMORY, accumulate=accumulate)
+    try:
+        return _try(
+            trial,
+            workload,
+            steps=steps,
+            probe=probe,
+            budget=budget,
+            optimizers=optimizers,
+        )
+    except Exception as error:
+        if not is_oom(error):
+            error.add_note(f"autobatch was trying batch_size={batch_size}")
+            raise
+        _forget(error)
+    except BaseException as error:
+        error.add_note(f"autobatch was trying batch_size={batch_size}")
+        raise
+    _empty_autograd()
+    gc.collect()
+    probe.release()
+    return trial
+
+
+def _try(
+    trial: Trial,
+    workload: Workload,
+    *,
+    steps: int,
+    probe: MemoryProbe,
+    budget: Callable[[], int],
+    optimizers: OptimizerWatch,
+) -> Trial:
+    further = max(
+        1, steps - 1
+    )  # after the first, which allocates state and is slower: not timed
+    probe.release()
+    allowed = budget()
+    before = probe.read()
+    with probe.limited(allowed) as watch:
+        run = _Run(workload, trial.batch_size, trial.accumulate)
+        with contextlib.closing(
+            run
+        ):  # inside: a generator must be closed under the modes it was started under
+            _warm_up(run, watch, optimizers)
+            pace = _pace(run, further, watch, probe.clock, optimizers)
+    after = probe.read()
+    ran = _really_ran(trial, run)
+    profile = watch.profile if watch else ()
+    ran = replace(ran, peak=after.peak, resident=before.reserved, profile=profile)
+    if (
+        after.failures > before.failures
+    ):  # swallowed by the workload, or the allocator thrashed: not a fit
+        return replace(ran, outcome=Outcome.OUT_OF_MEMORY, peak=None)
+    ran = replace(ran, outcome=Outcome.FIT).judged(budget())
+    if not ran.fits:
+        return ran
+    if watch is not None:  # watching every operator slows a step down
+        with contextlib.closing(
+            _Run(workload, trial.batch_size, trial.accumulate)
+        ) as run:
+            run.step()
+            pace = _pace(run, further, None, probe.clock, optimizers)
+    return replace(
+        ran, step_seconds=pace.step_seconds, optimizer_seconds=pace.optimizer_seconds
+    )
+
+
+def _warm_up(run: _Run, watch: Watch | None, optimizers: OptimizerWatch) -> None:
+    """Take the first step, and go on until optimizer state exists: the first real optimizer step allocates it."""
+    stepped = optimizers.steps
+    for _ in range(_WARM_UP):
+        if watch:
+            watch.mark()
+        run.step()
+        if optimizers.steps > stepped or not optimizers.expected:
+            return
+    optimizers.expected = optimizers.steps > 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Pace:
+    step_seconds: float
+    optimizer_seconds: float | None
+
+
+def _pace(
+    run: _Run,
+    steps: int,
+    watch: Watch | None,
+    clock: Callable[[], float],
+    optimizers: OptimizerWatch,
+) -> _Pace:
+    """Take further steps, each timed, and the optimizers within it."""
+    stepped, whole, inside = optimizers.steps, [], []
+    with optimizers.timing() as optimizer_seconds:
+        for _ in range(steps):
+            if watch:
+                watch.mark()
+            began = clock()
+            run.step()
+            whole.append(clock() - began)
+            inside.append(optimizer_seconds())
+    if watch:
+        watch.mark()
+    return _Pace(
+        step_seconds=statistics.median(whole) / run.accumulate,
+        optimizer_seconds=statistics.median(inside)
+        if optimizers.steps > stepped
+        else None,
+    )
+
+
+def _really_ran(trial: Trial, run: _Run) -> Trial:
+    """The trial under the size that the workload really reached, where it says so."""
+    if run.samples is None or run.samples == trial.batch_size:
+        return trial
+    if run.samples > trial.batch_size or run.samples < 1:
+        raise ValueError(
+            f"The workload ran {run.samples} samples at batch_size={trial.batch_size}; it must make micro-batches of "
+            "the size it is given, and yield how many samples the last one had, or nothing."
+        )
+    return replace(trial, batch_size=run.samples)
+
+
+def _forget(error: BaseException) -> None:
+    """Let go of what the failed step left in its frames, along the whole chain of causes."""
+    pending: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while pending:
+        one = pending.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        traceback.clear_frames(one.__traceback__)
+        pending += [one.__cause__, one.__context__, *getattr(one, "exceptions", ())]
+
+
+def _empty_autograd() -> None:
+    """Run a tiny backward on this thread: one that failed leaves activations in autograd's queue until the next."""
+    import torch
+
+    from autobatch._ledger import unobserved
+
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_initialized() else [])]
+    with unobserved(), torch.enable_grad():
+        for device in devices:
+            torch.ones(1, device=device, requires_grad=True).sum().backward()

@@ -1,0 +1,74 @@
+"""Chores: `nox` runs the tests, the linters and the types; `nox -s readme` renews the report in README.md."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import nox
+
+nox.options.sessions = ["lint", "typing", "tests"]
+
+_TESTED = ("-c", "constraints.txt")
+_EXTRAS = nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]
+# The extra `demo` brings pytorch-lightning, and not every session is to have it.
+_TEST = [wish for wish in _EXTRAS["test"] if "[demo]" not in wish]
+_DEMO = [wish for wish in _EXTRAS["demo"] if "lightning" not in wish]
+
+
+@nox.session
+@nox.parametrize(
+    "lightning",
+    [
+        nox.param(None, id="none"),
+        nox.param("lightning", id="lightning"),
+        nox.param("pytorch-lightning", id="pytorch-lightning"),
+    ],
+)
+def tests(session: nox.Session, lightning: str | None) -> None:
+    """The default tests, with one of the two Lightning packages or with neither."""
+    package = f".[{lightning}]" if lightning else "."
+    session.install(*_TESTED, "-e", package, *_TEST, *_DEMO)
+    if lightning == "lightning":
+        # It asks for the other one, but never imports it.
+        session.run("pip", "uninstall", "--yes", "pytorch-lightning", silent=True)
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """The rules of ruff, and its format."""
+    session.install(*_TESTED, "ruff")
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+
+
+@nox.session
+def typing(session: nox.Session) -> None:
+    """The types, of the package and of the calls that users write."""
+    session.install(*_TESTED, "-e", ".[demo]", "mypy")
+    session.run("mypy")
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """The default tests against the built wheel, as a user gets it."""
+    built = session.create_tmp()
+    session.install(*_TESTED, "build")
+    session.run("python", "-m", "build", "--wheel", "--outdir", built)
+    (file,) = Path(built).glob("*.whl")
+    session.install(*_TESTED, f"{file}[test]")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session(python=False)
+def readme(session: nox.Session) -> None:
+    """Write the demo's report into README.md, from the environment nox runs in."""
+    command = (sys.executable, "-m", "autobatch", "demo")
+    report = session.run(*command, silent=True, env={"PYTHONIOENCODING": "utf-8"})
+    page = Path("README.md")
+    text = page.read_text(encoding="utf-8")
+    above, _, rest = text.partition("<!-- the demo prints -->\n")
+    _, _, below = rest.partition("<!-- and ends -->\n")
+    block = f"<!-- the demo prints -->\n```text\n{report.strip()}\n```\n<!-- and ends -->\n"
+    page.write_text(above + block + below, encoding="utf-8")

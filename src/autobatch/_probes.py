@@ -1,0 +1,347 @@
+"""Devices we can read: CUDA allocator + NVML, host; detect()."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autobatch._memory import MemoryReading, format_bytes
+from autobatch.errors import ProbeError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import torch
+
+    from autobatch._memory import MemoryProbe, Watch
+
+__all__ = ["CudaProbe", "HostProbe", "detect"]
+
+
+_WAY_OUT = "Pass device= a MemoryProbe of your own, or autobatch.testing.SimulatedAccelerator('8GiB')."
+
+
+def detect(
+    device: str | torch.device | MemoryProbe | None, default: torch.device
+) -> MemoryProbe:
+    """The probe for a device: named, found, or brought along."""
+    import torch
+
+    seen = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    if device is None:
+        device = default
+    elif isinstance(device, str):
+        try:
+            device = torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(
+                f"device={device!r} is not the name of a device; this process sees {', '.join(seen)}."
+            ) from error
+    elif not isinstance(device, torch.device):
+        if not hasattr(device, "limited"):
+            raise ValueError(
+                f"device={device!r} is neither a MemoryProbe nor the name of a device; "
+                f"this process sees {', '.join(seen)}."
+            )
+        return device
+    if device.type not in _PROBES:
+        raise ProbeError(
+            f"autobatch can not read the memory of device={str(device)!r}, only of {' and '.join(_PROBES)}. {_WAY_OUT}"
+        )
+    if not {device.type, f"{device.type}:{device.index or 0}"}.intersection(seen):
+        raise ValueError(
+            f"device={str(device)!r} does not exist; this process sees {', '.join(seen)}."
+        )
+    return _PROBES[device.type](device.index)
+
+
+class CudaProbe:
+    """A CUDA device: what all processes hold from NVML, what this one holds from torch's allocator.
+
+    Args:
+        index: As torch counts devices; None is the current one.
+    """
+
+    def __init__(self, index: int | None) -> None:
+        import torch
+
+        self._nvml: _NvmlDevice | None = None
+        try:
+            self._index = torch.cuda.current_device() if index is None else index
+            properties = torch.cuda.get_device_properties(self._index)
+        except (AssertionError, RuntimeError) as error:
+            raise ProbeError(
+                f"cuda:{index} can not be opened: {error}. {_WAY_OUT}"
+            ) from error
+        self.name = f"{properties.name} (cuda:{self._index})"
+        self.source = "NVML"
+        self._total = properties.total_memory  # bytes; torch's caps are shares of this
+        try:
+            self._nvml = _NvmlDevice(self._index, properties.uuid, self._total)
+        except Exception as error:
+            self._fall_back(error)
+        self._free_and_total()  # can not be read: better known now than in the first trial
+
+    def read(self) -> MemoryReading:
+        """Read the memory as it is now."""
+        import torch
+
+        free, total = self._free_and_total()
+        stats = torch.cuda.memory_stats(self._index)
+        return MemoryReading(
+            total=total,
+            used=total - free,
+            reserved=torch.cuda.memory_reserved(self._index),
+            peak=torch.cuda.max_memory_reserved(self._index),
+            failures=stats.get("num_alloc_retries", 0) + stats.get("num_ooms", 0),
+        )
+
+    @contextlib.contextmanager
+    def limited(self, budget: int) -> Iterator[None]:
+        """Reset the peak, and cap torch's allocator at `budget` or at the user's own cap, whichever is lower."""
+        import torch
+
+        # Older versions of torch set a cap but can not tell it: there a cap of the user's is lifted afterwards
+        ask = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)
+        own: float = ask(self._index)
+        share = min(own, max(budget, 0) / self._total)
+        torch.cuda.reset_peak_memory_stats(self._index)
+        torch.cuda.set_per_process_memory_fraction(share, self._index)
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(own, self._index)
+
+    def attach(self, *objects: Any) -> None:
+        """Nothing: CUDA's allocator knows what lives on the device."""
+
+    def release(self) -> None:
+        """Give cached memory back to the device."""
+        import torch
+
+        torch.cuda.empty_cache()
+
+    def clock(self) -> float:
+        """Seconds, read after all queued work is done."""
+        import torch
+
+        torch.cuda.synchronize(self._index)
+        return time.perf_counter()
+
+    def _free_and_total(self) -> tuple[int, int]:
+        import torch
+
+        if self._nvml is not None:
+            try:
+                return self._nvml.free_and_total()
+            except Exception as error:
+                self._fall_back(error)
+        try:
+            return torch.cuda.mem_get_info(self._index)
+        except RuntimeError as error:
+            raise ProbeError(
+                f"The memory of cuda:{self._index} can not be read: {error}. {_WAY_OUT}"
+            ) from error
+
+    def _fall_back(self, error: Exception) -> None:
+        """Read from CUDA from now on: the two count differently, so they are never mixed."""
+        self._nvml = None
+        self.source = f"torch.cuda.mem_get_info, because {_why(error)}"
+
+
+class _NvmlDevice:
+    """The physical device behind one of torch's; raises, with any error, where NVML can not be trusted."""
+
+    def __init__(self, index: int, uuid: object, total: int) -> None:
+        import pynvml
+
+        self._expected = total
+        self._pynvml = pynvml
+        pynvml.nvmlInit()  # NVML counts these; the end of the process undoes them
+        # By UUID, never by index: NVML knows neither CUDA_VISIBLE_DEVICES nor CUDA_DEVICE_ORDER
+        instance = _mig_instance(index)
+        self._handle = pynvml.nvmlDeviceGetHandleByUUID(instance or f"GPU-{uuid}")
+        if instance is None and self._mig_is_on():
+            raise _NotThisDeviceError(
+                "MIG is on and CUDA_VISIBLE_DEVICES names no instance"
+            )
+
+    def free_and_total(self) -> tuple[int, int]:
+        # Version 1 of the call; version 2 counts what the driver reserves in another place
+        memory = self._pynvml.nvmlDeviceGetMemoryInfo(self._handle)
+        if abs(memory.total - self._expected) > self._expected // 10:
+            raise _NotThisDeviceError(
+                f"NVML's total is {format_bytes(memory.total)} where CUDA's is {format_bytes(self._expected)}"
+            )
+        return memory.free, memory.total
+
+    def _mig_is_on(self) -> bool:
+        try:
+            current, _pending = self._pynvml.nvmlDeviceGetMigMode(self._handle)
+        except self._pynvml.NVMLError:  # a device that has no such mode
+            return False
+        return bool(current)
+
+
+class _NotThisDeviceError(Exception):
+    """What NVML shows is not the device torch uses."""
+
+
+def _mig_instance(index: int) -> str | None:
+    """The MIG UUID by which this process was given a device; torch's own UUID may be that of the whole card."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    name = visible[index].strip() if index < len(visible) else ""
+    return name if name.startswith("MIG-") else None
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, ImportError):
+        return "pynvml can not be imported"
+    if isinstance(error, AttributeError):
+        return "the module pynvml is not the one from nvidia-ml-py"
+    if isinstance(error, _NotThisDeviceError):
+        return str(error)
+    return f"NVML said: {error}".rstrip(".")
+
+
+class HostProbe:
+    """The memory of this machine, or of the container it pretends to be.
+
+    Args:
+        root: Where `proc` and `sys` are.
+    """
+
+    name = "host memory"
+
+    def __init__(self, root: str | Path = "/") -> None:
+        from autobatch._ledger import Ledger  # it imports torch
+
+        self._root = Path(root)
+        self._ledger = Ledger()
+        self._outside: int | None = None  # bytes held that the ledger does not see
+        self.read()  # can not be read: better known now than in the first trial
+
+    @property
+    def source(self) -> str:
+        """Where the readings come from, and why from there."""
+        return min(self._levels(), key=lambda level: level.total).name
+
+    def read(self) -> MemoryReading:
+        """Read the memory as it is now; the peak is this process's size when the trial began plus the ledger's rise."""
+        levels = self._levels()
+        total = min(level.total for level in levels)
+        reserved = self._resident()
+        peak = reserved if self._outside is None else self._outside + self._ledger.peak
+        return MemoryReading(
+            total=total,
+            used=total - min(level.total - level.used for level in levels),
+            reserved=reserved,
+            peak=peak,
+            failures=self._ledger.failures,
+        )
+
+    @contextlib.contextmanager
+    def limited(self, budget: int) -> Iterator[Watch]:
+        """Charge tensors to a ledger; refuse the one that would take this process past `budget`."""
+        self._outside = outside = self._resident() - self._ledger.current
+        with self._ledger.watching(budget - outside, offset=outside) as watch:
+            yield watch
+
+    def attach(self, *objects: Any) -> None:
+        """Tell the ledger what already lives: modules, optimizers, tensors in any container."""
+        self._ledger.attach(*objects)
+
+    def release(self) -> None:
+        """Give freed heap back to the system, which would otherwise count it as held."""
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
+        if trim is not None:
+            trim(0)
+
+    def clock(self) -> float:
+        """Seconds; nothing is queued on the host."""
+        return time.perf_counter()
+
+    def _levels(self) -> list[_Level]:
+        """The machine, and each control group around this process that has a limit."""
+        path = self._root / "proc/meminfo"
+        meminfo = _text(path)
+        total, available = _bytes(meminfo, "MemTotal"), _bytes(meminfo, "MemAvailable")
+        if total is None or available is None:
+            raise ProbeError(
+                f"{path} does not say how much memory there is, so the host's memory can not be read. {_WAY_OUT}"
+            )
+        machine = _Level(str(path), total, total - available)
+        return [machine, *_control_groups(self._root)]
+
+    def _resident(self) -> int:
+        """Bytes this process would give back by ending; pages of files are anyone's."""
+        path = self._root / "proc/self/status"
+        status = _text(path)
+        anonymous, shared = _bytes(status, "RssAnon"), _bytes(status, "RssShmem")
+        if anonymous is not None and shared is not None:
+            return anonymous + shared
+        resident = _bytes(status, "VmRSS")  # kernels before 4.5 do not tell them apart
+        if resident is None:
+            raise ProbeError(
+                f"{path} does not say how much memory this process holds, so no trial could be judged. {_WAY_OUT}"
+            )
+        return resident
+
+
+@dataclass(frozen=True, slots=True)
+class _Level:
+    """One of the limits this process lives under, in bytes."""
+
+    name: str
+    total: int
+    used: int
+
+
+def _control_groups(root: Path) -> Iterator[_Level]:
+    """Control groups with a memory limit, from the outermost to this process's own; a parent's limit holds too."""
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        mount = root / "sys/fs/cgroup"
+        if controllers == "":
+            limit, usage, cache = "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):  # version 1: a tree per controller
+            mount /= "memory"
+            limit, usage = "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cache = "total_inactive_file"
+        else:
+            continue
+        # In a container the path may be the host's, of which only the mount's own directory is there to see
+        parts = [part for part in path.split("/") if part not in ("", "..")]
+        for depth in range(len(parts) + 1):
+            group = mount.joinpath(*parts[:depth])
+            total, used = _text(group / limit).strip(), _text(group / usage).strip()
+            if total.isdecimal() and used.isdecimal():  # not "max"
+                reclaimable = _bytes(_text(group / "memory.stat"), cache) or 0
+                name = f"the memory limit of control group /{'/'.join(parts[:depth])}"
+                yield _Level(name, int(total), max(0, int(used) - reclaimable))
+
+
+def _text(path: Path) -> str:
+    """What a file of the kernel's says; nothing where it has none."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _bytes(text: str, field: str) -> int | None:
+    match = re.search(rf"^{field}:?\s+(\d+)( kB)?$", text, re.MULTILINE)
+    return int(match[1]) * (1024 if match[2] else 1) if match else None
+
+
+# A new back end is a class and an entry here
+_PROBES: dict[str, Callable[[int | None], MemoryProbe]] = {
+    "cpu": lambda _index: HostProbe(),
+    "cuda": CudaProbe,
+}

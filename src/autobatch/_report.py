@@ -1,0 +1,403 @@
+"""Settings in, TuningReport out."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    AliasGenerator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+)
+
+from autobatch._memory import format_bytes, parse_memory_limit
+from autobatch._notes import Bound, tightest_bound
+from autobatch._plan import BatchPlan
+from autobatch._text import (
+    SECONDS,
+    UNICODE,
+    Fact,
+    Glyphs,
+    Page,
+    Table,
+    effective_table,
+    epoch_fact,
+    memory_fact,
+    percent,
+    plain,
+    quantity,
+    speed_fact,
+    speed_table,
+    terminal,
+    update_fact,
+)
+from autobatch._tradeoff import (
+    EffectiveRow,
+    SpeedRow,
+    effective_rows,
+    settled,
+    speed_rows,
+)
+from autobatch._trial import Outcome, Trial
+
+__all__ = ["Device", "Settings", "TuningReport", "page"]
+
+_SCHEMA_VERSION: Final = 1
+_IN_BYTES = {"budget", "foreign", "peak", "resident", "total"}
+_ALLOWED = {
+    "target_batch_size": "a count; give a whole number of samples, 1 or more, or None",
+    "max_micro_batch_size": "a count; give a whole number of samples, 1 or more, or None",
+    "steps_per_trial": "a count; give a whole number of optimizer steps, 1 or more",
+    "time_limit": "a time; give seconds, more than 0, or None for no limit",
+    "dataset_size": "a count; give a whole number of samples, 1 or more, or None",
+}
+
+
+def _named(field: str) -> str:
+    """The name of a field in JSON, where a reader has no documentation at hand: with its unit."""
+    return f"{field}_bytes" if field in _IN_BYTES else field
+
+
+def _written(record: Any) -> dict[str, Any]:
+    """One of the frozen dataclasses in JSON."""
+    return {_named(name): value for name, value in asdict(record).items()}
+
+
+def _read(record: Any) -> Any:
+    if not isinstance(record, dict):
+        return record
+    return {str(name).removesuffix("_bytes"): value for name, value in record.items()}
+
+
+def _index(value: Any) -> Any:
+    """A whole number of any make, NumPy's too; a truth value is none."""
+    is_whole = hasattr(value, "__index__") and not isinstance(value, bool)
+    return value.__index__() if is_whole else value
+
+
+def _limit(value: Any) -> Any:
+    parse_memory_limit(value)
+    return value
+
+
+def _sound_trial(trial: Trial) -> Trial:
+    seconds = (trial.step_seconds or 0.0, trial.optimizer_seconds or 0.0)
+    if min(trial.batch_size, trial.accumulate) < 1 or not all(
+        0 <= second < math.inf for second in seconds
+    ):
+        raise ValueError("a trial has counts of 1 or more and times of 0 or more")
+    return replace(trial, profile=())
+
+
+def _sound_plan(plan: BatchPlan) -> BatchPlan:
+    if min(plan.micro_batch_size, plan.accumulate_grad_batches, plan.world_size) < 1:
+        raise ValueError("a plan has counts of 1 or more")
+    return plan
+
+
+_Count = Annotated[int, BeforeValidator(_index), Field(ge=1, strict=True)]
+_Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
+_Trial = Annotated[
+    Trial,
+    BeforeValidator(_read),
+    AfterValidator(_sound_trial),
+    PlainSerializer(lambda t: {k: v for k, v in _written(t).items() if k != "profile"}),
+]
+_Plan = Annotated[
+    BatchPlan,
+    AfterValidator(_sound_plan),
+    PlainSerializer(
+        lambda p: _written(p) | {"effective_batch_size": p.effective_batch_size}
+    ),
+]
+_FROZEN = ConfigDict(
+    frozen=True,
+    alias_generator=AliasGenerator(
+        validation_alias=lambda field: AliasChoices(_named(field), field),
+        serialization_alias=_named,
+    ),
+)
+
+
+class Settings(BaseModel):
+    """What was asked, checked.
+
+    Args:
+        target_batch_size: Samples per optimizer update, over all ranks; None for the largest micro-batch that fits.
+        memory_limit: A share of the device, bytes, or text such as "10GiB".
+        max_micro_batch_size: The largest micro-batch to consider.
+        steps_per_trial: Optimizer steps per trial.
+        time_limit: Seconds for the search.
+        dataset_size: Samples per epoch.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    target_batch_size: _Count | None
+    memory_limit: Annotated[float | int | str, BeforeValidator(_limit)]
+    max_micro_batch_size: _Count | None
+    steps_per_trial: _Count
+    time_limit: Annotated[_Seconds, Field(gt=0)] | None
+    dataset_size: _Count | None
+
+    @classmethod
+    def checked(cls, **values: Any) -> Settings:
+        """The settings, or a ValueError with one sentence about the first that is wrong."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise ValueError(_complaint(error)) from None
+
+
+def _complaint(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    if first["type"] == "value_error":  # a sentence of our own
+        return str(first["ctx"]["error"])
+    name = str(first["loc"][0])
+    return f"{name}={first['input']!r} is not {_ALLOWED.get(name, 'a setting')}."
+
+
+class Device(BaseModel):
+    """The device a report is about.
+
+    Args:
+        name: What a person calls it.
+        source: Where its memory was read.
+        total: Bytes it has.
+        foreign: Bytes that others hold.
+    """
+
+    model_config = _FROZEN
+
+    name: str
+    source: str
+    total: int
+    foreign: int
+
+
+class TuningReport(BaseModel):
+    """What a tuning run asked, tried, chose, and what the choice costs; `print` shows it.
+
+    Args:
+        schema_version: Of the JSON form.
+        autobatch_version: What wrote it.
+        settings: What was asked.
+        subject: What was tuned, "resnet50 · AdamW · bf16-mixed"; may be empty.
+        device: The device it was tuned on, and what others hold there.
+        budget: Bytes a trial may take.
+        trials: Every trial, in the order they were run.
+        plan: What was chosen.
+        dataset_size: Samples per epoch, where known.
+        search_seconds: What the search took.
+        notes: What a person should be told.
+        environment: Versions of what was running.
+    """
+
+    model_config = _FROZEN
+
+    schema_version: Literal[1] = _SCHEMA_VERSION
+    autobatch_version: str
+    settings: Settings
+    subject: str
+    device: Device
+    budget: int
+    trials: tuple[_Trial, ...]
+    plan: _Plan
+    dataset_size: _Count | None
+    search_seconds: _Seconds
+    notes: tuple[str, ...]
+    environment: dict[str, str]
+
+    @property
+    def largest_fit(self) -> int | None:
+        """The largest micro-batch that was run and fits."""
+        fits = (trial.batch_size for trial in settled(self.trials) if trial.fits)
+        return max(fits, default=None)
+
+    @property
+    def smallest_failing(self) -> int | None:
+        """The smallest micro-batch that memory refused."""
+        return min(
+            (
+                trial.batch_size
+                for trial in settled(self.trials)
+                if trial.outcome in {Outcome.OVER_BUDGET, Outcome.OUT_OF_MEMORY}
+            ),
+            default=None,
+        )
+
+    @property
+    def sizes(self) -> tuple[SpeedRow, ...]:
+        """What each micro-batch gives: measured."""
+        return speed_rows(self.trials, self.plan.world_size)
+
+    @property
+    def effective(self) -> tuple[EffectiveRow, ...]:
+        """What effective batches around the plan's would cost: derived."""
+        return effective_rows(self.plan, self.trials, self.dataset_size)
+
+    def to_json(self) -> str:
+        """The report as JSON, with units in its keys, and with the derived rows."""
+        derived = {
+            "largest_fit": self.largest_fit,
+            "smallest_failing": self.smallest_failing,
+            "sizes": [_written(row) for row in self.sizes],
+            "effective": [_written(row) for row in self.effective],
+        }
+        stored = self.model_dump(mode="json", by_alias=True)
+        return json.dumps(stored | derived, indent=2, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> TuningReport:
+        """The report that `to_json` wrote."""
+        return _parsed(text, "The text")
+
+    @classmethod
+    def read(cls, path: str | Path) -> TuningReport:
+        """The report in a file that `to_json` or a sink wrote."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            why = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            raise ValueError(
+                f"{path} can not be read ({why}); give the JSON file of a report."
+            ) from error
+        return _parsed(text, str(path))
+
+    def text(self, glyphs: Glyphs = UNICODE) -> str:
+        """The report for a terminal, at most 86 columns wide, in these glyphs."""
+        return terminal(page(self), glyphs)
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def __repr__(self) -> str:
+        return f"<TuningReport: {_product(self.plan)}, {_counted(len(self.trials))}>"
+
+
+def _parsed(text: str, origin: str) -> TuningReport:
+    remedy = "give what TuningReport.to_json() wrote"
+    try:
+        stored = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{origin} is not JSON ({error}); {remedy}.") from error
+    if not isinstance(stored, dict) or "schema_version" not in stored:
+        raise ValueError(f"{origin} is JSON, but not a report of autobatch; {remedy}.")
+    version = stored["schema_version"]
+    if isinstance(version, int) and version > _SCHEMA_VERSION:
+        raise ValueError(
+            f"{origin} has schema_version={version}, newer than the {_SCHEMA_VERSION} read here; upgrade autobatch."
+        )
+    try:
+        return TuningReport.model_validate(stored)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(
+            f"{origin} is not a complete report ({where}: {first['msg']}); {remedy}."
+        ) from error
+
+
+def page(report: TuningReport) -> Page:
+    """What the report says, in the order it says it; every sink shows this."""
+    return Page(
+        header=_header(report),
+        answer=_product(report.plan),
+        asked=_asked(report),
+        facts=_facts(report),
+        tables=_tables(report),
+        notes=tuple(plain(note) for note in report.notes),
+    )
+
+
+def _header(report: TuningReport) -> tuple[str, ...]:
+    device = f"{plain(report.device.name)} {format_bytes(report.device.total)}"
+    took = quantity(report.search_seconds, SECONDS)
+    parts = (
+        "autobatch",
+        plain(report.subject),
+        f"{report.plan.world_size} × {device}",
+        f"{_counted(len(report.trials))} in {took}",
+    )
+    return tuple(part for part in parts if part)
+
+
+def _product(plan: BatchPlan) -> str:
+    ranks = f" × {plan.world_size} ranks" if plan.world_size > 1 else ""
+    factors = (
+        f"{plan.micro_batch_size} × accumulate {plan.accumulate_grad_batches}{ranks}"
+    )
+    return f"Micro-batch {factors} = {plan.effective_batch_size} per update"
+
+
+def _counted(trials: int) -> str:
+    return "1 trial" if trials == 1 else f"{trials} trials"
+
+
+def _asked(report: TuningReport) -> str:
+    target, got = report.settings.target_batch_size, report.plan.effective_batch_size
+    if target is None:
+        return _among_sizes(report)
+    if target == got:
+        return f"asked for {target}, exact"
+    off = f"{abs(got - target)} {'more' if got > target else 'fewer'}"
+    return f"asked for {target}, {off} ({percent(abs(got / target - 1))})"
+
+
+def _among_sizes(report: TuningReport) -> str:
+    """Where the chosen micro-batch stands among those that fit."""
+    if len(settled(report.trials)) == 1:
+        return "the only size tried"
+    largest, bound = report.largest_fit or 0, _bound(report)
+    if bound is not None and largest >= bound.batch_size:
+        return "larger sizes not sought"
+    if largest == report.plan.micro_batch_size:
+        return "the largest found to fit"
+    return f"{largest} is the largest found to fit"
+
+
+def _bound(report: TuningReport) -> Bound | None:
+    return tightest_bound(
+        target_batch_size=report.settings.target_batch_size,
+        max_micro_batch_size=report.settings.max_micro_batch_size,
+        dataset_size=report.dataset_size,
+        world_size=report.plan.world_size,
+    )
+
+
+def _facts(report: TuningReport) -> tuple[Fact, ...]:
+    plan, sizes = report.plan, report.sizes
+    size, effective = plan.micro_batch_size, plan.effective_batch_size
+    trial = next((t for t in settled(report.trials) if t.batch_size == size), None)
+    speed = next((row for row in sizes if row.batch_size == size), None)
+    row = next(r for r in report.effective if r.effective_batch_size == effective)
+    facts = []
+    if speed:
+        facts.append(speed_fact(speed, sizes))
+    if trial and trial.peak is not None:
+        asked = report.settings.target_batch_size is not None
+        place = _among_sizes(report) if asked else ""  # or the answer has said it
+        facts.append(memory_fact(trial.peak, report.budget, place))
+    if trial and row.update_seconds:
+        facts.append(update_fact(row.update_seconds, trial.optimizer_seconds))
+    if row.updates_per_epoch:
+        facts.append(epoch_fact(row.updates_per_epoch, row.epoch_seconds))
+    return tuple(facts)
+
+
+def _tables(report: TuningReport) -> tuple[Table, ...]:
+    sizes, effective = report.sizes, report.effective
+    tables = [speed_table(report.trials, sizes, report.plan)] if report.trials else []
+    if report.dataset_size or any(row.update_seconds for row in effective):
+        tables.append(effective_table(effective, report.plan, report.dataset_size))
+    return tuple(tables)

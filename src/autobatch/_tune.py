@@ -1,0 +1,626 @@
+"""The whole story in one function; find() is its front door."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from autobatch._memory import format_bytes, memory_budget, parse_memory_limit
+from autobatch._notes import Bound, Findings, notes, tightest_bound
+from autobatch._pace import Pace
+from autobatch._plan import BatchPlan, candidates, nearest
+from autobatch._probes import detect
+from autobatch._report import Device, Settings, TuningReport
+from autobatch._search import GuidedBisection, Search
+from autobatch._snapshot import Snapshot, restorable
+from autobatch._trial import OptimizerWatch, Outcome, Trial, Workload, run_trial
+from autobatch.errors import AutobatchError, DoesNotFitError
+from autobatch.sinks import Progress, progress
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from autobatch._memory import MemoryProbe
+
+__all__ = ["Job", "find", "known_plan", "tune"]
+
+_log = logging.getLogger("autobatch")
+
+_START: Final = 8  # the first size tried where no loader names one
+_CEILING: Final = 2**20  # a workload that never meets a limit has to stop somewhere
+_CONFIRMATIONS: Final = (
+    2  # trials at most for a plan whose micro-batch the search did not run
+)
+_IGNORED: Final = (
+    16  # times the batch with the very same allocations: the workload does not use it
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is to be tuned, told apart from what was asked for.
+
+    Args:
+        workload: A training loop that yields after every optimizer step.
+        can_accumulate: Whether it takes an accumulation.
+        start: The first size to try.
+        world_size: Ranks that train together.
+        accumulate: The accumulation that stays where no target is asked for.
+        before: What was trained with until now, where that is known.
+        subject: What a report calls it.
+        environment: Versions, for the report.
+    """
+
+    workload: Workload
+    can_accumulate: bool
+    start: int
+    world_size: int
+    accumulate: int
+    before: BatchPlan | None
+    subject: str
+    environment: dict[str, str]
+
+
+def find(
+    workload: Callable[..., Any],
+    *,
+    target_batch_size: int | None = None,
+    memory_limit: float | str = 0.9,
+    max_micro_batch_size: int | None = None,
+    plan: BatchPlan | str | Path | None = None,
+    steps_per_trial: int = 3,
+    time_limit: float | None = 300,
+    search: Search | None = None,
+    device: str | MemoryProbe | None = None,
+    restore: Sequence[Any] = (),
+    dataset_size: int | None = None,
+) -> TuningReport:
+    """Find the batch size that fits, how to reach the effective batch, and what it costs, for any PyTorch loop.
+
+    Every module whose forward runs and every optimizer that steps is given back as it was, and so is the random
+    state. What happens to a model before its first forward can not be seen: name the model in `restore`.
+
+    Args:
+        workload: `train(batch_size, accumulate)`, a generator function that trains at the given micro-batch size and
+            yields after each optimizer step. Without the parameter `accumulate`, plans of one micro-batch per update
+            are possible only. A plain function that runs one step will do as well. It may yield how many samples
+            its last micro-batch had.
+        target_batch_size: Samples per optimizer update, over all ranks. None: the largest micro-batch that fits.
+        memory_limit: A float up to 1.0 is a share of the device, less what others hold. An int is bytes, and so is
+            text such as "10GiB": what this process may hold, if others leave that much.
+        max_micro_batch_size: The largest micro-batch to consider, in samples.
+        plan: A known plan, or the report file that holds one: verified by one trial instead of a search.
+        steps_per_trial: Optimizer steps per trial.
+        time_limit: Seconds for the search; the best size verified by then is taken. None: no limit.
+        search: Which size to try next; `GuidedBisection()` unless told otherwise.
+        device: Where memory is read: a name such as "cuda:1", or a probe. None: where the model is.
+        restore: Further objects to give back as they were: schedulers, scalers, generators, anything with
+            `state_dict` and `load_state_dict`.
+        dataset_size: Samples per epoch; bounds the search and gives updates per epoch.
+
+    Returns:
+        The report: `report.plan`, `report.trials`, `report.budget`; `print(report)` shows it all.
+
+    Raises:
+        ValueError: An argument is not what it should be, or the workload can not do what the plan needs.
+        DoesNotFitError: Not even one sample fits the budget.
+        ShortTrialError: The workload ended before a trial was through.
+        ProbeError: The device can not be read.
+
+    Example:
+        >>> import autobatch
+        >>> from autobatch.testing import PaperDevice
+        >>> paper = PaperDevice("1GiB", fixed=2**28, per_sample=2**21)
+        >>> report = autobatch.find(paper.workload, device=paper, target_batch_size=1024)
+        >>> report.plan
+        BatchPlan(micro_batch_size=256, accumulate_grad_batches=4, world_size=1)
+    """
+    loop = _Loop.checked(workload)
+    settings = Settings.checked(
+        target_batch_size=target_batch_size,
+        memory_limit=memory_limit,
+        max_micro_batch_size=max_micro_batch_size,
+        steps_per_trial=steps_per_trial,
+        time_limit=time_limit,
+        dataset_size=dataset_size,
+    )
+    known = known_plan(plan, settings, world_size=_world_size())
+    things = _restorable(restore)
+    home = _home_of(workload, things)
+    probe = detect(device, home)
+    job = Job(
+        workload=loop.run,
+        can_accumulate=loop.takes_accumulate,
+        start=_START,
+        world_size=1,
+        accumulate=1,
+        before=None,
+        subject=loop.name,
+        environment=versions(),
+    )
+    with (
+        Snapshot() as snapshot,
+        OptimizerWatch(probe.clock) as optimizers,
+        progress() as shown,
+        snapshot.at_first_touch(
+            lambda thing: _touched(thing, probe, optimizers, None if device else home)
+        ),
+    ):
+        snapshot.capture(*things)
+        return tune(
+            job,
+            settings,
+            known=known,
+            probe=probe,
+            search=search or GuidedBisection(),
+            snapshot=snapshot,
+            optimizers=optimizers,
+            shown=shown,
+        )
+
+
+def tune(
+    job: Job,
+    settings: Settings,
+    *,
+    known: BatchPlan | None,
+    probe: MemoryProbe,
+    search: Search,
+    snapshot: Snapshot,
+    optimizers: OptimizerWatch,
+    shown: Progress,
+) -> TuningReport:
+    """Budget, trials, plan, report: the steps of a tuning run, in their order."""
+    tuning = _Tuning(job, settings, probe, snapshot, optimizers, shown)
+    tuning.check_room()
+    if known is not None:
+        plan = tuning.verify(known)
+    else:
+        tuning.search(search)
+        plan = tuning.choose()
+    return tuning.report(plan)
+
+
+class _Tuning:
+    """One tuning run: its trials, its budget, its clock."""
+
+    def __init__(
+        self,
+        job: Job,
+        settings: Settings,
+        probe: MemoryProbe,
+        snapshot: Snapshot,
+        optimizers: OptimizerWatch,
+        shown: Progress,
+    ) -> None:
+        self._job, self._settings, self._probe = job, settings, probe
+        self._snapshot, self._optimizers, self._shown = snapshot, optimizers, shown
+        self._limit = parse_memory_limit(settings.memory_limit)
+        self._began = probe.clock()
+        self._trials: list[Trial] = []
+        self._seconds: dict[int, float] = {}  # of each trial, by its size
+        self._out_of_time = False
+        self._bound = tightest_bound(
+            target_batch_size=settings.target_batch_size,
+            max_micro_batch_size=settings.max_micro_batch_size,
+            dataset_size=settings.dataset_size,
+            world_size=job.world_size,
+        )
+        self._high = max(1, self._bound.batch_size) if self._bound else _CEILING
+        self._reading = probe.read()
+        self._budget = memory_budget(self._reading, self._limit)
+
+    @property
+    def trials(self) -> list[Trial]:
+        """All of them, judged by the budget that holds now."""
+        return [trial.judged(self._budget) for trial in self._trials]
+
+    @property
+    def fitting(self) -> list[int]:
+        return sorted({trial.batch_size for trial in self.trials if trial.fits})
+
+    def check_room(self) -> None:
+        """Refuse to start where this process is past its budget already."""
+        self._probe.attach(*self._snapshot.alive)
+        self._probe.release()
+        reading, budget = self._probe.read(), self._read_budget()
+        if budget <= reading.reserved:
+            raise DoesNotFitError(
+                f"memory_limit={self._settings.memory_limit!r} leaves a budget of {format_bytes(max(0, budget))} on "
+                f"{self._probe.name}, where others hold {format_bytes(reading.foreign)} and this process already "
+                f"holds {format_bytes(reading.reserved)}. Free memory on the device, or raise memory_limit."
+            )
+
+    def search(self, search: Search) -> None:
+        """Try sizes until the search is content, or time runs out."""
+        while size := self._next_size(search):
+            trial = self.attempt(size)
+            if (
+                trial.batch_size < size
+            ):  # the workload could not fill it: it goes no further
+                self._high = min(self._high, trial.batch_size)
+            self._check_size_is_used(trial)
+
+    def _next_size(self, search: Search) -> int | None:
+        """What the search proposes, as far as there is time for it."""
+        size = self._proposal(search, self._high)
+        self._out_of_time = size is not None and self._would_overrun(size)
+        if self._out_of_time:
+            size = self._proposal(search, min(self._high, self._affordable()))
+        return None if size is None or self._would_overrun(size) else size
+
+    def _proposal(self, search: Search, high: int) -> int | None:
+        start = min(self._job.start, high)
+        return search.propose(self.trials, start=start, high=high, budget=self._budget)
+
+    def choose(self) -> BatchPlan:
+        """The plan to take: one whose micro-batch was run, and the best of those."""
+        if not self.fitting:
+            raise self._nothing_fits()
+        target = self._settings.target_batch_size
+        if target is None:
+            return BatchPlan(
+                self.fitting[-1], self._job.accumulate, self._job.world_size
+            )
+        for plan in self._candidates(target)[:_CONFIRMATIONS]:
+            self._check_can_accumulate(plan)
+            if self._is_verified(plan):
+                return plan
+        plan = nearest(target, self._job.world_size, self.fitting)
+        self._check_can_accumulate(plan)
+        return plan
+
+    def verify(self, plan: BatchPlan) -> BatchPlan:
+        """Take a known plan, if one trial shows that it fits."""
+        self._check_can_accumulate(plan)
+        trial = self.attempt(
+            plan.micro_batch_size, accumulate=min(2, plan.accumulate_grad_batches)
+        )
+        if trial.fits and trial.batch_size == plan.micro_batch_size:
+            return plan
+        raise DoesNotFitError(
+            f"plan={plan} does not fit any more: {_told(trial, self._budget)}. Leave plan out to search anew."
+        )
+
+    def attempt(self, size: int, *, accumulate: int | None = None) -> Trial:
+        """Run one trial, and put everything back where it failed."""
+        began = self._probe.clock()
+        self._shown.trying(size)
+        self._probe.attach(*self._snapshot.alive)
+        trial = self._run(size, accumulate or self._accumulate_at(size))
+        if not trial.fits:
+            self._snapshot.restore()  # a half-made optimizer state would break the next trial
+        self._trials.append(trial)
+        self._seconds[trial.batch_size] = self._probe.clock() - began
+        self._shown.tried(
+            trial, best=max(self.fitting, default=None), budget=self._budget
+        )
+        return trial
+
+    def report(self, plan: BatchPlan) -> TuningReport:
+        """What was asked, found and chosen."""
+        settings, reading = self._settings, self._reading
+        findings = Findings(
+            plan=plan,
+            trials=tuple(self.trials),
+            target_batch_size=settings.target_batch_size,
+            bound=self._bound_met(),
+            time_limit=settings.time_limit if self._out_of_time else None,
+            source=self._probe.source,
+            total=reading.total,
+            foreign=reading.foreign,
+            before=self._job.before,
+            dataset_size=settings.dataset_size,
+        )
+        return TuningReport(
+            autobatch_version=version("lightning-autobatch"),
+            settings=settings,
+            subject=self._job.subject,
+            device=Device(
+                name=self._probe.name,
+                source=self._probe.source,
+                total=reading.total,
+                foreign=reading.foreign,
+            ),
+            budget=self._budget,
+            trials=findings.trials,
+            plan=plan,
+            dataset_size=settings.dataset_size,
+            search_seconds=self._probe.clock() - self._began,
+            notes=notes(findings),
+            environment=self._job.environment,
+        )
+
+    def _run(self, size: int, accumulate: int) -> Trial:
+        try:
+            return run_trial(
+                self._job.workload,
+                size,
+                accumulate=accumulate,
+                steps=self._settings.steps_per_trial,
+                probe=self._probe,
+                budget=self._read_budget,
+                optimizers=self._optimizers,
+            )
+        except AutobatchError:
+            raise
+        except Exception as error:
+            if not any(size < proven for proven in self.fitting):
+                raise
+            # Larger sizes ran: the workload is sound, and this size too small for it (BatchNorm and a single sample)
+            _log.info("batch_size=%d refused by the workload: %r", size, error)
+            return Trial(size, Outcome.REFUSED, accumulate=accumulate)
+
+    def _read_budget(self) -> int:
+        """The smallest budget seen so far: others may take memory at any time."""
+        self._reading = self._probe.read()
+        self._budget = min(self._budget, memory_budget(self._reading, self._limit))
+        return self._budget
+
+    def _accumulate_at(self, size: int) -> int:
+        """The pattern that training will use: with accumulation, gradients live on through the next micro-batch."""
+        if not self._job.can_accumulate:
+            return 1
+        target = self._settings.target_batch_size
+        if target is None:
+            return min(2, self._job.accumulate)
+        return 1 if size * self._job.world_size >= target else 2
+
+    def _candidates(self, target: int) -> tuple[BatchPlan, ...]:
+        return candidates(
+            target, self._job.world_size, self.fitting[-1], Pace.of(self.trials)
+        )
+
+    def _is_verified(self, plan: BatchPlan) -> bool:
+        size = plan.micro_batch_size
+        if size in self.fitting:
+            return True
+        if self._would_overrun(size):
+            return False
+        trial = self.attempt(size)
+        return trial.fits and trial.batch_size == size
+
+    def _would_overrun(self, size: int) -> bool:
+        left = self._seconds_left()
+        return left is not None and self._expected_seconds(size) > left
+
+    def _affordable(self) -> int:
+        """The largest size whose trial is sure to be over in time, and leaves some for another."""
+        left, largest = self._seconds_left(), self._largest_run()
+        if left is None or largest is None:
+            return self._high
+        return max(1, int(largest * left / 2 / max(self._seconds[largest], 1e-9)))
+
+    def _seconds_left(self) -> float | None:
+        limit = self._settings.time_limit
+        return None if limit is None else limit - (self._probe.clock() - self._began)
+
+    def _expected_seconds(self, size: int) -> float:
+        """Of a trial at this size: no more than in proportion to the largest one that ran."""
+        largest = self._largest_run()
+        return (
+            0.0
+            if largest is None
+            else self._seconds[largest] * max(1.0, size / largest)
+        )
+
+    def _largest_run(self) -> int | None:
+        return max(self.fitting or self._seconds, default=None)
+
+    def _check_can_accumulate(self, plan: BatchPlan) -> None:
+        if plan.accumulate_grad_batches == 1 or self._job.can_accumulate:
+            return
+        raise ValueError(
+            f"target_batch_size={plan.effective_batch_size} takes {plan.accumulate_grad_batches} micro-batches of "
+            f"{plan.micro_batch_size} per update, and this workload can not accumulate: write it as "
+            "`def train(batch_size, accumulate):`, dividing each loss by `accumulate` and yielding after each "
+            "optimizer step, or give a target that fits at once."
+        )
+
+    def _check_size_is_used(self, trial: Trial) -> None:
+        shape = _allocations(trial)
+        for other in self._trials:
+            if (
+                shape
+                and trial.batch_size >= _IGNORED * other.batch_size
+                and _allocations(other) == shape
+            ):
+                raise ValueError(
+                    f"The workload allocated the very same memory at batch_size={other.batch_size} and at "
+                    f"batch_size={trial.batch_size}; it must make micro-batches of the size it is given."
+                )
+
+    def _nothing_fits(self) -> DoesNotFitError:
+        tried = "; ".join(
+            _told(trial, self._budget)
+            for trial in sorted(self.trials, key=lambda t: t.batch_size)
+        )
+        return DoesNotFitError(
+            f"No batch size fits the budget of {format_bytes(self._budget)} on {self._probe.name}: {tried}. "
+            "Free memory on the device, raise memory_limit, or shrink the model."
+        )
+
+    def _bound_met(self) -> Bound | None:
+        """What kept the search from going higher, where something did."""
+        if self._bound is None or self._bound.batch_size > self._high:
+            reached = self._high < _CEILING
+            return (
+                Bound(self._high, "the workload never ran more samples at once")
+                if reached
+                else self._ceiling()
+            )
+        return self._bound
+
+    def _ceiling(self) -> Bound | None:
+        return Bound(_CEILING, f"no search goes above {_CEILING:,}")
+
+
+def known_plan(
+    plan: BatchPlan | str | Path | None, settings: Settings, *, world_size: int
+) -> BatchPlan | None:
+    """The plan that was given, read from its report where a path was; refused where it says something else than asked."""
+    if plan is None:
+        return None
+    if isinstance(plan, (str, Path)):
+        plan = TuningReport.read(plan).plan
+    if not isinstance(plan, BatchPlan):
+        raise ValueError(
+            f"plan={plan!r} is not a plan; give a BatchPlan, or the path of a report."
+        )
+    counts = (plan.micro_batch_size, plan.accumulate_grad_batches, plan.world_size)
+    if any(type(count) is not int or count < 1 for count in counts):
+        raise ValueError(f"plan={plan} must hold whole numbers of 1 or more.")
+    if plan.world_size != world_size:
+        raise ValueError(
+            f"plan={plan} is for {plan.world_size} ranks, and {world_size} train here."
+        )
+    asked = settings.target_batch_size
+    if asked is not None and asked != plan.effective_batch_size:
+        raise ValueError(
+            f"plan={plan} gives {plan.effective_batch_size} samples per update, and target_batch_size={asked} asks "
+            "for another number: give one of the two."
+        )
+    return plan
+
+
+def versions() -> dict[str, str]:
+    """What a reader of the report may want to know about where it was made."""
+    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    return {**found, "cuda": torch.version.cuda} if torch.version.cuda else found
+
+
+@dataclass(frozen=True, slots=True)
+class _Loop:
+    """A user's function, whichever of the accepted forms it has."""
+
+    function: Callable[..., Any]
+    takes_accumulate: bool
+
+    @classmethod
+    def checked(cls, function: Callable[..., Any]) -> _Loop:
+        if not callable(function):
+            raise ValueError(
+                f"workload={function!r} can not be called; give a function of the batch size."
+            )
+        try:
+            signature = inspect.signature(function)
+        except (TypeError, ValueError):  # some builtins do not tell
+            return cls(function, takes_accumulate=False)
+        loop = cls(function, "accumulate" in signature.parameters)
+        try:
+            signature.bind(1, **loop.options(1))
+        except TypeError as error:
+            raise ValueError(
+                f"workload={loop.name} can not be called as train(batch_size) or train(batch_size, accumulate): {error}."
+            ) from None
+        return loop
+
+    @property
+    def name(self) -> str:
+        return str(getattr(self.function, "__name__", type(self.function).__name__))
+
+    def options(self, accumulate: int) -> dict[str, int]:
+        return {"accumulate": accumulate} if self.takes_accumulate else {}
+
+    def run(self, batch_size: int, accumulate: int) -> Iterator[Any]:
+        """One start of it: a generator's steps, or the one step of a plain function."""
+        result = self.function(batch_size, **self.options(accumulate))
+        if isinstance(result, Iterator):
+            yield from result
+        else:
+            yield None
+
+
+def _world_size() -> int:
+    import torch.distributed as dist
+
+    world_size = (
+        dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    )
+    if world_size > 1:
+        raise AutobatchError(
+            f"find() does not tune in a job of {world_size} processes yet: run it before init_process_group, and "
+            "give the plan it finds to every process."
+        )
+    return world_size
+
+
+def _restorable(restore: Sequence[Any]) -> Sequence[Any]:
+    if not isinstance(restore, (list, tuple)):
+        raise ValueError(f"restore={restore!r} is not a list; write restore=[…].")
+    for thing in restore:
+        if not restorable(thing):
+            raise ValueError(
+                f"restore holds a {type(thing).__name__}, which has no state_dict and load_state_dict; leave it out, "
+                "or give an object that has them."
+            )
+    return restore
+
+
+def _home_of(workload: Callable[..., Any], things: Sequence[Any]) -> torch.device:
+    """Where the model is, as far as the workload shows one; else CUDA where there is any."""
+    for thing in (*things, *_reachable(workload)):
+        if isinstance(thing, torch.nn.Module):
+            parameter = next(thing.parameters(), None)
+            if parameter is not None:
+                return parameter.device
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _reachable(workload: Callable[..., Any]) -> list[Any]:
+    """What the function's own variables hold: closures, globals, and the object it is a method of."""
+    function = inspect.unwrap(
+        getattr(workload, "func", workload)
+    )  # of a functools.partial, too
+    owner = getattr(function, "__self__", None)
+    try:
+        names = inspect.getclosurevars(getattr(function, "__func__", function))
+    except TypeError:  # not a python function
+        return [owner]
+    own = vars(owner).values() if hasattr(owner, "__dict__") else ()
+    return [*names.nonlocals.values(), *names.globals.values(), *own]
+
+
+def _touched(
+    thing: object,
+    probe: MemoryProbe,
+    optimizers: OptimizerWatch,
+    home: torch.device | None,
+) -> None:
+    """A module or an optimizer shows itself for the first time."""
+    probe.attach(thing)
+    if not isinstance(thing, torch.nn.Module):
+        return
+    parameter = next(thing.parameters(), None)
+    if parameter is None:
+        return
+    optimizers.expected |= torch.is_grad_enabled() and any(
+        p.requires_grad for p in thing.parameters()
+    )
+    if home is not None and parameter.device.type != home.type:
+        raise ValueError(
+            f"The model is on {parameter.device}, while the memory of {probe.name} is watched; pass "
+            f'device="{parameter.device}".'
+        )
+
+
+def _allocations(trial: Trial) -> tuple[int, ...]:
+    """The profile of a trial, counted from where its step began."""
+    return tuple(nbytes - trial.profile[0] for nbytes in trial.profile)
+
+
+def _told(trial: Trial, budget: int) -> str:
+    if trial.outcome is Outcome.OVER_BUDGET and trial.peak is not None:
+        return (
+            f"batch_size={trial.batch_size} peaked at {format_bytes(trial.peak)}, over the budget of "
+            f"{format_bytes(budget)}"
+        )
+    return f"batch_size={trial.batch_size} ran out of memory"

@@ -1,0 +1,215 @@
+"""AutoBatch: a thin callback, no algorithm."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autobatch import sinks
+from autobatch._plan import BatchPlan
+from autobatch._probes import detect
+from autobatch._report import Settings, TuningReport
+from autobatch._search import GuidedBisection, Search
+from autobatch._snapshot import Snapshot
+from autobatch._trial import OptimizerWatch
+from autobatch._tune import Job, known_plan, tune, versions
+from autobatch.lightning._apply import apply
+from autobatch.lightning._checks import check
+from autobatch.lightning._loaders import Rebatched, requested, samples_of
+from autobatch.lightning._samples import Samples
+from autobatch.lightning._scratch import scratch
+from autobatch.lightning._steps import Steps, package_of
+
+if TYPE_CHECKING:
+    from autobatch._memory import MemoryProbe
+
+__all__ = ["AutoBatch"]
+
+_log = logging.getLogger("autobatch")
+
+
+def _callback_class() -> type:
+    """The Callback of the Lightning package in use; of each that is installed, where none is imported yet.
+
+    `lightning.pytorch` and `pytorch_lightning` are two packages, and neither knows the other's class.
+    """
+    packages = ("lightning.pytorch", "pytorch_lightning")
+    imported = [package for package in packages if package in sys.modules]
+    found = []
+    for package in imported or packages:
+        try:
+            found.append(importlib.import_module(package).Callback)
+        except ModuleNotFoundError as error:
+            if error.name not in (package, package.partition(".")[0]):
+                raise
+    if not found:
+        raise ImportError(
+            "AutoBatch needs Lightning, and neither package is installed: pip install "
+            '"lightning-autobatch[lightning]", or "[pytorch-lightning]" for the other name.'
+        )
+    return type("Callback", tuple(found), {})
+
+
+if TYPE_CHECKING:
+    _Callback: type = object
+else:
+    _Callback = _callback_class()
+
+
+class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
+    """Finds the batch size that fits, reaches the effective batch by accumulation, and reports what it costs.
+
+    Add it to a Trainer; nothing else changes. When `fit` starts it tries batch sizes on the real model, data and
+    precision, gives everything back, and sets the batch size of the training loader and the accumulation. Training
+    then is what it would have been with those two numbers written by hand.
+
+    Args:
+        target_batch_size: Samples per optimizer update, over all ranks; overrides an accumulation set in the
+            Trainer. None: the largest micro-batch that fits, and the Trainer's accumulation stays.
+        memory_limit: A float up to 1.0 is a share of the device, less what others hold. An int is bytes, and so is
+            text such as "10GiB": what this process may hold, if others leave that much.
+        max_micro_batch_size: The largest micro-batch to consider, in samples.
+        plan: A known plan, or the report file that holds one: verified by one trial instead of a search.
+        steps_per_trial: Optimizer steps per trial.
+        time_limit: Seconds for the search; the best size verified by then is taken. None: no limit.
+        search: Which size to try next; `GuidedBisection()` unless told otherwise.
+        device: Where memory is read: a name such as "cuda:1", or a probe. None: where the model is.
+        batch_arg_name: The attribute or hyperparameter of the module or datamodule that names the batch size, if any.
+
+    Raises:
+        ValueError: An argument is not what it should be.
+        AutobatchError: At `fit`, where the run is one that can not be tuned; nothing has been changed then.
+
+    Example:
+        >>> trainer = pl.Trainer(callbacks=[AutoBatch(target_batch_size=256)])  # doctest: +SKIP
+        >>> trainer.fit(model, loader)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        *,
+        target_batch_size: int | None = None,
+        memory_limit: float | str = 0.9,
+        max_micro_batch_size: int | None = None,
+        plan: BatchPlan | str | Path | None = None,
+        steps_per_trial: int = 3,
+        time_limit: float | None = 300,
+        search: Search | None = None,
+        device: str | MemoryProbe | None = None,
+        batch_arg_name: str = "batch_size",
+    ) -> None:
+        super().__init__()
+        self.report: TuningReport | None = None
+        self._settings = Settings.checked(
+            target_batch_size=target_batch_size,
+            memory_limit=memory_limit,
+            max_micro_batch_size=max_micro_batch_size,
+            steps_per_trial=steps_per_trial,
+            time_limit=time_limit,
+            dataset_size=None,
+        )
+        self._known = known_plan(plan, self._settings, world_size=1)
+        self._search = search or GuidedBisection()
+        self._device = device
+        self._batch_arg_name = batch_arg_name
+        self._rebatched: Rebatched | None = None
+
+    def setup(
+        self, trainer: Any, pl_module: Any, stage: str
+    ) -> None:  # Lightning's signature
+        """Go first, so that callbacks which look at the loader or the optimizers see the tuned ones."""
+        trainer.callbacks = [
+            self,
+            *(callback for callback in trainer.callbacks if callback is not self),
+        ]
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Tune, and let the Trainer train with what was found."""
+        if trainer.fast_dev_run:
+            _log.info("fast_dev_run: the batch size is left as it is")
+            return
+        check(trainer, pl_module)
+        self.report = self._tune(trainer, pl_module)
+        self._rebatched = apply(
+            self.report.plan, trainer, pl_module, self._batch_arg_name
+        )
+        if trainer.is_global_zero:
+            sinks.console(self.report)
+
+    def on_train_start(
+        self, trainer: Any, pl_module: Any
+    ) -> None:  # Lightning's signature
+        """Write the report beside the logs, now that the loggers have made their directory."""
+        if (
+            self.report is not None
+            and trainer.loggers
+            and trainer.log_dir
+            and trainer.is_global_zero
+        ):
+            sinks.json_file(Path(trainer.log_dir) / "autobatch.json")(self.report)
+
+    def teardown(
+        self, trainer: Any, pl_module: Any, stage: str
+    ) -> None:  # Lightning's signature
+        """Give the user's loader its own size again."""
+        self._undo()
+
+    def on_exception(
+        self, trainer: Any, pl_module: Any, exception: BaseException
+    ) -> None:  # Lightning's signature
+        """Give the user's loader its own size again."""
+        self._undo()
+
+    def _tune(self, trainer: Any, module: Any) -> TuningReport:
+        probe = detect(self._device, module.device)
+        with (
+            Snapshot() as snapshot,
+            OptimizerWatch(probe.clock) as optimizers,
+            sinks.progress() as shown,
+            scratch(trainer),
+        ):
+            loader = requested(trainer.fit_loop._data_source)
+            schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            snapshot.capture(
+                module, *trainer.optimizers, *schedulers, *([scaler] if scaler else [])
+            )
+            optimizers.expected = True
+            return tune(
+                _job(trainer, module, loader, Samples(loader, snapshot)),
+                self._settings.model_copy(update={"dataset_size": samples_of(loader)}),
+                known=self._known,
+                probe=probe,
+                search=self._search,
+                snapshot=snapshot,
+                optimizers=optimizers,
+                shown=shown,
+            )
+
+    def _undo(self) -> None:
+        if self._rebatched is not None:
+            self._rebatched.undo()
+            self._rebatched = None
+
+
+def _job(trainer: Any, module: Any, loader: Any, samples: Samples) -> Job:
+    package = package_of(trainer)
+    lightning = importlib.import_module(package.partition(".")[0])
+    parts = (
+        type(module).__name__,
+        type(trainer.optimizers[0]).__name__,
+        str(trainer.precision),
+    )
+    return Job(
+        workload=Steps(trainer, samples),
+        can_accumulate=True,
+        start=loader.batch_size,
+        world_size=1,
+        accumulate=trainer.accumulate_grad_batches,
+        before=BatchPlan(loader.batch_size, trainer.accumulate_grad_batches),
+        subject=" · ".join(parts),
+        environment={**versions(), lightning.__name__: lightning.__version__},
+    )

@@ -1,0 +1,102 @@
+"""Change the batch size of a training loader, and prove it by reading one batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+
+from autobatch.errors import AutobatchError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Rebatched", "requested", "samples_of"]
+
+
+def requested(source: Any) -> DataLoader[Any]:
+    """The training loader that the Trainer's data source gives, refused where its batch size can not be changed.
+
+    A hook of the module or the datamodule makes a new one each time it is asked.
+    """
+    loader = source.dataloader()
+    problem = _problem(loader)
+    if problem:
+        raise AutobatchError(
+            f"AutoBatch can not change the batch size of this training loader yet: {problem}. Use a plain "
+            "DataLoader(dataset, batch_size=…), or train without AutoBatch."
+        )
+    return loader  # type: ignore[no-any-return]  # a DataLoader: _problem has looked
+
+
+def samples_of(loader: DataLoader[Any]) -> int:
+    """Samples per epoch."""
+    return len(loader.sampler)  # type: ignore[arg-type]  # samplers of map-style data have a length
+
+
+def _problem(loader: object) -> str | None:
+    if not isinstance(loader, DataLoader):
+        return f"it is a {type(loader).__name__}, not one DataLoader"
+    if isinstance(loader.dataset, IterableDataset):
+        return "its data set is an IterableDataset"
+    if loader.batch_size is None or loader.batch_sampler is None:
+        return "it has batch_size=None or a batch_sampler of its own"
+    if type(loader.batch_sampler) is not BatchSampler:
+        return f"its batch_sampler is a {type(loader.batch_sampler).__name__}"
+    if not hasattr(loader.sampler, "__len__"):
+        return f"its sampler, a {type(loader.sampler).__name__}, has no length"
+    return None
+
+
+@dataclass
+class _Resized:
+    loader: DataLoader[Any]
+    batch_size: int  # its own
+
+
+class Rebatched:
+    """Gives every training loader that a Trainer asks for another batch size, until it is undone.
+
+    Loaders are changed in place, which keeps their sampler, shuffling, workers and class. A loader that was passed to
+    `fit` is the user's: it has its own size again after `undo`.
+    """
+
+    def __init__(self, source: Any, batch_size: int) -> None:
+        self._source = source
+        self._batch_size = batch_size
+        self._resized: list[_Resized] = []
+        # The instance's attribute hides the class's method: Lightning 2.6 asks its `_DataLoaderSource` for every loader.
+        self._ask: Callable[[], Any] = source.dataloader
+        source.dataloader = self._dataloader
+
+    def undo(self) -> None:
+        """Give the loaders their own size again, and let the source answer for itself."""
+        self._source.__dict__.pop("dataloader", None)
+        for resized in self._resized:
+            _resize(resized.loader, resized.batch_size)
+        self._resized.clear()
+
+    def check(self) -> None:
+        """Read one batch of indices back; `AutobatchError` where it is not of the size that was set."""
+        loader = requested(self._source)
+        got = len(next(iter(loader.batch_sampler)))  # type: ignore[arg-type]  # not None: requested has looked
+        expected = min(self._batch_size, samples_of(loader))
+        if got != expected:
+            raise AutobatchError(
+                f"The training loader still makes batches of {got} after its batch size was set to "
+                f"{self._batch_size}; AutoBatch can not tune it."
+            )
+
+    def _dataloader(self) -> Any:
+        loader = self._ask()
+        if _problem(loader) is None and loader.batch_size != self._batch_size:
+            self._resized.append(_Resized(loader, loader.batch_size))
+            _resize(loader, self._batch_size)
+        return loader
+
+
+def _resize(loader: DataLoader[Any], batch_size: int) -> None:
+    loader.batch_sampler.batch_size = batch_size  # type: ignore[union-attr]  # a BatchSampler: _problem has looked
+    # DataLoader refuses plain assignment once it is made; iteration goes by the batch sampler.
+    object.__setattr__(loader, "batch_size", batch_size)

@@ -1,0 +1,45 @@
+"""Loops, results, loggers and callbacks for trials, so that the Trainer's own see nothing of them."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from autobatch.lightning._steps import package_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["scratch"]
+
+
+@contextmanager
+def scratch(trainer: Any) -> Iterator[None]:
+    """Run the body on loops, results, loggers, callbacks and a profiler of its own; the Trainer's see nothing of it.
+
+    Progress, metrics and results of Lightning 2.6 live in these objects, and start afresh with new ones.
+    """
+    package = package_of(trainer)
+    loggers = importlib.import_module(f"{package}.loggers.logger")
+    profilers = importlib.import_module(f"{package}.profilers")
+    fit_loop = trainer.fit_loop
+    swaps: tuple[tuple[Any, str, Any], ...] = (
+        (fit_loop, "epoch_loop", type(fit_loop.epoch_loop)(trainer)),
+        (fit_loop, "max_batches", math.inf),  # no batch is the last of an epoch
+        (trainer, "_logger_connector", type(trainer._logger_connector)(trainer)),
+        (trainer, "_loggers", [loggers.DummyLogger()] if trainer.loggers else []),
+        (trainer, "callbacks", []),
+        (trainer, "profiler", profilers.PassThroughProfiler()),
+        (trainer, "accumulate_grad_batches", trainer.accumulate_grad_batches),
+        (trainer, "should_stop", trainer.should_stop),
+    )
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in swaps]
+    try:
+        for owner, name, stand_in in swaps:
+            setattr(owner, name, stand_in)
+        yield
+    finally:
+        for owner, name, original in originals:
+            setattr(owner, name, original)

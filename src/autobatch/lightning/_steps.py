@@ -1,0 +1,85 @@
+"""A workload that drives Lightning's own optimisation path."""
+
+from __future__ import annotations
+
+import importlib
+from collections import OrderedDict
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from autobatch.lightning._samples import Samples
+
+__all__ = ["Steps", "package_of"]
+
+
+def package_of(trainer: Any) -> str:
+    """The Lightning package this Trainer comes from: "lightning.pytorch" or "pytorch_lightning"."""
+    modules = (
+        kind.__module__ for kind in type(trainer).__mro__ if kind.__name__ == "Trainer"
+    )
+    return next(name for name in map(_root, modules) if name)
+
+
+def _root(module: str) -> str:
+    return next(
+        (
+            name
+            for name in ("lightning.pytorch", "pytorch_lightning")
+            if module.startswith(name)
+        ),
+        "",
+    )
+
+
+class Steps:
+    """Optimizer steps of a Trainer at any batch size: precision, clipping, closures and hooks are the real ones.
+
+    A batch goes the way it goes in Lightning 2.6's `_TrainingEpochLoop.advance`, without what belongs to an epoch:
+    callbacks, batch hooks, schedulers, logging and validation.
+    """
+
+    def __init__(self, trainer: Any, samples: Samples) -> None:
+        self._trainer = trainer
+        self._samples = samples
+        self._call = importlib.import_module(f"{package_of(trainer)}.trainer.call")
+
+    def __call__(self, batch_size: int, accumulate: int) -> Iterator[None]:
+        """Yield after each optimizer step."""
+        self._trainer.accumulate_grad_batches = accumulate
+        self._trainer.fit_loop.epoch_loop.batch_progress.reset()
+        batch = self._samples.batch(batch_size)
+        for index in count(1):
+            self._micro_batch(batch, index - 1)
+            if index % accumulate == 0:
+                yield
+
+    def _micro_batch(self, batch: Any, index: int) -> None:
+        trainer, loop = self._trainer, self._trainer.fit_loop.epoch_loop
+        batch = self._on_device(batch)
+        loop.batch_progress.increment_ready()
+        trainer._logger_connector.on_batch_start(batch)  # `self.log` needs it
+        loop.batch_progress.increment_started()
+        arguments = loop._build_kwargs(OrderedDict(), batch, index)
+        loop.automatic_optimization.run(trainer.optimizers[0], index, arguments)
+        loop.batch_progress.increment_processed()
+        trainer._logger_connector.on_batch_end()
+        loop.batch_progress.increment_completed()
+
+    def _on_device(self, batch: Any) -> Any:
+        trainer = self._trainer
+        if trainer.strategy.root_device.type == "cpu":
+            # Where the transfer copies nothing, a copy stands for it: a step may write into its batch.
+            batch = apply_to_collection(batch, torch.Tensor, torch.clone)
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = trainer.lightning_module._on_before_batch_transfer(
+            batch, dataloader_idx=0
+        )
+        return self._call._call_strategy_hook(
+            trainer, "batch_to_device", batch, dataloader_idx=0
+        )

@@ -1,0 +1,40 @@
+"""What all tests share: one thread, and text snapshots.
+
+`pytest --overwrite` writes the snapshots anew, `git diff` shows what changed.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Networks here are small: a second thread costs more than it gives, most of all on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+SNAPSHOTS = Path(__file__).parent / "snapshots"
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--overwrite", action="store_true", help="write text snapshots anew"
+    )
+
+
+@pytest.fixture
+def snapshot(request):
+    """Compare a text with the file of that name under tests/snapshots."""
+
+    def matches(text: str, name: str) -> None:
+        path = SNAPSHOTS / name
+        if request.config.getoption("--overwrite"):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        assert path.exists(), f"{path} is missing; `pytest --overwrite` writes it"
+        assert text == path.read_text(encoding="utf-8")
+
+    return matches

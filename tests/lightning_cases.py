@@ -1,0 +1,230 @@
+"""Training runs to compare: tuned by AutoBatch, and with the same two numbers written by hand.
+
+python lightning_cases.py tuned results.pt
+python lightning_cases.py by-hand results.pt plans.json
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import random
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+try:
+    pl = importlib.import_module("pytorch_lightning")
+except ModuleNotFoundError:
+    pl = importlib.import_module("lightning.pytorch")
+
+
+class Noisy(Dataset):
+    """Data with random numbers of its own, and a count of how often it was read."""
+
+    def __init__(self, length=600):
+        generator = torch.Generator().manual_seed(5)
+        self.x = torch.randn(length, 16, generator=generator)
+        self.y = self.x[:, :4].argmax(1)
+        self.noise = np.random.default_rng(7)
+        self.reads = 0
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        self.reads += 1
+        shift = self.noise.normal() + random.random() + torch.rand(()).item()
+        return self.x[index] + 0.01 * shift, self.y[index], index
+
+
+class Model(pl.LightningModule):
+    """Everything a trial could leave a trace in."""
+
+    def __init__(self, batch_size=4, schedule="step", source="passed", workers=0):
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = nn.Sequential(
+            nn.Linear(16, 256),
+            nn.BatchNorm1d(256),
+            nn.ReLU(),
+            nn.Dropout(0.3),
+            nn.Linear(256, 4),
+        )
+        self.register_buffer("seen", torch.zeros(()), persistent=False)
+        self.noise = torch.Generator().manual_seed(11)
+        self.record = []
+        self.hooks = []
+        self.data = Noisy()
+        self.hard_coded = 4
+
+    def training_step(self, batch, batch_idx):
+        x, y, index = batch
+        self.seen = self.seen + len(x)
+        x = (
+            x
+            + 0.1 * torch.rand(x.shape, generator=self.noise)
+            + 0.01 * np.random.rand()
+        )
+        loss = F.cross_entropy(self.net(x), y)
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        rate = self.optimizers().param_groups[0]["lr"]
+        self.record.append(
+            (len(x), index.tolist(), loss.item(), rate, batch_idx, self.global_step)
+        )
+        return loss
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(
+            self.parameters(), lr=1e-4 * self.hparams.batch_size
+        )
+        if self.hparams.schedule == "step":
+            schedule = torch.optim.lr_scheduler.StepLR(optimizer, 3)
+        else:
+            total = self.trainer.estimated_stepping_batches
+            schedule = torch.optim.lr_scheduler.OneCycleLR(
+                optimizer, 1e-2, total_steps=int(total)
+            )
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    def train_dataloader(self):
+        size = (
+            self.hard_coded
+            if self.hparams.source == "hook without"
+            else self.hparams.batch_size
+        )
+        return DataLoader(
+            self.data, size, shuffle=True, num_workers=self.hparams.workers
+        )
+
+    def on_train_start(self):
+        self.hooks.append("train start")
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.hooks.append("batch start")
+
+    def on_train_epoch_end(self):
+        self.hooks.append("epoch end")
+
+
+class Data(pl.LightningDataModule):
+    def __init__(self, batch_size=4):
+        super().__init__()
+        self.batch_size = batch_size
+        self.data = Noisy()
+
+    def train_dataloader(self):
+        return DataLoader(self.data, self.batch_size, shuffle=True, drop_last=True)
+
+
+CASES = {
+    "passed": {},
+    "passed, workers": {"workers": 1},
+    "passed, own generator": {"generator": True},
+    "hook": {"source": "hook"},
+    "hook without": {"source": "hook without"},
+    "datamodule": {"source": "datamodule"},
+    "one cycle": {"schedule": "one cycle"},
+    "one cycle, hook": {"schedule": "one cycle", "source": "hook"},
+    "clipped": {"trainer": {"gradient_clip_val": 0.5}},
+    "bf16": {"trainer": {"precision": "bf16-mixed"}},
+    "limited": {
+        "trainer": {"limit_train_batches": 0.5, "reload_dataloaders_every_n_epochs": 1}
+    },
+}
+
+
+def run(case, plan):
+    """One training: tuned where there is no plan, else with its numbers written by hand."""
+    options = {
+        "schedule": "step",
+        "source": "passed",
+        "workers": 0,
+        "generator": False,
+        "trainer": {},
+    } | CASES[case]
+    callbacks = []
+    if plan is None:
+        import autobatch
+        from autobatch.testing import SimulatedAccelerator
+
+        tuner = autobatch.AutoBatch(
+            target_batch_size=120,
+            device=SimulatedAccelerator("450KiB"),
+            search=autobatch.Bisection(),
+        )
+        callbacks = [tuner]
+    micro, accumulate = plan or (4, 1)
+    pl.seed_everything(1, verbose=False)
+    model = Model(micro, options["schedule"], options["source"], options["workers"])
+    model.hard_coded = micro
+    trainer = pl.Trainer(
+        max_epochs=2,
+        accumulate_grad_batches=accumulate,
+        callbacks=callbacks,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options["trainer"],
+    )
+    if options["source"] == "datamodule":
+        trainer.fit(model, datamodule=Data(micro))
+    elif options["source"] == "passed":
+        generator = torch.Generator().manual_seed(2) if options["generator"] else None
+        workers = options["workers"]
+        loader = DataLoader(
+            model.data, micro, shuffle=True, num_workers=workers, generator=generator
+        )
+        trainer.fit(model, loader)
+    else:
+        trainer.fit(model)
+    result = {
+        "record": model.record,
+        "hooks": model.hooks,
+        "weights": {name: value.clone() for name, value in model.state_dict().items()},
+        "optimizer": trainer.optimizers[0].state_dict(),
+        "seen": model.seen,
+        "noise": model.noise.get_state(),
+        "reads": model.data.reads,
+        "global_step": trainer.global_step,
+        "metrics": {
+            name: value.item() for name, value in trainer.callback_metrics.items()
+        },
+        "torch": torch.get_rng_state(),
+        "numpy": np.random.get_state()[1].tolist(),
+        "python": list(random.getstate()[1]),
+    }
+    if plan is not None:
+        return result, plan
+    found = tuner.report.plan
+    result["trials"] = [
+        (trial.batch_size, str(trial.outcome)) for trial in tuner.report.trials
+    ]
+    return result, (found.micro_batch_size, found.accumulate_grad_batches)
+
+
+def main(mode, results, plans=None):
+    warnings.simplefilter("ignore")
+    known = (
+        json.loads(Path(plans).read_text())
+        if mode == "by-hand"
+        else dict.fromkeys(CASES)
+    )
+    done = {case: run(case, plan) for case, plan in known.items()}
+    torch.save({case: result for case, (result, _) in done.items()}, results)
+    if mode == "tuned":
+        Path(plans).write_text(
+            json.dumps({case: plan for case, (_, plan) in done.items()})
+        )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

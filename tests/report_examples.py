@@ -1,0 +1,127 @@
+"""Reports to look at: one as a person would get it, and any at all."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from hypothesis import strategies as st
+
+from autobatch._plan import BatchPlan
+from autobatch._report import Device, Settings, TuningReport
+from autobatch._trial import Outcome, Trial
+
+GIB = 2**30
+
+# batch size, samples per second, peak in GiB
+_MEASURED = (
+    (1, 42, 2.7),
+    (2, 86, 2.8),
+    (4, 149, 3.1),
+    (8, 223, 3.8),
+    (16, 297, 5.0),
+    (32, 358, 7.6),
+    (48, 381, 10.1),
+    (56, 391, 11.3),
+)
+
+
+def settings(**changes) -> Settings:
+    asked = {
+        "target_batch_size": 256,
+        "memory_limit": 0.9,
+        "max_micro_batch_size": None,
+        "steps_per_trial": 3,
+        "time_limit": 300,
+        "dataset_size": None,
+    }
+    return Settings.checked(**(asked | changes))
+
+
+def example(**changes) -> TuningReport:
+    """A search on one graphics card that met its limit at 64."""
+    fits = tuple(
+        Trial(
+            batch_size=size,
+            outcome=Outcome.FIT,
+            peak=int(gib * GIB),
+            step_seconds=size / speed,
+            accumulate=2,
+            optimizer_seconds=0.009,
+            resident=2 * GIB,
+        )
+        for size, speed, gib in _MEASURED
+    )
+    report = TuningReport(
+        autobatch_version="0.1.0",
+        settings=settings(),
+        subject="resnet50 · AdamW · bf16-mixed",
+        device=Device(name="RTX 3060", source="NVML", total=12 * GIB, foreign=GIB // 3),
+        budget=int(11.6 * GIB),
+        trials=(*fits, Trial(64, Outcome.OUT_OF_MEMORY, accumulate=2)),
+        plan=BatchPlan(32, 8),
+        dataset_size=1_281_167,
+        search_seconds=48.2,
+        notes=(
+            "Others hold 1.5 GiB of this device's 12 GiB; what fits changes when they come or go.",
+            "A note that is longer than a line of the report is broken between words, and goes on below its own first word.",
+        ),
+        environment={"torch": "2.9.0"},
+    )
+    return report.model_copy(update=changes)
+
+
+counts = st.integers(1, 10**9)
+seconds = st.just(0.0) | st.floats(1e-9, 1e9)
+texts = st.text(max_size=120)
+plans = st.builds(BatchPlan, counts, st.integers(1, 10**4), st.integers(1, 4096))
+trials = st.builds(
+    Trial,
+    batch_size=st.integers(1, 300) | counts,
+    outcome=st.sampled_from(Outcome),
+    peak=st.none() | st.integers(0, 2**50),
+    step_seconds=st.none() | seconds,
+    accumulate=st.integers(1, 64),
+    optimizer_seconds=st.none() | seconds,
+    resident=st.integers(0, 2**40),
+    profile=st.just((1, 2)),
+)
+
+
+@st.composite
+def reports(draw) -> TuningReport:
+    """Any report at all, with the micro-batch of its plan tried more often than not."""
+    plan = draw(plans)
+    tried = draw(st.lists(trials, max_size=40))
+    if draw(st.booleans()):
+        size = plan.micro_batch_size
+        tried.append(dataclasses.replace(draw(trials), batch_size=size))
+    return TuningReport(
+        autobatch_version=draw(texts),
+        settings=Settings(
+            target_batch_size=draw(st.none() | counts),
+            memory_limit=draw(
+                st.floats(1e-300, 1) | st.integers(2, 2**50) | st.just("10GiB")
+            ),
+            max_micro_batch_size=draw(st.none() | counts),
+            steps_per_trial=draw(counts),
+            time_limit=draw(st.none() | st.floats(1e-300, 1e300)),
+            dataset_size=draw(st.none() | counts),
+        ),
+        subject=draw(texts),
+        device=draw(
+            st.builds(
+                Device,
+                name=texts,
+                source=texts,
+                total=st.integers(0, 2**50),
+                foreign=st.integers(0, 2**50),
+            )
+        ),
+        budget=draw(st.integers(1, 2**50)),
+        trials=tuple(tried),
+        plan=plan,
+        dataset_size=draw(st.none() | counts),
+        search_seconds=draw(seconds),
+        notes=tuple(draw(st.lists(texts, max_size=3))),
+        environment=draw(st.dictionaries(texts, texts, max_size=2)),
+    )

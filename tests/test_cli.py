@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import entry_points
+
+import pytest
+
+import autobatch
+from autobatch import sinks
+from autobatch.__main__ import main
+from report_examples import example
+
+
+@pytest.fixture
+def report(tmp_path):
+    path = tmp_path / "autobatch.json"
+    sinks.json_file(path)(example())
+    return path
+
+
+def autobatch_from_the_shell(*arguments, cwd):
+    return subprocess.run(
+        [sys.executable, "-m", "autobatch", *arguments],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=False,
+        cwd=cwd,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+    )
+
+
+def one_sentence(capsys) -> str:
+    """What was said on standard error, when that is one line and all that was said."""
+    said = capsys.readouterr()
+    assert said.out == ""
+    (line,) = said.err.splitlines()
+    return line
+
+
+def test_the_command_is_installed():
+    (command,) = entry_points(group="console_scripts", name="autobatch")
+
+    assert command.load() is main
+
+
+def test_without_a_command_the_usage_is_shown(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([])
+
+    assert "usage: autobatch" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+
+    assert capsys.readouterr().out == f"{autobatch.__version__}\n"
+
+
+# demo
+
+
+@pytest.mark.slow
+def test_the_demo_tunes_trains_and_reports(tmp_path):
+    pytest.importorskip("pytorch_lightning")
+    pytest.importorskip("sklearn")
+
+    ran = autobatch_from_the_shell("demo", "--directory", "here", cwd=tmp_path)
+
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stderr == ""
+    report = autobatch.TuningReport.read(tmp_path / "here/autobatch.json")
+    printed, _, last = ran.stdout.strip().rpartition("\n\n")
+    assert printed == str(report)
+    assert report.plan.effective_batch_size == 128
+    assert report.plan.accumulate_grad_batches > 1
+    assert report.smallest_failing is None
+    right = re.match(r"(.*)% of the held-out digits right after \d+ updates; ", last)
+    assert float(right[1]) > 95
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+def test_the_demo_says_what_it_needs(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setitem(sys.modules, "pytorch_lightning", sys)
+
+    assert main(["demo"]) == 2
+
+    assert "pip install" in one_sentence(capsys)
+
+
+def test_the_demo_says_where_it_could_not_write(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("pytorch_lightning")
+    pytest.importorskip("sklearn")
+    from autobatch import _demo
+
+    (tmp_path / "taken").touch()
+    monkeypatch.setattr(
+        _demo, "run", lambda: _demo.DemoResult(example(), accuracy=0.9, updates=96)
+    )
+
+    assert main(["demo", "--directory", str(tmp_path / "taken")]) == 2
+
+    assert str(tmp_path / "taken") in one_sentence(capsys)
+
+
+# probe
+
+
+def test_probe_shows_the_surroundings_and_every_device(capsys):
+    assert main(["probe"]) == 0
+
+    shown = capsys.readouterr().out
+    labels = [line.split("  ")[1] for line in shown.splitlines() if line[:2] == "  "]
+    assert labels[:2] == ["autobatch", "python"]
+    assert {"torch", "lightning", "pytorch-lightning", "nvidia-ml-py"} < set(labels)
+    assert labels.index("CUDA devices") < labels.index("NVML") < labels.index("total")
+    assert "\nhost memory\n" in shown
+    assert re.search(r"budget +\S+ [GM]iB at a memory_limit of 0\.9\n", shown)
+    assert re.search(r"read from +\S", shown)
+
+
+def test_probe_says_which_devices_were_hidden(monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+
+    main(["probe"])
+
+    assert "CUDA_VISIBLE_DEVICES='3,1'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("limit", "budget"),
+    [
+        ("64MiB", "64 MiB at a memory_limit of 64 MiB"),
+        ("67108864", "64 MiB at a memory_limit of 64 MiB"),
+    ],
+)
+def test_probe_takes_a_limit_as_text_and_as_bytes(limit, budget, capsys):
+    assert main(["probe", "--memory-limit", limit]) == 0
+
+    assert budget in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("limit", ["0", "1", "1.5", "much", "nan", "-1GiB"])
+def test_probe_refuses_a_limit_that_is_none(limit, capsys):
+    assert main(["probe", f"--memory-limit={limit}"]) == 2
+
+    assert re.match(r"autobatch: memory_limit=.*\.$", one_sentence(capsys))
+
+
+# show
+
+
+def test_show_prints_a_report(report, capsys):
+    assert main(["show", str(report)]) == 0
+
+    assert capsys.readouterr().out == f"{example()}\n"
+
+
+def test_show_works_from_the_shell(report, tmp_path):
+    shown = autobatch_from_the_shell("show", report.name, cwd=tmp_path)
+
+    assert shown.returncode == 0
+    assert shown.stdout == f"{example()}\n"
+    assert shown.stderr == ""
+
+
+def test_show_refuses_a_file_that_is_not_there(tmp_path, capsys):
+    path = tmp_path / "nowhere.json"
+
+    assert main(["show", str(path)]) == 2
+
+    assert one_sentence(capsys).startswith(f"autobatch: {path} can not be read (")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"not a report", "is not JSON"),
+        (b"\xff\xfe\x00", "it is not UTF-8 text"),
+        (b"{}", "not a report of autobatch"),
+        (b"[1, 2]", "not a report of autobatch"),
+        (b'{"schema_version": 1}', "is not a complete report"),
+        (b"", "is not JSON"),
+    ],
+)
+def test_show_refuses_what_is_no_report(content, said, tmp_path, capsys):
+    path = tmp_path / "some.json"
+    path.write_bytes(content)
+
+    assert main(["show", str(path)]) == 2
+
+    assert said in one_sentence(capsys)
+
+
+def test_show_refuses_a_report_of_a_later_version(report, capsys):
+    stored = json.loads(report.read_text(encoding="utf-8"))
+    report.write_text(json.dumps(stored | {"schema_version": 99}), encoding="utf-8")
+
+    assert main(["show", str(report)]) == 2
+
+    assert "schema_version=99" in one_sentence(capsys)
+
+
+def test_no_traceback_reaches_the_shell(tmp_path):
+    refused = autobatch_from_the_shell("show", "nowhere.json", cwd=tmp_path)
+
+    assert refused.returncode == 2
+    assert refused.stdout == ""
+    assert refused.stderr.startswith("autobatch: nowhere.json can not be read")
+    assert refused.stderr.count("\n") == 1

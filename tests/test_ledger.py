@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import gc
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from autobatch._ledger import Ledger, unobserved
+from networks import Perceptron
+
+KIB = 1024  # bytes: 256 floats
+
+
+def test_a_tensor_counts_from_its_allocation_to_its_death():
+    ledger = Ledger()
+
+    with ledger.watching(None, 0):
+        a = torch.empty(256)
+        b = torch.empty(512)
+        held = ledger.current
+        del a
+
+    assert held == 3 * KIB
+    assert ledger.current == 2 * KIB
+    assert ledger.peak == 3 * KIB
+    del b
+    assert ledger.current == 0
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: x.view(16, 16),
+        lambda x: x.add_(1),
+        lambda x: x.expand(4, 256),
+        lambda x: x.detach(),
+        lambda x: x[3:7],
+        lambda x: torch.from_numpy(x.numpy()),
+    ],
+    ids=["view", "in place", "expand", "detach", "slice", "numpy"],
+)
+def test_what_shares_a_storage_counts_once(make):
+    ledger = Ledger()
+
+    with ledger.watching(None, 0):
+        x = torch.zeros(256)
+        y = make(x)
+
+    assert ledger.current == KIB
+    del y
+
+
+def test_a_view_of_data_that_was_never_attached_stays_on_the_host():
+    data, ledger = torch.zeros(1024), Ledger()
+
+    with ledger.watching(None, 0):
+        batch = data[:256]
+
+    assert ledger.current == 0
+    del batch
+
+
+def test_attached_objects_count_with_gradients_and_state():
+    model = nn.Linear(16, 16, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.ones(1, 16)).sum().backward()
+    optimizer.step()
+    ledger = Ledger()
+
+    ledger.attach(model, optimizer)
+    ledger.attach(model)  # a second time adds nothing
+
+    assert ledger.current == 3 * KIB
+
+
+def test_an_allocation_past_the_limit_is_refused_before_it_is_made():
+    ledger = Ledger()
+
+    with ledger.watching(2 * KIB, 0):
+        x = torch.zeros(256)
+        with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+            torch.zeros(10**12)
+
+    assert ledger.failures == 1
+    assert ledger.current == KIB
+    del x
+
+
+def test_memory_may_reach_the_limit_exactly():
+    ledger = Ledger()
+
+    with ledger.watching(2 * KIB, 0):
+        x = torch.zeros(512)
+
+    assert ledger.peak == 2 * KIB
+    del x
+
+
+def test_any_one_allocation_can_be_refused():
+    ledger = Ledger()
+    ledger.refuse_at = 2
+    kept = []
+
+    with ledger.watching(None, 0), pytest.raises(torch.OutOfMemoryError):
+        kept.extend(torch.zeros(1) for _ in range(3))
+
+    assert ledger.failures == 1
+    assert ledger.allocations == 2
+
+
+def test_a_step_leaves_nothing_but_parameters_gradients_and_state():
+    model = Perceptron()
+    ledger = Ledger()
+    ledger.attach(model)
+    at_rest = ledger.current
+
+    with ledger.watching(None, 0):
+        model.loss(32).backward()
+        model.zero_grad()
+
+    assert ledger.current == at_rest
+
+
+def test_losses_and_weights_are_the_same_under_the_ledger():
+    def train(watched):
+        torch.manual_seed(0)
+        model = Perceptron()
+        optimizer = torch.optim.AdamW(model.parameters())
+        ledger = Ledger()
+        with ledger.watching(None, 0) if watched else unobserved():
+            for _ in range(3):
+                model.loss(8).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return [*model.state_dict().values(), torch.get_rng_state()]
+
+    watched, plain = train(watched=True), train(watched=False)
+
+    assert all(torch.equal(a, b) for a, b in zip(watched, plain, strict=True))
+
+
+def test_the_profile_is_of_the_last_step_and_ends_at_its_peak():
+    ledger = Ledger()
+
+    with ledger.watching(None, 100) as watch:
+        for length in (256, 512):
+            watch.mark()
+            torch.zeros(length)
+            torch.zeros(2 * length)
+        watch.mark()
+
+    assert watch.profile == (2 * KIB + 100, 4 * KIB + 100)
+
+
+def test_a_tensor_of_another_thread_is_credited_when_it_dies():
+    ledger, made = Ledger(), []
+
+    def work():
+        with ledger.watching(None, 0):
+            made.append(torch.zeros(256))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+
+    assert ledger.current == KIB
+    made.clear()
+    gc.collect()
+    assert ledger.current == 0
+
+
+def test_sparse_tensors_count_their_indices_and_values():
+    ledger = Ledger()
+
+    with ledger.watching(None, 0):
+        x = torch.sparse_coo_tensor(
+            torch.zeros(1, 4, dtype=torch.int64),
+            torch.zeros(4),
+            (8,),
+            check_invariants=True,
+        )
+
+    assert ledger.current >= 4 * 8 + 4 * 4
+    del x
+    assert ledger.current == 0
+
+
+def test_nothing_is_charged_while_unobserved():
+    ledger = Ledger()
+
+    with ledger.watching(None, 0), unobserved():
+        x = torch.zeros(256)
+
+    assert ledger.current == 0
+    del x

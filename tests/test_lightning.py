@@ -1,0 +1,568 @@
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    SequentialSampler,
+    TensorDataset,
+)
+
+import autobatch
+from autobatch.testing import SimulatedAccelerator
+
+PACKAGES = ("pytorch_lightning", "lightning.pytorch")
+
+
+def installed(package):
+    try:
+        importlib.import_module(package)
+    except ModuleNotFoundError:
+        return False
+    return True
+
+
+HERE = [package for package in PACKAGES if installed(package)]
+if not HERE:
+    pytest.skip("Lightning is not installed", allow_module_level=True)
+pl = importlib.import_module(HERE[0])
+
+
+def data(length=600):
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(length, 16, generator=generator)
+    return TensorDataset(x, x[:, :4].argmax(1))
+
+
+class Model(pl.LightningModule):
+    def __init__(self, batch_size=4):
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = nn.Sequential(nn.Linear(16, 256), nn.ReLU(), nn.Linear(256, 4))
+        self.sizes = []
+        self.validated = []
+        self.explode_at = None
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        if len(self.sizes) == self.explode_at:
+            raise ZeroDivisionError("mine")
+        self.sizes.append(len(x))
+        return F.cross_entropy(self.net(x), y)
+
+    def validation_step(self, batch, batch_idx):
+        self.validated.append(len(batch[0]))
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters())
+
+
+def tuner(**options):
+    return autobatch.AutoBatch(
+        **{
+            "target_batch_size": 120,
+            "device": SimulatedAccelerator("450KiB"),
+            **options,
+        }
+    )
+
+
+def trainer(*callbacks, **options):
+    quiet = {
+        "max_epochs": 2,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return pl.Trainer(callbacks=list(callbacks), **{**quiet, **options})
+
+
+# Without a trace
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Every case, tuned in one process, and in another with the numbers found written by hand."""
+    where = tmp_path_factory.mktemp("runs")
+    script, plans = Path(__file__).with_name("lightning_cases.py"), where / "plans.json"
+    for mode in ("tuned", "by-hand"):
+        command = [
+            sys.executable,
+            str(script),
+            mode,
+            str(where / f"{mode}.pt"),
+            str(plans),
+        ]
+        subprocess.run(command, check=True, capture_output=True, timeout=280)
+    return {
+        "plans": json.loads(plans.read_text()),
+        "tuned": torch.load(where / "tuned.pt", weights_only=False),
+        "by hand": torch.load(where / "by-hand.pt", weights_only=False),
+    }
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "passed",
+        "passed, workers",
+        "passed, own generator",
+        "hook",
+        "hook without",
+        "datamodule",
+        "one cycle",
+        "one cycle, hook",
+        "clipped",
+        "bf16",
+        "limited",
+    ],
+)
+def test_training_after_tuning_is_the_same_to_the_bit_as_with_the_numbers_written_by_hand(
+    runs, case
+):
+    tuned, by_hand = dict(runs["tuned"][case]), runs["by hand"][case]
+    trials = tuned.pop("trials")
+
+    different = [name for name in by_hand if not same(tuned[name], by_hand[name])]
+
+    assert different == []
+    assert len(by_hand["record"]) > 5
+    assert len(trials) >= 3
+    if case != "bf16":
+        assert "out_of_memory" in [outcome for _, outcome in trials]
+
+
+def test_the_comparison_can_fail(runs):
+    one, other = runs["by hand"]["passed"], runs["by hand"]["clipped"]
+
+    assert not same(one["record"], other["record"])
+    assert not same(one["weights"], other["weights"])
+
+
+# The size that training really gets
+
+
+@pytest.mark.parametrize("options", [{}, {"reload_dataloaders_every_n_epochs": 1}])
+def test_the_training_step_receives_the_size_found_in_every_epoch(options):
+    model, callback = Model(), tuner()
+    loader = DataLoader(data(), batch_size=4, shuffle=True, drop_last=True)
+
+    fitted = trainer(callback, **options)
+    fitted.fit(model, loader)
+
+    plan = callback.report.plan
+    assert plan.effective_batch_size == 120
+    assert set(model.sizes) == {plan.micro_batch_size}
+    assert len(model.sizes) == 2 * (600 // plan.micro_batch_size)
+    assert fitted.accumulate_grad_batches == plan.accumulate_grad_batches
+    assert model.hparams.batch_size == plan.micro_batch_size
+    assert model.hparams_initial.batch_size == plan.micro_batch_size
+
+
+def test_the_loader_has_its_own_size_again_after_fit():
+    loader = DataLoader(data(), batch_size=4, shuffle=True)
+
+    trainer(tuner()).fit(Model(), loader)
+
+    assert loader.batch_size == loader.batch_sampler.batch_size == 4
+
+
+def test_the_loader_has_its_own_size_again_after_an_error_in_training():
+    loader, model = DataLoader(data(), batch_size=4), Model()
+
+    class Explode(pl.Callback):
+        def on_train_batch_end(self, *_):
+            raise ZeroDivisionError("mine")
+
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        trainer(tuner(), Explode()).fit(model, loader)
+
+    assert loader.batch_size == loader.batch_sampler.batch_size == 4
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_an_error_in_a_trial_leaves_everything_as_it_was(error):
+    loader, model, callback = DataLoader(data(), batch_size=4), Model(), tuner()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    count = itertools.count()
+    step = model.training_step
+
+    def training_step(batch, batch_idx):
+        if next(count) == 5:
+            raise error("mine")
+        return step(batch, batch_idx)
+
+    model.training_step = training_step
+    fitted = trainer(callback)
+    # Lightning ends the process gracefully when the keyboard interrupts
+    expected = SystemExit if error is KeyboardInterrupt else error
+    with pytest.raises(expected):
+        fitted.fit(model, loader)
+
+    assert all(
+        torch.equal(before[name], value) for name, value in model.state_dict().items()
+    )
+    assert model.sizes == []
+    assert loader.batch_size == 4
+    assert fitted.accumulate_grad_batches == 1
+    assert callback.report is None
+
+
+def test_without_a_target_the_largest_is_taken_and_the_accumulation_stays():
+    callback = tuner(target_batch_size=None)
+    fitted = trainer(callback, accumulate_grad_batches=3)
+
+    fitted.fit(Model(), DataLoader(data(), batch_size=4))
+
+    assert callback.report.plan.micro_batch_size == callback.report.largest_fit
+    assert callback.report.plan.accumulate_grad_batches == 3
+    assert fitted.accumulate_grad_batches == 3
+
+
+def test_a_changed_effective_batch_is_told():
+    callback = tuner()
+
+    trainer(callback).fit(Model(), DataLoader(data(), batch_size=4))
+
+    assert (
+        "The effective batch goes from 4 to 120: 5 updates per epoch instead of 150."
+        in callback.report.notes
+    )
+
+
+def test_an_accumulation_that_is_overridden_is_told():
+    callback = tuner()
+
+    trainer(callback, accumulate_grad_batches=5).fit(
+        Model(), DataLoader(data(), batch_size=4)
+    )
+
+    assert any("accumulate_grad_batches=5" in note for note in callback.report.notes)
+
+
+def test_the_validation_loader_keeps_its_size():
+    model, validation = Model(), DataLoader(data(20), batch_size=5)
+
+    trainer(tuner()).fit(model, DataLoader(data(), batch_size=4), validation)
+
+    assert set(model.validated) == {5}
+
+
+def test_trials_fire_no_hooks_of_the_users_callbacks_and_log_nothing(tmp_path):
+    fired = []
+
+    class Watcher(pl.Callback):
+        def __getattribute__(self, name):
+            if name.startswith("on_") and name not in (
+                "on_fit_start",
+                "on_save_checkpoint",
+            ):
+                fired.append(name)
+            return super().__getattribute__(name)
+
+        def on_fit_start(self, *_):
+            fired.clear()
+
+    class Logs(Model):
+        def training_step(self, batch, batch_idx):
+            self.log("loss", 1.0)
+            assert fired == [] or "on_train_start" in fired
+            return super().training_step(batch, batch_idx)
+
+    logger = pl.loggers.CSVLogger(tmp_path)
+    trainer(tuner(), Watcher(), logger=logger, log_every_n_steps=1).fit(
+        Logs(), DataLoader(data(), batch_size=4)
+    )
+
+    steps = [
+        row.split(",")
+        for row in (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
+    ]
+    assert len(steps) - 1 == 10  # two epochs of five updates
+
+
+def test_it_goes_first_whatever_the_order():
+    order = []
+
+    class Other(pl.Callback):
+        def on_fit_start(self, fitted, module):
+            order.append(module.hparams.batch_size)
+
+    trainer(Other(), tuner()).fit(Model(), DataLoader(data(), batch_size=4))
+
+    assert order != [4]
+
+
+# What is told
+
+
+def test_the_report_is_kept_printed_and_written_beside_the_logs(tmp_path, capsys):
+    callback, logger = tuner(), pl.loggers.CSVLogger(tmp_path)
+
+    trainer(callback, logger=logger).fit(Model(), DataLoader(data(), batch_size=4))
+
+    written = autobatch.TuningReport.read(Path(logger.log_dir) / "autobatch.json")
+    assert written == callback.report
+    assert "= 120 per update" in capsys.readouterr().out
+    assert written.dataset_size == 600
+    assert written.subject == "Model · AdamW · 32-true"
+    assert (Path(logger.log_dir) / "hparams.yaml").read_text().strip() == (
+        f"batch_size: {callback.report.plan.micro_batch_size}"
+    )
+
+
+def test_nothing_is_written_where_there_is_no_logger(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    trainer(tuner()).fit(Model(), DataLoader(data(), batch_size=4))
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_known_plan_needs_one_trial():
+    callback = tuner(target_batch_size=None, plan=autobatch.BatchPlan(30, 4))
+
+    fitted = trainer(callback)
+    fitted.fit(Model(), DataLoader(data(), batch_size=4))
+
+    assert len(callback.report.trials) == 1
+    assert fitted.accumulate_grad_batches == 4
+
+
+def test_a_trial_is_the_real_thing():
+    """The peak that a trial measured is that of the same steps inside a real fit."""
+    device = SimulatedAccelerator("450KiB")
+    callback = tuner(device=device)
+    trainer(callback).fit(Model(), DataLoader(data(), batch_size=4))
+    plan = callback.report.plan
+    measured = next(
+        t for t in callback.report.trials if t.batch_size == plan.micro_batch_size
+    )
+
+    class Watch(pl.Callback):
+        def on_train_start(self, fitted, module):
+            device.attach(module, *fitted.optimizers)
+            self.watching = device.limited(10**9)
+            self.watching.__enter__()
+
+        def on_train_end(self, *_):
+            self.watching.__exit__(None, None, None)
+
+    device = SimulatedAccelerator("1GiB")
+    trainer(Watch(), accumulate_grad_batches=plan.accumulate_grad_batches).fit(
+        Model(), DataLoader(data(), batch_size=plan.micro_batch_size)
+    )
+
+    assert device.read().peak == pytest.approx(measured.peak, rel=0.01)
+
+
+@pytest.mark.parametrize("package", HERE)
+def test_it_works_in_a_trainer_of_either_package(package):
+    """The Trainer of one package, while the module and the callback may come from wherever they were imported."""
+    code = f"""
+import importlib
+pl = importlib.import_module({package!r})
+import torch, autobatch
+from autobatch.testing import SimulatedAccelerator
+from torch.utils.data import DataLoader, TensorDataset
+
+class Model(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Linear(8, 1)
+    def training_step(self, batch, _):
+        return self.net(batch[0]).mean()
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+callback = autobatch.AutoBatch(target_batch_size=32, device=SimulatedAccelerator("1MiB"))
+assert isinstance(callback, pl.Callback)
+trainer = pl.Trainer(
+    max_epochs=1, callbacks=callback, accelerator="cpu", logger=False,
+    enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+)
+trainer.fit(Model(), DataLoader(TensorDataset(torch.zeros(64, 8)), batch_size=4))
+assert callback.report.plan.effective_batch_size == 32
+assert {package.partition(".")[0]!r} in callback.report.environment
+"""
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, timeout=120, capture_output=True
+    )
+
+
+# What is refused
+
+
+class ByHand(Model):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        return iter(data())
+
+
+def plain():
+    return DataLoader(data(), batch_size=4)
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: (ByHand(), plain(), {}), "optimises by hand"),
+        (lambda: (Model(), [plain(), plain()], {}), "it is a list, not one DataLoader"),
+        (lambda: (Model(), {"a": plain()}, {}), "it is a dict, not one DataLoader"),
+        (lambda: (Model(), DataLoader(Endless(), batch_size=4), {}), "IterableDataset"),
+        (lambda: (Model(), DataLoader(data(), batch_size=None), {}), "batch_size=None"),
+        (
+            lambda: (
+                Model(),
+                DataLoader(
+                    data(),
+                    batch_sampler=BatchSampler(
+                        SequentialSampler(data()), 4, drop_last=False
+                    ),
+                ),
+                {},
+            ),
+            "batch_sampler of its own",
+        ),
+        (lambda: (Model(), plain(), {"overfit_batches": 2}), "overfit_batches=2"),
+        (
+            lambda: (
+                Model(),
+                plain(),
+                {
+                    "callbacks": [
+                        tuner(),
+                        pl.callbacks.GradientAccumulationScheduler({0: 2}),
+                    ]
+                },
+            ),
+            "GradientAccumulationScheduler",
+        ),
+        (lambda: (Model(), plain(), {"strategy": "ddp", "devices": 1}), "DDPStrategy"),
+    ],
+    ids=[
+        "by hand",
+        "list",
+        "dict",
+        "iterable",
+        "unbatched",
+        "batch sampler",
+        "overfit",
+        "scheduler",
+        "ddp",
+    ],
+)
+def test_what_is_not_handled_is_refused_before_anything_is_touched(make, sentence):
+    model, loader, options = make()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    callbacks = options.pop("callbacks", [tuner()])
+    fitted = trainer(*callbacks, **options)
+    random_state = torch.get_rng_state()
+
+    with pytest.raises(autobatch.AutobatchError, match=sentence) as caught:
+        fitted.fit(model, loader)
+
+    assert "\n" not in str(caught.value)
+    assert all(
+        torch.equal(state[name], value) for name, value in model.state_dict().items()
+    )
+    assert torch.equal(random_state, torch.get_rng_state())
+    assert model.sizes == []
+    assert fitted.accumulate_grad_batches == 1
+
+
+def test_resuming_is_refused(tmp_path):
+    model, first = Model(), trainer()
+    first.fit(model, plain())
+    first.save_checkpoint(tmp_path / "last.ckpt")
+
+    with pytest.raises(autobatch.AutobatchError, match="resumes from the checkpoint"):
+        trainer(tuner()).fit(Model(), plain(), ckpt_path=tmp_path / "last.ckpt")
+
+
+def test_a_loader_that_ignores_its_batch_size_is_refused():
+    class Stubborn(DataLoader):
+        @property
+        def batch_sampler(self):
+            return BatchSampler(self.sampler, 4, drop_last=False)
+
+        @batch_sampler.setter
+        def batch_sampler(self, _):
+            pass
+
+    loader = Stubborn(data(), batch_size=4)
+    fitted = trainer(tuner())
+
+    with pytest.raises(autobatch.AutobatchError, match="still makes batches of 4"):
+        fitted.fit(Model(), loader)
+
+    assert loader.batch_size == 4
+    assert fitted.accumulate_grad_batches == 1
+
+
+def test_a_fast_dev_run_is_left_alone():
+    model, callback = Model(), tuner()
+
+    trainer(callback, fast_dev_run=True).fit(model, plain())
+
+    assert callback.report is None
+    assert model.sizes == [4]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"target_batch_size": 0}, "target_batch_size=0"),
+        ({"memory_limit": "much"}, "memory_limit='much'"),
+        ({"steps_per_trial": True}, "steps_per_trial=True"),
+        ({"plan": "nowhere.json"}, "nowhere.json"),
+    ],
+)
+def test_a_bad_argument_is_refused_at_the_door(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        autobatch.AutoBatch(**options)
+
+
+def test_without_lightning_the_error_says_what_to_install():
+    code = """
+import sys
+sys.modules["lightning"] = sys.modules["pytorch_lightning"] = None
+import autobatch
+try:
+    autobatch.AutoBatch
+except ImportError as error:
+    assert "lightning-autobatch[lightning]" in str(error), error
+else:
+    raise SystemExit("no error")
+"""
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, timeout=60, capture_output=True
+    )

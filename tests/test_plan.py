@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autobatch._pace import Pace
+from autobatch._plan import BatchPlan, candidates, nearest, per_rank
+from autobatch._trial import Outcome, Trial
+
+counts = st.integers(1, 5000)
+
+
+def pace(seconds_by_size, optimizer_seconds=0.0):
+    return Pace(
+        tuple(seconds_by_size), tuple(seconds_by_size.values()), optimizer_seconds
+    )
+
+
+NO_PACE = pace({})
+
+
+def test_the_effective_batch_is_micro_times_accumulation_times_ranks():
+    assert BatchPlan(8, 4, 2).effective_batch_size == 64
+
+
+@given(target=counts, largest=counts, world_size=st.integers(1, 8))
+def test_every_candidate_uses_a_micro_batch_that_fits_and_is_deterministic(
+    target, largest, world_size
+):
+    plans = candidates(target, world_size, largest, NO_PACE)
+
+    assert plans
+    assert plans == candidates(target, world_size, largest, NO_PACE)
+    for plan in plans:
+        assert 1 <= plan.micro_batch_size <= largest
+        assert plan.world_size == world_size
+
+
+@given(target=counts, largest=counts, world_size=st.integers(1, 8))
+def test_the_target_is_met_exactly_wherever_that_is_cheap(target, largest, world_size):
+    samples, rest = divmod(target, world_size)
+    fewest = math.ceil(max(samples, 1) / largest)
+    cheap = any(samples % passes == 0 for passes in range(fewest, 2 * fewest + 1))
+
+    plan = candidates(target, world_size, largest, NO_PACE)[0]
+
+    if samples and not rest and cheap:
+        assert plan.effective_batch_size == target
+
+
+@given(target=counts, largest=counts, world_size=st.integers(1, 8))
+def test_exactness_never_costs_more_than_twice_the_fewest_passes(
+    target, largest, world_size
+):
+    fewest = math.ceil(per_rank(target, world_size) / largest)
+
+    for plan in candidates(target, world_size, largest, NO_PACE):
+        assert fewest <= plan.accumulate_grad_batches <= 2 * fewest
+
+
+@given(target=counts, largest=counts)
+def test_a_deviation_is_as_small_as_passes_allow(target, largest):
+    plan = candidates(target, 1, largest, NO_PACE)[0]
+    fewest = math.ceil(target / largest)
+
+    off = abs(plan.effective_batch_size - target)
+
+    assert (
+        off <= fewest
+    )  # a rounding of at most half a sample per pass, or one sample short of `largest`
+
+
+def test_a_prime_target_takes_the_nearest_effective_batch():
+    plan = candidates(257, 1, 100, NO_PACE)[0]
+
+    assert plan == BatchPlan(86, 3)
+    assert plan.effective_batch_size == 258
+
+
+def test_the_smallest_micro_batch_within_five_percent_of_the_fastest_is_taken():
+    seconds = {
+        32: 0.0325,
+        64: 0.0640,
+        128: 0.1270,
+        256: 0.2530,
+    }  # 985, 1000, 1008, 1012 samples/s
+
+    assert candidates(256, 1, 256, pace(seconds))[0] == BatchPlan(
+        128, 2
+    )  # 64 would take four passes
+
+
+def test_a_micro_batch_that_is_slower_is_not_taken_for_being_small():
+    seconds = {128: 0.2, 256: 0.25}
+
+    assert candidates(256, 1, 256, pace(seconds))[0] == BatchPlan(256, 1)
+
+
+def test_the_optimizer_step_counts_for_the_speed_of_a_plan():
+    seconds = {64: 0.1, 128: 0.2}
+
+    assert candidates(128, 1, 128, pace(seconds, 0.0))[0] == BatchPlan(64, 2)
+    assert candidates(128, 1, 128, pace({64: 0.11, 128: 0.2}, 0.0))[0] == BatchPlan(
+        128, 1
+    )
+    assert candidates(128, 1, 128, pace({64: 0.11, 128: 0.2}, 2.0))[0] == BatchPlan(
+        64, 2
+    )
+
+
+def test_ranks_share_the_target():
+    assert candidates(256, 4, 100, NO_PACE)[0] == BatchPlan(64, 1, 4)
+    assert candidates(256, 3, 100, NO_PACE)[0].effective_batch_size in (255, 258)
+
+
+@given(target=counts, sizes=st.sets(counts, min_size=1))
+def test_the_nearest_verified_plan_uses_a_verified_size(target, sizes):
+    plan = nearest(target, 1, sizes)
+
+    assert plan.micro_batch_size in sizes
+    assert abs(plan.effective_batch_size - target) <= max(
+        plan.micro_batch_size / 2, plan.micro_batch_size - target
+    )
+
+
+def test_pace_is_read_off_between_timed_sizes_and_never_beyond():
+    slow = Trial(10, Outcome.FIT, 1, step_seconds=1.0)
+    fast = Trial(
+        20, Outcome.FIT, 1, step_seconds=3.5, accumulate=2, optimizer_seconds=1.0
+    )
+    failed = Trial(40, Outcome.OUT_OF_MEMORY)
+
+    between = Pace.of([slow, fast, failed])
+
+    assert between.sizes == (10, 20)
+    assert between.micro(20) == 3.0  # without its share of the optimizer
+    assert between.micro(15) == pytest.approx(2.0)
+    assert between.micro(9) is None
+    assert between.micro(21) is None
+    assert between.update(20, 4) == 13.0

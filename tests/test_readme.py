@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import autobatch
+from autobatch import _tune, sinks
+from autobatch.testing import SimulatedAccelerator
+from report_examples import example
+from test_architecture import ARROWS
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PACKAGE = Path(autobatch.__file__).parent
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def outline(text: str) -> list[str]:
+    """The words of a report's lines, without its numbers: what every report of its kind has in common."""
+    lines = [re.findall(r"[^\W\d_]{2,}", line) for line in text.splitlines()]
+    return [words[0] for words in lines if words]
+
+
+# The code
+
+
+class Digits(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(64, 10)
+
+    def forward(self, inputs):
+        return self.layer(inputs)
+
+
+@pytest.fixture
+def names(monkeypatch, tmp_path):
+    """What the README leaves to its reader, and a device of 1 MiB wherever memory is read."""
+    monkeypatch.chdir(tmp_path)
+    device = SimulatedAccelerator("1MiB")
+    monkeypatch.setattr(_tune, "detect", lambda *_: device)
+    data = TensorDataset(torch.randn(1000, 64), torch.randint(0, 10, (1000,)))
+    model = Digits()
+    return {
+        "data": data,
+        "loader": DataLoader(data, batch_size=8, shuffle=True),
+        "model": model,
+        "optimizer": torch.optim.AdamW(model.parameters()),
+    }
+
+
+def run(block: str, names: dict[str, object]) -> None:
+    exec(compile(block, "README.md", "exec"), names)
+
+
+def test_the_first_block_tunes_and_trains(names, monkeypatch, capsys):
+    pl = pytest.importorskip("pytorch_lightning")
+    from autobatch import lightning
+
+    class Module(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = Digits()
+
+        def training_step(self, batch, _):
+            inputs, labels = batch
+            return nn.functional.cross_entropy(self.model(inputs), labels)
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters())
+
+    monkeypatch.setattr(lightning, "detect", _tune.detect)
+
+    run(blocks("python")[0], names | {"model": Module()})
+
+    assert "= 256 per update" in capsys.readouterr().out
+    written = Path("lightning_logs/version_0/autobatch.json")
+    assert autobatch.TuningReport.read(written).plan.effective_batch_size == 256
+
+
+def test_the_other_blocks_run_one_after_the_other(names, capsys):
+    for block in blocks("python")[1:]:
+        run(block, names)
+
+    assert "= 256 per update" in capsys.readouterr().out
+    assert names["again"].plan == names["report"].plan
+    assert len(names["again"].trials) == 1
+
+
+# The commands
+
+
+def test_the_two_commands_are_the_ones_that_ci_runs():
+    script = (ROOT / ".ci/run").read_text(encoding="utf-8")
+    extract = re.search(
+        r"^readme_command\(\) {.*?^}$", script, re.MULTILINE | re.DOTALL
+    )[0]
+
+    commands = [
+        subprocess.check_output(
+            ["bash", "-c", f"{extract}\nreadme_command {n}"], cwd=ROOT, text=True
+        )
+        for n in (1, 2)
+    ]
+
+    assert commands == blocks("bash")
+    assert '"$first"' in script
+    assert '"$second"' in script
+
+
+def test_the_commands_install_the_tested_versions_and_run_the_main_job_and_the_tests():
+    demo, tests = (block.strip().split(" && ") for block in blocks("bash"))
+
+    assert demo[0] == tests[0] == "python -m venv .venv"
+    assert "-c constraints.txt" in demo[1]
+    assert "-c constraints.txt" in tests[1]
+    assert (demo[2], tests[2]) == (".venv/bin/autobatch demo", ".venv/bin/pytest")
+
+
+# The report
+
+
+def test_the_report_is_one_that_the_demo_prints_now():
+    shown = README.partition("<!-- the demo prints -->\n```text\n")[2]
+    shown = shown.partition("\n```\n<!-- and ends -->")[0]
+
+    printed, _, last = shown.rpartition("\n\n")
+
+    header, plan = printed.splitlines()[0], printed.splitlines()[3]
+    assert header.startswith(
+        "autobatch · DigitsNet · AdamW · 32-true · 1 × simulated accelerator 8 MiB"
+    )
+    assert re.fullmatch(
+        r"  Micro-batch \d+ × accumulate \d+ = 128 per update +asked for 128, exact",
+        plan,
+    )
+    # The lines of any report with the same parts
+    expected = outline(str(example(dataset_size=1438)))
+    assert set(outline(printed)[2:]) <= {*expected, "trials"}
+    assert "% of the held-out digits right after" in last
+
+
+# The map, and the rest
+
+
+def test_the_map_holds_every_module_with_its_own_sentence():
+    rows = re.findall(
+        r"^\| \[`(\S+\.py)`\]\(src/autobatch/(\S+)\) \| (.*) \|$", README, re.MULTILINE
+    )
+
+    told = {name: sentence for name, _, sentence in rows}
+
+    assert all(name == link for name, link, _ in rows)
+    assert len(told) == len(rows)
+    assert told == {
+        path.relative_to(PACKAGE).as_posix(): ast.get_docstring(
+            ast.parse(path.read_text(encoding="utf-8"))
+        ).splitlines()[0]
+        for path in PACKAGE.rglob("*.py")
+    }
+
+
+def test_the_map_goes_from_the_doors_down_to_the_facts():
+    listed = re.findall(r"^\| \[`(\S+)\.py`\]", README, re.MULTILINE)
+
+    order = [name.replace("/", ".").removesuffix(".__init__") for name in listed]
+
+    upward = [
+        f"{name} -> {other}"
+        for name, others in ARROWS.items()
+        for other in others
+        if order.index(name) > order.index(other)
+    ]
+    assert upward == []
+
+
+def test_every_link_leads_somewhere():
+    links = re.findall(r"\]\(([^)\s]+)\)", README)
+
+    here = [link for link in links if "://" not in link]
+
+    assert here
+    assert [link for link in here if not (ROOT / link).exists()] == []
+
+
+def test_every_file_that_is_named_exists():
+    named = re.findall(
+        r"`((?:lightning/|tests/|\.ci/)?_?[a-z_]+(?:\.py|/run))`", README
+    )
+    places = (PACKAGE, ROOT)
+
+    assert named
+    assert [
+        name for name in named if not any((place / name).exists() for place in places)
+    ] == []
+
+
+def test_the_keywords_are_those_of_find_with_their_defaults():
+    rows = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", README, re.MULTILINE))
+    parameters = inspect.signature(autobatch.find).parameters
+    only_find = {"workload", "restore", "dataset_size"}
+
+    assert rows == {
+        name: repr(parameter.default)
+        for name, parameter in parameters.items()
+        if name not in only_find
+    }
+
+
+def test_every_sink_is_named():
+    for name in ("json_file", "markdown_file", "log"):
+        assert name in sinks.__all__
+        assert name in README

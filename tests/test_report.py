@@ -1,0 +1,366 @@
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autobatch._plan import BatchPlan
+from autobatch._report import TuningReport
+from autobatch._text import ASCII, BYTES, SECONDS, aligned, percent, quantity
+from autobatch._trial import Outcome, Trial
+from report_examples import GIB, example, reports, settings
+
+WIDTH = 86
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    "name", ["target_batch_size", "max_micro_batch_size", "dataset_size"]
+)
+@pytest.mark.parametrize("value", [-3, 0, True, 2.0, "32", float("nan"), [1]])
+def test_a_count_is_a_whole_number_above_zero(name, value):
+    sentence = f"{name}={value!r} is not a count; give a whole number of samples, 1 or more, or None."
+
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+        settings(**{name: value})
+
+
+@pytest.mark.parametrize("value", [0, -1, None, False, 1.5, "3"])
+def test_a_trial_has_at_least_one_step(value):
+    sentence = f"steps_per_trial={value!r} is not a count; give a whole number of optimizer steps, 1 or more."
+
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+        settings(steps_per_trial=value)
+
+
+@pytest.mark.parametrize("value", [0, -1.0, True, "300", float("inf"), float("nan")])
+def test_a_time_limit_is_a_time(value):
+    sentence = f"time_limit={value!r} is not a time; give seconds, more than 0, or None for no limit."
+
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+        settings(time_limit=value)
+
+
+@pytest.mark.parametrize("value", [0, 0.0, 1.5, 1, -5, True, None, "lots", "10 apples"])
+def test_a_memory_limit_is_a_share_or_an_amount(value):
+    with pytest.raises(ValueError, match=r"^memory_limit=[^\n]+\.$"):
+        settings(memory_limit=value)
+
+
+def test_a_setting_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match=r"^batchsize=3 is not a setting\.$"):
+        settings(batchsize=3)
+
+
+def test_whole_numbers_of_other_makes_are_counts():
+    assert settings(target_batch_size=np.int64(64)).target_batch_size == 64
+
+
+@pytest.mark.parametrize("value", [0.5, 1.0, 2**30, "10GiB"])
+def test_a_memory_limit_is_kept_as_it_was_written(value):
+    kept = settings(memory_limit=value).memory_limit
+
+    assert (kept, type(kept)) == (value, type(value))
+
+
+# JSON
+
+
+@given(reports())
+def test_a_report_survives_json(report):
+    assert TuningReport.from_json(report.to_json()) == report
+
+
+def test_json_names_units_and_holds_what_is_derived(snapshot):
+    text = example(trials=example().trials[5:]).to_json()
+
+    snapshot(text + "\n", "report.json")
+    stored = json.loads(text)
+    assert stored["plan"]["effective_batch_size"] == 256
+    assert stored["sizes"][0]["peak_bytes"] == stored["trials"][0]["peak_bytes"]
+    assert (stored["largest_fit"], stored["smallest_failing"]) == (56, 64)
+
+
+def test_the_profile_of_a_trial_stays_in_memory():
+    trial = Trial(1, Outcome.FIT, 5, profile=(1, 2, 3))
+    fields = {name: getattr(example(), name) for name in TuningReport.model_fields}
+
+    report = TuningReport(**(fields | {"trials": (trial,)}))
+
+    assert report.trials == (Trial(1, Outcome.FIT, 5),)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (
+            "",
+            r"The text is not JSON \(.+\); give what TuningReport.to_json\(\) wrote\.",
+        ),
+        ("[" * 10**5, r"The text is not JSON \(.+\); give .+\."),
+        ("[]", r"The text is JSON, but not a report of autobatch; give .+\."),
+        ('{"a": 1}', r"The text is JSON, but not a report of autobatch; give .+\."),
+        (
+            '{"schema_version": 2}',
+            r"The text has schema_version=2, newer than the 1 read here; upgrade autobatch\.",
+        ),
+        (
+            '{"schema_version": 1}',
+            r"The text is not a complete report \(autobatch_version: Field required\); give .+\.",
+        ),
+    ],
+)
+def test_what_is_not_a_report_is_refused_in_one_sentence(text, sentence):
+    with pytest.raises(ValueError, match=f"^{sentence}$"):
+        TuningReport.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        ("plan", {"micro_batch_size": 0}),
+        ("trials", [{"batch_size": 0, "outcome": "fit"}]),
+        ("trials", [{"batch_size": 1, "outcome": "fit", "step_seconds": -1}]),
+        ("trials", [{"batch_size": 1, "outcome": "fit", "step_seconds": float("nan")}]),
+        ("trials", [{"batch_size": 1, "outcome": "splendid"}]),
+        ("trials", "none"),
+        ("search_seconds", float("inf")),
+    ],
+)
+def test_numbers_that_can_not_be_are_refused(where, value):
+    stored = json.loads(example().to_json()) | {where: value}
+
+    with pytest.raises(
+        ValueError, match=rf"^The text is not a complete report \({where}"
+    ):
+        TuningReport.from_json(json.dumps(stored))
+
+
+def test_a_report_is_read_from_a_file(tmp_path):
+    path = tmp_path / "report.json"
+    path.write_text(example().to_json(), encoding="utf-8")
+
+    assert TuningReport.read(path) == example()
+
+
+def test_a_file_that_can_not_be_read_is_named(tmp_path):
+    missing, picture, other = (tmp_path / n for n in ("missing", "picture", "other"))
+    picture.write_bytes(b"\xff\xd8")
+    other.write_text("{}")
+
+    with pytest.raises(
+        ValueError, match=r"missing can not be read \(No such file .+\); "
+    ):
+        TuningReport.read(missing)
+    with pytest.raises(
+        ValueError, match=r"picture can not be read \(it is not UTF-8 text\); "
+    ):
+        TuningReport.read(picture)
+    with pytest.raises(
+        ValueError, match="other is JSON, but not a report of autobatch; "
+    ):
+        TuningReport.read(other)
+
+
+# Text
+
+
+def test_the_report_of_one_device(snapshot):
+    snapshot(f"{example()}\n", "report.txt")
+
+
+def test_the_report_in_ascii(snapshot):
+    text = example().text(ASCII)
+
+    assert text.isascii()
+    snapshot(f"{text}\n", "report_ascii.txt")
+
+
+def test_the_report_of_several_ranks_that_missed_the_target(snapshot):
+    report = example(
+        settings=settings(target_batch_size=130),
+        plan=BatchPlan(8, 4, 4),
+        dataset_size=1797,
+        notes=(),
+    )
+
+    snapshot(f"{report}\n", "report_ranks.txt")
+
+
+def test_the_report_where_nothing_was_asked_and_nothing_timed(snapshot):
+    tried = (
+        Trial(8, Outcome.FIT, 8 * 2**20),
+        Trial(56, Outcome.FIT, 56 * 2**20),
+        Trial(60, Outcome.OVER_BUDGET, 70 * 2**20),
+        Trial(1, Outcome.REFUSED),
+    )
+    report = example(
+        settings=settings(target_batch_size=None),
+        subject="",
+        trials=tried,
+        plan=BatchPlan(56),
+        dataset_size=None,
+        budget=64 * 2**20,
+        notes=(),
+    )
+
+    snapshot(f"{report}\n", "report_untimed.txt")
+
+
+def test_the_report_of_a_long_search_is_still_one_screen(snapshot):
+    fits = [1, 2, 4, 8, 16, 32, 64, 128, 256, 400, 480, 490, 500, 503, 505, 506, 507]
+    tried = [
+        Trial(size, Outcome.FIT, (size + 30) * 2**20, 0.004 + size * 1.1e-4, 1, 1e-3)
+        for size in fits
+    ]
+    failed = [Trial(size, Outcome.OUT_OF_MEMORY) for size in (1024, 700, 508)]
+    report = example(
+        settings=settings(target_batch_size=1000),
+        trials=(*tried, *failed),
+        plan=BatchPlan(500, 2),
+        dataset_size=1797,
+        budget=538 * 2**20,
+        notes=(),
+    )
+
+    snapshot(f"{report}\n", "report_long.txt")
+    assert len(str(report).splitlines()) <= 40
+
+
+@given(reports())
+def test_a_report_is_never_wider_than_its_columns(report):
+    for text in (report.text(), report.text(ASCII)):
+        assert all(len(line) <= WIDTH for line in text.splitlines())
+    assert report.text(ASCII).isascii()
+
+
+@given(reports())
+def test_the_chosen_size_is_marked_in_each_table_that_holds_it(report):
+    chosen = report.plan.micro_batch_size
+    tables = (chosen in {t.batch_size for t in report.trials}) + bool(
+        report.dataset_size or any(row.update_seconds for row in report.effective)
+    )
+
+    assert len(re.findall(r"(?m)^  ▶ ", str(report))) == tables
+
+
+def test_names_can_not_break_the_layout_or_steer_the_terminal():
+    text = str(example(subject="a\nb\x1b[31m\u2028c"))
+
+    assert text.splitlines()[0].startswith("autobatch · a b [31m c · 1 × RTX 3060")
+    assert "\x1b" not in text
+
+
+def test_columns_without_a_number_are_left_out():
+    text = str(example(trials=(Trial(8, Outcome.FIT),), plan=BatchPlan(8)))
+
+    assert "samples/s" not in text
+    assert "peak" not in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "asked for 256, exact"),
+        ({"plan": BatchPlan(32, 7)}, "asked for 256, 32 fewer (12 %)"),
+        ({"plan": BatchPlan(37, 7)}, "asked for 256, 3 more (1 %)"),
+        (
+            {"settings": settings(target_batch_size=None)},
+            "56 is the largest found to fit",
+        ),
+        (
+            {"settings": settings(target_batch_size=None), "plan": BatchPlan(56)},
+            "the largest found to fit",
+        ),
+        (
+            {"settings": settings(target_batch_size=None, max_micro_batch_size=56)},
+            "larger sizes not sought",
+        ),
+    ],
+)
+def test_the_answer_says_what_was_asked_and_what_became_of_it(changes, said):
+    answer = str(example(**changes)).split("\n\n")[1]
+
+    assert answer.endswith(f"  {said}")
+
+
+def test_a_plan_that_was_only_verified_claims_no_more():
+    report = example(trials=example().trials[5:6])
+
+    assert "4 GiB to spare; the only size tried" in str(report)
+
+
+def test_repr_is_short():
+    assert repr(example()) == (
+        "<TuningReport: Micro-batch 32 × accumulate 8 = 256 per update, 9 trials>"
+    )
+
+
+# Numbers
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0, "0 ms"),
+        (2.5e-5, "0.025 ms"),
+        (0.0716, "71.6 ms"),
+        (0.716, "716 ms"),
+        (1.92, "1.92 s"),
+        (48, "48 s"),
+        (119.9, "120 s"),
+        (3604, "60.1 min"),
+        (86400, "24 h"),
+        (10**7, "2,780 h"),
+    ],
+)
+def test_seconds_for_people(seconds, said):
+    assert quantity(seconds, SECONDS) == said
+
+
+@pytest.mark.parametrize(
+    ("column", "said"),
+    [
+        ([2.7 * GIB, 11.3 * GIB], ["2.7", "11.3"]),
+        ([GIB], ["1.00"]),
+    ],
+)
+def test_bytes_of_a_column(column, said):
+    assert aligned([value / BYTES[0].factor for value in column]) == said
+
+
+@pytest.mark.parametrize(
+    ("column", "said"),
+    [
+        ([], []),
+        ([42, 391], ["42", "391"]),
+        ([2.71, 11.32], ["2.7", "11.3"]),
+        ([0.051, 2.3], ["0.051", "2.300"]),
+        ([94.2, 2731], ["94", "2,730"]),
+        ([12345], ["12,300"]),
+        ([0, 5], ["0.00", "5.00"]),
+    ],
+)
+def test_the_numbers_of_a_column_share_their_decimals(column, said):
+    assert aligned(column) == said
+
+
+@given(st.lists(st.floats(0, 1e15), min_size=1))
+def test_a_column_is_shown_to_within_its_precision(column):
+    shown = [float(text.replace(",", "")) for text in aligned(column)]
+
+    assert shown[column.index(max(column))] == pytest.approx(max(column), 0.006, 6e-4)
+
+
+@pytest.mark.parametrize(
+    ("share", "said"),
+    [(0, "0 %"), (0.001, "<1 %"), (0.5, "50 %"), (0.999, ">99 %"), (1, "100 %")],
+)
+def test_only_all_is_100_percent_and_only_nothing_is_0(share, said):
+    assert percent(share) == said

@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+
+from autobatch import sinks
+from autobatch._report import TuningReport
+from autobatch._text import ASCII
+from autobatch._trial import Outcome, Trial
+from report_examples import GIB, example, reports
+
+
+class Terminal(io.StringIO):
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def logged(caplog):
+    caplog.set_level(logging.INFO, logger="autobatch")
+    return caplog
+
+
+# Reports
+
+
+def test_the_console_gets_plain_text_when_it_is_no_terminal(capsys):
+    sinks.console(example())
+
+    assert capsys.readouterr().out == f"{example()}\n"
+
+
+def test_an_output_that_can_not_carry_the_glyphs_gets_others(monkeypatch):
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", narrow)
+
+    sinks.console(example())
+
+    narrow.seek(0)
+    assert narrow.read() == f"{example().text(ASCII)}\n"
+
+
+def test_a_terminal_shows_the_choice_and_the_notes_in_colour(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+
+    sinks.console(example())
+
+    lines = terminal.getvalue().splitlines()
+    coloured = [line for line in lines if "\x1b" in line]
+    assert len(coloured) == 4
+    assert all("▶" in line or "!" in line for line in coloured)
+    assert re.sub(r"\x1b\[[\d;]*m", "", "\n".join(lines)) == str(example())
+
+
+def test_the_log_gets_the_same_text(logged):
+    sinks.log(example())
+
+    assert logged.record_tuples == [("autobatch", logging.INFO, str(example()))]
+
+
+def test_a_json_file_is_a_report_again(tmp_path):
+    path = tmp_path / "new" / "folders" / "report.json"
+
+    sinks.json_file(path)(example())
+
+    assert TuningReport.read(path) == example()
+    assert [p.name for p in path.parent.iterdir()] == ["report.json"]
+
+
+def test_markdown(tmp_path, snapshot):
+    path = tmp_path / "report.md"
+
+    sinks.markdown_file(str(path))(example())
+
+    text = path.read_text(encoding="utf-8")
+    assert text == sinks.to_markdown(example())
+    snapshot(text, "report.md")
+
+
+@given(reports())
+def test_the_rows_of_a_markdown_table_have_as_many_cells_as_its_header(report):
+    blocks = sinks.to_markdown(report).split("\n\n")
+
+    tables = [block.splitlines() for block in blocks if block.startswith("| ")]
+    for table in tables:
+        assert len({line.count("|") for line in table}) == 1
+        assert re.fullmatch(r"\|( :?--:? \|)+", table[1])
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "report.json"
+    path.write_text("what was there")
+    monkeypatch.setattr(Path, "replace", fail_to_replace)
+
+    with pytest.raises(
+        OSError, match=r"^The report could not be written to .+report\.json: "
+    ):
+        sinks.json_file(path)(example())
+
+    assert path.read_text() == "what was there"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def fail_to_replace(self, target):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_path_that_can_not_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+
+    with pytest.raises(
+        OSError, match=r"could not be written to .+below: .+; give a path that can be\."
+    ):
+        sinks.json_file(tmp_path / "file" / "below")(example())
+    with pytest.raises(
+        OSError, match=r"could not be written to .+; give a path that can be\."
+    ):
+        sinks.json_file(tmp_path)(example())
+
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+# Progress
+
+
+@pytest.mark.parametrize(
+    ("trial", "line"),
+    [
+        (
+            Trial(64, Outcome.FIT, 812 * 2**20, 0.125),
+            "batch_size=64 fits: peak 812 MiB of 1.8 GiB, 512 samples/s",
+        ),
+        (Trial(64, Outcome.FIT), "batch_size=64 fits"),
+        (
+            Trial(64, Outcome.OVER_BUDGET, 2 * GIB),
+            "batch_size=64 is over the budget: peak 2 GiB of 1.8 GiB",
+        ),
+        (
+            Trial(64, Outcome.OUT_OF_MEMORY),
+            "batch_size=64 ran out of memory: the budget is 1.8 GiB",
+        ),
+        (
+            Trial(64, Outcome.REFUSED),
+            "batch_size=64 was refused by the workload itself",
+        ),
+    ],
+)
+def test_every_trial_is_a_line_in_the_log(logged, trial, line):
+    with sinks.progress() as shown:
+        shown.trying(64)
+        shown.tried(trial, best=None, budget=int(1.8 * GIB))
+
+    assert logged.messages == [line]
+
+
+def test_nothing_but_the_log_hears_of_it_without_a_terminal(capsys):
+    with sinks.progress() as shown:
+        shown.trying(64)
+        shown.tried(Trial(64, Outcome.FIT), best=64, budget=GIB)
+
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_terminal_shows_what_is_tried_and_is_left_clean(monkeypatch, logged):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm-256color")
+
+    with sinks.progress() as shown:
+        shown.trying(64)
+        first = terminal.getvalue()
+        shown.tried(Trial(64, Outcome.FIT), best=64, budget=GIB)
+        shown.trying(128)
+        second = terminal.getvalue()
+        assert sys.stderr is terminal  # the workload's own output goes where it went
+
+    assert "autobatch · trying 64" in first
+    assert "autobatch · trying 128 · largest that fits so far 64" in second
+    assert logged.messages == ["batch_size=64 fits"]
+    assert terminal.getvalue().endswith(("\x1b[2K", "\x1b[?25h"))
+
+
+def test_an_interrupted_search_leaves_the_terminal_clean(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm-256color")
+
+    with contextlib.suppress(KeyboardInterrupt), sinks.progress() as shown:
+        shown.trying(64)
+        raise KeyboardInterrupt
+
+    assert "\x1b[?25h" in terminal.getvalue()  # the cursor is back

@@ -1,0 +1,281 @@
+from __future__ import annotations
+
+import copy
+import gc
+import random
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from autobatch._snapshot import Snapshot, restorable
+from networks import Perceptron, training
+
+
+def inventory(model, optimizer):
+    """All that training may change, copied."""
+    return copy.deepcopy(
+        {
+            "state": model.state_dict(),
+            "seen": model.seen,
+            "sizes": model.sizes,
+            "noise": model.noise.get_state(),
+            "modes": [module.training for module in model.modules()],
+            "frozen": [parameter.requires_grad for parameter in model.parameters()],
+            "gradients": [parameter.grad for parameter in model.parameters()],
+            "optimizer": optimizer.state_dict(),
+            "torch": torch.get_rng_state(),
+            "python": random.getstate(),
+            "numpy": np.random.get_state()[1].tolist(),  # noqa: NPY002
+        }
+    )
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def trained():
+    torch.manual_seed(0)
+    model = Perceptron()
+    optimizer = torch.optim.AdamW(model.parameters())
+    steps = training(model, optimizer)(8, 1)
+    next(steps)
+    next(steps)
+    model.loss(4).backward()  # gradients are alive
+    return model, optimizer
+
+
+def disturb(model, optimizer):
+    steps = training(model, optimizer)(16, 2)
+    next(steps)
+    model.eval()
+    model.layers[0].weight.requires_grad_(False)
+    model.extra = torch.zeros(3)
+    optimizer.param_groups[0]["lr"] = 17.0
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+    random.random()
+    np.random.rand()  # noqa: NPY002
+
+
+def test_everything_is_given_back():
+    model, optimizer = trained()
+    before = inventory(model, optimizer)
+
+    with Snapshot() as snapshot:
+        snapshot.capture(model, optimizer)
+        disturb(model, optimizer)
+        assert not same(before, inventory(model, optimizer))
+
+    assert same(before, inventory(model, optimizer))
+    assert not hasattr(model, "extra")
+
+
+def test_it_can_be_given_back_again_and_again():
+    model, optimizer = trained()
+    before = inventory(model, optimizer)
+
+    with Snapshot() as snapshot:
+        snapshot.capture(model, optimizer)
+        for _ in range(3):
+            disturb(model, optimizer)
+            snapshot.restore()
+            assert same(before, inventory(model, optimizer))
+
+
+def test_training_goes_on_as_if_nothing_had_been():
+    def run(tuned):
+        model, optimizer = trained()
+        if tuned:
+            with Snapshot() as snapshot:
+                snapshot.capture(model, optimizer)
+                disturb(model, optimizer)
+        steps = training(model, optimizer)(8, 1)
+        for _ in range(3):
+            next(steps)
+        return inventory(model, optimizer)
+
+    assert same(run(tuned=True), run(tuned=False))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_it_is_given_back_whatever_happened(error):
+    model, optimizer = trained()
+    before = inventory(model, optimizer)
+
+    with pytest.raises(error), Snapshot() as snapshot:
+        snapshot.capture(model, optimizer)
+        disturb(model, optimizer)
+        raise error
+
+    assert same(before, inventory(model, optimizer))
+
+
+def test_tensors_stay_the_same_objects():
+    model, optimizer = trained()
+    buffers = [buffer for name, buffer in model.named_buffers() if name != "seen"]
+    parameters, groups = [*model.parameters(), *buffers], optimizer.param_groups[0]
+    del buffers
+
+    with Snapshot() as snapshot:
+        snapshot.capture(model, optimizer)
+        disturb(model, optimizer)
+
+    after = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    assert after.issuperset(map(id, parameters))
+    assert groups is optimizer.param_groups[0]
+
+
+def test_modules_and_optimizers_are_captured_at_first_touch():
+    torch.manual_seed(0)
+    model = Perceptron()
+    optimizer = torch.optim.AdamW(model.parameters())
+    before, touched = inventory(model, optimizer), []
+
+    with Snapshot() as snapshot, snapshot.at_first_touch(touched.append):
+        steps = training(model, optimizer)(8, 1)
+        next(steps)
+        next(steps)
+        assert snapshot.alive
+
+    assert same(before, inventory(model, optimizer))
+    assert [thing for thing in touched if thing is model or thing is optimizer] == [
+        model,
+        optimizer,
+    ]
+
+
+def test_no_hook_is_left_behind():
+    model, _ = trained()
+    touched = []
+
+    with Snapshot() as snapshot, snapshot.at_first_touch(touched.append):
+        pass
+    model(torch.ones(2, 16))
+
+    assert not touched
+
+
+def test_a_model_that_a_workload_makes_for_itself_may_die():
+    with Snapshot() as snapshot, snapshot.at_first_touch(lambda _: None):
+        model = Perceptron()
+        optimizer = torch.optim.AdamW(model.parameters())
+        next(training(model, optimizer)(4, 1))
+        gone = weakref.ref(model), weakref.ref(optimizer)
+        del model, optimizer
+        gc.collect()
+
+        assert [ref() for ref in gone] == [None, None]
+        assert not snapshot.alive
+
+
+def test_buffers_keep_their_storage_though_nothing_else_holds_them():
+    model, optimizer = trained()
+
+    with Snapshot() as snapshot:
+        snapshot.capture(model, optimizer)
+        addresses = [module.running_var.data_ptr() for module in [model.layers[1]]]
+        disturb(model, optimizer)
+
+    assert addresses == [model.layers[1].running_var.data_ptr()]
+
+
+def test_gradients_of_before_do_not_stay_on_the_device():
+    model, optimizer = trained()
+
+    with Snapshot() as snapshot:
+        snapshot.capture(model, optimizer)
+        gradient = weakref.ref(model.layers[0].weight.grad)
+        optimizer.zero_grad()
+
+        assert gradient() is None
+    assert model.layers[0].weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("thing", "draw"),
+    [
+        (torch.Generator(), lambda g: torch.rand(1, generator=g).item()),
+        (random.Random(1), lambda g: g.random()),
+        (np.random.default_rng(1), lambda g: g.random()),
+        (np.random.RandomState(1), lambda g: g.rand()),
+    ],
+    ids=["torch", "python", "numpy", "old numpy"],
+)
+def test_generators_are_given_back(thing, draw):
+    with Snapshot() as snapshot:
+        snapshot.capture(thing)
+        drawn = draw(thing)
+
+    assert restorable(thing)
+    assert draw(thing) == drawn
+
+
+def test_a_grad_scaler_in_the_middle_of_a_step_is_given_back():
+    model, optimizer = trained()
+    scaler = torch.amp.GradScaler("cpu")
+
+    with Snapshot() as snapshot:
+        snapshot.capture(model, optimizer, scaler)
+        scaler.scale(model.loss(4)).backward()
+        scaler.unscale_(optimizer)  # and then the trial fails
+
+    scaler.scale(model.loss(4)).backward()
+    scaler.unscale_(optimizer)  # would raise if it were remembered
+    assert scaler.get_scale() == torch.amp.GradScaler("cpu").get_scale()
+
+
+def test_a_scheduler_is_given_back():
+    _, optimizer = trained()
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=10)
+
+    with Snapshot() as snapshot:
+        snapshot.capture(optimizer, scheduler)
+        for _ in range(9):
+            optimizer.step()
+            scheduler.step()
+        reached = scheduler.get_last_lr()
+
+    assert scheduler.last_epoch == 0
+    assert scheduler.get_last_lr() != reached
+
+
+def test_light_capture_leaves_data_alone():
+    class Data:
+        def __init__(self):
+            self.reads, self.table, self.rows = 0, torch.zeros(4), list(range(5000))
+
+    data = Data()
+    with Snapshot() as snapshot:
+        snapshot.capture_light(data)
+        data.reads += 1
+        data.table += 1
+
+    assert data.reads == 0
+    assert data.table.tolist() == [1.0] * 4
+
+
+def test_one_object_that_refuses_keeps_no_other_from_its_own():
+    class Stubborn:
+        def state_dict(self):
+            return {}
+
+        def load_state_dict(self, state):
+            raise RuntimeError("never")
+
+    model, optimizer = trained()
+    before = inventory(model, optimizer)
+    with pytest.raises(RuntimeError, match="never"), Snapshot() as snapshot:
+        stubborn = Stubborn()
+        snapshot.capture(stubborn, model, optimizer)
+        disturb(model, optimizer)
+
+    assert same(before, inventory(model, optimizer))

@@ -1,0 +1,318 @@
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import weakref
+
+import pytest
+import torch
+
+from autobatch._trial import OptimizerWatch, Outcome, Trial, run_trial
+from autobatch.errors import ShortTrialError
+from autobatch.testing import PaperDevice, SimulatedAccelerator
+from networks import Perceptron, training
+
+
+def attempt(workload, size, probe, *, budget=10**12, steps=3, accumulate=1):
+    with OptimizerWatch(probe.clock) as optimizers:
+        return run_trial(
+            workload,
+            size,
+            accumulate=accumulate,
+            steps=steps,
+            probe=probe,
+            budget=budget if callable(budget) else lambda: budget,
+            optimizers=optimizers,
+        )
+
+
+def perceptron():
+    torch.manual_seed(0)
+    model = Perceptron()
+    return model, torch.optim.AdamW(model.parameters())
+
+
+def test_a_size_that_ran_and_stayed_in_the_budget_fits():
+    device = PaperDevice(1000, fixed=100, per_sample=10)
+
+    trial = attempt(device.workload, 8, device, budget=180)
+
+    assert trial.outcome is Outcome.FIT
+    assert trial.peak == 180
+    assert trial.step_seconds == pytest.approx(1e-3 + 8e-5)
+    assert trial.samples_per_second == pytest.approx(8 / (1e-3 + 8e-5))
+
+
+def test_an_allocation_past_the_budget_is_out_of_memory():
+    device = PaperDevice(1000, fixed=100, per_sample=10)
+
+    trial = attempt(device.workload, 9, device, budget=180)
+
+    assert trial.outcome is Outcome.OUT_OF_MEMORY
+    assert trial.peak is None
+    assert trial.step_seconds is None
+
+
+def test_a_budget_that_shrank_meanwhile_is_the_one_that_counts():
+    device, budgets = PaperDevice(1000, fixed=100, per_sample=10), iter([200, 150])
+
+    trial = attempt(device.workload, 8, device, budget=lambda: next(budgets))
+
+    assert trial.outcome is Outcome.OVER_BUDGET
+    assert trial.peak == 180
+
+
+def test_accumulation_is_timed_per_micro_batch():
+    device = PaperDevice(1000, per_sample=1)
+
+    assert attempt(
+        device.workload, 8, device, accumulate=2
+    ).step_seconds == pytest.approx(1e-3 + 8e-5)
+
+
+def test_state_that_appears_after_the_first_step_is_in_the_peak():
+    device = PaperDevice(1000, fixed=100, per_sample=10, state=300)
+
+    assert attempt(device.workload, 8, device).peak == 480
+
+
+def test_a_workload_that_ends_is_started_again():
+    started = []
+
+    def train(batch_size, accumulate):
+        started.append(batch_size)
+        yield
+
+    trial = attempt(train, 4, PaperDevice(10), steps=3)
+
+    assert trial.fits
+    assert len(started) == 3
+
+
+def test_a_workload_that_yields_nothing_is_an_error():
+    def train(batch_size, accumulate):
+        yield from ()
+
+    with pytest.raises(
+        ShortTrialError, match="ended after 0 optimizer steps at batch_size=4"
+    ):
+        attempt(train, 4, PaperDevice(10))
+
+
+def test_a_trial_that_stops_early_is_an_error():
+    starts = []
+
+    def train(batch_size, accumulate):
+        starts.append(batch_size)
+        if len(starts) == 1:
+            yield
+
+    with pytest.raises(ShortTrialError, match="ended after 1 optimizer steps"):
+        attempt(train, 4, PaperDevice(10))
+
+
+def test_an_error_of_the_users_passes_as_it_is_with_a_note():
+    def train(batch_size, accumulate):
+        yield
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine") as caught:
+        attempt(train, 4, PaperDevice(10))
+
+    assert caught.value.__notes__ == ["autobatch was trying batch_size=4"]
+
+
+def test_out_of_memory_that_a_loop_swallows_is_not_a_fit():
+    def train(batch_size, accumulate):
+        while True:
+            with contextlib.suppress(torch.OutOfMemoryError):
+                torch.zeros(batch_size)
+            yield
+
+    trial = attempt(train, 1000, SimulatedAccelerator("1KiB"))
+
+    assert trial.outcome is Outcome.OUT_OF_MEMORY
+
+
+def test_a_size_that_was_not_reached_is_not_verified():
+    def train(batch_size, accumulate):
+        while True:
+            yield min(batch_size, 5)
+
+    assert attempt(train, 8, PaperDevice(10)).batch_size == 5
+
+
+@pytest.mark.parametrize("said", [32, 0])
+def test_a_workload_that_ignores_its_batch_size_is_told_so(said):
+    def train(batch_size, accumulate):
+        while True:
+            yield said
+
+    with pytest.raises(ValueError, match=f"ran {said} samples at batch_size=8"):
+        attempt(train, 8, PaperDevice(10))
+
+
+def test_the_generator_is_closed_under_the_modes_it_was_started_under():
+    probe, closed = SimulatedAccelerator("1GiB"), []
+
+    def train(batch_size, accumulate):
+        try:
+            while True:
+                yield
+        finally:
+            closed.append(torch.zeros(256))
+
+    attempt(train, 1, probe)
+
+    assert closed  # once watched, once timed without
+    assert probe.ledger.peak >= 1024
+
+
+def test_steps_go_on_until_an_optimizer_has_stepped():
+    """A GradScaler skips its first steps while the scale settles: no optimizer state exists until then."""
+    model, optimizer = perceptron()
+    scaler = torch.amp.GradScaler("cpu")
+    probe = SimulatedAccelerator("1GiB")
+
+    def train(batch_size, accumulate):
+        for step in itertools.count():
+            scaler.scale(model.loss(batch_size)).backward()
+            if step < 8:
+                model.layers[0].weight.grad.fill_(torch.inf)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            yield
+
+    with OptimizerWatch(probe.clock) as optimizers:
+        optimizers.expected = True
+        trial = run_trial(
+            train,
+            4,
+            accumulate=1,
+            steps=3,
+            probe=probe,
+            budget=lambda: 10**12,
+            optimizers=optimizers,
+        )
+
+    assert trial.fits
+    assert optimizer.state
+
+
+def test_the_optimizer_is_timed_without_its_closure():
+    model, optimizer = perceptron()
+    times = iter(range(10**6))
+
+    class Ticking(SimulatedAccelerator):
+        def clock(self):
+            return float(next(times))
+
+    def train(batch_size, accumulate):
+        def closure():
+            loss = model.loss(batch_size)
+            loss.backward()
+            return loss
+
+        while True:
+            optimizer.step(closure)
+            yield
+
+    trial = attempt(train, 4, Ticking("1GiB"))
+
+    # Four readings in a step: into the optimizer, into the closure, out of it, and out again: 3 ticks less 1.
+    assert trial.optimizer_seconds == 2.0
+    assert trial.step_seconds == 5.0
+
+
+def count_allocations(workload):
+    probe = SimulatedAccelerator("1GiB")
+    trial = attempt(workload, 4, probe, steps=2)
+    assert trial.fits
+    return probe.ledger.allocations
+
+
+@pytest.fixture
+def quick_collection():
+    """A failed trial collects garbage: without the rest of the test run in it that takes no time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("quick_collection")
+@pytest.mark.parametrize("autograd_branches", [False, True])
+def test_memory_running_out_at_any_allocation_leaves_nothing_behind(autograd_branches):
+    """Refuse every single allocation of a trial in turn: it is a failed trial, no tensor is left, the next one runs."""
+    from autobatch._snapshot import Snapshot
+
+    model, optimizer = perceptron()
+
+    def branching(batch_size, accumulate):
+        while True:
+            loss = model.loss(batch_size) + model.loss(batch_size) * model.loss(
+                batch_size
+            )
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            yield
+
+    workload = branching if autograd_branches else training(model, optimizer)
+    with Snapshot() as snapshot:
+        snapshot.capture(model, optimizer)
+        allocations = count_allocations(workload)
+        snapshot.restore()
+        probe = SimulatedAccelerator("1GiB")
+        probe.attach(model, optimizer)
+        at_rest = probe.read().reserved
+
+        for allocation in range(1, allocations + 1):
+            probe.ledger.refuse_at = allocation
+            trial = attempt(workload, 4, probe, steps=2)
+            snapshot.restore()
+            probe.attach(
+                model, optimizer
+            )  # a buffer that was bound anew is a new tensor
+
+            assert trial.outcome is Outcome.OUT_OF_MEMORY
+            assert probe.read().reserved == at_rest, (
+                f"left over after refusing allocation {allocation}"
+            )
+
+        probe.ledger.refuse_at = None
+        assert attempt(workload, 4, probe, steps=2).fits
+
+
+def test_nothing_holds_on_to_the_frames_of_a_failed_step():
+    held = []
+
+    def train(batch_size, accumulate):
+        big = torch.zeros(100)
+        held.append(weakref.ref(big))
+        try:
+            torch.zeros(10**9)
+        except torch.OutOfMemoryError as error:
+            raise RuntimeError("step failed") from error
+        yield
+
+    trial = attempt(train, 1, SimulatedAccelerator("1MiB"))
+    gc.collect()
+
+    assert trial.outcome is Outcome.OUT_OF_MEMORY
+    assert held[0]() is None
+
+
+@pytest.mark.parametrize(
+    ("peak", "outcome", "budget", "judged"),
+    [
+        (100, Outcome.FIT, 100, Outcome.FIT),
+        (100, Outcome.FIT, 99, Outcome.OVER_BUDGET),
+        (None, Outcome.OUT_OF_MEMORY, 10**9, Outcome.OUT_OF_MEMORY),
+        (None, Outcome.REFUSED, 10**9, Outcome.REFUSED),
+    ],
+)
+def test_a_trial_is_judged_by_the_budget_that_holds(peak, outcome, budget, judged):
+    assert Trial(8, outcome, peak).judged(budget).outcome is judged

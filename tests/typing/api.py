@@ -1,0 +1,137 @@
+"""The public calls as users write them: never run, only read by mypy."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator  # noqa: TC003 -- as users write it
+from pathlib import Path
+from typing import Any, assert_type
+
+import torch
+from torch import nn
+
+import autobatch
+from autobatch import (
+    AutoBatch,
+    AutobatchError,
+    BatchPlan,
+    Bisection,
+    DoesNotFitError,
+    GuidedBisection,
+    Outcome,
+    ProbeError,
+    ShortTrialError,
+    Trial,
+    TuningReport,
+    sinks,
+)
+from autobatch.testing import PaperDevice, SimulatedAccelerator
+
+model = nn.Linear(64, 10)
+optimizer = torch.optim.AdamW(model.parameters())
+
+
+# Workloads, in each of the accepted forms
+
+
+def train(batch_size: int, accumulate: int) -> Iterator[None]:
+    yield
+
+
+def counting(batch_size: int, accumulate: int) -> Generator[int]:
+    yield batch_size
+
+
+def plain(batch_size: int) -> Iterator[None]:
+    yield
+
+
+def step(batch_size: int) -> None: ...
+
+
+paper = PaperDevice("1GiB", fixed=2**28, per_sample=2**21)
+
+for report in (
+    autobatch.find(train),
+    autobatch.find(counting, target_batch_size=4096, dataset_size=50_000),
+    autobatch.find(plain, memory_limit="10GiB", max_micro_batch_size=64),
+    autobatch.find(step, memory_limit=2**30, steps_per_trial=5, time_limit=None),
+    autobatch.find(train, search=Bisection(), restore=[model, optimizer]),
+    autobatch.find(train, search=GuidedBisection(resolution=0.05), device="cuda:1"),
+    autobatch.find(
+        train, plan=BatchPlan(32, 8, 1), device=SimulatedAccelerator("2GiB")
+    ),
+    autobatch.find(paper.workload, plan="autobatch.json", device=paper),
+    autobatch.find(train, plan=Path("autobatch.json")),
+):
+    assert_type(report, TuningReport)
+
+
+# The report
+
+found = TuningReport.read("autobatch.json")
+assert_type(TuningReport.from_json(found.to_json()), TuningReport)
+assert_type(found.plan, BatchPlan)
+assert_type(found.plan.micro_batch_size, int)
+assert_type(found.plan.accumulate_grad_batches, int)
+assert_type(found.plan.world_size, int)
+assert_type(found.plan.effective_batch_size, int)
+assert_type(found.budget, int)
+assert_type(found.largest_fit, int | None)
+for trial in found.trials:
+    assert_type(trial, Trial)
+    assert_type(trial.batch_size, int)
+    assert_type(trial.outcome, Outcome)
+    assert_type(trial.fits, bool)
+    assert_type(trial.peak, int | None)
+    assert_type(trial.step_seconds, float | None)
+
+sinks.console(found)
+sinks.log(found)
+sinks.json_file("autobatch.json")(found)
+sinks.markdown_file(Path("autobatch.md"))(found)
+
+
+def my_sink(report: TuningReport) -> None: ...
+
+
+every_sink: list[sinks.Sink] = [sinks.console, sinks.log, my_sink]
+
+
+# The callback
+
+callback = AutoBatch(target_batch_size=256)
+assert_type(callback.report, TuningReport | None)
+AutoBatch(
+    target_batch_size=256,
+    memory_limit="10GiB",
+    max_micro_batch_size=64,
+    plan="autobatch.json",
+    steps_per_trial=5,
+    time_limit=60.0,
+    search=Bisection(),
+    device=SimulatedAccelerator("2GiB", foreign="1GiB"),
+    batch_arg_name="micro_batch_size",
+)
+
+
+# A search of one's own
+
+
+class Ladder:
+    def propose(self, trials: Any, *, start: int, high: int, budget: int) -> int | None:
+        return start if not trials else None
+
+
+autobatch.find(train, search=Ladder())
+
+
+# What may be raised
+
+try:
+    autobatch.find(train)
+except DoesNotFitError:
+    pass
+except (ShortTrialError, ProbeError):
+    pass
+except AutobatchError:
+    pass
