@@ -66,9 +66,9 @@ def readme(session: nox.Session) -> None:
     """Write the demo's report into README.md, from the environment nox runs in."""
     command = (sys.executable, "-m", "autobatch", "demo")
     report = session.run(*command, silent=True, env={"PYTHONIOENCODING": "utf-8"})
+    begin, end = "<!-- the demo prints -->\n", "<!-- and ends -->\n"
     page = Path("README.md")
-    text = page.read_text(encoding="utf-8")
-    above, _, rest = text.partition("<!-- the demo prints -->\n")
-    _, _, below = rest.partition("<!-- and ends -->\n")
-    block = f"<!-- the demo prints -->\n```text\n{report.strip()}\n```\n<!-- and ends -->\n"
-    page.write_text(above + block + below, encoding="utf-8")
+    above, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, _, below = rest.partition(end)
+    shown = f"{begin}```text\n{report.strip()}\n```\n{end}"
+    page.write_text(above + shown + below, encoding="utf-8")

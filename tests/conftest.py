@@ -11,8 +11,8 @@ from pathlib import Path
 # Networks here are small: a second thread costs more than it gives, most of all on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
 torch.set_num_threads(1)
 

@@ -311,7 +311,7 @@ def test_modules_optimizers_and_random_state_are_given_back():
 
     assert any(not trial.fits for trial in report.trials) or len(report.trials) > 2
     assert unchanged(before, state_of(model, optimizer))
-    assert numbers == np.random.get_state()[1].tolist()  # noqa: NPY002
+    assert numbers == np.random.get_state()[1].tolist()
     assert words == random.getstate()
 
 

@@ -28,7 +28,7 @@ def inventory(model, optimizer):
             "optimizer": optimizer.state_dict(),
             "torch": torch.get_rng_state(),
             "python": random.getstate(),
-            "numpy": np.random.get_state()[1].tolist(),  # noqa: NPY002
+            "numpy": np.random.get_state()[1].tolist(),
         }
     )
 
@@ -63,7 +63,7 @@ def disturb(model, optimizer):
     optimizer.param_groups[0]["lr"] = 17.0
     optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
     random.random()
-    np.random.rand()  # noqa: NPY002
+    np.random.rand()
 
 
 def test_everything_is_given_back():

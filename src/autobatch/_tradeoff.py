@@ -145,13 +145,17 @@ def _passes(plan: BatchPlan, dataset_size: int) -> int:
 
 def _row(plan: BatchPlan, pace: Pace, dataset_size: int | None) -> EffectiveRow:
     updates = None if dataset_size is None else updates_per_epoch(plan, dataset_size)
-    micro_seconds = pace.micro(plan.micro_batch_size)
-    epoch_seconds = None
-    if dataset_size is not None and updates is not None and micro_seconds is not None:
-        epoch_seconds = (
-            _passes(plan, dataset_size) * micro_seconds
-            + updates * pace.optimizer_seconds
+    update_seconds = epoch_seconds = None
+    if plan.micro_batch_size in pace.sizes:  # told is what was measured
+        micro_seconds = pace.micro(plan.micro_batch_size) or 0.0
+        update_seconds = (
+            plan.accumulate_grad_batches * micro_seconds + pace.optimizer_seconds
         )
+        if dataset_size is not None and updates is not None:
+            epoch_seconds = (
+                _passes(plan, dataset_size) * micro_seconds
+                + updates * pace.optimizer_seconds
+            )
     return EffectiveRow(
         effective_batch_size=plan.effective_batch_size,
         micro_batch_size=plan.micro_batch_size,
