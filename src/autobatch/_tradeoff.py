@@ -161,6 +161,6 @@ def _row(plan: BatchPlan, pace: Pace, dataset_size: int | None) -> EffectiveRow:
         micro_batch_size=plan.micro_batch_size,
         accumulate_grad_batches=plan.accumulate_grad_batches,
         updates_per_epoch=updates,
-        update_seconds=pace.update(plan.micro_batch_size, plan.accumulate_grad_batches),
+        update_seconds=update_seconds,
         epoch_seconds=epoch_seconds,
     )
