@@ -193,13 +193,12 @@ def test_the_version_is_that_of_the_distribution():
     assert autobatch.__version__.count(".") == 2
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name != "__main__"])
+@pytest.mark.parametrize("name", ARROWS)
 def test_what_a_module_offers_is_there(name):
     if name.partition(".")[0] == "lightning":
         needs_lightning()
-    module = importlib.import_module(
-        "autobatch" if name == "__init__" else f"autobatch.{name}"
-    )
+
+    module = importlib.import_module(f"autobatch.{name}")
 
     assert all(hasattr(module, offered) for offered in module.__all__)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import random
@@ -12,7 +13,11 @@ from torch import nn
 import autobatch
 from autobatch import BatchPlan, Outcome
 from autobatch._memory import memory_budget
-from autobatch._trial import OptimizerWatch, run_trial
+from autobatch._report import Settings
+from autobatch._snapshot import Snapshot
+from autobatch._trial import Bench, OptimizerWatch, run_trial
+from autobatch._tune import Job, tune
+from autobatch.sinks import progress
 from autobatch.testing import PaperDevice, SimulatedAccelerator
 from networks import Perceptron, ResNet, Transformer, training
 from nvml_standin import Card, FakeGpu
@@ -40,6 +45,14 @@ def state_of(model, optimizer):
 
 def unchanged(before, after):
     return all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def accepted(workload, size, device):
+    """Whether this size runs on this very device, within what it has."""
+    budget = memory_budget(device.read(), 1.0)
+    with OptimizerWatch(device.clock) as optimizers:
+        bench = Bench(device, lambda: budget, optimizers, contextlib.nullcontext)
+        return run_trial(workload, size, accumulate=1, steps=2, bench=bench).fits
 
 
 # What is found
@@ -395,16 +408,7 @@ def test_memory_that_runs_out_anywhere_in_a_trial_is_survived():
     model, optimizer = perceptron()
     workload = training(model, optimizer)
     probe = SimulatedAccelerator("1MiB")
-    with OptimizerWatch(probe.clock) as optimizers:
-        run_trial(
-            workload,
-            8,
-            accumulate=1,
-            steps=2,
-            probe=probe,
-            budget=lambda: MIB,
-            optimizers=optimizers,
-        )
+    assert accepted(workload, 8, probe)
     model, optimizer = perceptron()
     before = state_of(model, optimizer)
 
@@ -535,6 +539,49 @@ def test_a_device_that_is_full_already_is_refused_before_anything_runs():
     assert not device.sizes_run
 
 
+def test_a_target_below_one_sample_per_rank_is_refused():
+    device = PaperDevice(1000)
+
+    with pytest.raises(ValueError, match=r"target_batch_size=2 .* 4 ranks"):
+        tuned(device, world_size=4, target_batch_size=2)
+
+    assert not device.sizes_run
+
+
+def test_ranks_share_the_effective_batch():
+    report = tuned(
+        PaperDevice(1000, per_sample=10), world_size=4, target_batch_size=1000
+    )
+
+    assert report.plan == BatchPlan(50, 5, 4)
+    assert report.plan.effective_batch_size == 1000
+
+
+def tuned(device, *, world_size, **settings):
+    """What a door does for several ranks."""
+    asked = dict.fromkeys(Settings.model_fields) | {
+        "memory_limit": 0.9,
+        "steps_per_trial": 2,
+    }
+    job = Job(device.workload, True, 8, world_size, 1, None, "paper", {})
+    with (
+        Snapshot() as snapshot,
+        OptimizerWatch(device.clock) as optimizers,
+        progress() as shown,
+    ):
+        return tune(
+            job,
+            Settings.checked(**asked | settings),
+            known=None,
+            probe=device,
+            search=autobatch.GuidedBisection(),
+            snapshot=snapshot,
+            optimizers=optimizers,
+            first_touch=contextlib.nullcontext,
+            shown=shown,
+        )
+
+
 def test_a_job_of_several_processes_is_refused(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
@@ -554,6 +601,36 @@ def test_a_model_that_is_elsewhere_than_the_memory_that_is_watched_is_told(monke
         autobatch.find(train)
 
 
+def test_a_compiled_model_is_captured_eager_and_timed_compiled():
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
+    compiled = torch.compile(model, backend="aot_eager")
+    optimizer = torch.optim.AdamW(model.parameters())
+    before = [parameter.clone() for parameter in model.parameters()]
+
+    def train(batch_size):
+        while True:
+            compiled(torch.randn(batch_size, 16)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            yield
+
+    report = autobatch.find(
+        train, device=SimulatedAccelerator("1MiB"), max_micro_batch_size=32
+    )
+
+    assert report.plan.micro_batch_size == 32
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)
+    )
+
+
 # On the host, and on real networks
 
 
@@ -565,21 +642,6 @@ def test_the_host_will_do_where_there_is_no_accelerator():
     assert report.device.name
     assert report.plan.micro_batch_size == 64
     assert 0 < report.budget < report.device.total
-
-
-def accepted(workload, size, device):
-    """Whether this size runs on this very device, within what it has."""
-    with OptimizerWatch(device.clock) as optimizers:
-        budget = memory_budget(device.read(), 1.0)
-        return run_trial(
-            workload,
-            size,
-            accumulate=1,
-            steps=2,
-            probe=device,
-            budget=lambda: budget,
-            optimizers=optimizers,
-        ).fits
 
 
 def brute_force(workload, device, high):

@@ -12,6 +12,7 @@ import torch
 from autobatch._memory import is_oom
 from autobatch._probes import CudaProbe, HostProbe, detect
 from autobatch.errors import ProbeError
+from autobatch.testing import SimulatedAccelerator
 from nvml_standin import CONTEXT, GIB, Card, FakeGpu
 
 if TYPE_CHECKING:
@@ -54,8 +55,20 @@ def real_cuda(monkeypatch):
     return Case(CudaProbe(0), lambda nbytes: tensor_on("cuda:0", nbytes))
 
 
+def simulated(monkeypatch):
+    device = SimulatedAccelerator("64MiB", foreign="1MiB")
+
+    @contextlib.contextmanager
+    def holding(nbytes):
+        with tensor_on("cpu", nbytes):
+            yield
+
+    return Case(device, holding)
+
+
 PROBES = (
     host,
+    simulated,
     cuda_on_paper,
     pytest.param(real_cuda, marks=pytest.mark.gpu),
 )

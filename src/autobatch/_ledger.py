@@ -21,12 +21,19 @@ from autobatch._memory import format_bytes
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-__all__ = ["Ledger", "unobserved"]
+__all__ = ["Ledger", "eager", "unobserved"]
 
 
 def unobserved() -> contextlib.AbstractContextManager[None]:
     """Run the body with every dispatch mode off: our own bookkeeping is not the user's memory."""
     return _disable_current_modes()
+
+
+def eager() -> contextlib.AbstractContextManager[Any]:
+    """Keep compiled modules eager: one first called under a dispatch mode stays uncompiled for good."""
+    if "torch._dynamo" not in sys.modules:
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
 
 
 class _Entry:
@@ -76,7 +83,7 @@ class Ledger:
         self._limit, self.peak, self.allocations = limit, self.current, 0
         self._steps = [[]]
         try:
-            with _eager(), _Mode(self):
+            with eager(), _Mode(self):
                 yield _Steps(self, offset)
         finally:
             self._limit = None
@@ -218,13 +225,6 @@ class _Mode(TorchDispatchMode):
         ):  # a DataLoader worker, forked while the mode was on: not our memory
             return func(*args, **(kwargs or {}))
         return self._ledger.run(func, args, kwargs or {})
-
-
-def _eager() -> contextlib.AbstractContextManager[Any]:
-    """Keep compiled modules eager: one first called under a dispatch mode would stay uncompiled for good."""
-    if "torch._dynamo" not in sys.modules:
-        return contextlib.nullcontext()
-    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
 
 
 def _tensors_of(objects: Iterable[Any]) -> Iterator[torch.Tensor]:

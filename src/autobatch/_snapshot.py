@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
+import warnings
 import weakref
 from collections import deque
 from functools import partial
@@ -15,7 +16,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import TensorWeakRef
 
-from autobatch._ledger import unobserved
+from autobatch._ledger import eager, unobserved
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -104,7 +105,8 @@ class Snapshot:
     def at_first_touch(self, touched: Callable[[object], None]) -> Iterator[None]:
         """While the body runs, capture every module when its forward runs and every optimizer when it steps.
 
-        `touched` is told of each the first time. It is torch's global hooks that see them.
+        `touched` is told of each the first time. It is torch's global hooks that see them; compiled modules stay
+        eager meanwhile, since hooks would break their graphs.
         """
 
         def see(thing: object, *_: object) -> None:
@@ -113,11 +115,14 @@ class Snapshot:
                 touched(thing)
 
         hooks = (
-            register_module_forward_pre_hook(_uncompiled(see)),
+            register_module_forward_pre_hook(see),
             register_optimizer_step_pre_hook(see),
         )
         try:
-            yield
+            with eager(), warnings.catch_warnings():
+                # That a hook fires once more for a compiled module does no harm here
+                warnings.filterwarnings("ignore", message=r".*global hooks on modules")
+                yield
         finally:
             for hook in hooks:
                 hook.remove()
@@ -350,10 +355,3 @@ def _rewrite(array: Any, values: Any) -> Any:
         return values.copy()
     array[...] = values
     return array
-
-
-def _uncompiled(hook: Callable[..., None]) -> Callable[..., None]:
-    """Keep Dynamo, where it is in use, from tracing into the hook."""
-    if "torch._dynamo" not in sys.modules:
-        return hook
-    return torch.compiler.disable(hook)  # type: ignore[no-any-return]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import statistics
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from autobatch.errors import ShortTrialError
 if TYPE_CHECKING:
     from autobatch._memory import MemoryProbe, Watch
 
-__all__ = ["OptimizerWatch", "Outcome", "Trial", "Workload", "run_trial"]
+__all__ = ["Bench", "OptimizerWatch", "Outcome", "Trial", "Workload", "run_trial"]
 
 # (batch size, accumulation) -> a training loop that yields after every optimizer step
 Workload: TypeAlias = Callable[[int, int], Iterator[Any]]
@@ -191,32 +192,36 @@ class _Run:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What trials run on.
+
+    Args:
+        probe: The device.
+        budget: Reads how many bytes this process may hold now.
+        optimizers: Counts and times optimizer steps.
+        first_touch: Watches for modules and optimizers that no one has seen yet, while a trial takes its first step.
+    """
+
+    probe: MemoryProbe
+    budget: Callable[[], int]
+    optimizers: OptimizerWatch
+    first_touch: Callable[[], contextlib.AbstractContextManager[None]]
+
+
 def run_trial(
-    workload: Workload,
-    batch_size: int,
-    *,
-    accumulate: int,
-    steps: int,
-    probe: MemoryProbe,
-    budget: Callable[[], int],
-    optimizers: OptimizerWatch,
+    workload: Workload, batch_size: int, *, accumulate: int, steps: int, bench: Bench
 ) -> Trial:
     """Run one batch size for `steps` optimizer steps under a cap, and say how it went.
 
-    Where watching memory slows the steps down, they are run once more without, and those are timed. `budget` is read
-    before and after, since others may take memory meanwhile. An error that is not about memory passes through with a
-    note; `ShortTrialError` when the workload ends early; `ValueError` when it runs more samples than it was given.
+    Where watching memory slows the steps down, they are run once more without, and those are timed. The budget is
+    read before and after, since others may take memory meanwhile. An error that is not about memory passes through
+    with a note; `ShortTrialError` when the workload ends early; `ValueError` when it runs more samples than it was
+    given.
     """
     trial = Trial(batch_size, Outcome.OUT_OF_MEMORY, accumulate=accumulate)
     try:
-        return _try(
-            trial,
-            workload,
-            steps=steps,
-            probe=probe,
-            budget=budget,
-            optimizers=optimizers,
-        )
+        return _try(trial, workload, steps, bench)
     except Exception as error:
         if not is_oom(error):
             error.add_note(f"autobatch was trying batch_size={batch_size}")
@@ -227,64 +232,62 @@ def run_trial(
         raise
     _empty_autograd()
     gc.collect()
-    probe.release()
+    bench.probe.release()
     return trial
 
 
-def _try(
-    trial: Trial,
-    workload: Workload,
-    *,
-    steps: int,
-    probe: MemoryProbe,
-    budget: Callable[[], int],
-    optimizers: OptimizerWatch,
-) -> Trial:
-    further = max(
-        1, steps - 1
-    )  # after the first, which allocates state and is slower: not timed
+def _try(trial: Trial, workload: Workload, steps: int, bench: Bench) -> Trial:
+    probe = bench.probe
+    # The first step allocates optimizer state, and is slower: it is not timed
+    further = max(1, steps - 1)
     probe.release()
-    allowed = budget()
+    allowed = bench.budget()
     before = probe.read()
     with probe.limited(allowed) as watch:
         run = _Run(workload, trial.batch_size, trial.accumulate)
-        with contextlib.closing(
-            run
-        ):  # inside: a generator must be closed under the modes it was started under
-            _warm_up(run, watch, optimizers)
-            pace = _pace(run, further, watch, probe.clock, optimizers)
+        # A generator must be closed under the modes it was started under
+        with contextlib.closing(run):
+            _warm_up(run, watch, bench)
+            pace = _pace(run, further, watch, bench)
     after = probe.read()
-    ran = _really_ran(trial, run)
-    profile = watch.profile if watch else ()
-    ran = replace(ran, peak=after.peak, resident=before.reserved, profile=profile)
-    if (
-        after.failures > before.failures
-    ):  # swallowed by the workload, or the allocator thrashed: not a fit
+    ran = replace(
+        _really_ran(trial, run),
+        peak=after.peak,
+        resident=before.reserved,
+        profile=watch.profile if watch else (),
+    )
+    if after.failures > before.failures:
+        # The workload swallowed an error, or the allocator had to retry: not a fit
         return replace(ran, outcome=Outcome.OUT_OF_MEMORY, peak=None)
-    ran = replace(ran, outcome=Outcome.FIT).judged(budget())
+    ran = replace(ran, outcome=Outcome.FIT).judged(bench.budget())
     if not ran.fits:
         return ran
-    if watch is not None:  # watching every operator slows a step down
-        with contextlib.closing(
-            _Run(workload, trial.batch_size, trial.accumulate)
-        ) as run:
+    if watch is not None:
+        # Watching every operator slows a step down
+        run = _Run(workload, trial.batch_size, trial.accumulate)
+        with contextlib.closing(run):
             run.step()
-            pace = _pace(run, further, None, probe.clock, optimizers)
+            pace = _pace(run, further, None, bench)
     return replace(
         ran, step_seconds=pace.step_seconds, optimizer_seconds=pace.optimizer_seconds
     )
 
 
-def _warm_up(run: _Run, watch: Watch | None, optimizers: OptimizerWatch) -> None:
+def _warm_up(run: _Run, watch: Watch | None, bench: Bench) -> None:
     """Take the first step, and go on until optimizer state exists: the first real optimizer step allocates it."""
+    optimizers = bench.optimizers
     stepped = optimizers.steps
-    for _ in range(_WARM_UP):
-        if watch:
-            watch.mark()
-        run.step()
-        if optimizers.steps > stepped or not optimizers.expected:
-            return
-    optimizers.expected = optimizers.steps > 0
+    with bench.first_touch():
+        for _ in range(_WARM_UP):
+            if watch:
+                watch.mark()
+            run.step()
+            if optimizers.steps > stepped or not optimizers.expected:
+                break
+        else:
+            optimizers.expected = optimizers.steps > 0
+    if watch is None and "torch._dynamo" in sys.modules:
+        run.step()  # compiled modules, kept eager while they were looked at, compile now
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,14 +296,9 @@ class _Pace:
     optimizer_seconds: float | None
 
 
-def _pace(
-    run: _Run,
-    steps: int,
-    watch: Watch | None,
-    clock: Callable[[], float],
-    optimizers: OptimizerWatch,
-) -> _Pace:
+def _pace(run: _Run, steps: int, watch: Watch | None, bench: Bench) -> _Pace:
     """Take further steps, each timed, and the optimizers within it."""
+    clock, optimizers = bench.probe.clock, bench.optimizers
     stepped, whole, inside = optimizers.steps, [], []
     with optimizers.timing() as optimizer_seconds:
         for _ in range(steps):

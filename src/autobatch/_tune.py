@@ -1,15 +1,13 @@
-"""The whole story in one function; find() is its front door."""
+"""The whole story in one function: budget, trials, plan, report."""
 
 from __future__ import annotations
 
-import inspect
 import logging
 import platform
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -17,24 +15,24 @@ from autobatch._memory import format_bytes, memory_budget, parse_memory_limit
 from autobatch._notes import Bound, Findings, notes, tightest_bound
 from autobatch._pace import Pace
 from autobatch._plan import BatchPlan, candidates, nearest
-from autobatch._probes import detect
 from autobatch._report import Device, Settings, TuningReport
-from autobatch._search import GuidedBisection, Search
-from autobatch._snapshot import Snapshot, restorable
-from autobatch._trial import OptimizerWatch, Outcome, Trial, Workload, run_trial
+from autobatch._trial import Bench, Outcome, Trial, run_trial
 from autobatch.errors import AutobatchError, DoesNotFitError
-from autobatch.sinks import Progress, progress
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
     from autobatch._memory import MemoryProbe
+    from autobatch._search import Search
+    from autobatch._snapshot import Snapshot
+    from autobatch._trial import OptimizerWatch, Workload
+    from autobatch.sinks import Progress
 
-__all__ = ["Job", "find", "known_plan", "tune"]
+__all__ = ["Job", "known_plan", "tune", "versions"]
 
 _log = logging.getLogger("autobatch")
 
-_START: Final = 8  # the first size tried where no loader names one
 _CEILING: Final = 2**20  # a workload that never meets a limit has to stop somewhere
 _CONFIRMATIONS: Final = (
     2  # trials at most for a plan whose micro-batch the search did not run
@@ -69,104 +67,6 @@ class Job:
     environment: dict[str, str]
 
 
-def find(
-    workload: Callable[..., Any],
-    *,
-    target_batch_size: int | None = None,
-    memory_limit: float | str = 0.9,
-    max_micro_batch_size: int | None = None,
-    plan: BatchPlan | str | Path | None = None,
-    steps_per_trial: int = 3,
-    time_limit: float | None = 300,
-    search: Search | None = None,
-    device: str | MemoryProbe | None = None,
-    restore: Sequence[Any] = (),
-    dataset_size: int | None = None,
-) -> TuningReport:
-    """Find the batch size that fits, how to reach the effective batch, and what it costs, for any PyTorch loop.
-
-    Every module whose forward runs and every optimizer that steps is given back as it was, and so is the random
-    state. What happens to a model before its first forward can not be seen: name the model in `restore`.
-
-    Args:
-        workload: `train(batch_size, accumulate)`, a generator function that trains at the given micro-batch size and
-            yields after each optimizer step. Without the parameter `accumulate`, plans of one micro-batch per update
-            are possible only. A plain function that runs one step will do as well. It may yield how many samples
-            its last micro-batch had.
-        target_batch_size: Samples per optimizer update, over all ranks. None: the largest micro-batch that fits.
-        memory_limit: A float up to 1.0 is a share of the device, less what others hold. An int is bytes, and so is
-            text such as "10GiB": what this process may hold, if others leave that much.
-        max_micro_batch_size: The largest micro-batch to consider, in samples.
-        plan: A known plan, or the report file that holds one: verified by one trial instead of a search.
-        steps_per_trial: Optimizer steps per trial.
-        time_limit: Seconds for the search; the best size verified by then is taken. None: no limit.
-        search: Which size to try next; `GuidedBisection()` unless told otherwise.
-        device: Where memory is read: a name such as "cuda:1", or a probe. None: where the model is.
-        restore: Further objects to give back as they were: schedulers, scalers, generators, anything with
-            `state_dict` and `load_state_dict`.
-        dataset_size: Samples per epoch; bounds the search and gives updates per epoch.
-
-    Returns:
-        The report: `report.plan`, `report.trials`, `report.budget`; `print(report)` shows it all.
-
-    Raises:
-        ValueError: An argument is not what it should be, or the workload can not do what the plan needs.
-        DoesNotFitError: Not even one sample fits the budget.
-        ShortTrialError: The workload ended before a trial was through.
-        ProbeError: The device can not be read.
-
-    Example:
-        >>> import autobatch
-        >>> from autobatch.testing import PaperDevice
-        >>> paper = PaperDevice("1GiB", fixed=2**28, per_sample=2**21)
-        >>> report = autobatch.find(paper.workload, device=paper, target_batch_size=1024)
-        >>> report.plan
-        BatchPlan(micro_batch_size=256, accumulate_grad_batches=4, world_size=1)
-    """
-    loop = _Loop.checked(workload)
-    settings = Settings.checked(
-        target_batch_size=target_batch_size,
-        memory_limit=memory_limit,
-        max_micro_batch_size=max_micro_batch_size,
-        steps_per_trial=steps_per_trial,
-        time_limit=time_limit,
-        dataset_size=dataset_size,
-    )
-    known = known_plan(plan, settings, world_size=_world_size())
-    things = _restorable(restore)
-    home = _home_of(workload, things)
-    probe = detect(device, home)
-    job = Job(
-        workload=loop.run,
-        can_accumulate=loop.takes_accumulate,
-        start=_START,
-        world_size=1,
-        accumulate=1,
-        before=None,
-        subject=loop.name,
-        environment=versions(),
-    )
-    with (
-        Snapshot() as snapshot,
-        OptimizerWatch(probe.clock) as optimizers,
-        progress() as shown,
-        snapshot.at_first_touch(
-            lambda thing: _touched(thing, probe, optimizers, None if device else home)
-        ),
-    ):
-        snapshot.capture(*things)
-        return tune(
-            job,
-            settings,
-            known=known,
-            probe=probe,
-            search=search or GuidedBisection(),
-            snapshot=snapshot,
-            optimizers=optimizers,
-            shown=shown,
-        )
-
-
 def tune(
     job: Job,
     settings: Settings,
@@ -176,10 +76,13 @@ def tune(
     search: Search,
     snapshot: Snapshot,
     optimizers: OptimizerWatch,
+    first_touch: Callable[[], AbstractContextManager[None]],
     shown: Progress,
 ) -> TuningReport:
     """Budget, trials, plan, report: the steps of a tuning run, in their order."""
-    tuning = _Tuning(job, settings, probe, snapshot, optimizers, shown)
+    _check_target(job, settings)
+    tuning = _Tuning(job, settings, probe, snapshot, shown)
+    tuning.bench = Bench(probe, tuning.read_budget, optimizers, first_touch)
     tuning.check_room()
     if known is not None:
         plan = tuning.verify(known)
@@ -189,8 +92,19 @@ def tune(
     return tuning.report(plan)
 
 
+def _check_target(job: Job, settings: Settings) -> None:
+    target = settings.target_batch_size
+    if target is not None and target < job.world_size:
+        raise ValueError(
+            f"target_batch_size={target} is less than one sample for each of the {job.world_size} ranks; "
+            f"give {job.world_size} or more."
+        )
+
+
 class _Tuning:
     """One tuning run: its trials, its budget, its clock."""
+
+    bench: Bench
 
     def __init__(
         self,
@@ -198,11 +112,10 @@ class _Tuning:
         settings: Settings,
         probe: MemoryProbe,
         snapshot: Snapshot,
-        optimizers: OptimizerWatch,
         shown: Progress,
     ) -> None:
         self._job, self._settings, self._probe = job, settings, probe
-        self._snapshot, self._optimizers, self._shown = snapshot, optimizers, shown
+        self._snapshot, self._shown = snapshot, shown
         self._limit = parse_memory_limit(settings.memory_limit)
         self._began = probe.clock()
         self._trials: list[Trial] = []
@@ -231,7 +144,7 @@ class _Tuning:
         """Refuse to start where this process is past its budget already."""
         self._probe.attach(*self._snapshot.alive)
         self._probe.release()
-        reading, budget = self._probe.read(), self._read_budget()
+        reading, budget = self._probe.read(), self.read_budget()
         if budget <= reading.reserved:
             raise DoesNotFitError(
                 f"memory_limit={self._settings.memory_limit!r} leaves a budget of {format_bytes(max(0, budget))} on "
@@ -243,9 +156,8 @@ class _Tuning:
         """Try sizes until the search is content, or time runs out."""
         while size := self._next_size(search):
             trial = self.attempt(size)
-            if (
-                trial.batch_size < size
-            ):  # the workload could not fill it: it goes no further
+            if trial.batch_size < size:
+                # The workload could not fill it: it goes no further
                 self._high = min(self._high, trial.batch_size)
             self._check_size_is_used(trial)
 
@@ -346,9 +258,7 @@ class _Tuning:
                 size,
                 accumulate=accumulate,
                 steps=self._settings.steps_per_trial,
-                probe=self._probe,
-                budget=self._read_budget,
-                optimizers=self._optimizers,
+                bench=self.bench,
             )
         except AutobatchError:
             raise
@@ -359,7 +269,7 @@ class _Tuning:
             _log.info("batch_size=%d refused by the workload: %r", size, error)
             return Trial(size, Outcome.REFUSED, accumulate=accumulate)
 
-    def _read_budget(self) -> int:
+    def read_budget(self) -> int:
         """The smallest budget seen so far: others may take memory at any time."""
         self._reading = self._probe.read()
         self._budget = min(self._budget, memory_budget(self._reading, self._limit))
@@ -495,121 +405,6 @@ def versions() -> dict[str, str]:
     """What a reader of the report may want to know about where it was made."""
     found = {"python": platform.python_version(), "torch": str(torch.__version__)}
     return {**found, "cuda": torch.version.cuda} if torch.version.cuda else found
-
-
-@dataclass(frozen=True, slots=True)
-class _Loop:
-    """A user's function, whichever of the accepted forms it has."""
-
-    function: Callable[..., Any]
-    takes_accumulate: bool
-
-    @classmethod
-    def checked(cls, function: Callable[..., Any]) -> _Loop:
-        if not callable(function):
-            raise ValueError(
-                f"workload={function!r} can not be called; give a function of the batch size."
-            )
-        try:
-            signature = inspect.signature(function)
-        except (TypeError, ValueError):  # some builtins do not tell
-            return cls(function, takes_accumulate=False)
-        loop = cls(function, "accumulate" in signature.parameters)
-        try:
-            signature.bind(1, **loop.options(1))
-        except TypeError as error:
-            raise ValueError(
-                f"workload={loop.name} can not be called as train(batch_size) or train(batch_size, accumulate): {error}."
-            ) from None
-        return loop
-
-    @property
-    def name(self) -> str:
-        return str(getattr(self.function, "__name__", type(self.function).__name__))
-
-    def options(self, accumulate: int) -> dict[str, int]:
-        return {"accumulate": accumulate} if self.takes_accumulate else {}
-
-    def run(self, batch_size: int, accumulate: int) -> Iterator[Any]:
-        """One start of it: a generator's steps, or the one step of a plain function."""
-        result = self.function(batch_size, **self.options(accumulate))
-        if isinstance(result, Iterator):
-            yield from result
-        else:
-            yield None
-
-
-def _world_size() -> int:
-    import torch.distributed as dist
-
-    world_size = (
-        dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    )
-    if world_size > 1:
-        raise AutobatchError(
-            f"find() does not tune in a job of {world_size} processes yet: run it before init_process_group, and "
-            "give the plan it finds to every process."
-        )
-    return world_size
-
-
-def _restorable(restore: Sequence[Any]) -> Sequence[Any]:
-    if not isinstance(restore, (list, tuple)):
-        raise ValueError(f"restore={restore!r} is not a list; write restore=[…].")
-    for thing in restore:
-        if not restorable(thing):
-            raise ValueError(
-                f"restore holds a {type(thing).__name__}, which has no state_dict and load_state_dict; leave it out, "
-                "or give an object that has them."
-            )
-    return restore
-
-
-def _home_of(workload: Callable[..., Any], things: Sequence[Any]) -> torch.device:
-    """Where the model is, as far as the workload shows one; else CUDA where there is any."""
-    for thing in (*things, *_reachable(workload)):
-        if isinstance(thing, torch.nn.Module):
-            parameter = next(thing.parameters(), None)
-            if parameter is not None:
-                return parameter.device
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _reachable(workload: Callable[..., Any]) -> list[Any]:
-    """What the function's own variables hold: closures, globals, and the object it is a method of."""
-    function = inspect.unwrap(
-        getattr(workload, "func", workload)
-    )  # of a functools.partial, too
-    owner = getattr(function, "__self__", None)
-    try:
-        names = inspect.getclosurevars(getattr(function, "__func__", function))
-    except TypeError:  # not a python function
-        return [owner]
-    own = vars(owner).values() if hasattr(owner, "__dict__") else ()
-    return [*names.nonlocals.values(), *names.globals.values(), *own]
-
-
-def _touched(
-    thing: object,
-    probe: MemoryProbe,
-    optimizers: OptimizerWatch,
-    home: torch.device | None,
-) -> None:
-    """A module or an optimizer shows itself for the first time."""
-    probe.attach(thing)
-    if not isinstance(thing, torch.nn.Module):
-        return
-    parameter = next(thing.parameters(), None)
-    if parameter is None:
-        return
-    optimizers.expected |= torch.is_grad_enabled() and any(
-        p.requires_grad for p in thing.parameters()
-    )
-    if home is not None and parameter.device.type != home.type:
-        raise ValueError(
-            f"The model is on {parameter.device}, while the memory of {probe.name} is watched; pass "
-            f'device="{parameter.device}".'
-        )
 
 
 def _allocations(trial: Trial) -> tuple[int, ...]:

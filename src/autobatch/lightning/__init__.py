@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -186,6 +187,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
                 search=self._search,
                 snapshot=snapshot,
                 optimizers=optimizers,
+                first_touch=nullcontext,  # the module and its optimizers are known
                 shown=shown,
             )
 

@@ -1,0 +1,250 @@
+"""find(): the door for any PyTorch loop."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from autobatch._probes import detect
+from autobatch._report import Settings, TuningReport
+from autobatch._search import GuidedBisection, Search
+from autobatch._snapshot import Snapshot, restorable
+from autobatch._trial import OptimizerWatch
+from autobatch._tune import Job, known_plan, tune, versions
+from autobatch.errors import AutobatchError
+from autobatch.sinks import progress
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from autobatch._memory import MemoryProbe
+    from autobatch._plan import BatchPlan
+
+__all__ = ["find"]
+
+_START: Final = 8  # the first size tried where no loader names one
+
+
+def find(
+    workload: Callable[..., Any],
+    *,
+    target_batch_size: int | None = None,
+    memory_limit: float | str = 0.9,
+    max_micro_batch_size: int | None = None,
+    plan: BatchPlan | str | Path | None = None,
+    steps_per_trial: int = 3,
+    time_limit: float | None = 300,
+    search: Search | None = None,
+    device: str | MemoryProbe | None = None,
+    restore: Sequence[Any] = (),
+    dataset_size: int | None = None,
+) -> TuningReport:
+    """Find the batch size that fits, how to reach the effective batch, and what it costs, for any PyTorch loop.
+
+    Every module whose forward runs and every optimizer that steps is given back as it was, and so is the random
+    state. What happens to a model before its first forward can not be seen: name the model in `restore`.
+
+    Args:
+        workload: `train(batch_size, accumulate)`, a generator function that trains at the given micro-batch size and
+            yields after each optimizer step. Without the parameter `accumulate`, plans of one micro-batch per update
+            are possible only. A plain function that runs one step will do as well. It may yield how many samples
+            its last micro-batch had.
+        target_batch_size: Samples per optimizer update, over all ranks. None: the largest micro-batch that fits.
+        memory_limit: A float up to 1.0 is a share of the device, less what others hold. An int is bytes, and so is
+            text such as "10GiB": what this process may hold, if others leave that much.
+        max_micro_batch_size: The largest micro-batch to consider, in samples.
+        plan: A known plan, or the report file that holds one: verified by one trial instead of a search.
+        steps_per_trial: Optimizer steps per trial.
+        time_limit: Seconds for the search; the best size verified by then is taken. None: no limit.
+        search: Which size to try next; `GuidedBisection()` unless told otherwise.
+        device: Where memory is read: a name such as "cuda:1", or a probe. None: where the model is.
+        restore: Further objects to give back as they were: schedulers, scalers, generators, anything with
+            `state_dict` and `load_state_dict`.
+        dataset_size: Samples per epoch; bounds the search and gives updates per epoch.
+
+    Returns:
+        The report: `report.plan`, `report.trials`, `report.budget`; `print(report)` shows it all.
+
+    Raises:
+        ValueError: An argument is not what it should be, or the workload can not do what the plan needs.
+        DoesNotFitError: Not even one sample fits the budget.
+        ShortTrialError: The workload ended before a trial was through.
+        ProbeError: The device can not be read.
+
+    Example:
+        >>> import autobatch
+        >>> from autobatch.testing import PaperDevice
+        >>> paper = PaperDevice("1GiB", fixed=2**28, per_sample=2**21)
+        >>> report = autobatch.find(paper.workload, device=paper, target_batch_size=1024)
+        >>> report.plan
+        BatchPlan(micro_batch_size=256, accumulate_grad_batches=4, world_size=1)
+    """
+    loop = _Loop.checked(workload)
+    settings = Settings.checked(
+        target_batch_size=target_batch_size,
+        memory_limit=memory_limit,
+        max_micro_batch_size=max_micro_batch_size,
+        steps_per_trial=steps_per_trial,
+        time_limit=time_limit,
+        dataset_size=dataset_size,
+    )
+    known = known_plan(plan, settings, world_size=_world_size())
+    things = _restorable(restore)
+    home = _home_of(workload, things)
+    probe = detect(device, home)
+    job = Job(
+        workload=loop.run,
+        can_accumulate=loop.takes_accumulate,
+        start=_START,
+        world_size=1,
+        accumulate=1,
+        before=None,
+        subject=loop.name,
+        environment=versions(),
+    )
+    with (
+        Snapshot() as snapshot,
+        OptimizerWatch(probe.clock) as optimizers,
+        progress() as shown,
+    ):
+        snapshot.capture(*things)
+        return tune(
+            job,
+            settings,
+            known=known,
+            probe=probe,
+            search=search or GuidedBisection(),
+            snapshot=snapshot,
+            optimizers=optimizers,
+            first_touch=partial(
+                snapshot.at_first_touch,
+                partial(
+                    _touched,
+                    probe=probe,
+                    optimizers=optimizers,
+                    home=None if device else home,
+                ),
+            ),
+            shown=shown,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Loop:
+    """A user's function, whichever of the accepted forms it has."""
+
+    function: Callable[..., Any]
+    takes_accumulate: bool
+
+    @classmethod
+    def checked(cls, function: Callable[..., Any]) -> _Loop:
+        if not callable(function):
+            raise ValueError(
+                f"workload={function!r} can not be called; give a function of the batch size."
+            )
+        try:
+            signature = inspect.signature(function)
+        except (TypeError, ValueError):  # some builtins do not tell
+            return cls(function, takes_accumulate=False)
+        loop = cls(function, "accumulate" in signature.parameters)
+        try:
+            signature.bind(1, **loop.options(1))
+        except TypeError as error:
+            raise ValueError(
+                f"workload={loop.name} can not be called as train(batch_size) or train(batch_size, accumulate): {error}."
+            ) from None
+        return loop
+
+    @property
+    def name(self) -> str:
+        return str(getattr(self.function, "__name__", type(self.function).__name__))
+
+    def options(self, accumulate: int) -> dict[str, int]:
+        return {"accumulate": accumulate} if self.takes_accumulate else {}
+
+    def run(self, batch_size: int, accumulate: int) -> Iterator[Any]:
+        """One start of it: a generator's steps, or the one step of a plain function."""
+        result = self.function(batch_size, **self.options(accumulate))
+        if isinstance(result, Iterator):
+            yield from result
+        else:
+            yield None
+
+
+def _world_size() -> int:
+    import torch.distributed as dist
+
+    world_size = (
+        dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    )
+    if world_size > 1:
+        raise AutobatchError(
+            f"find() does not tune in a job of {world_size} processes yet: run it before init_process_group, and "
+            "give the plan it finds to every process."
+        )
+    return world_size
+
+
+def _restorable(restore: Sequence[Any]) -> Sequence[Any]:
+    if not isinstance(restore, (list, tuple)):
+        raise ValueError(f"restore={restore!r} is not a list; write restore=[…].")
+    for thing in restore:
+        if not restorable(thing):
+            raise ValueError(
+                f"restore holds a {type(thing).__name__}, which has no state_dict and load_state_dict; leave it out, "
+                "or give an object that has them."
+            )
+    return restore
+
+
+def _home_of(workload: Callable[..., Any], things: Sequence[Any]) -> torch.device:
+    """Where the model is, as far as the workload shows one; else CUDA where there is any."""
+    for thing in (*things, *_reachable(workload)):
+        if isinstance(thing, torch.nn.Module):
+            parameter = next(thing.parameters(), None)
+            if parameter is not None:
+                return parameter.device
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _reachable(workload: Callable[..., Any]) -> list[Any]:
+    """What the function's own variables hold: closures, globals, and the object it is a method of."""
+    function = inspect.unwrap(
+        getattr(workload, "func", workload)
+    )  # of a functools.partial, too
+    owner = getattr(function, "__self__", None)
+    try:
+        names = inspect.getclosurevars(getattr(function, "__func__", function))
+    except TypeError:  # not a python function
+        return [owner]
+    own = vars(owner).values() if hasattr(owner, "__dict__") else ()
+    return [*names.nonlocals.values(), *names.globals.values(), *own]
+
+
+def _touched(
+    thing: object,
+    probe: MemoryProbe,
+    optimizers: OptimizerWatch,
+    home: torch.device | None,
+) -> None:
+    """A module or an optimizer shows itself for the first time."""
+    probe.attach(thing)
+    if not isinstance(thing, torch.nn.Module):
+        return
+    parameter = next(thing.parameters(), None)
+    if parameter is None:
+        return
+    optimizers.expected |= torch.is_grad_enabled() and any(
+        p.requires_grad for p in thing.parameters()
+    )
+    if home is not None and parameter.device.type != home.type:
+        raise ValueError(
+            f"The model is on {parameter.device}, while the memory of {probe.name} is watched; pass "
+            f'device="{parameter.device}".'
+        )
