@@ -56,14 +56,8 @@ def real_cuda(monkeypatch):
 
 
 def simulated(monkeypatch):
-    device = SimulatedAccelerator("64MiB", foreign="1MiB")
-
-    @contextlib.contextmanager
-    def holding(nbytes):
-        with tensor_on("cpu", nbytes):
-            yield
-
-    return Case(device, holding)
+    device = SimulatedAccelerator("4GiB", foreign="1MiB")
+    return Case(device, lambda nbytes: tensor_on("cpu", nbytes))
 
 
 PROBES = (
