@@ -1,7 +1,9 @@
-"""Chores: `nox` runs the tests, the linters and the types; `nox -s readme` renews the report in README.md."""
+"""Chores: `nox` runs the tests, the linters and the types; `nox -s readme` renews what README.md quotes."""
 
 from __future__ import annotations
 
+import ast
+import re
 import sys
 from pathlib import Path
 
@@ -63,12 +65,19 @@ def wheel(session: nox.Session) -> None:
 
 @nox.session(python=False)
 def readme(session: nox.Session) -> None:
-    """Write the demo's report into README.md, from the environment nox runs in."""
+    """Renew what README.md quotes, in the environment nox runs in: the demo's report, and each module's sentence."""
     command = (sys.executable, "-m", "autobatch", "demo")
     report = session.run(*command, silent=True, env={"PYTHONIOENCODING": "utf-8"})
     begin, end = "<!-- the demo prints -->\n", "<!-- and ends -->\n"
     page = Path("README.md")
     above, _, rest = page.read_text(encoding="utf-8").partition(begin)
     _, _, below = rest.partition(end)
+    rows = re.compile(r"(\| \[`\S+`\]\((\S+\.py)\) \| ).*( \|)")
+    below = rows.sub(lambda row: row[1] + _sentence(row[2]) + row[3], below)
     shown = f"{begin}```text\n{report.strip()}\n```\n{end}"
     page.write_text(above + shown + below, encoding="utf-8")
+
+
+def _sentence(module: str) -> str:
+    tree = ast.parse(Path(module).read_text(encoding="utf-8"))
+    return (ast.get_docstring(tree) or "").partition("\n")[0]

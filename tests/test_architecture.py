@@ -38,6 +38,7 @@ LAYERS = (
     ("_report",),
     ("sinks", "_search", "_probes", "testing"),
     ("_tune",),
+    ("_find",),
     ("lightning",),
     ("_demo",),
     ("__main__",),

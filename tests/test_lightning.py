@@ -379,6 +379,29 @@ def test_a_trial_is_the_real_thing():
     assert device.read().peak == pytest.approx(measured.peak, rel=0.01)
 
 
+@pytest.mark.parametrize("allocation", [1, 3, 8, 13, 21, 34, 44])
+def test_memory_that_runs_out_anywhere_in_a_trial_is_survived(allocation):
+    def fit(*callbacks, size=4, **options):
+        pl.seed_everything(1, verbose=False)
+        model = Model()
+        loader = DataLoader(data(), batch_size=size, shuffle=True)
+        trainer(*callbacks, max_epochs=1, **options).fit(model, loader)
+        return model
+
+    device = SimulatedAccelerator("450KiB")
+    device.ledger.refuse_at = allocation
+    callback = tuner(device=device)
+
+    tuned = fit(callback)
+
+    plan = callback.report.plan
+    assert callback.report.trials[0].outcome is autobatch.Outcome.OUT_OF_MEMORY
+    by_hand = fit(
+        size=plan.micro_batch_size, accumulate_grad_batches=plan.accumulate_grad_batches
+    )
+    assert same(dict(tuned.state_dict()), dict(by_hand.state_dict()))
+
+
 @pytest.mark.parametrize("package", HERE)
 def test_it_works_in_a_trainer_of_either_package(package):
     """The Trainer of one package, while the module and the callback may come from wherever they were imported."""
@@ -466,7 +489,6 @@ def plain():
             ),
             "GradientAccumulationScheduler",
         ),
-        (lambda: (Model(), plain(), {"strategy": "ddp", "devices": 1}), "DDPStrategy"),
     ],
     ids=[
         "by hand",
@@ -477,7 +499,6 @@ def plain():
         "batch sampler",
         "overfit",
         "scheduler",
-        "ddp",
     ],
 )
 def test_what_is_not_handled_is_refused_before_anything_is_touched(make, sentence):
@@ -497,6 +518,25 @@ def test_what_is_not_handled_is_refused_before_anything_is_touched(make, sentenc
     assert torch.equal(random_state, torch.get_rng_state())
     assert model.sizes == []
     assert fitted.accumulate_grad_batches == 1
+
+
+def test_a_strategy_of_several_devices_is_refused():
+    """In a process of its own, since Lightning leaves a process group behind."""
+    code = f"""
+import importlib, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import test_lightning as t
+fitted = t.trainer(t.tuner(), strategy="ddp", devices=1)
+try:
+    fitted.fit(t.Model(), t.plain())
+except t.autobatch.AutobatchError as error:
+    assert "DDPStrategy" in str(error), error
+else:
+    raise SystemExit("not refused")
+"""
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, timeout=120, capture_output=True
+    )
 
 
 def test_resuming_is_refused(tmp_path):

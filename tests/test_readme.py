@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import autobatch
-from autobatch import _tune, sinks
+from autobatch import _probes, sinks
 from autobatch.testing import SimulatedAccelerator
 from report_examples import example
 from test_architecture import ARROWS
@@ -47,10 +47,10 @@ class Digits(nn.Module):
 
 @pytest.fixture
 def names(monkeypatch, tmp_path):
-    """What the README leaves to its reader, and a device of 1 MiB wherever memory is read."""
+    """What the README leaves to its reader, and 1 MiB wherever the host's memory would be read."""
     monkeypatch.chdir(tmp_path)
     device = SimulatedAccelerator("1MiB")
-    monkeypatch.setattr(_tune, "detect", lambda *_: device)
+    monkeypatch.setitem(_probes._PROBES, "cpu", lambda _: device)
     data = TensorDataset(torch.randn(1000, 64), torch.randint(0, 10, (1000,)))
     model = Digits()
     return {
@@ -65,9 +65,8 @@ def run(block: str, names: dict[str, object]) -> None:
     exec(compile(block, "README.md", "exec"), names)
 
 
-def test_the_first_block_tunes_and_trains(names, monkeypatch, capsys):
+def test_the_first_block_tunes_and_trains(names, capsys):
     pl = pytest.importorskip("pytorch_lightning")
-    from autobatch import lightning
 
     class Module(pl.LightningModule):
         def __init__(self):
@@ -80,8 +79,6 @@ def test_the_first_block_tunes_and_trains(names, monkeypatch, capsys):
 
         def configure_optimizers(self):
             return torch.optim.AdamW(self.parameters())
-
-    monkeypatch.setattr(lightning, "detect", _tune.detect)
 
     run(blocks("python")[0], names | {"model": Module()})
 
