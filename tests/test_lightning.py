@@ -316,6 +316,62 @@ def test_it_goes_first_whatever_the_order():
     assert order != [4]
 
 
+# Tuning without training
+
+
+def test_tune_changes_nothing_and_trains_nothing():
+    model, loader, callback = Model(), plain(), tuner()
+    other = pl.callbacks.LambdaCallback()
+    fitted = trainer(other, accumulate_grad_batches=2)
+    callbacks = list(fitted.callbacks)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    report = callback.tune(fitted, model, loader)
+
+    assert report.plan.effective_batch_size == 120
+    assert callback.report is report
+    assert all(
+        torch.equal(before[name], value) for name, value in model.state_dict().items()
+    )
+    assert model.sizes == []
+    assert model.hparams.batch_size == loader.batch_size == 4
+    assert fitted.callbacks == callbacks
+    assert fitted.accumulate_grad_batches == 2
+
+
+def test_the_trainer_trains_as_ever_after_tune():
+    def weights(tuned):
+        pl.seed_everything(1, verbose=False)
+        model, fitted = Model(), trainer()
+        if tuned:
+            tuner().tune(fitted, model, plain())
+        fitted.fit(model, plain())
+        return dict(model.state_dict())
+
+    assert same(weights(tuned=True), weights(tuned=False))
+
+
+def test_what_tune_finds_can_be_given_to_the_callback():
+    report = tuner().tune(trainer(), Model(), plain())
+    callback, fitted = tuner(plan=report.plan), trainer()
+
+    fitted = trainer(callback)
+    fitted.fit(Model(), plain())
+
+    assert callback.report.plan == report.plan
+    assert len(callback.report.trials) == 1
+
+
+def test_an_error_while_tuning_leaves_the_callbacks_alone():
+    fitted, callback = trainer(tuner()), tuner()
+    callbacks = list(fitted.callbacks)
+
+    with pytest.raises(autobatch.AutobatchError, match="optimises by hand"):
+        callback.tune(fitted, ByHand(), plain())
+
+    assert fitted.callbacks == callbacks
+
+
 # What is told
 
 

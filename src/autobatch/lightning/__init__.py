@@ -17,6 +17,7 @@ from autobatch._search import GuidedBisection, Search
 from autobatch._snapshot import Snapshot
 from autobatch._trial import OptimizerWatch
 from autobatch._tune import Job, known_plan, tune, versions
+from autobatch.errors import AutobatchError
 from autobatch.lightning._apply import apply
 from autobatch.lightning._checks import check
 from autobatch.lightning._loaders import Rebatched, requested, samples_of
@@ -118,14 +119,46 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         self._batch_arg_name = batch_arg_name
         self._rebatched: Rebatched | None = None
 
-    def setup(
-        self, trainer: Any, pl_module: Any, stage: str
-    ) -> None:  # Lightning's signature
+    def tune(
+        self,
+        trainer: Any,
+        model: Any,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: Any = None,
+    ) -> TuningReport:
+        """Tune without training, and change nothing: the Trainer, the model and the loaders stay as they are.
+
+        Args:
+            trainer: A Trainer, with this callback or without.
+            model: What it would train.
+            train_dataloaders: As for `Trainer.fit`, and so are the next two.
+            val_dataloaders: Not looked at yet.
+            datamodule: Where the loaders come from, instead.
+
+        Returns:
+            The report, whose `plan` can be written by hand or given to `AutoBatch(plan=…)`.
+
+        Raises:
+            AutobatchError: The run is one that can not be tuned.
+        """
+        callbacks = trainer.callbacks
+        only = _TuneOnly(self)
+        trainer.callbacks = [only, *(each for each in callbacks if each is not self)]
+        try:
+            trainer.fit(model, train_dataloaders, val_dataloaders, datamodule)
+        finally:
+            trainer.callbacks = callbacks
+        if only.report is None:
+            raise AutobatchError(
+                "Nothing was tuned: fit ended before it started to train."
+            )
+        return only.report
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Go first, so that callbacks which look at the loader or the optimizers see the tuned ones."""
-        trainer.callbacks = [
-            self,
-            *(callback for callback in trainer.callbacks if callback is not self),
-        ]
+        others = (callback for callback in trainer.callbacks if callback is not self)
+        trainer.callbacks = [self, *others]
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Tune, and let the Trainer train with what was found."""
@@ -133,34 +166,27 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             _log.info("fast_dev_run: the batch size is left as it is")
             return
         check(trainer, pl_module)
-        self.report = self._tune(trainer, pl_module)
-        self._rebatched = apply(
-            self.report.plan, trainer, pl_module, self._batch_arg_name
-        )
-        if trainer.is_global_zero:
-            sinks.console(self.report)
+        report = self._tune(trainer, pl_module)
+        self._rebatched = apply(report.plan, trainer, pl_module, self._batch_arg_name)
+        self.report = report
+        sinks.console(report)
 
-    def on_train_start(
-        self, trainer: Any, pl_module: Any
-    ) -> None:  # Lightning's signature
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Write the report beside the logs, now that the loggers have made their directory."""
-        if (
-            self.report is not None
-            and trainer.loggers
-            and trainer.log_dir
-            and trainer.is_global_zero
-        ):
+        if self.report is None or not trainer.loggers or not trainer.log_dir:
+            return
+        try:
             sinks.json_file(Path(trainer.log_dir) / "autobatch.json")(self.report)
+        except OSError as error:
+            _log.warning("the report could not be written: %s", error)
 
-    def teardown(
-        self, trainer: Any, pl_module: Any, stage: str
-    ) -> None:  # Lightning's signature
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Give the user's loader its own size again."""
         self._undo()
 
     def on_exception(
         self, trainer: Any, pl_module: Any, exception: BaseException
-    ) -> None:  # Lightning's signature
+    ) -> None:
         """Give the user's loader its own size again."""
         self._undo()
 
@@ -195,6 +221,23 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         if self._rebatched is not None:
             self._rebatched.undo()
             self._rebatched = None
+
+
+class _TuneOnly(_Callback):  # type: ignore[misc]  # a class made at run time
+    """Leaves `fit` once the report is there, by the way that Lightning 2.6 keeps for its own tuner."""
+
+    def __init__(self, tuner: AutoBatch) -> None:
+        super().__init__()
+        self.report: TuningReport | None = None
+        self._tuner = tuner
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        check(trainer, pl_module)
+        self.report = self._tuner.report = self._tuner._tune(trainer, pl_module)
+        exceptions = importlib.import_module(
+            f"{package_of(trainer)}.utilities.exceptions"
+        )
+        raise exceptions._TunerExitException
 
 
 def _job(trainer: Any, module: Any, loader: Any, samples: Samples) -> Job:
