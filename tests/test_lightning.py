@@ -372,6 +372,59 @@ def test_an_error_while_tuning_leaves_the_callbacks_alone():
     assert fitted.callbacks == callbacks
 
 
+# Resuming
+
+
+@pytest.mark.parametrize(
+    "stop", [{"max_epochs": 1}, {"max_steps": 3}], ids=["between epochs", "within one"]
+)
+def test_a_resumed_run_goes_on_with_the_plan_of_its_checkpoint(tmp_path, stop):
+    def scheduled():
+        pl.seed_everything(1, verbose=False)
+        model = Model()
+
+        def configure_optimizers():
+            optimizer = torch.optim.AdamW(
+                model.parameters(), lr=1e-4 * model.hparams.batch_size
+            )
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
+        model.configure_optimizers = configure_optimizers
+        return model
+
+    def run(first, second, size, **options):
+        """Train, stop, and go on in another Trainer."""
+        begun = trainer(*first, **stop, **options)
+        model = scheduled()
+        model.hparams.batch_size = size
+        begun.fit(model, DataLoader(data(), batch_size=size))
+        begun.save_checkpoint(path)
+        resumed = trainer(*second, **options)
+        model = scheduled()
+        model.hparams.batch_size = size
+        resumed.fit(model, DataLoader(data(), batch_size=size), ckpt_path=path)
+        return (
+            dict(model.state_dict()),
+            resumed.optimizers[0].state_dict(),
+            resumed.global_step,
+        )
+
+    path, again = tmp_path / "last.ckpt", tuner()
+    tuned = run([tuner()], [again], 4)
+    plan = again.report.plan
+    torch.load(path, weights_only=True)
+    by_hand = run(
+        [],
+        [],
+        plan.micro_batch_size,
+        accumulate_grad_batches=plan.accumulate_grad_batches,
+    )
+
+    assert len(again.report.trials) == 1
+    assert plan.effective_batch_size == 120
+    assert same(tuned, by_hand)
+
+
 # What is told
 
 
@@ -595,12 +648,12 @@ else:
     )
 
 
-def test_resuming_is_refused(tmp_path):
+def test_resuming_without_a_plan_is_refused(tmp_path):
     model, first = Model(), trainer()
     first.fit(model, plain())
     first.save_checkpoint(tmp_path / "last.ckpt")
 
-    with pytest.raises(autobatch.AutobatchError, match="resumes from the checkpoint"):
+    with pytest.raises(autobatch.AutobatchError, match="holds no plan of AutoBatch"):
         trainer(tuner()).fit(Model(), plain(), ckpt_path=tmp_path / "last.ckpt")
 
 

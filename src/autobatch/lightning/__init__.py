@@ -6,6 +6,7 @@ import importlib
 import logging
 import sys
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,6 +118,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         self._search = search or GuidedBisection()
         self._device = device
         self._batch_arg_name = batch_arg_name
+        self._resumed: BatchPlan | None = None
         self._rebatched: Rebatched | None = None
 
     def tune(
@@ -165,11 +167,20 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         if trainer.fast_dev_run:
             _log.info("fast_dev_run: the batch size is left as it is")
             return
-        check(trainer, pl_module)
+        check(trainer, pl_module, self._resumed)
         report = self._tune(trainer, pl_module)
         self._rebatched = apply(report.plan, trainer, pl_module, self._batch_arg_name)
         self.report = report
         sinks.console(report)
+
+    def state_dict(self) -> dict[str, int]:
+        """The plan, in plain numbers: it travels in the checkpoint."""
+        return {} if self.report is None else asdict(self.report.plan)
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Take the plan of a checkpoint: a resumed run goes on with it, after one trial that verifies it."""
+        if state_dict:
+            self._resumed = BatchPlan(**state_dict)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Write the report beside the logs, now that the loggers have made their directory."""
@@ -208,7 +219,8 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             return tune(
                 _job(trainer, module, loader, Samples(loader, snapshot)),
                 self._settings.model_copy(update={"dataset_size": samples_of(loader)}),
-                known=self._known,
+                known=known_plan(self._resumed, self._settings, world_size=1)
+                or self._known,
                 probe=probe,
                 search=self._search,
                 snapshot=snapshot,
@@ -232,7 +244,7 @@ class _TuneOnly(_Callback):  # type: ignore[misc]  # a class made at run time
         self._tuner = tuner
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        check(trainer, pl_module)
+        check(trainer, pl_module, None)
         self.report = self._tuner.report = self._tuner._tune(trainer, pl_module)
         exceptions = importlib.import_module(
             f"{package_of(trainer)}.utilities.exceptions"

@@ -12,18 +12,23 @@ from autobatch.lightning._steps import package_of
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from autobatch._plan import BatchPlan
+
 __all__ = ["check"]
 
 
-def check(trainer: Any, module: Any) -> None:
-    """Raise `AutobatchError` with one sentence where this Trainer or module is more than AutoBatch handles."""
-    for problem in _problems(trainer, module):
+def check(trainer: Any, module: Any, resumed: BatchPlan | None) -> None:
+    """Raise `AutobatchError` with one sentence where this Trainer or module is more than AutoBatch handles.
+
+    `resumed` is the plan that came with the checkpoint, where there is one.
+    """
+    for problem in _problems(trainer, module, resumed):
         raise AutobatchError(
             f"AutoBatch does not tune this run yet: {problem}; train it without AutoBatch."
         )
 
 
-def _problems(trainer: Any, module: Any) -> Iterator[str]:
+def _problems(trainer: Any, module: Any, resumed: BatchPlan | None) -> Iterator[str]:
     package = package_of(trainer)
     strategies = importlib.import_module(f"{package}.strategies")
     callbacks = importlib.import_module(f"{package}.callbacks")
@@ -42,7 +47,7 @@ def _problems(trainer: Any, module: Any) -> Iterator[str]:
         yield "a GradientAccumulationScheduler sets the accumulation"
     if trainer.overfit_batches:
         yield f"overfit_batches={trainer.overfit_batches} replaces the training loader"
-    if trainer.ckpt_path is not None:
-        yield f"it resumes from the checkpoint {trainer.ckpt_path}"
+    if trainer.ckpt_path is not None and resumed is None:
+        yield f"it resumes from {trainer.ckpt_path}, which holds no plan of AutoBatch"
     if "dataloader_iter" in inspect.signature(module.training_step).parameters:
         yield "training_step takes the iterator of the loader"
