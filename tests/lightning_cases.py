@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 try:
     pl = importlib.import_module("pytorch_lightning")
@@ -113,6 +113,33 @@ class Model(pl.LightningModule):
         self.hooks.append("epoch end")
 
 
+class Stream(IterableDataset):
+    """Samples that come one after another, made by a generator that can not be turned back."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __iter__(self):
+        return iter([self.data[index] for index in range(len(self.data))])
+
+
+class Blocks(Sampler):
+    """A batch sampler of one's own: shuffled blocks of neighbours."""
+
+    def __init__(self, length, batch_size):
+        self.length = length
+        self.batch_size = batch_size
+        self.random = np.random.default_rng(3)
+
+    def __iter__(self):
+        starts = np.arange(0, self.length - self.batch_size + 1, self.batch_size)
+        for start in self.random.permutation(starts).tolist():
+            yield list(range(start, start + self.batch_size))
+
+    def __len__(self):
+        return self.length // self.batch_size
+
+
 class Data(pl.LightningDataModule):
     def __init__(self, batch_size=4):
         super().__init__()
@@ -127,6 +154,8 @@ CASES = {
     "passed": {},
     "passed, workers": {"workers": 1},
     "passed, own generator": {"generator": True},
+    "batch sampler": {"source": "batch sampler"},
+    "stream": {"source": "stream"},
     "hook": {"source": "hook"},
     "hook without": {"source": "hook without"},
     "datamodule": {"source": "datamodule"},
@@ -177,6 +206,12 @@ def run(case, plan):
     )
     if options["source"] == "datamodule":
         trainer.fit(model, datamodule=Data(micro))
+    elif options["source"] == "batch sampler":
+        trainer.fit(
+            model, DataLoader(model.data, batch_sampler=Blocks(len(model.data), micro))
+        )
+    elif options["source"] == "stream":
+        trainer.fit(model, DataLoader(Stream(model.data), micro))
     elif options["source"] == "passed":
         generator = torch.Generator().manual_seed(2) if options["generator"] else None
         workers = options["workers"]

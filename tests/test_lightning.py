@@ -14,8 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
-    IterableDataset,
-    SequentialSampler,
+    Sampler,
     TensorDataset,
 )
 
@@ -130,6 +129,8 @@ def same(a, b):
         "passed",
         "passed, workers",
         "passed, own generator",
+        "batch sampler",
+        "stream",
         "hook",
         "hook without",
         "datamodule",
@@ -554,9 +555,25 @@ class ByHand(Model):
         self.automatic_optimization = False
 
 
-class Endless(IterableDataset):
+class Precomputed(Sampler):
+    """Batches made once and for all."""
+
+    def __init__(self, batch_size):
+        self.batch_size = batch_size
+        self.batches = [
+            list(range(start, start + batch_size))
+            for start in range(0, 600, batch_size)
+        ]
+
     def __iter__(self):
-        return iter(data())
+        return iter(self.batches)
+
+
+class Tokens(Sampler):
+    """Batches of so many tokens, however many samples that is."""
+
+    def __iter__(self):
+        return iter([[0, 1, 2], [3]])
 
 
 def plain():
@@ -569,20 +586,14 @@ def plain():
         (lambda: (ByHand(), plain(), {}), "optimises by hand"),
         (lambda: (Model(), [plain(), plain()], {}), "it is a list, not one DataLoader"),
         (lambda: (Model(), {"a": plain()}, {}), "it is a dict, not one DataLoader"),
-        (lambda: (Model(), DataLoader(Endless(), batch_size=4), {}), "IterableDataset"),
         (lambda: (Model(), DataLoader(data(), batch_size=None), {}), "batch_size=None"),
         (
-            lambda: (
-                Model(),
-                DataLoader(
-                    data(),
-                    batch_sampler=BatchSampler(
-                        SequentialSampler(data()), 4, drop_last=False
-                    ),
-                ),
-                {},
-            ),
-            "batch_sampler of its own",
+            lambda: (Model(), DataLoader(data(), batch_sampler=Precomputed(4)), {}),
+            "Precomputed, makes batches of 4 when its batch_size is 1",
+        ),
+        (
+            lambda: (Model(), DataLoader(data(), batch_sampler=Tokens()), {}),
+            "Tokens, has no batch_size",
         ),
         (lambda: (Model(), plain(), {"overfit_batches": 2}), "overfit_batches=2"),
         (
@@ -603,9 +614,9 @@ def plain():
         "by hand",
         "list",
         "dict",
-        "iterable",
         "unbatched",
-        "batch sampler",
+        "precomputed",
+        "token budget",
         "overfit",
         "scheduler",
     ],

@@ -21,7 +21,7 @@ from autobatch._tune import Job, known_plan, tune, versions
 from autobatch.errors import AutobatchError
 from autobatch.lightning._apply import apply
 from autobatch.lightning._checks import check
-from autobatch.lightning._loaders import Rebatched, requested, samples_of
+from autobatch.lightning._loaders import Rebatched, batch_size_of, requested, samples_of
 from autobatch.lightning._samples import Samples
 from autobatch.lightning._scratch import scratch
 from autobatch.lightning._steps import Steps, package_of
@@ -263,10 +263,10 @@ def _job(trainer: Any, module: Any, loader: Any, samples: Samples) -> Job:
     return Job(
         workload=Steps(trainer, samples),
         can_accumulate=True,
-        start=loader.batch_size,
+        start=batch_size_of(loader),
         world_size=1,
         accumulate=trainer.accumulate_grad_batches,
-        before=BatchPlan(loader.batch_size, trainer.accumulate_grad_batches),
+        before=BatchPlan(batch_size_of(loader), trainer.accumulate_grad_batches),
         subject=" · ".join(parts),
         environment={**versions(), lightning.__name__: lightning.__version__},
     )

@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from autobatch._snapshot import Snapshot
-from autobatch.lightning._loaders import Rebatched, requested
+from autobatch.lightning._loaders import Rebatched, capture_order, requested
 from autobatch.lightning._steps import package_of
 
 if TYPE_CHECKING:
@@ -24,17 +24,7 @@ def apply(plan: BatchPlan, trainer: Any, module: Any, batch_arg_name: str) -> Re
     with Snapshot() as random_state:
         rebatched = Rebatched(trainer.fit_loop._data_source, plan.micro_batch_size)
         try:
-            loader = requested(trainer.fit_loop._data_source)
-            random_state.capture(
-                *(
-                    g
-                    for g in (
-                        loader.generator,
-                        getattr(loader.sampler, "generator", None),
-                    )
-                    if g
-                )
-            )
+            capture_order(requested(trainer.fit_loop._data_source), random_state)
             rebatched.check()
         except BaseException:
             rebatched.undo()

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
+from autobatch._snapshot import Snapshot
 from autobatch.errors import AutobatchError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Rebatched", "requested", "samples_of"]
+__all__ = ["Rebatched", "batch_size_of", "capture_order", "requested", "samples_of"]
 
 
 def requested(source: Any) -> DataLoader[Any]:
@@ -21,7 +22,7 @@ def requested(source: Any) -> DataLoader[Any]:
     A hook of the module or the datamodule makes a new one each time it is asked.
     """
     loader = source.dataloader()
-    problem = _problem(loader)
+    problem = _problem(loader) or _disobedience(loader)
     if problem:
         raise AutobatchError(
             f"AutoBatch can not change the batch size of this training loader yet: {problem}. Use a plain "
@@ -30,23 +31,63 @@ def requested(source: Any) -> DataLoader[Any]:
     return loader  # type: ignore[no-any-return]  # a DataLoader: _problem has looked
 
 
-def samples_of(loader: DataLoader[Any]) -> int:
-    """Samples per epoch."""
+def batch_size_of(loader: DataLoader[Any]) -> int:
+    """Its batch size, which a batch sampler of the user's keeps to itself."""
+    return int(loader.batch_sampler.batch_size)  # type: ignore[union-attr]  # _problem has looked
+
+
+def samples_of(loader: DataLoader[Any]) -> int | None:
+    """Samples per epoch; None where the data set is a stream."""
+    if isinstance(loader.dataset, IterableDataset):
+        return None
     return len(loader.sampler)  # type: ignore[arg-type]  # samplers of map-style data have a length
+
+
+def capture_order(loader: DataLoader[Any], snapshot: Snapshot) -> None:
+    """Let a snapshot give back what decides the order of the data: samplers, their counters and generators."""
+    inner = getattr(loader.batch_sampler, "sampler", None)
+    samplers = (loader.batch_sampler, loader.sampler, inner)
+    snapshot.capture_light(*(each for each in samplers if each is not None))
+    if loader.generator is not None:
+        snapshot.capture(loader.generator)
 
 
 def _problem(loader: object) -> str | None:
     if not isinstance(loader, DataLoader):
         return f"it is a {type(loader).__name__}, not one DataLoader"
-    if isinstance(loader.dataset, IterableDataset):
-        return "its data set is an IterableDataset"
-    if loader.batch_size is None or loader.batch_sampler is None:
-        return "it has batch_size=None or a batch_sampler of its own"
-    if type(loader.batch_sampler) is not BatchSampler:
-        return f"its batch_sampler is a {type(loader.batch_sampler).__name__}"
-    if not hasattr(loader.sampler, "__len__"):
+    sampler = loader.batch_sampler
+    if sampler is None:
+        return "it has batch_size=None"
+    if not isinstance(getattr(sampler, "batch_size", None), int):
+        return f"its batch sampler, a {type(sampler).__name__}, has no batch_size"
+    if not isinstance(loader.dataset, IterableDataset) and not hasattr(
+        loader.sampler, "__len__"
+    ):
         return f"its sampler, a {type(loader.sampler).__name__}, has no length"
     return None
+
+
+def _disobedience(loader: DataLoader[Any]) -> str | None:
+    """What is wrong with a batch sampler that makes its batches by itself, batch size or no."""
+    if type(loader.batch_sampler) is BatchSampler:
+        return None
+    with Snapshot() as snapshot:
+        capture_order(loader, snapshot)
+        own, wanted = batch_size_of(loader), 1 if batch_size_of(loader) > 1 else 2
+        _resize(loader, wanted)
+        try:
+            got = _one_batch(loader)
+        finally:
+            _resize(loader, own)
+    if got == wanted:
+        return None
+    name = type(loader.batch_sampler).__name__
+    return f"its batch sampler, a {name}, makes batches of {got} when its batch_size is {wanted}"
+
+
+def _one_batch(loader: DataLoader[Any]) -> int:
+    """Samples in the first batch, by its indices alone."""
+    return len(next(iter(loader.batch_sampler)))  # type: ignore[arg-type]  # _problem has looked
 
 
 @dataclass
@@ -80,9 +121,8 @@ class Rebatched:
     def check(self) -> None:
         """Read one batch of indices back; `AutobatchError` where it is not of the size that was set."""
         loader = requested(self._source)
-        got = len(next(iter(loader.batch_sampler)))  # type: ignore[arg-type]  # not None: requested has looked
-        expected = min(self._batch_size, samples_of(loader))
-        if got != expected:
+        got = _one_batch(loader)
+        if got != min(self._batch_size, samples_of(loader) or got):
             raise AutobatchError(
                 f"The training loader still makes batches of {got} after its batch size was set to "
                 f"{self._batch_size}; AutoBatch can not tune it."
@@ -90,13 +130,14 @@ class Rebatched:
 
     def _dataloader(self) -> Any:
         loader = self._ask()
-        if _problem(loader) is None and loader.batch_size != self._batch_size:
-            self._resized.append(_Resized(loader, loader.batch_size))
+        if _problem(loader) is None and batch_size_of(loader) != self._batch_size:
+            self._resized.append(_Resized(loader, batch_size_of(loader)))
             _resize(loader, self._batch_size)
         return loader
 
 
 def _resize(loader: DataLoader[Any], batch_size: int) -> None:
-    loader.batch_sampler.batch_size = batch_size  # type: ignore[union-attr]  # a BatchSampler: _problem has looked
-    # DataLoader refuses plain assignment once it is made; iteration goes by the batch sampler.
-    object.__setattr__(loader, "batch_size", batch_size)
+    loader.batch_sampler.batch_size = batch_size  # type: ignore[union-attr]  # _problem has looked
+    if loader.batch_size is not None:
+        # DataLoader refuses plain assignment once it is made; iteration goes by the batch sampler.
+        object.__setattr__(loader, "batch_size", batch_size)

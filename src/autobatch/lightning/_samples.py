@@ -7,7 +7,7 @@ from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from autobatch._ledger import unobserved
 
@@ -40,24 +40,30 @@ class Samples:
     @cached_property
     def _samples(self) -> list[Any]:
         dataset = self._loader.dataset
+        if isinstance(dataset, IterableDataset):
+            # In a worker always: here, what a stream has given would be missing in training
+            return next(iter(self._reader(batch_size=_LOOK)))
         length = len(dataset)  # type: ignore[arg-type]  # a map-style data set
         look = min(_LOOK, length)
         indices = [index * length // look for index in range(look)]
-        if self._loader.num_workers == 0:
-            self._snapshot.capture_light(*_layers(dataset))
-            if hasattr(dataset, "__getitems__"):
-                return list(dataset.__getitems__(indices))
-            return [dataset[index] for index in indices]
-        reader: DataLoader[Any] = DataLoader(
-            dataset,
-            batch_sampler=[indices],
+        if self._loader.num_workers:
+            return next(iter(self._reader(batch_sampler=[indices])))
+        self._snapshot.capture_light(*_layers(dataset))
+        if hasattr(dataset, "__getitems__"):
+            return list(dataset.__getitems__(indices))
+        return [dataset[index] for index in indices]
+
+    def _reader(self, **batches: Any) -> DataLoader[Any]:
+        """One worker process that reads one list of samples."""
+        return DataLoader(
+            self._loader.dataset,
+            **batches,
             num_workers=1,
             collate_fn=list,
             worker_init_fn=self._loader.worker_init_fn,
             multiprocessing_context=self._loader.multiprocessing_context,
             generator=torch.Generator(),
         )
-        return next(iter(reader))  # the one batch: a list of samples
 
 
 def _layers(dataset: Any) -> list[Any]:
