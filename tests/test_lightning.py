@@ -714,7 +714,8 @@ def test_a_bad_argument_is_refused_at_the_door(options, sentence):
 def test_without_lightning_the_error_says_what_to_install():
     code = """
 import sys
-sys.modules["lightning"] = sys.modules["pytorch_lightning"] = None
+for name in ("lightning", "pytorch_lightning", "lightning_utilities", "lightning_fabric"):
+    sys.modules[name] = None
 import autobatch
 try:
     autobatch.AutoBatch

@@ -8,7 +8,6 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,6 +46,8 @@ class Steps:
     def __init__(self, trainer: Any, samples: Samples) -> None:
         self._trainer = trainer
         self._samples = samples
+        applying = importlib.import_module("lightning_utilities.core.apply_func")
+        self._copied = applying.apply_to_collection
         self._call = importlib.import_module(f"{package_of(trainer)}.trainer.call")
 
     def __call__(self, batch_size: int, accumulate: int) -> Iterator[None]:
@@ -75,7 +76,7 @@ class Steps:
         trainer = self._trainer
         if trainer.strategy.root_device.type == "cpu":
             # Where the transfer copies nothing, a copy stands for it: a step may write into its batch.
-            batch = apply_to_collection(batch, torch.Tensor, torch.clone)
+            batch = self._copied(batch, torch.Tensor, torch.clone)
         batch = trainer.precision_plugin.convert_input(batch)
         batch = trainer.lightning_module._on_before_batch_transfer(
             batch, dataloader_idx=0
