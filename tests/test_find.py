@@ -434,6 +434,158 @@ def test_memory_that_runs_out_anywhere_in_a_trial_is_survived():
         assert device.read().reserved == at_rest
 
 
+def test_what_first_steps_late_is_given_back_too():
+    torch.manual_seed(0)
+    one, other = nn.Linear(4, 1), nn.Linear(4, 1)
+    optimizers = {id(net): torch.optim.AdamW(net.parameters()) for net in (one, other)}
+    nets = {"one": one, "other": other}  # out of sight of the workload's own variables
+    before = [
+        parameter.clone() for net in nets.values() for parameter in net.parameters()
+    ]
+
+    def train(batch_size):
+        for step in itertools.count():
+            net = nets["other"] if step % 2 else nets["one"]
+            net(torch.randn(batch_size, 4)).square().mean().backward()
+            optimizers[id(net)].step()
+            optimizers[id(net)].zero_grad()
+            yield
+
+    autobatch.find(train, device=SimulatedAccelerator("1MiB"), max_micro_batch_size=32)
+
+    after = [parameter for net in nets.values() for parameter in net.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert not any(optimizer.state for optimizer in optimizers.values())
+
+
+def test_parameters_outside_of_any_module_train_as_if_nothing_had_been():
+    def trained(tuned):
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.ones(16))
+        optimizer = torch.optim.AdamW([weight], lr=0.1)
+
+        def train(batch_size):
+            while True:
+                (torch.randn(batch_size, 16) @ weight).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                yield
+
+        if tuned:
+            autobatch.find(
+                train, device=SimulatedAccelerator("1MiB"), max_micro_batch_size=32
+            )
+        steps = train(8)
+        for _ in range(3):
+            next(steps)
+        return weight
+
+    assert torch.equal(trained(tuned=True), trained(tuned=False))
+
+
+def test_every_trial_starts_from_the_same_state():
+    """A scheduler that is made for twenty steps would otherwise be stepped past its end by the search."""
+    model, optimizer = perceptron()
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=20)
+
+    def train(batch_size):
+        for _ in training(model, optimizer)(batch_size, 1):
+            scheduler.step()
+            yield
+
+    report = autobatch.find(
+        train,
+        device=SimulatedAccelerator("1MiB"),
+        restore=[scheduler],
+        search=autobatch.Bisection(),
+    )
+
+    assert len(report.trials) * 6 > 20
+    assert scheduler.last_epoch == 0
+
+
+def test_a_confirming_trial_that_is_slow_does_not_win():
+    """Between two fast sizes one is slow: it looked fast, was run, and is not taken."""
+    seconds = {100: 0.1, 50: 5.0}
+    device = PaperDevice(
+        10_000, per_sample=1, fixed=0, seconds_per_step=0, seconds_per_sample=0
+    )
+
+    def train(batch_size, accumulate):
+        for _ in device.workload(batch_size, accumulate):
+            device._now += accumulate * seconds.get(batch_size, 0.002 * batch_size)
+            yield
+
+    report = autobatch.find(train, device=device, target_batch_size=100)
+
+    assert report.plan == BatchPlan(100, 1)
+
+
+def test_time_is_kept_for_the_trials_that_confirm_the_plan():
+    device = PaperDevice(100, per_sample=1, seconds_per_sample=0.01, seconds_per_step=0)
+
+    report = autobatch.find(
+        device.workload,
+        device=device,
+        target_batch_size=720,
+        memory_limit=1.0,
+        time_limit=20,
+    )
+
+    assert device.clock() <= 20
+    assert report.plan.effective_batch_size == 720
+
+
+def test_a_loader_that_runs_dry_sets_the_bound():
+    data = torch.randn(100, 16)
+    model, optimizer = perceptron()
+
+    def train(batch_size):
+        for x in torch.utils.data.DataLoader(data, batch_size, drop_last=True):
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            yield
+
+    report = autobatch.find(train, device=SimulatedAccelerator("8MiB"))
+
+    assert 16 <= report.plan.micro_batch_size <= 100
+
+
+def test_a_budget_that_shrinks_to_nothing_while_a_plan_is_confirmed_is_told():
+    device = PaperDevice(1000, per_sample=10)
+
+    def train(batch_size, accumulate):
+        if device.sizes_run:
+            device.foreign = 995
+        yield from device.workload(batch_size, accumulate)
+
+    with pytest.raises(autobatch.DoesNotFitError, match="No batch size fits"):
+        autobatch.find(train, device=device, target_batch_size=60)
+
+
+def test_a_plan_is_verified_in_the_pattern_that_training_will_use():
+    asked = []
+
+    def train(batch_size, accumulate):
+        while True:
+            asked.append((min(batch_size, 100), accumulate))
+            yield min(batch_size, 100)
+
+    report = autobatch.find(train, device=PaperDevice(10), target_batch_size=200)
+
+    assert report.plan == BatchPlan(100, 2)
+    assert (100, 2) in asked
+
+
+def test_a_huge_target_is_no_problem():
+    device = PaperDevice(1000, fixed=100, per_sample=8)
+
+    report = autobatch.find(device.workload, device=device, target_batch_size=10**12)
+
+    assert report.plan.effective_batch_size == pytest.approx(10**12, rel=1e-6)
+
+
 # What is refused
 
 
@@ -457,12 +609,16 @@ def test_memory_that_runs_out_anywhere_in_a_trial_is_survived():
         ({"memory_limit": "lots"}, "memory_limit='lots'"),
         ({"device": "tpu:9"}, "device='tpu:9'"),
         ({"device": "cuda:7"}, "device='cuda:7'"),
+        ({"device": SimulatedAccelerator}, "device="),
         ({"plan": "no/such/report.json"}, "no/such/report.json"),
         ({"plan": 32}, "plan=32"),
         ({"plan": BatchPlan(0)}, "plan="),
         ({"plan": BatchPlan(8, 1, 2)}, "2 ranks"),
         ({"plan": BatchPlan(8), "target_batch_size": 64}, "target_batch_size=64"),
-        ({"restore": nn.Linear(1, 1)}, "restore="),
+        ({"plan": BatchPlan(64), "max_micro_batch_size": 8}, "max_micro_batch_size=8"),
+        ({"search": autobatch.Bisection}, "search="),
+        ({"search": "bisection"}, "search='bisection'"),
+        ({"restore": nn.Linear(1, 1)}, "restore=Linear"),
         ({"restore": [object()]}, "restore holds a object"),
     ],
     ids=str,
@@ -480,7 +636,14 @@ def test_a_bad_argument_gets_one_sentence_and_nothing_runs(arguments, sentence):
     assert not started
 
 
-@pytest.mark.parametrize("workload", [None, 3, lambda: None, lambda a, b, c: None])
+async def asynchronous(batch_size):
+    pass
+
+
+@pytest.mark.parametrize(
+    "workload",
+    [None, 3, lambda: None, lambda a, b, c: None, nn.Linear(1, 1), asynchronous],
+)
 def test_a_workload_that_can_not_be_called_with_a_batch_size_is_refused(workload):
     with pytest.raises(ValueError, match="workload="):
         autobatch.find(workload, device=PaperDevice(10))
@@ -509,6 +672,38 @@ def test_a_workload_that_ignores_its_batch_size_is_told_so():
             lambda batch_size: training(model, optimizer)(32, 1),
             device=SimulatedAccelerator("8MiB"),
         )
+
+
+def test_a_workload_that_does_nothing_is_told_so():
+    with pytest.raises(ValueError, match="allocated no memory at all"):
+        autobatch.find(lambda batch_size: None, device=SimulatedAccelerator("1MiB"))
+
+
+def test_a_number_that_is_no_count_of_samples_is_told():
+    def train(batch_size):
+        yield from itertools.count(1)
+
+    with pytest.raises(ValueError, match="yielded 1, 2, 3"):
+        autobatch.find(train, device=PaperDevice(10))
+
+
+def test_numbers_of_numpy_count_too():
+    def train(batch_size):
+        while True:
+            yield np.int64(32)
+
+    with pytest.raises(ValueError, match="yielded 32 at"):
+        autobatch.find(train, device=PaperDevice(10))
+
+
+def test_a_size_too_small_for_the_model_does_not_hide_that_nothing_fits():
+    model, optimizer = perceptron()
+
+    with pytest.raises(
+        autobatch.DoesNotFitError,
+        match=r"batch_size=1 was refused .*Expected more than 1 value",
+    ):
+        autobatch.find(training(model, optimizer), device=SimulatedAccelerator("50KiB"))
 
 
 def test_a_workload_that_yields_nothing_is_an_error():
@@ -563,7 +758,7 @@ def tuned(device, *, world_size, **settings):
         "memory_limit": 0.9,
         "steps_per_trial": 2,
     }
-    job = Job(device.workload, True, 8, world_size, 1, None, "paper", {})
+    job = Job(device.workload, True, 8, world_size, 1, None, None, "paper", {})
     with (
         Snapshot() as snapshot,
         OptimizerWatch(device.clock) as optimizers,

@@ -195,3 +195,43 @@ def test_nothing_is_charged_while_unobserved():
 
     assert ledger.current == 0
     del x
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: torch.rand_like(torch.tensor(1.0)),
+        lambda: torch.normal(torch.tensor(0.0), torch.tensor(1.0)),
+        lambda: torch.bernoulli(torch.tensor(0.5)),
+    ],
+)
+def test_random_numbers_are_drawn_once(draw):
+    torch.manual_seed(0)
+    draw()
+    plain = torch.get_rng_state()
+    torch.manual_seed(0)
+
+    with Ledger().watching(10**9, 0):
+        draw()
+
+    assert torch.equal(plain, torch.get_rng_state())
+
+
+def test_equal_numbers_of_other_types_make_results_of_other_sizes():
+    x, ledger = torch.ones(256, dtype=torch.int8), Ledger()
+
+    with ledger.watching(300, 0):
+        with pytest.raises(torch.OutOfMemoryError):
+            x * 2.0  # float32: 1,024 bytes
+        y = x * 2  # int8: 256 bytes
+
+    assert ledger.current == 256
+    del y
+
+
+def test_a_parameter_without_memory_yet_counts_nothing():
+    ledger = Ledger()
+
+    ledger.attach(nn.LazyLinear(4, bias=False))
+
+    assert ledger.current == 0

@@ -317,6 +317,156 @@ def test_it_goes_first_whatever_the_order():
     assert order != [4]
 
 
+def test_an_epoch_is_counted_as_it_is_trained():
+    def updates(size=200, limit=1.0, drop_last=False):
+        callback, fitted = (
+            tuner(target_batch_size=48),
+            trainer(max_epochs=1, limit_train_batches=limit),
+        )
+        fitted.callbacks.append(callback)
+        fitted.fit(Model(), DataLoader(data(size), batch_size=4, drop_last=drop_last))
+        (row,) = (
+            row for row in callback.report.effective if row.effective_batch_size == 48
+        )
+        return row.updates_per_epoch, fitted.global_step
+
+    for case in ({}, {"drop_last": True}, {"limit": 0.5}, {"limit": 3}):
+        told, done = updates(**case)
+        assert told == done, case
+
+
+def test_a_target_beyond_the_data_set_is_told():
+    callback = tuner(target_batch_size=512)
+
+    trainer(callback).fit(Model(), DataLoader(data(100), batch_size=4))
+
+    assert any("less than one update of" in note for note in callback.report.notes)
+
+
+class Prepared(Model):
+    """Makes in a start hook what its step uses, and asks the Trainer for this and that."""
+
+    def __init__(self, hook):
+        super().__init__()
+        setattr(self, hook, lambda *_: setattr(self, "outputs", []))
+
+    def training_step(self, batch, batch_idx):
+        self.outputs.append(int(self.trainer.num_training_batches))
+        if self.logger is not None:
+            assert Path(self.logger.save_dir).name
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(
+    "hook",
+    ["on_fit_start", "on_train_start", "on_train_epoch_start", "on_train_batch_start"],
+)
+def test_what_a_start_hook_makes_is_there_in_a_trial(hook, tmp_path):
+    kind = type(
+        "Hooked", (Prepared,), {hook: lambda self, *_: setattr(self, "outputs", [])}
+    )
+    model, callback = kind.__new__(kind), tuner()
+    Model.__init__(model)
+
+    trainer(callback, logger=pl.loggers.CSVLogger(tmp_path)).fit(model, plain())
+
+    assert callback.report.plan.effective_batch_size == 120
+    assert set(model.sizes) == {callback.report.plan.micro_batch_size}
+
+
+def test_a_collate_function_may_take_its_samples_apart():
+    class Dicts(torch.utils.data.Dataset):
+        def __len__(self):
+            return 200
+
+        def __getitem__(self, index):
+            x, y = data()[index]
+            return {"x": x, "y": y}
+
+    def collate(samples):
+        labels = torch.stack([sample.pop("y") for sample in samples])
+        return torch.stack([sample["x"] for sample in samples]), labels
+
+    callback = tuner(target_batch_size=100)
+    trainer(callback).fit(
+        Model(), DataLoader(Dicts(), batch_size=4, collate_fn=collate)
+    )
+
+    assert callback.report.plan.effective_batch_size == 100
+
+
+def test_only_samples_that_the_sampler_names_are_read():
+    class Partly(torch.utils.data.Dataset):
+        def __len__(self):
+            return 600
+
+        def __getitem__(self, index):
+            assert index < 100, "corrupt sample"
+            return data()[index]
+
+    sampler = torch.utils.data.SubsetRandomSampler(range(100))
+    callback = tuner(target_batch_size=50)
+
+    trainer(callback).fit(Model(), DataLoader(Partly(), batch_size=4, sampler=sampler))
+
+    assert callback.report.plan.effective_batch_size == 50
+    assert callback.report.dataset_size == 100
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_an_error_while_the_plan_is_applied_leaves_everything_as_it_was(error):
+    model, loader, calls = Model(), plain(), itertools.count(1)
+
+    def configure_optimizers():
+        if next(calls) == 2:
+            raise error("mine")
+        return torch.optim.AdamW(model.parameters())
+
+    model.configure_optimizers = configure_optimizers
+    fitted = trainer(tuner())
+
+    with pytest.raises(SystemExit if error is KeyboardInterrupt else error):
+        fitted.fit(model, loader)
+
+    assert loader.batch_size == loader.batch_sampler.batch_size == 4
+    assert fitted.accumulate_grad_batches == 1
+    assert model.hparams.batch_size == 4
+    assert "dataloader" not in vars(fitted.fit_loop._data_source)
+
+
+def test_a_datamodule_that_draws_its_data_is_asked_as_if_for_the_first_time():
+    def drawn(*callbacks, size=4, accumulate=1):
+        class Draws(pl.LightningDataModule):
+            def __init__(self):
+                super().__init__()
+                self.random = torch.Generator().manual_seed(0)
+                self.drawn = []
+
+            def train_dataloader(self):
+                chosen = torch.randperm(600, generator=self.random)[:240].tolist()
+                self.drawn.append(chosen[:5])
+                return DataLoader(
+                    torch.utils.data.Subset(data(), chosen), batch_size=size
+                )
+
+        module, model = Draws(), Model()
+        trainer(*callbacks, accumulate_grad_batches=accumulate).fit(
+            model, datamodule=module
+        )
+        return module.drawn
+
+    assert drawn(tuner()) == drawn()
+
+
+@pytest.mark.filterwarnings("ignore:Total length of .* is zero")
+def test_empty_data_is_left_to_lightning():
+    callback = tuner()
+
+    trainer(callback).fit(Model(), DataLoader(data(0), batch_size=4))
+
+    assert callback.report is None
+
+
 # Tuning without training
 
 
@@ -555,6 +705,11 @@ class ByHand(Model):
         self.automatic_optimization = False
 
 
+class WithHook(Model):
+    def train_dataloader(self):
+        return DataLoader(data(), batch_size=self.hparams.batch_size)
+
+
 class Precomputed(Sampler):
     """Batches made once and for all."""
 
@@ -567,6 +722,19 @@ class Precomputed(Sampler):
 
     def __iter__(self):
         return iter(self.batches)
+
+
+class Fixed(Sampler):
+    """Batches of the right size, but as many as were right once."""
+
+    def __init__(self, batch_size):
+        self.batch_size, self.length = batch_size, 600 // batch_size
+
+    def __iter__(self):
+        return iter([list(range(self.batch_size))] * self.length)
+
+    def __len__(self):
+        return self.length
 
 
 class Tokens(Sampler):
@@ -596,6 +764,19 @@ def plain():
             "Tokens, has no batch_size",
         ),
         (lambda: (Model(), plain(), {"overfit_batches": 2}), "overfit_batches=2"),
+        (lambda: (Model(), plain(), {"val_check_interval": 5}), "val_check_interval=5"),
+        (
+            lambda: (
+                WithHook(),
+                None,
+                {"callbacks": [tuner(), pl.callbacks.BatchSizeFinder()]},
+            ),
+            "BatchSizeFinder",
+        ),
+        (
+            lambda: (Model(), DataLoader(data(), batch_sampler=Fixed(4)), {}),
+            "Fixed, says 150 batches at any batch_size",
+        ),
         (
             lambda: (
                 Model(),
@@ -618,6 +799,9 @@ def plain():
         "precomputed",
         "token budget",
         "overfit",
+        "validation interval",
+        "finder",
+        "fixed length",
         "scheduler",
     ],
 )
@@ -638,6 +822,33 @@ def test_what_is_not_handled_is_refused_before_anything_is_touched(make, sentenc
     assert torch.equal(random_state, torch.get_rng_state())
     assert model.sizes == []
     assert fitted.accumulate_grad_batches == 1
+
+
+def test_one_loader_for_training_and_validation_is_refused():
+    loader = plain()
+
+    with pytest.raises(autobatch.AutobatchError, match="one loader serves"):
+        trainer(tuner()).fit(Model(), loader, loader)
+
+    assert loader.batch_size == 4
+
+
+def test_a_name_for_the_batch_size_that_is_nowhere_is_refused():
+    with pytest.raises(autobatch.AutobatchError, match="batch_arg_name='bacth'"):
+        trainer(tuner(batch_arg_name="bacth")).fit(Model(), plain())
+
+
+def test_resuming_with_another_target_is_refused(tmp_path):
+    first = trainer(tuner(), max_epochs=1)
+    first.fit(Model(), plain())
+    first.save_checkpoint(tmp_path / "last.ckpt")
+
+    with pytest.raises(
+        autobatch.AutobatchError, match="target_batch_size=60 asks for another"
+    ):
+        trainer(tuner(target_batch_size=60)).fit(
+            Model(), plain(), ckpt_path=tmp_path / "last.ckpt"
+        )
 
 
 def test_a_strategy_of_several_devices_is_refused():

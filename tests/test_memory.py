@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given
@@ -95,6 +96,14 @@ def test_a_bad_limit_is_refused_in_one_sentence_that_names_it(value):
     assert repr(value) in message
     assert message.endswith(".")
     assert ". " not in message
+
+
+@pytest.mark.parametrize(
+    ("value", "limit"), [(np.float32(0.5), 0.5), (np.int64(4096), 4096)]
+)
+def test_numbers_of_numpy_are_numbers(value, limit):
+    assert parse_memory_limit(value) == limit
+    assert type(parse_memory_limit(value)) is type(limit)
 
 
 def test_a_limit_of_one_is_refused_because_it_could_mean_two_things():
@@ -286,7 +295,7 @@ TOO_LARGE = {
     "because of because of": raised(
         KeyError("x"), cause=raised(ValueError("step failed"), cause=oom())
     ),
-    "while handling": raised(KeyError("exp_avg_sq"), inside=oom()),
+    "while handling": raised(ValueError("step failed"), inside=oom()),
     "in a group": ExceptionGroup(
         "ranks", [ValueError("other"), ExceptionGroup("inner", [oom()])]
     ),
@@ -316,6 +325,7 @@ SOMETHING_ELSE = {
     ),
     "not torch": ValueError("the log says: CUDA out of memory"),
     "a key": KeyError("out of memory"),
+    "a bug in the handler": raised(KeyError("exp_avg_sq"), inside=oom()),
     "no memory at all": RuntimeError(),
     "interrupt": KeyboardInterrupt(CUDA_OOM),
     "interrupt while handling": raised(KeyboardInterrupt(), inside=oom()),

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import gc
 import random
+import signal
 import weakref
 
 import numpy as np
@@ -140,7 +141,11 @@ def test_modules_and_optimizers_are_captured_at_first_touch():
     optimizer = torch.optim.AdamW(model.parameters())
     before, touched = inventory(model, optimizer), []
 
-    with Snapshot() as snapshot, snapshot.at_first_touch(touched.append):
+    with (
+        Snapshot() as snapshot,
+        snapshot.at_first_forward(touched.append),
+        snapshot.at_first_step(touched.append),
+    ):
         steps = training(model, optimizer)(8, 1)
         next(steps)
         next(steps)
@@ -154,18 +159,26 @@ def test_modules_and_optimizers_are_captured_at_first_touch():
 
 
 def test_no_hook_is_left_behind():
-    model, _ = trained()
+    model, optimizer = trained()
     touched = []
 
-    with Snapshot() as snapshot, snapshot.at_first_touch(touched.append):
+    with (
+        Snapshot() as snapshot,
+        snapshot.at_first_forward(touched.append),
+        snapshot.at_first_step(touched.append),
+    ):
         pass
-    model(torch.ones(2, 16))
+    next(training(model, optimizer)(2, 1))
 
     assert not touched
 
 
 def test_a_model_that_a_workload_makes_for_itself_may_die():
-    with Snapshot() as snapshot, snapshot.at_first_touch(lambda _: None):
+    with (
+        Snapshot() as snapshot,
+        snapshot.at_first_forward(lambda _: None),
+        snapshot.at_first_step(lambda _: None),
+    ):
         model = Perceptron()
         optimizer = torch.optim.AdamW(model.parameters())
         next(training(model, optimizer)(4, 1))
@@ -279,3 +292,82 @@ def test_one_object_that_refuses_keeps_no_other_from_its_own():
         disturb(model, optimizer)
 
     assert same(before, inventory(model, optimizer))
+
+
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as it is by default: Lightning, having handled one, ignores those that follow."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_an_interrupt_while_giving_back_waits_until_everything_is_back():
+    model, optimizer = trained()
+    before = inventory(model, optimizer)
+
+    class Interrupting:
+        def state_dict(self):
+            return {}
+
+        def load_state_dict(self, state):
+            signal.raise_signal(signal.SIGINT)
+
+    interrupting = Interrupting()
+    with pytest.raises(KeyboardInterrupt), Snapshot() as snapshot:
+        snapshot.capture(interrupting, model, optimizer)
+        disturb(model, optimizer)
+
+    assert same(before, inventory(model, optimizer))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_what_is_first_seen_at_a_step_is_given_back_without_the_gradient_of_that_step():
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
+
+    with Snapshot() as snapshot, snapshot.at_first_step(lambda _: None):
+        weight.square().sum().backward()
+        optimizer.step()
+
+    assert weight.tolist() == [1, 1, 1]
+    assert weight.grad is None
+    assert not optimizer.state
+
+
+def test_an_expanded_buffer_is_given_back():
+    model = nn.Linear(2, 2)
+    model.register_buffer("mask", torch.ones(1, 1).expand(4, 4))
+    model.steps = []
+
+    with Snapshot() as snapshot:
+        snapshot.capture(model)
+        model.steps.append(1)
+        mask = model.mask
+
+    assert model.mask is mask
+    assert model.steps == []
+
+
+def test_a_helper_that_knows_its_own_state_is_given_back():
+    """An average of weights, say, that is no module."""
+
+    class Average:
+        def __init__(self):
+            self.shadow = {"w": torch.zeros(2)}
+
+        def state_dict(self):
+            return self.shadow
+
+        def load_state_dict(self, state):
+            self.shadow = state
+
+    model = nn.Linear(2, 2)
+    model.average = Average()
+
+    with Snapshot() as snapshot:
+        snapshot.capture(model)
+        model.average.shadow["w"].add_(1)
+
+    assert model.average.shadow["w"].tolist() == [0, 0]

@@ -12,10 +12,9 @@ import torch
 
 from autobatch._probes import detect
 from autobatch._report import Settings, TuningReport
-from autobatch._search import GuidedBisection, Search
 from autobatch._snapshot import Snapshot, restorable
 from autobatch._trial import OptimizerWatch
-from autobatch._tune import Job, known_plan, tune, versions
+from autobatch._tune import Job, checked_search, known_plan, tune, versions
 from autobatch.errors import AutobatchError
 from autobatch.sinks import progress
 
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
 
     from autobatch._memory import MemoryProbe
     from autobatch._plan import BatchPlan
+    from autobatch._search import Search
 
 __all__ = ["find"]
 
@@ -105,6 +105,7 @@ def find(
         world_size=1,
         accumulate=1,
         before=None,
+        samples_trained=None,
         subject=loop.name,
         environment=versions(),
     )
@@ -113,26 +114,25 @@ def find(
         OptimizerWatch(probe.clock) as optimizers,
         progress() as shown,
     ):
-        snapshot.capture(*things)
-        return tune(
-            job,
-            settings,
-            known=known,
+        touched = partial(
+            _touched,
             probe=probe,
-            search=search or GuidedBisection(),
-            snapshot=snapshot,
             optimizers=optimizers,
-            first_touch=partial(
-                snapshot.at_first_touch,
-                partial(
-                    _touched,
-                    probe=probe,
-                    optimizers=optimizers,
-                    home=None if device else home,
-                ),
-            ),
-            shown=shown,
+            home=None if device else home,
         )
+        snapshot.capture(*things, *_trainable(workload))
+        with snapshot.at_first_step(touched):
+            return tune(
+                job,
+                settings,
+                known=known,
+                probe=probe,
+                search=checked_search(search),
+                snapshot=snapshot,
+                optimizers=optimizers,
+                first_touch=partial(snapshot.at_first_forward, touched),
+                shown=shown,
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,9 +144,15 @@ class _Loop:
 
     @classmethod
     def checked(cls, function: Callable[..., Any]) -> _Loop:
-        if not callable(function):
+        if isinstance(function, torch.nn.Module) or not callable(function):
             raise ValueError(
-                f"workload={function!r} can not be called; give a function of the batch size."
+                f"workload={type(function).__name__} is no training loop; give a function of the batch size."
+            )
+        if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(
+            function
+        ):
+            raise ValueError(
+                f"workload={function.__name__} is asynchronous; give a plain function or generator function."
             )
         try:
             signature = inspect.signature(function)
@@ -193,7 +199,9 @@ def _world_size() -> int:
 
 def _restorable(restore: Sequence[Any]) -> Sequence[Any]:
     if not isinstance(restore, (list, tuple)):
-        raise ValueError(f"restore={restore!r} is not a list; write restore=[…].")
+        raise ValueError(
+            f"restore={type(restore).__name__} is not a list; write restore=[…]."
+        )
     for thing in restore:
         if not restorable(thing):
             raise ValueError(
@@ -201,6 +209,12 @@ def _restorable(restore: Sequence[Any]) -> Sequence[Any]:
                 "or give an object that has them."
             )
     return restore
+
+
+def _trainable(workload: Callable[..., Any]) -> list[Any]:
+    """Models and optimizers in sight of the workload: captured now, before it does anything to them."""
+    kinds = (torch.nn.Module, torch.optim.Optimizer)
+    return [thing for thing in _reachable(workload) if isinstance(thing, kinds)]
 
 
 def _home_of(workload: Callable[..., Any], things: Sequence[Any]) -> torch.device:
@@ -215,9 +229,8 @@ def _home_of(workload: Callable[..., Any], things: Sequence[Any]) -> torch.devic
 
 def _reachable(workload: Callable[..., Any]) -> list[Any]:
     """What the function's own variables hold: closures, globals, and the object it is a method of."""
-    function = inspect.unwrap(
-        getattr(workload, "func", workload)
-    )  # of a functools.partial, too
+    inner = workload.func if isinstance(workload, partial) else workload
+    function = inspect.unwrap(inner)
     owner = getattr(function, "__self__", None)
     try:
         names = inspect.getclosurevars(getattr(function, "__func__", function))

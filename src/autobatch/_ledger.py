@@ -180,6 +180,8 @@ class Ledger:
         returns = func._schema.returns  # type: ignore[attr-defined]
         if not returns or all(value.alias_info is not None for value in returns):
             return 0  # views and in-place operators allocate nothing
+        if torch.Tag.nondeterministic_seeded in func.tags:  # type: ignore[attr-defined]
+            return None  # asked twice it would draw twice
         try:
             key = (func, _signature(args), _signature(tuple(sorted(kwargs.items()))))
             if key in self._sizes:
@@ -255,6 +257,8 @@ def _storages(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
     ):
         for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
             yield from _storages(getattr(tensor, name))
+    elif torch.nn.parameter.is_lazy(tensor):
+        return  # no memory yet
     elif tensor.layout is torch.strided:
         # functorch wrappers and opaque tensors have no storage to show
         with contextlib.suppress(NotImplementedError, RuntimeError):
@@ -305,7 +309,9 @@ def _signature(value: Any) -> Any:
     if isinstance(value, torch.Generator):
         return None
     hash(value)
-    return value
+    return type(
+        value
+    ), value  # 2, 2.0 and True are equal, and make results of different types
 
 
 def _on_meta(value: Any) -> Any:

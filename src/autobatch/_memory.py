@@ -6,6 +6,7 @@ import re
 import sys
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -131,6 +132,8 @@ def parse_bytes(name: str, value: int | str) -> int:
 
 def parse_memory_limit(value: float | str) -> float | int:
     """A share of the device as a float, or bytes as an int."""
+    if isinstance(value, Real) and not isinstance(value, (int, float)):
+        value = int(value) if isinstance(value, Integral) else float(value)  # numpy's
     if isinstance(value, float) and 0.0 < value <= 1.0:
         return value
     if value == 1 and type(value) is int:
@@ -180,12 +183,16 @@ def is_oom(error: BaseException) -> bool:
             return True
         if isinstance(error, ExceptionGroup):
             pending.extend(error.exceptions)
-        led_to_it = (
-            error.__context__ if not error.__suppress_context__ else error.__cause__
-        )
+        led_to_it = error.__cause__
+        if not error.__suppress_context__ and not isinstance(error, _BUGS):
+            led_to_it = error.__context__
         if led_to_it is not None:
             pending.append(led_to_it)
     return False
+
+
+# An error of these kinds while out-of-memory was being handled is a bug in the handler
+_BUGS = (AttributeError, ImportError, LookupError, NameError, TypeError)
 
 
 def _says_too_large(error: Exception) -> bool:

@@ -92,6 +92,7 @@ def notes(found: Findings) -> tuple[str, ...]:
         _deviation(found),
         _changed(found),
         _overridden(found),
+        _short_epoch(found),
         _out_of_time(found),
         _not_sought(found),
         _refused(found),
@@ -147,6 +148,16 @@ def _overridden(found: Findings) -> str | None:
     return (
         f"accumulate_grad_batches={before.accumulate_grad_batches} of the Trainer gives "
         f"way to {found.plan.accumulate_grad_batches}, for the target."
+    )
+
+
+def _short_epoch(found: Findings) -> str | None:
+    samples, update = found.dataset_size, found.plan.effective_batch_size
+    if samples is None or samples >= update:
+        return None
+    return (
+        f"An epoch of {samples:,} samples is less than one update of {update:,}: every epoch makes one update, "
+        "of what there is."
     )
 
 

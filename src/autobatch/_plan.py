@@ -59,29 +59,41 @@ def candidates(
     nearest effective batch in the fewest passes.
     """
     samples = per_rank(target, world_size)
-    fewest = math.ceil(samples / largest)
-    passes = range(fewest, min(_CHEAP * fewest, samples) + 1)
-    exact = [BatchPlan(samples // k, k, world_size) for k in passes if samples % k == 0]
+    most = _CHEAP * math.ceil(samples / largest)
+    smallest = math.ceil(samples / min(most, samples))
+    sizes = range(min(largest, samples), min(smallest, largest) - 1, -1)
+    exact = [
+        BatchPlan(size, samples // size, world_size)
+        for size in sizes
+        if samples % size == 0
+    ]
     if exact:
         return tuple(_by_speed(exact, pace))
     near = (
-        BatchPlan(min(largest, max(1, round(samples / k))), k, world_size)
-        for k in passes
+        BatchPlan(size, max(1, round(samples / size)), world_size) for size in sizes
     )
     return tuple(
         sorted(
-            near, key=lambda plan: (_off(plan, target), plan.accumulate_grad_batches)
+            (plan for plan in near if plan.accumulate_grad_batches <= most),
+            key=lambda plan: (_off(plan, target), plan.accumulate_grad_batches),
         )
     )
 
 
 def nearest(target: int, world_size: int, sizes: Iterable[int]) -> BatchPlan:
-    """The plan closest to the target that uses one of these micro-batches; the larger of two as close."""
-    samples = per_rank(target, world_size)
+    """The plan closest to the target that uses one of these micro-batches; the largest of those as close.
+
+    No plan may take more than twice the passes that the largest of them needs.
+    """
+    samples, sizes = per_rank(target, world_size), sorted(sizes)
+    most = _CHEAP * max(1, round(samples / sizes[-1]))
     plans = (
         BatchPlan(size, max(1, round(samples / size)), world_size) for size in sizes
     )
-    return min(plans, key=lambda plan: (_off(plan, target), -plan.micro_batch_size))
+    return min(
+        (plan for plan in plans if plan.accumulate_grad_batches <= most),
+        key=lambda plan: (_off(plan, target), -plan.micro_batch_size),
+    )
 
 
 def _off(plan: BatchPlan, target: int) -> int:

@@ -44,7 +44,7 @@ def detect(
                 f"device={device!r} is not the name of a device; this process sees {', '.join(seen)}."
             ) from error
     elif not isinstance(device, torch.device):
-        if not hasattr(device, "limited"):
+        if isinstance(device, type) or not hasattr(device, "limited"):
             raise ValueError(
                 f"device={device!r} is neither a MemoryProbe nor the name of a device; "
                 f"this process sees {', '.join(seen)}."
@@ -80,6 +80,7 @@ class CudaProbe:
                 f"cuda:{index} can not be opened: {error}. {_WAY_OUT}"
             ) from error
         self.name = f"{properties.name} (cuda:{self._index})"
+        self.device = f"cuda:{self._index}"
         self.source = "NVML"
         self._total = properties.total_memory  # bytes; torch's caps are shares of this
         try:

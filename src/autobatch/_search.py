@@ -83,7 +83,7 @@ class GuidedBisection:
 
     def __post_init__(self) -> None:
         _check_resolution(self.resolution)
-        if self.growth <= 1:
+        if type(self.growth) is not int or self.growth < 2:  # noqa: PLR2004
             raise ValueError(f"growth must be at least 2, got {self.growth!r}.")
 
     def propose(
@@ -315,5 +315,5 @@ def _profile_limit(readings: list[_Reading]) -> int | None:
 
 
 def _check_resolution(resolution: float) -> None:
-    if not 0 < resolution < 1:
+    if not isinstance(resolution, float) or not 0 < resolution < 1:
         raise ValueError(f"resolution must lie between 0 and 1, got {resolution!r}.")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import random
+import signal
 import sys
+import threading
 import warnings
 import weakref
 from collections import deque
@@ -19,11 +21,13 @@ from torch.utils.weak import TensorWeakRef
 from autobatch._ledger import eager, unobserved
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from types import TracebackType
 
 __all__ = ["Snapshot", "restorable"]
 
+# What has nothing inside that a trial could change
+_PLAIN: Final = frozenset({int, float, complex, bool, str, bytes, type(None)})
 _MANY: Final = 1000  # entries of a container that is data rather than state
 
 GiveBack: TypeAlias = "Callable[[], Any]"  # puts a value back as it was, in place where it can, and returns it
@@ -46,6 +50,7 @@ class Snapshot:
         self._held: dict[int, tuple[Callable[[], Any], GiveBack]] = {}
         self._tensors: dict[int, _KeptTensor] = {}
         self._passes = 0
+        self._with_gradients = True
         self._random: GiveBack = lambda: None
 
     def __enter__(self) -> Self:
@@ -66,6 +71,10 @@ class Snapshot:
 
     def capture(self, *things: Any) -> None:
         """Remember how these are now; what was captured before keeps its first state."""
+        self._capture_all(things, with_gradients=True)
+
+    def _capture_all(self, things: Iterable[Any], *, with_gradients: bool) -> None:
+        self._with_gradients = with_gradients
         self._tensors = {
             key: kept for key, kept in self._tensors.items() if not kept.is_dead
         }
@@ -79,9 +88,10 @@ class Snapshot:
 
     def capture_light(self, *things: Any) -> None:
         """Remember the small attributes of these, such as counters and generators, but not the data they hold."""
+        self._with_gradients = True
         for thing in things:
             if id(thing) not in self._held and hasattr(thing, "__dict__"):
-                ref = weakref.ref(thing)
+                ref = _reference(thing)
                 self._held[id(thing)] = (
                     ref,
                     self._keep_attributes(thing, ref, _is_light),
@@ -89,43 +99,57 @@ class Snapshot:
 
     def restore(self) -> None:
         """Give everything back; one object that refuses keeps no other from its own, and is raised at the end."""
-        failure: Exception | None = None
+        failure: BaseException | None = None
         self._passes += 1
-        with unobserved(), torch.no_grad():
-            for _, give_back in list(self._held.values()):
+        with _uninterrupted(), unobserved(), torch.no_grad():
+            gives = [give_back for _, give_back in self._held.values()]
+            for give_back in (*gives, self._random):
                 try:
                     give_back()
-                except Exception as error:  # the rest must still be restored
+                except BaseException as error:  # the rest must still be restored
                     failure = failure or error
-            self._random()
         if failure is not None:
             raise failure
 
     @contextlib.contextmanager
-    def at_first_touch(self, touched: Callable[[object], None]) -> Iterator[None]:
-        """While the body runs, capture every module when its forward runs and every optimizer when it steps.
+    def at_first_forward(self, touched: Callable[[object], None]) -> Iterator[None]:
+        """While the body runs, capture every module when its forward runs, and tell `touched` of it the first time.
 
-        `touched` is told of each the first time. It is torch's global hooks that see them; compiled modules stay
-        eager meanwhile, since hooks would break their graphs.
+        It is torch's global hook that sees them; compiled modules stay eager meanwhile, since a hook would break
+        their graphs.
         """
 
-        def see(thing: object, *_: object) -> None:
-            if id(thing) not in self._held:
-                self.capture(thing)
-                touched(thing)
+        def see(module: object, _: object) -> None:
+            if id(module) not in self._held:
+                self.capture(module)
+                touched(module)
 
-        hooks = (
-            register_module_forward_pre_hook(see),
-            register_optimizer_step_pre_hook(see),
-        )
+        hook = register_module_forward_pre_hook(see)
         try:
             with eager(), warnings.catch_warnings():
                 # That a hook fires once more for a compiled module does no harm here
                 warnings.filterwarnings("ignore", message=r".*global hooks on modules")
                 yield
         finally:
-            for hook in hooks:
-                hook.remove()
+            hook.remove()
+
+    @contextlib.contextmanager
+    def at_first_step(self, touched: Callable[[object], None]) -> Iterator[None]:
+        """While the body runs, capture every optimizer when it steps, and tell `touched` of it the first time.
+
+        Parameters that are first seen here carry the gradients of this very step: they are given back without.
+        """
+
+        def see(optimizer: object, *_: object) -> None:
+            if id(optimizer) not in self._held:
+                self._capture_all([optimizer], with_gradients=False)
+                touched(optimizer)
+
+        hook = register_optimizer_step_pre_hook(see)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     @property
     def alive(self) -> list[Any]:
@@ -139,7 +163,7 @@ class Snapshot:
         if isinstance(thing, torch.Tensor) or _is_generator(thing):
             self._held[key] = (lambda: thing, self._keep(thing))
             return
-        ref = weakref.ref(thing, lambda _: self._held.pop(key, None))
+        ref = _reference(thing, lambda _: self._held.pop(key, None))
         self._held[key] = (ref, self._keep_object(thing, ref))
 
     def _keep_object(self, thing: Any, ref: Callable[[], Any]) -> GiveBack:
@@ -174,8 +198,14 @@ class Snapshot:
                 return
             for name in owner.__dict__.keys() - kept.keys():
                 del owner.__dict__[name]
+            failure = None
             for name, value in kept.items():
-                owner.__dict__[name] = value()
+                try:
+                    owner.__dict__[name] = value()
+                except Exception as error:  # the others must still be restored
+                    failure = failure or error
+            if failure is not None:
+                raise failure
 
         return give_back
 
@@ -187,11 +217,19 @@ class Snapshot:
         if id(value) in inside:  # a container that holds itself
             return lambda: value
         inside |= {id(value)}
+        if isinstance(value, torch.optim.Optimizer):
+            self._capture(value)
+            return lambda: value
+        if _is_stateful(value):
+            return self._keep_state(value)
         if isinstance(value, dict):
             items = {key: self._keep(item, inside) for key, item in value.items()}
             return lambda: _refill(
                 value, value.update, {key: item() for key, item in items.items()}
             )
+        if isinstance(value, list) and all(type(item) in _PLAIN for item in value):
+            numbers = value.copy()
+            return lambda: _refill(value, value.extend, numbers)
         if isinstance(value, (list, deque)):
             elements = [self._keep(item, inside) for item in value]
             return lambda: _refill(value, value.extend, [item() for item in elements])
@@ -205,13 +243,26 @@ class Snapshot:
             return lambda: _rewrite(value, array)
         return lambda: value
 
+    def _keep_state(self, thing: Any) -> GiveBack:
+        """What an object says of itself: schedulers, scalers, averages of weights that are no modules."""
+        state = self._keep(thing.state_dict())
+
+        def give_back() -> Any:
+            thing.load_state_dict(state())
+            return thing
+
+        return give_back
+
     def _keep_tensor(self, tensor: torch.Tensor) -> GiveBack:
         known = self._tensors.get(id(tensor))
         if known is not None and known.keeps(tensor):
             return known
         if tensor.is_meta or torch.nn.parameter.is_lazy(tensor):  # nothing to copy yet
             return lambda: tensor
-        kept = self._tensors[id(tensor)] = _KeptTensor(tensor, lambda: self._passes)
+        kept = _KeptTensor(
+            tensor, lambda: self._passes, with_gradient=self._with_gradients
+        )
+        self._tensors[id(tensor)] = kept
         return kept
 
 
@@ -221,17 +272,16 @@ class _KeptTensor:
     The original is not held: a gradient or a hidden state that training would have freed must not stay on the device.
     """
 
-    def __init__(self, tensor: torch.Tensor, passes: Callable[[], int]) -> None:
+    def __init__(
+        self, tensor: torch.Tensor, passes: Callable[[], int], *, with_gradient: bool
+    ) -> None:
         self._ref = TensorWeakRef(tensor)
         self._device = tensor.device
         self._is_leaf = tensor.is_leaf
         self._needs_gradient = tensor.requires_grad
         self._copy = _on_host(tensor)
-        self._gradient = (
-            _on_host(tensor.grad)
-            if tensor.is_leaf and tensor.grad is not None
-            else None
-        )
+        gradient = tensor.grad if tensor.is_leaf and with_gradient else None
+        self._gradient = None if gradient is None else _on_host(gradient)
         self._passes = passes
         self._given_in = -1
 
@@ -257,6 +307,10 @@ class _KeptTensor:
         if tensor is None or tensor.is_inference() or self._is_leaf > tensor.is_leaf:
             tensor = self._on_device(self._copy)
             self._ref = TensorWeakRef(tensor)
+        elif _is_expanded(tensor):
+            # Elements that share memory can not be written one by one; as a rule no one has
+            if not torch.equal(_on_host(tensor), self._copy):
+                tensor.data = self._on_device(self._copy)
         elif tensor.shape == self._copy.shape and tensor.dtype == self._copy.dtype:
             tensor.data.copy_(self._copy)
         else:
@@ -269,6 +323,13 @@ class _KeptTensor:
     def _on_device(self, copy: None) -> None: ...
     def _on_device(self, copy: torch.Tensor | None) -> torch.Tensor | None:
         return None if copy is None else copy.to(self._device, copy=True)
+
+
+def _is_expanded(tensor: torch.Tensor) -> bool:
+    if tensor.layout is not torch.strided:
+        return False
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return any(size > 1 and stride == 0 for size, stride in sizes)
 
 
 def _on_host(tensor: torch.Tensor) -> torch.Tensor:
@@ -323,6 +384,39 @@ def _keep_generator(generator: Any) -> GiveBack:
 
 def _same(value: Any) -> Any:
     return value
+
+
+def _is_stateful(value: object) -> bool:
+    if isinstance(value, (torch.nn.Module, type)):
+        return False
+    return hasattr(value, "state_dict") and hasattr(value, "load_state_dict")
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C back until the body is done: half a restore would be worse than a late stop."""
+    former = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or former is None:
+        yield
+        return
+    held: list[Any] = []
+    signal.signal(signal.SIGINT, lambda *call: held.append(call))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, former)
+        if held and callable(former):
+            former(*held[0])
+
+
+def _reference(
+    thing: Any, died: Callable[[Any], object] | None = None
+) -> Callable[[], Any]:
+    """A weak reference, or a firm one to what knows no weak ones."""
+    try:
+        return weakref.ref(thing, died)
+    except TypeError:
+        return lambda: thing
 
 
 def _is_light(value: object) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import operator
 import statistics
 import sys
 import traceback
@@ -50,6 +51,7 @@ class Trial:
         optimizer_seconds: Seconds of one optimizer step; None when not timed.
         resident: Bytes this process held when the trial began.
         profile: Bytes held after each allocation of the last step, where the probe keeps a ledger.
+        error: What the failure said, where there was one.
     """
 
     batch_size: int
@@ -60,6 +62,7 @@ class Trial:
     optimizer_seconds: float | None = None
     resident: int = 0
     profile: tuple[int, ...] = ()
+    error: str | None = None
 
     @property
     def fits(self) -> bool:
@@ -157,9 +160,7 @@ class _Run:
 
     def __init__(self, workload: Workload, batch_size: int, accumulate: int) -> None:
         self.steps = 0
-        self.samples: int | None = (
-            None  # of its largest micro-batch, where the workload says
-        )
+        self.counts: list[int] = []  # samples of its micro-batches, where it says
         self.accumulate = accumulate
         self._start: Callable[[], Iterator[Any]] = partial(
             workload, batch_size, accumulate
@@ -177,8 +178,9 @@ class _Run:
             except StopIteration:
                 raise self._too_short() from None
         self.steps += 1
-        if isinstance(said, int) and not isinstance(said, bool):
-            self.samples = max(said, self.samples or 0)
+        count = _count(said)
+        if count is not None:
+            self.counts.append(count)
 
     def close(self) -> None:
         if hasattr(self._steps, "close"):
@@ -200,7 +202,7 @@ class Bench:
         probe: The device.
         budget: Reads how many bytes this process may hold now.
         optimizers: Counts and times optimizer steps.
-        first_touch: Watches for modules and optimizers that no one has seen yet, while a trial takes its first step.
+        first_touch: Watches for modules that no one has seen yet.
     """
 
     probe: MemoryProbe
@@ -226,11 +228,12 @@ def run_trial(
         if not is_oom(error):
             error.add_note(f"autobatch was trying batch_size={batch_size}")
             raise
+        trial = replace(trial, error=_first_line(error))
         _forget(error)
     except BaseException as error:
         error.add_note(f"autobatch was trying batch_size={batch_size}")
         raise
-    _empty_autograd()
+    _empty_autograd(bench.probe)
     gc.collect()
     bench.probe.release()
     return trial
@@ -243,11 +246,15 @@ def _try(trial: Trial, workload: Workload, steps: int, bench: Bench) -> Trial:
     probe.release()
     allowed = bench.budget()
     before = probe.read()
-    with probe.limited(allowed) as watch:
-        run = _Run(workload, trial.batch_size, trial.accumulate)
-        # A generator must be closed under the modes it was started under
-        with contextlib.closing(run):
+    run = _Run(workload, trial.batch_size, trial.accumulate)
+    # A generator must be closed under the modes it was started under
+    with probe.limited(allowed) as watch, contextlib.closing(run):
+        with bench.first_touch():
             _warm_up(run, watch, bench)
+            if watch or not _compiles():
+                pace = _pace(run, further, watch, bench)
+        if not watch and _compiles():
+            run.step()  # kept eager while they were looked at, modules compile now
             pace = _pace(run, further, watch, bench)
     after = probe.read()
     ran = replace(
@@ -259,15 +266,21 @@ def _try(trial: Trial, workload: Workload, steps: int, bench: Bench) -> Trial:
     if after.failures > before.failures:
         # The workload swallowed an error, or the allocator had to retry: not a fit
         return replace(ran, outcome=Outcome.OUT_OF_MEMORY, peak=None)
+    if watch and not watch.profile:
+        raise ValueError(
+            f"The workload allocated no memory at all in a step at batch_size={trial.batch_size}; "
+            "it must run a training step each time it yields."
+        )
     ran = replace(ran, outcome=Outcome.FIT).judged(bench.budget())
     if not ran.fits:
         return ran
     if watch is not None:
         # Watching every operator slows a step down
-        run = _Run(workload, trial.batch_size, trial.accumulate)
-        with contextlib.closing(run):
-            run.step()
-            pace = _pace(run, further, None, bench)
+        looking = contextlib.nullcontext if _compiles() else bench.first_touch
+        again = _Run(workload, trial.batch_size, trial.accumulate)
+        with looking(), contextlib.closing(again):
+            again.step()
+            pace = _pace(again, further, None, bench)
     return replace(
         ran, step_seconds=pace.step_seconds, optimizer_seconds=pace.optimizer_seconds
     )
@@ -277,17 +290,18 @@ def _warm_up(run: _Run, watch: Watch | None, bench: Bench) -> None:
     """Take the first step, and go on until optimizer state exists: the first real optimizer step allocates it."""
     optimizers = bench.optimizers
     stepped = optimizers.steps
-    with bench.first_touch():
-        for _ in range(_WARM_UP):
-            if watch:
-                watch.mark()
-            run.step()
-            if optimizers.steps > stepped or not optimizers.expected:
-                break
-        else:
-            optimizers.expected = optimizers.steps > 0
-    if watch is None and "torch._dynamo" in sys.modules:
-        run.step()  # compiled modules, kept eager while they were looked at, compile now
+    for _ in range(_WARM_UP):
+        if watch:
+            watch.mark()
+        run.step()
+        if optimizers.steps > stepped or not optimizers.expected:
+            return
+    optimizers.expected = optimizers.steps > 0
+
+
+def _compiles() -> bool:
+    """Whether torch.compile is in use: a hook that looks at modules would then break graphs."""
+    return "torch._dynamo" in sys.modules
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,14 +334,35 @@ def _pace(run: _Run, steps: int, watch: Watch | None, bench: Bench) -> _Pace:
 
 def _really_ran(trial: Trial, run: _Run) -> Trial:
     """The trial under the size that the workload really reached, where it says so."""
-    if run.samples is None or run.samples == trial.batch_size:
+    counts = set(run.counts)
+    most = max(counts, default=trial.batch_size)
+    if most == trial.batch_size:
         return trial
-    if run.samples > trial.batch_size or run.samples < 1:
+    if most > trial.batch_size or most < 1 or len(counts) > 1:
         raise ValueError(
-            f"The workload ran {run.samples} samples at batch_size={trial.batch_size}; it must make micro-batches of "
+            f"The workload yielded {_listed(counts)} at batch_size={trial.batch_size}; it must make micro-batches of "
             "the size it is given, and yield how many samples the last one had, or nothing."
         )
-    return replace(trial, batch_size=run.samples)
+    return replace(trial, batch_size=most)
+
+
+def _listed(counts: set[int]) -> str:
+    first = [str(count) for count in sorted(counts)[:3]]
+    return ", ".join(first) + (", …" if len(counts) > len(first) else "")
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
+def _count(said: Any) -> int | None:
+    """What was yielded, where it is a count: an int, also one of numpy's."""
+    if isinstance(said, bool) or not hasattr(said, "__index__"):
+        return None
+    try:
+        return operator.index(said)
+    except TypeError:  # a tensor of a loss
+        return None
 
 
 def _forget(error: BaseException) -> None:
@@ -343,13 +378,14 @@ def _forget(error: BaseException) -> None:
         pending += [one.__cause__, one.__context__, *getattr(one, "exceptions", ())]
 
 
-def _empty_autograd() -> None:
-    """Run a tiny backward on this thread: one that failed leaves activations in autograd's queue until the next."""
+def _empty_autograd(probe: MemoryProbe) -> None:
+    """Run a tiny backward: one that failed leaves activations in autograd's queue until the next on its thread."""
     import torch
 
     from autobatch._ledger import unobserved
 
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_initialized() else [])]
+    # On the CPU that is this thread; a CUDA device has one of its own
+    ours = [getattr(probe, "device", "cpu")] if torch.cuda.is_initialized() else []
     with unobserved(), torch.enable_grad():
-        for device in devices:
+        for device in {"cpu", *ours}:
             torch.ones(1, device=device, requires_grad=True).sum().backward()

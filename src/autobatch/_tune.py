@@ -16,8 +16,9 @@ from autobatch._notes import Bound, Findings, notes, tightest_bound
 from autobatch._pace import Pace
 from autobatch._plan import BatchPlan, candidates, nearest
 from autobatch._report import Device, Settings, TuningReport
+from autobatch._search import GuidedBisection
 from autobatch._trial import Bench, Outcome, Trial, run_trial
-from autobatch.errors import AutobatchError, DoesNotFitError
+from autobatch.errors import AutobatchError, DoesNotFitError, ShortTrialError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from autobatch._trial import OptimizerWatch, Workload
     from autobatch.sinks import Progress
 
-__all__ = ["Job", "known_plan", "tune", "versions"]
+__all__ = ["Job", "checked_search", "known_plan", "tune", "versions"]
 
 _log = logging.getLogger("autobatch")
 
@@ -53,6 +54,7 @@ class Job:
         world_size: Ranks that train together.
         accumulate: The accumulation that stays where no target is asked for.
         before: What was trained with until now, where that is known.
+        samples_trained: Samples that an epoch trains on with a plan, where it is not the whole data set.
         subject: What a report calls it.
         environment: Versions, for the report.
     """
@@ -63,6 +65,7 @@ class Job:
     world_size: int
     accumulate: int
     before: BatchPlan | None
+    samples_trained: Callable[[BatchPlan], int | None] | None
     subject: str
     environment: dict[str, str]
 
@@ -155,19 +158,37 @@ class _Tuning:
     def search(self, search: Search) -> None:
         """Try sizes until the search is content, or time runs out."""
         while size := self._next_size(search):
-            trial = self.attempt(size)
+            try:
+                trial = self.attempt(size)
+            except ShortTrialError:
+                if not any(proven < size for proven in self.fitting):
+                    raise
+                # Smaller ones ran: there is not data enough for this one
+                self._snapshot.restore()
+                self._high = (self.fitting[-1] + size) // 2
+                continue
             if trial.batch_size < size:
                 # The workload could not fill it: it goes no further
                 self._high = min(self._high, trial.batch_size)
             self._check_size_is_used(trial)
 
     def _next_size(self, search: Search) -> int | None:
-        """What the search proposes, as far as there is time for it."""
+        """What the search proposes, as far as there is time for it and for confirming the plan."""
         size = self._proposal(search, self._high)
-        self._out_of_time = size is not None and self._would_overrun(size)
+        self._out_of_time = size is not None and self._would_overrun(
+            size, self._reserve()
+        )
         if self._out_of_time:
             size = self._proposal(search, min(self._high, self._affordable()))
-        return None if size is None or self._would_overrun(size) else size
+        if size is None or self._would_overrun(size, self._reserve()):
+            return None
+        return size
+
+    def _reserve(self) -> float:
+        """Seconds for the trials that may have to confirm a plan, none of them larger than what ran."""
+        if self._settings.target_batch_size is None or not self.fitting:
+            return 0.0
+        return _CONFIRMATIONS * self._seconds[self.fitting[-1]]
 
     def _proposal(self, search: Search, high: int) -> int | None:
         start = min(self._job.start, high)
@@ -182,17 +203,55 @@ class _Tuning:
             return BatchPlan(
                 self.fitting[-1], self._job.accumulate, self._job.world_size
             )
-        for plan in self._candidates(target)[:_CONFIRMATIONS]:
-            self._check_can_accumulate(plan)
-            if self._is_verified(plan):
-                return plan
-        plan = nearest(target, self._job.world_size, self.fitting)
+        self._confirm(target)
+        if not self.fitting:
+            raise self._nothing_fits()
+        verified = [plan for plan in self._candidates(target) if self._verified(plan)]
+        plan = verified[0] if verified else self._nearest(target)
         self._check_can_accumulate(plan)
         return plan
+
+    def _confirm(self, target: int) -> None:
+        """Run the micro-batch of the best plan, where the search did not; then look which is the best now."""
+        for _ in range(_CONFIRMATIONS):
+            failed = {trial.batch_size for trial in self.trials if not trial.fits}
+            plans = [
+                plan
+                for plan in (self._candidates(target) if self.fitting else ())
+                if plan.micro_batch_size not in failed
+            ]
+            if not plans or self._verified(plans[0]):
+                return
+            best = plans[0]
+            self._check_can_accumulate(best)
+            if self._would_overrun(best.micro_batch_size, 0.0):
+                self._out_of_time = True
+                return
+            self.attempt(
+                best.micro_batch_size, accumulate=min(2, best.accumulate_grad_batches)
+            )
+
+    def _nearest(self, target: int) -> BatchPlan:
+        world_size = self._job.world_size
+        plan = nearest(target, world_size, self.fitting)
+        if self._verified(plan):
+            return plan
+        # Run without accumulation alone, where gradients do not outlive their micro-batch
+        accumulated = [
+            trial.batch_size
+            for trial in self.trials
+            if trial.fits and trial.accumulate > 1
+        ]
+        return nearest(target, world_size, accumulated or self.fitting)
 
     def verify(self, plan: BatchPlan) -> BatchPlan:
         """Take a known plan, if one trial shows that it fits."""
         self._check_can_accumulate(plan)
+        if plan.micro_batch_size > self._high:
+            why = self._bound.reason if self._bound else f"none goes above {_CEILING:,}"
+            raise ValueError(
+                f"plan={plan} asks for micro-batches of {plan.micro_batch_size}, but {why}."
+            )
         trial = self.attempt(
             plan.micro_batch_size, accumulate=min(2, plan.accumulate_grad_batches)
         )
@@ -203,13 +262,12 @@ class _Tuning:
         )
 
     def attempt(self, size: int, *, accumulate: int | None = None) -> Trial:
-        """Run one trial, and put everything back where it failed."""
+        """Run one trial, and put everything back: each starts from the same state."""
         began = self._probe.clock()
         self._shown.trying(size)
         self._probe.attach(*self._snapshot.alive)
         trial = self._run(size, accumulate or self._accumulate_at(size))
-        if not trial.fits:
-            self._snapshot.restore()  # a half-made optimizer state would break the next trial
+        self._snapshot.restore()
         self._trials.append(trial)
         self._seconds[trial.batch_size] = self._probe.clock() - began
         self._shown.tried(
@@ -220,6 +278,9 @@ class _Tuning:
     def report(self, plan: BatchPlan) -> TuningReport:
         """What was asked, found and chosen."""
         settings, reading = self._settings, self._reading
+        samples = settings.dataset_size
+        if self._job.samples_trained is not None:
+            samples = self._job.samples_trained(plan)
         findings = Findings(
             plan=plan,
             trials=tuple(self.trials),
@@ -230,7 +291,7 @@ class _Tuning:
             total=reading.total,
             foreign=reading.foreign,
             before=self._job.before,
-            dataset_size=settings.dataset_size,
+            dataset_size=samples,
         )
         return TuningReport(
             autobatch_version=version("lightning-autobatch"),
@@ -245,7 +306,7 @@ class _Tuning:
             budget=self._budget,
             trials=findings.trials,
             plan=plan,
-            dataset_size=settings.dataset_size,
+            dataset_size=samples,
             search_seconds=self._probe.clock() - self._began,
             notes=notes(findings),
             environment=self._job.environment,
@@ -263,11 +324,13 @@ class _Tuning:
         except AutobatchError:
             raise
         except Exception as error:
-            if not any(size < proven for proven in self.fitting):
+            larger = [trial.batch_size for trial in self._trials]
+            if not any(size < other for other in larger):
                 raise
-            # Larger sizes ran: the workload is sound, and this size too small for it (BatchNorm and a single sample)
-            _log.info("batch_size=%d refused by the workload: %r", size, error)
-            return Trial(size, Outcome.REFUSED, accumulate=accumulate)
+            # Larger ones ran, or ran out of memory: it is too small for the workload (a single sample and BatchNorm)
+            return Trial(
+                size, Outcome.REFUSED, accumulate=accumulate, error=repr(error)
+            )
 
     def read_budget(self) -> int:
         """The smallest budget seen so far: others may take memory at any time."""
@@ -289,25 +352,27 @@ class _Tuning:
             target, self._job.world_size, self.fitting[-1], Pace.of(self.trials)
         )
 
-    def _is_verified(self, plan: BatchPlan) -> bool:
-        size = plan.micro_batch_size
-        if size in self.fitting:
-            return True
-        if self._would_overrun(size):
-            return False
-        trial = self.attempt(size)
-        return trial.fits and trial.batch_size == size
+    def _verified(self, plan: BatchPlan) -> bool:
+        """Whether its micro-batch was run, and in the pattern that training will use."""
+        pattern = min(2, plan.accumulate_grad_batches)
+        return any(
+            trial.fits
+            and trial.batch_size == plan.micro_batch_size
+            and trial.accumulate >= pattern
+            for trial in self.trials
+        )
 
-    def _would_overrun(self, size: int) -> bool:
-        left = self._seconds_left()
-        return left is not None and self._expected_seconds(size) > left
+    def _would_overrun(self, size: int, reserve: float) -> bool:
+        left = self._seconds_left() if self._trials else None
+        return left is not None and self._expected_seconds(size) + reserve > left
 
     def _affordable(self) -> int:
         """The largest size whose trial is sure to be over in time, and leaves some for another."""
         left, largest = self._seconds_left(), self._largest_run()
         if left is None or largest is None:
             return self._high
-        return max(1, int(largest * left / 2 / max(self._seconds[largest], 1e-9)))
+        spare = (left - self._reserve()) / 2
+        return max(1, int(largest * spare / max(self._seconds[largest], 1e-9)))
 
     def _seconds_left(self) -> float | None:
         limit = self._settings.time_limit
@@ -339,13 +404,14 @@ class _Tuning:
         shape = _allocations(trial)
         for other in self._trials:
             if (
-                shape
+                len(shape) > 1
                 and trial.batch_size >= _IGNORED * other.batch_size
                 and _allocations(other) == shape
             ):
                 raise ValueError(
                     f"The workload allocated the very same memory at batch_size={other.batch_size} and at "
-                    f"batch_size={trial.batch_size}; it must make micro-batches of the size it is given."
+                    f"batch_size={trial.batch_size}; it must make micro-batches of the size it is given, "
+                    "and where the data set is smaller than that, name its length in dataset_size."
                 )
 
     def _nothing_fits(self) -> DoesNotFitError:
@@ -353,6 +419,11 @@ class _Tuning:
             _told(trial, self._budget)
             for trial in sorted(self.trials, key=lambda t: t.batch_size)
         )
+        if self._out_of_time:
+            return DoesNotFitError(
+                f"No batch size was found to fit within time_limit={self._settings.time_limit:g} seconds: {tried}. "
+                "Raise time_limit."
+            )
         return DoesNotFitError(
             f"No batch size fits the budget of {format_bytes(self._budget)} on {self._probe.name}: {tried}. "
             "Free memory on the device, raise memory_limit, or shrink the model."
@@ -401,6 +472,17 @@ def known_plan(
     return plan
 
 
+def checked_search(search: Search | None) -> Search:
+    """The search that was asked for, or the default one; refused where it can not propose."""
+    if search is None:
+        return GuidedBisection()
+    if isinstance(search, type) or not callable(getattr(search, "propose", None)):
+        raise ValueError(
+            f"search={search!r} can not propose sizes; give an object such as Bisection()."
+        )
+    return search
+
+
 def versions() -> dict[str, str]:
     """What a reader of the report may want to know about where it was made."""
     found = {"python": platform.python_version(), "torch": str(torch.__version__)}
@@ -418,4 +500,6 @@ def _told(trial: Trial, budget: int) -> str:
             f"batch_size={trial.batch_size} peaked at {format_bytes(trial.peak)}, over the budget of "
             f"{format_bytes(budget)}"
         )
-    return f"batch_size={trial.batch_size} ran out of memory"
+    how = "was refused" if trial.outcome is Outcome.REFUSED else "ran out of memory"
+    said = f" ({trial.error})" if trial.error else ""
+    return f"batch_size={trial.batch_size} {how}{said}"

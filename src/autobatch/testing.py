@@ -46,9 +46,18 @@ class SimulatedAccelerator:
         from autobatch._ledger import Ledger
 
         self.capacity = parse_bytes("capacity", capacity)
-        self.foreign = parse_bytes("foreign", foreign) if foreign else 0
+        self.foreign = foreign
         self.name = name
         self.ledger = Ledger()
+
+    @property
+    def foreign(self) -> int:
+        """Bytes that other processes hold; may be set again at any time, also as text."""
+        return self._foreign
+
+    @foreign.setter
+    def foreign(self, amount: int | str) -> None:
+        self._foreign = parse_bytes("foreign", amount) if amount else 0
 
     def __repr__(self) -> str:
         return f"SimulatedAccelerator({self.capacity}, foreign={self.foreign})"

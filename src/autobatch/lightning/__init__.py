@@ -7,6 +7,7 @@ import logging
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,20 +15,26 @@ from autobatch import sinks
 from autobatch._plan import BatchPlan
 from autobatch._probes import detect
 from autobatch._report import Settings, TuningReport
-from autobatch._search import GuidedBisection, Search
 from autobatch._snapshot import Snapshot
 from autobatch._trial import OptimizerWatch
-from autobatch._tune import Job, known_plan, tune, versions
+from autobatch._tune import Job, checked_search, known_plan, tune, versions
 from autobatch.errors import AutobatchError
-from autobatch.lightning._apply import apply
+from autobatch.lightning._apply import apply, check_name
 from autobatch.lightning._checks import check
-from autobatch.lightning._loaders import Rebatched, batch_size_of, requested, samples_of
+from autobatch.lightning._loaders import (
+    Rebatched,
+    batch_size_of,
+    is_empty,
+    requested,
+    samples_of,
+)
 from autobatch.lightning._samples import Samples
 from autobatch.lightning._scratch import scratch
 from autobatch.lightning._steps import Steps, package_of
 
 if TYPE_CHECKING:
     from autobatch._memory import MemoryProbe
+    from autobatch._search import Search
 
 __all__ = ["AutoBatch"]
 
@@ -115,7 +122,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             dataset_size=None,
         )
         self._known = known_plan(plan, self._settings, world_size=1)
-        self._search = search or GuidedBisection()
+        self._search = checked_search(search)
         self._device = device
         self._batch_arg_name = batch_arg_name
         self._resumed: BatchPlan | None = None
@@ -168,7 +175,13 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             _log.info("fast_dev_run: the batch size is left as it is")
             return
         check(trainer, pl_module, self._resumed)
+        if is_empty(trainer.fit_loop._data_source.instance):
+            _log.info("there is nothing to train on: the batch size is left as it is")
+            return
+        self._check_target_of_checkpoint()
+        check_name(pl_module, self._batch_arg_name)
         report = self._tune(trainer, pl_module)
+        self._resumed = None
         self._rebatched = apply(report.plan, trainer, pl_module, self._batch_arg_name)
         self.report = report
         sinks.console(report)
@@ -209,12 +222,14 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             sinks.progress() as shown,
             scratch(trainer),
         ):
-            loader = requested(trainer.fit_loop._data_source)
             schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
             scaler = getattr(trainer.precision_plugin, "scaler", None)
             snapshot.capture(
                 module, *trainer.optimizers, *schedulers, *([scaler] if scaler else [])
             )
+            # Hooks that make the loader may change the module and the datamodule
+            snapshot.capture_light(trainer.datamodule)
+            loader = requested(trainer.fit_loop._data_source)
             optimizers.expected = True
             return tune(
                 _job(trainer, module, loader, Samples(loader, snapshot)),
@@ -227,6 +242,14 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
                 optimizers=optimizers,
                 first_touch=nullcontext,  # the module and its optimizers are known
                 shown=shown,
+            )
+
+    def _check_target_of_checkpoint(self) -> None:
+        target, plan = self._settings.target_batch_size, self._resumed
+        if plan and target not in (None, plan.effective_batch_size):
+            raise AutobatchError(
+                f"The checkpoint was trained with {plan.effective_batch_size} samples per update, and "
+                f"target_batch_size={target} asks for another number: a resumed run goes on with its plan."
             )
 
     def _undo(self) -> None:
@@ -252,6 +275,17 @@ class _TuneOnly(_Callback):  # type: ignore[misc]  # a class made at run time
         raise exceptions._TunerExitException
 
 
+def _samples_trained(trainer: Any, loader: Any, plan: BatchPlan) -> int | None:
+    """What an epoch leaves after `drop_last` and `limit_train_batches`, which counts batches."""
+    samples, limit = samples_of(loader), trainer.limit_train_batches
+    if samples is None:
+        return None
+    whole, rest = divmod(samples, plan.micro_batch_size)
+    batches = whole + (rest > 0 and not loader.drop_last)
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    return min(samples, batches * plan.micro_batch_size)
+
+
 def _job(trainer: Any, module: Any, loader: Any, samples: Samples) -> Job:
     package = package_of(trainer)
     lightning = importlib.import_module(package.partition(".")[0])
@@ -266,6 +300,7 @@ def _job(trainer: Any, module: Any, loader: Any, samples: Samples) -> Job:
         start=batch_size_of(loader),
         world_size=1,
         accumulate=trainer.accumulate_grad_batches,
+        samples_trained=partial(_samples_trained, trainer, loader),
         before=BatchPlan(batch_size_of(loader), trainer.accumulate_grad_batches),
         subject=" · ".join(parts),
         environment={**versions(), lightning.__name__: lightning.__version__},

@@ -6,6 +6,8 @@ import importlib
 import inspect
 from typing import TYPE_CHECKING, Any
 
+from torch.utils.data import DataLoader
+
 from autobatch.errors import AutobatchError
 from autobatch.lightning._steps import package_of
 
@@ -45,6 +47,18 @@ def _problems(trainer: Any, module: Any, resumed: BatchPlan | None) -> Iterator[
         for callback in trainer.callbacks
     ):
         yield "a GradientAccumulationScheduler sets the accumulation"
+    if any(
+        isinstance(callback, callbacks.BatchSizeFinder)
+        for callback in trainer.callbacks
+    ):
+        yield "a BatchSizeFinder looks for the batch size as well"
+    validation = trainer.fit_loop.epoch_loop.val_loop._data_source.instance
+    if isinstance(validation, DataLoader) and validation is (
+        trainer.fit_loop._data_source.instance
+    ):
+        yield "one loader serves training and validation"
+    if isinstance(trainer.val_check_interval, int):
+        yield f"val_check_interval={trainer.val_check_interval} counts micro-batches"
     if trainer.overfit_batches:
         yield f"overfit_batches={trainer.overfit_batches} replaces the training loader"
     if trainer.ckpt_path is not None and resumed is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,14 @@ from autobatch.errors import AutobatchError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Rebatched", "batch_size_of", "capture_order", "requested", "samples_of"]
+__all__ = [
+    "Rebatched",
+    "batch_size_of",
+    "capture_order",
+    "is_empty",
+    "requested",
+    "samples_of",
+]
 
 
 def requested(source: Any) -> DataLoader[Any]:
@@ -34,6 +42,11 @@ def requested(source: Any) -> DataLoader[Any]:
 def batch_size_of(loader: DataLoader[Any]) -> int:
     """Its batch size, which a batch sampler of the user's keeps to itself."""
     return int(loader.batch_sampler.batch_size)  # type: ignore[union-attr]  # _problem has looked
+
+
+def is_empty(loader: object) -> bool:
+    """Whether a loader that was passed has no data at all."""
+    return isinstance(loader, DataLoader) and samples_of(loader) == 0
 
 
 def samples_of(loader: DataLoader[Any]) -> int | None:
@@ -71,17 +84,22 @@ def _disobedience(loader: DataLoader[Any]) -> str | None:
     """What is wrong with a batch sampler that makes its batches by itself, batch size or no."""
     if type(loader.batch_sampler) is BatchSampler:
         return None
+    sampler = loader.batch_sampler
     with Snapshot() as snapshot:
         capture_order(loader, snapshot)
         own, wanted = batch_size_of(loader), 1 if batch_size_of(loader) > 1 else 2
+        length = len(sampler) if isinstance(sampler, Sized) else None
         _resize(loader, wanted)
         try:
             got = _one_batch(loader)
+            other = len(sampler) if isinstance(sampler, Sized) else None
         finally:
             _resize(loader, own)
+    name = type(sampler).__name__
+    if length is not None and length == other and length > 1:
+        return f"its batch sampler, a {name}, says {length} batches at any batch_size"
     if got == wanted:
         return None
-    name = type(loader.batch_sampler).__name__
     return f"its batch sampler, a {name}, makes batches of {got} when its batch_size is {wanted}"
 
 

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cached_property
-from itertools import cycle, islice
+from itertools import chain, cycle, islice
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
 
 from autobatch._ledger import unobserved
+from autobatch.lightning._loaders import capture_order
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from autobatch._snapshot import Snapshot
 
 __all__ = ["Samples"]
@@ -33,9 +44,10 @@ class Samples:
     def batch(self, batch_size: int) -> Any:
         """A batch on the host, as the loader would collate it."""
         with unobserved(), torch.no_grad():
-            return self._loader.collate_fn(
-                list(islice(cycle(self._samples), batch_size))
-            )
+            samples = islice(cycle(self._samples), batch_size)
+            self._snapshot.capture_light(self._loader.collate_fn)
+            # Copies, since a collate function may take its samples apart
+            return self._loader.collate_fn([copy.copy(sample) for sample in samples])
 
     @cached_property
     def _samples(self) -> list[Any]:
@@ -43,15 +55,25 @@ class Samples:
         if isinstance(dataset, IterableDataset):
             # In a worker always: here, what a stream has given would be missing in training
             return next(iter(self._reader(batch_size=_LOOK)))
-        length = len(dataset)  # type: ignore[arg-type]  # a map-style data set
-        look = min(_LOOK, length)
-        indices = [index * length // look for index in range(look)]
+        capture_order(self._loader, self._snapshot)
+        indices = list(islice(self._indices(), _LOOK))
         if self._loader.num_workers:
             return next(iter(self._reader(batch_sampler=[indices])))
         self._snapshot.capture_light(*_layers(dataset))
         if hasattr(dataset, "__getitems__"):
             return list(dataset.__getitems__(indices))
         return [dataset[index] for index in indices]
+
+    def _indices(self) -> Iterable[Any]:
+        """Which samples to read: spread over the data set, or the first that a sampler of the user's names."""
+        batches = self._loader.batch_sampler
+        sampler: Any = self._loader.sampler
+        if type(batches) is not BatchSampler:
+            return chain.from_iterable(batches or ())
+        if type(sampler) not in (RandomSampler, SequentialSampler):
+            return sampler  # type: ignore[no-any-return]  # an iterable of indices
+        length = len(sampler.data_source)
+        return range(0, length, max(1, length // _LOOK))
 
     def _reader(self, **batches: Any) -> DataLoader[Any]:
         """One worker process that reads one list of samples."""
@@ -67,12 +89,8 @@ class Samples:
 
 
 def _layers(dataset: Any) -> list[Any]:
-    """A data set, and those that it wraps: Subset, ConcatDataset and their like."""
-    inner = [
-        getattr(dataset, "dataset", None),
-        *(getattr(dataset, "datasets", None) or ()),
-    ]
-    return [
-        dataset,
-        *(layer for part in inner if part is not None for layer in _layers(part)),
-    ]
+    """A data set, those that it wraps (Subset, ConcatDataset and their like), and its transforms."""
+    parts = [part for part in vars(dataset).values() if hasattr(part, "__dict__")]
+    inner = [*parts, *(getattr(dataset, "datasets", None) or ())]
+    wrapped = [part for part in inner if isinstance(part, Dataset)]
+    return [dataset, *parts, *(layer for part in wrapped for layer in _layers(part))]

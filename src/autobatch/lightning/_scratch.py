@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 import importlib
-import math
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from autobatch.lightning._steps import package_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 __all__ = ["scratch"]
+
+
+# No batch of a trial is the last of an epoch, and a module may still make an int of it
+_ENDLESS: Final = 2**31
+
+
+def _mute_logger(kind: type) -> Callable[[str | None], Any]:
+    """A logger that writes nothing, and says it would write where the real one does."""
+
+    class Mute(kind):  # type: ignore[misc]  # of the Lightning package in use
+        def __init__(self, directory: str | None) -> None:
+            super().__init__()
+            self._directory = directory
+
+        @property
+        def save_dir(self) -> str | None:
+            return self._directory
+
+        log_dir = save_dir
+
+    return Mute
 
 
 @contextmanager
@@ -22,14 +42,16 @@ def scratch(trainer: Any) -> Iterator[None]:
     Progress, metrics and results of Lightning 2.6 live in these objects, and start afresh with new ones.
     """
     package = package_of(trainer)
-    loggers = importlib.import_module(f"{package}.loggers.logger")
+    mute = _mute_logger(
+        importlib.import_module(f"{package}.loggers.logger").DummyLogger
+    )
     profilers = importlib.import_module(f"{package}.profilers")
     fit_loop = trainer.fit_loop
     swaps: tuple[tuple[Any, str, Any], ...] = (
         (fit_loop, "epoch_loop", type(fit_loop.epoch_loop)(trainer)),
-        (fit_loop, "max_batches", math.inf),  # no batch is the last of an epoch
+        (fit_loop, "max_batches", _ENDLESS),
         (trainer, "_logger_connector", type(trainer._logger_connector)(trainer)),
-        (trainer, "_loggers", [loggers.DummyLogger()] if trainer.loggers else []),
+        (trainer, "_loggers", [mute(trainer.log_dir)] if trainer.loggers else []),
         (trainer, "callbacks", []),
         (trainer, "profiler", profilers.PassThroughProfiler()),
         (trainer, "accumulate_grad_batches", trainer.accumulate_grad_batches),

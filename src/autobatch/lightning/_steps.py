@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 from collections import OrderedDict
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
+
+from autobatch._memory import is_oom
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,6 +38,15 @@ def _root(module: str) -> str:
     )
 
 
+_BATCH_HOOK: Final = "on_train_batch_start"
+_START_HOOKS: Final = (
+    "on_fit_start",
+    "on_train_start",
+    "on_train_epoch_start",
+    _BATCH_HOOK,
+)
+
+
 class Steps:
     """Optimizer steps of a Trainer at any batch size: precision, clipping, closures and hooks are the real ones.
 
@@ -49,22 +60,56 @@ class Steps:
         applying = importlib.import_module("lightning_utilities.core.apply_func")
         self._copied = applying.apply_to_collection
         self._call = importlib.import_module(f"{package_of(trainer)}.trainer.call")
+        self._prepares = False  # whether the module's start hooks have to run first
 
     def __call__(self, batch_size: int, accumulate: int) -> Iterator[None]:
         """Yield after each optimizer step."""
         self._trainer.accumulate_grad_batches = accumulate
         self._trainer.fit_loop.epoch_loop.batch_progress.reset()
         batch = self._samples.batch(batch_size)
+        self._first_micro_batch(batch)
         for index in count(1):
-            self._micro_batch(batch, index - 1)
             if index % accumulate == 0:
                 yield
+            self._micro_batch(batch, index)
+
+    def _first_micro_batch(self, batch: Any) -> None:
+        """Start a trial, and find out whether a step needs what the module's start hooks make.
+
+        They are left out otherwise: what they do outside of the module could not be taken back.
+        """
+        if not self._prepares:
+            try:
+                self._micro_batch(batch, 0)
+            except Exception as error:
+                if is_oom(error) or not self._overridden_hooks():
+                    raise
+                self._prepares = True
+                self._trainer.fit_loop.epoch_loop.batch_progress.reset()
+            else:
+                return
+        for hook in self._overridden_hooks():
+            if hook != _BATCH_HOOK:
+                self._call._call_lightning_module_hook(self._trainer, hook)
+        self._micro_batch(batch, 0)
+
+    def _overridden_hooks(self) -> list[str]:
+        kind = importlib.import_module(package_of(self._trainer)).LightningModule
+        own = type(self._trainer.lightning_module)
+        return [
+            hook
+            for hook in _START_HOOKS
+            if getattr(own, hook, None) is not getattr(kind, hook)
+        ]
 
     def _micro_batch(self, batch: Any, index: int) -> None:
         trainer, loop = self._trainer, self._trainer.fit_loop.epoch_loop
         batch = self._on_device(batch)
         loop.batch_progress.increment_ready()
         trainer._logger_connector.on_batch_start(batch)  # `self.log` needs it
+        if self._prepares:
+            hook = self._call._call_lightning_module_hook
+            hook(trainer, _BATCH_HOOK, batch, index)
         loop.batch_progress.increment_started()
         arguments = loop._build_kwargs(OrderedDict(), batch, index)
         loop.automatic_optimization.run(trainer.optimizers[0], index, arguments)
