@@ -65,6 +65,19 @@ def test_version(capsys):
 # demo
 
 
+def test_a_directory_that_can_not_be_made_is_refused_before_the_demo_runs(
+    tmp_path, capsys
+):
+    pytest.importorskip("pytorch_lightning")
+    pytest.importorskip("sklearn")
+    (tmp_path / "file").touch()
+
+    status = main(["demo", "--directory", str(tmp_path / "file" / "here")])
+
+    assert status == 2
+    assert "--directory=" in one_sentence(capsys)
+
+
 @pytest.mark.slow
 def test_the_demo_tunes_trains_and_reports(tmp_path):
     pytest.importorskip("pytorch_lightning")

@@ -434,6 +434,15 @@ def test_memory_that_runs_out_anywhere_in_a_trial_is_survived():
         assert device.read().reserved == at_rest
 
 
+def test_what_can_not_accumulate_is_shown_no_accumulation():
+    report = autobatch.find(
+        lambda batch_size: None, device=PaperDevice(10), max_micro_batch_size=16
+    )
+
+    assert {row.accumulate_grad_batches for row in report.effective} == {1}
+    assert autobatch.TuningReport.from_json(report.to_json()) == report
+
+
 def test_what_first_steps_late_is_given_back_too():
     torch.manual_seed(0)
     one, other = nn.Linear(4, 1), nn.Linear(4, 1)

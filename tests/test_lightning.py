@@ -899,6 +899,14 @@ def test_a_loader_that_ignores_its_batch_size_is_refused():
     assert fitted.accumulate_grad_batches == 1
 
 
+def test_a_run_without_training_is_left_alone():
+    callback = tuner()
+
+    trainer(callback, limit_train_batches=0).fit(Model(), plain())
+
+    assert callback.report is None
+
+
 def test_a_fast_dev_run_is_left_alone():
     model, callback = Model(), tuner()
 

@@ -81,6 +81,12 @@ def _demo(options: argparse.Namespace) -> None:
         ) from None
     from autobatch import _demo, sinks
 
+    try:
+        options.directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AutobatchError(
+            f"--directory={options.directory} can not be made: {error.strerror}."
+        ) from None
     began = time.perf_counter()
     result = _demo.run()  # the callback prints the report
     path = options.directory / "autobatch.json"

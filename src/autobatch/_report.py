@@ -197,6 +197,7 @@ class TuningReport(BaseModel):
         budget: Bytes a trial may take.
         trials: Every trial, in the order they were run.
         plan: What was chosen.
+        can_accumulate: Whether what was tuned can make an update of several micro-batches.
         dataset_size: Samples per epoch, where known.
         search_seconds: What the search took.
         notes: What a person should be told.
@@ -213,6 +214,7 @@ class TuningReport(BaseModel):
     budget: int
     trials: tuple[_Trial, ...]
     plan: _Plan
+    can_accumulate: bool = True
     dataset_size: _Count | None
     search_seconds: _Seconds
     notes: tuple[str, ...]
@@ -244,7 +246,10 @@ class TuningReport(BaseModel):
     @property
     def effective(self) -> tuple[EffectiveRow, ...]:
         """What effective batches around the plan's would cost: derived."""
-        return effective_rows(self.plan, self.trials, self.dataset_size)
+        rows = effective_rows(self.plan, self.trials, self.dataset_size)
+        if self.can_accumulate:
+            return rows
+        return tuple(row for row in rows if row.accumulate_grad_batches == 1)
 
     def to_json(self) -> str:
         """The report as JSON, with units in its keys, and with the derived rows."""

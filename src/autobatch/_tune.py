@@ -306,6 +306,7 @@ class _Tuning:
             budget=self._budget,
             trials=findings.trials,
             plan=plan,
+            can_accumulate=self._job.can_accumulate,
             dataset_size=samples,
             search_seconds=self._probe.clock() - self._began,
             notes=notes(findings),

@@ -171,8 +171,8 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Tune, and let the Trainer train with what was found."""
-        if trainer.fast_dev_run:
-            _log.info("fast_dev_run: the batch size is left as it is")
+        if trainer.fast_dev_run or trainer.limit_train_batches == 0:
+            _log.info("nothing will be trained: the batch size is left as it is")
             return
         check(trainer, pl_module, self._resumed)
         if is_empty(trainer.fit_loop._data_source.instance):
@@ -283,7 +283,7 @@ def _samples_trained(trainer: Any, loader: Any, plan: BatchPlan) -> int | None:
     whole, rest = divmod(samples, plan.micro_batch_size)
     batches = whole + (rest > 0 and not loader.drop_last)
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-    return min(samples, batches * plan.micro_batch_size)
+    return min(samples, batches * plan.micro_batch_size) or None
 
 
 def _job(trainer: Any, module: Any, loader: Any, samples: Samples) -> Job:
