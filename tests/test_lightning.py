@@ -20,6 +20,7 @@ from torch.utils.data import (
 
 import autobatch
 from autobatch.testing import SimulatedAccelerator
+from sameness import same
 
 PACKAGES = ("pytorch_lightning", "lightning.pytorch")
 
@@ -111,16 +112,6 @@ def runs(tmp_path_factory):
         "tuned": torch.load(where / "tuned.pt", weights_only=False),
         "by hand": torch.load(where / "by-hand.pt", weights_only=False),
     }
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 @pytest.mark.parametrize(

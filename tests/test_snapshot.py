@@ -13,6 +13,7 @@ from torch import nn
 
 from autobatch._snapshot import Snapshot, restorable
 from networks import Perceptron, training
+from sameness import same
 
 
 def inventory(model, optimizer):
@@ -32,16 +33,6 @@ def inventory(model, optimizer):
             "numpy": np.random.get_state()[1].tolist(),
         }
     )
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def trained():
