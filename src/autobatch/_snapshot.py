@@ -387,7 +387,8 @@ def _same(value: Any) -> Any:
 
 
 def _is_stateful(value: object) -> bool:
-    if isinstance(value, (torch.nn.Module, type)):
+    # A loader that knows its state would start its workers to tell it
+    if isinstance(value, (torch.nn.Module, torch.utils.data.DataLoader, type)):
         return False
     return hasattr(value, "state_dict") and hasattr(value, "load_state_dict")
 
