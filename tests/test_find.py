@@ -307,6 +307,20 @@ def test_accumulation_is_tried_where_the_plan_will_need_it():
     assert dict(asked) == {8: 2, 32: 1}
 
 
+def test_the_log_holds_a_line_per_trial_and_the_report(caplog):
+    device = PaperDevice(1000, fixed=100, per_sample=8)
+
+    with caplog.at_level("INFO", logger="autobatch"):
+        report = autobatch.find(device.workload, device=device)
+
+    *lines, last = [
+        record.getMessage() for record in caplog.records if record.name == "autobatch"
+    ]
+    assert len(lines) == len(report.trials)
+    assert all(line.startswith("batch_size=") for line in lines)
+    assert str(report) in last
+
+
 # Nothing is left behind
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import platform
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -19,6 +18,7 @@ from autobatch._report import Device, Settings, TuningReport
 from autobatch._search import GuidedBisection
 from autobatch._trial import Bench, Outcome, Trial, run_trial
 from autobatch.errors import AutobatchError, DoesNotFitError, ShortTrialError
+from autobatch.sinks import log
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from autobatch.sinks import Progress
 
 __all__ = ["Job", "checked_search", "known_plan", "tune", "versions"]
-
-_log = logging.getLogger("autobatch")
 
 _CEILING: Final = 2**20  # a workload that never meets a limit has to stop somewhere
 _CONFIRMATIONS: Final = (
@@ -92,7 +90,9 @@ def tune(
     else:
         tuning.search(search)
         plan = tuning.choose()
-    return tuning.report(plan)
+    report = tuning.report(plan)
+    log(report)
+    return report
 
 
 def _check_target(job: Job, settings: Settings) -> None:
