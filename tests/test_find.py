@@ -283,6 +283,24 @@ def test_a_workload_may_be_any_callable(wrap):
     assert report.plan.micro_batch_size == 16
 
 
+def test_a_workload_may_be_defined_before_what_it_uses():
+    def outer():
+        def train(batch_size):
+            while True:
+                if batch_size < 0:
+                    late()
+                yield
+
+        report = autobatch.find(train, device=PaperDevice(10), max_micro_batch_size=16)
+
+        def late():
+            pass
+
+        return report
+
+    assert outer().plan.micro_batch_size == 16
+
+
 def test_a_workload_that_can_not_fill_a_size_sets_the_bound():
     def train(batch_size):
         while True:

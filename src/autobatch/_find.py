@@ -234,7 +234,7 @@ def _reachable(workload: Callable[..., Any]) -> list[Any]:
     owner = getattr(function, "__self__", None)
     try:
         names = inspect.getclosurevars(getattr(function, "__func__", function))
-    except TypeError:  # not a python function
+    except (TypeError, ValueError):  # not a python function, or a variable yet to come
         return [owner]
     own = vars(owner).values() if hasattr(owner, "__dict__") else ()
     return [*names.nonlocals.values(), *names.globals.values(), *own]

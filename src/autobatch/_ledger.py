@@ -155,9 +155,8 @@ class Ledger:
     def _credit(self, key: int, ref: weakref.ref[torch.UntypedStorage]) -> None:
         with self._lock:
             entry = self._entries.get(key)
-            if (
-                entry is not None and entry.ref is ref
-            ):  # not a younger storage at a reused address
+            if entry is not None and entry.ref is ref:
+                # Not a younger storage at a reused address
                 del self._entries[key]
                 self.current -= entry.nbytes
 
@@ -222,9 +221,8 @@ class _Mode(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if (
-            os.getpid() != self._process
-        ):  # a DataLoader worker, forked while the mode was on: not our memory
+        if os.getpid() != self._process:
+            # A DataLoader worker, forked while the mode was on: not our memory
             return func(*args, **(kwargs or {}))
         return self._ledger.run(func, args, kwargs or {})
 
@@ -283,9 +281,8 @@ def _size_on_meta(
     try:
         with unobserved(), torch.no_grad():
             result = func(*_on_meta(args), **_on_meta(kwargs))
-    except (
-        Exception
-    ):  # no meta kernel, or a shape that depends on data: charged after the fact
+    except Exception:
+        # No meta kernel, or a shape that depends on data: charged after the fact
         return None
     tensors = (leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor))
     return sum(

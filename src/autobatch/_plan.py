@@ -13,12 +13,10 @@ if TYPE_CHECKING:
 
 __all__ = ["BatchPlan", "candidates", "nearest", "per_rank"]
 
-_FAST_ENOUGH: Final = (
-    0.95  # of the fastest: below the knee a larger micro-batch buys next to nothing
-)
-_CHEAP: Final = (
-    2  # an exact effective batch may cost up to this many times the fewest passes
-)
+# Of the fastest: below the knee a larger micro-batch buys next to nothing
+_FAST_ENOUGH: Final = 0.95
+# An exact effective batch may cost up to this many times the fewest passes
+_CHEAP: Final = 2
 
 
 @dataclass(frozen=True, slots=True)

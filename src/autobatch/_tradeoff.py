@@ -119,9 +119,8 @@ def _smaller(plan: BatchPlan, run: Iterable[int]) -> Iterator[BatchPlan]:
         plan = replace(plan, accumulate_grad_batches=plan.accumulate_grad_batches // 2)
         yield plan
     for size in sorted(run, reverse=True):
-        if (
-            3 * size <= 2 * plan.micro_batch_size
-        ):  # the sizes run are seldom exact halves
+        if 3 * size <= 2 * plan.micro_batch_size:
+            # The sizes run are seldom exact halves
             plan = replace(plan, micro_batch_size=size)
             yield plan
 

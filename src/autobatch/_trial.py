@@ -88,9 +88,8 @@ class OptimizerWatch:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.steps = 0
-        self.expected = (
-            False  # whether the workload should step one: it trains something
-        )
+        # Whether the workload should step one: it trains something
+        self.expected = False
         self._clock = clock
         self._timing = False
         self._began = 0.0

@@ -33,12 +33,10 @@ if TYPE_CHECKING:
 __all__ = ["Job", "checked_search", "known_plan", "tune", "versions"]
 
 _CEILING: Final = 2**20  # a workload that never meets a limit has to stop somewhere
-_CONFIRMATIONS: Final = (
-    2  # trials at most for a plan whose micro-batch the search did not run
-)
-_IGNORED: Final = (
-    16  # times the batch with the very same allocations: the workload does not use it
-)
+# Trials at most for plans whose micro-batch the search did not run
+_CONFIRMATIONS: Final = 2
+# Times the batch with the very same allocations: the workload does not use it
+_IGNORED: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
