@@ -17,7 +17,14 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Sampler,
+    Subset,
+    random_split,
+)
 
 try:
     pl = importlib.import_module("pytorch_lightning")
@@ -145,9 +152,20 @@ class Data(pl.LightningDataModule):
         super().__init__()
         self.batch_size = batch_size
         self.data = Noisy()
+        self.random = np.random.default_rng(1)
+        self.generator = torch.Generator().manual_seed(4)
 
     def train_dataloader(self):
-        return DataLoader(self.data, self.batch_size, shuffle=True, drop_last=True)
+        """Draws its part of the data, and its order from the generator that split it."""
+        drawn = Subset(self.data, self.random.permutation(600)[:500].tolist())
+        part, _ = random_split(drawn, [480, 20], generator=self.generator)
+        return DataLoader(
+            part,
+            self.batch_size,
+            shuffle=True,
+            drop_last=True,
+            generator=self.generator,
+        )
 
 
 CASES = {
@@ -161,6 +179,9 @@ CASES = {
     "datamodule": {"source": "datamodule"},
     "one cycle": {"schedule": "one cycle"},
     "one cycle, hook": {"schedule": "one cycle", "source": "hook"},
+    "one cycle, workers": {"schedule": "one cycle", "workers": 1},
+    "one cycle, own generator": {"schedule": "one cycle", "generator": True},
+    "one cycle, datamodule": {"schedule": "one cycle", "source": "datamodule"},
     "clipped": {"trainer": {"gradient_clip_val": 0.5}},
     "bf16": {"trainer": {"precision": "bf16-mixed"}},
     "limited": {

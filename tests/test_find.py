@@ -394,6 +394,23 @@ def test_an_error_passes_as_it_is_and_everything_is_given_back(error, at):
     assert "batch_size=" in caught.value.__notes__[0]
 
 
+def test_what_a_partial_holds_is_given_back():
+    model, optimizer = perceptron()
+    model.eval()
+
+    def train(model, optimizer, batch_size):
+        model.train()  # before its first forward
+        yield from training(model, optimizer)(batch_size, 1)
+
+    autobatch.find(
+        functools.partial(train, model, optimizer),
+        device=SimulatedAccelerator("1MiB"),
+        max_micro_batch_size=16,
+    )
+
+    assert not model.training
+
+
 def test_what_restore_names_is_given_back():
     model, optimizer = perceptron()
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
@@ -683,7 +700,15 @@ async def asynchronous(batch_size):
 
 @pytest.mark.parametrize(
     "workload",
-    [None, 3, lambda: None, lambda a, b, c: None, nn.Linear(1, 1), asynchronous],
+    [
+        None,
+        3,
+        lambda: None,
+        lambda a, b, c: None,
+        nn.Linear(1, 1),
+        asynchronous,
+        functools.partial(asynchronous),
+    ],
 )
 def test_a_workload_that_can_not_be_called_with_a_batch_size_is_refused(workload):
     with pytest.raises(ValueError, match="workload="):

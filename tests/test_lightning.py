@@ -127,6 +127,9 @@ def runs(tmp_path_factory):
         "datamodule",
         "one cycle",
         "one cycle, hook",
+        "one cycle, workers",
+        "one cycle, own generator",
+        "one cycle, datamodule",
         "clipped",
         "bf16",
         "limited",
@@ -372,11 +375,11 @@ def test_a_collate_function_may_take_its_samples_apart():
 
         def __getitem__(self, index):
             x, y = data()[index]
-            return {"x": x, "y": y}
+            return {"x": x, "inside": {"y": y}}
 
     def collate(samples):
-        labels = torch.stack([sample.pop("y") for sample in samples])
-        return torch.stack([sample["x"] for sample in samples]), labels
+        labels = torch.stack([sample["inside"].pop("y") for sample in samples])
+        return torch.stack([sample.pop("x") for sample in samples]), labels
 
     callback = tuner(target_batch_size=100)
     trainer(callback).fit(
@@ -402,6 +405,22 @@ def test_only_samples_that_the_sampler_names_are_read():
 
     assert callback.report.plan.effective_batch_size == 50
     assert callback.report.dataset_size == 100
+
+
+def test_what_counts_is_the_sampler_beneath_a_batch_sampler():
+    sampler = BatchSampler(
+        torch.utils.data.SubsetRandomSampler(range(60)), 8, drop_last=True
+    )
+    callback, fitted = tuner(target_batch_size=24), trainer(max_epochs=1)
+    fitted.callbacks.append(callback)
+
+    fitted.fit(Model(), DataLoader(data(), batch_sampler=sampler))
+
+    (row,) = (
+        row for row in callback.report.effective if row.effective_batch_size == 24
+    )
+    assert row.updates_per_epoch == fitted.global_step
+    assert callback.report.dataset_size <= 60
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
@@ -479,6 +498,24 @@ def test_tune_changes_nothing_and_trains_nothing():
     assert model.hparams.batch_size == loader.batch_size == 4
     assert fitted.callbacks == callbacks
     assert fitted.accumulate_grad_batches == 2
+
+
+def test_tune_moves_no_generator_though_the_schedule_asks_for_the_loader():
+    class Scheduled(Model):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            steps = int(self.trainer.estimated_stepping_batches)
+            return [optimizer], [
+                torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
+            ]
+
+    loader = DataLoader(data(), batch_size=4, shuffle=True, generator=torch.Generator())
+    fitted, model = trainer(), Scheduled()
+    before = torch.get_rng_state(), loader.generator.get_state()
+
+    tuner().tune(fitted, model, loader)
+
+    assert same(before, (torch.get_rng_state(), loader.generator.get_state()))
 
 
 def test_the_trainer_trains_as_ever_after_tune():

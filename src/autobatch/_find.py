@@ -148,11 +148,11 @@ class _Loop:
             raise ValueError(
                 f"workload={type(function).__name__} is no training loop; give a function of the batch size."
             )
-        if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(
-            function
-        ):
+        called = getattr(function, "__call__", None)  # noqa: B004 -- of an object
+        inner = function.func if isinstance(function, partial) else function
+        if any(map(_is_asynchronous, (inner, called))):
             raise ValueError(
-                f"workload={function.__name__} is asynchronous; give a plain function or generator function."
+                f"workload={cls(inner, False).name} is asynchronous; give a plain function or generator function."
             )
         try:
             signature = inspect.signature(function)
@@ -181,6 +181,10 @@ class _Loop:
             yield from result
         else:
             yield None
+
+
+def _is_asynchronous(function: object) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
 
 
 def _world_size() -> int:
@@ -235,9 +239,18 @@ def _reachable(workload: Callable[..., Any]) -> list[Any]:
     try:
         names = inspect.getclosurevars(getattr(function, "__func__", function))
     except (TypeError, ValueError):  # not a python function, or a variable yet to come
-        return [owner]
-    own = vars(owner).values() if hasattr(owner, "__dict__") else ()
-    return [*names.nonlocals.values(), *names.globals.values(), *own]
+        return [owner, *getattr(workload, "__dict__", {}).values()]
+    given = (
+        (*workload.args, *workload.keywords.values())
+        if isinstance(workload, partial)
+        else ()
+    )
+    own = [
+        value
+        for each in (owner, workload)
+        for value in getattr(each, "__dict__", {}).values()
+    ]
+    return [*names.nonlocals.values(), *names.globals.values(), *given, *own]
 
 
 def _touched(

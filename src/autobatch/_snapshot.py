@@ -49,6 +49,7 @@ class Snapshot:
     def __init__(self) -> None:
         self._held: dict[int, tuple[Callable[[], Any], GiveBack]] = {}
         self._tensors: dict[int, _KeptTensor] = {}
+        self._generators: dict[int, tuple[Any, GiveBack]] = {}
         self._passes = 0
         self._with_gradients = True
         self._random: GiveBack = lambda: None
@@ -66,8 +67,13 @@ class Snapshot:
         try:
             self.restore()
         finally:
-            self._held.clear()
-            self._tensors.clear()
+            self.forget()
+
+    def forget(self) -> None:
+        """Let go of everything, and give nothing back."""
+        self._held.clear()
+        self._tensors.clear()
+        self._generators.clear()
 
     def capture(self, *things: Any) -> None:
         """Remember how these are now; what was captured before keeps its first state."""
@@ -213,7 +219,11 @@ class Snapshot:
         if isinstance(value, torch.Tensor):
             return self._keep_tensor(value)
         if _is_generator(value):
-            return _keep_generator(value)
+            # Held in several places, it keeps the first state that was seen
+            known = self._generators.setdefault(
+                id(value), (value, _keep_generator(value))
+            )
+            return known[1]
         if id(value) in inside:  # a container that holds itself
             return lambda: value
         inside |= {id(value)}

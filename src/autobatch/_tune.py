@@ -392,8 +392,10 @@ class _Tuning:
     def _check_can_accumulate(self, plan: BatchPlan) -> None:
         if plan.accumulate_grad_batches == 1 or self._job.can_accumulate:
             return
+        target = self._settings.target_batch_size
+        asked = f"plan={plan}" if target is None else f"target_batch_size={target}"
         raise ValueError(
-            f"target_batch_size={plan.effective_batch_size} takes {plan.accumulate_grad_batches} micro-batches of "
+            f"{asked} takes {plan.accumulate_grad_batches} micro-batches of "
             f"{plan.micro_batch_size} per update, and this workload can not accumulate: write it as "
             "`def train(batch_size, accumulate):`, dividing each loss by `accumulate` and yielding after each "
             "optimizer step, or give a target that fits at once."
@@ -461,6 +463,11 @@ def known_plan(
     if plan.world_size != world_size:
         raise ValueError(
             f"plan={plan} is for {plan.world_size} ranks, and {world_size} train here."
+        )
+    most = settings.max_micro_batch_size
+    if most is not None and plan.micro_batch_size > most:
+        raise ValueError(
+            f"plan={plan} has micro-batches of {plan.micro_batch_size}, and max_micro_batch_size={most} allows no more."
         )
     asked = settings.target_batch_size
     if asked is not None and asked != plan.effective_batch_size:

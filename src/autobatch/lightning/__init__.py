@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch.utils.data import DataLoader
+
 from autobatch import sinks
 from autobatch._plan import BatchPlan
 from autobatch._probes import detect
@@ -19,11 +21,13 @@ from autobatch._snapshot import Snapshot
 from autobatch._trial import OptimizerWatch
 from autobatch._tune import Job, checked_search, known_plan, tune, versions
 from autobatch.errors import AutobatchError
-from autobatch.lightning._apply import apply, check_name
+from autobatch.lightning._apply import BeforeOptimizers, apply, check_name
 from autobatch.lightning._checks import check
 from autobatch.lightning._loaders import (
     Rebatched,
     batch_size_of,
+    batches_of,
+    capture_order,
     is_empty,
     requested,
     samples_of,
@@ -127,6 +131,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         self._batch_arg_name = batch_arg_name
         self._resumed: BatchPlan | None = None
         self._rebatched: Rebatched | None = None
+        self._before = BeforeOptimizers()
 
     def tune(
         self,
@@ -154,10 +159,15 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         callbacks = trainer.callbacks
         only = _TuneOnly(self)
         trainer.callbacks = [only, *(each for each in callbacks if each is not self)]
-        try:
-            trainer.fit(model, train_dataloaders, val_dataloaders, datamodule)
-        finally:
-            trainer.callbacks = callbacks
+        with Snapshot() as snapshot:
+            # What fit does before it comes to the trials: the hooks that make loaders and optimizers
+            snapshot.capture_light(model, datamodule)
+            if isinstance(train_dataloaders, DataLoader):
+                capture_order(train_dataloaders, snapshot)
+            try:
+                trainer.fit(model, train_dataloaders, val_dataloaders, datamodule)
+            finally:
+                trainer.callbacks = callbacks
         if only.report is None:
             raise AutobatchError(
                 "Nothing was tuned: fit ended before it started to train."
@@ -168,6 +178,8 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         """Go first, so that callbacks which look at the loader or the optimizers see the tuned ones."""
         others = (callback for callback in trainer.callbacks if callback is not self)
         trainer.callbacks = [self, *others]
+        if stage == "fit":
+            self._before.watch(trainer)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Tune, and let the Trainer train with what was found."""
@@ -182,7 +194,9 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         check_name(pl_module, self._batch_arg_name)
         report = self._tune(trainer, pl_module)
         self._resumed = None
-        self._rebatched = apply(report.plan, trainer, pl_module, self._batch_arg_name)
+        self._rebatched = apply(
+            report.plan, trainer, pl_module, self._batch_arg_name, self._before
+        )
         self.report = report
         sinks.console(report)
 
@@ -253,6 +267,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             )
 
     def _undo(self) -> None:
+        self._before.forget()
         if self._rebatched is not None:
             self._rebatched.undo()
             self._rebatched = None
@@ -277,11 +292,10 @@ class _TuneOnly(_Callback):  # type: ignore[misc]  # a class made at run time
 
 def _samples_trained(trainer: Any, loader: Any, plan: BatchPlan) -> int | None:
     """What an epoch leaves after `drop_last` and `limit_train_batches`, which counts batches."""
-    samples, limit = samples_of(loader), trainer.limit_train_batches
-    if samples is None:
-        return None
-    whole, rest = divmod(samples, plan.micro_batch_size)
-    batches = whole + (rest > 0 and not loader.drop_last)
+    samples, batches = samples_of(loader), batches_of(loader, plan.micro_batch_size)
+    if samples is None or batches is None:
+        return samples
+    limit = trainer.limit_train_batches
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
     return min(samples, batches * plan.micro_batch_size) or None
 

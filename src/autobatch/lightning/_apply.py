@@ -6,6 +6,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from torch.utils.data import DataLoader
+
 from autobatch._snapshot import Snapshot
 from autobatch.errors import AutobatchError
 from autobatch.lightning._loaders import Rebatched, capture_order, requested
@@ -13,14 +15,20 @@ from autobatch.lightning._loaders import Rebatched, capture_order, requested
 if TYPE_CHECKING:
     from autobatch._plan import BatchPlan
 
-__all__ = ["apply", "check_name"]
+__all__ = ["BeforeOptimizers", "apply", "check_name"]
 
 
-def apply(plan: BatchPlan, trainer: Any, module: Any, batch_arg_name: str) -> Rebatched:
+def apply(
+    plan: BatchPlan,
+    trainer: Any,
+    module: Any,
+    batch_arg_name: str,
+    before: BeforeOptimizers,
+) -> Rebatched:
     """Let this Trainer train with the plan; `undo` on what is returned gives the user's loader its own size again.
 
-    Optimizers and schedulers are made anew, since their learning rates and lengths may be built from the batch size.
-    The random state stays as it is. Whatever fails, nothing has been changed then; `AutobatchError` where the loader
+    Optimizers and schedulers are made anew, since their learning rates and lengths may be built from the batch size,
+    from the random state in which they were made first. Whatever fails, nothing has been changed then; `AutobatchError` where the loader
     does not follow.
     """
     with ExitStack() as undo:
@@ -35,13 +43,54 @@ def apply(plan: BatchPlan, trainer: Any, module: Any, batch_arg_name: str) -> Re
             setattr, trainer, "accumulate_grad_batches", trainer.accumulate_grad_batches
         )
         trainer.accumulate_grad_batches = plan.accumulate_grad_batches
+        before.restore()
         for holder in _holders(module, batch_arg_name):
             undo.callback(holder.set, holder.value)
             holder.set(plan.micro_batch_size)
-        with Snapshot():
-            _remake_optimizers(trainer)
+        _remake_optimizers(trainer)
         undo.pop_all()  # all went well: `undo` is the caller's now
     return rebatched
+
+
+class BeforeOptimizers:
+    """How things were when the Trainer was about to make its optimizers.
+
+    A schedule that asks for its length makes the loader, and draws random numbers, before any callback can look:
+    made anew, it has to find what it found the first time.
+    """
+
+    def __init__(self) -> None:
+        self._snapshot: Snapshot | None = None
+
+    def watch(self, trainer: Any) -> None:
+        """Look when `Strategy.setup` of Lightning 2.6 comes to the optimizers, the first time."""
+        strategy = trainer.strategy
+        # What hides the class's own method goes when it was called, or with the next fit
+        vars(strategy).pop("setup_optimizers", None)
+        make = strategy.setup_optimizers
+
+        def look_and_make(*arguments: Any) -> Any:
+            vars(strategy).pop("setup_optimizers", None)
+            self._snapshot = Snapshot().__enter__()
+            self._snapshot.capture_light(trainer.lightning_module, trainer.datamodule)
+            loader = trainer.fit_loop._data_source.instance
+            if isinstance(loader, DataLoader):
+                capture_order(loader, self._snapshot)
+            return make(*arguments)
+
+        strategy.setup_optimizers = look_and_make
+
+    def restore(self) -> None:
+        """Give back what was there; what was captured is kept no longer."""
+        if self._snapshot is not None:
+            self._snapshot.restore()
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of what was captured."""
+        if self._snapshot is not None:
+            self._snapshot.forget()
+            self._snapshot = None
 
 
 def check_name(module: Any, name: str) -> None:

@@ -17,9 +17,11 @@ if TYPE_CHECKING:
 __all__ = [
     "Rebatched",
     "batch_size_of",
+    "batches_of",
     "capture_order",
     "is_empty",
     "requested",
+    "sampler_of",
     "samples_of",
 ]
 
@@ -53,13 +55,29 @@ def samples_of(loader: DataLoader[Any]) -> int | None:
     """Samples per epoch; None where the data set is a stream."""
     if isinstance(loader.dataset, IterableDataset):
         return None
-    return len(loader.sampler)  # type: ignore[arg-type]  # samplers of map-style data have a length
+    return len(sampler_of(loader))
+
+
+def sampler_of(loader: DataLoader[Any]) -> Any:
+    """What names the samples: beneath a batch sampler of the user's, torch's own `loader.sampler` does not."""
+    return getattr(loader.batch_sampler, "sampler", loader.sampler)
+
+
+def batches_of(loader: DataLoader[Any], batch_size: int) -> int | None:
+    """Batches per epoch at another batch size; None where that is not known."""
+    if not isinstance(loader.batch_sampler, Sized) or samples_of(loader) is None:
+        return None
+    own = batch_size_of(loader)
+    _resize(loader, batch_size)
+    try:
+        return len(loader.batch_sampler)
+    finally:
+        _resize(loader, own)
 
 
 def capture_order(loader: DataLoader[Any], snapshot: Snapshot) -> None:
     """Let a snapshot give back what decides the order of the data: samplers, their counters and generators."""
-    inner = getattr(loader.batch_sampler, "sampler", None)
-    samplers = (loader.batch_sampler, loader.sampler, inner)
+    samplers = (loader.batch_sampler, loader.sampler, sampler_of(loader))
     snapshot.capture_light(*(each for each in samplers if each is not None))
     if loader.generator is not None:
         snapshot.capture(loader.generator)
@@ -74,9 +92,9 @@ def _problem(loader: object) -> str | None:
     if not isinstance(getattr(sampler, "batch_size", None), int):
         return f"its batch sampler, a {type(sampler).__name__}, has no batch_size"
     if not isinstance(loader.dataset, IterableDataset) and not hasattr(
-        loader.sampler, "__len__"
+        sampler_of(loader), "__len__"
     ):
-        return f"its sampler, a {type(loader.sampler).__name__}, has no length"
+        return f"its sampler, a {type(sampler_of(loader)).__name__}, has no length"
     return None
 
 

@@ -18,7 +18,7 @@ from torch.utils.data import (
 )
 
 from autobatch._ledger import unobserved
-from autobatch.lightning._loaders import capture_order
+from autobatch.lightning._loaders import capture_order, sampler_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -47,7 +47,7 @@ class Samples:
             samples = islice(cycle(self._samples), batch_size)
             self._snapshot.capture_light(self._loader.collate_fn)
             # Copies, since a collate function may take its samples apart
-            return self._loader.collate_fn([copy.copy(sample) for sample in samples])
+            return self._loader.collate_fn([_unshared(sample) for sample in samples])
 
     @cached_property
     def _samples(self) -> list[Any]:
@@ -67,7 +67,7 @@ class Samples:
     def _indices(self) -> Iterable[Any]:
         """Which samples to read: spread over the data set, or the first that a sampler of the user's names."""
         batches = self._loader.batch_sampler
-        sampler: Any = self._loader.sampler
+        sampler = sampler_of(self._loader)
         if type(batches) is not BatchSampler:
             return chain.from_iterable(batches or ())
         if type(sampler) not in (RandomSampler, SequentialSampler):
@@ -86,6 +86,19 @@ class Samples:
             multiprocessing_context=self._loader.multiprocessing_context,
             generator=torch.Generator(),
         )
+
+
+def _unshared(sample: Any) -> Any:
+    """A sample in containers of its own; what they contain is shared."""
+    if isinstance(sample, dict):
+        unshared = copy.copy(sample)
+        unshared.update((key, _unshared(part)) for key, part in sample.items())
+        return unshared
+    if isinstance(sample, list):
+        return [_unshared(part) for part in sample]
+    if type(sample) is tuple:
+        return tuple(map(_unshared, sample))
+    return copy.copy(sample)
 
 
 def _layers(dataset: Any) -> list[Any]:
