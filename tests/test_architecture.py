@@ -28,7 +28,7 @@ HEAVY = {
 LAYERS = (
     ("errors",),
     ("_memory",),
-    ("_ledger",),
+    ("_ledger", "_kept"),
     ("_snapshot", "_trial"),
     ("_pace",),
     ("_plan",),
@@ -37,7 +37,7 @@ LAYERS = (
     ("_text",),
     ("_report",),
     ("sinks", "_search", "_probes", "testing"),
-    ("_tune",),
+    ("_tune", "_doors"),
     ("_find",),
     ("lightning",),
     ("_demo",),

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from autobatch._doors import checked_search, known_plan, versions
 from autobatch._probes import detect
 from autobatch._report import Settings, TuningReport
 from autobatch._snapshot import Snapshot, restorable
 from autobatch._trial import OptimizerWatch
-from autobatch._tune import Job, checked_search, known_plan, tune, versions
+from autobatch._tune import Job, tune
 from autobatch.errors import AutobatchError
 from autobatch.sinks import progress
 

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import DataLoader
 
 from autobatch import sinks
+from autobatch._doors import checked_search, known_plan, versions
 from autobatch._plan import BatchPlan
 from autobatch._probes import detect
 from autobatch._report import Settings, TuningReport
 from autobatch._snapshot import Snapshot
 from autobatch._trial import OptimizerWatch
-from autobatch._tune import Job, checked_search, known_plan, tune, versions
+from autobatch._tune import Job, tune
 from autobatch.errors import AutobatchError
 from autobatch.lightning._apply import BeforeOptimizers, apply, check_name
 from autobatch.lightning._checks import check
