@@ -103,11 +103,9 @@ class Snapshot:
         self._with_gradients = True
         for thing in things:
             if id(thing) not in self._held and hasattr(thing, "__dict__"):
-                ref = _reference(thing)
-                self._held[id(thing)] = (
-                    ref,
-                    self._keep_attributes(thing, ref, _is_light),
-                )
+                ref = self._reference(thing)
+                attributes = self._keep_attributes(thing, ref, _is_light)
+                self._held[id(thing)] = (ref, attributes)
 
     def restore(self) -> None:
         """Give everything back; one object that refuses keeps no other from its own, and is raised at the end."""
@@ -175,8 +173,16 @@ class Snapshot:
         if isinstance(thing, torch.Tensor) or is_generator(thing):
             self._held[key] = (lambda: thing, self._keep(thing))
             return
-        ref = _reference(thing, lambda _: self._held.pop(key, None))
+        ref = self._reference(thing)
         self._held[key] = (ref, self._keep_object(thing, ref))
+
+    def _reference(self, thing: Any) -> Callable[[], Any]:
+        """A weak reference, by which what dies is forgotten; a firm one to what knows no weak ones."""
+        key = id(thing)
+        try:
+            return weakref.ref(thing, lambda _: self._held.pop(key, None))
+        except TypeError:
+            return lambda: thing
 
     def _keep_object(self, thing: Any, ref: Callable[[], Any]) -> GiveBack:
         attributes = self._keep_attributes(thing, ref)
@@ -308,16 +314,6 @@ def _uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, former)
         if held and callable(former):
             former(*held[0])
-
-
-def _reference(
-    thing: Any, died: Callable[[Any], object] | None = None
-) -> Callable[[], Any]:
-    """A weak reference, or a firm one to what knows no weak ones."""
-    try:
-        return weakref.ref(thing, died)
-    except TypeError:
-        return lambda: thing
 
 
 def _is_light(value: object) -> bool:
