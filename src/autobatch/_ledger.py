@@ -258,7 +258,7 @@ def _storages(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
     elif torch.nn.parameter.is_lazy(tensor):
         return  # no memory yet
     elif tensor.layout is torch.strided:
-        # functorch wrappers and opaque tensors have no storage to show
+        # functorch wrappers and opaque tensors have no storage to show: there is nothing to count, and no error in it
         with contextlib.suppress(NotImplementedError, RuntimeError):
             yield tensor.untyped_storage()
     elif tensor.layout is torch.sparse_coo:

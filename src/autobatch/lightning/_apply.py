@@ -28,8 +28,8 @@ def apply(
     """Let this Trainer train with the plan; `undo` on what is returned gives the user's loader its own size again.
 
     Optimizers and schedulers are made anew, since their learning rates and lengths may be built from the batch size,
-    from the random state in which they were made first. Whatever fails, nothing has been changed then; `AutobatchError` where the loader
-    does not follow.
+    and from the random state in which they were made first. Where anything fails, loader, accumulation and attributes
+    are as they were; `AutobatchError` where the loader does not follow.
     """
     with ExitStack() as undo:
         rebatched = Rebatched(trainer.fit_loop._data_source, plan.micro_batch_size)
