@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Final
 
+from autobatch._deadline import Deadline
 from autobatch._memory import format_bytes, memory_budget, parse_memory_limit
 from autobatch._notes import Bound, Findings, notes, tightest_bound
 from autobatch._pace import Pace
@@ -113,9 +114,8 @@ class _Tuning:
         self._job, self._settings, self._probe = job, settings, probe
         self._snapshot, self._shown = snapshot, shown
         self._limit = parse_memory_limit(settings.memory_limit)
-        self._began = probe.clock()
+        self._deadline = Deadline(settings.time_limit, probe.clock)
         self._trials: list[Trial] = []
-        self._seconds: dict[int, float] = {}  # of each trial, by its size
         self._out_of_time = False
         self._bound = tightest_bound(
             target_batch_size=settings.target_batch_size,
@@ -168,20 +168,25 @@ class _Tuning:
     def _next_size(self, search: Search) -> int | None:
         """What the search proposes, as far as there is time for it and for confirming the plan."""
         size = self._proposal(search, self._high)
-        self._out_of_time = size is not None and self._would_overrun(
-            size, self._reserve()
-        )
+        self._out_of_time = size is not None and not self._in_time(size)
         if self._out_of_time:
-            size = self._proposal(search, min(self._high, self._affordable()))
-        if size is None or self._would_overrun(size, self._reserve()):
-            return None
-        return size
+            affordable = self._deadline.affordable(self._yardstick, self._reserve)
+            size = self._proposal(search, min(self._high, affordable or self._high))
+        return size if size is not None and self._in_time(size) else None
 
+    def _in_time(self, size: int) -> bool:
+        return self._deadline.allows(size, self._yardstick, self._reserve)
+
+    @property
+    def _yardstick(self) -> int | None:
+        return self.fitting[-1] if self.fitting else self._deadline.largest
+
+    @property
     def _reserve(self) -> float:
         """Seconds for the trials that may have to confirm a plan, none of them larger than what ran."""
         if self._settings.target_batch_size is None or not self.fitting:
             return 0.0
-        return _CONFIRMATIONS * self._seconds[self.fitting[-1]]
+        return _CONFIRMATIONS * self._deadline.seconds_of(self.fitting[-1])
 
     def _proposal(self, search: Search, high: int) -> int | None:
         start = min(self._job.start, high)
@@ -217,7 +222,7 @@ class _Tuning:
                 return
             best = plans[0]
             self._check_can_accumulate(best)
-            if self._would_overrun(best.micro_batch_size, 0.0):
+            if not self._deadline.allows(best.micro_batch_size, self._yardstick, 0.0):
                 self._out_of_time = True
                 return
             self.attempt(
@@ -256,13 +261,13 @@ class _Tuning:
 
     def attempt(self, size: int, *, accumulate: int | None = None) -> Trial:
         """Run one trial, and put everything back: each starts from the same state."""
-        began = self._probe.clock()
+        began = self._deadline.spent
         self._shown.trying(size)
         self._probe.attach(*self._snapshot.alive)
         trial = self._run(size, accumulate or self._accumulate_at(size))
         self._snapshot.restore()
         self._trials.append(trial)
-        self._seconds[trial.batch_size] = self._probe.clock() - began
+        self._deadline.record(trial.batch_size, self._deadline.spent - began)
         self._shown.tried(
             trial, best=max(self.fitting, default=None), budget=self._budget
         )
@@ -301,7 +306,7 @@ class _Tuning:
             plan=plan,
             can_accumulate=self._job.can_accumulate,
             dataset_size=samples,
-            search_seconds=self._probe.clock() - self._began,
+            search_seconds=self._deadline.spent,
             notes=notes(findings),
             environment=self._job.environment,
         )
@@ -355,34 +360,6 @@ class _Tuning:
             and trial.accumulate >= pattern
             for trial in self.trials
         )
-
-    def _would_overrun(self, size: int, reserve: float) -> bool:
-        left = self._seconds_left() if self._trials else None
-        return left is not None and self._expected_seconds(size) + reserve > left
-
-    def _affordable(self) -> int:
-        """The largest size whose trial is sure to be over in time, and leaves some for another."""
-        left, largest = self._seconds_left(), self._largest_run()
-        if left is None or largest is None:
-            return self._high
-        spare = (left - self._reserve()) / 2
-        return max(1, int(largest * spare / max(self._seconds[largest], 1e-9)))
-
-    def _seconds_left(self) -> float | None:
-        limit = self._settings.time_limit
-        return None if limit is None else limit - (self._probe.clock() - self._began)
-
-    def _expected_seconds(self, size: int) -> float:
-        """Of a trial at this size: no more than in proportion to the largest one that ran."""
-        largest = self._largest_run()
-        return (
-            0.0
-            if largest is None
-            else self._seconds[largest] * max(1.0, size / largest)
-        )
-
-    def _largest_run(self) -> int | None:
-        return max(self.fitting or self._seconds, default=None)
 
     def _check_can_accumulate(self, plan: BatchPlan) -> None:
         if plan.accumulate_grad_batches == 1 or self._job.can_accumulate:
