@@ -818,13 +818,25 @@ def test_ranks_share_the_effective_batch():
     assert report.plan.effective_batch_size == 1000
 
 
+class Alike:
+    """Ranks that all see what this one sees."""
+
+    rank = 0
+
+    def __init__(self, world_size):
+        self.world_size = world_size
+
+    def everywhere(self, act):
+        return [act()] * self.world_size
+
+
 def tuned(device, *, world_size, **settings):
     """What a door does for several ranks."""
     asked = dict.fromkeys(Settings.model_fields) | {
         "memory_limit": 0.9,
         "steps_per_trial": 2,
     }
-    job = Job(device.workload, True, 8, world_size, 1, None, None, "paper", {})
+    job = Job(device.workload, True, 8, 1, None, None, "paper", {})
     with (
         Snapshot() as snapshot,
         OptimizerWatch(device.clock) as optimizers,
@@ -840,15 +852,8 @@ def tuned(device, *, world_size, **settings):
             optimizers=optimizers,
             first_touch=contextlib.nullcontext,
             shown=shown,
+            ranks=Alike(world_size),
         )
-
-
-def test_a_job_of_several_processes_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-
-    with pytest.raises(autobatch.AutobatchError, match="job of 2 processes"):
-        autobatch.find(lambda batch_size: None, device=PaperDevice(10))
 
 
 def test_a_model_that_is_elsewhere_than_the_memory_that_is_watched_is_told(monkeypatch):

@@ -37,6 +37,7 @@ HERE = [package for package in PACKAGES if installed(package)]
 if not HERE:
     pytest.skip("Lightning is not installed", allow_module_level=True)
 pl = importlib.import_module(HERE[0])
+check = importlib.import_module("autobatch.lightning._checks").check
 
 
 def data(length=600):
@@ -780,8 +781,11 @@ def plain():
     ("make", "sentence"),
     [
         (lambda: (ByHand(), plain(), {}), "optimises by hand"),
-        (lambda: (Model(), [plain(), plain()], {}), "it is a list, not one DataLoader"),
-        (lambda: (Model(), {"a": plain()}, {}), "it is a dict, not one DataLoader"),
+        (
+            lambda: (Model(), [(torch.zeros(4, 16), torch.zeros(4))], {}),
+            "it is a Tensor, not a DataLoader",
+        ),
+        (lambda: (Model(), {"a": range(3)}, {}), "it is a range, not a DataLoader"),
         (lambda: (Model(), DataLoader(data(), batch_size=None), {}), "batch_size=None"),
         (
             lambda: (Model(), DataLoader(data(), batch_sampler=Precomputed(4)), {}),
@@ -821,8 +825,8 @@ def plain():
     ],
     ids=[
         "by hand",
-        "list",
-        "dict",
+        "list of batches",
+        "iterable",
         "unbatched",
         "precomputed",
         "token budget",
@@ -879,23 +883,14 @@ def test_resuming_with_another_target_is_refused(tmp_path):
         )
 
 
-def test_a_strategy_of_several_devices_is_refused():
-    """In a process of its own, since Lightning leaves a process group behind."""
-    code = f"""
-import importlib, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-import test_lightning as t
-fitted = t.trainer(t.tuner(), strategy="ddp", devices=1)
-try:
-    fitted.fit(t.Model(), t.plain())
-except t.autobatch.AutobatchError as error:
-    assert "DDPStrategy" in str(error), error
-else:
-    raise SystemExit("not refused")
-"""
-    subprocess.run(
-        [sys.executable, "-c", code], check=True, timeout=120, capture_output=True
-    )
+@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy"])
+def test_a_strategy_whose_steps_wait_for_other_ranks_is_refused(name, monkeypatch):
+    fitted = trainer()
+    strategy = object.__new__(getattr(pl.strategies, name))
+    monkeypatch.setattr(pl.Trainer, "strategy", property(lambda _: strategy))
+
+    with pytest.raises(autobatch.AutobatchError, match=f"{name} makes ranks wait"):
+        check(fitted, Model(), None)
 
 
 def test_resuming_without_a_plan_is_refused(tmp_path):

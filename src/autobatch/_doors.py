@@ -19,9 +19,12 @@ __all__ = ["checked_search", "known_plan", "versions"]
 
 
 def known_plan(
-    plan: BatchPlan | str | Path | None, settings: Settings, *, world_size: int
+    plan: BatchPlan | str | Path | None, settings: Settings, *, world_size: int | None
 ) -> BatchPlan | None:
-    """The plan that was given, read from its report where a path was; refused where it says something else than asked."""
+    """The plan that was given, read from its report where a path was; refused where it says something else than asked.
+
+    A `world_size` of None is one that is not known yet.
+    """
     if plan is None:
         return None
     if isinstance(plan, (str, Path)):
@@ -33,7 +36,7 @@ def known_plan(
     counts = (plan.micro_batch_size, plan.accumulate_grad_batches, plan.world_size)
     if any(type(count) is not int or count < 1 for count in counts):
         raise ValueError(f"plan={plan} must hold whole numbers of 1 or more.")
-    if plan.world_size != world_size:
+    if world_size not in (None, plan.world_size):
         raise ValueError(
             f"plan={plan} is for {plan.world_size} ranks, and {world_size} train here."
         )

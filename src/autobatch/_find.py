@@ -12,6 +12,7 @@ import torch
 
 from autobatch._doors import checked_search, known_plan, versions
 from autobatch._probes import detect
+from autobatch._ranks import ranks_here
 from autobatch._report import Settings, TuningReport
 from autobatch._snapshot import Snapshot, restorable
 from autobatch._trial import OptimizerWatch
@@ -25,11 +26,17 @@ if TYPE_CHECKING:
 
     from autobatch._memory import MemoryProbe
     from autobatch._plan import BatchPlan
+    from autobatch._ranks import Ranks
     from autobatch._search import Search
 
 __all__ = ["find"]
 
 _START: Final = 8  # the first size tried where no loader names one
+_WAITING: Final = {
+    "DistributedDataParallel",
+    "FullyShardedDataParallel",
+    "FSDPModule",
+}
 
 
 def find(
@@ -55,7 +62,8 @@ def find(
         workload: `train(batch_size, accumulate)`, a generator function that trains at the given micro-batch size and
             yields after each optimizer step. Without the parameter `accumulate`, plans of one micro-batch per update
             are possible only. A plain function that runs one step will do as well. It may yield how many samples
-            its last micro-batch had.
+            its last micro-batch had. In a `torch.distributed` job every rank calls `find`, and the workload runs
+            the model itself, not its DistributedDataParallel.
         target_batch_size: Samples per optimizer update, over all ranks. None: the largest micro-batch that fits.
         memory_limit: A float up to 1.0 is a share of the device, less what others hold. An int is bytes, and so is
             text such as "10GiB": what this process may hold, if others leave that much.
@@ -95,7 +103,6 @@ def find(
         time_limit=time_limit,
         dataset_size=dataset_size,
     )
-    known = known_plan(plan, settings, world_size=_world_size())
     things = _restorable(restore)
     home = _home_of(workload, things)
     probe = detect(device, home)
@@ -103,7 +110,6 @@ def find(
         workload=loop.run,
         can_accumulate=loop.takes_accumulate,
         start=_START,
-        world_size=1,
         accumulate=1,
         before=None,
         samples_trained=None,
@@ -111,6 +117,7 @@ def find(
         environment=versions(),
     )
     with (
+        ranks_here() as ranks,
         Snapshot() as snapshot,
         OptimizerWatch(probe.clock) as optimizers,
         progress() as shown,
@@ -120,19 +127,21 @@ def find(
             probe=probe,
             optimizers=optimizers,
             home=None if device else home,
+            ranks=ranks,
         )
         snapshot.capture(*things, *_trainable(workload))
         with snapshot.at_first_step(touched):
             return tune(
                 job,
                 settings,
-                known=known,
+                known=known_plan(plan, settings, world_size=ranks.world_size),
                 probe=probe,
                 search=checked_search(search),
                 snapshot=snapshot,
                 optimizers=optimizers,
                 first_touch=partial(snapshot.at_first_forward, touched),
                 shown=shown,
+                ranks=ranks,
             )
 
 
@@ -188,20 +197,6 @@ def _is_asynchronous(function: object) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
 
 
-def _world_size() -> int:
-    import torch.distributed as dist
-
-    world_size = (
-        dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    )
-    if world_size > 1:
-        raise AutobatchError(
-            f"find() does not tune in a job of {world_size} processes yet: run it before init_process_group, and "
-            "give the plan it finds to every process."
-        )
-    return world_size
-
-
 def _restorable(restore: Sequence[Any]) -> Sequence[Any]:
     if not isinstance(restore, (list, tuple)):
         raise ValueError(
@@ -254,16 +249,29 @@ def _reachable(workload: Callable[..., Any]) -> list[Any]:
     return [*names.nonlocals.values(), *names.globals.values(), *given, *own]
 
 
+def _check_waits_for_none(module: torch.nn.Module) -> None:
+    """A step that waits for other ranks would wait for ever where one of them is out of memory."""
+    for kind in type(module).__mro__:
+        if kind.__name__ in _WAITING:
+            raise AutobatchError(
+                f"The workload runs a {kind.__name__}, whose steps wait for other ranks, also for one that is out of "
+                "memory; let it run the model that this wraps."
+            )
+
+
 def _touched(
     thing: object,
     probe: MemoryProbe,
     optimizers: OptimizerWatch,
     home: torch.device | None,
+    ranks: Ranks,
 ) -> None:
     """A module or an optimizer shows itself for the first time."""
     probe.attach(thing)
     if not isinstance(thing, torch.nn.Module):
         return
+    if ranks.world_size > 1:
+        _check_waits_for_none(thing)
     parameter = next(thing.parameters(), None)
     if parameter is None:
         return

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from autobatch._plan import BatchPlan
     from autobatch._trial import Trial
 
-__all__ = ["Bound", "Findings", "notes", "tightest_bound"]
+__all__ = ["Bound", "Findings", "Look", "notes", "tightest_bound"]
 
 _MUCH = 0.1  # share of a device's memory held by others that a person should hear of
 
@@ -24,6 +24,21 @@ class Bound:
 
     batch_size: int
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """How far was looked for the largest samples, on which trials run.
+
+    Args:
+        read: Samples read.
+        total: Samples there are; None where that is not known.
+        is_even: Whether those read were all of one size.
+    """
+
+    read: int
+    total: int | None
+    is_even: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +56,7 @@ class Findings:
         foreign: What others hold of it, in bytes.
         before: What was trained with until now, where that is known.
         dataset_size: Samples per epoch, where that is known.
+        look: How far was looked for the largest samples, where that was done.
     """
 
     plan: BatchPlan
@@ -53,6 +69,7 @@ class Findings:
     foreign: int
     before: BatchPlan | None
     dataset_size: int | None
+    look: Look | None = None
 
     @property
     def largest_fit(self) -> int:
@@ -96,6 +113,7 @@ def notes(found: Findings) -> tuple[str, ...]:
         _out_of_time(found),
         _not_sought(found),
         _refused(found),
+        _uneven(found),
         _crowded(found),
         _fallback(found),
     )
@@ -185,6 +203,17 @@ def _refused(found: Findings) -> str | None:
     if not sizes:
         return None
     return f"The workload itself refused batch_size={max(sizes)}; its own error, not memory, bounds it from below."
+
+
+def _uneven(found: Findings) -> str | None:
+    look = found.look
+    if look is None or look.is_even:
+        return None
+    among = "" if look.total is None else f" of {look.total:,}"
+    return (
+        f"Samples differ in size. Trials ran the largest of the {look.read:,}{among} that were looked at, and times are "
+        "theirs; one that is larger still needs more memory: name it in worst_case."
+    )
 
 
 def _crowded(found: Findings) -> str | None:

@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from autobatch._memory import format_bytes, parse_memory_limit
-from autobatch._notes import Bound, tightest_bound
+from autobatch._notes import Bound, Look, tightest_bound
 from autobatch._plan import BatchPlan
 from autobatch._text import (
     SECONDS,
@@ -30,6 +30,7 @@ from autobatch._text import (
     Glyphs,
     Page,
     Table,
+    data_fact,
     effective_table,
     epoch_fact,
     memory_fact,
@@ -199,6 +200,7 @@ class TuningReport(BaseModel):
         plan: What was chosen.
         can_accumulate: Whether what was tuned can make an update of several micro-batches.
         dataset_size: Samples per epoch, where known.
+        look: How far was looked for the largest samples, which trials then ran on.
         search_seconds: What the search took.
         notes: What a person should be told.
         environment: Versions of what was running.
@@ -216,6 +218,7 @@ class TuningReport(BaseModel):
     plan: _Plan
     can_accumulate: bool = True
     dataset_size: _Count | None
+    look: Look | None = None
     search_seconds: _Seconds
     notes: tuple[str, ...]
     environment: dict[str, str]
@@ -397,6 +400,8 @@ def _facts(report: TuningReport) -> tuple[Fact, ...]:
         facts.append(update_fact(row.update_seconds, trial.optimizer_seconds))
     if row.updates_per_epoch:
         facts.append(epoch_fact(row.updates_per_epoch, row.epoch_seconds))
+    if report.look:
+        facts.append(data_fact(report.look))
     return tuple(facts)
 
 

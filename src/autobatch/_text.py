@@ -14,6 +14,7 @@ from autobatch._trial import Outcome
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from autobatch._notes import Look
     from autobatch._plan import BatchPlan
     from autobatch._tradeoff import EffectiveRow, SpeedRow
     from autobatch._trial import Trial
@@ -27,6 +28,7 @@ __all__ = [
     "Page",
     "Table",
     "aligned",
+    "data_fact",
     "effective_table",
     "epoch_fact",
     "memory_fact",
@@ -197,6 +199,16 @@ def epoch_fact(updates: int, seconds: float | None) -> Fact:
     """How many updates an epoch has, and what they take together."""
     took = f"{quantity(seconds, SECONDS)} in training steps" if seconds else ""
     return Fact("Epoch", f"{updates:,} update{'s' if updates > 1 else ''}", took)
+
+
+def data_fact(look: Look) -> Fact:
+    """What trials ran on."""
+    some = look.total is None or look.read < look.total
+    among = (
+        f"{look.read:,} of {look.total:,}" if some and look.total else f"{look.read:,}"
+    )
+    found = "all of one size" if look.is_even else "trials ran the largest"
+    return Fact("Data", f"{among} samples read", found)
 
 
 def speed_table(

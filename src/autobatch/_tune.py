@@ -11,16 +11,19 @@ from autobatch._memory import format_bytes, memory_budget, parse_memory_limit
 from autobatch._notes import Bound, Findings, notes, tightest_bound
 from autobatch._pace import Pace
 from autobatch._plan import BatchPlan, candidates, nearest
+from autobatch._ranks import merged
 from autobatch._report import Device, Settings, TuningReport
 from autobatch._trial import Bench, Outcome, Trial, run_trial
 from autobatch.errors import AutobatchError, DoesNotFitError, ShortTrialError
 from autobatch.sinks import log
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
 
     from autobatch._memory import MemoryProbe
+    from autobatch._notes import Look
+    from autobatch._ranks import Ranks
     from autobatch._search import Search
     from autobatch._snapshot import Snapshot
     from autobatch._trial import OptimizerWatch, Workload
@@ -43,23 +46,23 @@ class Job:
         workload: A training loop that yields after every optimizer step.
         can_accumulate: Whether it takes an accumulation.
         start: The first size to try.
-        world_size: Ranks that train together.
         accumulate: The accumulation that stays where no target is asked for.
         before: What was trained with until now, where that is known.
         samples_trained: Samples that an epoch trains on with a plan, where it is not the whole data set.
         subject: What a report calls it.
         environment: Versions, for the report.
+        look: How far was looked for the largest samples, once trials have run.
     """
 
     workload: Workload
     can_accumulate: bool
     start: int
-    world_size: int
     accumulate: int
     before: BatchPlan | None
     samples_trained: Callable[[BatchPlan], int | None] | None
     subject: str
     environment: dict[str, str]
+    look: Callable[[], Look | None] = lambda: None
 
 
 def tune(
@@ -73,29 +76,58 @@ def tune(
     optimizers: OptimizerWatch,
     first_touch: Callable[[], AbstractContextManager[None]],
     shown: Progress,
+    ranks: Ranks,
 ) -> TuningReport:
-    """Budget, trials, plan, report: the steps of a tuning run, in their order."""
-    _check_target(job, settings)
-    tuning = _Tuning(job, settings, probe, snapshot, shown)
+    """Budget, trials, plan, report: the steps of a tuning run, in their order; every rank of a job calls it."""
+    _check_target(settings, ranks.world_size)
+    tuning = _Tuning(job, settings, probe, snapshot, shown, ranks)
     tuning.bench = Bench(probe, tuning.read_budget, optimizers, first_touch)
-    tuning.check_room()
+    tuning.begin(known)
     if known is not None:
         plan = tuning.verify(known)
     else:
         tuning.search(search)
         plan = tuning.choose()
+    tuning.check_agreement(plan)
     report = tuning.report(plan)
-    log(report)
+    if ranks.rank == 0:
+        log(report)
     return report
 
 
-def _check_target(job: Job, settings: Settings) -> None:
+def _check_target(settings: Settings, world_size: int) -> None:
     target = settings.target_batch_size
-    if target is not None and target < job.world_size:
+    if target is not None and target < world_size:
         raise ValueError(
-            f"target_batch_size={target} is less than one sample for each of the {job.world_size} ranks; "
-            f"give {job.world_size} or more."
+            f"target_batch_size={target} is less than one sample for each of the {world_size} ranks; "
+            f"give {world_size} or more."
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Tried:
+    """What a rank tells the others of a trial; before the first there is none to tell of."""
+
+    trial: Trial | None
+    budget: int  # bytes this rank may hold
+    seconds: float  # on this rank's clock
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What every rank has to have been asked alike before they start."""
+
+    settings: Settings
+    accumulate: int
+    known: BatchPlan | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Range:
+    """Where a rank would start, and where it would end."""
+
+    start: int
+    high: int
 
 
 class _Tuning:
@@ -110,34 +142,78 @@ class _Tuning:
         probe: MemoryProbe,
         snapshot: Snapshot,
         shown: Progress,
+        ranks: Ranks,
     ) -> None:
         self._job, self._settings, self._probe = job, settings, probe
-        self._snapshot, self._shown = snapshot, shown
+        self._snapshot, self._shown, self._ranks = snapshot, shown, ranks
         self._limit = parse_memory_limit(settings.memory_limit)
-        self._deadline = Deadline(settings.time_limit, probe.clock)
-        self._trials: list[Trial] = []
+        self._reading = probe.read()
+        self._own_budget = memory_budget(self._reading, self._limit)
+        self._budgets: Sequence[int] = ()  # of each rank
+        self._now = 0.0
+        # Of every rank each, in the order they were run
+        self._trials: list[Sequence[Trial]] = []
         self._out_of_time = False
         self._bound = tightest_bound(
             target_batch_size=settings.target_batch_size,
             max_micro_batch_size=settings.max_micro_batch_size,
             dataset_size=settings.dataset_size,
-            world_size=job.world_size,
+            world_size=ranks.world_size,
         )
         self._high = max(1, self._bound.batch_size) if self._bound else _CEILING
-        self._reading = probe.read()
-        self._budget = memory_budget(self._reading, self._limit)
 
     @property
     def trials(self) -> list[Trial]:
-        """All of them, judged by the budget that holds now."""
-        return [trial.judged(self._budget) for trial in self._trials]
+        """All of them, judged by the budgets that hold now."""
+        return [merged(trials, self._budgets) for trials in self._trials]
+
+    @property
+    def _budget(self) -> int:
+        """The smallest that a rank has."""
+        return min(self._budgets)
 
     @property
     def fitting(self) -> list[int]:
         return sorted({trial.batch_size for trial in self.trials if trial.fits})
 
-    def check_room(self) -> None:
-        """Refuse to start where this process is past its budget already."""
+    def begin(self, known: BatchPlan | None) -> None:
+        """Refuse to start where a rank is past its budget already, or where ranks were asked different things."""
+        self._together(self._check_room)
+        self._deadline = Deadline(self._settings.time_limit, lambda: self._now)
+        settings = self._settings.model_copy(update={"dataset_size": None})
+        asked = _Asked(settings, self._job.accumulate, known)
+        for rank, other in enumerate(self._ranks.everywhere(lambda: asked)):
+            if other != asked:
+                raise AutobatchError(
+                    f"Ranks were asked for different things: rank {self._ranks.rank} for {asked}, rank {rank} for "
+                    f"{other}. Give every rank the same arguments."
+                )
+        # A rank may have a shard of its own
+        ranges = self._ranks.everywhere(lambda: _Range(self._job.start, self._high))
+        self._start = ranges[0].start
+        self._high = min(each.high for each in ranges)
+
+    def check_agreement(self, plan: BatchPlan) -> None:
+        """Refuse a plan that is not that of all ranks: each has chosen for itself, from what all were told."""
+        plans = self._ranks.everywhere(lambda: plan)
+        if any(other != plan for other in plans):
+            raise AutobatchError(
+                f"Ranks chose different plans: {plans}. Please report this; training with them would not be sound."
+            )
+
+    def _together(self, act: Callable[[], Trial | None]) -> Sequence[Trial | None]:
+        """What every rank's part of it gave; their budgets and rank 0's clock hold from then on."""
+
+        def told() -> _Tried:
+            trial = act()
+            return _Tried(trial, self._own_budget, self._probe.clock())
+
+        told_by = self._ranks.everywhere(told)
+        self._budgets = [each.budget for each in told_by]
+        self._now = told_by[0].seconds
+        return [each.trial for each in told_by]
+
+    def _check_room(self) -> None:
         self._probe.attach(*self._snapshot.alive)
         self._probe.release()
         reading, budget = self._probe.read(), self.read_budget()
@@ -189,7 +265,7 @@ class _Tuning:
         return _CONFIRMATIONS * self._deadline.seconds_of(self.fitting[-1])
 
     def _proposal(self, search: Search, high: int) -> int | None:
-        start = min(self._job.start, high)
+        start = min(self._start, high)
         return search.propose(self.trials, start=start, high=high, budget=self._budget)
 
     def choose(self) -> BatchPlan:
@@ -199,7 +275,7 @@ class _Tuning:
         target = self._settings.target_batch_size
         if target is None:
             return BatchPlan(
-                self.fitting[-1], self._job.accumulate, self._job.world_size
+                self.fitting[-1], self._job.accumulate, self._ranks.world_size
             )
         self._confirm(target)
         if not self.fitting:
@@ -230,7 +306,7 @@ class _Tuning:
             )
 
     def _nearest(self, target: int) -> BatchPlan:
-        world_size = self._job.world_size
+        world_size = self._ranks.world_size
         plan = nearest(target, world_size, self.fitting)
         if self._verified(plan):
             return plan
@@ -262,15 +338,18 @@ class _Tuning:
     def attempt(self, size: int, *, accumulate: int | None = None) -> Trial:
         """Run one trial, and put everything back: each starts from the same state."""
         began = self._deadline.spent
-        self._shown.trying(size)
-        self._probe.attach(*self._snapshot.alive)
-        trial = self._run(size, accumulate or self._accumulate_at(size))
-        self._snapshot.restore()
-        self._trials.append(trial)
-        self._deadline.record(trial.batch_size, self._deadline.spent - began)
-        self._shown.tried(
-            trial, best=max(self.fitting, default=None), budget=self._budget
+        if self._ranks.rank == 0:
+            self._shown.trying(size)
+        trials = self._together(
+            lambda: self._run(size, accumulate or self._accumulate_at(size))
         )
+        self._snapshot.restore()
+        self._trials.append([trial for trial in trials if trial is not None])
+        trial = self.trials[-1]
+        self._deadline.record(trial.batch_size, self._deadline.spent - began)
+        if self._ranks.rank == 0:
+            best = max(self.fitting, default=None)
+            self._shown.tried(trial, best=best, budget=self._budget)
         return trial
 
     def report(self, plan: BatchPlan) -> TuningReport:
@@ -290,6 +369,7 @@ class _Tuning:
             foreign=reading.foreign,
             before=self._job.before,
             dataset_size=samples,
+            look=self._job.look(),
         )
         return TuningReport(
             autobatch_version=version("lightning-autobatch"),
@@ -306,12 +386,14 @@ class _Tuning:
             plan=plan,
             can_accumulate=self._job.can_accumulate,
             dataset_size=samples,
+            look=findings.look,
             search_seconds=self._deadline.spent,
             notes=notes(findings),
             environment=self._job.environment,
         )
 
     def _run(self, size: int, accumulate: int) -> Trial:
+        self._probe.attach(*self._snapshot.alive)
         try:
             return run_trial(
                 self._job.workload,
@@ -323,8 +405,7 @@ class _Tuning:
         except AutobatchError:
             raise
         except Exception as error:
-            larger = [trial.batch_size for trial in self._trials]
-            if not any(size < other for other in larger):
+            if not any(size < trial.batch_size for trial in self.trials):
                 raise
             # Larger ones ran, or ran out of memory: it is too small for the workload (a single sample and BatchNorm)
             return Trial(
@@ -332,10 +413,11 @@ class _Tuning:
             )
 
     def read_budget(self) -> int:
-        """The smallest budget seen so far: others may take memory at any time."""
+        """This rank's smallest budget so far: others may take memory at any time."""
         self._reading = self._probe.read()
-        self._budget = min(self._budget, memory_budget(self._reading, self._limit))
-        return self._budget
+        budget = memory_budget(self._reading, self._limit)
+        self._own_budget = min(self._own_budget, budget)
+        return self._own_budget
 
     def _accumulate_at(self, size: int) -> int:
         """The pattern that training will use: with accumulation, gradients live on through the next micro-batch."""
@@ -344,11 +426,11 @@ class _Tuning:
         target = self._settings.target_batch_size
         if target is None:
             return min(2, self._job.accumulate)
-        return 1 if size * self._job.world_size >= target else 2
+        return 1 if size * self._ranks.world_size >= target else 2
 
     def _candidates(self, target: int) -> tuple[BatchPlan, ...]:
         return candidates(
-            target, self._job.world_size, self.fitting[-1], Pace.of(self.trials)
+            target, self._ranks.world_size, self.fitting[-1], Pace.of(self.trials)
         )
 
     def _verified(self, plan: BatchPlan) -> bool:
@@ -375,7 +457,7 @@ class _Tuning:
 
     def _check_size_is_used(self, trial: Trial) -> None:
         shape = _allocations(trial)
-        for other in self._trials:
+        for other in self.trials:
             if (
                 len(shape) > 1
                 and trial.batch_size >= _IGNORED * other.batch_size

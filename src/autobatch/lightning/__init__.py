@@ -17,27 +17,24 @@ from autobatch import sinks
 from autobatch._doors import checked_search, known_plan, versions
 from autobatch._plan import BatchPlan
 from autobatch._probes import detect
+from autobatch._ranks import ranks_here
 from autobatch._report import Settings, TuningReport
 from autobatch._snapshot import Snapshot
 from autobatch._trial import OptimizerWatch
 from autobatch._tune import Job, tune
 from autobatch.errors import AutobatchError
+from autobatch.lightning._apart import apart
 from autobatch.lightning._apply import BeforeOptimizers, apply, check_name
 from autobatch.lightning._checks import check
-from autobatch.lightning._loaders import (
-    Rebatched,
-    batch_size_of,
-    batches_of,
-    capture_order,
-    is_empty,
-    requested,
-    samples_of,
-)
-from autobatch.lightning._samples import Samples
+from autobatch.lightning._loaders import Loaders, Rebatched, capture_order, is_empty
+from autobatch.lightning._package import package_of
+from autobatch.lightning._samples import Samples, checked_worst_case
 from autobatch.lightning._scratch import scratch
-from autobatch.lightning._steps import Steps, package_of
+from autobatch.lightning._steps import Steps
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from autobatch._memory import MemoryProbe
     from autobatch._search import Search
 
@@ -93,6 +90,9 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         search: Which size to try next; `GuidedBisection()` unless told otherwise.
         device: Where memory is read: a name such as "cuda:1", or a probe. None: where the model is.
         batch_arg_name: The attribute or hyperparameter of the module or datamodule that names the batch size, if any.
+        worst_case: A function that makes the largest batch of so many samples that training may meet, on the host and
+            as the loader would collate it. None: trials run the largest of up to 1,000 samples, or of those that
+            5 seconds suffice to read.
 
     Raises:
         ValueError: An argument is not what it should be.
@@ -115,6 +115,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         search: Search | None = None,
         device: str | MemoryProbe | None = None,
         batch_arg_name: str = "batch_size",
+        worst_case: Callable[[int], Any] | None = None,
     ) -> None:
         super().__init__()
         self.report: TuningReport | None = None
@@ -126,12 +127,14 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             time_limit=time_limit,
             dataset_size=None,
         )
-        self._known = known_plan(plan, self._settings, world_size=1)
+        self._known = known_plan(plan, self._settings, world_size=None)
         self._search = checked_search(search)
         self._device = device
         self._batch_arg_name = batch_arg_name
+        self._worst_case = checked_worst_case(worst_case)
         self._resumed: BatchPlan | None = None
         self._rebatched: Rebatched | None = None
+        self._batch_sizes: tuple[int, ...] = ()  # of each training loader
         self._before = BeforeOptimizers()
 
     def tune(
@@ -196,10 +199,16 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         report = self._tune(trainer, pl_module)
         self._resumed = None
         self._rebatched = apply(
-            report.plan, trainer, pl_module, self._batch_arg_name, self._before
+            report.plan,
+            trainer,
+            pl_module,
+            self._batch_arg_name,
+            self._batch_sizes,
+            self._before,
         )
         self.report = report
-        sinks.console(report)
+        if trainer.is_global_zero:
+            sinks.console(report)
 
     def state_dict(self) -> dict[str, int]:
         """The plan, in plain numbers: it travels in the checkpoint."""
@@ -232,6 +241,8 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
     def _tune(self, trainer: Any, module: Any) -> TuningReport:
         probe = detect(self._device, module.device)
         with (
+            ranks_here() as ranks,
+            apart(trainer),
             Snapshot() as snapshot,
             OptimizerWatch(probe.clock) as optimizers,
             sinks.progress() as shown,
@@ -244,20 +255,33 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             )
             # Hooks that make the loader may change the module and the datamodule
             snapshot.capture_light(trainer.datamodule)
-            loader = requested(trainer.fit_loop._data_source)
+            loaders = Loaders(
+                trainer, trainer.fit_loop._data_source, mode="max_size_cycle"
+            )
             optimizers.expected = True
-            return tune(
-                _job(trainer, module, loader, Samples(loader, snapshot)),
-                self._settings.model_copy(update={"dataset_size": samples_of(loader)}),
-                known=known_plan(self._resumed, self._settings, world_size=1)
-                or self._known,
+            report = tune(
+                _job(
+                    trainer,
+                    module,
+                    loaders,
+                    Samples(loaders, snapshot, self._worst_case),
+                ),
+                self._settings.model_copy(update={"dataset_size": loaders.samples}),
+                known=known_plan(
+                    self._resumed or self._known,
+                    self._settings,
+                    world_size=ranks.world_size,
+                ),
                 probe=probe,
                 search=self._search,
                 snapshot=snapshot,
                 optimizers=optimizers,
                 first_touch=nullcontext,  # the module and its optimizers are known
                 shown=shown,
+                ranks=ranks,
             )
+            self._batch_sizes = loaders.sizes_at(report.plan.micro_batch_size)
+            return report
 
     def _check_target_of_checkpoint(self) -> None:
         target, plan = self._settings.target_batch_size, self._resumed
@@ -291,17 +315,17 @@ class _TuneOnly(_Callback):  # type: ignore[misc]  # a class made at run time
         raise exceptions._TunerExitException
 
 
-def _samples_trained(trainer: Any, loader: Any, plan: BatchPlan) -> int | None:
+def _samples_trained(trainer: Any, loaders: Loaders, plan: BatchPlan) -> int | None:
     """What an epoch leaves after `drop_last` and `limit_train_batches`, which counts batches."""
-    samples, batches = samples_of(loader), batches_of(loader, plan.micro_batch_size)
-    if samples is None or batches is None:
-        return samples
+    batches = loaders.batches(plan.micro_batch_size)
+    if batches is None:
+        return loaders.samples
     limit = trainer.limit_train_batches
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-    return min(samples, batches * plan.micro_batch_size) or None
+    return loaders.samples_in(batches, plan.micro_batch_size) or None
 
 
-def _job(trainer: Any, module: Any, loader: Any, samples: Samples) -> Job:
+def _job(trainer: Any, module: Any, loaders: Loaders, samples: Samples) -> Job:
     package = package_of(trainer)
     lightning = importlib.import_module(package.partition(".")[0])
     parts = (
@@ -312,11 +336,13 @@ def _job(trainer: Any, module: Any, loader: Any, samples: Samples) -> Job:
     return Job(
         workload=Steps(trainer, samples),
         can_accumulate=True,
-        start=batch_size_of(loader),
-        world_size=1,
+        start=loaders.batch_size,
         accumulate=trainer.accumulate_grad_batches,
-        samples_trained=partial(_samples_trained, trainer, loader),
-        before=BatchPlan(batch_size_of(loader), trainer.accumulate_grad_batches),
+        samples_trained=partial(_samples_trained, trainer, loaders),
+        before=BatchPlan(
+            loaders.batch_size, trainer.accumulate_grad_batches, trainer.world_size
+        ),
         subject=" · ".join(parts),
         environment={**versions(), lightning.__name__: lightning.__version__},
+        look=lambda: samples.look,
     )

@@ -10,9 +10,11 @@ from torch.utils.data import DataLoader
 
 from autobatch._snapshot import Snapshot
 from autobatch.errors import AutobatchError
-from autobatch.lightning._loaders import Rebatched, capture_order, requested
+from autobatch.lightning._loaders import Loaders, Rebatched, capture_order
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from autobatch._plan import BatchPlan
 
 __all__ = ["BeforeOptimizers", "apply", "check_name"]
@@ -23,22 +25,25 @@ def apply(
     trainer: Any,
     module: Any,
     batch_arg_name: str,
+    batch_sizes: Sequence[int],
     before: BeforeOptimizers,
 ) -> Rebatched:
     """Let this Trainer train with the plan; `undo` on what is returned gives the user's loader its own size again.
 
     Optimizers and schedulers are made anew, since their learning rates and lengths may be built from the batch size,
     and from the random state in which they were made first. Where anything fails, loader, accumulation and attributes
-    are as they were; `AutobatchError` where the loader does not follow.
+    are as they were; `AutobatchError` where a loader does not follow. `batch_sizes` are those of each loader.
     """
     with ExitStack() as undo:
-        rebatched = Rebatched(trainer.fit_loop._data_source, plan.micro_batch_size)
+        source = trainer.fit_loop._data_source
+        rebatched = Rebatched(source, batch_sizes)
         undo.callback(rebatched.undo)
         with Snapshot() as snapshot:
             # A hook is asked for the loader here and again by training: it must not see that it was
             snapshot.capture_light(module, trainer.datamodule)
-            capture_order(requested(trainer.fit_loop._data_source), snapshot)
-            rebatched.check()
+            loaders = Loaders(trainer, source, mode="max_size_cycle")
+            loaders.capture_order(snapshot)
+            rebatched.check(loaders)
         undo.callback(
             setattr, trainer, "accumulate_grad_batches", trainer.accumulate_grad_batches
         )

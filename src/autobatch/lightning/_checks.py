@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import DataLoader
 
 from autobatch.errors import AutobatchError
-from autobatch.lightning._steps import package_of
+from autobatch.lightning._package import package_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,10 +34,18 @@ def _problems(trainer: Any, module: Any, resumed: BatchPlan | None) -> Iterator[
     package = package_of(trainer)
     strategies = importlib.import_module(f"{package}.strategies")
     callbacks = importlib.import_module(f"{package}.callbacks")
-    if trainer.world_size > 1 or not isinstance(
-        trainer.strategy, strategies.SingleDeviceStrategy
+    strategy = trainer.strategy
+    if isinstance(strategy, strategies.DeepSpeedStrategy) or not isinstance(
+        strategy, (strategies.SingleDeviceStrategy, strategies.DDPStrategy)
     ):
-        yield f"it trains on {trainer.world_size} device(s) with {type(trainer.strategy).__name__}, not on a single one"
+        yield f"{type(strategy).__name__} makes ranks wait for each other in every forward pass"
+    if getattr(strategy, "_model_averaging_period", None) is not None:
+        yield "its strategy averages models in optimizer steps (model_averaging_period)"
+    if any(
+        type(optimizer).__name__ == "ZeroRedundancyOptimizer"
+        for optimizer in trainer.optimizers
+    ):
+        yield "a ZeroRedundancyOptimizer makes ranks wait for each other in every step"
     if not module.automatic_optimization:
         yield "the module optimises by hand (automatic_optimization=False)"
     if len(trainer.optimizers) != 1:

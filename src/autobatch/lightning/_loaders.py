@@ -1,78 +1,125 @@
-"""Change the batch size of a training loader, and prove it by reading one batch."""
+"""Change the batch size of the loaders that a Trainer asks for, and prove it by reading one batch."""
 
 from __future__ import annotations
 
-from collections.abc import Sized
+import importlib
+import inspect
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from autobatch._snapshot import Snapshot
 from autobatch.errors import AutobatchError
+from autobatch.lightning._package import package_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Sequence
 
-__all__ = [
-    "Rebatched",
-    "batch_size_of",
-    "batches_of",
-    "capture_order",
-    "is_empty",
-    "requested",
-    "sampler_of",
-    "samples_of",
-]
+__all__ = ["Loaders", "Rebatched", "capture_order", "is_empty", "sampler_of"]
+
+_LENGTH_OF_EPOCH: Final[dict[str, Callable[[list[int]], int]]] = {
+    "max_size_cycle": max,
+    "max_size": max,
+    "min_size": min,
+    "sequential": sum,
+}
 
 
-def requested(source: Any) -> DataLoader[Any]:
-    """The training loader that the Trainer's data source gives, refused where its batch size can not be changed.
+class Loaders:
+    """The loaders that a Trainer's data source gives, one or several, as one thing with a batch size.
 
-    A hook of the module or the datamodule makes a new one each time it is asked.
+    That batch size counts samples of the first; the others keep their proportion to it. A hook of the module or the
+    datamodule makes new loaders each time it is asked.
+
+    Args:
+        trainer: The Trainer.
+        source: What it asks for loaders: Lightning 2.6 has a `_DataLoaderSource` for each of its loops.
+        mode: How it combines several that come without a CombinedLoader around them.
+
+    Raises:
+        AutobatchError: The batch size of one of them can not be changed.
     """
-    loader = source.dataloader()
-    problem = _problem(loader) or _disobedience(loader)
-    if problem:
-        raise AutobatchError(
-            f"AutoBatch can not change the batch size of this training loader yet: {problem}. Use a plain "
-            "DataLoader(dataset, batch_size=…), or train without AutoBatch."
+
+    def __init__(self, trainer: Any, source: Any, *, mode: str) -> None:
+        module = f"{package_of(trainer)}.utilities.combined_loader"
+        combined = importlib.import_module(module).CombinedLoader
+        given = source.dataloader()
+        self._combined = given if isinstance(given, combined) else combined(given, mode)
+        for loader in self._combined.flattened:
+            problem = _problem(loader) or _disobedience(loader)
+            if problem:
+                raise AutobatchError(
+                    f"AutoBatch can not change the batch size of this loader: {problem}. Use a plain "
+                    "DataLoader(dataset, batch_size=…), or train without AutoBatch."
+                )
+        self.each: tuple[DataLoader[Any], ...] = tuple(self._combined.flattened)
+        self.own_sizes: tuple[int, ...] = tuple(map(_batch_size, self.each))
+        self._shards = tuple(_shards(trainer, loader) for loader in self.each)
+        self._world_size = int(trainer.world_size)
+
+    @property
+    def batch_size(self) -> int:
+        """What the first of them has."""
+        return self.own_sizes[0]
+
+    def sizes_at(self, batch_size: int) -> tuple[int, ...]:
+        """What each has when the first has this."""
+        first = self.own_sizes[0]
+        return tuple(max(1, round(own * batch_size / first)) for own in self.own_sizes)
+
+    @property
+    def is_sequential(self) -> bool:
+        """Whether a step takes from one loader at a time, rather than from all."""
+        return len(self.each) > 1 and self._combined._mode == "sequential"
+
+    @property
+    def samples(self) -> int | None:
+        """Samples of the first that all ranks see in an epoch; None where its data set is a stream."""
+        samples = _samples_of_rank(self.each[0], self._shards[0])
+        if samples is None:
+            return None
+        if self._shards[0] > 1:  # padded to the same length on each rank
+            return len(sampler_of(self.each[0]))
+        return samples * self._world_size
+
+    def batches(self, batch_size: int) -> int | None:
+        """Batches of each rank in an epoch, at this batch size; None where that is not known."""
+        lengths = [
+            _batches(loader, size, shards)
+            for loader, size, shards in zip(
+                self.each, self.sizes_at(batch_size), self._shards, strict=True
+            )
+        ]
+        known = [length for length in lengths if length is not None]
+        if len(known) < len(lengths):
+            return None
+        return _LENGTH_OF_EPOCH[self._combined._mode](known)
+
+    def samples_in(self, batches: int, batch_size: int) -> int | None:
+        """Samples that all ranks see in so many batches of an epoch."""
+        many = batches * batch_size * self._world_size
+        if len(self.each) > 1 or self.samples is None:
+            return many
+        return min(self.samples, many)
+
+    def structured(self, parts: Sequence[Any]) -> Any:
+        """What is given for each loader, in the containers that hold the loaders."""
+        applying = importlib.import_module("lightning_utilities.core.apply_func")
+        rest = iter(parts)
+        return applying.apply_to_collection(
+            self._combined.iterables, DataLoader, lambda _: next(rest)
         )
-    return loader  # type: ignore[no-any-return]  # a DataLoader: _problem has looked
 
+    def capture_order(self, snapshot: Snapshot) -> None:
+        """Let a snapshot give back what decides the order of the data."""
+        for loader in self.each:
+            capture_order(loader, snapshot)
 
-def batch_size_of(loader: DataLoader[Any]) -> int:
-    """Its batch size, which a batch sampler of the user's keeps to itself."""
-    return int(loader.batch_sampler.batch_size)  # type: ignore[union-attr]  # _problem has looked
-
-
-def is_empty(loader: object) -> bool:
-    """Whether a loader that was passed has no data at all."""
-    return isinstance(loader, DataLoader) and samples_of(loader) == 0
-
-
-def samples_of(loader: DataLoader[Any]) -> int | None:
-    """Samples per epoch; None where the data set is a stream."""
-    if isinstance(loader.dataset, IterableDataset):
-        return None
-    return len(sampler_of(loader))
-
-
-def sampler_of(loader: DataLoader[Any]) -> Any:
-    """What names the samples: beneath a batch sampler of the user's, torch's own `loader.sampler` does not."""
-    return getattr(loader.batch_sampler, "sampler", loader.sampler)
-
-
-def batches_of(loader: DataLoader[Any], batch_size: int) -> int | None:
-    """Batches per epoch at another batch size; None where that is not known."""
-    if not isinstance(loader.batch_sampler, Sized) or samples_of(loader) is None:
-        return None
-    own = batch_size_of(loader)
-    _resize(loader, batch_size)
-    try:
-        return len(loader.batch_sampler)
-    finally:
-        _resize(loader, own)
+    def first_batches(self) -> tuple[int, ...]:
+        """Samples in the first batch of each."""
+        return tuple(map(_first_batch, self.each))
 
 
 def capture_order(loader: DataLoader[Any], snapshot: Snapshot) -> None:
@@ -83,9 +130,118 @@ def capture_order(loader: DataLoader[Any], snapshot: Snapshot) -> None:
         snapshot.capture(loader.generator)
 
 
+def sampler_of(loader: DataLoader[Any]) -> Any:
+    """What names the samples: beneath a batch sampler of the user's, torch's own `loader.sampler` does not."""
+    return getattr(loader.batch_sampler, "sampler", loader.sampler)
+
+
+def is_empty(loader: object) -> bool:
+    """Whether a loader that was passed has no data at all."""
+    return isinstance(loader, DataLoader) and _samples_of_rank(loader, 1) == 0
+
+
+class Rebatched:
+    """Gives every loader that a Trainer asks for another batch size, until it is undone.
+
+    Loaders are changed in place, which keeps their sampler, shuffling, workers and class. A loader that was passed in
+    is the user's: it has its own size again after `undo`.
+
+    Args:
+        source: What the Trainer asks for loaders.
+        batch_sizes: For each of them.
+    """
+
+    def __init__(self, source: Any, batch_sizes: Sequence[int]) -> None:
+        self._source = source
+        self._batch_sizes = batch_sizes
+        self._resized: list[_Resized] = []
+        # The instance's attribute hides the class's method: Lightning 2.6 asks its `_DataLoaderSource` for every loader.
+        self._ask: Callable[[], Any] = source.dataloader
+        source.dataloader = self._dataloader
+
+    def undo(self) -> None:
+        """Give the loaders their own size again, and let the source answer for itself."""
+        self._source.__dict__.pop("dataloader", None)
+        for resized in self._resized:
+            _resize(resized.loader, resized.batch_size)
+        self._resized.clear()
+
+    def check(self, loaders: Loaders) -> None:
+        """Read one batch of indices back; `AutobatchError` where it is not of the size that was set."""
+        for loader, size in zip(loaders.each, self._batch_sizes, strict=True):
+            got = _first_batch(loader)
+            samples = _samples_of_rank(loader, 1)
+            if got != min(size, samples or got):
+                raise AutobatchError(
+                    f"The loader still makes batches of {got} after its batch size was set to {size}; AutoBatch can "
+                    "not tune it."
+                )
+
+    def _dataloader(self) -> Any:
+        given = self._ask()
+        for loader, size in zip(_flat(given), self._batch_sizes, strict=False):
+            if _problem(loader) is None and _batch_size(loader) != size:
+                self._resized.append(_Resized(loader, _batch_size(loader)))
+                _resize(loader, size)
+        return given
+
+
+@dataclass
+class _Resized:
+    loader: DataLoader[Any]
+    batch_size: int  # its own
+
+
+def _flat(given: Any) -> list[Any]:
+    """The loaders in any containers, in the order that a CombinedLoader gives them."""
+    if isinstance(given, DataLoader):
+        return [given]
+    applying = importlib.import_module("lightning_utilities.core.apply_func")
+    found: list[Any] = []
+    applying.apply_to_collection(
+        getattr(given, "iterables", given), DataLoader, found.append
+    )
+    return found
+
+
+def _batch_size(loader: DataLoader[Any]) -> int:
+    """Its batch size, which a batch sampler of the user's keeps to itself."""
+    return int(loader.batch_sampler.batch_size)  # type: ignore[union-attr]  # _problem has looked
+
+
+def _shards(trainer: Any, loader: DataLoader[Any]) -> int:
+    """Among how many ranks Lightning 2.6 will deal the samples out, where the loader does not do so by itself."""
+    if trainer._data_connector._requires_distributed_sampler(loader):
+        return int(trainer.world_size)
+    return 1
+
+
+def _samples_of_rank(loader: DataLoader[Any], shards: int) -> int | None:
+    """Samples of one rank per epoch; None where the data set is a stream."""
+    if isinstance(loader.dataset, IterableDataset):
+        return None
+    return -(-len(sampler_of(loader)) // shards)
+
+
+def _batches(loader: DataLoader[Any], batch_size: int, shards: int) -> int | None:
+    """Batches of one rank per epoch at another batch size; None where that is not known."""
+    samples = _samples_of_rank(loader, shards)
+    if not isinstance(loader.batch_sampler, Sized) or samples is None:
+        return None
+    if shards > 1:
+        drops = getattr(loader.batch_sampler, "drop_last", False)
+        return samples // batch_size if drops else -(-samples // batch_size)
+    own = _batch_size(loader)
+    _resize(loader, batch_size)
+    try:
+        return len(loader.batch_sampler)
+    finally:
+        _resize(loader, own)
+
+
 def _problem(loader: object) -> str | None:
     if not isinstance(loader, DataLoader):
-        return f"it is a {type(loader).__name__}, not one DataLoader"
+        return f"it is a {type(loader).__name__}, not a DataLoader"
     sampler = loader.batch_sampler
     if sampler is None:
         return "it has batch_size=None"
@@ -105,11 +261,11 @@ def _disobedience(loader: DataLoader[Any]) -> str | None:
     sampler = loader.batch_sampler
     with Snapshot() as snapshot:
         capture_order(loader, snapshot)
-        own, wanted = batch_size_of(loader), 1 if batch_size_of(loader) > 1 else 2
+        own, wanted = _batch_size(loader), 1 if _batch_size(loader) > 1 else 2
         length = len(sampler) if isinstance(sampler, Sized) else None
         _resize(loader, wanted)
         try:
-            got = _one_batch(loader)
+            got = _first_batch(loader)
             other = len(sampler) if isinstance(sampler, Sized) else None
         finally:
             _resize(loader, own)
@@ -121,55 +277,9 @@ def _disobedience(loader: DataLoader[Any]) -> str | None:
     return f"its batch sampler, a {name}, makes batches of {got} when its batch_size is {wanted}"
 
 
-def _one_batch(loader: DataLoader[Any]) -> int:
+def _first_batch(loader: DataLoader[Any]) -> int:
     """Samples in the first batch, by its indices alone."""
     return len(next(iter(loader.batch_sampler)))  # type: ignore[arg-type]  # _problem has looked
-
-
-@dataclass
-class _Resized:
-    loader: DataLoader[Any]
-    batch_size: int  # its own
-
-
-class Rebatched:
-    """Gives every training loader that a Trainer asks for another batch size, until it is undone.
-
-    Loaders are changed in place, which keeps their sampler, shuffling, workers and class. A loader that was passed to
-    `fit` is the user's: it has its own size again after `undo`.
-    """
-
-    def __init__(self, source: Any, batch_size: int) -> None:
-        self._source = source
-        self._batch_size = batch_size
-        self._resized: list[_Resized] = []
-        # The instance's attribute hides the class's method: Lightning 2.6 asks its `_DataLoaderSource` for every loader.
-        self._ask: Callable[[], Any] = source.dataloader
-        source.dataloader = self._dataloader
-
-    def undo(self) -> None:
-        """Give the loaders their own size again, and let the source answer for itself."""
-        self._source.__dict__.pop("dataloader", None)
-        for resized in self._resized:
-            _resize(resized.loader, resized.batch_size)
-        self._resized.clear()
-
-    def check(self) -> None:
-        """Read one batch of indices back; `AutobatchError` where it is not of the size that was set."""
-        loader = requested(self._source)
-        got = _one_batch(loader)
-        if got != min(self._batch_size, samples_of(loader) or got):
-            raise AutobatchError(
-                f"The training loader still makes batches of {got} after its batch size was set to "
-                f"{self._batch_size}; AutoBatch can not tune it."
-            )
-
-    def _dataloader(self) -> Any:
-        loader = self._ask()
-        if _problem(loader) is None and batch_size_of(loader) != self._batch_size:
-            self._resized.append(_Resized(loader, batch_size_of(loader)))
-            _resize(loader, self._batch_size)
-        return loader
 
 
 def _resize(loader: DataLoader[Any], batch_size: int) -> None:
@@ -177,3 +287,19 @@ def _resize(loader: DataLoader[Any], batch_size: int) -> None:
     if loader.batch_size is not None:
         # DataLoader refuses plain assignment once it is made; iteration goes by the batch sampler.
         object.__setattr__(loader, "batch_size", batch_size)
+    for thing in (loader, loader.batch_sampler):
+        _note(thing, batch_size)
+
+
+def _note(thing: Any, batch_size: int) -> None:
+    """Change what Lightning 2.6 has noted of a loader that a hook made, and makes it anew from for several ranks."""
+    names = getattr(thing, "__pl_saved_arg_names", None)
+    if names is None:
+        return
+    arguments = getattr(thing, "__pl_saved_args")
+    if "batch_size" in names:
+        at = names.index("batch_size")
+        changed = (*arguments[:at], batch_size, *arguments[at + 1 :])
+        object.__setattr__(thing, "__pl_saved_args", changed)
+    elif "batch_size" in inspect.signature(type(thing).__init__).parameters:
+        getattr(thing, "__pl_saved_kwargs")["batch_size"] = batch_size

@@ -1,8 +1,12 @@
-"""Data for trials: from the user's data set and collate function, read once."""
+"""Data for trials: the largest of the samples that a bounded look finds, collated as the loader would, read once."""
 
 from __future__ import annotations
 
 import copy
+import heapq
+import math
+import time
+from collections.abc import Sized
 from functools import cached_property
 from itertools import chain, cycle, islice
 from typing import TYPE_CHECKING, Any, Final
@@ -18,51 +22,141 @@ from torch.utils.data import (
 )
 
 from autobatch._ledger import unobserved
+from autobatch._notes import Look
 from autobatch.lightning._loaders import capture_order, sampler_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from autobatch._snapshot import Snapshot
+    from autobatch.lightning._loaders import Loaders
 
-__all__ = ["Samples"]
+__all__ = ["Samples", "checked_worst_case"]
 
-_LOOK: Final = 64  # samples read; larger batches repeat them
+# How far to look for the largest samples
+_MOST: Final = 1000  # samples
+_SECONDS: Final = 5.0
+_KEPT: Final = 64  # samples kept of those; larger batches repeat them
+_CHUNK: Final = 16  # samples read at once
+_DEEP: Final = (
+    4  # containers within containers that are looked into for a sample's size
+)
+
+
+def checked_worst_case(
+    worst_case: Callable[[int], Any] | None,
+) -> Callable[[int], Any] | None:
+    """What was given, refused where it can not make a batch."""
+    if worst_case is None or callable(worst_case):
+        return worst_case
+    raise ValueError(
+        f"worst_case={worst_case!r} can not be called; give a function of a batch size that returns a batch."
+    )
 
 
 class Samples:
-    """Batches of any size, collated from a few samples of a loader's data set, spread evenly over it.
+    """Batches of any size, collated from the largest samples of the loaders' data sets.
 
-    They are read the way the loader reads: in a worker process where it has workers, so that the data set of this
+    Samples are read the way the loader reads: in a worker process where it has workers, so that the data set of this
     process stays as it is; else here, where the snapshot gives the data set's own attributes and generators back.
+
+    Args:
+        loaders: Whose data.
+        snapshot: Gives back what reading changes.
+        worst_case: The user's own word for the largest batch of a size, instead of a look.
     """
+
+    def __init__(
+        self,
+        loaders: Loaders,
+        snapshot: Snapshot,
+        worst_case: Callable[[int], Any] | None = None,
+    ) -> None:
+        self._loaders = loaders
+        self._sources = [_Source(loader, snapshot) for loader in loaders.each]
+        self._worst_case = worst_case
+
+    def batches(self, batch_size: int) -> Sequence[Any]:
+        """What steps get on the host, one after another and over again: one batch, or one of each loader in turn."""
+        with unobserved(), torch.no_grad():
+            if self._worst_case is not None:
+                return [self._worst_case(batch_size)]
+            sizes = self._loaders.sizes_at(batch_size)
+            parts = [
+                source.batch(size)
+                for source, size in zip(self._sources, sizes, strict=True)
+            ]
+        if self._loaders.is_sequential:
+            return parts
+        return [self._loaders.structured(parts)]
+
+    @property
+    def look(self) -> Look | None:
+        """What the look found, over all loaders; None where the user has said what is largest."""
+        if self._worst_case is not None:
+            return None
+        found = [source.look for source in self._sources]
+        known = [each.total for each in found if each.total is not None]
+        return Look(
+            read=sum(each.read for each in found),
+            total=sum(known) if len(known) == len(found) else None,
+            is_even=all(each.is_even for each in found),
+        )
+
+
+class _Source:
+    """One loader's samples."""
 
     def __init__(self, loader: DataLoader[Any], snapshot: Snapshot) -> None:
         self._loader = loader
         self._snapshot = snapshot
 
     def batch(self, batch_size: int) -> Any:
-        """A batch on the host, as the loader would collate it."""
-        with unobserved(), torch.no_grad():
-            samples = islice(cycle(self._samples), batch_size)
-            self._snapshot.capture_light(self._loader.collate_fn)
-            # Copies, since a collate function may take its samples apart
-            return self._loader.collate_fn([_unshared(sample) for sample in samples])
+        """The largest samples, as the loader would collate them."""
+        samples = islice(cycle(self._largest.samples), batch_size)
+        self._snapshot.capture_light(self._loader.collate_fn)
+        # Copies, since a collate function may take its samples apart
+        return self._loader.collate_fn([_unshared(sample) for sample in samples])
+
+    @property
+    def look(self) -> Look:
+        return Look(self._largest.read, self._total, self._largest.is_even)
 
     @cached_property
-    def _samples(self) -> list[Any]:
+    def _total(self) -> int | None:
+        if isinstance(self._loader.dataset, IterableDataset):
+            return None
+        sampler = sampler_of(self._loader)
+        return len(sampler) if isinstance(sampler, Sized) else None
+
+    @cached_property
+    def _largest(self) -> _Largest:
+        largest = _Largest()
+        began = time.monotonic()
+        for chunk in self._chunks():
+            largest.add(chunk)
+            if largest.read >= _MOST or time.monotonic() - began > _SECONDS:
+                break
+        return largest
+
+    def _chunks(self) -> Iterator[list[Any]]:
         dataset = self._loader.dataset
         if isinstance(dataset, IterableDataset):
             # In a worker always: here, what a stream has given would be missing in training
-            return next(iter(self._reader(batch_size=_LOOK)))
+            yield from self._reader(batch_size=_CHUNK)
+            return
         capture_order(self._loader, self._snapshot)
-        indices = list(islice(self._indices(), _LOOK))
+        indices = _scattered(list(islice(self._indices(), _MOST)))
+        chunks = [indices[at : at + _CHUNK] for at in range(0, len(indices), _CHUNK)]
         if self._loader.num_workers:
-            return next(iter(self._reader(batch_sampler=[indices])))
+            yield from self._reader(batch_sampler=chunks)
+            return
         self._snapshot.capture_light(*_layers(dataset))
-        if hasattr(dataset, "__getitems__"):
-            return list(dataset.__getitems__(indices))
-        return [dataset[index] for index in indices]
+        for chunk in chunks:
+            if hasattr(dataset, "__getitems__"):
+                yield list(dataset.__getitems__(chunk))
+            else:
+                yield [dataset[index] for index in chunk]
 
     def _indices(self) -> Iterable[Any]:
         """Which samples to read: spread over the data set, or the first that a sampler of the user's names."""
@@ -73,10 +167,14 @@ class Samples:
         if type(sampler) not in (RandomSampler, SequentialSampler):
             return sampler  # type: ignore[no-any-return]  # an iterable of indices
         length = len(sampler.data_source)
-        return range(0, length, max(1, length // _LOOK))
+        return (
+            (at * length // _MOST for at in range(_MOST))
+            if length > _MOST
+            else range(length)
+        )
 
     def _reader(self, **batches: Any) -> DataLoader[Any]:
-        """One worker process that reads one list of samples."""
+        """One worker process that reads lists of samples."""
         return DataLoader(
             self._loader.dataset,
             **batches,
@@ -88,16 +186,78 @@ class Samples:
         )
 
 
-def _unshared(sample: Any) -> Any:
-    """A sample in containers of its own; what they contain is shared."""
+class _Largest:
+    """The largest samples seen, the largest first; of equally large ones those seen first."""
+
+    def __init__(self) -> None:
+        self.read = 0
+        self.is_even = True  # all of one size so far
+        self._heap: list[tuple[int, int, Any]] = []
+
+    def add(self, samples: Iterable[Any]) -> None:
+        for sample in samples:
+            entry = (_size(sample, _DEEP), -self.read, sample)
+            self.is_even &= not self._heap or entry[0] == self._heap[0][0]
+            self.read += 1
+            if len(self._heap) < _KEPT:
+                heapq.heappush(self._heap, _held(entry))
+            elif entry[:2] > self._heap[0][:2]:
+                heapq.heapreplace(self._heap, _held(entry))
+
+    @property
+    def samples(self) -> list[Any]:
+        return [sample for *_, sample in sorted(self._heap, key=lambda e: e[:2])][::-1]
+
+
+def _held(entry: tuple[int, int, Any]) -> tuple[int, int, Any]:
+    """The entry with tensors of its own: what comes from a worker holds an open file for each."""
+    size, order, sample = entry
+    return size, order, _unshared(sample, torch.Tensor.clone)
+
+
+def _scattered(indices: list[Any]) -> list[Any]:
+    """The same in another order, so that any first part of it is spread over the whole."""
+    count = len(indices)
+    stride = max(1, round(count * 0.618))  # the golden section leaves no gaps
+    while math.gcd(stride, count) != 1:
+        stride += 1
+    return [indices[at * stride % count] for at in range(count)]
+
+
+def _size(sample: Any, depth: int) -> int:
+    """How much data a sample holds, in a measure of its own: bytes of tensors and arrays, characters, numbers."""
+    if isinstance(sample, torch.Tensor):
+        return sample.numel() * sample.element_size()
+    nbytes = getattr(sample, "nbytes", None)
+    if isinstance(nbytes, int):
+        return nbytes
+    if isinstance(sample, (str, bytes)):
+        return len(sample)
+    if depth == 0:
+        return 1
+    if isinstance(sample, dict):
+        return sum(_size(part, depth - 1) for part in sample.values())
+    if isinstance(sample, (list, tuple)):
+        return sum(_size(part, depth - 1) for part in sample)
+    if hasattr(sample, "__dict__"):
+        return sum(_size(part, depth - 1) for part in vars(sample).values())
+    return 1
+
+
+def _unshared(
+    sample: Any, copied: Callable[[torch.Tensor], torch.Tensor] = copy.copy
+) -> Any:
+    """A sample in containers of its own; what they contain is shared, but for tensors as `copied` has it."""
     if isinstance(sample, dict):
         unshared = copy.copy(sample)
-        unshared.update((key, _unshared(part)) for key, part in sample.items())
+        unshared.update((key, _unshared(part, copied)) for key, part in sample.items())
         return unshared
     if isinstance(sample, list):
-        return [_unshared(part) for part in sample]
+        return [_unshared(part, copied) for part in sample]
     if type(sample) is tuple:
-        return tuple(map(_unshared, sample))
+        return tuple(_unshared(part, copied) for part in sample)
+    if isinstance(sample, torch.Tensor):
+        return copied(sample)
     return copy.copy(sample)
 
 

@@ -6,7 +6,7 @@ import importlib
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
-from autobatch.lightning._steps import package_of
+from autobatch.lightning._package import package_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

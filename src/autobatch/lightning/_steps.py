@@ -4,38 +4,20 @@ from __future__ import annotations
 
 import importlib
 from collections import OrderedDict
-from itertools import count
+from itertools import count, cycle
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 from autobatch._memory import is_oom
+from autobatch.lightning._package import package_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from autobatch.lightning._samples import Samples
 
-__all__ = ["Steps", "package_of"]
-
-
-def package_of(trainer: Any) -> str:
-    """The Lightning package this Trainer comes from: "lightning.pytorch" or "pytorch_lightning"."""
-    modules = (
-        kind.__module__ for kind in type(trainer).__mro__ if kind.__name__ == "Trainer"
-    )
-    return next(name for name in map(_root, modules) if name)
-
-
-def _root(module: str) -> str:
-    return next(
-        (
-            name
-            for name in ("lightning.pytorch", "pytorch_lightning")
-            if module.startswith(name)
-        ),
-        "",
-    )
+__all__ = ["Steps"]
 
 
 _BATCH_HOOK: Final = "on_train_batch_start"
@@ -66,12 +48,12 @@ class Steps:
         """Yield after each optimizer step."""
         self._trainer.accumulate_grad_batches = accumulate
         self._trainer.fit_loop.epoch_loop.batch_progress.reset()
-        batch = self._samples.batch(batch_size)
-        self._first_micro_batch(batch)
+        batches = cycle(self._samples.batches(batch_size))
+        self._first_micro_batch(next(batches))
         for index in count(1):
             if index % accumulate == 0:
                 yield
-            self._micro_batch(batch, index)
+            self._micro_batch(next(batches), index)
 
     def _first_micro_batch(self, batch: Any) -> None:
         """Start a trial, and find out whether a step needs what the module's start hooks make.
