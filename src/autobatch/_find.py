@@ -129,7 +129,10 @@ def find(
             home=None if device else home,
             ranks=ranks,
         )
-        snapshot.capture(*things, *_trainable(workload))
+        trainable = _trainable(workload)
+        if ranks.world_size > 1:
+            _check_waits_for_none(*trainable)
+        snapshot.capture(*things, *trainable)
         with snapshot.at_first_step(touched):
             return tune(
                 job,
@@ -249,9 +252,9 @@ def _reachable(workload: Callable[..., Any]) -> list[Any]:
     return [*names.nonlocals.values(), *names.globals.values(), *given, *own]
 
 
-def _check_waits_for_none(module: torch.nn.Module) -> None:
+def _check_waits_for_none(*things: Any) -> None:
     """A step that waits for other ranks would wait for ever where one of them is out of memory."""
-    for kind in type(module).__mro__:
+    for kind in (kind for thing in things for kind in type(thing).__mro__):
         if kind.__name__ in _WAITING:
             raise AutobatchError(
                 f"The workload runs a {kind.__name__}, whose steps wait for other ranks, also for one that is out of "

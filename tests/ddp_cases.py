@@ -1,0 +1,274 @@
+"""Trainings by several processes on the CPU, tuned and with the same numbers written by hand; each rank saves its own.
+
+python ddp_cases.py DIRECTORY launched         Lightning starts the second process
+torchrun --nproc-per-node 2 ddp_cases.py DIRECTORY CASE …
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import autobatch
+from autobatch.testing import SimulatedAccelerator
+
+try:
+    pl = importlib.import_module("pytorch_lightning")
+except ModuleNotFoundError:
+    pl = importlib.import_module("lightning.pytorch")
+torchmetrics = importlib.import_module("torchmetrics")
+
+RANK = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
+NODES = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+
+
+def data(length=600):
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(length, 16, generator=generator)
+    return TensorDataset(x, x[:, :4].argmax(1), torch.arange(length))
+
+
+class Model(pl.LightningModule):
+    def __init__(self, batch_size=4, source="passed"):
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = nn.Sequential(
+            nn.Linear(16, 256),
+            nn.BatchNorm1d(256),
+            nn.ReLU(),
+            nn.Dropout(0.2),
+            nn.Linear(256, 4),
+        )
+        self.accuracy = torchmetrics.classification.MulticlassAccuracy(4)
+        self.record = []
+        self.steps = 0
+
+    def training_step(self, batch, batch_idx):
+        self.steps += 1
+        x, y, index = batch
+        logits = self.net(x)
+        loss = F.cross_entropy(logits, y)
+        self.accuracy(logits, y)
+        self.log("loss", loss, sync_dist=True, on_step=True, on_epoch=True)
+        self.log("accuracy", self.accuracy, on_epoch=True)
+        self.record.append((index.tolist(), loss.item(), self.global_step))
+        return loss
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(
+            self.parameters(), lr=1e-4 * self.hparams.batch_size
+        )
+        total = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    def train_dataloader(self):
+        return DataLoader(data(), self.hparams.batch_size, shuffle=True)
+
+
+class Synchronised(Model):
+    """Waits for other ranks in a step, in as many ways as Lightning and torch offer."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.SyncBatchNorm.convert_sync_batchnorm(self.net)
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        gathered = self.all_gather(loss.detach())
+        assert gathered.shape == (self.trainer.world_size,)
+        self.accuracy.compute()
+        self.trainer.strategy.barrier()
+        return loss
+
+
+class Explodes(Model):
+    """Its own error, on one rank alone and in the middle of a trial."""
+
+    def training_step(self, batch, batch_idx):
+        if self.global_rank == 1 and self.steps == 3:
+            raise ZeroDivisionError("mine")
+        return super().training_step(batch, batch_idx)
+
+
+def trainer(*callbacks):
+    return pl.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        devices=2 // NODES,
+        num_nodes=NODES,
+        strategy=pl.strategies.DDPStrategy(timeout=timedelta(seconds=60)),
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def tuner(capacities=("500KiB", "500KiB"), device=None, **options):
+    return autobatch.AutoBatch(
+        **{
+            "target_batch_size": 240,
+            "device": device or SimulatedAccelerator(capacities[RANK]),
+            **options,
+        }
+    )
+
+
+def loader(batch_size=4):
+    return DataLoader(data(), batch_size, shuffle=True)
+
+
+def trained(model, callback=None, plan=None):
+    """What a training leaves behind."""
+    fitted = trainer(*([callback] if callback else []))
+    if plan:
+        fitted.accumulate_grad_batches = plan.accumulate_grad_batches
+    micro = plan.micro_batch_size if plan else 4
+    fitted.fit(model, loader(micro) if model.hparams.source == "passed" else None)
+    return {
+        "record": model.record,
+        "weights": {name: value.clone() for name, value in model.state_dict().items()},
+        "optimizer": fitted.optimizers[0].state_dict(),
+        "metrics": {
+            name: value.item() for name, value in fitted.callback_metrics.items()
+        },
+        "global_step": fitted.global_step,
+        "random": torch.get_rng_state(),
+    }
+
+
+def compared(source, capacities=("500KiB", "500KiB")):
+    """The same training twice: tuned, and by hand with what was found."""
+    pl.seed_everything(1, verbose=False)
+    callback = tuner(capacities)
+    tuned = trained(Model(source=source), callback)
+    plan = callback.report.plan
+    pl.seed_everything(1, verbose=False)
+    by_hand = trained(Model(plan.micro_batch_size, source), plan=plan)
+    return {"tuned": tuned, "by hand": by_hand, **found(callback)}
+
+
+def found(callback):
+    plan = callback.report.plan
+    return {
+        "plan": (plan.micro_batch_size, plan.accumulate_grad_batches, plan.world_size),
+        "trials": [
+            (trial.batch_size, str(trial.outcome)) for trial in callback.report.trials
+        ],
+        "budget": callback.report.budget,
+    }
+
+
+def failing(allocations):
+    """Rank 1 runs out of memory at an allocation, rank 0 never does."""
+    plans = {}
+    for allocation in allocations:
+        device = SimulatedAccelerator("500KiB")
+        if RANK == 1:
+            device.ledger.refuse_at = allocation
+        callback = tuner(device=device)
+        callback.tune(trainer(), Model(), loader())
+        plans[allocation] = found(callback)
+    return plans
+
+
+def synchronised():
+    wrapper = nn.parallel.DistributedDataParallel
+    check = wrapper._passing_sync_batchnorm_handle
+    # It refuses SyncBatchNorm without a GPU, and so does a step of SyncBatchNorm that really synchronises
+    wrapper._passing_sync_batchnorm_handle = lambda *_: None
+    try:
+        return tuned_while_synchronised()
+    finally:
+        wrapper._passing_sync_batchnorm_handle = check
+
+
+def tuned_while_synchronised():
+    callback = tuner(target_batch_size=None)
+    callback.tune(trainer(), Synchronised(), loader())
+    return found(callback)
+
+
+def exploding():
+    model = Explodes()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    try:
+        tuner().tune(trainer(), model, loader())
+    except (ZeroDivisionError, autobatch.AutobatchError) as error:
+        same = all(
+            torch.equal(state[name], value)
+            for name, value in model.state_dict().items()
+        )
+        return {"error": f"{type(error).__name__}: {error}", "unchanged": same}
+    return {"error": None}
+
+
+def standalone():
+    """`find` in a job that is there already, with a model that no one has wrapped."""
+    model = nn.Linear(16, 256)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def train(batch_size, accumulate):
+        while True:
+            for _ in range(accumulate):
+                (model(torch.ones(batch_size, 16)).mean() / accumulate).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            yield
+
+    device = SimulatedAccelerator(("500KiB", "200KiB")[RANK])
+    report = autobatch.find(train, target_batch_size=2000, device=device)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+
+    def waiting(batch_size, accumulate):
+        while True:
+            wrapped(torch.ones(batch_size, 16)).mean().backward()
+            optimizer.step()
+            yield
+
+    try:
+        autobatch.find(waiting, device=device)
+    except autobatch.AutobatchError as error:
+        refused = str(error)
+    plan = report.plan
+    return {
+        "plan": (plan.micro_batch_size, plan.accumulate_grad_batches, plan.world_size),
+        "effective": plan.effective_batch_size,
+        "refused": refused,
+    }
+
+
+CASES = {
+    "launched": lambda: compared("passed"),
+    "passed": lambda: compared("passed"),
+    "hook": lambda: compared("hook"),
+    "less memory": lambda: compared("passed", ("500KiB", "330KiB")),
+    "failing": lambda: failing([5, 20, 45, 70, 110]),
+    "synchronised": synchronised,
+    "exploding": exploding,
+    "standalone": standalone,
+}
+
+
+def main(directory, *cases):
+    warnings.simplefilter("ignore")
+    for package in ("pytorch_lightning", "lightning.pytorch"):
+        logging.getLogger(package).setLevel(logging.ERROR)
+    results = {case: CASES[case]() for case in cases}
+    torch.save(results, Path(directory) / f"rank-{RANK}.pt")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

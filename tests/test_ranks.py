@@ -1,0 +1,236 @@
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from autobatch import Outcome, Trial
+from autobatch._ranks import Alone, merged
+from sameness import same
+
+CASES = Path(__file__).with_name("ddp_cases.py")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+needs_lightning = pytest.mark.skipif(
+    not (
+        importlib.util.find_spec("pytorch_lightning")
+        or importlib.util.find_spec("lightning")
+    ),
+    reason="Lightning is not installed",
+)
+
+
+# What several trials of one size come to
+
+
+def trial(peak=100, seconds=1.0, **options):
+    return Trial(
+        8, Outcome.FIT, peak, seconds, resident=40, profile=(40, peak), **options
+    )
+
+
+def test_ranks_alike_are_as_slow_as_the_slowest():
+    both = merged([trial(100, 1.0), trial(90, 3.0)], budgets=[120, 120])
+
+    assert both == trial(100, 3.0)
+
+
+def test_the_rank_that_is_closest_to_its_budget_speaks_for_all_on_the_scale_of_the_smallest():
+    both = merged([trial(1000), trial(100)], budgets=[1010, 120])
+
+    assert both.fits
+    assert both.peak == 110  # 10 to spare
+    assert both.profile == (40 - 890, 110)
+
+
+@pytest.mark.parametrize("budgets", [[90, 500], [500, 90]])
+def test_a_size_fits_only_if_it_fits_every_rank(budgets):
+    assert (
+        merged([trial(100), trial(100)], budgets=budgets).outcome is Outcome.OVER_BUDGET
+    )
+
+
+def test_the_worst_outcome_is_that_of_all():
+    lost = Trial(8, Outcome.OUT_OF_MEMORY, error="no room")
+
+    assert merged([trial(), lost], budgets=[120, 120]).outcome is Outcome.OUT_OF_MEMORY
+    assert merged([lost, trial()], budgets=[120, 120]).error == "no room"
+
+
+def test_a_rank_that_ran_fewer_samples_bounds_the_size():
+    short = Trial(5, Outcome.FIT, 50, 1.0)
+
+    assert merged([trial(), short], budgets=[120, 120]).batch_size == 5
+
+
+def test_alone_there_is_nothing_to_agree_on():
+    assert list(Alone().everywhere(lambda: 7)) == [7]
+    with pytest.raises(ZeroDivisionError):
+        Alone().everywhere(lambda: 1 / 0)
+
+
+# Two real processes
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return str(one.getsockname()[1])
+
+
+def finish(*processes):
+    """Wait for all; what hangs is killed, and fails the test."""
+    outputs = []
+    for process in processes:
+        try:
+            outputs.append(process.communicate(timeout=200)[0])
+        except subprocess.TimeoutExpired:
+            for each in processes:
+                each.kill()
+            raise
+    assert [process.returncode for process in processes] == [0] * len(processes), (
+        outputs
+    )
+
+
+def start(*command):
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in {"RANK", "LOCAL_RANK", "WORLD_SIZE"}
+    }
+    return subprocess.Popen(
+        [str(part) for part in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**environment, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def results(directory):
+    return [
+        torch.load(directory / f"rank-{rank}.pt", weights_only=False) for rank in (0, 1)
+    ]
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """What two ranks started by torchrun say of several cases, one after another in the same processes."""
+    where = tmp_path_factory.mktemp("ranks")
+    cases = (
+        "passed",
+        "hook",
+        "less memory",
+        "failing",
+        "synchronised",
+        "exploding",
+        "standalone",
+    )
+    port = ("--master-port", free_port())
+    finish(start(*TORCHRUN, "--nproc-per-node", 2, *port, CASES, where, *cases))
+    return results(where)
+
+
+def assert_as_by_hand(ranks):
+    for rank in ranks:
+        tuned, by_hand = rank["tuned"], rank["by hand"]
+        assert [name for name in by_hand if not same(tuned[name], by_hand[name])] == []
+        assert len(by_hand["record"]) > 5
+    assert ranks[0]["plan"] == ranks[1]["plan"]
+    assert ranks[0]["trials"] == ranks[1]["trials"]
+    seen = [index for rank in ranks for index in rank["tuned"]["record"][0][0]]
+    micro, _, world_size = ranks[0]["plan"]
+    assert len(seen) == len(set(seen)) == micro * world_size
+
+
+@needs_lightning
+@pytest.mark.parametrize("case", ["passed", "hook", "less memory"])
+def test_training_by_two_ranks_after_tuning_is_the_same_to_the_bit_as_by_hand(
+    job, case
+):
+    ranks = [rank[case] for rank in job]
+
+    assert_as_by_hand(ranks)
+    micro, accumulate, world_size = ranks[0]["plan"]
+    assert micro * accumulate * world_size == 240
+    assert micro > 4
+
+
+@needs_lightning
+def test_the_rank_with_less_memory_decides(job):
+    plenty, scarce = (
+        max(size for size, outcome in job[0][case]["trials"] if outcome == "fit")
+        for case in ("passed", "less memory")
+    )
+
+    assert scarce < plenty
+    assert job[0]["less memory"]["budget"] == int(330 * 1024 * 0.9)
+
+
+@needs_lightning
+def test_a_rank_that_is_out_of_memory_anywhere_in_a_trial_leaves_no_other_waiting(job):
+    first, second = (rank["failing"] for rank in job)
+
+    assert len(first) == 5
+    for allocation, found in first.items():
+        assert found["trials"][0] == (4, "out_of_memory")
+        assert found["plan"] == second[allocation]["plan"]
+        assert found["trials"] == second[allocation]["trials"]
+
+
+@needs_lightning
+def test_steps_that_synchronise_in_training_wait_for_no_one_in_a_trial(job):
+    first, second = (rank["synchronised"] for rank in job)
+
+    assert first == second
+    assert len(first["trials"]) > 2
+
+
+@needs_lightning
+def test_an_error_on_one_rank_is_raised_on_all(job):
+    first, second = (rank["exploding"] for rank in job)
+
+    assert first["error"] == "AutobatchError: Rank 1 stopped: ZeroDivisionError: mine"
+    assert second["error"] == "ZeroDivisionError: mine"
+    assert first["unchanged"]
+    assert second["unchanged"]
+
+
+@needs_lightning
+def test_find_agrees_in_a_job_and_refuses_a_model_that_waits_for_other_ranks(job):
+    first, second = (rank["standalone"] for rank in job)
+
+    assert first == second
+    assert first["effective"] == 2000
+    assert "DistributedDataParallel" in first["refused"]
+
+
+@needs_lightning
+@pytest.mark.slow
+def test_a_second_process_that_lightning_starts_agrees_too(tmp_path):
+    finish(start(sys.executable, CASES, tmp_path, "launched"))
+
+    assert_as_by_hand([rank["launched"] for rank in results(tmp_path)])
+
+
+@needs_lightning
+@pytest.mark.slow
+def test_two_nodes_agree(tmp_path):
+    where = ("--master-addr", "127.0.0.1", "--master-port", free_port())
+    nodes = ("--nnodes", 2, "--nproc-per-node", 1)
+
+    finish(
+        *(
+            start(*TORCHRUN, *nodes, *where, "--node-rank", n, CASES, tmp_path, "hook")
+            for n in (0, 1)
+        )
+    )
+
+    assert_as_by_hand([rank["hook"] for rank in results(tmp_path)])
