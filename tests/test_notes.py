@@ -11,6 +11,7 @@ from autobatch._plan import BatchPlan
 from autobatch._trial import Outcome, Trial
 
 QUIET = Findings(
+    remarks=(),
     plan=BatchPlan(32, 8),
     trials=(
         Trial(32, Outcome.FIT),

@@ -107,6 +107,7 @@ def find(
         accumulate=1,
         before=None,
         samples_trained=None,
+        remarks=None,
         subject=loop.name,
         environment=versions(),
     )

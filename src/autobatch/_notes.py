@@ -41,6 +41,7 @@ class Findings:
         foreign: What others hold of it, in bytes.
         before: What was trained with until now, where that is known.
         dataset_size: Samples per epoch, where that is known.
+        remarks: Sentences from where the tuning was asked for.
     """
 
     plan: BatchPlan
@@ -53,6 +54,7 @@ class Findings:
     foreign: int
     before: BatchPlan | None
     dataset_size: int | None
+    remarks: tuple[str, ...]
 
     @property
     def largest_fit(self) -> int:
@@ -93,6 +95,7 @@ def notes(found: Findings) -> tuple[str, ...]:
         _changed(found),
         _overridden(found),
         _short_epoch(found),
+        *found.remarks,
         _out_of_time(found),
         _not_sought(found),
         _refused(found),

@@ -47,6 +47,7 @@ class Job:
         accumulate: The accumulation that stays where no target is asked for.
         before: What was trained with until now, where that is known.
         samples_trained: Samples that an epoch trains on with a plan, where it is not the whole data set.
+        remarks: What a person should be told of a plan besides, where there may be something.
         subject: What a report calls it.
         environment: Versions, for the report.
     """
@@ -58,6 +59,7 @@ class Job:
     accumulate: int
     before: BatchPlan | None
     samples_trained: Callable[[BatchPlan], int | None] | None
+    remarks: Callable[[BatchPlan], tuple[str, ...]] | None
     subject: str
     environment: dict[str, str]
 
@@ -290,6 +292,7 @@ class _Tuning:
             foreign=reading.foreign,
             before=self._job.before,
             dataset_size=samples,
+            remarks=self._job.remarks(plan) if self._job.remarks else (),
         )
         return TuningReport(
             autobatch_version=version("lightning-autobatch"),

@@ -6,7 +6,7 @@ import importlib
 import logging
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,9 +21,22 @@ from autobatch._report import Settings, TuningReport
 from autobatch._snapshot import Snapshot
 from autobatch._trial import OptimizerWatch
 from autobatch._tune import Job, tune
-from autobatch.errors import AutobatchError
-from autobatch.lightning._apply import BeforeOptimizers, apply, check_name
-from autobatch.lightning._checks import check
+from autobatch.errors import AutobatchError, DoesNotFitError
+from autobatch.lightning._apply import (
+    BeforeOptimizers,
+    apply,
+    apply_between_epochs,
+    check_name,
+)
+from autobatch.lightning._checks import check, check_lightning
+from autobatch.lightning._counts import Counts
+from autobatch.lightning._known import (
+    Checkpoint,
+    Here,
+    Known,
+    of_checkpoint,
+    of_last_fit,
+)
 from autobatch.lightning._loaders import (
     Rebatched,
     batch_size_of,
@@ -33,11 +46,14 @@ from autobatch.lightning._loaders import (
     requested,
     samples_of,
 )
+from autobatch.lightning._milestones import Milestones, checked_epochs
 from autobatch.lightning._samples import Samples
 from autobatch.lightning._scratch import scratch
 from autobatch.lightning._steps import Steps, package_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from autobatch._memory import MemoryProbe
     from autobatch._search import Search
 
@@ -93,6 +109,8 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         search: Which size to try next; `GuidedBisection()` unless told otherwise.
         device: Where memory is read: a name such as "cuda:1", or a probe. None: where the model is.
         batch_arg_name: The attribute or hyperparameter of the module or datamodule that names the batch size, if any.
+        retune_at_epochs: Epochs at whose start it tunes anew, for the same effective batch: where a callback such as
+            BackboneFinetuning lets more of the model train.
 
     Raises:
         ValueError: An argument is not what it should be.
@@ -115,6 +133,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         search: Search | None = None,
         device: str | MemoryProbe | None = None,
         batch_arg_name: str = "batch_size",
+        retune_at_epochs: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.report: TuningReport | None = None
@@ -130,7 +149,10 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         self._search = checked_search(search)
         self._device = device
         self._batch_arg_name = batch_arg_name
-        self._resumed: BatchPlan | None = None
+        self._milestones = Milestones(checked_epochs(retune_at_epochs))
+        # Of the fit before, or of `tune`, and then of this fit's start
+        self._first: TuningReport | None = None
+        self._checkpoint: Checkpoint | None = None
         self._rebatched: Rebatched | None = None
         self._before = BeforeOptimizers()
 
@@ -179,7 +201,10 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         """Go first, so that callbacks which look at the loader or the optimizers see the tuned ones."""
         others = (callback for callback in trainer.callbacks if callback is not self)
         trainer.callbacks = [self, *others]
+        # LearningRateFinder loads what it saved itself: nothing of that concerns the next fit
+        self._checkpoint = None
         if stage == "fit":
+            check_lightning(trainer)
             self._before.watch(trainer)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -187,31 +212,41 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         if trainer.fast_dev_run or trainer.limit_train_batches == 0:
             _log.info("nothing will be trained: the batch size is left as it is")
             return
-        check(trainer, pl_module, self._resumed)
+        check(trainer, pl_module, self._checkpoint)
         if is_empty(trainer.fit_loop._data_source.instance):
             _log.info("there is nothing to train on: the batch size is left as it is")
             return
         self._check_target_of_checkpoint()
         check_name(pl_module, self._batch_arg_name)
-        report = self._tune(trainer, pl_module)
-        self._resumed = None
+        report = self._tune(trainer, pl_module, self._known_at_start)
         self._rebatched = apply(
             report.plan, trainer, pl_module, self._batch_arg_name, self._before
         )
-        self.report = report
+        self.report = self._first = report
         sinks.console(report)
 
-    def state_dict(self) -> dict[str, int]:
-        """The plan, in plain numbers: it travels in the checkpoint."""
-        return {} if self.report is None else asdict(self.report.plan)
+    def state_dict(self) -> dict[str, Any]:
+        """The plan and the device it was verified on, in plain numbers and text: it travels in the checkpoint."""
+        return {} if self.report is None else Checkpoint.state_of(self.report)
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def on_load_checkpoint(
+        self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]
+    ) -> None:
+        """Look whether the checkpoint was written within an epoch."""
+        self._checkpoint = Checkpoint.of(checkpoint, max_steps=trainer.max_steps)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the plan of a checkpoint: a resumed run goes on with it, after one trial that verifies it."""
-        if state_dict:
-            self._resumed = BatchPlan(**state_dict)
+        if state_dict and self._checkpoint is not None:
+            self._checkpoint = self._checkpoint.with_state(state_dict)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Write the report beside the logs, now that the loggers have made their directory."""
+        if self._rebatched is not None:
+            self._milestones.watch(trainer, partial(self._retune, trainer, pl_module))
+        self._write(trainer)
+
+    def _write(self, trainer: Any) -> None:
         if self.report is None or not trainer.loggers or not trainer.log_dir:
             return
         try:
@@ -229,7 +264,39 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         """Give the user's loader its own size again."""
         self._undo()
 
-    def _tune(self, trainer: Any, module: Any) -> TuningReport:
+    def _retune(self, trainer: Any, module: Any) -> None:
+        """Tune anew in the middle of training, for the effective batch it began with."""
+        if self.report is None or self._first is None or self._rebatched is None:
+            return
+        target = self._first.plan.effective_batch_size
+        note = f"Tuned anew at epoch {trainer.current_epoch}, for the effective batch of {target}."
+        report = self._tune(trainer, module, lambda *_: Known(target=target, note=note))
+        if report.plan != self.report.plan:
+            self._rebatched = apply_between_epochs(
+                report.plan, trainer, module, self._batch_arg_name, self._rebatched
+            )
+        self.report = report
+        sinks.console(report)
+        self._write(trainer)
+
+    def _known_at_start(self, job: Job, here: Here, settings: Settings) -> Known:
+        if self._checkpoint is not None and (
+            self._known is None or self._checkpoint.plan is not None
+        ):
+            return of_checkpoint(self._checkpoint, here, settings)
+        if self._known is not None:
+            return self._known_to_user()
+        return of_last_fit(self._first, job, here, settings)
+
+    def _known_to_user(self, *_: Any) -> Known:
+        return Known(self._known)
+
+    def _tune(
+        self,
+        trainer: Any,
+        module: Any,
+        known_at: Callable[[Job, Here, Settings], Known],
+    ) -> TuningReport:
         probe = detect(self._device, module.device)
         with (
             Snapshot() as snapshot,
@@ -246,28 +313,41 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             snapshot.capture_light(trainer.datamodule)
             loader = requested(trainer.fit_loop._data_source)
             optimizers.expected = True
-            return tune(
-                _job(trainer, module, loader, Samples(loader, snapshot)),
-                self._settings.model_copy(update={"dataset_size": samples_of(loader)}),
-                known=known_plan(self._resumed, self._settings, world_size=1)
-                or self._known,
-                probe=probe,
-                search=self._search,
-                snapshot=snapshot,
-                optimizers=optimizers,
-                first_touch=nullcontext,  # the module and its optimizers are known
-                shown=shown,
+            job, counts = _job(trainer, module, loader, Samples(loader, snapshot))
+            settings = self._settings.model_copy(
+                update={"dataset_size": samples_of(loader)}
             )
+            here = Here.of(probe.name, probe.read().total, job.world_size)
+            report = _verified_or_searched(
+                known_at(job, here, settings),
+                job,
+                settings,
+                partial(
+                    tune,
+                    probe=probe,
+                    search=self._search,
+                    snapshot=snapshot,
+                    optimizers=optimizers,
+                    first_touch=nullcontext,  # the module and its optimizers are known
+                    shown=shown,
+                ),
+            )
+            counts.check(report.plan)
+            return report
 
     def _check_target_of_checkpoint(self) -> None:
-        target, plan = self._settings.target_batch_size, self._resumed
-        if plan and target not in (None, plan.effective_batch_size):
+        target, checkpoint = self._settings.target_batch_size, self._checkpoint
+        if target is None or checkpoint is None or checkpoint.plan is None:
+            return
+        effective = checkpoint.plan.effective_batch_size
+        if target not in (effective, checkpoint.target):
             raise AutobatchError(
-                f"The checkpoint was trained with {plan.effective_batch_size} samples per update, and "
+                f"The checkpoint was trained with {effective} samples per update, and "
                 f"target_batch_size={target} asks for another number: a resumed run goes on with its plan."
             )
 
     def _undo(self) -> None:
+        self._milestones.forget()
         self._before.forget()
         if self._rebatched is not None:
             self._rebatched.undo()
@@ -283,12 +363,44 @@ class _TuneOnly(_Callback):  # type: ignore[misc]  # a class made at run time
         self._tuner = tuner
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        check_lightning(trainer)
         check(trainer, pl_module, None)
-        self.report = self._tuner.report = self._tuner._tune(trainer, pl_module)
+        tuner = self._tuner
+        report = tuner._tune(trainer, pl_module, tuner._known_to_user)
+        self.report = tuner.report = tuner._first = report
         exceptions = importlib.import_module(
             f"{package_of(trainer)}.utilities.exceptions"
         )
         raise exceptions._TunerExitException
+
+
+def _verified_or_searched(
+    known: Known,
+    job: Job,
+    settings: Settings,
+    run: Callable[..., TuningReport],
+) -> TuningReport:
+    """The report about a plan that is known, where one trial verifies it; else about one that a search found."""
+    note = known.note
+    if known.plan is not None:
+        try:
+            return run(_noted(job, note), settings, known=known.plan)
+        except DoesNotFitError as error:
+            if known.refusal is not None:
+                raise AutobatchError(known.refusal) from error
+            if note is None:  # the user's own
+                raise
+            note = f"Searched anew, since a micro-batch of {known.plan.micro_batch_size} does not fit any more."
+    if known.target is not None:
+        settings = settings.model_copy(update={"target_batch_size": known.target})
+    return run(_noted(job, note), settings, known=None)
+
+
+def _noted(job: Job, note: str | None) -> Job:
+    remarks = job.remarks
+    if note is None or remarks is None:
+        return job
+    return replace(job, remarks=lambda plan: (note, *remarks(plan)))
 
 
 def _samples_trained(trainer: Any, loader: Any, plan: BatchPlan) -> int | None:
@@ -301,7 +413,9 @@ def _samples_trained(trainer: Any, loader: Any, plan: BatchPlan) -> int | None:
     return min(samples, batches * plan.micro_batch_size) or None
 
 
-def _job(trainer: Any, module: Any, loader: Any, samples: Samples) -> Job:
+def _job(
+    trainer: Any, module: Any, loader: Any, samples: Samples
+) -> tuple[Job, Counts]:
     package = package_of(trainer)
     lightning = importlib.import_module(package.partition(".")[0])
     parts = (
@@ -309,14 +423,22 @@ def _job(trainer: Any, module: Any, loader: Any, samples: Samples) -> Job:
         type(trainer.optimizers[0]).__name__,
         str(trainer.precision),
     )
-    return Job(
+    counts = Counts(
+        trainer,
+        batches=partial(batches_of, loader),
+        samples=partial(_samples_trained, trainer, loader),
+        before=BatchPlan(batch_size_of(loader), trainer.accumulate_grad_batches),
+    )
+    job = Job(
         workload=Steps(trainer, samples),
         can_accumulate=True,
         start=batch_size_of(loader),
         world_size=1,
         accumulate=trainer.accumulate_grad_batches,
-        samples_trained=partial(_samples_trained, trainer, loader),
-        before=BatchPlan(batch_size_of(loader), trainer.accumulate_grad_batches),
+        samples_trained=counts.samples,
+        remarks=counts.remarks,
+        before=counts.before,
         subject=" · ".join(parts),
         environment={**versions(), lightning.__name__: lightning.__version__},
     )
+    return job, counts

@@ -15,7 +15,7 @@ from autobatch.lightning._loaders import Rebatched, capture_order, requested
 if TYPE_CHECKING:
     from autobatch._plan import BatchPlan
 
-__all__ = ["BeforeOptimizers", "apply", "check_name"]
+__all__ = ["BeforeOptimizers", "apply", "apply_between_epochs", "check_name"]
 
 
 def apply(
@@ -49,6 +49,44 @@ def apply(
             holder.set(plan.micro_batch_size)
         _remake_optimizers(trainer)
         undo.pop_all()  # all went well: `undo` is the caller's now
+    return rebatched
+
+
+def apply_between_epochs(
+    plan: BatchPlan,
+    trainer: Any,
+    module: Any,
+    batch_arg_name: str,
+    former: Rebatched,
+) -> Rebatched:
+    """Let this Trainer go on with another plan, in the epoch that is about to ask for its first batch.
+
+    Optimizers and schedulers stay: they hold what training has made of them. The loader is asked for anew, as
+    `reload_dataloaders_every_n_epochs` does; one that was passed to `fit` is the same, with its order where it was.
+    Where anything fails, the user's loader has its own size again, and training is over.
+    """
+    fit_loop = trainer.fit_loop
+    former.undo()
+    with ExitStack() as undo:
+        rebatched = Rebatched(fit_loop._data_source, plan.micro_batch_size)
+        undo.callback(rebatched.undo)
+        with Snapshot() as snapshot:
+            snapshot.capture_light(module, trainer.datamodule)
+            capture_order(requested(fit_loop._data_source), snapshot)
+            rebatched.check()
+        trainer.accumulate_grad_batches = plan.accumulate_grad_batches
+        for holder in _holders(module, batch_arg_name):
+            holder.set(plan.micro_batch_size)
+        with Snapshot() as snapshot:
+            # Lightning 2.6 starts the loader when it sets it up, and once more when the epoch runs
+            if isinstance(fit_loop._data_source.instance, DataLoader):
+                capture_order(fit_loop._data_source.instance, snapshot)
+            fit_loop._combined_loader = None
+            fit_loop.setup_data()
+        if trainer.progress_bar_callback is not None:
+            # It has looked at the number of batches already
+            trainer.progress_bar_callback.on_train_epoch_start(trainer, module)
+        undo.pop_all()
     return rebatched
 
 
