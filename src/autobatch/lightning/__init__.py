@@ -298,6 +298,10 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         known_at: Callable[[Job, Here, Settings], Known],
     ) -> TuningReport:
         probe = detect(self._device, module.device)
+        # The loops know neither of these two while scratch ones stand for them
+        counted = partial(
+            Counts, trainer, trainer.max_steps, validates=trainer.enable_validation
+        )
         with (
             Snapshot() as snapshot,
             OptimizerWatch(probe.clock) as optimizers,
@@ -313,7 +317,14 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             snapshot.capture_light(trainer.datamodule)
             loader = requested(trainer.fit_loop._data_source)
             optimizers.expected = True
-            job, counts = _job(trainer, module, loader, Samples(loader, snapshot))
+            counts = counted(
+                batches=partial(batches_of, loader),
+                samples=partial(_samples_trained, trainer, loader),
+                before=BatchPlan(
+                    batch_size_of(loader), trainer.accumulate_grad_batches
+                ),
+            )
+            job = _job(trainer, module, loader, Samples(loader, snapshot), counts)
             settings = self._settings.model_copy(
                 update={"dataset_size": samples_of(loader)}
             )
@@ -414,8 +425,8 @@ def _samples_trained(trainer: Any, loader: Any, plan: BatchPlan) -> int | None:
 
 
 def _job(
-    trainer: Any, module: Any, loader: Any, samples: Samples
-) -> tuple[Job, Counts]:
+    trainer: Any, module: Any, loader: Any, samples: Samples, counts: Counts
+) -> Job:
     package = package_of(trainer)
     lightning = importlib.import_module(package.partition(".")[0])
     parts = (
@@ -423,13 +434,7 @@ def _job(
         type(trainer.optimizers[0]).__name__,
         str(trainer.precision),
     )
-    counts = Counts(
-        trainer,
-        batches=partial(batches_of, loader),
-        samples=partial(_samples_trained, trainer, loader),
-        before=BatchPlan(batch_size_of(loader), trainer.accumulate_grad_batches),
-    )
-    job = Job(
+    return Job(
         workload=Steps(trainer, samples),
         can_accumulate=True,
         start=batch_size_of(loader),
@@ -441,4 +446,3 @@ def _job(
         subject=" · ".join(parts),
         environment={**versions(), lightning.__name__: lightning.__version__},
     )
-    return job, counts

@@ -21,12 +21,16 @@ class Counts:
 
     Args:
         trainer: Whose arguments they are.
+        max_steps: Updates after which it stops; -1 for no such limit.
+        validates: Whether it validates at all.
         batches: Micro-batches that the loader has at a micro-batch size; None where it has no length.
         samples: Samples that an epoch trains on with a plan, where that is known.
         before: What was trained with until now.
     """
 
     trainer: Any
+    max_steps: int
+    validates: bool
     batches: Callable[[int], int | None]
     samples: Callable[[BatchPlan], int | None]
     before: BatchPlan
@@ -96,7 +100,7 @@ class Counts:
         interval, before = self.trainer.val_check_interval, self.before
         if (
             not _is_count(interval)
-            or not self.trainer.enable_validation
+            or not self.validates
             or plan.micro_batch_size == before.micro_batch_size
         ):
             return None
@@ -127,7 +131,7 @@ class Counts:
         return None if samples is None else -(-samples // plan.effective_batch_size)
 
     def _stopped(self, plan: BatchPlan) -> str | None:
-        steps, before = self.trainer.max_steps, self.before
+        steps, before = self.max_steps, self.before
         now, then = plan.effective_batch_size, before.effective_batch_size
         if steps == -1 or now == then:
             return None
