@@ -795,8 +795,6 @@ def plain():
             lambda: (Model(), DataLoader(data(), batch_sampler=Tokens()), {}),
             "Tokens, has no batch_size",
         ),
-        (lambda: (Model(), plain(), {"overfit_batches": 2}), "overfit_batches=2"),
-        (lambda: (Model(), plain(), {"val_check_interval": 5}), "val_check_interval=5"),
         (
             lambda: (
                 WithHook(),
@@ -830,8 +828,6 @@ def plain():
         "unbatched",
         "precomputed",
         "token budget",
-        "overfit",
-        "validation interval",
         "finder",
         "fixed length",
         "scheduler",
@@ -891,15 +887,6 @@ def test_a_strategy_whose_steps_wait_for_other_ranks_is_refused(name, monkeypatc
 
     with pytest.raises(autobatch.AutobatchError, match=f"{name} makes ranks wait"):
         check(fitted, Model(), None)
-
-
-def test_resuming_without_a_plan_is_refused(tmp_path):
-    model, first = Model(), trainer()
-    first.fit(model, plain())
-    first.save_checkpoint(tmp_path / "last.ckpt")
-
-    with pytest.raises(autobatch.AutobatchError, match="holds no plan of AutoBatch"):
-        trainer(tuner()).fit(Model(), plain(), ckpt_path=tmp_path / "last.ckpt")
 
 
 def test_a_loader_that_ignores_its_batch_size_is_refused():

@@ -11,6 +11,7 @@ from autobatch._plan import BatchPlan
 from autobatch._trial import Outcome, Trial
 
 QUIET = Findings(
+    remarks=(),
     plan=BatchPlan(32, 8),
     trials=(
         Trial(32, Outcome.FIT),
@@ -25,6 +26,7 @@ QUIET = Findings(
     foreign=2**30,
     before=None,
     dataset_size=None,
+    look=None,
 )
 NO_BOUND = {
     "target_batch_size": None,

@@ -18,7 +18,7 @@ from autobatch._snapshot import Snapshot, restorable
 from autobatch._trial import OptimizerWatch
 from autobatch._tune import Job, tune
 from autobatch.errors import AutobatchError
-from autobatch.sinks import progress
+from autobatch.sinks import log, progress
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -113,6 +113,8 @@ def find(
         accumulate=1,
         before=None,
         samples_trained=None,
+        remarks=None,
+        look=None,
         subject=loop.name,
         environment=versions(),
     )
@@ -134,7 +136,7 @@ def find(
             _check_waits_for_none(*trainable)
         snapshot.capture(*things, *trainable)
         with snapshot.at_first_step(touched):
-            return tune(
+            report = tune(
                 job,
                 settings,
                 known=known_plan(plan, settings, world_size=ranks.world_size),
@@ -146,6 +148,9 @@ def find(
                 shown=shown,
                 ranks=ranks,
             )
+    if ranks.rank == 0:
+        log(report)
+    return report
 
 
 @dataclass(frozen=True, slots=True)

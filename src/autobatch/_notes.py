@@ -56,6 +56,7 @@ class Findings:
         foreign: What others hold of it, in bytes.
         before: What was trained with until now, where that is known.
         dataset_size: Samples per epoch, where that is known.
+        remarks: Sentences from where the tuning was asked for.
         look: How far was looked for the largest samples, where that was done.
     """
 
@@ -69,7 +70,8 @@ class Findings:
     foreign: int
     before: BatchPlan | None
     dataset_size: int | None
-    look: Look | None = None
+    remarks: tuple[str, ...]
+    look: Look | None
 
     @property
     def largest_fit(self) -> int:
@@ -110,6 +112,7 @@ def notes(found: Findings) -> tuple[str, ...]:
         _changed(found),
         _overridden(found),
         _short_epoch(found),
+        *found.remarks,
         _out_of_time(found),
         _not_sought(found),
         _refused(found),

@@ -194,10 +194,12 @@ class TuningReport(BaseModel):
         autobatch_version: What wrote it.
         settings: What was asked.
         subject: What was tuned, "resnet50 · AdamW · bf16-mixed"; may be empty.
+        task: Whether it trains; else there are no updates, and the plan's batch is one forward pass.
         device: The device it was tuned on, and what others hold there.
         budget: Bytes a trial may take.
         trials: Every trial, in the order they were run.
         plan: What was chosen.
+        validation_batch_size: At which validation was tried beside training, and fits; None where it was not.
         can_accumulate: Whether what was tuned can make an update of several micro-batches.
         dataset_size: Samples per epoch, where known.
         look: How far was looked for the largest samples, which trials then ran on.
@@ -212,10 +214,12 @@ class TuningReport(BaseModel):
     autobatch_version: str
     settings: Settings
     subject: str
+    task: Literal["train", "validate", "test", "predict"] = "train"
     device: Device
     budget: int
     trials: tuple[_Trial, ...]
     plan: _Plan
+    validation_batch_size: _Count | None = None
     can_accumulate: bool = True
     dataset_size: _Count | None
     look: Look | None = None
@@ -248,7 +252,9 @@ class TuningReport(BaseModel):
 
     @property
     def effective(self) -> tuple[EffectiveRow, ...]:
-        """What effective batches around the plan's would cost: derived."""
+        """What effective batches around the plan's would cost: derived; empty where nothing trains."""
+        if self.task != "train":
+            return ()
         rows = effective_rows(self.plan, self.trials, self.dataset_size)
         if self.can_accumulate:
             return rows
@@ -320,7 +326,7 @@ def page(report: TuningReport) -> Page:
     """What the report says, in the order it says it; every sink shows this."""
     return Page(
         header=_header(report),
-        answer=_product(report.plan),
+        answer=_answer(report),
         asked=_asked(report),
         facts=_facts(report),
         tables=_tables(report),
@@ -338,6 +344,14 @@ def _header(report: TuningReport) -> tuple[str, ...]:
         f"{_counted(len(report.trials))} in {took}",
     )
     return tuple(part for part in parts if part)
+
+
+def _answer(report: TuningReport) -> str:
+    if report.task == "train":
+        return _product(report.plan)
+    ranks = report.plan.world_size
+    share = f" on each of {ranks} ranks" if ranks > 1 else ""
+    return f"Batches of {report.plan.micro_batch_size}{share} to {report.task}"
 
 
 def _product(plan: BatchPlan) -> str:
@@ -388,7 +402,9 @@ def _facts(report: TuningReport) -> tuple[Fact, ...]:
     size, effective = plan.micro_batch_size, plan.effective_batch_size
     trial = next((t for t in settled(report.trials) if t.batch_size == size), None)
     speed = next((row for row in sizes if row.batch_size == size), None)
-    row = next(r for r in report.effective if r.effective_batch_size == effective)
+    row = next(
+        (r for r in report.effective if r.effective_batch_size == effective), None
+    )
     facts = []
     if speed:
         facts.append(speed_fact(speed, sizes))
@@ -396,9 +412,9 @@ def _facts(report: TuningReport) -> tuple[Fact, ...]:
         asked = report.settings.target_batch_size is not None
         place = _among_sizes(report) if asked else ""  # or the answer has said it
         facts.append(memory_fact(trial.peak, report.budget, place))
-    if trial and row.update_seconds:
+    if trial and row and row.update_seconds:
         facts.append(update_fact(row.update_seconds, trial.optimizer_seconds))
-    if row.updates_per_epoch:
+    if row and row.updates_per_epoch:
         facts.append(epoch_fact(row.updates_per_epoch, row.epoch_seconds))
     if report.look:
         facts.append(data_fact(report.look))
@@ -408,6 +424,6 @@ def _facts(report: TuningReport) -> tuple[Fact, ...]:
 def _tables(report: TuningReport) -> tuple[Table, ...]:
     sizes, effective = report.sizes, report.effective
     tables = [speed_table(report.trials, sizes, report.plan)] if report.trials else []
-    if report.dataset_size or any(row.update_seconds for row in effective):
+    if effective and (report.dataset_size or any(r.update_seconds for r in effective)):
         tables.append(effective_table(effective, report.plan, report.dataset_size))
     return tuple(tables)

@@ -15,7 +15,6 @@ from autobatch._ranks import merged
 from autobatch._report import Device, Settings, TuningReport
 from autobatch._trial import Bench, Outcome, Trial, run_trial
 from autobatch.errors import AutobatchError, DoesNotFitError, ShortTrialError
-from autobatch.sinks import log
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -49,9 +48,10 @@ class Job:
         accumulate: The accumulation that stays where no target is asked for.
         before: What was trained with until now, where that is known.
         samples_trained: Samples that an epoch trains on with a plan, where it is not the whole data set.
+        remarks: What a person should be told of a plan besides, where there may be something.
         subject: What a report calls it.
         environment: Versions, for the report.
-        look: How far was looked for the largest samples, once trials have run.
+        look: How far was looked for the largest samples, asked once trials have run.
     """
 
     workload: Workload
@@ -60,9 +60,10 @@ class Job:
     accumulate: int
     before: BatchPlan | None
     samples_trained: Callable[[BatchPlan], int | None] | None
+    remarks: Callable[[BatchPlan], tuple[str, ...]] | None
     subject: str
     environment: dict[str, str]
-    look: Callable[[], Look | None] = lambda: None
+    look: Callable[[], Look | None] | None
 
 
 def tune(
@@ -89,10 +90,7 @@ def tune(
         tuning.search(search)
         plan = tuning.choose()
     tuning.check_agreement(plan)
-    report = tuning.report(plan)
-    if ranks.rank == 0:
-        log(report)
-    return report
+    return tuning.report(plan)
 
 
 def _check_target(settings: Settings, world_size: int) -> None:
@@ -369,7 +367,8 @@ class _Tuning:
             foreign=reading.foreign,
             before=self._job.before,
             dataset_size=samples,
-            look=self._job.look(),
+            remarks=self._job.remarks(plan) if self._job.remarks else (),
+            look=self._job.look() if self._job.look else None,
         )
         return TuningReport(
             autobatch_version=version("lightning-autobatch"),

@@ -5,38 +5,47 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
-from contextlib import nullcontext
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.utils.data import DataLoader
 
 from autobatch import sinks
-from autobatch._doors import checked_search, known_plan, versions
-from autobatch._plan import BatchPlan
-from autobatch._probes import detect
-from autobatch._ranks import ranks_here
+from autobatch._doors import checked_search, known_plan
 from autobatch._report import Settings, TuningReport
 from autobatch._snapshot import Snapshot
-from autobatch._trial import OptimizerWatch
-from autobatch._tune import Job, tune
 from autobatch.errors import AutobatchError
-from autobatch.lightning._apart import apart
-from autobatch.lightning._apply import BeforeOptimizers, apply, check_name
-from autobatch.lightning._checks import check
-from autobatch.lightning._loaders import Loaders, Rebatched, capture_order, is_empty
+from autobatch.lightning._apply import (
+    BeforeOptimizers,
+    apply,
+    apply_between_epochs,
+    check_name,
+)
+from autobatch.lightning._checks import check, check_lightning
+from autobatch.lightning._evaluations import STAGES
+from autobatch.lightning._known import (
+    Checkpoint,
+    Here,
+    Known,
+    of_checkpoint,
+    of_last_fit,
+)
+from autobatch.lightning._loaders import Rebatched, capture_order, is_empty
+from autobatch.lightning._milestones import Milestones, checked_epochs
 from autobatch.lightning._package import package_of
-from autobatch.lightning._samples import Samples, checked_worst_case
-from autobatch.lightning._scratch import scratch
-from autobatch.lightning._steps import Steps
+from autobatch.lightning._run import Asked, tune_evaluation, tune_training
+from autobatch.lightning._samples import checked_worst_case
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from autobatch._memory import MemoryProbe
+    from autobatch._plan import BatchPlan
     from autobatch._search import Search
+    from autobatch._tune import Job
+    from autobatch.lightning._run import Tuned
 
 __all__ = ["AutoBatch"]
 
@@ -90,9 +99,11 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         search: Which size to try next; `GuidedBisection()` unless told otherwise.
         device: Where memory is read: a name such as "cuda:1", or a probe. None: where the model is.
         batch_arg_name: The attribute or hyperparameter of the module or datamodule that names the batch size, if any.
-        worst_case: A function that makes the largest batch of so many samples that training may meet, on the host and
+        worst_case: A function that makes the largest batch of so many samples that a step may meet, on the host and
             as the loader would collate it. None: trials run the largest of up to 1,000 samples, or of those that
             5 seconds suffice to read.
+        retune_at_epochs: Epochs at whose start it tunes anew, for the same effective batch: where a callback such as
+            BackboneFinetuning lets more of the model train.
 
     Raises:
         ValueError: An argument is not what it should be.
@@ -116,10 +127,11 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         device: str | MemoryProbe | None = None,
         batch_arg_name: str = "batch_size",
         worst_case: Callable[[int], Any] | None = None,
+        retune_at_epochs: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.report: TuningReport | None = None
-        self._settings = Settings.checked(
+        settings = Settings.checked(
             target_batch_size=target_batch_size,
             memory_limit=memory_limit,
             max_micro_batch_size=max_micro_batch_size,
@@ -127,14 +139,20 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             time_limit=time_limit,
             dataset_size=None,
         )
-        self._known = known_plan(plan, self._settings, world_size=None)
-        self._search = checked_search(search)
-        self._device = device
+        self._known = known_plan(plan, settings, world_size=None)
+        self._asked = Asked(
+            settings=settings,
+            search=checked_search(search),
+            device=device,
+            worst_case=checked_worst_case(worst_case),
+        )
         self._batch_arg_name = batch_arg_name
-        self._worst_case = checked_worst_case(worst_case)
-        self._resumed: BatchPlan | None = None
-        self._rebatched: Rebatched | None = None
-        self._batch_sizes: tuple[int, ...] = ()  # of each training loader
+        self._milestones = Milestones(checked_epochs(retune_at_epochs))
+        # Of the fit before, or of `tune`, and then of this fit's start
+        self._first: TuningReport | None = None
+        self._trained: TuningReport | None = None  # what training goes by
+        self._checkpoint: Checkpoint | None = None
+        self._rebatched: dict[str, Rebatched] = {}  # by what they serve
         self._before = BeforeOptimizers()
 
     def tune(
@@ -144,37 +162,46 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         train_dataloaders: Any = None,
         val_dataloaders: Any = None,
         datamodule: Any = None,
+        *,
+        dataloaders: Any = None,
+        method: str = "fit",
     ) -> TuningReport:
         """Tune without training, and change nothing: the Trainer, the model and the loaders stay as they are.
 
         Args:
             trainer: A Trainer, with this callback or without.
             model: What it would train.
-            train_dataloaders: As for `Trainer.fit`, and so are the next two.
-            val_dataloaders: Not looked at yet.
+            train_dataloaders: As for `Trainer.fit`.
+            val_dataloaders: As for `Trainer.fit`.
             datamodule: Where the loaders come from, instead.
+            dataloaders: As for `Trainer.validate`, `Trainer.test` and `Trainer.predict`.
+            method: "fit", "validate", "test" or "predict": what the Trainer would be asked to do.
 
         Returns:
             The report, whose `plan` can be written by hand or given to `AutoBatch(plan=…)`.
 
         Raises:
+            ValueError: There is no such method, or it does not take the loaders that were given.
             AutobatchError: The run is one that can not be tuned.
         """
+        loaders = _given(method, train_dataloaders, val_dataloaders, dataloaders)
         callbacks = trainer.callbacks
         only = _TuneOnly(self)
         trainer.callbacks = [only, *(each for each in callbacks if each is not self)]
         with Snapshot() as snapshot:
-            # What fit does before it comes to the trials: the hooks that make loaders and optimizers
+            # What comes before the trials: the hooks that make loaders and optimizers
             snapshot.capture_light(model, datamodule)
-            if isinstance(train_dataloaders, DataLoader):
-                capture_order(train_dataloaders, snapshot)
+            for loader in loaders:
+                if isinstance(loader, DataLoader):
+                    capture_order(loader, snapshot)
             try:
-                trainer.fit(model, train_dataloaders, val_dataloaders, datamodule)
+                getattr(trainer, method)(model, *loaders, datamodule=datamodule)
             finally:
                 trainer.callbacks = callbacks
+                only.forget()
         if only.report is None:
             raise AutobatchError(
-                "Nothing was tuned: fit ended before it started to train."
+                f"Nothing was tuned: {method} ended before it came to its first batch."
             )
         return only.report
 
@@ -182,45 +209,60 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         """Go first, so that callbacks which look at the loader or the optimizers see the tuned ones."""
         others = (callback for callback in trainer.callbacks if callback is not self)
         trainer.callbacks = [self, *others]
+        # LearningRateFinder loads what it saved itself: nothing of that concerns the next fit
+        self._checkpoint = None
+        check_lightning(trainer)
         if stage == "fit":
             self._before.watch(trainer)
+        else:
+            _before_data(trainer, stage, partial(self._evaluate, trainer, stage))
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Tune, and let the Trainer train with what was found."""
         if trainer.fast_dev_run or trainer.limit_train_batches == 0:
             _log.info("nothing will be trained: the batch size is left as it is")
             return
-        check(trainer, pl_module, self._resumed)
+        check(trainer, pl_module, self._checkpoint)
         if is_empty(trainer.fit_loop._data_source.instance):
             _log.info("there is nothing to train on: the batch size is left as it is")
             return
         self._check_target_of_checkpoint()
         check_name(pl_module, self._batch_arg_name)
-        report = self._tune(trainer, pl_module)
-        self._resumed = None
-        self._rebatched = apply(
-            report.plan,
+        tuned = tune_training(trainer, pl_module, self._asked, self._known_at_start)
+        self._rebatched["train"] = apply(
+            tuned.report.plan,
             trainer,
             pl_module,
             self._batch_arg_name,
-            self._batch_sizes,
+            tuned.batch_sizes,
             self._before,
         )
-        self.report = report
-        if trainer.is_global_zero:
-            sinks.console(report)
+        self._resize_validation(trainer, tuned)
+        self._first = self._trained = tuned.report
+        self._tell(trainer, tuned.report)
 
-    def state_dict(self) -> dict[str, int]:
-        """The plan, in plain numbers: it travels in the checkpoint."""
-        return {} if self.report is None else asdict(self.report.plan)
+    def state_dict(self) -> dict[str, Any]:
+        """The plan and the device it was verified on, in plain numbers and text: it travels in the checkpoint."""
+        return {} if self._trained is None else Checkpoint.state_of(self._trained)
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def on_load_checkpoint(
+        self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]
+    ) -> None:
+        """Look whether the checkpoint was written within an epoch."""
+        self._checkpoint = Checkpoint.of(checkpoint, max_steps=trainer.max_steps)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the plan of a checkpoint: a resumed run goes on with it, after one trial that verifies it."""
-        if state_dict:
-            self._resumed = BatchPlan(**state_dict)
+        if state_dict and self._checkpoint is not None:
+            self._checkpoint = self._checkpoint.with_state(state_dict)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Write the report beside the logs, now that the loggers have made their directory."""
+        if "train" in self._rebatched:
+            self._milestones.watch(trainer, partial(self._retune, trainer, pl_module))
+        self._write(trainer)
+
+    def _write(self, trainer: Any) -> None:
         if self.report is None or not trainer.loggers or not trainer.log_dir:
             return
         try:
@@ -238,64 +280,81 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         """Give the user's loader its own size again."""
         self._undo()
 
-    def _tune(self, trainer: Any, module: Any) -> TuningReport:
-        probe = detect(self._device, module.device)
-        with (
-            ranks_here() as ranks,
-            apart(trainer),
-            Snapshot() as snapshot,
-            OptimizerWatch(probe.clock) as optimizers,
-            sinks.progress() as shown,
-            scratch(trainer),
+    def _retune(self, trainer: Any, module: Any) -> None:
+        """Tune anew in the middle of training, for the effective batch it began with."""
+        if self._trained is None or self._first is None:
+            return
+        target = self._first.plan.effective_batch_size
+        note = f"Tuned anew at epoch {trainer.current_epoch}, for the effective batch of {target}."
+        tuned = tune_training(
+            trainer, module, self._asked, lambda *_: Known(target=target, note=note)
+        )
+        if tuned.report.plan != self._trained.plan:
+            self._rebatched["train"] = apply_between_epochs(
+                tuned.report.plan,
+                trainer,
+                module,
+                self._batch_arg_name,
+                tuned.batch_sizes,
+                self._rebatched["train"],
+            )
+        self._trained = tuned.report
+        self._tell(trainer, tuned.report)
+        self._write(trainer)
+
+    def _evaluate(self, trainer: Any, stage: str) -> None:
+        """Tune before validation, testing or prediction asks for its loaders."""
+        if trainer.fast_dev_run:
+            return
+        tuned = tune_evaluation(
+            trainer, trainer.lightning_module, self._asked, STAGES[stage]
+        )
+        source = getattr(trainer, STAGES[stage].loop)._data_source
+        self._rebatched[stage] = Rebatched(source, tuned.batch_sizes)
+        self._tell(trainer, tuned.report)
+
+    def _resize_validation(self, trainer: Any, tuned: Tuned) -> None:
+        if tuned.validation_sizes is None:
+            return
+        val_loop = trainer.fit_loop.epoch_loop.val_loop
+        self._rebatched["validation"] = Rebatched(
+            val_loop._data_source, tuned.validation_sizes
+        )
+
+    def _tell(self, trainer: Any, report: TuningReport) -> None:
+        self.report = report
+        if trainer.is_global_zero:
+            sinks.log(report)
+            sinks.console(report)
+
+    def _known_at_start(self, job: Job, here: Here, settings: Settings) -> Known:
+        if self._checkpoint is not None and (
+            self._known is None or self._checkpoint.plan is not None
         ):
-            schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-            scaler = getattr(trainer.precision_plugin, "scaler", None)
-            snapshot.capture(
-                module, *trainer.optimizers, *schedulers, *([scaler] if scaler else [])
-            )
-            # Hooks that make the loader may change the module and the datamodule
-            snapshot.capture_light(trainer.datamodule)
-            loaders = Loaders(
-                trainer, trainer.fit_loop._data_source, mode="max_size_cycle"
-            )
-            optimizers.expected = True
-            report = tune(
-                _job(
-                    trainer,
-                    module,
-                    loaders,
-                    Samples(loaders, snapshot, self._worst_case),
-                ),
-                self._settings.model_copy(update={"dataset_size": loaders.samples}),
-                known=known_plan(
-                    self._resumed or self._known,
-                    self._settings,
-                    world_size=ranks.world_size,
-                ),
-                probe=probe,
-                search=self._search,
-                snapshot=snapshot,
-                optimizers=optimizers,
-                first_touch=nullcontext,  # the module and its optimizers are known
-                shown=shown,
-                ranks=ranks,
-            )
-            self._batch_sizes = loaders.sizes_at(report.plan.micro_batch_size)
-            return report
+            return of_checkpoint(self._checkpoint, here, settings)
+        if self._known is not None:
+            return self._known_to_user()
+        return of_last_fit(self._first, job, here, settings)
+
+    def _known_to_user(self, *_: Any) -> Known:
+        return Known(self._known)
 
     def _check_target_of_checkpoint(self) -> None:
-        target, plan = self._settings.target_batch_size, self._resumed
-        if plan and target not in (None, plan.effective_batch_size):
+        target, checkpoint = self._asked.settings.target_batch_size, self._checkpoint
+        if target is None or checkpoint is None or checkpoint.plan is None:
+            return
+        effective = checkpoint.plan.effective_batch_size
+        if target not in (effective, checkpoint.target):
             raise AutobatchError(
-                f"The checkpoint was trained with {plan.effective_batch_size} samples per update, and "
+                f"The checkpoint was trained with {effective} samples per update, and "
                 f"target_batch_size={target} asks for another number: a resumed run goes on with its plan."
             )
 
     def _undo(self) -> None:
+        self._milestones.forget()
         self._before.forget()
-        if self._rebatched is not None:
-            self._rebatched.undo()
-            self._rebatched = None
+        while self._rebatched:
+            self._rebatched.popitem()[1].undo()
 
 
 class _TuneOnly(_Callback):  # type: ignore[misc]  # a class made at run time
@@ -305,44 +364,80 @@ class _TuneOnly(_Callback):  # type: ignore[misc]  # a class made at run time
         super().__init__()
         self.report: TuningReport | None = None
         self._tuner = tuner
+        self._forget: Callable[[], None] = lambda: None
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        check_lightning(trainer)
+        if stage != "fit":
+            self._forget = _before_data(
+                trainer, stage, partial(self._evaluate, trainer, stage)
+            )
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         check(trainer, pl_module, None)
-        self.report = self._tuner.report = self._tuner._tune(trainer, pl_module)
+        tuner = self._tuner
+        tuned = tune_training(trainer, pl_module, tuner._asked, tuner._known_to_user)
+        tuner._first = tuned.report
+        self._leave(trainer, tuned.report)
+
+    def forget(self) -> None:
+        """Let the Trainer's loop be what it was."""
+        self._forget()
+
+    def _evaluate(self, trainer: Any, stage: str) -> None:
+        asked = self._tuner._asked
+        module = trainer.lightning_module
+        tuned = tune_evaluation(trainer, module, asked, STAGES[stage])
+        self._leave(trainer, tuned.report)
+
+    def _leave(self, trainer: Any, report: TuningReport) -> None:
+        self.report = self._tuner.report = report
         exceptions = importlib.import_module(
             f"{package_of(trainer)}.utilities.exceptions"
         )
         raise exceptions._TunerExitException
 
 
-def _samples_trained(trainer: Any, loaders: Loaders, plan: BatchPlan) -> int | None:
-    """What an epoch leaves after `drop_last` and `limit_train_batches`, which counts batches."""
-    batches = loaders.batches(plan.micro_batch_size)
-    if batches is None:
-        return loaders.samples
-    limit = trainer.limit_train_batches
-    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-    return loaders.samples_in(batches, plan.micro_batch_size) or None
+def _before_data(
+    trainer: Any, stage: str, act: Callable[[], None]
+) -> Callable[[], None]:
+    """Act before the loop of a stage sets its data up: the first moment at which the model is on its device.
+
+    What hides the method of the loops of Lightning 2.6 goes with the call, or by what is returned.
+    """
+    loop = getattr(trainer, STAGES[stage].loop)
+    set_up = type(loop).setup_data
+
+    def forget() -> None:
+        vars(loop).pop("setup_data", None)
+
+    def act_and_set_up() -> None:
+        forget()
+        # The loop has switched gradients off; trials have to switch them for themselves
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            act()
+        set_up(loop)
+
+    loop.setup_data = act_and_set_up
+    return forget
 
 
-def _job(trainer: Any, module: Any, loaders: Loaders, samples: Samples) -> Job:
-    package = package_of(trainer)
-    lightning = importlib.import_module(package.partition(".")[0])
-    parts = (
-        type(module).__name__,
-        type(trainer.optimizers[0]).__name__,
-        str(trainer.precision),
-    )
-    return Job(
-        workload=Steps(trainer, samples),
-        can_accumulate=True,
-        start=loaders.batch_size,
-        accumulate=trainer.accumulate_grad_batches,
-        samples_trained=partial(_samples_trained, trainer, loaders),
-        before=BatchPlan(
-            loaders.batch_size, trainer.accumulate_grad_batches, trainer.world_size
-        ),
-        subject=" · ".join(parts),
-        environment={**versions(), lightning.__name__: lightning.__version__},
-        look=lambda: samples.look,
-    )
+def _given(
+    method: str, train_dataloaders: Any, val_dataloaders: Any, dataloaders: Any
+) -> tuple[Any, ...]:
+    """The loaders that a method of the Trainer takes, in its order."""
+    if method == "fit":
+        if dataloaders is not None:
+            raise ValueError(
+                "dataloaders are for validate, test and predict; give fit its train_dataloaders."
+            )
+        return (train_dataloaders, val_dataloaders)
+    if method not in STAGES:
+        raise ValueError(
+            f"method={method!r} is none of a Trainer's; give 'fit', 'validate', 'test' or 'predict'."
+        )
+    if train_dataloaders is not None or val_dataloaders is not None:
+        raise ValueError(
+            f"train_dataloaders and val_dataloaders are for fit; give {method} its dataloaders."
+        )
+    return (dataloaders,)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from autobatch._plan import BatchPlan
 
-__all__ = ["BeforeOptimizers", "apply", "check_name"]
+__all__ = ["BeforeOptimizers", "apply", "apply_between_epochs", "check_name"]
 
 
 def apply(
@@ -35,15 +35,9 @@ def apply(
     are as they were; `AutobatchError` where a loader does not follow. `batch_sizes` are those of each loader.
     """
     with ExitStack() as undo:
-        source = trainer.fit_loop._data_source
-        rebatched = Rebatched(source, batch_sizes)
+        rebatched = Rebatched(trainer.fit_loop._data_source, batch_sizes)
         undo.callback(rebatched.undo)
-        with Snapshot() as snapshot:
-            # A hook is asked for the loader here and again by training: it must not see that it was
-            snapshot.capture_light(module, trainer.datamodule)
-            loaders = Loaders(trainer, source, mode="max_size_cycle")
-            loaders.capture_order(snapshot)
-            rebatched.check(loaders)
+        _check_sizes(rebatched, trainer, module)
         undo.callback(
             setattr, trainer, "accumulate_grad_batches", trainer.accumulate_grad_batches
         )
@@ -55,6 +49,52 @@ def apply(
         _remake_optimizers(trainer)
         undo.pop_all()  # all went well: `undo` is the caller's now
     return rebatched
+
+
+def apply_between_epochs(
+    plan: BatchPlan,
+    trainer: Any,
+    module: Any,
+    batch_arg_name: str,
+    batch_sizes: Sequence[int],
+    former: Rebatched,
+) -> Rebatched:
+    """Let this Trainer go on with another plan, in the epoch that is about to ask for its first batch.
+
+    Optimizers and schedulers stay: they hold what training has made of them. The loader is asked for anew, as
+    `reload_dataloaders_every_n_epochs` does; one that was passed to `fit` is the same, with its order where it was.
+    Where anything fails, the user's loader has its own size again, and training is over.
+    """
+    fit_loop = trainer.fit_loop
+    former.undo()
+    with ExitStack() as undo:
+        rebatched = Rebatched(fit_loop._data_source, batch_sizes)
+        undo.callback(rebatched.undo)
+        _check_sizes(rebatched, trainer, module)
+        trainer.accumulate_grad_batches = plan.accumulate_grad_batches
+        for holder in _holders(module, batch_arg_name):
+            holder.set(plan.micro_batch_size)
+        with Snapshot() as snapshot:
+            # Lightning 2.6 starts the loader when it sets it up, and once more when the epoch runs
+            if isinstance(fit_loop._data_source.instance, DataLoader):
+                capture_order(fit_loop._data_source.instance, snapshot)
+            fit_loop._combined_loader = None
+            fit_loop.setup_data()
+        if trainer.progress_bar_callback is not None:
+            # It has looked at the number of batches already
+            trainer.progress_bar_callback.on_train_epoch_start(trainer, module)
+        undo.pop_all()
+    return rebatched
+
+
+def _check_sizes(rebatched: Rebatched, trainer: Any, module: Any) -> None:
+    with Snapshot() as snapshot:
+        # A hook is asked for the loader here and again by training: it must not see that it was
+        snapshot.capture_light(module, trainer.datamodule)
+        source = trainer.fit_loop._data_source
+        loaders = Loaders(trainer, source, mode="max_size_cycle")
+        loaders.capture_order(snapshot)
+        rebatched.check(loaders)
 
 
 class BeforeOptimizers:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from typing import TYPE_CHECKING, Any
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, Final
 
 from torch.utils.data import DataLoader
 
@@ -14,23 +15,85 @@ from autobatch.lightning._package import package_of
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from autobatch._plan import BatchPlan
+    from autobatch.lightning._known import Checkpoint
 
-__all__ = ["check"]
+__all__ = ["check", "check_lightning"]
+
+_TESTED: Final = "2.6.0 to 2.6.6"
+# What AutoBatch uses of a Trainer that Lightning does not promise to keep
+_PRIVATE: Final = (
+    "_logger_connector.on_batch_end",
+    "_logger_connector.on_batch_start",
+    "fit_loop._combined_loader",
+    "fit_loop._data_source.dataloader",
+    "fit_loop._data_source.instance",
+    "fit_loop.advance",
+    "fit_loop.epoch_loop._build_kwargs",
+    "fit_loop.epoch_loop.automatic_optimization.run",
+    "fit_loop.epoch_loop.batch_progress.increment_ready",
+    "fit_loop.epoch_loop.val_loop._data_source.instance",
+    "fit_loop.max_batches",
+    "fit_loop.restarted_mid_epoch",
+    "fit_loop.restarted_on_epoch_end",
+    "fit_loop.setup_data",
+    "lightning_module._on_before_batch_transfer",
+    "strategy.setup_optimizers",
+    "strategy.setup_precision_plugin",
+)
+_PRIVATE_MODULES: Final = (
+    ("loggers.logger", "DummyLogger"),
+    ("trainer.call", "_call_lightning_module_hook"),
+    ("trainer.call", "_call_strategy_hook"),
+    ("utilities.exceptions", "_TunerExitException"),
+)
 
 
-def check(trainer: Any, module: Any, resumed: BatchPlan | None) -> None:
+def check_lightning(trainer: Any) -> None:
+    """Raise `AutobatchError` where this Lightning lacks what AutoBatch needs of its inside."""
+    package = package_of(trainer)
+    missing = [name for name in _PRIVATE if not _has(trainer, name)] + [
+        f"{module}.{name}"
+        for module, name in _PRIVATE_MODULES
+        if not _has(_module(f"{package}.{module}"), name)
+    ]
+    if missing:
+        name = package.partition(".")[0]
+        version = importlib.import_module(name).__version__
+        raise AutobatchError(
+            f"{name} {version} has no {missing[0]} where AutoBatch looks for it: AutoBatch was tested with Lightning "
+            f"{_TESTED}. Install one of these, or train without AutoBatch."
+        )
+
+
+def _module(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        return None
+
+
+def _has(owner: Any, path: str) -> bool:
+    try:
+        attrgetter(path)(owner)
+    except AttributeError:
+        return False
+    return True
+
+
+def check(trainer: Any, module: Any, checkpoint: Checkpoint | None) -> None:
     """Raise `AutobatchError` with one sentence where this Trainer or module is more than AutoBatch handles.
 
-    `resumed` is the plan that came with the checkpoint, where there is one.
+    `checkpoint` is what the run goes on from, where it says.
     """
-    for problem in _problems(trainer, module, resumed):
+    for problem in _problems(trainer, module, checkpoint):
         raise AutobatchError(
             f"AutoBatch does not tune this run yet: {problem}; train it without AutoBatch."
         )
 
 
-def _problems(trainer: Any, module: Any, resumed: BatchPlan | None) -> Iterator[str]:
+def _problems(
+    trainer: Any, module: Any, checkpoint: Checkpoint | None
+) -> Iterator[str]:
     package = package_of(trainer)
     strategies = importlib.import_module(f"{package}.strategies")
     callbacks = importlib.import_module(f"{package}.callbacks")
@@ -65,11 +128,12 @@ def _problems(trainer: Any, module: Any, resumed: BatchPlan | None) -> Iterator[
         trainer.fit_loop._data_source.instance
     ):
         yield "one loader serves training and validation"
-    if isinstance(trainer.val_check_interval, int):
-        yield f"val_check_interval={trainer.val_check_interval} counts micro-batches"
-    if trainer.overfit_batches:
-        yield f"overfit_batches={trainer.overfit_batches} replaces the training loader"
-    if trainer.ckpt_path is not None and resumed is None:
-        yield f"it resumes from {trainer.ckpt_path}, which holds no plan of AutoBatch"
+    if trainer.ckpt_path is not None and checkpoint is None:
+        yield f"it resumes from {trainer.ckpt_path}, which holds nothing of callbacks"
+    elif checkpoint and checkpoint.plan is None and not checkpoint.between_epochs:
+        yield (
+            f"it resumes within an epoch from {trainer.ckpt_path}, which holds no plan of AutoBatch and so does not "
+            "tell the size of its batches"
+        )
     if "dataloader_iter" in inspect.signature(module.training_step).parameters:
         yield "training_step takes the iterator of the loader"

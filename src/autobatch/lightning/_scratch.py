@@ -47,6 +47,7 @@ def scratch(trainer: Any) -> Iterator[None]:
     )
     profilers = importlib.import_module(f"{package}.profilers")
     fit_loop = trainer.fit_loop
+    evaluations = (trainer.validate_loop, trainer.test_loop)
     swaps: tuple[tuple[Any, str, Any], ...] = (
         (fit_loop, "epoch_loop", type(fit_loop.epoch_loop)(trainer)),
         (fit_loop, "max_batches", _ENDLESS),
@@ -56,6 +57,14 @@ def scratch(trainer: Any) -> Iterator[None]:
         (trainer, "profiler", profilers.PassThroughProfiler()),
         (trainer, "accumulate_grad_batches", trainer.accumulate_grad_batches),
         (trainer, "should_stop", trainer.should_stop),
+        *(
+            (loop, "_results", type(loop._results)(training=False))
+            for loop in evaluations
+        ),
+        *(
+            (loop, "batch_progress", type(loop.batch_progress)())
+            for loop in (*evaluations, trainer.predict_loop)
+        ),
     )
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in swaps]
     try:

@@ -13,20 +13,79 @@ from autobatch._memory import is_oom
 from autobatch.lightning._package import package_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Generator, Sequence
 
     from autobatch.lightning._samples import Samples
 
-__all__ = ["Steps"]
+__all__ = ["StartHooks", "Steps", "on_device"]
 
 
-_BATCH_HOOK: Final = "on_train_batch_start"
-_START_HOOKS: Final = (
-    "on_fit_start",
-    "on_train_start",
-    "on_train_epoch_start",
-    _BATCH_HOOK,
-)
+_START_HOOKS: Final = ("on_fit_start", "on_train_start", "on_train_epoch_start")
+
+
+class StartHooks:
+    """The module's hooks at the start of a run, which trials call only where a step fails without what they make.
+
+    They are left out otherwise: what they do outside of the module could not be taken back.
+
+    Args:
+        trainer: The Trainer.
+        names: Those that are called once, in their order.
+        batch: The one that is called before each batch.
+    """
+
+    def __init__(self, trainer: Any, names: Sequence[str], batch: str) -> None:
+        self._trainer = trainer
+        self._names = names
+        self._batch = batch
+        self._call = importlib.import_module(f"{package_of(trainer)}.trainer.call")
+        self._are_needed = False
+
+    def first(self, step: Callable[[], None]) -> None:
+        """Take the first step of a trial, with what it needs."""
+        if not self._are_needed:
+            try:
+                step()
+            except Exception as error:
+                if is_oom(error) or not self._overridden(*self._names, self._batch):
+                    raise
+                self._are_needed = True
+            else:
+                return
+        for hook in self._overridden(*self._names):
+            self._call._call_lightning_module_hook(self._trainer, hook)
+        step()
+
+    def before_batch(self, *arguments: Any) -> None:
+        """Call what belongs before a batch, where that is needed."""
+        if self._are_needed:
+            hook = self._call._call_lightning_module_hook
+            hook(self._trainer, self._batch, *arguments)
+
+    def _overridden(self, *names: str) -> list[str]:
+        kind = importlib.import_module(package_of(self._trainer)).LightningModule
+        own = type(self._trainer.lightning_module)
+        return [
+            name
+            for name in names
+            if getattr(own, name, None) is not getattr(kind, name)
+        ]
+
+
+def on_device(trainer: Any, batch: Any, dataloader_idx: int) -> Any:
+    """A batch made ready for a step, as the loops of Lightning 2.6 do it."""
+    if trainer.strategy.root_device.type == "cpu":
+        # Where the transfer copies nothing, a copy stands for it: a step may write into its batch.
+        applying = importlib.import_module("lightning_utilities.core.apply_func")
+        batch = applying.apply_to_collection(batch, torch.Tensor, torch.clone)
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(
+        batch, dataloader_idx=dataloader_idx
+    )
+    call = importlib.import_module(f"{package_of(trainer)}.trainer.call")
+    return call._call_strategy_hook(
+        trainer, "batch_to_device", batch, dataloader_idx=dataloader_idx
+    )
 
 
 class Steps:
@@ -39,75 +98,32 @@ class Steps:
     def __init__(self, trainer: Any, samples: Samples) -> None:
         self._trainer = trainer
         self._samples = samples
-        applying = importlib.import_module("lightning_utilities.core.apply_func")
-        self._copied = applying.apply_to_collection
-        self._call = importlib.import_module(f"{package_of(trainer)}.trainer.call")
-        self._prepares = False  # whether the module's start hooks have to run first
+        self._hooks = StartHooks(trainer, _START_HOOKS, "on_train_batch_start")
 
-    def __call__(self, batch_size: int, accumulate: int) -> Iterator[None]:
+    def __call__(self, batch_size: int, accumulate: int) -> Generator[None]:
         """Yield after each optimizer step."""
         self._trainer.accumulate_grad_batches = accumulate
-        self._trainer.fit_loop.epoch_loop.batch_progress.reset()
         batches = cycle(self._samples.batches(batch_size))
-        self._first_micro_batch(next(batches))
+        first = next(batches)
+        self._hooks.first(lambda: self._begin(first))
         for index in count(1):
             if index % accumulate == 0:
                 yield
             self._micro_batch(next(batches), index)
 
-    def _first_micro_batch(self, batch: Any) -> None:
-        """Start a trial, and find out whether a step needs what the module's start hooks make.
-
-        They are left out otherwise: what they do outside of the module could not be taken back.
-        """
-        if not self._prepares:
-            try:
-                self._micro_batch(batch, 0)
-            except Exception as error:
-                if is_oom(error) or not self._overridden_hooks():
-                    raise
-                self._prepares = True
-                self._trainer.fit_loop.epoch_loop.batch_progress.reset()
-            else:
-                return
-        for hook in self._overridden_hooks():
-            if hook != _BATCH_HOOK:
-                self._call._call_lightning_module_hook(self._trainer, hook)
+    def _begin(self, batch: Any) -> None:
+        self._trainer.fit_loop.epoch_loop.batch_progress.reset()
         self._micro_batch(batch, 0)
-
-    def _overridden_hooks(self) -> list[str]:
-        kind = importlib.import_module(package_of(self._trainer)).LightningModule
-        own = type(self._trainer.lightning_module)
-        return [
-            hook
-            for hook in _START_HOOKS
-            if getattr(own, hook, None) is not getattr(kind, hook)
-        ]
 
     def _micro_batch(self, batch: Any, index: int) -> None:
         trainer, loop = self._trainer, self._trainer.fit_loop.epoch_loop
-        batch = self._on_device(batch)
+        batch = on_device(trainer, batch, 0)
         loop.batch_progress.increment_ready()
         trainer._logger_connector.on_batch_start(batch)  # `self.log` needs it
-        if self._prepares:
-            hook = self._call._call_lightning_module_hook
-            hook(trainer, _BATCH_HOOK, batch, index)
+        self._hooks.before_batch(batch, index)
         loop.batch_progress.increment_started()
         arguments = loop._build_kwargs(OrderedDict(), batch, index)
         loop.automatic_optimization.run(trainer.optimizers[0], index, arguments)
         loop.batch_progress.increment_processed()
         trainer._logger_connector.on_batch_end()
         loop.batch_progress.increment_completed()
-
-    def _on_device(self, batch: Any) -> Any:
-        trainer = self._trainer
-        if trainer.strategy.root_device.type == "cpu":
-            # Where the transfer copies nothing, a copy stands for it: a step may write into its batch.
-            batch = self._copied(batch, torch.Tensor, torch.clone)
-        batch = trainer.precision_plugin.convert_input(batch)
-        batch = trainer.lightning_module._on_before_batch_transfer(
-            batch, dataloader_idx=0
-        )
-        return self._call._call_strategy_hook(
-            trainer, "batch_to_device", batch, dataloader_idx=0
-        )

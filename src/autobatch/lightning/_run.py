@@ -1,0 +1,341 @@
+"""One tuning run in a Trainer: what is captured, what is tried, and what it comes to."""
+
+from __future__ import annotations
+
+import importlib
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from autobatch import sinks
+from autobatch._doors import known_plan, versions
+from autobatch._plan import BatchPlan
+from autobatch._probes import detect
+from autobatch._ranks import ranks_here
+from autobatch._snapshot import Snapshot
+from autobatch._trial import OptimizerWatch
+from autobatch._tune import Job, tune
+from autobatch.errors import AutobatchError, DoesNotFitError
+from autobatch.lightning._apart import apart
+from autobatch.lightning._counts import Counts
+from autobatch.lightning._evaluations import VALIDATION, Evaluations
+from autobatch.lightning._known import Here, Known
+from autobatch.lightning._loaders import Loaders
+from autobatch.lightning._package import package_of
+from autobatch.lightning._samples import Samples
+from autobatch.lightning._scratch import scratch
+from autobatch.lightning._steps import Steps
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterator
+
+    from autobatch._memory import MemoryProbe
+    from autobatch._ranks import Ranks
+    from autobatch._report import Settings, TuningReport
+    from autobatch._search import Search
+    from autobatch.lightning._evaluations import Stage
+
+__all__ = ["Asked", "KnownAt", "Tuned", "tune_evaluation", "tune_training"]
+
+# (job, where it runs, settings) -> what is known before a search
+KnownAt: TypeAlias = "Callable[[Job, Here, Settings], Known]"
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a callback was asked for.
+
+    Args:
+        settings: As checked at the door.
+        search: Which size to try next.
+        device: Where memory is read; None: where the model is.
+        worst_case: Makes the largest batch of a size, where the user knows it.
+    """
+
+    settings: Settings
+    search: Search
+    device: str | MemoryProbe | None
+    worst_case: Callable[[int], Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """What a tuning run comes to.
+
+    Args:
+        report: All of it.
+        batch_sizes: Of each loader.
+        validation_sizes: Of each validation loader, where they can not stay as they are.
+    """
+
+    report: TuningReport
+    batch_sizes: tuple[int, ...]
+    validation_sizes: tuple[int, ...] | None = None
+
+
+def tune_training(trainer: Any, module: Any, asked: Asked, known_at: KnownAt) -> Tuned:
+    """Find the plan to train with, and a size at which validation fits beside it; leave everything as it was.
+
+    Raises:
+        AutobatchError: A loader's batch size can not be changed, or an argument of the Trainer rules the plan out.
+        DoesNotFitError: No batch size fits.
+    """
+    # The loops know none of these three while scratch ones stand for them
+    validates = trainer.enable_validation
+    validation = trainer.fit_loop.epoch_loop.val_loop._data_source
+    counted = partial(Counts, trainer, trainer.max_steps, validates=validates)
+    with _bench(trainer, module, asked) as bench:
+        loaders = Loaders(trainer, trainer.fit_loop._data_source, mode="max_size_cycle")
+        accumulate = trainer.accumulate_grad_batches
+        counts = counted(
+            batches=loaders.batches,
+            samples=partial(_samples_trained, trainer, loaders),
+            before=BatchPlan(loaders.batch_size, accumulate, trainer.world_size),
+        )
+        samples = Samples(loaders, bench.snapshot, asked.worst_case)
+        steps = Steps(trainer, samples)
+        job = Job(
+            workload=steps,
+            can_accumulate=True,
+            start=loaders.batch_size,
+            accumulate=accumulate,
+            samples_trained=counts.samples,
+            remarks=counts.remarks,
+            before=counts.before,
+            subject=_subject(
+                module, *map(_name, trainer.optimizers), trainer.precision
+            ),
+            environment=_environment(trainer),
+            look=lambda: samples.look,
+        )
+        settings = asked.settings.model_copy(update={"dataset_size": loaders.samples})
+        bench.optimizers.expected = True
+        report = _verified_or_searched(
+            known_at(job, bench.here(trainer), settings), job, settings, bench
+        )
+        counts.check(report.plan)
+        tuned = Tuned(report, loaders.sizes_at(report.plan.micro_batch_size))
+        if not validates:
+            return tuned
+        return _with_validation(tuned, trainer, module, asked, bench, validation, steps)
+
+
+def tune_evaluation(trainer: Any, module: Any, asked: Asked, stage: Stage) -> Tuned:
+    """Find the largest batch for validation, testing or prediction; leave everything as it was.
+
+    Where an effective batch is asked for, tuning is about training: the loaders keep their size if that fits.
+
+    Raises:
+        AutobatchError: A loader's batch size can not be changed.
+        DoesNotFitError: No batch size fits.
+    """
+    with _bench(trainer, module, asked) as bench:
+        source = getattr(trainer, stage.loop)._data_source
+        loaders = Loaders(trainer, source, mode="sequential")
+        settings = _without_target(asked.settings, loaders.samples)
+        job = _evaluation_job(
+            trainer, module, loaders, bench, stage, worst_case=asked.worst_case
+        )
+        if asked.settings.target_batch_size is None:
+            report = bench.run(job, settings, known=None)
+        else:
+            report = _own_or_smaller(job, settings, loaders, bench)
+        report = report.model_copy(update={"task": stage.name})
+        return Tuned(report, loaders.sizes_at(report.plan.micro_batch_size))
+
+
+@dataclass(frozen=True, slots=True)
+class _Bench:
+    """What trials of one run share."""
+
+    snapshot: Snapshot
+    optimizers: OptimizerWatch
+    probe: MemoryProbe
+    ranks: Ranks
+    search: Search
+    shown: sinks.Progress
+
+    def run(
+        self, job: Job, settings: Settings, *, known: BatchPlan | None
+    ) -> TuningReport:
+        return tune(
+            job,
+            settings,
+            known=known,
+            probe=self.probe,
+            search=self.search,
+            snapshot=self.snapshot,
+            optimizers=self.optimizers,
+            first_touch=nullcontext,  # the module and its optimizers are known
+            shown=self.shown,
+            ranks=self.ranks,
+        )
+
+    def here(self, trainer: Any) -> Here:
+        """Where this runs, in the words of rank 0: all of them have to decide alike."""
+        total = self.probe.read().total
+        here = Here.of(self.probe.name, total, trainer.world_size)
+        return self.ranks.everywhere(lambda: here)[0]
+
+
+@contextmanager
+def _bench(trainer: Any, module: Any, asked: Asked) -> Iterator[_Bench]:
+    probe = detect(asked.device, module.device)
+    with (
+        ranks_here() as ranks,
+        apart(trainer),
+        Snapshot() as snapshot,
+        OptimizerWatch(probe.clock) as optimizers,
+        sinks.progress() as shown,
+        scratch(trainer),
+    ):
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        scalers = [] if scaler is None else [scaler]
+        snapshot.capture(module, *trainer.optimizers, *schedulers, *scalers)
+        # Hooks that make the loaders may change the module and the datamodule
+        snapshot.capture_light(trainer.datamodule)
+        yield _Bench(snapshot, optimizers, probe, ranks, asked.search, shown)
+
+
+def _verified_or_searched(
+    known: Known, job: Job, settings: Settings, bench: _Bench
+) -> TuningReport:
+    """The report about a plan that is known, where one trial verifies it; else about one that a search found."""
+    note = known.note
+    if note is None:  # the user's own
+        known_plan(known.plan, settings, world_size=bench.ranks.world_size)
+    if known.plan is not None:
+        try:
+            return bench.run(_noted(job, note), settings, known=known.plan)
+        except DoesNotFitError as error:
+            if known.refusal is not None:
+                raise AutobatchError(known.refusal) from error
+            if note is None:
+                raise
+            note = f"Searched anew, since a micro-batch of {known.plan.micro_batch_size} does not fit any more."
+    if known.target is not None:
+        settings = settings.model_copy(update={"target_batch_size": known.target})
+    return bench.run(_noted(job, note), settings, known=None)
+
+
+def _noted(job: Job, note: str | None) -> Job:
+    remarks = job.remarks
+    if note is None or remarks is None:
+        return job
+    return replace(job, remarks=lambda plan: (note, *remarks(plan)))
+
+
+def _with_validation(
+    tuned: Tuned,
+    trainer: Any,
+    module: Any,
+    asked: Asked,
+    bench: _Bench,
+    source: Any,
+    steps: Steps,
+) -> Tuned:
+    """What was tuned, with the size at which validation fits beside the state that training keeps."""
+    try:
+        loaders = Loaders(trainer, source, mode="sequential")
+    except AutobatchError as error:
+        return replace(
+            tuned, report=_told(tuned.report, f"Validation was not tried: {error}")
+        )
+    plan = tuned.report.plan
+    job = _evaluation_job(
+        trainer,
+        module,
+        loaders,
+        bench,
+        VALIDATION,
+        after=partial(
+            steps, plan.micro_batch_size, min(2, plan.accumulate_grad_batches)
+        ),
+    )
+    found = _own_or_smaller(job, _without_target(asked.settings, None), loaders, bench)
+    size, own = found.plan.micro_batch_size, loaders.batch_size
+    report = tuned.report.model_copy(update={"validation_batch_size": size})
+    if size == own:
+        return replace(tuned, report=report)
+    note = f"Validation runs batches of {size} instead of {own}: more do not fit beside training."
+    return replace(
+        tuned, report=_told(report, note), validation_sizes=loaders.sizes_at(size)
+    )
+
+
+def _own_or_smaller(
+    job: Job, settings: Settings, loaders: Loaders, bench: _Bench
+) -> TuningReport:
+    """The report about the loaders' own size, where one trial shows that it fits; else about the largest below."""
+    own = loaders.batch_size
+    unbound = settings.model_copy(
+        update={"max_micro_batch_size": None, "dataset_size": None}
+    )
+    plan = BatchPlan(own, world_size=bench.ranks.world_size)
+    try:
+        return bench.run(job, unbound, known=plan)
+    except DoesNotFitError:
+        if own == 1:
+            raise
+    smaller = unbound.model_copy(update={"max_micro_batch_size": own - 1})
+    return bench.run(replace(job, start=max(1, own // 2)), smaller, known=None)
+
+
+def _evaluation_job(
+    trainer: Any,
+    module: Any,
+    loaders: Loaders,
+    bench: _Bench,
+    stage: Stage,
+    *,
+    after: Callable[[], Generator[Any]] | None = None,
+    worst_case: Callable[[int], Any] | None = None,
+) -> Job:
+    samples = Samples(loaders, bench.snapshot, worst_case)
+    return Job(
+        workload=Evaluations(trainer, samples, stage, after),
+        can_accumulate=False,
+        start=loaders.batch_size,
+        accumulate=1,
+        samples_trained=None,
+        remarks=None,
+        before=None,
+        subject=_subject(module, stage.name, trainer.precision),
+        environment=_environment(trainer),
+        look=lambda: samples.look,
+    )
+
+
+def _without_target(settings: Settings, dataset_size: int | None) -> Settings:
+    return settings.model_copy(
+        update={"target_batch_size": None, "dataset_size": dataset_size}
+    )
+
+
+def _told(report: TuningReport, note: str) -> TuningReport:
+    return report.model_copy(update={"notes": (*report.notes, note)})
+
+
+def _samples_trained(trainer: Any, loaders: Loaders, plan: BatchPlan) -> int | None:
+    """What an epoch leaves after `drop_last` and `limit_train_batches`, which counts batches."""
+    batches = loaders.batches(plan.micro_batch_size)
+    if batches is None:
+        return loaders.samples
+    limit = trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    return loaders.samples_in(batches, plan.micro_batch_size) or None
+
+
+def _subject(module: Any, *parts: object) -> str:
+    return " · ".join(map(str, (_name(module), *parts)))
+
+
+def _name(thing: object) -> str:
+    return type(thing).__name__
+
+
+def _environment(trainer: Any) -> dict[str, str]:
+    lightning = importlib.import_module(package_of(trainer).partition(".")[0])
+    return {**versions(), lightning.__name__: lightning.__version__}

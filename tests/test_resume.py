@@ -1,0 +1,349 @@
+"""Resuming from a checkpoint, and fitting again with the same callback."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import autobatch
+from autobatch.testing import SimulatedAccelerator
+from sameness import same
+from test_lightning import Model, data, pl, trainer, tuner
+
+pytestmark = pytest.mark.filterwarnings(
+    # Lightning's advice about checkpoints within an epoch
+    "ignore:You're resuming from a checkpoint that ended before the epoch ended"
+)
+
+
+def loader(size=4, length=600):
+    return DataLoader(data(length), batch_size=size, shuffle=True)
+
+
+def scheduled(size=4):
+    """A model whose learning rate shows how many epochs were counted."""
+    pl.seed_everything(1, verbose=False)
+    model = Model(size)
+
+    def configure_optimizers():
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
+    model.configure_optimizers = configure_optimizers
+    return model
+
+
+def checkpoint(path, *callbacks, size=4, **options):
+    """The path of a checkpoint that a first run wrote after an epoch."""
+    begun = trainer(*callbacks, max_epochs=1, **options)
+    begun.fit(scheduled(size), loader(size))
+    begun.save_checkpoint(path / "last.ckpt")
+    return path / "last.ckpt"
+
+
+def checkpoint_within(path, *callbacks):
+    """The path of a checkpoint that a first run wrote in the middle of an epoch."""
+
+    class Save(pl.Callback):
+        def on_train_batch_end(self, fitted, *_):
+            if fitted.global_step == 3:
+                fitted.save_checkpoint(path / "within.ckpt")
+
+    trainer(*callbacks, Save(), max_epochs=1).fit(scheduled(), loader())
+    return path / "within.ckpt"
+
+
+def resumed(path, *callbacks, size=4, **options):
+    """What a resumed run ends with."""
+    fitted, model = trainer(*callbacks, **{"max_epochs": 3, **options}), scheduled(size)
+    fitted.fit(model, loader(size), ckpt_path=path)
+    return {
+        "weights": dict(model.state_dict()),
+        "optimizer": fitted.optimizers[0].state_dict(),
+        "scheduler": fitted.lr_scheduler_configs[0].scheduler.state_dict(),
+        "step": fitted.global_step,
+        "epoch": fitted.current_epoch,
+        "batches": len(model.sizes),
+    }
+
+
+def by_hand(plan):
+    """The Trainer's argument and the loader's size that a plan stands for."""
+    return {
+        "size": plan.micro_batch_size,
+        "accumulate_grad_batches": plan.accumulate_grad_batches,
+    }
+
+
+SMALLER = "250KiB"
+PLAN = autobatch.BatchPlan(60, 2)
+
+
+def known():
+    """Tuned in one trial, to the same plan on any machine; it does not fit the smaller device."""
+    return tuner(plan=PLAN)
+
+
+def test_the_checkpoint_holds_the_device_in_plain_types(tmp_path):
+    path = checkpoint(tmp_path, known())
+
+    state = torch.load(path, weights_only=True)["callbacks"]["AutoBatch"]
+
+    assert state["device"] == "simulated accelerator"
+    assert state["device_bytes"] == 450 * 1024
+    assert {type(value) for value in state.values()} == {int, str}
+
+
+def test_on_another_device_a_run_is_tuned_anew_for_the_same_effective_batch(tmp_path):
+    first = known()
+    again = tuner(target_batch_size=None, device=SimulatedAccelerator(SMALLER))
+    path = checkpoint(tmp_path, first)
+
+    tuned = resumed(path, again)
+
+    before, plan = first.report.plan, again.report.plan
+    assert plan.effective_batch_size == before.effective_batch_size == 120
+    assert plan.micro_batch_size < before.micro_batch_size
+    assert len(again.report.trials) > 1
+    assert any("Tuned anew" in note for note in again.report.notes)
+    plain = checkpoint(tmp_path, **by_hand(before))
+    assert same(tuned, resumed(plain, **by_hand(plan)))
+    assert (tuned["epoch"], tuned["step"]) == (3, 15)
+
+
+def test_a_plan_that_fits_no_more_is_replaced_between_epochs(tmp_path):
+    crowded = SimulatedAccelerator("450KiB", foreign="200KiB")
+    again = tuner(target_batch_size=None, device=crowded)
+
+    resumed(checkpoint(tmp_path, known()), again)
+
+    assert again.report.plan.effective_batch_size == 120
+    assert len(again.report.trials) > 1
+    assert "Searched anew, since a micro-batch of 60 does not fit any more." in (
+        again.report.notes
+    )
+
+
+def test_a_limit_below_the_plan_of_the_checkpoint_leads_to_another(tmp_path):
+    again = tuner(max_micro_batch_size=20)
+
+    resumed(checkpoint(tmp_path, known()), again)
+
+    assert again.report.plan.effective_batch_size == 120
+    assert again.report.plan.micro_batch_size <= 20
+
+
+def test_within_an_epoch_the_plan_is_kept_on_any_device_it_fits(tmp_path):
+    first, again = known(), tuner(device=SimulatedAccelerator("2MiB"))
+
+    resumed(checkpoint_within(tmp_path, first), again)
+
+    assert again.report.plan == first.report.plan
+    assert len(again.report.trials) == 1
+
+
+def test_within_an_epoch_a_plan_that_does_not_fit_is_refused(tmp_path):
+    path = checkpoint_within(tmp_path, known())
+    callback, model, data_loader = (
+        tuner(device=SimulatedAccelerator(SMALLER)),
+        scheduled(),
+        loader(),
+    )
+
+    with pytest.raises(
+        autobatch.AutobatchError, match="written within an epoch"
+    ) as caught:
+        trainer(callback).fit(model, data_loader, ckpt_path=path)
+
+    assert "\n" not in str(caught.value)
+    assert model.sizes == []
+    assert data_loader.batch_size == 4
+    assert callback.report is None
+
+
+def test_a_run_that_counts_steps_keeps_its_plan_as_lightning_goes_on_with_its_epoch(
+    tmp_path,
+):
+    path = checkpoint(tmp_path, known())
+    again = tuner(device=SimulatedAccelerator("2MiB"))
+
+    resumed(path, again, max_steps=9, max_epochs=-1)
+
+    assert len(again.report.trials) == 1
+
+
+def changed(path, change):
+    """The checkpoint with another state of the callback."""
+    content = torch.load(path, weights_only=True)
+    change(content["callbacks"])
+    torch.save(content, path)
+    return path
+
+
+def two_ranks(callbacks):
+    callbacks["AutoBatch"] |= {"micro_batch_size": 30, "world_size": 2}
+
+
+def test_with_another_number_of_ranks_a_run_is_tuned_anew_between_epochs(tmp_path):
+    again = tuner(target_batch_size=None)
+    path = changed(checkpoint(tmp_path, known()), two_ranks)
+    asked = torch.load(path, weights_only=True)["callbacks"]["AutoBatch"]
+
+    resumed(path, again)
+
+    effective = 2 * 30 * asked["accumulate_grad_batches"]
+    assert again.report.plan.effective_batch_size == effective
+    assert again.report.plan.world_size == 1
+
+
+def test_with_another_number_of_ranks_a_run_is_refused_within_an_epoch(tmp_path):
+    path = changed(checkpoint_within(tmp_path, known()), two_ranks)
+
+    with pytest.raises(autobatch.AutobatchError, match="trained on 2"):
+        resumed(path, tuner(target_batch_size=None))
+
+
+def test_a_state_without_the_device_is_verified_by_one_trial(tmp_path):
+    def older(callbacks):
+        plan = ("micro_batch_size", "accumulate_grad_batches", "world_size")
+        state = callbacks["AutoBatch"]
+        callbacks["AutoBatch"] = {name: state[name] for name in plan}
+
+    again = tuner()
+
+    resumed(changed(checkpoint(tmp_path, known()), older), again)
+
+    assert again.report.plan.effective_batch_size == 120
+    assert len(again.report.trials) == 1
+
+
+def test_a_target_that_was_missed_knowingly_may_be_asked_for_again(tmp_path):
+    first, again = tuner(target_batch_size=127), tuner(target_batch_size=127)
+    path = checkpoint(tmp_path, first)
+
+    resumed(path, again)
+
+    assert first.report.plan.effective_batch_size != 127
+    assert again.report.plan == first.report.plan
+
+
+# A checkpoint of a run without AutoBatch
+
+
+def test_a_run_without_a_plan_is_tuned_between_epochs_and_goes_on(tmp_path):
+    callback = tuner()
+    path = checkpoint(tmp_path)
+
+    tuned = resumed(path, callback)
+
+    assert len(callback.report.trials) > 1
+    assert same(tuned, resumed(path, **by_hand(callback.report.plan)))
+    assert (tuned["epoch"], tuned["step"]) == (3, 160)
+
+
+def test_a_known_plan_serves_where_the_checkpoint_has_none(tmp_path):
+    plan = autobatch.BatchPlan(20, 6)
+    callback = tuner(plan=plan)
+
+    resumed(checkpoint(tmp_path), callback)
+
+    assert callback.report.plan == plan
+    assert len(callback.report.trials) == 1
+
+
+def test_a_run_without_a_plan_is_refused_within_an_epoch(tmp_path):
+    path = checkpoint_within(tmp_path)
+
+    with pytest.raises(autobatch.AutobatchError, match="holds no plan of AutoBatch"):
+        resumed(path, tuner())
+
+
+def test_weights_alone_are_refused(tmp_path):
+    begun = trainer(tuner(), max_epochs=1)
+    begun.fit(scheduled(), loader())
+    begun.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+
+    with pytest.raises(autobatch.AutobatchError, match="holds nothing of callbacks"):
+        resumed(tmp_path / "weights.ckpt", tuner())
+
+
+# Fitting again
+
+
+def test_a_second_fit_verifies_the_plan_of_the_first_by_one_trial():
+    callback = tuner()
+    trainer(callback).fit(Model(), loader())
+    first = callback.report
+
+    model, again = Model(), trainer(callback)
+    again.fit(model, loader())
+
+    assert len(callback.report.trials) == 1 < len(first.trials)
+    assert callback.report.plan == first.plan
+    assert set(model.sizes) == {first.plan.micro_batch_size}
+    assert any("found before" in note for note in callback.report.notes)
+
+
+def test_a_second_fit_searches_where_the_plan_does_not_fit_any_more():
+    callback = tuner(search=autobatch.Bisection())
+    callback.tune(trainer(), Model(), loader())
+    verified = callback._first.model_copy(update={"plan": PLAN})
+    callback._first = verified
+
+    callback._device.foreign = "200KiB"
+    trainer(callback).fit(Model(), loader())
+
+    assert callback.report.plan.effective_batch_size == 120
+    assert callback.report.plan.micro_batch_size < PLAN.micro_batch_size
+    assert len(callback.report.trials) > 2
+
+
+class Other(Model):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("model", "length", "options"),
+    [
+        (Other, 600, {}),
+        (Model, 400, {}),
+        (Model, 600, {"precision": "bf16-mixed"}),
+    ],
+    ids=["module", "data", "precision"],
+)
+def test_a_second_fit_of_something_else_is_searched_for(model, length, options):
+    callback = tuner()
+    trainer(callback).fit(Model(), loader())
+
+    trainer(callback, **options).fit(model(), loader(length=length))
+
+    assert len(callback.report.trials) > 1
+
+
+def test_a_second_fit_without_a_target_keeps_the_accumulation_of_its_own_trainer():
+    callback = tuner(target_batch_size=None)
+    trainer(callback, accumulate_grad_batches=3).fit(Model(), loader())
+
+    trainer(callback, accumulate_grad_batches=2).fit(Model(), loader())
+
+    assert callback.report.plan.accumulate_grad_batches == 2
+
+
+def test_what_tune_found_needs_one_trial_in_fit():
+    callback = tuner()
+    found = callback.tune(trainer(), Model(), loader())
+
+    trainer(callback).fit(Model(), loader())
+
+    assert callback.report.plan == found.plan
+    assert len(callback.report.trials) == 1
+
+
+def test_tune_searches_every_time():
+    callback = tuner()
+    callback.tune(trainer(), Model(), loader())
+
+    again = callback.tune(trainer(), Model(), loader())
+
+    assert len(again.trials) > 1
