@@ -8,7 +8,6 @@ import sys
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader
@@ -33,11 +32,14 @@ from autobatch.lightning._loaders import (
     requested,
     samples_of,
 )
+from autobatch.lightning._loggers import log_report
 from autobatch.lightning._samples import Samples
 from autobatch.lightning._scratch import scratch
 from autobatch.lightning._steps import Steps, package_of
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from autobatch._memory import MemoryProbe
     from autobatch._search import Search
 
@@ -211,13 +213,9 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             self._resumed = BatchPlan(**state_dict)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Write the report beside the logs, now that the loggers have made their directory."""
-        if self.report is None or not trainer.loggers or not trainer.log_dir:
-            return
-        try:
-            sinks.json_file(Path(trainer.log_dir) / "autobatch.json")(self.report)
-        except OSError as error:
-            _log.warning("the report could not be written: %s", error)
+        """Log the report, now that the loggers have made their directory."""
+        if self.report is not None:
+            log_report(self.report, trainer)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Give the user's loader its own size again."""
