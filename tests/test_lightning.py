@@ -618,9 +618,6 @@ def test_the_report_is_kept_printed_and_written_beside_the_logs(tmp_path, capsys
     assert "= 120 per update" in capsys.readouterr().out
     assert written.dataset_size == 600
     assert written.subject == "Model · AdamW · 32-true"
-    assert (Path(logger.log_dir) / "hparams.yaml").read_text().strip() == (
-        f"batch_size: {callback.report.plan.micro_batch_size}"
-    )
 
 
 def test_nothing_is_written_where_there_is_no_logger(tmp_path, monkeypatch):

@@ -291,7 +291,7 @@ def test_a_second_fit_searches_where_the_plan_does_not_fit_any_more():
     verified = callback._first.model_copy(update={"plan": PLAN})
     callback._first = verified
 
-    callback._device.foreign = "200KiB"
+    callback._asked.device.foreign = "200KiB"
     trainer(callback).fit(Model(), loader())
 
     assert callback.report.plan.effective_batch_size == 120

@@ -6,7 +6,6 @@ import importlib
 import logging
 import sys
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +32,7 @@ from autobatch.lightning._known import (
     of_last_fit,
 )
 from autobatch.lightning._loaders import Rebatched, capture_order, is_empty
+from autobatch.lightning._loggers import log_report
 from autobatch.lightning._milestones import Milestones, checked_epochs
 from autobatch.lightning._package import package_of
 from autobatch.lightning._run import Asked, tune_evaluation, tune_training
@@ -40,6 +40,7 @@ from autobatch.lightning._samples import checked_worst_case
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from autobatch._memory import MemoryProbe
     from autobatch._plan import BatchPlan
@@ -260,15 +261,8 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         """Write the report beside the logs, now that the loggers have made their directory."""
         if "train" in self._rebatched:
             self._milestones.watch(trainer, partial(self._retune, trainer, pl_module))
-        self._write(trainer)
-
-    def _write(self, trainer: Any) -> None:
-        if self.report is None or not trainer.loggers or not trainer.log_dir:
-            return
-        try:
-            sinks.json_file(Path(trainer.log_dir) / "autobatch.json")(self.report)
-        except OSError as error:
-            _log.warning("the report could not be written: %s", error)
+        if self.report is not None:
+            log_report(self.report, trainer)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Give the user's loader its own size again."""
@@ -300,7 +294,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             )
         self._trained = tuned.report
         self._tell(trainer, tuned.report)
-        self._write(trainer)
+        log_report(tuned.report, trainer)
 
     def _evaluate(self, trainer: Any, stage: str) -> None:
         """Tune before validation, testing or prediction asks for its loaders."""
