@@ -545,8 +545,8 @@ def test_an_error_while_tuning_leaves_the_callbacks_alone():
     fitted, callback = trainer(tuner()), tuner()
     callbacks = list(fitted.callbacks)
 
-    with pytest.raises(autobatch.AutobatchError, match="optimises by hand"):
-        callback.tune(fitted, ByHand(), plain())
+    with pytest.raises(autobatch.AutobatchError, match="it is a list"):
+        callback.tune(fitted, Model(), [plain(), plain()])
 
     assert fitted.callbacks == callbacks
 
@@ -727,12 +727,6 @@ assert {package.partition(".")[0]!r} in callback.report.environment
 # What is refused
 
 
-class ByHand(Model):
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-
-
 class WithHook(Model):
     def train_dataloader(self):
         return DataLoader(data(), batch_size=self.hparams.batch_size)
@@ -779,7 +773,6 @@ def plain():
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: (ByHand(), plain(), {}), "optimises by hand"),
         (lambda: (Model(), [plain(), plain()], {}), "it is a list, not one DataLoader"),
         (lambda: (Model(), {"a": plain()}, {}), "it is a dict, not one DataLoader"),
         (lambda: (Model(), DataLoader(data(), batch_size=None), {}), "batch_size=None"),
@@ -820,7 +813,6 @@ def plain():
         ),
     ],
     ids=[
-        "by hand",
         "list",
         "dict",
         "unbatched",

@@ -109,6 +109,7 @@ def find(
         samples_trained=None,
         subject=loop.name,
         environment=versions(),
+        told=None,
     )
     with (
         Snapshot() as snapshot,

@@ -49,6 +49,7 @@ class Job:
         samples_trained: Samples that an epoch trains on with a plan, where it is not the whole data set.
         subject: What a report calls it.
         environment: Versions, for the report.
+        told: What the door alone knows, and a person should be told of a plan.
     """
 
     workload: Workload
@@ -60,6 +61,7 @@ class Job:
     samples_trained: Callable[[BatchPlan], int | None] | None
     subject: str
     environment: dict[str, str]
+    told: Callable[[BatchPlan], tuple[str, ...]] | None
 
 
 def tune(
@@ -307,7 +309,7 @@ class _Tuning:
             can_accumulate=self._job.can_accumulate,
             dataset_size=samples,
             search_seconds=self._deadline.spent,
-            notes=notes(findings),
+            notes=(*(self._job.told(plan) if self._job.told else ()), *notes(findings)),
             environment=self._job.environment,
         )
 

@@ -27,7 +27,6 @@ from autobatch.lightning._checks import check
 from autobatch.lightning._loaders import (
     Rebatched,
     batch_size_of,
-    batches_of,
     capture_order,
     is_empty,
     requested,
@@ -36,6 +35,13 @@ from autobatch.lightning._loaders import (
 from autobatch.lightning._samples import Samples
 from autobatch.lightning._scratch import scratch
 from autobatch.lightning._steps import Steps, package_of
+from autobatch.lightning._windows import (
+    WindowRepair,
+    batches_trained,
+    check_repairable,
+    check_switch,
+    told,
+)
 
 if TYPE_CHECKING:
     from autobatch._memory import MemoryProbe
@@ -93,6 +99,9 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         search: Which size to try next; `GuidedBisection()` unless told otherwise.
         device: Where memory is read: a name such as "cuda:1", or a probe. None: where the model is.
         batch_arg_name: The attribute or hyperparameter of the module or datamodule that names the batch size, if any.
+        repair_last_window: Whether the last update of an epoch, which may be of fewer samples than the others, gets
+            the gradient of the mean loss over its samples; Lightning by itself makes it too small. For losses that
+            are means over the batch.
 
     Raises:
         ValueError: An argument is not what it should be.
@@ -115,6 +124,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         search: Search | None = None,
         device: str | MemoryProbe | None = None,
         batch_arg_name: str = "batch_size",
+        repair_last_window: bool = False,
     ) -> None:
         super().__init__()
         self.report: TuningReport | None = None
@@ -130,6 +140,8 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         self._search = checked_search(search)
         self._device = device
         self._batch_arg_name = batch_arg_name
+        self._repairs = check_switch(repair_last_window)
+        self._window: WindowRepair | None = None
         self._resumed: BatchPlan | None = None
         self._rebatched: Rebatched | None = None
         self._before = BeforeOptimizers()
@@ -198,6 +210,8 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         self._rebatched = apply(
             report.plan, trainer, pl_module, self._batch_arg_name, self._before
         )
+        if self._repairs:
+            self._window = WindowRepair(report.plan.micro_batch_size)
         self.report = report
         sinks.console(report)
 
@@ -219,6 +233,30 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         except OSError as error:
             _log.warning("the report could not be written: %s", error)
 
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Count from here, where the last window of an epoch is repaired."""
+        if self._window is not None:
+            self._window.start_epoch()
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count its samples, where the last window of an epoch is repaired."""
+        if self._window is not None:
+            self._window.start_batch(trainer, batch, batch_idx)
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
+        """Weight the gradients so far, where the last window of an epoch is repaired."""
+        if self._window is not None:
+            self._window.before_backward(trainer)
+
+    def on_before_optimizer_step(
+        self, trainer: Any, pl_module: Any, optimizer: Any
+    ) -> None:
+        """Weight all gradients, where the last window of an epoch is repaired."""
+        if self._window is not None:
+            self._window.before_step(trainer, optimizer)
+
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Give the user's loader its own size again."""
         self._undo()
@@ -230,6 +268,8 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         self._undo()
 
     def _tune(self, trainer: Any, module: Any) -> TuningReport:
+        if self._repairs:
+            check_repairable(trainer, module)
         probe = detect(self._device, module.device)
         with (
             Snapshot() as snapshot,
@@ -247,7 +287,13 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             loader = requested(trainer.fit_loop._data_source)
             optimizers.expected = True
             return tune(
-                _job(trainer, module, loader, Samples(loader, snapshot)),
+                _job(
+                    trainer,
+                    module,
+                    loader,
+                    Samples(loader, snapshot),
+                    repaired=self._repairs,
+                ),
                 self._settings.model_copy(update={"dataset_size": samples_of(loader)}),
                 known=known_plan(self._resumed, self._settings, world_size=1)
                 or self._known,
@@ -269,6 +315,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
 
     def _undo(self) -> None:
         self._before.forget()
+        self._window = None
         if self._rebatched is not None:
             self._rebatched.undo()
             self._rebatched = None
@@ -293,22 +340,26 @@ class _TuneOnly(_Callback):  # type: ignore[misc]  # a class made at run time
 
 def _samples_trained(trainer: Any, loader: Any, plan: BatchPlan) -> int | None:
     """What an epoch leaves after `drop_last` and `limit_train_batches`, which counts batches."""
-    samples, batches = samples_of(loader), batches_of(loader, plan.micro_batch_size)
+    samples = samples_of(loader)
+    batches = batches_trained(trainer, loader, plan.micro_batch_size)
     if samples is None or batches is None:
         return samples
-    limit = trainer.limit_train_batches
-    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
     return min(samples, batches * plan.micro_batch_size) or None
 
 
-def _job(trainer: Any, module: Any, loader: Any, samples: Samples) -> Job:
+def _job(
+    trainer: Any, module: Any, loader: Any, samples: Samples, *, repaired: bool
+) -> Job:
     package = package_of(trainer)
     lightning = importlib.import_module(package.partition(".")[0])
     parts = (
         type(module).__name__,
-        type(trainer.optimizers[0]).__name__,
+        " + ".join(type(optimizer).__name__ for optimizer in trainer.optimizers),
         str(trainer.precision),
     )
+    before = None
+    if module.automatic_optimization:  # by hand, updates are the module's affair
+        before = BatchPlan(batch_size_of(loader), trainer.accumulate_grad_batches)
     return Job(
         workload=Steps(trainer, samples),
         can_accumulate=True,
@@ -316,7 +367,8 @@ def _job(trainer: Any, module: Any, loader: Any, samples: Samples) -> Job:
         world_size=1,
         accumulate=trainer.accumulate_grad_batches,
         samples_trained=partial(_samples_trained, trainer, loader),
-        before=BatchPlan(batch_size_of(loader), trainer.accumulate_grad_batches),
+        before=before,
         subject=" · ".join(parts),
         environment={**versions(), lightning.__name__: lightning.__version__},
+        told=partial(told, trainer, loader, repaired=repaired),
     )

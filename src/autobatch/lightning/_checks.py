@@ -34,19 +34,25 @@ def _problems(trainer: Any, module: Any, resumed: BatchPlan | None) -> Iterator[
     package = package_of(trainer)
     strategies = importlib.import_module(f"{package}.strategies")
     callbacks = importlib.import_module(f"{package}.callbacks")
+    if trainer.strategy.handles_gradient_accumulation:
+        yield (
+            f"its strategy, {type(trainer.strategy).__name__}, accumulates by a number of its own that a plan can not "
+            "change (with another strategy the plan sets the accumulation)"
+        )
     if trainer.world_size > 1 or not isinstance(
         trainer.strategy, strategies.SingleDeviceStrategy
     ):
         yield f"it trains on {trainer.world_size} device(s) with {type(trainer.strategy).__name__}, not on a single one"
-    if not module.automatic_optimization:
-        yield "the module optimises by hand (automatic_optimization=False)"
-    if len(trainer.optimizers) != 1:
+    if module.automatic_optimization and len(trainer.optimizers) != 1:
         yield f"it has {len(trainer.optimizers)} optimizers, not one"
     if any(
         isinstance(callback, callbacks.GradientAccumulationScheduler)
         for callback in trainer.callbacks
     ):
-        yield "a GradientAccumulationScheduler sets the accumulation"
+        yield (
+            "a GradientAccumulationScheduler sets the accumulation (without it, target_batch_size names the batch "
+            "that the plan accumulates to)"
+        )
     if any(
         isinstance(callback, callbacks.BatchSizeFinder)
         for callback in trainer.callbacks

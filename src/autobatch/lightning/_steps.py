@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections import OrderedDict
+from contextlib import contextmanager
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final
 
@@ -47,6 +48,10 @@ _START_HOOKS: Final = (
 )
 
 
+# Micro-batches granted until every optimizer of a module that optimises by hand has stepped
+_PATIENCE: Final = 32
+
+
 class Steps:
     """Optimizer steps of a Trainer at any batch size: precision, clipping, closures and hooks are the real ones.
 
@@ -64,14 +69,26 @@ class Steps:
 
     def __call__(self, batch_size: int, accumulate: int) -> Iterator[None]:
         """Yield after each optimizer step."""
-        self._trainer.accumulate_grad_batches = accumulate
+        if self._is_automatic:
+            # By hand it is the module that accumulates: the Trainer's number would only disturb the bookkeeping
+            self._trainer.accumulate_grad_batches = accumulate
         self._trainer.fit_loop.epoch_loop.batch_progress.reset()
         batch = self._samples.batch(batch_size)
-        self._first_micro_batch(batch)
-        for index in count(1):
+        with _waiting(self._trainer.optimizers) as waiting:
+            self._first_micro_batch(batch)
+            first = 1
+            while waiting and not self._is_automatic and first < _PATIENCE:
+                # Some step every few micro-batches only, and need their memory then
+                self._micro_batch(batch, first)
+                first += 1
+        for index in count(first):
             if index % accumulate == 0:
                 yield
             self._micro_batch(batch, index)
+
+    @property
+    def _is_automatic(self) -> bool:
+        return bool(self._trainer.lightning_module.automatic_optimization)
 
     def _first_micro_batch(self, batch: Any) -> None:
         """Start a trial, and find out whether a step needs what the module's start hooks make.
@@ -112,7 +129,10 @@ class Steps:
             hook(trainer, _BATCH_HOOK, batch, index)
         loop.batch_progress.increment_started()
         arguments = loop._build_kwargs(OrderedDict(), batch, index)
-        loop.automatic_optimization.run(trainer.optimizers[0], index, arguments)
+        if self._is_automatic:
+            loop.automatic_optimization.run(trainer.optimizers[0], index, arguments)
+        else:
+            _run_by_hand(loop.manual_optimization, arguments)
         loop.batch_progress.increment_processed()
         trainer._logger_connector.on_batch_end()
         loop.batch_progress.increment_completed()
@@ -129,3 +149,30 @@ class Steps:
         return self._call._call_strategy_hook(
             trainer, "batch_to_device", batch, dataloader_idx=0
         )
+
+
+def _run_by_hand(loop: Any, arguments: OrderedDict[str, Any]) -> None:
+    try:
+        loop.run(arguments)
+    except BaseException:
+        # Lightning 2.6 takes what it hooked into the optimizers out again only where the step succeeds
+        loop.on_run_end()
+        raise
+
+
+@contextmanager
+def _waiting(optimizers: list[Any]) -> Iterator[set[int]]:
+    """The optimizers that have not stepped yet, by their ids: kept up to date while the body runs."""
+    waiting = set(map(id, optimizers))
+    hooks = [
+        optimizer.register_step_post_hook(
+            lambda stepped, *_: waiting.discard(id(stepped))
+        )
+        for optimizer in optimizers
+        if isinstance(optimizer, torch.optim.Optimizer)
+    ]
+    try:
+        yield waiting
+    finally:
+        for hook in hooks:
+            hook.remove()
