@@ -37,6 +37,7 @@ HERE = [package for package in PACKAGES if installed(package)]
 if not HERE:
     pytest.skip("Lightning is not installed", allow_module_level=True)
 pl = importlib.import_module(HERE[0])
+CASES = importlib.import_module("lightning_cases").CASES
 
 
 def data(length=600):
@@ -114,27 +115,7 @@ def runs(tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        "passed",
-        "passed, workers",
-        "passed, own generator",
-        "batch sampler",
-        "stream",
-        "hook",
-        "hook without",
-        "datamodule",
-        "one cycle",
-        "one cycle, hook",
-        "one cycle, workers",
-        "one cycle, own generator",
-        "one cycle, datamodule",
-        "clipped",
-        "bf16",
-        "limited",
-    ],
-)
+@pytest.mark.parametrize("case", CASES)
 def test_training_after_tuning_is_the_same_to_the_bit_as_with_the_numbers_written_by_hand(
     runs, case
 ):
