@@ -168,6 +168,120 @@ class Data(pl.LightningDataModule):
         )
 
 
+class ByHand(Model):
+    """Two networks against each other, each with an optimizer and a schedule of its own, stepped by hand."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.automatic_optimization = False
+        self.maker = nn.Linear(4, 16)
+
+    def training_step(self, batch, batch_idx):
+        x, y, index = batch
+        critic, maker = self.optimizers()
+        self.seen = self.seen + len(x)
+        noise = 0.1 * torch.rand((len(x), 4), generator=self.noise)
+        with_label = F.one_hot(y, 4) + noise
+
+        self.toggle_optimizer(maker)
+        fooled = -self.net(self.maker(with_label))[:, 0].mean()
+        self.manual_backward(fooled)
+        maker.step()
+        maker.zero_grad()
+        self.untoggle_optimizer(maker)
+
+        self.toggle_optimizer(critic)
+        loss = F.cross_entropy(self.net(x), y)
+        loss = loss + 0.1 * self.net(self.maker(with_label).detach())[:, 0].mean()
+        self.manual_backward(loss)
+        if (batch_idx + 1) % 3 == 0:
+            self.clip_gradients(critic, gradient_clip_val=0.5)
+            critic.step()
+            critic.zero_grad()
+            self.lr_schedulers()[0].step()
+        self.untoggle_optimizer(critic)
+
+        if self.trainer.is_last_batch:
+            self.lr_schedulers()[1].step()
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        rate = critic.param_groups[0]["lr"]
+        self.record.append(
+            (len(x), index.tolist(), loss.item(), rate, batch_idx, self.global_step)
+        )
+
+    def configure_optimizers(self):
+        critic = torch.optim.AdamW(
+            self.net.parameters(), 1e-4 * self.hparams.batch_size
+        )
+        maker = torch.optim.SGD(self.maker.parameters(), 1e-2, momentum=0.9)
+        rates = torch.optim.lr_scheduler
+        return [critic, maker], [
+            rates.StepLR(critic, 3),
+            rates.ExponentialLR(maker, 0.5),
+        ]
+
+
+class Quasi(Model):
+    """Steps with LBFGS, which evaluates its closure several times."""
+
+    def configure_optimizers(self):
+        return torch.optim.LBFGS(
+            self.parameters(), 1e-2, max_iter=3, history_size=2, line_search_fn=None
+        )
+
+
+class Plateau(Model):
+    """Lowers its rate after every epoch, and further where a metric of training stays where it is."""
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), 1e-4, momentum=0.9)
+        rates = torch.optim.lr_scheduler
+        waits = rates.ReduceLROnPlateau(optimizer, patience=0, threshold=0.5)
+        return [optimizer], [
+            {"scheduler": waits, "monitor": "loss_epoch"},
+            {"scheduler": rates.ExponentialLR(optimizer, 0.7), "interval": "epoch"},
+        ]
+
+
+class Frozen(Model):
+    """Trains its head alone."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.net[0].requires_grad_(False)
+
+    def configure_optimizers(self):
+        head = [part for part in self.parameters() if part.requires_grad]
+        return torch.optim.Adam(head, 1e-4 * self.hparams.batch_size)
+
+
+class Compilable(Model):
+    """Logs nothing in its step, since torch 2.13 can not compile `self.log` of Lightning 2.6."""
+
+    def training_step(self, batch, batch_idx):
+        x, y, _ = batch
+        self.seen = self.seen + len(x)
+        return F.cross_entropy(self.net(x), y)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.record.append((len(batch[0]), outputs["loss"].item(), self.global_step))
+
+
+class PartlyCompiled(Model):
+    """Has a compiled network."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.net = torch.compile(self.net, backend="eager")
+
+
+def half():
+    """Mixed precision of 16 bits, whose first scale is far too large."""
+    plugins = importlib.import_module(f"{pl.__name__}.plugins.precision")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=4)
+    return plugins.MixedPrecision("16-mixed", "cpu", scaler=scaler)
+
+
 CASES = {
     "passed": {},
     "passed, workers": {"workers": 1},
@@ -187,6 +301,16 @@ CASES = {
     "limited": {
         "trainer": {"limit_train_batches": 0.5, "reload_dataloaders_every_n_epochs": 1}
     },
+    "by hand": {"model": ByHand, "by hand": True},
+    "lbfgs": {"model": Quasi},
+    "plateau": {"model": Plateau, "trainer": {"max_epochs": 4}},
+    "frozen": {"model": Frozen},
+    "fp16": {"plugin": half, "trainer": {"max_epochs": 3}},
+    "clipped by value": {
+        "trainer": {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}
+    },
+    "compiled": {"model": Compilable, "compiled": True},
+    "compiled part": {"model": PartlyCompiled},
 }
 
 
@@ -197,6 +321,10 @@ def run(case, plan):
         "source": "passed",
         "workers": 0,
         "generator": False,
+        "model": Model,
+        "by hand": False,
+        "plugin": None,
+        "compiled": False,
         "trainer": {},
     } | CASES[case]
     callbacks = []
@@ -212,18 +340,24 @@ def run(case, plan):
         callbacks = [tuner]
     micro, accumulate = plan or (4, 1)
     pl.seed_everything(1, verbose=False)
-    model = Model(micro, options["schedule"], options["source"], options["workers"])
+    model = options["model"](
+        micro, options["schedule"], options["source"], options["workers"]
+    )
     model.hard_coded = micro
     trainer = pl.Trainer(
-        max_epochs=2,
-        accumulate_grad_batches=accumulate,
-        callbacks=callbacks,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options["trainer"],
+        **{
+            "max_epochs": 2,
+            # A module that optimises by hand accumulates by itself, or not
+            "accumulate_grad_batches": 1 if options["by hand"] else accumulate,
+            "callbacks": callbacks,
+            "plugins": options["plugin"] and options["plugin"](),
+            "accelerator": "cpu",
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        }
+        | options["trainer"],
     )
     if options["source"] == "datamodule":
         trainer.fit(model, datamodule=Data(micro))
@@ -239,14 +373,19 @@ def run(case, plan):
         loader = DataLoader(
             model.data, micro, shuffle=True, num_workers=workers, generator=generator
         )
-        trainer.fit(model, loader)
+        fitted = torch.compile(model, backend="eager") if options["compiled"] else model
+        trainer.fit(fitted, loader)
     else:
         trainer.fit(model)
     result = {
         "record": model.record,
         "hooks": model.hooks,
         "weights": {name: value.clone() for name, value in model.state_dict().items()},
-        "optimizer": trainer.optimizers[0].state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
+        "schedules": [
+            config.scheduler.state_dict() for config in trainer.lr_scheduler_configs
+        ],
+        "precision": trainer.precision_plugin.state_dict(),
         "seen": model.seen,
         "noise": model.noise.get_state(),
         "reads": model.data.reads,

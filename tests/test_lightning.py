@@ -38,6 +38,7 @@ if not HERE:
     pytest.skip("Lightning is not installed", allow_module_level=True)
 pl = importlib.import_module(HERE[0])
 check = importlib.import_module("autobatch.lightning._checks").check
+CASES = importlib.import_module("lightning_cases").CASES
 
 
 def data(length=600):
@@ -115,27 +116,7 @@ def runs(tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        "passed",
-        "passed, workers",
-        "passed, own generator",
-        "batch sampler",
-        "stream",
-        "hook",
-        "hook without",
-        "datamodule",
-        "one cycle",
-        "one cycle, hook",
-        "one cycle, workers",
-        "one cycle, own generator",
-        "one cycle, datamodule",
-        "clipped",
-        "bf16",
-        "limited",
-    ],
-)
+@pytest.mark.parametrize("case", CASES)
 def test_training_after_tuning_is_the_same_to_the_bit_as_with_the_numbers_written_by_hand(
     runs, case
 ):
@@ -546,8 +527,8 @@ def test_an_error_while_tuning_leaves_the_callbacks_alone():
     fitted, callback = trainer(tuner()), tuner()
     callbacks = list(fitted.callbacks)
 
-    with pytest.raises(autobatch.AutobatchError, match="optimises by hand"):
-        callback.tune(fitted, ByHand(), plain())
+    with pytest.raises(autobatch.AutobatchError, match="it is a list"):
+        callback.tune(fitted, Model(), [plain(), plain()])
 
     assert fitted.callbacks == callbacks
 
@@ -725,12 +706,6 @@ assert {package.partition(".")[0]!r} in callback.report.environment
 # What is refused
 
 
-class ByHand(Model):
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-
-
 class WithHook(Model):
     def train_dataloader(self):
         return DataLoader(data(), batch_size=self.hparams.batch_size)
@@ -777,7 +752,6 @@ def plain():
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: (ByHand(), plain(), {}), "optimises by hand"),
         (
             lambda: (Model(), [(torch.zeros(4, 16), torch.zeros(4))], {}),
             "it is a Tensor, not a DataLoader",
@@ -819,7 +793,6 @@ def plain():
         ),
     ],
     ids=[
-        "by hand",
         "list of batches",
         "iterable",
         "unbatched",

@@ -13,7 +13,16 @@ if TYPE_CHECKING:
     from autobatch._plan import BatchPlan
     from autobatch._trial import Trial
 
-__all__ = ["Bound", "Findings", "Look", "notes", "tightest_bound"]
+__all__ = [
+    "Bound",
+    "Findings",
+    "Look",
+    "by_hand",
+    "last_window",
+    "notes",
+    "repeated_closures",
+    "tightest_bound",
+]
 
 _MUCH = 0.1  # share of a device's memory held by others that a person should hear of
 
@@ -232,6 +241,47 @@ def _fallback(found: Findings) -> str | None:
     return (
         f"Memory is read from {found.source}." if " because " in found.source else None
     )
+
+
+# What a door alone knows
+
+
+def by_hand(plan: BatchPlan) -> str | None:
+    """What is left to a module that optimises by hand."""
+    if plan.accumulate_grad_batches == 1:
+        return None
+    return (
+        f"This module optimises by hand: to reach {plan.effective_batch_size} samples per update its training_step "
+        f"has to step every {plan.accumulate_grad_batches} micro-batches. It was tried as it steps now."
+    )
+
+
+def repeated_closures(plan: BatchPlan) -> str | None:
+    """What becomes of the gradients of an optimizer that evaluates its closure several times in a step."""
+    if plan.accumulate_grad_batches == 1:
+        return None
+    return (
+        "LBFGS evaluates the last micro-batch of an update several times, and Lightning adds up the gradients of all "
+        "evaluations: give a target_batch_size that fits at once."
+    )
+
+
+def last_window(plan: BatchPlan, micro_batches: int, samples: int) -> str | None:
+    """How Lightning weights the last update of an epoch: of so many micro-batches, the last of so many samples."""
+    whole, size = plan.accumulate_grad_batches, plan.micro_batch_size
+    told = []
+    if micro_batches < whole:
+        made = f"{micro_batches} micro-batch{'es' if micro_batches > 1 else ''}"
+        told.append(
+            f"The last update of an epoch is made of {made} instead of {whole}, and Lightning still divides by "
+            f"{whole}: its gradient is {100 * micro_batches / whole:.3g} % of what it should be"
+        )
+    if samples < size and micro_batches > 1:
+        told.append(
+            f"The last micro-batch of an epoch has {samples} of {size} samples, and Lightning counts it as a full one: "
+            f"its samples weigh {size / samples:.3g} times as much as others"
+        )
+    return f"{'. '.join(told)}; repair_last_window=True corrects it." if told else None
 
 
 def _on(world_size: int) -> str:

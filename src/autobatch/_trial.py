@@ -92,6 +92,7 @@ class OptimizerWatch:
         self.expected = False
         self._clock = clock
         self._timing = False
+        self._depth = 0  # of a step within a step, where an optimizer extends another's
         self._began = 0.0
         self._seconds = 0.0
 
@@ -114,7 +115,7 @@ class OptimizerWatch:
     @contextlib.contextmanager
     def timing(self) -> Iterator[Callable[[], float]]:
         """Within it the clock, which waits for queued work, is read around optimizers; gives seconds since last asked."""
-        self._timing, self._seconds = True, 0.0
+        self._timing, self._depth, self._seconds = True, 0, 0.0
         try:
             yield self._take
         finally:
@@ -129,6 +130,9 @@ class OptimizerWatch:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if not self._timing:
             return None
+        self._depth += 1
+        if self._depth > 1:
+            return None
         self._began = self._clock()
         if callable(kwargs.get("closure")):
             return args, {**kwargs, "closure": self._without(kwargs["closure"])}
@@ -138,7 +142,10 @@ class OptimizerWatch:
 
     def _after(self, *_: object) -> None:
         self.steps += 1
-        if self._timing:
+        if not self._timing:
+            return
+        self._depth -= 1
+        if self._depth == 0:
             self._seconds += self._clock() - self._began
 
     def _without(self, closure: Callable[[], Any]) -> Callable[[], Any]:

@@ -37,6 +37,7 @@ from autobatch.lightning._milestones import Milestones, checked_epochs
 from autobatch.lightning._package import package_of
 from autobatch.lightning._run import Asked, tune_evaluation, tune_training
 from autobatch.lightning._samples import checked_worst_case
+from autobatch.lightning._windows import WindowRepair, check_switch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -100,6 +101,9 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         search: Which size to try next; `GuidedBisection()` unless told otherwise.
         device: Where memory is read: a name such as "cuda:1", or a probe. None: where the model is.
         batch_arg_name: The attribute or hyperparameter of the module or datamodule that names the batch size, if any.
+        repair_last_window: Whether the last update of an epoch, which may be of fewer samples than the others, gets
+            the gradient of the mean loss over its samples; Lightning by itself makes it too small. For losses that
+            are means over the batch.
         worst_case: A function that makes the largest batch of so many samples that a step may meet, on the host and
             as the loader would collate it. None: trials run the largest of up to 1,000 samples, or of those that
             5 seconds suffice to read.
@@ -127,6 +131,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         search: Search | None = None,
         device: str | MemoryProbe | None = None,
         batch_arg_name: str = "batch_size",
+        repair_last_window: bool = False,
         worst_case: Callable[[int], Any] | None = None,
         retune_at_epochs: Sequence[int] = (),
     ) -> None:
@@ -146,6 +151,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             search=checked_search(search),
             device=device,
             worst_case=checked_worst_case(worst_case),
+            repairs=check_switch(repair_last_window),
         )
         self._batch_arg_name = batch_arg_name
         self._milestones = Milestones(checked_epochs(retune_at_epochs))
@@ -154,6 +160,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         self._trained: TuningReport | None = None  # what training goes by
         self._checkpoint: Checkpoint | None = None
         self._rebatched: dict[str, Rebatched] = {}  # by what they serve
+        self._window: WindowRepair | None = None
         self._before = BeforeOptimizers()
 
     def tune(
@@ -239,6 +246,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             self._before,
         )
         self._resize_validation(trainer, tuned)
+        self._watch_windows(tuned.report)
         self._first = self._trained = tuned.report
         self._tell(trainer, tuned.report)
 
@@ -263,6 +271,30 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             self._milestones.watch(trainer, partial(self._retune, trainer, pl_module))
         if self.report is not None:
             log_report(self.report, trainer)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Count from here, where the last window of an epoch is repaired."""
+        if self._window is not None:
+            self._window.start_epoch()
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count its samples, where the last window of an epoch is repaired."""
+        if self._window is not None:
+            self._window.start_batch(trainer, batch, batch_idx)
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
+        """Weight the gradients so far, where the last window of an epoch is repaired."""
+        if self._window is not None:
+            self._window.before_backward(trainer)
+
+    def on_before_optimizer_step(
+        self, trainer: Any, pl_module: Any, optimizer: Any
+    ) -> None:
+        """Weight all gradients, where the last window of an epoch is repaired."""
+        if self._window is not None:
+            self._window.before_step(trainer, optimizer)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Give the user's loader its own size again."""
@@ -292,6 +324,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
                 tuned.batch_sizes,
                 self._rebatched["train"],
             )
+            self._watch_windows(tuned.report)
         self._trained = tuned.report
         self._tell(trainer, tuned.report)
         log_report(tuned.report, trainer)
@@ -306,6 +339,10 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         source = getattr(trainer, STAGES[stage].loop)._data_source
         self._rebatched[stage] = Rebatched(source, tuned.batch_sizes)
         self._tell(trainer, tuned.report)
+
+    def _watch_windows(self, report: TuningReport) -> None:
+        if self._asked.repairs:
+            self._window = WindowRepair(report.plan.micro_batch_size)
 
     def _resize_validation(self, trainer: Any, tuned: Tuned) -> None:
         if tuned.validation_sizes is None:
@@ -347,6 +384,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
     def _undo(self) -> None:
         self._milestones.forget()
         self._before.forget()
+        self._window = None
         while self._rebatched:
             self._rebatched.popitem()[1].undo()
 

@@ -41,7 +41,8 @@ def apply(
         undo.callback(
             setattr, trainer, "accumulate_grad_batches", trainer.accumulate_grad_batches
         )
-        trainer.accumulate_grad_batches = plan.accumulate_grad_batches
+        if module.automatic_optimization:  # by hand, the module accumulates
+            trainer.accumulate_grad_batches = plan.accumulate_grad_batches
         before.restore()
         for holder in _holders(module, batch_arg_name):
             undo.callback(holder.set, holder.value)

@@ -98,6 +98,11 @@ def _problems(
     strategies = importlib.import_module(f"{package}.strategies")
     callbacks = importlib.import_module(f"{package}.callbacks")
     strategy = trainer.strategy
+    if strategy.handles_gradient_accumulation:
+        yield (
+            f"its strategy, {type(strategy).__name__}, accumulates by a number of its own that a plan can not "
+            "change (with another strategy the plan sets the accumulation)"
+        )
     if isinstance(strategy, strategies.DeepSpeedStrategy) or not isinstance(
         strategy, (strategies.SingleDeviceStrategy, strategies.DDPStrategy)
     ):
@@ -109,15 +114,16 @@ def _problems(
         for optimizer in trainer.optimizers
     ):
         yield "a ZeroRedundancyOptimizer makes ranks wait for each other in every step"
-    if not module.automatic_optimization:
-        yield "the module optimises by hand (automatic_optimization=False)"
-    if len(trainer.optimizers) != 1:
+    if module.automatic_optimization and len(trainer.optimizers) != 1:
         yield f"it has {len(trainer.optimizers)} optimizers, not one"
     if any(
         isinstance(callback, callbacks.GradientAccumulationScheduler)
         for callback in trainer.callbacks
     ):
-        yield "a GradientAccumulationScheduler sets the accumulation"
+        yield (
+            "a GradientAccumulationScheduler sets the accumulation (without it, target_batch_size names the batch "
+            "that the plan accumulates to)"
+        )
     if any(
         isinstance(callback, callbacks.BatchSizeFinder)
         for callback in trainer.callbacks

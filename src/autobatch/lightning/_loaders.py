@@ -17,7 +17,14 @@ from autobatch.lightning._package import package_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Loaders", "Rebatched", "capture_order", "is_empty", "sampler_of"]
+__all__ = [
+    "Loaders",
+    "Rebatched",
+    "capture_order",
+    "is_empty",
+    "sampler_of",
+    "samples_of",
+]
 
 _LENGTH_OF_EPOCH: Final[dict[str, Callable[[list[int]], int]]] = {
     "max_size_cycle": max,
@@ -56,7 +63,8 @@ class Loaders:
                 )
         self.each: tuple[DataLoader[Any], ...] = tuple(self._combined.flattened)
         self.own_sizes: tuple[int, ...] = tuple(map(_batch_size, self.each))
-        self._shards = tuple(_shards(trainer, loader) for loader in self.each)
+        # Among how many ranks the samples of each are dealt out
+        self.shards = tuple(_shards(trainer, loader) for loader in self.each)
         self._world_size = int(trainer.world_size)
 
     @property
@@ -77,10 +85,10 @@ class Loaders:
     @property
     def samples(self) -> int | None:
         """Samples of the first that all ranks see in an epoch; None where its data set is a stream."""
-        samples = _samples_of_rank(self.each[0], self._shards[0])
+        samples = samples_of(self.each[0], self.shards[0])
         if samples is None:
             return None
-        if self._shards[0] > 1:  # padded to the same length on each rank
+        if self.shards[0] > 1:  # padded to the same length on each rank
             return len(sampler_of(self.each[0]))
         return samples * self._world_size
 
@@ -89,7 +97,7 @@ class Loaders:
         lengths = [
             _batches(loader, size, shards)
             for loader, size, shards in zip(
-                self.each, self.sizes_at(batch_size), self._shards, strict=True
+                self.each, self.sizes_at(batch_size), self.shards, strict=True
             )
         ]
         known = [length for length in lengths if length is not None]
@@ -137,7 +145,7 @@ def sampler_of(loader: DataLoader[Any]) -> Any:
 
 def is_empty(loader: object) -> bool:
     """Whether a loader that was passed has no data at all."""
-    return isinstance(loader, DataLoader) and _samples_of_rank(loader, 1) == 0
+    return isinstance(loader, DataLoader) and samples_of(loader, 1) == 0
 
 
 class Rebatched:
@@ -170,7 +178,7 @@ class Rebatched:
         """Read one batch of indices back; `AutobatchError` where it is not of the size that was set."""
         for loader, size in zip(loaders.each, self._batch_sizes, strict=True):
             got = _first_batch(loader)
-            samples = _samples_of_rank(loader, 1)
+            samples = samples_of(loader, 1)
             if got != min(size, samples or got):
                 raise AutobatchError(
                     f"The loader still makes batches of {got} after its batch size was set to {size}; AutoBatch can "
@@ -216,7 +224,7 @@ def _shards(trainer: Any, loader: DataLoader[Any]) -> int:
     return 1
 
 
-def _samples_of_rank(loader: DataLoader[Any], shards: int) -> int | None:
+def samples_of(loader: DataLoader[Any], shards: int) -> int | None:
     """Samples of one rank per epoch; None where the data set is a stream."""
     if isinstance(loader.dataset, IterableDataset):
         return None
@@ -225,7 +233,7 @@ def _samples_of_rank(loader: DataLoader[Any], shards: int) -> int | None:
 
 def _batches(loader: DataLoader[Any], batch_size: int, shards: int) -> int | None:
     """Batches of one rank per epoch at another batch size; None where that is not known."""
-    samples = _samples_of_rank(loader, shards)
+    samples = samples_of(loader, shards)
     if not isinstance(loader.batch_sampler, Sized) or samples is None:
         return None
     if shards > 1:

@@ -26,6 +26,7 @@ from autobatch.lightning._package import package_of
 from autobatch.lightning._samples import Samples
 from autobatch.lightning._scratch import scratch
 from autobatch.lightning._steps import Steps
+from autobatch.lightning._windows import batches_trained, check_repairable, told
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
@@ -51,12 +52,14 @@ class Asked:
         search: Which size to try next.
         device: Where memory is read; None: where the model is.
         worst_case: Makes the largest batch of a size, where the user knows it.
+        repairs: Whether the last window of an epoch is repaired.
     """
 
     settings: Settings
     search: Search
     device: str | MemoryProbe | None
     worst_case: Callable[[int], Any] | None
+    repairs: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,8 @@ def tune_training(trainer: Any, module: Any, asked: Asked, known_at: KnownAt) ->
         AutobatchError: A loader's batch size can not be changed, or an argument of the Trainer rules the plan out.
         DoesNotFitError: No batch size fits.
     """
+    if asked.repairs:
+        check_repairable(trainer, module)
     # The loops know none of these three while scratch ones stand for them
     validates = trainer.enable_validation
     validation = trainer.fit_loop.epoch_loop.val_loop._data_source
@@ -101,10 +106,14 @@ def tune_training(trainer: Any, module: Any, asked: Asked, known_at: KnownAt) ->
             start=loaders.batch_size,
             accumulate=accumulate,
             samples_trained=counts.samples,
-            remarks=counts.remarks,
-            before=counts.before,
+            remarks=lambda plan: (
+                *told(trainer, loaders, plan, repaired=asked.repairs),
+                *counts.remarks(plan),
+            ),
+            # By hand, updates are the module's affair
+            before=counts.before if module.automatic_optimization else None,
             subject=_subject(
-                module, *map(_name, trainer.optimizers), trainer.precision
+                module, " + ".join(map(_name, trainer.optimizers)), trainer.precision
             ),
             environment=_environment(trainer),
             look=lambda: samples.look,
@@ -320,11 +329,9 @@ def _told(report: TuningReport, note: str) -> TuningReport:
 
 def _samples_trained(trainer: Any, loaders: Loaders, plan: BatchPlan) -> int | None:
     """What an epoch leaves after `drop_last` and `limit_train_batches`, which counts batches."""
-    batches = loaders.batches(plan.micro_batch_size)
+    batches = batches_trained(trainer, loaders, plan.micro_batch_size)
     if batches is None:
         return loaders.samples
-    limit = trainer.limit_train_batches
-    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
     return loaders.samples_in(batches, plan.micro_batch_size) or None
 
 

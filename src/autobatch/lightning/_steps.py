@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 from collections import OrderedDict
+from contextlib import contextmanager
+from functools import partial
 from itertools import count, cycle
 from typing import TYPE_CHECKING, Any, Final
 
@@ -13,7 +15,7 @@ from autobatch._memory import is_oom
 from autobatch.lightning._package import package_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Sequence
+    from collections.abc import Callable, Generator, Iterator, Sequence
 
     from autobatch.lightning._samples import Samples
 
@@ -88,6 +90,10 @@ def on_device(trainer: Any, batch: Any, dataloader_idx: int) -> Any:
     )
 
 
+# Micro-batches granted until every optimizer of a module that optimises by hand has stepped
+_PATIENCE: Final = 32
+
+
 class Steps:
     """Optimizer steps of a Trainer at any batch size: precision, clipping, closures and hooks are the real ones.
 
@@ -102,14 +108,26 @@ class Steps:
 
     def __call__(self, batch_size: int, accumulate: int) -> Generator[None]:
         """Yield after each optimizer step."""
-        self._trainer.accumulate_grad_batches = accumulate
+        if self._is_automatic:
+            # By hand it is the module that accumulates: the Trainer's number would only disturb the bookkeeping
+            self._trainer.accumulate_grad_batches = accumulate
         batches = cycle(self._samples.batches(batch_size))
-        first = next(batches)
-        self._hooks.first(lambda: self._begin(first))
-        for index in count(1):
+        begin = partial(self._begin, next(batches))
+        with _waiting(self._trainer.optimizers) as waiting:
+            self._hooks.first(begin)
+            taken = 1
+            while waiting and not self._is_automatic and taken < _PATIENCE:
+                # Some step every few micro-batches only, and need their memory then
+                self._micro_batch(next(batches), taken)
+                taken += 1
+        for index in count(taken):
             if index % accumulate == 0:
                 yield
             self._micro_batch(next(batches), index)
+
+    @property
+    def _is_automatic(self) -> bool:
+        return bool(self._trainer.lightning_module.automatic_optimization)
 
     def _begin(self, batch: Any) -> None:
         self._trainer.fit_loop.epoch_loop.batch_progress.reset()
@@ -123,7 +141,37 @@ class Steps:
         self._hooks.before_batch(batch, index)
         loop.batch_progress.increment_started()
         arguments = loop._build_kwargs(OrderedDict(), batch, index)
-        loop.automatic_optimization.run(trainer.optimizers[0], index, arguments)
+        if self._is_automatic:
+            loop.automatic_optimization.run(trainer.optimizers[0], index, arguments)
+        else:
+            _run_by_hand(loop.manual_optimization, arguments)
         loop.batch_progress.increment_processed()
         trainer._logger_connector.on_batch_end()
         loop.batch_progress.increment_completed()
+
+
+def _run_by_hand(loop: Any, arguments: OrderedDict[str, Any]) -> None:
+    try:
+        loop.run(arguments)
+    except BaseException:
+        # Lightning 2.6 takes what it hooked into the optimizers out again only where the step succeeds
+        loop.on_run_end()
+        raise
+
+
+@contextmanager
+def _waiting(optimizers: list[Any]) -> Iterator[set[int]]:
+    """The optimizers that have not stepped yet, by their ids: kept up to date while the body runs."""
+    waiting = set(map(id, optimizers))
+    hooks = [
+        optimizer.register_step_post_hook(
+            lambda stepped, *_: waiting.discard(id(stepped))
+        )
+        for optimizer in optimizers
+        if isinstance(optimizer, torch.optim.Optimizer)
+    ]
+    try:
+        yield waiting
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,393 @@
+from __future__ import annotations
+
+import importlib
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import autobatch
+from autobatch.testing import SimulatedAccelerator
+
+for package in ("pytorch_lightning", "lightning.pytorch"):
+    try:
+        pl = importlib.import_module(package)
+        break
+    except ModuleNotFoundError:
+        continue
+else:
+    pytest.skip("Lightning is not installed", allow_module_level=True)
+strategies = importlib.import_module(f"{pl.__name__}.strategies")
+
+
+def loader(length=600, **options):
+    x = torch.randn(length, 16, generator=torch.Generator().manual_seed(5))
+    return DataLoader(TensorDataset(x, x[:, :4].argmax(1)), batch_size=4, **options)
+
+
+class Model(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(16, 256), nn.ReLU(), nn.Linear(256, 4))
+        self.sizes = []
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        self.sizes.append(len(x))
+        return F.cross_entropy(self.net(x), y)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters())
+
+
+class ByHand(Model):
+    """Two optimizers, of which the second steps every so many micro-batches, with one more part frozen."""
+
+    def __init__(self, every=1):
+        super().__init__()
+        self.automatic_optimization = False
+        self.other = nn.Linear(16, 16)
+        self.fixed = nn.Linear(16, 16).requires_grad_(False)
+        self.every = every
+        self.seen = lambda *_: None
+
+    def training_step(self, batch, batch_idx):
+        net, other = self.optimizers()
+        self.sizes.append(len(batch[0]))
+        for optimizer in (net, other)[: 2 if (batch_idx + 1) % self.every == 0 else 1]:
+            self.toggle_optimizer(optimizer)
+            x = self.other(self.fixed(batch[0]))
+            self.seen(optimizer, len(x))
+            self.manual_backward(F.cross_entropy(self.net(x), batch[1]))
+            optimizer.step()
+            optimizer.zero_grad()
+            self.untoggle_optimizer(optimizer)
+
+    def configure_optimizers(self):
+        return [
+            torch.optim.AdamW(self.net.parameters()),
+            torch.optim.SGD(
+                [*self.other.parameters(), *self.fixed.parameters()], 0.1, momentum=0.9
+            ),
+        ]
+
+
+def tuner(**options):
+    return autobatch.AutoBatch(
+        **{
+            "target_batch_size": 120,
+            "device": SimulatedAccelerator("450KiB"),
+            **options,
+        }
+    )
+
+
+def trainer(*callbacks, **options):
+    quiet = {
+        "max_epochs": 1,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return pl.Trainer(callbacks=list(callbacks), **{**quiet, **options})
+
+
+def trainable(model):
+    return {name: each.requires_grad for name, each in model.named_parameters()}
+
+
+# Optimising by hand
+
+
+def test_a_module_that_optimises_by_hand_trains_at_the_size_found():
+    callback, model = tuner(), ByHand()
+    fitted, accumulations = trainer(callback), set()
+    model.seen = lambda *_: accumulations.add(fitted.accumulate_grad_batches)
+
+    fitted.fit(model, loader(drop_last=True))
+
+    plan = callback.report.plan
+    assert plan.effective_batch_size == 120
+    assert plan.accumulate_grad_batches > 1
+    assert set(model.sizes) == {plan.micro_batch_size}
+    assert accumulations == {1}, "the Trainer's own is left alone, in trials too"
+    assert callback.report.subject == "ByHand · AdamW + SGD · 32-true"
+
+
+def test_what_is_left_to_a_module_that_optimises_by_hand_is_told():
+    callback = tuner(target_batch_size=None, plan=autobatch.BatchPlan(30, 4))
+
+    trainer(callback).fit(ByHand(), loader())
+
+    (note,) = callback.report.notes
+    assert note == (
+        "This module optimises by hand: to reach 120 samples per update its training_step has to step every 4 "
+        "micro-batches. It was tried as it steps now."
+    )
+
+
+def test_nothing_is_left_to_it_where_a_micro_batch_is_an_update():
+    callback = tuner(target_batch_size=None, plan=autobatch.BatchPlan(30))
+
+    trainer(callback).fit(ByHand(), loader())
+
+    assert callback.report.notes == ()
+
+
+@pytest.mark.parametrize("every", [1, 7])
+def test_a_trial_lasts_until_every_optimizer_has_stepped(every):
+    stepped, model = set(), ByHand(every)
+    model.seen = lambda optimizer, size: stepped.add((type(optimizer).__name__, size))
+    callback = tuner(steps_per_trial=1, search=autobatch.Bisection())
+
+    callback.tune(trainer(), model, loader())
+
+    ran = {trial.batch_size for trial in callback.report.trials if trial.fits}
+    assert ran
+    for name in ("LightningAdamW", "LightningSGD"):
+        assert {(name, size) for size in ran} <= stepped
+
+
+def test_a_module_that_never_steps_is_not_waited_for_without_end():
+    class Idle(ByHand):
+        def training_step(self, batch, batch_idx):
+            self.net(batch[0]).mean().backward()
+
+    report = tuner(plan=autobatch.BatchPlan(60, 2)).tune(trainer(), Idle(), loader())
+
+    assert report.plan.micro_batch_size == 60
+
+
+def fails(model, error):
+    """Let its steps fail in the middle, with other parameters switched off, once the micro-batch is large."""
+    count = itertools.count()
+
+    def seen(_, size):
+        if size > 16 and next(count) < 3:
+            raise error
+
+    model.seen = seen
+    return model
+
+
+def test_memory_that_runs_out_between_toggle_and_untoggle_freezes_nothing():
+    model, callback = fails(ByHand(), torch.OutOfMemoryError("mine")), tuner()
+    before, seen = trainable(model), []
+    model.on_train_start = lambda: seen.append(trainable(model))
+
+    trainer(callback).fit(model, loader())
+
+    outcomes = {trial.outcome for trial in callback.report.trials}
+    assert autobatch.Outcome.OUT_OF_MEMORY in outcomes
+    assert seen == [before]
+    assert trainable(model) == before
+    assert {*before.values()} == {True, False}
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("mine"), ZeroDivisionError()])
+def test_what_was_hooked_into_the_optimizers_is_gone_after_a_step_that_failed(error):
+    model, fitted = fails(ByHand(), error), trainer()
+    before = trainable(model)
+
+    if isinstance(error, ZeroDivisionError):
+        with pytest.raises(ZeroDivisionError):
+            tuner().tune(fitted, model, loader())
+    else:
+        tuner().tune(fitted, model, loader())
+
+    hooks = [
+        hook.__name__
+        for optimizer in fitted.strategy._lightning_optimizers
+        for hook in (optimizer._on_before_step, optimizer._on_after_step)
+    ]
+    assert hooks == ["do_nothing_closure"] * 4
+    assert trainable(model) == before
+
+
+def test_training_goes_on_after_tuning_by_hand_ran_out_of_memory():
+    def weights(*, tuned):
+        pl.seed_everything(1, verbose=False)
+        model, fitted = ByHand(), trainer()
+        if tuned:
+            fails(model, torch.OutOfMemoryError("mine"))
+            tuner().tune(fitted, model, loader())
+            model.seen = lambda *_: None
+        fitted.fit(model, loader())
+        return [value.tolist() for value in model.parameters()]
+
+    assert weights(tuned=True) == weights(tuned=False)
+
+
+# Schedules
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "limits"),
+    [
+        (120, {}, {}),
+        (24, {}, {}),
+        (120, {"drop_last": True}, {"max_epochs": 3}),
+        (120, {}, {"limit_train_batches": 0.5}),
+        (120, {}, {"limit_train_batches": 7, "max_epochs": 2}),
+    ],
+)
+def test_a_schedule_has_as_many_steps_as_training_makes(target, options, limits):
+    lengths = []
+
+    class Scheduled(Model):
+        def configure_optimizers(self):
+            optimizer = torch.optim.AdamW(self.parameters())
+            lengths.append(int(self.trainer.estimated_stepping_batches))
+            schedule = torch.optim.lr_scheduler.OneCycleLR(
+                optimizer, 1e-2, total_steps=lengths[-1]
+            )
+            return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    fitted = trainer(tuner(target_batch_size=target), **limits)
+
+    fitted.fit(Scheduled(), loader(**options))
+
+    assert lengths[0] > lengths[1] == fitted.global_step
+    assert fitted.lr_scheduler_configs[0].scheduler.last_epoch == fitted.global_step
+
+
+# Optimizers of other kinds
+
+
+class Quasi(Model):
+    def __init__(self):
+        super().__init__()
+        self.double()
+        self.evaluated = []
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self.net(x.double()), y)
+
+    def on_before_optimizer_step(self, optimizer):
+        self.evaluated.append(self.net[2].weight.grad.clone())
+
+    def configure_optimizers(self):
+        return torch.optim.LBFGS(self.parameters(), 1e-12, max_iter=2)
+
+
+def test_what_accumulation_does_to_lbfgs_is_told_and_true():
+    """It adds the gradients of every evaluation of the last micro-batch to what was accumulated."""
+    model = Quasi()
+    callback = tuner(
+        target_batch_size=None,
+        plan=autobatch.BatchPlan(30, 2),
+        device=SimulatedAccelerator("64MiB"),
+    )
+
+    trainer(callback, limit_train_batches=2).fit(model, loader())
+
+    def gradient(batch):
+        model.zero_grad()
+        model.training_step(batch, 0).backward()
+        return model.net[2].weight.grad
+
+    x, y = loader().dataset[:60]
+    one, other = (gradient((x[part], y[part])) for part in (slice(30), slice(30, 60)))
+    once, twice = model.evaluated
+    torch.testing.assert_close(once, (one + other) / 2)
+    torch.testing.assert_close(twice, (one + 2 * other) / 2)
+    assert callback.report.notes[1] == (
+        "LBFGS evaluates the last micro-batch of an update several times, and Lightning adds up the gradients of all "
+        "evaluations: give a target_batch_size that fits at once."
+    )
+
+
+def test_an_optimizer_that_extends_the_step_of_another_is_timed_once():
+    class Looks(torch.optim.SGD):
+        """Goes a little further before it steps."""
+
+        def step(self, closure):
+            closure()
+            return super().step(closure)
+
+    class Looking(Model):
+        def configure_optimizers(self):
+            torch.optim.SGD(self.parameters(), 0.1)  # its class is hooked as well
+            return Looks(self.parameters(), 0.1)
+
+    callback = tuner()
+
+    trainer(callback).fit(Looking(), loader())
+
+    for trial in callback.report.trials:
+        if trial.fits:
+            assert 0 <= trial.optimizer_seconds < trial.step_seconds * trial.accumulate
+
+
+def test_a_compiled_module_trains_compiled_after_tuning():
+    ran, training = [], []
+
+    def backend(graph, _):
+        def run(*arguments):
+            ran.append(bool(training))
+            return graph(*arguments)
+
+        return run
+
+    class Compiled(Model):
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+        def on_train_start(self):
+            training.append(True)
+
+    callback = tuner()
+
+    trainer(callback).fit(torch.compile(Compiled(), backend=backend), loader())
+
+    assert callback.report.plan.effective_batch_size == 120
+    assert ran.count(True) >= 600 // callback.report.plan.micro_batch_size
+
+
+# What is refused
+
+
+class Accumulates(strategies.SingleDeviceStrategy):
+    """Owns the accumulation, as DeepSpeed does."""
+
+    handles_gradient_accumulation = True
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (
+            {"callbacks": [pl.callbacks.GradientAccumulationScheduler({0: 2})]},
+            (
+                "a GradientAccumulationScheduler sets the accumulation (without it, target_batch_size names the batch "
+                "that the plan accumulates to)"
+            ),
+        ),
+        (
+            {"strategy": Accumulates(device="cpu")},
+            (
+                "its strategy, Accumulates, accumulates by a number of its own that a plan can not change "
+                "(with another strategy the plan sets the accumulation)"
+            ),
+        ),
+    ],
+    ids=["scheduler", "strategy"],
+)
+def test_whoever_else_sets_the_accumulation_is_named_with_the_way_out(options, problem):
+    callbacks, model = [tuner(), *options.pop("callbacks", ())], Model()
+    random_state = torch.get_rng_state()
+
+    with pytest.raises(autobatch.AutobatchError) as caught:
+        trainer(*callbacks, **options).fit(model, loader())
+
+    assert str(caught.value) == (
+        f"AutoBatch does not tune this run yet: {problem}; train it without AutoBatch."
+    )
+    assert model.sizes == []
+    assert torch.equal(random_state, torch.get_rng_state())
