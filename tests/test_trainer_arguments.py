@@ -119,6 +119,12 @@ def test_validation_that_would_never_come_is_refused_before_anything_is_applied(
 )
 def test_an_interval_over_epochs_or_without_validation_is_trained(options):
     model = Model()
+    try:
+        trainer(val_check_interval=11, max_epochs=1, **options).fit(
+            Model(), loader(60), loader(20, 20)
+        )
+    except ValueError:
+        pytest.skip("this Lightning (2.6.0 does) refuses it itself")
 
     trainer(known(), val_check_interval=11, **options).fit(
         model, loader(), loader(20, 20)
