@@ -824,7 +824,7 @@ def tuned(device, *, world_size, **settings):
         "memory_limit": 0.9,
         "steps_per_trial": 2,
     }
-    job = Job(device.workload, True, 8, world_size, 1, None, None, "paper", {})
+    job = Job(device.workload, True, 8, world_size, 1, None, None, None, "paper", {})
     with (
         Snapshot() as snapshot,
         OptimizerWatch(device.clock) as optimizers,
