@@ -25,16 +25,33 @@ _DEMO = [wish for wish in _EXTRAS["demo"] if "lightning" not in wish]
         nox.param(None, id="none"),
         nox.param("lightning", id="lightning"),
         nox.param("pytorch-lightning", id="pytorch-lightning"),
+        nox.param("pytorch-lightning==2.6.0", id="oldest"),
     ],
 )
 def tests(session: nox.Session, lightning: str | None) -> None:
-    """The default tests, with one of the two Lightning packages or with neither."""
-    package = f".[{lightning}]" if lightning else "."
-    session.install(*_TESTED, "-e", package, *_TEST, *_DEMO)
+    """The default tests, with one of the two Lightning packages, with the oldest that is promised, or with none."""
+    name, _, version = (lightning or "").partition("==")
+    package = f".[{name}]" if name else "."
+    tested = _TESTED
+    if version:
+        tested = ("-c", _without(name, Path(session.create_tmp())))
+    wishes = [lightning] if version else []
+    session.install(*tested, "-e", package, *wishes, *_TEST, *_DEMO)
     if lightning == "lightning":
         # It asks for the other one, but never imports it.
         session.run("pip", "uninstall", "--yes", "pytorch-lightning", silent=True)
     session.run("pytest", *session.posargs)
+
+
+def _without(name: str, folder: Path) -> str:
+    """The tested versions of everything but one package."""
+    pins = Path(_TESTED[1]).read_text(encoding="utf-8").splitlines()
+    kept = folder / "constraints.txt"
+    kept.write_text(
+        "\n".join(pin for pin in pins if not pin.startswith(f"{name}==")),
+        encoding="utf-8",
+    )
+    return str(kept)
 
 
 @nox.session

@@ -527,8 +527,8 @@ def test_an_error_while_tuning_leaves_the_callbacks_alone():
     fitted, callback = trainer(tuner()), tuner()
     callbacks = list(fitted.callbacks)
 
-    with pytest.raises(autobatch.AutobatchError, match="it is a list"):
-        callback.tune(fitted, Model(), [plain(), plain()])
+    with pytest.raises(autobatch.AutobatchError, match="it is a range"):
+        callback.tune(fitted, Model(), [plain(), range(3)])
 
     assert fitted.callbacks == callbacks
 
@@ -849,13 +849,12 @@ def test_resuming_with_another_target_is_refused(tmp_path):
         )
 
 
-@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy"])
-def test_a_strategy_whose_steps_wait_for_other_ranks_is_refused(name, monkeypatch):
+def test_a_strategy_whose_steps_wait_for_other_ranks_is_refused(monkeypatch):
     fitted = trainer()
-    strategy = object.__new__(getattr(pl.strategies, name))
+    strategy = object.__new__(pl.strategies.FSDPStrategy)
     monkeypatch.setattr(pl.Trainer, "strategy", property(lambda _: strategy))
 
-    with pytest.raises(autobatch.AutobatchError, match=f"{name} makes ranks wait"):
+    with pytest.raises(autobatch.AutobatchError, match="FSDPStrategy makes ranks wait"):
         check(fitted, Model(), None)
 
 

@@ -322,12 +322,14 @@ def test_a_second_fit_of_something_else_is_searched_for(model, length, options):
 
 
 def test_a_second_fit_without_a_target_keeps_the_accumulation_of_its_own_trainer():
-    callback = tuner(target_batch_size=None)
+    # Well below what fits: the plan of the first fit would be verified
+    callback = tuner(target_batch_size=None, max_micro_batch_size=50)
     trainer(callback, accumulate_grad_batches=3).fit(Model(), loader())
 
     trainer(callback, accumulate_grad_batches=2).fit(Model(), loader())
 
-    assert callback.report.plan.accumulate_grad_batches == 2
+    assert callback.report.plan == autobatch.BatchPlan(50, 2)
+    assert len(callback.report.trials) > 1
 
 
 def test_what_tune_found_needs_one_trial_in_fit():

@@ -119,6 +119,12 @@ def test_validation_that_would_never_come_is_refused_before_anything_is_applied(
 )
 def test_an_interval_over_epochs_or_without_validation_is_trained(options):
     model = Model()
+    try:
+        trainer(val_check_interval=11, max_epochs=1, **options).fit(
+            Model(), loader(60), loader(20, 20)
+        )
+    except ValueError:
+        pytest.skip("this Lightning (2.6.0 does) refuses it itself")
 
     trainer(known(), val_check_interval=11, **options).fit(
         model, loader(), loader(20, 20)
@@ -238,3 +244,44 @@ def test_a_run_whose_time_is_up_at_once_is_tuned_and_ends():
 
     assert callback.report.plan.effective_batch_size == 120
     assert len(model.sizes) <= 1
+
+
+# What AutoBatch needs of Lightning's inside
+
+
+def delete_step(fitted, monkeypatch):
+    monkeypatch.delattr(type(fitted.fit_loop.epoch_loop), "_build_kwargs")
+
+
+def delete_exit(fitted, monkeypatch):
+    monkeypatch.delattr(pl.utilities.exceptions, "_TunerExitException")
+
+
+def delete_stage(fitted, monkeypatch):
+    monkeypatch.delattr(type(fitted.fit_loop), "restarted_mid_epoch")
+
+
+@pytest.mark.parametrize(
+    ("delete", "name"),
+    [
+        (delete_step, "_build_kwargs"),
+        (delete_exit, "_TunerExitException"),
+        (delete_stage, "restarted_mid_epoch"),
+    ],
+)
+@pytest.mark.parametrize("tune", [False, True], ids=["fit", "tune"])
+def test_a_lightning_without_what_is_needed_is_refused(monkeypatch, delete, name, tune):
+    model, callback, data_loader = Model(), known(), loader()
+    fitted = trainer(*([] if tune else [callback]))
+    delete(fitted, monkeypatch)
+
+    with pytest.raises(
+        autobatch.AutobatchError, match=rf"has no .*{name}.*Lightning 2\.6\.0 to"
+    ) as caught:
+        (callback.tune if tune else fitted.fit)(
+            *([fitted] if tune else []), model, data_loader
+        )
+
+    assert "\n" not in str(caught.value)
+    assert (model.sizes, data_loader.batch_size) == ([], 4)
+    assert "setup_optimizers" not in vars(fitted.strategy)

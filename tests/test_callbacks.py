@@ -1,0 +1,511 @@
+"""Other callbacks in the same Trainer, and tuning anew at an epoch."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+import autobatch
+from autobatch.testing import SimulatedAccelerator
+from sameness import same
+from test_lightning import Model, data, pl, trainer, tuner
+
+callbacks = pl.callbacks
+
+
+def loader(size=4, length=600, **options):
+    return DataLoader(data(length), batch_size=size, shuffle=True, **options)
+
+
+class Monitored(Model):
+    """Has what callbacks look for: a learning rate, a schedule, a metric of validation."""
+
+    flops_per_batch = 1
+
+    def __init__(self, batch_size=4, lr=1e-3):
+        super().__init__(batch_size)
+        self.lr = lr
+        self.rates = []
+
+    def training_step(self, batch, batch_idx):
+        self.rates = [*self.rates, self.optimizers().param_groups[0]["lr"]]
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("loss", F.cross_entropy(self.net(batch[0]), batch[1]))
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.9)]
+
+
+def fit(path, *others, size=4, accumulate=1, **options):
+    """What a training with these callbacks ends with."""
+    pl.seed_everything(1, verbose=False)
+    model = Monitored(size)
+    fitted = trainer(
+        *others,
+        **{
+            "max_epochs": 3,
+            "accumulate_grad_batches": accumulate,
+            "default_root_dir": path,
+            "log_every_n_steps": 1,
+            **options,
+        },
+    )
+    fitted.fit(model, loader(size), DataLoader(data(100), batch_size=20))
+    return {
+        "weights": dict(model.state_dict()),
+        "optimizer": fitted.optimizers[0].state_dict(),
+        "sizes": model.sizes,
+        "rates": model.rates,
+        "steps": fitted.global_step,
+        "epochs": fitted.current_epoch,
+        "lr": model.lr,
+        "metrics": {
+            name: each.item() for name, each in fitted.callback_metrics.items()
+        },
+    }
+
+
+CASES = {
+    "learning rate": lambda: callbacks.LearningRateFinder(num_training_steps=20),
+    "early stopping": lambda: callbacks.EarlyStopping("loss", patience=0, min_delta=9),
+    "weight averaging": callbacks.WeightAveraging,
+    "moving average": lambda: callbacks.EMAWeightAveraging(decay=0.5),
+    "stochastic averaging": lambda: callbacks.StochasticWeightAveraging(
+        swa_lrs=1e-2, swa_epoch_start=1, annealing_epochs=1
+    ),
+    "rich bar": callbacks.RichProgressBar,
+    "bar": callbacks.TQDMProgressBar,
+    "rate monitor": callbacks.LearningRateMonitor,
+    "checkpoint": lambda: callbacks.ModelCheckpoint(
+        every_n_train_steps=4, save_top_k=-1
+    ),
+    "throughput": lambda: callbacks.ThroughputMonitor(
+        batch_size_fn=lambda batch: len(batch[0]), window_size=3
+    ),
+}
+NEEDS = {
+    "rich bar": {"enable_progress_bar": True},
+    "bar": {"enable_progress_bar": True},
+    "checkpoint": {"enable_checkpointing": True},
+}
+LOGS = {"rate monitor", "throughput"}
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*does not have a `forward`", "ignore:Swapping scheduler"
+)
+@pytest.mark.parametrize("first", [True, False], ids=["first", "last"])
+@pytest.mark.parametrize("case", CASES)
+def test_with_another_callback_training_is_the_same_to_the_bit(
+    case, first, tmp_path, capsys
+):
+    def run(*ours, **options):
+        path = tmp_path / ("tuned" if ours else "by hand")
+        logger = pl.loggers.CSVLogger(path) if case in LOGS else False
+        other = CASES[case]()
+        both = (*ours, other) if first else (other, *ours)
+        result = fit(path, *both, logger=logger, **options, **NEEDS.get(case, {}))
+        return result, other
+
+    callback = tuner()
+    tuned, _ = run(callback)
+    plan = callback.report.plan
+    by_hand, _ = run(
+        size=plan.micro_batch_size, accumulate=plan.accumulate_grad_batches
+    )
+
+    different = [name for name in by_hand if not same(tuned[name], by_hand[name])]
+    assert different == []
+    assert len(callback.report.trials) > 1
+    assert set(tuned["sizes"]) == {plan.micro_batch_size}
+    assert tuned["epochs"] == (2 if case == "early stopping" else 3)
+
+
+def test_the_learning_rate_is_found_at_the_size_that_was_found(tmp_path):
+    seen = []
+
+    class Finder(callbacks.LearningRateFinder):
+        def lr_find(self, fitted, module):
+            super().lr_find(fitted, module)
+            seen.append((module.hparams.batch_size, fitted.train_dataloader.batch_size))
+
+    callback = tuner()
+    result = fit(tmp_path, Finder(num_training_steps=20), callback)
+
+    size = callback.report.plan.micro_batch_size
+    assert seen == [(size, size)]
+    assert result["lr"] != 1e-3
+
+
+def test_a_fit_after_the_learning_rate_was_found_does_not_take_itself_for_resumed(
+    tmp_path,
+):
+    callback = tuner()
+    finder = callbacks.LearningRateFinder(num_training_steps=20)
+    fit(tmp_path, callback, finder)
+    assert callback._checkpoint is not None  # of the finder
+
+    fit(tmp_path, callback)
+
+    assert not any("heckpoint" in note for note in callback.report.notes)
+    assert any("found before" in note for note in callback.report.notes)
+
+
+def test_every_checkpoint_holds_the_plan(tmp_path):
+    callback = tuner()
+    checkpoints = callbacks.ModelCheckpoint(
+        tmp_path, "{step}", every_n_train_steps=4, save_top_k=-1
+    )
+
+    fit(tmp_path, callback, checkpoints, enable_checkpointing=True)
+
+    written = sorted(tmp_path.glob("*.ckpt"))
+    plan = callback.report.plan
+    assert [each.stem for each in written] == ["step=12", "step=4", "step=8"]
+    for each in written:
+        state = torch.load(each, weights_only=True)["callbacks"]["AutoBatch"]
+        assert state["micro_batch_size"] == plan.micro_batch_size
+        assert state["accumulate_grad_batches"] == plan.accumulate_grad_batches
+
+
+def test_throughput_counts_the_samples_of_the_size_found(tmp_path):
+    logger, callback = pl.loggers.CSVLogger(tmp_path), tuner()
+    monitor = CASES["throughput"]()
+
+    fit(tmp_path, monitor, callback, logger=logger)
+
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    name = next(name for name in rows[0] if name.endswith("samples"))
+    counted = [
+        (float(row[name]), float(row[name.replace("samples", "batches")]))
+        for row in rows
+        if row[name]
+    ]
+    size = callback.report.plan.micro_batch_size
+    assert counted
+    assert all(samples == size * batches for samples, batches in counted)
+
+
+# Tuning anew at an epoch
+
+
+class Frozen(pl.LightningModule):
+    """A head that is trained from the start, and a wide backbone that is let free later."""
+
+    def __init__(self, batch_size=4):
+        super().__init__()
+        self.save_hyperparameters()
+        self.backbone = nn.Sequential(nn.Linear(16, 256), nn.ReLU(), nn.Linear(256, 64))
+        self.net = nn.Linear(64, 4)
+        self.record = []
+
+    def training_step(self, batch, batch_idx):
+        loss = F.cross_entropy(self.net(self.backbone(batch[0])), batch[1])
+        self.log("loss", loss)
+        # A new list, so that what trials add is given back
+        self.record = [*self.record, (self.current_epoch, len(batch[0]), loss.item())]
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def on_train_epoch_start(self):
+        self.started = (
+            *getattr(self, "started", ()),
+            self.trainer.num_training_batches,
+        )
+
+    def configure_optimizers(self):
+        chosen = filter(lambda each: each.requires_grad, self.parameters())
+        optimizer = torch.optim.AdamW(chosen, lr=1e-3)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.9)]
+
+    def sizes(self, epoch):
+        return [size for each, size, _ in self.record if each == epoch]
+
+
+def finetuning(*, epoch=1):
+    return callbacks.BackboneFinetuning(unfreeze_backbone_at_epoch=epoch)
+
+
+ROOM = "550KiB"
+
+
+def finetuned(callback, *others, epochs=3, source=None, **options):
+    pl.seed_everything(1, verbose=False)
+    model = Frozen()
+    fitted = trainer(callback, *others, max_epochs=epochs, **options)
+    passed = loader() if source is None else None
+    fitted.fit(source or model, passed) if source is None else fitted.fit(
+        model, datamodule=source
+    )
+    return model, fitted
+
+
+def wide(**options):
+    """Without speed in it: the largest that fits, whose accumulation reaches the target."""
+    return tuner(
+        device=SimulatedAccelerator(ROOM),
+        search=autobatch.Bisection(),
+        **{"target_batch_size": 240, "retune_at_epochs": [1], **options},
+    )
+
+
+def test_at_a_milestone_it_tunes_anew_for_the_same_effective_batch():
+    reports = []
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, fitted, module, batch, batch_idx):
+            if batch_idx == 0:
+                reports.append((callback.report, fitted.num_training_batches))
+
+    # Given, so that only memory decides: it fits while the backbone is frozen, and then no more
+    callback = wide(plan=autobatch.BatchPlan(120, 2))
+    model, fitted = finetuned(callback, finetuning(), Look())
+
+    (first, _), (second, batches), *_ = reports
+    assert first.plan.micro_batch_size == 120
+    assert second.largest_fit < 120
+    for epoch, report in enumerate((first, second, second)):
+        size = report.plan.micro_batch_size
+        assert model.sizes(epoch) == [
+            *[size] * (600 // size),
+            *([600 % size] if 600 % size else []),
+        ]
+        assert report.plan.effective_batch_size == 240
+    assert batches == len(model.sizes(1)) == fitted.num_training_batches
+    assert fitted.global_step == 3 * 3
+    assert callback.report is second
+    assert fitted.accumulate_grad_batches == second.plan.accumulate_grad_batches
+    assert "Tuned anew at epoch 1, for the effective batch of 240." in second.notes
+
+
+def test_without_milestones_the_unfrozen_model_would_not_have_fitted():
+    """What the first plan leaves out: the backbone that is trained from the second epoch on."""
+    first, second = wide(retune_at_epochs=()), wide()
+
+    finetuned(first, finetuning())
+    finetuned(second, finetuning())
+
+    assert second.report.largest_fit < first.report.largest_fit
+
+
+class BySwitch(pl.Callback):
+    """What a person would write: another size and accumulation from an epoch on, in place."""
+
+    def __init__(self, plan, data_loader):
+        self.plan, self.loader = plan, data_loader
+
+    def on_train_epoch_start(self, fitted, module):
+        if fitted.current_epoch != 1:
+            return
+        size = self.plan.micro_batch_size
+        self.loader.batch_sampler.batch_size = size
+        object.__setattr__(self.loader, "batch_size", size)
+        fitted.accumulate_grad_batches = self.plan.accumulate_grad_batches
+        fitted.fit_loop.max_batches = len(self.loader)
+        fitted.fit_loop._combined_loader.limits = [len(self.loader)]
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["global", "own generator"])
+def test_training_goes_on_as_if_the_numbers_had_been_changed_by_hand(own):
+    def run(*others, size=4, **options):
+        pl.seed_everything(1, verbose=False)
+        generator = torch.Generator().manual_seed(3) if own else None
+        model, data_loader = Frozen(size), loader(size, generator=generator)
+        extra = [switch(data_loader) for switch in others]
+        fitted = trainer(*extra, finetuning(), max_epochs=3, **options)
+        fitted.fit(model, data_loader)
+        return (
+            model.record,
+            dict(model.state_dict()),
+            fitted.optimizers[0].state_dict(),
+            fitted.global_step,
+        )
+
+    # Both plans are given, so that only the change is compared
+    plans = [autobatch.BatchPlan(60, 2), autobatch.BatchPlan(20, 6)]
+    device = SimulatedAccelerator("2MiB")
+    callback = tuner(plan=plans[0], retune_at_epochs=[1], device=device)
+    tune = callback._tune
+
+    def second(fitted, module, known_at):
+        report = tune(fitted, module, known_at)
+        replaced = report.model_copy(update={"plan": plans[1]})
+        return replaced if fitted.current_epoch == 1 else report
+
+    callback._tune = second
+    tuned = run(lambda _: callback)
+    by_hand = run(
+        lambda data_loader: BySwitch(plans[1], data_loader),
+        size=60,
+        accumulate_grad_batches=2,
+    )
+
+    assert {size for epoch, size, _ in tuned[0] if epoch} == {20}
+    assert same(tuned, by_hand)
+
+
+class Drawn(pl.LightningDataModule):
+    def __init__(self):
+        super().__init__()
+        self.batch_size = 4
+
+    def train_dataloader(self):
+        return DataLoader(data(), batch_size=self.batch_size, shuffle=True)
+
+    def val_dataloader(self):
+        return DataLoader(data(20), batch_size=10)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"reload_dataloaders_every_n_epochs": 1}, {"val_check_interval": 0.5}],
+    ids=["", "reload", "validation"],
+)
+def test_at_a_milestone_the_loader_of_a_hook_follows_and_validation_too(options):
+    validations = []
+
+    class Look(pl.Callback):
+        def on_validation_start(self, fitted, *_):
+            if not fitted.sanity_checking:
+                validations.append(
+                    (fitted.current_epoch, fitted.fit_loop.batch_idx + 1)
+                )
+
+    callback, source = wide(), Drawn()
+    model, _ = finetuned(callback, finetuning(), Look(), source=source, **options)
+
+    size = callback.report.plan.micro_batch_size
+    full = -(-600 // size)
+    for epoch in (1, 2):
+        assert len(model.sizes(epoch)) == full
+        assert model.sizes(epoch)[0] == size
+        when = [batch for each, batch in validations if each == epoch]
+        share = options.get("val_check_interval", 1.0)
+        assert when == ([full] if share == 1.0 else [full // 2, full // 2 * 2])
+    assert source.batch_size == size
+
+
+def test_a_milestone_is_seen_by_the_progress_bar(capsys):
+    totals = []
+
+    class Bar(callbacks.TQDMProgressBar):
+        def on_train_batch_start(self, fitted, *_):
+            totals.append((fitted.current_epoch, self.train_progress_bar.total))
+
+    callback = wide()
+    model, _ = finetuned(callback, finetuning(), Bar(), enable_progress_bar=True)
+
+    assert dict(totals) == {epoch: len(model.sizes(epoch)) for epoch in range(3)}
+
+
+def test_a_checkpoint_after_a_milestone_holds_the_plan_that_was_found_there(tmp_path):
+    callback = wide()
+    _, fitted = finetuned(callback, finetuning())
+    fitted.save_checkpoint(tmp_path / "last.ckpt")
+
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]
+
+    plan = callback.report.plan
+    assert state["AutoBatch"]["micro_batch_size"] == plan.micro_batch_size
+
+
+def test_the_report_of_the_milestone_is_written_beside_the_logs(tmp_path):
+    callback, logger = wide(), pl.loggers.CSVLogger(tmp_path)
+
+    finetuned(callback, finetuning(), logger=logger, log_every_n_steps=1)
+
+    written = json.loads((Path(logger.log_dir) / "autobatch.json").read_text())
+    assert any("Tuned anew" in note for note in written["notes"])
+
+
+def test_a_milestone_leaves_no_trace_where_the_plan_stays():
+    """Trials in the middle of training: optimizer state, schedule, metrics and random state are given back."""
+
+    def run(*ours, size=4, accumulate=1):
+        pl.seed_everything(1, verbose=False)
+        model = Monitored(size)
+        fitted = trainer(*ours, max_epochs=3, accumulate_grad_batches=accumulate)
+        fitted.fit(model, loader(size), DataLoader(data(100), batch_size=20))
+        return (
+            dict(model.state_dict()),
+            fitted.optimizers[0].state_dict(),
+            fitted.callback_metrics,
+            model.rates,
+            fitted.global_step,
+        )
+
+    # A prime, and a search that starts at it: no other plan is as near
+    callback = tuner(target_batch_size=59, retune_at_epochs=(1, 2))
+    tuned = run(callback)
+    plan = callback.report.plan
+    by_hand = run(size=plan.micro_batch_size, accumulate=plan.accumulate_grad_batches)
+
+    assert "Tuned anew at epoch 2, for the effective batch of 59." in (
+        callback.report.notes
+    )
+    assert callback._first.plan == plan
+    assert same(tuned, by_hand)
+
+
+def test_a_resumed_run_tunes_at_the_milestones_that_are_still_to_come(tmp_path):
+    first = wide(retune_at_epochs=())
+    _, begun = finetuned(first, finetuning(epoch=2), epochs=1)
+    begun.save_checkpoint(tmp_path / "last.ckpt")
+
+    again, model = wide(retune_at_epochs=[2]), Frozen()
+    trainer(again, finetuning(epoch=2), max_epochs=3).fit(
+        model, loader(), ckpt_path=tmp_path / "last.ckpt"
+    )
+
+    assert {size for size in model.sizes(1) if size != 600 % size} >= {
+        first.report.plan.micro_batch_size
+    }
+    assert again.report.plan.effective_batch_size == 240
+    assert any("epoch 2" in note for note in again.report.notes)
+    assert model.sizes(2)[0] == again.report.plan.micro_batch_size
+
+
+def test_after_fit_the_loader_and_the_loop_are_their_own_again():
+    callback, data_loader, fitted = wide(), loader(), None
+    fitted = trainer(callback, finetuning(), max_epochs=2)
+
+    fitted.fit(Frozen(), data_loader)
+
+    assert data_loader.batch_size == data_loader.batch_sampler.batch_size == 4
+    assert "advance" not in vars(fitted.fit_loop)
+
+
+def test_a_user_error_in_a_trial_of_a_milestone_passes_through_and_all_is_given_back():
+    class Fails(Frozen):
+        def training_step(self, batch, batch_idx):
+            if self.current_epoch == 1:
+                raise ZeroDivisionError("mine")
+            return super().training_step(batch, batch_idx)
+
+    data_loader = loader()
+    fitted = trainer(wide(), finetuning(), max_epochs=2)
+
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        fitted.fit(Fails(), data_loader)
+
+    assert data_loader.batch_size == 4
+    assert "advance" not in vars(fitted.fit_loop)
+
+
+@pytest.mark.parametrize("epochs", [[0], [1.5], 3, "12", [True], None])
+def test_epochs_that_are_none_are_refused_at_the_door(epochs):
+    with pytest.raises(ValueError, match="retune_at_epochs="):
+        autobatch.AutoBatch(retune_at_epochs=epochs)

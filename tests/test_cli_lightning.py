@@ -1,0 +1,140 @@
+"""AutoBatch in a LightningCLI: from a file, from the command line, and built in."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from test_lightning import HERE
+
+pytest.importorskip("jsonargparse")
+
+PROGRAM = """
+import importlib, json, sys, warnings
+warnings.simplefilter("ignore")
+package, built_in, *sys.argv[1:] = sys.argv[1:]
+pl = importlib.import_module(package)
+LightningCLI = importlib.import_module(package + ".cli").LightningCLI
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+class Model(pl.LightningModule):
+    def __init__(self, batch_size: int = 4):
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = torch.nn.Linear(8, 1)
+        self.sizes = []
+    def training_step(self, batch, _):
+        self.sizes.append(len(batch[0]))
+        return self.net(batch[0]).mean()
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(torch.zeros(640, 8)), self.hparams.batch_size)
+
+class Own(LightningCLI):
+    def add_arguments_to_parser(self, parser):
+        if built_in == "True":
+            import autobatch
+            parser.add_lightning_class_args(autobatch.AutoBatch, "autobatch")
+
+cli = Own(Model, save_config_callback=None)
+(callback,) = (c for c in cli.trainer.callbacks if type(c).__name__ == "AutoBatch")
+print("RESULT", json.dumps({
+    "sizes": sorted(set(cli.model.sizes)),
+    "effective": callback.report.plan.effective_batch_size,
+    "settings": callback.report.settings.model_dump(),
+    "search": type(callback._search).__name__,
+    "epochs": sorted(callback._milestones._epochs),
+}))
+"""
+
+TRAINER = [
+    "--trainer.accelerator=cpu",
+    "--trainer.logger=false",
+    "--trainer.max_epochs=1",
+    "--trainer.enable_checkpointing=false",
+    "--trainer.enable_progress_bar=false",
+]
+
+
+def fit(package, *arguments, built_in=False):
+    command = [sys.executable, "-c", PROGRAM, package, str(built_in), "fit"]
+    done = subprocess.run(
+        [*command, *TRAINER, *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = (li for li in done.stdout.splitlines() if li.startswith("RESULT"))
+    return json.loads(line.removeprefix("RESULT"))
+
+
+@pytest.mark.parametrize("package", HERE)
+@pytest.mark.parametrize(
+    "name", ["autobatch.AutoBatch", "autobatch.lightning.AutoBatch"]
+)
+def test_a_file_names_the_callback_and_its_arguments(package, name, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(f"""
+trainer:
+  callbacks:
+    - class_path: {name}
+      init_args:
+        target_batch_size: 64
+        memory_limit: 1GiB
+        max_micro_batch_size: 16
+        time_limit: null
+        retune_at_epochs: [3, 5]
+        search:
+          class_path: autobatch.Bisection
+          init_args:
+            resolution: 0.05
+""")
+
+    got = fit(package, f"--config={file}")
+
+    assert got["effective"] == 64
+    assert max(got["sizes"]) <= 16
+    assert got["settings"]["memory_limit"] == "1GiB"
+    assert got["settings"]["time_limit"] is None
+    assert got["search"] == "Bisection"
+    assert got["epochs"] == [3, 5]
+
+
+@pytest.mark.parametrize("package", HERE)
+def test_the_command_line_adds_the_callback(package):
+    got = fit(
+        package,
+        "--trainer.callbacks+=autobatch.AutoBatch",
+        "--trainer.callbacks.target_batch_size=64",
+        "--trainer.callbacks.memory_limit=0.5",
+        "--trainer.callbacks.device=cpu",
+    )
+
+    assert got["effective"] == 64
+    assert got["settings"]["memory_limit"] == 0.5
+
+
+@pytest.mark.parametrize("package", HERE)
+def test_a_program_builds_the_callback_in(package):
+    got = fit(
+        package,
+        "--autobatch.target_batch_size=64",
+        "--autobatch.plan.class_path=autobatch.BatchPlan",
+        "--autobatch.plan.init_args.micro_batch_size=32",
+        "--autobatch.plan.init_args.accumulate_grad_batches=2",
+        built_in=True,
+    )
+
+    assert (got["effective"], got["sizes"]) == (64, [32])
+
+
+def test_a_bad_argument_on_the_command_line_is_named():
+    with pytest.raises(AssertionError, match="target_batch_size"):
+        fit(HERE[0], "--autobatch.target_batch_size=many", built_in=True)
