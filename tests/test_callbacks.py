@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -319,7 +321,7 @@ class BySwitch(pl.Callback):
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["global", "own generator"])
-def test_training_goes_on_as_if_the_numbers_had_been_changed_by_hand(own):
+def test_training_goes_on_as_if_the_numbers_had_been_changed_by_hand(own, monkeypatch):
     def run(*others, size=4, **options):
         pl.seed_everything(1, verbose=False)
         generator = torch.Generator().manual_seed(3) if own else None
@@ -338,14 +340,17 @@ def test_training_goes_on_as_if_the_numbers_had_been_changed_by_hand(own):
     plans = [autobatch.BatchPlan(60, 2), autobatch.BatchPlan(20, 6)]
     device = SimulatedAccelerator("2MiB")
     callback = tuner(plan=plans[0], retune_at_epochs=[1], device=device)
-    tune = callback._tune
+    door = importlib.import_module("autobatch.lightning")
+    tune = door.tune_training
 
-    def second(fitted, module, known_at):
-        report = tune(fitted, module, known_at)
-        replaced = report.model_copy(update={"plan": plans[1]})
-        return replaced if fitted.current_epoch == 1 else report
+    def second(fitted, *arguments):
+        tuned = tune(fitted, *arguments)
+        if fitted.current_epoch != 1:
+            return tuned
+        report = tuned.report.model_copy(update={"plan": plans[1]})
+        return replace(tuned, report=report, batch_sizes=(20,))
 
-    callback._tune = second
+    monkeypatch.setattr(door, "tune_training", second)
     tuned = run(lambda _: callback)
     by_hand = run(
         lambda data_loader: BySwitch(plans[1], data_loader),

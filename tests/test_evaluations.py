@@ -1,0 +1,373 @@
+"""Validation beside training, and validation, testing and prediction by themselves."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import autobatch
+from autobatch.testing import SimulatedAccelerator
+from sameness import same
+
+for package in ("pytorch_lightning", "lightning.pytorch"):
+    try:
+        pl = importlib.import_module(package)
+        break
+    except ModuleNotFoundError:
+        continue
+else:
+    pytest.skip("Lightning is not installed", allow_module_level=True)
+
+
+def data(length=240):
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(length, 16, generator=generator)
+    return TensorDataset(x, x[:, :4].argmax(1))
+
+
+def loader(batch_size, length=240):
+    return DataLoader(data(length), batch_size)
+
+
+class Model(pl.LightningModule):
+    """Takes so many KiB per sample to validate, and records the sizes of real batches."""
+
+    def __init__(self, kib=1):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
+        self.kib = kib
+        self.trained, self.evaluated = [], []
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        self.trained.append(len(x))
+        loss = F.cross_entropy(self.net(x), y)
+        self.log("loss", loss)
+        return loss
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        assert not self.training
+        assert not torch.is_grad_enabled()
+        assert self.trainer.evaluating or self.trainer.sanity_checking
+        x, y = batch
+        self.evaluated.append((dataloader_idx, len(x)))
+        room = torch.empty(len(x), self.kib, 256)
+        self.log("val_loss", F.cross_entropy(self.net(x), y) + 0 * room.shape[0])
+
+    test_step = validation_step
+
+    def predict_step(self, batch, batch_idx, dataloader_idx=0):
+        assert not self.training
+        self.evaluated.append((dataloader_idx, len(batch[0])))
+        room = torch.empty(len(batch[0]), self.kib, 256)
+        return self.net(batch[0]) + 0 * room.shape[0]
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters())
+
+    @property
+    def sizes(self):
+        return {size for _, size in self.evaluated}
+
+
+def trainer(*callbacks, **options):
+    quiet = {
+        "max_epochs": 2,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return pl.Trainer(callbacks=list(callbacks), **{**quiet, **options})
+
+
+def tuner(capacity="256KiB", **options):
+    return autobatch.AutoBatch(
+        **{
+            "target_batch_size": 24,
+            "device": SimulatedAccelerator(capacity),
+            **options,
+        }
+    )
+
+
+# Validation beside training
+
+
+def test_validation_keeps_its_size_where_it_fits():
+    model, callback = Model(), tuner("2MiB")
+
+    trainer(callback).fit(model, loader(4), loader(60))
+
+    assert model.sizes == {60}
+    assert callback.report.validation_batch_size == 60
+    assert not any("Validation runs" in note for note in callback.report.notes)
+
+
+def test_validation_that_does_not_fit_is_shrunk_and_does_not_crash():
+    """The model's own size, its gradients and its optimizer state leave less room than an empty device has."""
+    model, callback, passed = Model(kib=4), tuner("256KiB"), loader(60)
+
+    trainer(callback).fit(model, loader(4), passed)
+
+    size = callback.report.validation_batch_size
+    assert 1 < size < 60
+    assert max(model.sizes) == size
+    assert (
+        f"Validation runs batches of {size} instead of 60" in callback.report.notes[-1]
+    )
+    assert passed.batch_size == passed.batch_sampler.batch_size == 60
+    # What it was shrunk to is about what fits: half as much again does not
+    held = 3 * sum(p.numel() * 4 for p in model.parameters())
+    budget = callback.report.budget
+    assert held + size * 4 * 1024 <= budget < held + 1.5 * size * 4 * 1024 + 20_000
+
+
+def test_the_sanity_check_runs_at_the_size_that_fits():
+    model, callback = Model(kib=4), tuner("256KiB")
+    sanity = []
+
+    class Look(pl.Callback):
+        def on_sanity_check_end(self, fitted, module):
+            sanity.extend(module.sizes)
+
+    trainer(callback, Look(), num_sanity_val_steps=2).fit(model, loader(4), loader(60))
+
+    assert sanity == [callback.report.validation_batch_size]
+
+
+def test_validation_that_fits_at_no_size_is_told_before_anything_is_changed():
+    model, callback, passed = Model(kib=300), tuner("256KiB"), loader(4)
+
+    with pytest.raises(autobatch.DoesNotFitError, match="batch_size=1"):
+        trainer(callback).fit(model, passed, loader(2))
+
+    assert model.trained == model.evaluated == []
+    assert passed.batch_size == 4
+
+
+def test_each_of_several_validation_loaders_is_tried():
+    """The first is harmless; the second has the large samples."""
+
+    class Second(Model):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            room = torch.empty(len(batch[0]), 2 + 4 * dataloader_idx, 256)
+            self.evaluated.append((dataloader_idx, room.shape[0]))
+
+    model, callback = Second(), tuner("512KiB")
+
+    trainer(callback).fit(model, loader(4), [loader(40), loader(80)])
+
+    first, second = (
+        max(size for at, size in model.evaluated if at == which) for which in (0, 1)
+    )
+    assert second < 80
+    assert second == 2 * first
+
+
+def test_no_validation_is_tried_where_there_is_none():
+    model, callback = Model(), tuner()
+
+    trainer(callback, limit_val_batches=0).fit(model, loader(4), loader(60))
+
+    assert callback.report.validation_batch_size is None
+    assert model.evaluated == []
+
+
+def test_validation_whose_size_can_not_be_changed_is_left_alone_and_told():
+    model, callback = Model(), tuner("2MiB")
+    batches = [tuple(data(8).tensors)]
+
+    trainer(callback).fit(model, loader(4), DataLoader(batches, batch_size=None))
+
+    assert model.sizes == {8}
+    assert any("Validation was not tried" in note for note in callback.report.notes)
+
+
+def test_what_a_start_hook_of_validation_makes_is_there_in_a_trial():
+    class Prepared(Model):
+        def on_validation_epoch_start(self):
+            self.outputs = []
+
+        def validation_step(self, batch, batch_idx):
+            self.outputs.append(len(batch[0]))
+            self.evaluated.append((0, len(batch[0])))
+
+    model = Prepared()
+
+    trainer(tuner("2MiB")).fit(model, loader(4), loader(60))
+
+    assert model.outputs == [60] * 4
+
+
+def test_training_with_validation_is_the_same_to_the_bit_as_by_hand():
+    class Dropped(Model):
+        def __init__(self):
+            super().__init__(kib=4)
+            self.net = nn.Sequential(
+                nn.Linear(16, 64), nn.BatchNorm1d(64), nn.Dropout(0.3), nn.Linear(64, 4)
+            )
+
+    def run(*callbacks, size=4, validation=60, **options):
+        pl.seed_everything(1, verbose=False)
+        model = Dropped()
+        fitted = trainer(*callbacks, **options)
+        passed = DataLoader(data(), size, shuffle=True)
+        fitted.fit(model, passed, loader(validation))
+        metrics = {
+            name: value.item() for name, value in fitted.callback_metrics.items()
+        }
+        return [
+            model.trained,
+            model.evaluated,
+            dict(model.state_dict()),
+            metrics,
+            torch.get_rng_state(),
+        ]
+
+    callback = tuner("256KiB")
+    tuned = run(callback)
+
+    report = callback.report
+    assert report.validation_batch_size < 60
+    by_hand = run(
+        size=report.plan.micro_batch_size,
+        validation=report.validation_batch_size,
+        accumulate_grad_batches=report.plan.accumulate_grad_batches,
+    )
+    assert same(tuned, by_hand)
+
+
+# By itself
+
+METHODS = ["validate", "test", "predict"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_without_a_target_the_largest_batch_that_fits_is_taken(method):
+    model, callback, passed = Model(kib=4), tuner(target_batch_size=None), loader(4)
+
+    getattr(trainer(callback), method)(model, passed)
+
+    report = callback.report
+    size = report.plan.micro_batch_size
+    assert report.task == method
+    assert max(model.sizes) == size > 4
+    assert size == report.largest_fit
+    (chosen,) = (trial for trial in report.trials if trial.batch_size == size)
+    assert chosen.peak <= report.budget < chosen.peak * (size + 1.5) / size
+    assert passed.batch_size == 4
+    assert f"Batches of {size} to {method}" in str(report)
+    assert "per update" not in str(report)
+    assert report.effective == ()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_with_a_target_its_own_size_is_kept_where_it_fits(method):
+    model, callback = Model(), tuner("2MiB", target_batch_size=512)
+
+    getattr(trainer(callback), method)(model, loader(16))
+
+    assert model.sizes == {16}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_with_a_target_a_size_that_does_not_fit_is_shrunk(method):
+    model, callback = Model(kib=4), tuner(target_batch_size=512)
+
+    getattr(trainer(callback), method)(model, loader(120))
+
+    assert 1 < max(model.sizes) < 120
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_results_are_those_of_the_same_size_by_hand(method):
+    def run(*callbacks, size=4):
+        pl.seed_everything(1, verbose=False)
+        model = Model(kib=4)
+        result = getattr(trainer(*callbacks), method)(model, loader(size))
+        return result, model.evaluated, dict(model.state_dict()), torch.get_rng_state()
+
+    callback = tuner(target_batch_size=None)
+    tuned = run(callback)
+
+    assert same(tuned, run(size=callback.report.plan.micro_batch_size))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tune_evaluates_nothing_and_changes_nothing(method):
+    model, callback, passed = Model(kib=4), tuner(target_batch_size=None), loader(4)
+    fitted = trainer()
+    random_state = torch.get_rng_state()
+
+    report = callback.tune(fitted, model, dataloaders=passed, method=method)
+
+    assert report.task == method
+    assert report.plan.micro_batch_size > 4
+    assert passed.batch_size == 4
+    assert model.evaluated == []
+    assert torch.equal(random_state, torch.get_rng_state())
+    assert "setup_data" not in vars(getattr(fitted, f"{method}_loop"))
+    assert all(part.training for part in model.modules())
+    getattr(fitted, method)(model, passed)
+    assert model.sizes == {4}
+
+
+def test_an_error_in_a_trial_passes_through_and_gives_the_loop_back():
+    class Broken(Model):
+        def test_step(self, batch, batch_idx):
+            raise ZeroDivisionError("mine")
+
+    fitted, passed = trainer(tuner(target_batch_size=None)), loader(4)
+
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        fitted.test(Broken(), passed)
+
+    assert "setup_data" not in vars(fitted.test_loop)
+    assert passed.batch_size == 4
+
+
+def test_testing_after_training_leaves_the_plan_of_the_training_in_the_checkpoint():
+    model, callback = Model(), tuner("2MiB")
+    fitted = trainer(callback)
+    fitted.fit(model, loader(4))
+    plan = callback.report.plan
+
+    fitted.test(model, loader(16))
+
+    assert callback.report.task == "test"
+    assert callback.state_dict()["micro_batch_size"] == plan.micro_batch_size
+    assert (
+        callback.state_dict()["accumulate_grad_batches"] == plan.accumulate_grad_batches
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"method": "learn"}, "method='learn' is none of a Trainer's"),
+        ({"method": "test", "train_dataloaders": []}, "are for fit; give test its"),
+        ({"dataloaders": []}, "give fit its train_dataloaders"),
+    ],
+)
+def test_arguments_that_do_not_go_together_are_refused(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        tuner().tune(trainer(), Model(), **options)
+
+
+def test_several_loaders_keep_their_proportion():
+    model, callback = Model(kib=4), tuner(target_batch_size=None)
+
+    trainer(callback).test(model, [loader(4), loader(8)])
+
+    first, second = (
+        max(size for at, size in model.evaluated if at == which) for which in (0, 1)
+    )
+    assert first > 4
+    assert second == 2 * first
