@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import heapq
-import math
 import time
 from collections.abc import Sized
 from functools import cached_property
@@ -217,11 +216,11 @@ def _held(entry: tuple[int, int, Any]) -> tuple[int, int, Any]:
 
 def _scattered(indices: list[Any]) -> list[Any]:
     """The same in another order, so that any first part of it is spread over the whole."""
-    count = len(indices)
-    stride = max(1, round(count * 0.618))  # the golden section leaves no gaps
-    while math.gcd(stride, count) != 1:
-        stride += 1
-    return [indices[at * stride % count] for at in range(count)]
+    bits = max(1, (len(indices) - 1).bit_length())
+    order = sorted(
+        range(len(indices)), key=lambda at: int(f"{at:0{bits}b}"[::-1], base=2)
+    )
+    return [indices[at] for at in order]
 
 
 def _size(sample: Any, depth: int) -> int:

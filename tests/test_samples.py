@@ -1,0 +1,218 @@
+"""What trials run on: the largest samples that a bounded look finds."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+import autobatch
+from autobatch.testing import SimulatedAccelerator
+
+for package in ("pytorch_lightning", "lightning.pytorch"):
+    try:
+        pl = importlib.import_module(package)
+        break
+    except ModuleNotFoundError:
+        continue
+else:
+    pytest.skip("Lightning is not installed", allow_module_level=True)
+
+_samples = importlib.import_module("autobatch.lightning._samples")
+
+LONG = 20  # times as long as the others
+
+
+class Sequences(Dataset):
+    """Sequences of 16 steps, and one that is 20 times as long."""
+
+    def __init__(self, length, long_at):
+        self.length, self.long_at = length, long_at
+        self.reads = []
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        self.reads.append(index)
+        return torch.ones(16 * (LONG if index == self.long_at else 1), 4)
+
+
+class Stream(IterableDataset):
+    def __init__(self, length, long_at):
+        self.data = Sequences(length, long_at)
+
+    def __iter__(self):
+        return iter([self.data[index] for index in range(len(self.data))])
+
+
+def padded(samples):
+    return pad_sequence(samples, batch_first=True)
+
+
+class Model(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 1))
+        self.shapes = []
+
+    def training_step(self, batch, batch_idx):
+        self.shapes.append(tuple(batch.shape[:2]))
+        return self.net(batch).mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
+def fit(dataset, device, collate_fn=padded, workers=0, **options):
+    callback = autobatch.AutoBatch(device=device, **options)
+    trainer = pl.Trainer(
+        max_epochs=1,
+        callbacks=[callback],
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    model = Model()
+    loader = DataLoader(dataset, 4, collate_fn=collate_fn, num_workers=workers)
+    with device.limited(int(0.9 * device.capacity)):  # in training too
+        trainer.fit(model, loader)
+    return model, callback.report
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_data_set_with_one_long_sample_trains_through(workers):
+    device = SimulatedAccelerator("4MiB")
+
+    model, report = fit(Sequences(1000, long_at=617), device, workers=workers)
+
+    size = report.plan.micro_batch_size
+    assert (size, 16 * LONG) in model.shapes
+    assert report.look.read == report.look.total == 1000
+    assert not report.look.is_even
+    assert any("Samples differ in size" in note for note in report.notes)
+
+
+def test_without_the_long_sample_far_more_would_have_been_taken():
+    """So that the test above shows something."""
+    _, with_it = fit(Sequences(1000, long_at=617), SimulatedAccelerator("4MiB"))
+    _, without = fit(Sequences(1000, long_at=None), SimulatedAccelerator("4MiB"))
+
+    assert without.plan.micro_batch_size > 5 * with_it.plan.micro_batch_size
+    assert without.look.is_even
+
+
+def test_a_stream_is_looked_at_too():
+    _, report = fit(Stream(1000, long_at=617), SimulatedAccelerator("4MiB"))
+
+    assert report.look.read == 1000
+    assert report.look.total is None
+    assert not report.look.is_even
+
+
+def test_where_one_in_many_was_not_seen_the_report_says_how_many_were_looked_at():
+    dataset = Sequences(100_000, long_at=99_999)
+    callback = autobatch.AutoBatch(device=SimulatedAccelerator("4MiB"))
+
+    report = callback.tune(
+        pl.Trainer(max_epochs=1, accelerator="cpu", logger=False),
+        Model(),
+        DataLoader(dataset, 4, collate_fn=padded),
+    )
+
+    assert report.look.read == 1000
+    assert report.look.total == 100_000
+    assert "1,000 of 100,000 samples read" in str(report)
+
+
+def test_a_data_set_is_read_once_however_many_sizes_are_tried():
+    dataset = Sequences(200, long_at=3)
+    callback = autobatch.AutoBatch(
+        device=SimulatedAccelerator("4MiB"), search=autobatch.Bisection()
+    )
+
+    report = callback.tune(
+        pl.Trainer(max_epochs=1, accelerator="cpu", logger=False),
+        Model(),
+        DataLoader(dataset, 4, collate_fn=padded),
+    )
+
+    assert len(report.trials) > 5
+    # Given back after every trial, as every attribute is
+    assert dataset.reads == []
+    assert report.look.read == 200
+
+
+def test_a_slow_data_set_is_read_for_seconds_at_most(monkeypatch):
+    clock = iter(range(1000))
+    monkeypatch.setattr(_samples.time, "monotonic", lambda: next(clock))
+
+    _, report = fit(Sequences(1000, long_at=None), SimulatedAccelerator("4MiB"))
+
+    assert report.look.read == 6 * 16  # chunks, a second each
+    assert "96 of 1,000 samples read" in str(report)
+
+
+def test_the_first_samples_read_are_spread_over_the_whole():
+    scattered = _samples._scattered(list(range(1000)))
+
+    assert sorted(scattered) == list(range(1000))
+    for count in (16, 64, 160):
+        first = sorted(scattered[:count])
+        gaps = [b - a for a, b in zip([0, *first], [*first, 1000], strict=True)]
+        assert max(gaps) < 3 * 1000 / count
+
+
+@pytest.mark.parametrize(
+    ("small", "large"),
+    [
+        (torch.ones(3), torch.ones(4)),
+        ("abc", "abcd"),
+        ({"ids": [1, 2]}, {"ids": [1, 2, 3]}),
+        ((torch.ones(2), 1), (torch.ones(3), 1)),
+        (torch.ones(3).numpy(), torch.ones(4).numpy()),
+        ([torch.ones(2)], [torch.ones(2), torch.ones(1)]),
+        (torch.ones(4, dtype=torch.float16), torch.ones(4)),
+    ],
+    ids=["tensor", "text", "numbers", "tuple", "array", "list", "dtype"],
+)
+def test_what_is_larger_counts_as_larger(small, large):
+    assert _samples._size(small, 4) < _samples._size(large, 4)
+    assert _samples._size(small, 4) == _samples._size(small, 4)
+
+
+def test_the_user_may_say_what_is_largest():
+    asked = []
+
+    def worst_case(batch_size):
+        asked.append(batch_size)
+        return torch.ones(batch_size, 16 * LONG, 4)
+
+    device = SimulatedAccelerator("4MiB")
+    dataset = Sequences(100_000, long_at=99_999)
+
+    callback = autobatch.AutoBatch(device=device, worst_case=worst_case)
+    report = callback.tune(
+        pl.Trainer(max_epochs=1, accelerator="cpu", logger=False),
+        Model(),
+        DataLoader(dataset, 4, collate_fn=padded),
+    )
+
+    assert dataset.reads == []
+    assert report.look is None
+    assert report.plan.micro_batch_size in asked
+    _, seen = fit(Sequences(1000, long_at=3), device)
+    assert report.plan.micro_batch_size == pytest.approx(
+        seen.plan.micro_batch_size, rel=0.1
+    )
+
+
+def test_a_worst_case_that_can_not_be_called_is_refused():
+    with pytest.raises(ValueError, match="worst_case=7 can not be called"):
+        autobatch.AutoBatch(worst_case=7)
