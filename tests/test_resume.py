@@ -288,8 +288,8 @@ def test_a_second_fit_verifies_the_plan_of_the_first_by_one_trial():
 def test_a_second_fit_searches_where_the_plan_does_not_fit_any_more():
     callback = tuner(search=autobatch.Bisection())
     callback.tune(trainer(), Model(), loader())
-    verified = callback._first.model_copy(update={"plan": PLAN})
-    callback._first = verified
+    verified = callback._last.model_copy(update={"plan": PLAN})
+    callback._last = verified
 
     callback._asked.device.foreign = "200KiB"
     trainer(callback).fit(Model(), loader())

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import importlib
 import logging
-import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch.utils.data import DataLoader
 
 from autobatch import sinks
@@ -23,18 +21,12 @@ from autobatch.lightning._apply import (
     check_name,
 )
 from autobatch.lightning._checks import check, check_lightning
-from autobatch.lightning._evaluations import STAGES
-from autobatch.lightning._known import (
-    Checkpoint,
-    Here,
-    Known,
-    of_checkpoint,
-    of_last_fit,
-)
+from autobatch.lightning._evaluations import STAGES, before_data, loaders_for
+from autobatch.lightning._known import Checkpoint, Known, known_at_start
 from autobatch.lightning._loaders import Rebatched, capture_order, is_empty
 from autobatch.lightning._loggers import log_report
 from autobatch.lightning._milestones import Milestones, checked_epochs
-from autobatch.lightning._package import package_of
+from autobatch.lightning._package import callback_class, package_of
 from autobatch.lightning._run import Asked, tune_evaluation, tune_training
 from autobatch.lightning._samples import checked_worst_case
 from autobatch.lightning._windows import WindowRepair, check_switch
@@ -46,7 +38,7 @@ if TYPE_CHECKING:
     from autobatch._memory import MemoryProbe
     from autobatch._plan import BatchPlan
     from autobatch._search import Search
-    from autobatch._tune import Job
+    from autobatch.lightning._evaluations import Stage
     from autobatch.lightning._run import Tuned
 
 __all__ = ["AutoBatch"]
@@ -54,32 +46,10 @@ __all__ = ["AutoBatch"]
 _log = logging.getLogger("autobatch")
 
 
-def _callback_class() -> type:
-    """The Callback of the Lightning package in use; of each that is installed, where none is imported yet.
-
-    `lightning.pytorch` and `pytorch_lightning` are two packages, and neither knows the other's class.
-    """
-    packages = ("lightning.pytorch", "pytorch_lightning")
-    imported = [package for package in packages if package in sys.modules]
-    found = []
-    for package in imported or packages:
-        try:
-            found.append(importlib.import_module(package).Callback)
-        except ModuleNotFoundError as error:
-            if error.name not in (package, package.partition(".")[0]):
-                raise
-    if not found:
-        raise ImportError(
-            "AutoBatch needs Lightning, and neither package is installed: pip install "
-            '"lightning-autobatch[lightning]", or "[pytorch-lightning]" for the other name.'
-        )
-    return type("Callback", tuple(found), {})
-
-
 if TYPE_CHECKING:
     _Callback: type = object
 else:
-    _Callback = _callback_class()
+    _Callback = callback_class()
 
 
 class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
@@ -155,13 +125,15 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         )
         self._batch_arg_name = batch_arg_name
         self._milestones = Milestones(checked_epochs(retune_at_epochs))
-        # Of the fit before, or of `tune`, and then of this fit's start
-        self._first: TuningReport | None = None
-        self._trained: TuningReport | None = None  # what training goes by
+        self._last: TuningReport | None = None  # of the fit before, or of `tune`
+        self._first: TuningReport | None = None  # of this fit, at its start
+        self._trained: TuningReport | None = None  # what training goes by now
         self._checkpoint: Checkpoint | None = None
         self._rebatched: dict[str, Rebatched] = {}  # by what they serve
         self._window: WindowRepair | None = None
         self._before = BeforeOptimizers()
+        self._before_data: list[Callable[[], None]] = []  # what undoes a watch
+        self._only_tunes = False
 
     def tune(
         self,
@@ -192,10 +164,12 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             ValueError: There is no such method, or it does not take the loaders that were given.
             AutobatchError: The run is one that can not be tuned.
         """
-        loaders = _given(method, train_dataloaders, val_dataloaders, dataloaders)
+        loaders = loaders_for(method, train_dataloaders, val_dataloaders, dataloaders)
         callbacks = trainer.callbacks
-        only = _TuneOnly(self)
-        trainer.callbacks = [only, *(each for each in callbacks if each is not self)]
+        others = (each for each in callbacks if each is not self)
+        trainer.callbacks = [self, *others]
+        self.report = self._last = None
+        self._only_tunes = True
         with Snapshot() as snapshot:
             # What comes before the trials: the hooks that make loaders and optimizers
             snapshot.capture_light(model, datamodule)
@@ -205,13 +179,14 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             try:
                 getattr(trainer, method)(model, *loaders, datamodule=datamodule)
             finally:
+                self._only_tunes = False
+                self._undo()
                 trainer.callbacks = callbacks
-                only.forget()
-        if only.report is None:
+        if self.report is None:
             raise AutobatchError(
                 f"Nothing was tuned: {method} ended before it came to its first batch."
             )
-        return only.report
+        return self.report
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Go first, so that callbacks which look at the loader or the optimizers see the tuned ones."""
@@ -223,20 +198,26 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         if stage == "fit":
             self._before.watch(trainer)
         else:
-            _before_data(trainer, stage, partial(self._evaluate, trainer, stage))
+            evaluate = partial(self._evaluate, trainer, STAGES[stage])
+            self._before_data.append(before_data(trainer, STAGES[stage], evaluate))
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Tune, and let the Trainer train with what was found."""
-        if trainer.fast_dev_run or trainer.limit_train_batches == 0:
-            _log.info("nothing will be trained: the batch size is left as it is")
+        idle = _idle(trainer)
+        if idle and self._only_tunes:
+            raise AutobatchError(f"Nothing was tuned: {idle}.")
+        if idle:
+            _log.info("%s: the batch size is left as it is", idle)
             return
         check(trainer, pl_module, self._checkpoint)
-        if is_empty(trainer.fit_loop._data_source.instance):
-            _log.info("there is nothing to train on: the batch size is left as it is")
-            return
-        self._check_target_of_checkpoint()
+        if self._checkpoint is not None:
+            self._checkpoint.check_target(self._asked.settings)
         check_name(pl_module, self._batch_arg_name)
-        tuned = tune_training(trainer, pl_module, self._asked, self._known_at_start)
+        known_at = partial(known_at_start, self._known, self._checkpoint, self._last)
+        tuned = tune_training(trainer, pl_module, self._asked, known_at)
+        self._last = tuned.report
+        if self._only_tunes:
+            self._leave(trainer, tuned.report)
         self._rebatched["train"] = apply(
             tuned.report.plan,
             trainer,
@@ -245,10 +226,8 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             tuned.batch_sizes,
             self._before,
         )
-        self._resize_validation(trainer, tuned)
-        self._watch_windows(tuned.report)
-        self._first = self._trained = tuned.report
-        self._tell(trainer, tuned.report)
+        self._first = tuned.report
+        self._go_on_with(trainer, tuned)
 
     def state_dict(self) -> dict[str, Any]:
         """The plan and the device it was verified on, in plain numbers and text: it travels in the checkpoint."""
@@ -308,13 +287,12 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
 
     def _retune(self, trainer: Any, module: Any) -> None:
         """Tune anew in the middle of training, for the effective batch it began with."""
-        if self._trained is None or self._first is None:
+        if self._first is None or self._trained is None:
             return
         target = self._first.plan.effective_batch_size
         note = f"Tuned anew at epoch {trainer.current_epoch}, for the effective batch of {target}."
-        tuned = tune_training(
-            trainer, module, self._asked, lambda *_: Known(target=target, note=note)
-        )
+        known = Known(target=target, note=note)
+        tuned = tune_training(trainer, module, self._asked, lambda *_: known)
         if tuned.report.plan != self._trained.plan:
             self._rebatched["train"] = apply_between_epochs(
                 tuned.report.plan,
@@ -324,33 +302,37 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
                 tuned.batch_sizes,
                 self._rebatched["train"],
             )
-            self._watch_windows(tuned.report)
-        self._trained = tuned.report
-        self._tell(trainer, tuned.report)
+        self._go_on_with(trainer, tuned)
         log_report(tuned.report, trainer)
 
-    def _evaluate(self, trainer: Any, stage: str) -> None:
-        """Tune before validation, testing or prediction asks for its loaders."""
-        if trainer.fast_dev_run:
-            return
-        tuned = tune_evaluation(
-            trainer, trainer.lightning_module, self._asked, STAGES[stage]
-        )
-        source = getattr(trainer, STAGES[stage].loop)._data_source
-        self._rebatched[stage] = Rebatched(source, tuned.batch_sizes)
+    def _go_on_with(self, trainer: Any, tuned: Tuned) -> None:
+        """What follows from a plan that was applied."""
+        self._trained = tuned.report
+        if self._asked.repairs:
+            self._window = WindowRepair(tuned.report.plan.micro_batch_size)
+        if tuned.validation_sizes is not None:
+            source = trainer.fit_loop.epoch_loop.val_loop._data_source
+            self._rebatched["validation"] = Rebatched(source, tuned.validation_sizes)
         self._tell(trainer, tuned.report)
 
-    def _watch_windows(self, report: TuningReport) -> None:
-        if self._asked.repairs:
-            self._window = WindowRepair(report.plan.micro_batch_size)
-
-    def _resize_validation(self, trainer: Any, tuned: Tuned) -> None:
-        if tuned.validation_sizes is None:
+    def _evaluate(self, trainer: Any, stage: Stage) -> None:
+        """Tune before validation, testing or prediction asks for its loaders."""
+        if trainer.fast_dev_run and not self._only_tunes:
             return
-        val_loop = trainer.fit_loop.epoch_loop.val_loop
-        self._rebatched["validation"] = Rebatched(
-            val_loop._data_source, tuned.validation_sizes
+        tuned = tune_evaluation(trainer, trainer.lightning_module, self._asked, stage)
+        if self._only_tunes:
+            self._leave(trainer, tuned.report)
+        source = getattr(trainer, stage.loop)._data_source
+        self._rebatched[stage.name] = Rebatched(source, tuned.batch_sizes)
+        self._tell(trainer, tuned.report)
+
+    def _leave(self, trainer: Any, report: TuningReport) -> None:
+        """End what the Trainer was asked for, by the way that Lightning 2.6 keeps for its own tuner."""
+        self.report = report
+        exceptions = importlib.import_module(
+            f"{package_of(trainer)}.utilities.exceptions"
         )
+        raise exceptions._TunerExitException
 
     def _tell(self, trainer: Any, report: TuningReport) -> None:
         self.report = report
@@ -358,118 +340,20 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             sinks.log(report)
             sinks.console(report)
 
-    def _known_at_start(self, job: Job, here: Here, settings: Settings) -> Known:
-        if self._checkpoint is not None and (
-            self._known is None or self._checkpoint.plan is not None
-        ):
-            return of_checkpoint(self._checkpoint, here, settings)
-        if self._known is not None:
-            return self._known_to_user()
-        return of_last_fit(self._first, job, here, settings)
-
-    def _known_to_user(self, *_: Any) -> Known:
-        return Known(self._known)
-
-    def _check_target_of_checkpoint(self) -> None:
-        target, checkpoint = self._asked.settings.target_batch_size, self._checkpoint
-        if target is None or checkpoint is None or checkpoint.plan is None:
-            return
-        effective = checkpoint.plan.effective_batch_size
-        if target not in (effective, checkpoint.target):
-            raise AutobatchError(
-                f"The checkpoint was trained with {effective} samples per update, and "
-                f"target_batch_size={target} asks for another number: a resumed run goes on with its plan."
-            )
-
     def _undo(self) -> None:
         self._milestones.forget()
         self._before.forget()
         self._window = None
+        while self._before_data:
+            self._before_data.pop()()
         while self._rebatched:
             self._rebatched.popitem()[1].undo()
 
 
-class _TuneOnly(_Callback):  # type: ignore[misc]  # a class made at run time
-    """Leaves `fit` once the report is there, by the way that Lightning 2.6 keeps for its own tuner."""
-
-    def __init__(self, tuner: AutoBatch) -> None:
-        super().__init__()
-        self.report: TuningReport | None = None
-        self._tuner = tuner
-        self._forget: Callable[[], None] = lambda: None
-
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        check_lightning(trainer)
-        if stage != "fit":
-            self._forget = _before_data(
-                trainer, stage, partial(self._evaluate, trainer, stage)
-            )
-
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        check(trainer, pl_module, None)
-        tuner = self._tuner
-        tuned = tune_training(trainer, pl_module, tuner._asked, tuner._known_to_user)
-        tuner._first = tuned.report
-        self._leave(trainer, tuned.report)
-
-    def forget(self) -> None:
-        """Let the Trainer's loop be what it was."""
-        self._forget()
-
-    def _evaluate(self, trainer: Any, stage: str) -> None:
-        asked = self._tuner._asked
-        module = trainer.lightning_module
-        tuned = tune_evaluation(trainer, module, asked, STAGES[stage])
-        self._leave(trainer, tuned.report)
-
-    def _leave(self, trainer: Any, report: TuningReport) -> None:
-        self.report = self._tuner.report = report
-        exceptions = importlib.import_module(
-            f"{package_of(trainer)}.utilities.exceptions"
-        )
-        raise exceptions._TunerExitException
-
-
-def _before_data(
-    trainer: Any, stage: str, act: Callable[[], None]
-) -> Callable[[], None]:
-    """Act before the loop of a stage sets its data up: the first moment at which the model is on its device.
-
-    What hides the method of the loops of Lightning 2.6 goes with the call, or by what is returned.
-    """
-    loop = getattr(trainer, STAGES[stage].loop)
-    set_up = type(loop).setup_data
-
-    def forget() -> None:
-        vars(loop).pop("setup_data", None)
-
-    def act_and_set_up() -> None:
-        forget()
-        # The loop has switched gradients off; trials have to switch them for themselves
-        with torch.inference_mode(mode=False), torch.enable_grad():
-            act()
-        set_up(loop)
-
-    loop.setup_data = act_and_set_up
-    return forget
-
-
-def _given(
-    method: str, train_dataloaders: Any, val_dataloaders: Any, dataloaders: Any
-) -> tuple[Any, ...]:
-    """The loaders that a method of the Trainer takes, in its order."""
-    if method == "fit":
-        if dataloaders is not None:
-            raise ValueError(
-                "dataloaders are for validate, test and predict; give fit its train_dataloaders."
-            )
-        return (train_dataloaders, val_dataloaders)
-    if method not in STAGES:
-        raise ValueError(
-            f"method={method!r} is none of a Trainer's; give 'fit', 'validate', 'test' or 'predict'."
-        )
-    if train_dataloaders is not None or val_dataloaders is not None:
-        raise ValueError(
-            f"train_dataloaders and val_dataloaders are for fit; give {method} its dataloaders."
-        )
-    return (dataloaders,)
+def _idle(trainer: Any) -> str | None:
+    """Why there is nothing to tune for."""
+    if trainer.fast_dev_run or trainer.limit_train_batches == 0:
+        return "nothing will be trained"
+    if is_empty(trainer.fit_loop._data_source.instance):
+        return "there is nothing to train on"
+    return None

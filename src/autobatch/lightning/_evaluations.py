@@ -18,7 +18,14 @@ if TYPE_CHECKING:
 
     from autobatch.lightning._samples import Samples
 
-__all__ = ["STAGES", "VALIDATION", "Evaluations", "Stage"]
+__all__ = [
+    "STAGES",
+    "VALIDATION",
+    "Evaluations",
+    "Stage",
+    "before_data",
+    "loaders_for",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +57,50 @@ STAGES: Final = {
         Stage("predict", "predict", "predict_loop"),
     )
 }
+
+
+def loaders_for(
+    method: str, train_dataloaders: Any, val_dataloaders: Any, dataloaders: Any
+) -> tuple[Any, ...]:
+    """The loaders that a method of the Trainer takes, in its order; `ValueError` where others were given."""
+    if method == "fit":
+        if dataloaders is not None:
+            raise ValueError(
+                "dataloaders are for validate, test and predict; give fit its train_dataloaders."
+            )
+        return (train_dataloaders, val_dataloaders)
+    if method not in STAGES:
+        raise ValueError(
+            f"method={method!r} is none of a Trainer's; give 'fit', 'validate', 'test' or 'predict'."
+        )
+    if train_dataloaders is not None or val_dataloaders is not None:
+        raise ValueError(
+            f"train_dataloaders and val_dataloaders are for fit; give {method} its dataloaders."
+        )
+    return (dataloaders,)
+
+
+def before_data(
+    trainer: Any, stage: Stage, act: Callable[[], None]
+) -> Callable[[], None]:
+    """Act before the loop of a stage sets its data up: the first moment at which the model is on its device.
+
+    What hides the method of the loops of Lightning 2.6 goes with the call, or by what is returned.
+    """
+    loop = getattr(trainer, stage.loop)
+
+    def forget() -> None:
+        vars(loop).pop("setup_data", None)
+
+    def act_and_set_up() -> None:
+        forget()
+        # The loop has switched gradients off; trials switch them for themselves
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            act()
+        loop.setup_data()
+
+    loop.setup_data = act_and_set_up
+    return forget
 
 
 class Evaluations:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from autobatch._report import Settings, TuningReport
     from autobatch._tune import Job
 
-__all__ = ["Checkpoint", "Here", "Known", "of_checkpoint", "of_last_fit"]
+__all__ = ["Checkpoint", "Here", "Known", "known_at_start"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +104,18 @@ class Checkpoint:
             "device_bytes": here.total,
         }
 
+    def check_target(self, settings: Settings) -> None:
+        """Refuse an effective batch that is not the one it was trained with."""
+        target = settings.target_batch_size
+        if target is None or self.plan is None:
+            return
+        effective = self.plan.effective_batch_size
+        if target not in (effective, self.target):
+            raise AutobatchError(
+                f"The checkpoint was trained with {effective} samples per update, and "
+                f"target_batch_size={target} asks for another number: a resumed run goes on with its plan."
+            )
+
     def was_on(self, here: Here) -> bool:
         """Whether it was trained on such a device; where it does not say, one trial will."""
         if self.plan is None or self.plan.world_size != here.world_size:
@@ -114,7 +126,23 @@ class Checkpoint:
         )
 
 
-def of_checkpoint(checkpoint: Checkpoint, here: Here, settings: Settings) -> Known:
+def known_at_start(
+    own: BatchPlan | None,
+    checkpoint: Checkpoint | None,
+    last: TuningReport | None,
+    job: Job,
+    here: Here,
+    settings: Settings,
+) -> Known:
+    """What is known when a fit starts: the checkpoint's plan before the user's own, and that before the last fit's."""
+    if checkpoint is not None and (own is None or checkpoint.plan is not None):
+        return _of_checkpoint(checkpoint, here, settings)
+    if own is not None:
+        return Known(own)
+    return _of_last_fit(last, job, here, settings)
+
+
+def _of_checkpoint(checkpoint: Checkpoint, here: Here, settings: Settings) -> Known:
     """What a resumed run goes on with: its plan, or another of the same effective batch where that may be."""
     plan = checkpoint.plan
     if plan is None:
@@ -137,7 +165,7 @@ def of_checkpoint(checkpoint: Checkpoint, here: Here, settings: Settings) -> Kno
     )
 
 
-def of_last_fit(
+def _of_last_fit(
     report: TuningReport | None, job: Job, here: Here, settings: Settings
 ) -> Known:
     """The plan of the fit before, where that was asked the same about the same kind of module, data and device."""

@@ -1,10 +1,35 @@
-"""Which of the two Lightning packages a Trainer comes from."""
+"""Which of the two Lightning packages is in use, and which a Trainer comes from."""
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+import sys
+from typing import Any, Final
 
-__all__ = ["package_of"]
+__all__ = ["callback_class", "package_of"]
+
+_PACKAGES: Final = ("lightning.pytorch", "pytorch_lightning")
+
+
+def callback_class() -> type:
+    """The Callback of the Lightning package in use; of each that is installed, where none is imported yet.
+
+    `lightning.pytorch` and `pytorch_lightning` are two packages, and neither knows the other's class.
+    """
+    imported = [package for package in _PACKAGES if package in sys.modules]
+    found = []
+    for package in imported or _PACKAGES:
+        try:
+            found.append(importlib.import_module(package).Callback)
+        except ModuleNotFoundError as error:
+            if error.name not in (package, package.partition(".")[0]):
+                raise
+    if not found:
+        raise ImportError(
+            "AutoBatch needs Lightning, and neither package is installed: pip install "
+            '"lightning-autobatch[lightning]", or "[pytorch-lightning]" for the other name.'
+        )
+    return type("Callback", tuple(found), {})
 
 
 def package_of(trainer: Any) -> str:
@@ -17,10 +42,6 @@ def package_of(trainer: Any) -> str:
 
 def _root(module: str) -> str:
     return next(
-        (
-            name
-            for name in ("lightning.pytorch", "pytorch_lightning")
-            if module.startswith(name)
-        ),
+        (name for name in _PACKAGES if module.startswith(name)),
         "",
     )
