@@ -101,7 +101,13 @@ class Explodes(Model):
         return super().training_step(batch, batch_idx)
 
 
-def trainer(*callbacks):
+def trainer(*callbacks, **options):
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     return pl.Trainer(
         max_epochs=2,
         accelerator="cpu",
@@ -109,10 +115,7 @@ def trainer(*callbacks):
         num_nodes=NODES,
         strategy=pl.strategies.DDPStrategy(timeout=timedelta(seconds=60)),
         callbacks=list(callbacks),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **{**quiet, **options},
     )
 
 
@@ -168,6 +171,63 @@ def found(callback):
             (trial.batch_size, str(trial.outcome)) for trial in callback.report.trials
         ],
         "budget": callback.report.budget,
+    }
+
+
+class Validated(Model):
+    """Validates too, in batches that do not fit, and says so to a logger."""
+
+    def __init__(self, batch_size=4, validation=400):
+        super().__init__(batch_size)
+        self.validation = validation
+        self.sizes = []
+
+    def validation_step(self, batch, batch_idx):
+        self.sizes.append(len(batch[0]))
+        room = torch.empty(len(batch[0]), 1024)
+        self.log("room", float(room.shape[1]), sync_dist=True)
+
+    def val_dataloader(self):
+        return DataLoader(data(), self.validation)
+
+
+def everything(directory):
+    """Validation, a logger, checkpoints, a test, and a second fit."""
+
+    def run(sizes, *callbacks, **options):
+        pl.seed_everything(1, verbose=False)
+        model = Validated(*sizes)
+        logger = pl.loggers.CSVLogger(directory, version=len(callbacks))
+        fitted = trainer(
+            *callbacks, logger=logger, enable_checkpointing=True, **options
+        )
+        fitted.fit(model, loader(model.hparams.batch_size))
+        weights = {name: value.clone() for name, value in model.state_dict().items()}
+        return fitted, {
+            "record": model.record,
+            "weights": weights,
+            "sizes": list(model.sizes),
+            "random": torch.get_rng_state(),
+        }
+
+    callback = tuner()
+    fitted, tuned = run((), callback)
+    report = callback.report
+    plan = report.plan
+    sizes = (plan.micro_batch_size, report.validation_batch_size)
+    _, written = run(sizes, accumulate_grad_batches=plan.accumulate_grad_batches)
+    path = fitted.strategy.broadcast(fitted.checkpoint_callback.best_model_path)
+    saved = torch.load(path, weights_only=True)["callbacks"]
+    again = trainer(callback)
+    again.fit(Validated(), loader())
+    return {
+        "tuned": tuned,
+        "by hand": written,
+        **found(callback),
+        "validation": report.validation_batch_size,
+        "trials of the second fit": len(callback.report.trials),
+        "saved": saved["AutoBatch"]["micro_batch_size"],
+        "files": sorted(file.name for file in Path(fitted.logger.log_dir).iterdir()),
     }
 
 
@@ -266,7 +326,8 @@ def main(directory, *cases):
     warnings.simplefilter("ignore")
     for package in ("pytorch_lightning", "lightning.pytorch"):
         logging.getLogger(package).setLevel(logging.ERROR)
-    results = {case: CASES[case]() for case in cases}
+    cases_of = CASES | {"everything": lambda: everything(directory)}
+    results = {case: cases_of[case]() for case in cases}
     torch.save(results, Path(directory) / f"rank-{RANK}.pt")
 
 

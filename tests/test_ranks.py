@@ -132,6 +132,7 @@ def job(tmp_path_factory):
         "synchronised",
         "exploding",
         "standalone",
+        "everything",
     )
     port = ("--master-port", free_port())
     finish(start(*TORCHRUN, "--nproc-per-node", 2, *port, CASES, where, *cases))
@@ -210,6 +211,17 @@ def test_find_agrees_in_a_job_and_refuses_a_model_that_waits_for_other_ranks(job
     assert first == second
     assert first["effective"] == 2000
     assert "DistributedDataParallel" in first["refused"]
+
+
+@needs_lightning
+def test_validation_loggers_checkpoints_and_a_second_fit_work_on_ranks_too(job):
+    ranks = [rank["everything"] for rank in job]
+
+    assert_as_by_hand(ranks)
+    assert ranks[0]["validation"] == ranks[1]["validation"] < 300
+    assert ranks[0]["saved"] == ranks[0]["plan"][0]
+    assert ranks[0]["trials of the second fit"] == 1
+    assert {"autobatch.json", "autobatch.md", "hparams.yaml"} <= set(ranks[0]["files"])
 
 
 @needs_lightning
