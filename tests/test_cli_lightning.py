@@ -77,7 +77,11 @@ def fit(package, *arguments, built_in=False):
 
 @pytest.mark.parametrize("package", HERE)
 @pytest.mark.parametrize(
-    "name", ["autobatch.AutoBatch", "autobatch.lightning.AutoBatch"]
+    "name",
+    [
+        "autobatch.AutoBatch",
+        pytest.param("autobatch.lightning.AutoBatch", marks=pytest.mark.slow),
+    ],
 )
 def test_a_file_names_the_callback_and_its_arguments(package, name, tmp_path):
     file = tmp_path / "config.yaml"

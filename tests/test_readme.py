@@ -65,7 +65,7 @@ def run(block: str, names: dict[str, object]) -> None:
     exec(compile(block, "README.md", "exec"), names)
 
 
-def test_the_first_block_tunes_and_trains(names, capsys):
+def test_the_first_two_blocks_tune_and_train_and_tune_alone(names, capsys):
     pl = pytest.importorskip("pytorch_lightning")
 
     class Module(pl.LightningModule):
@@ -80,15 +80,18 @@ def test_the_first_block_tunes_and_trains(names, capsys):
         def configure_optimizers(self):
             return torch.optim.AdamW(self.parameters())
 
-    run(blocks("python")[0], names | {"model": Module()})
+    names |= {"model": Module()}
+    run(blocks("python")[0], names)
+    run(blocks("python")[1], names)
 
     assert "= 256 per update" in capsys.readouterr().out
     written = Path("lightning_logs/version_0/autobatch.json")
     assert autobatch.TuningReport.read(written).plan.effective_batch_size == 256
+    assert names["report"].plan.effective_batch_size == 256
 
 
 def test_the_other_blocks_run_one_after_the_other(names, capsys):
-    for block in blocks("python")[1:]:
+    for block in blocks("python")[2:]:
         run(block, names)
 
     assert "= 256 per update" in capsys.readouterr().out
