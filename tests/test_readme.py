@@ -207,15 +207,21 @@ def test_every_file_that_is_named_exists():
     ] == []
 
 
-def test_the_keywords_are_those_of_find_with_their_defaults():
+def test_the_keywords_are_those_of_the_two_doors_with_their_defaults():
     rows = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", README, re.MULTILINE))
-    parameters = inspect.signature(autobatch.find).parameters
-    only_find = {"workload", "restore", "dataset_size"}
+    finds = inspect.signature(autobatch.find).parameters
+    own = {"restore", "dataset_size", "workload"}
+    common = {name: finds[name].default for name in finds.keys() - own}
+    tunes = {name: default for name, default in rows.items() if name not in common}
 
-    assert rows == {
-        name: repr(parameter.default)
-        for name, parameter in parameters.items()
-        if name not in only_find
+    assert {name: rows[name] for name in common} == {
+        name: repr(default).replace("'", '"') for name, default in common.items()
+    }
+    autobatchs = pytest.importorskip("autobatch.lightning").AutoBatch
+    parameters = inspect.signature(autobatchs).parameters
+    assert tunes == {
+        name: repr(parameters[name].default).replace("'", '"')
+        for name in parameters.keys() - common.keys()
     }
 
 
