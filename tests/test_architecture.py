@@ -31,7 +31,7 @@ LAYERS = (
     ("_ledger", "_kept"),
     ("_snapshot", "_trial"),
     ("_pace", "_ranks"),
-    ("_plan",),
+    ("_plan", "_record"),
     ("_tradeoff",),
     ("_notes",),
     ("_text",),

@@ -7,17 +7,17 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Final
 
 from autobatch._deadline import Deadline
-from autobatch._memory import format_bytes, memory_budget, parse_memory_limit
+from autobatch._memory import format_bytes
 from autobatch._notes import Bound, Findings, notes, tightest_bound
 from autobatch._pace import Pace
 from autobatch._plan import BatchPlan, candidates, nearest
-from autobatch._ranks import merged
+from autobatch._record import Record
 from autobatch._report import Device, Settings, TuningReport
 from autobatch._trial import Bench, Outcome, Trial, run_trial
 from autobatch.errors import AutobatchError, DoesNotFitError, ShortTrialError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from contextlib import AbstractContextManager
 
     from autobatch._memory import MemoryProbe
@@ -82,7 +82,7 @@ def tune(
     """Budget, trials, plan, report: the steps of a tuning run, in their order; every rank of a job calls it."""
     _check_target(settings, ranks.world_size)
     tuning = _Tuning(job, settings, probe, snapshot, shown, ranks)
-    tuning.bench = Bench(probe, tuning.read_budget, optimizers, first_touch)
+    tuning.bench = Bench(probe, tuning.record.read_budget, optimizers, first_touch)
     tuning.begin(known)
     if known is not None:
         plan = tuning.verify(known)
@@ -100,15 +100,6 @@ def _check_target(settings: Settings, world_size: int) -> None:
             f"target_batch_size={target} is less than one sample for each of the {world_size} ranks; "
             f"give {world_size} or more."
         )
-
-
-@dataclass(frozen=True, slots=True)
-class _Tried:
-    """What a rank tells the others of a trial; before the first there is none to tell of."""
-
-    trial: Trial | None
-    budget: int  # bytes this rank may hold
-    seconds: float  # on this rank's clock
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,13 +135,7 @@ class _Tuning:
     ) -> None:
         self._job, self._settings, self._probe = job, settings, probe
         self._snapshot, self._shown, self._ranks = snapshot, shown, ranks
-        self._limit = parse_memory_limit(settings.memory_limit)
-        self._reading = probe.read()
-        self._own_budget = memory_budget(self._reading, self._limit)
-        self._budgets: Sequence[int] = ()  # of each rank
-        self._now = 0.0
-        # Of every rank each, in the order they were run
-        self._trials: list[Sequence[Trial]] = []
+        self.record = Record(probe, settings.memory_limit, ranks)
         self._out_of_time = False
         self._bound = tightest_bound(
             target_batch_size=settings.target_batch_size,
@@ -160,24 +145,10 @@ class _Tuning:
         )
         self._high = max(1, self._bound.batch_size) if self._bound else _CEILING
 
-    @property
-    def trials(self) -> list[Trial]:
-        """All of them, judged by the budgets that hold now."""
-        return [merged(trials, self._budgets) for trials in self._trials]
-
-    @property
-    def _budget(self) -> int:
-        """The smallest that a rank has."""
-        return min(self._budgets)
-
-    @property
-    def fitting(self) -> list[int]:
-        return sorted({trial.batch_size for trial in self.trials if trial.fits})
-
     def begin(self, known: BatchPlan | None) -> None:
         """Refuse to start where a rank is past its budget already, or where ranks were asked different things."""
-        self._together(self._check_room)
-        self._deadline = Deadline(self._settings.time_limit, lambda: self._now)
+        self.record.begin(self._check_room)
+        self._deadline = Deadline(self._settings.time_limit, lambda: self.record.now)
         settings = self._settings.model_copy(update={"dataset_size": None})
         asked = _Asked(settings, self._job.accumulate, known)
         for rank, other in enumerate(self._ranks.everywhere(lambda: asked)):
@@ -199,22 +170,10 @@ class _Tuning:
                 f"Ranks chose different plans: {plans}. Please report this; training with them would not be sound."
             )
 
-    def _together(self, act: Callable[[], Trial | None]) -> Sequence[Trial | None]:
-        """What every rank's part of it gave; their budgets and rank 0's clock hold from then on."""
-
-        def told() -> _Tried:
-            trial = act()
-            return _Tried(trial, self._own_budget, self._probe.clock())
-
-        told_by = self._ranks.everywhere(told)
-        self._budgets = [each.budget for each in told_by]
-        self._now = told_by[0].seconds
-        return [each.trial for each in told_by]
-
     def _check_room(self) -> None:
         self._probe.attach(*self._snapshot.alive)
         self._probe.release()
-        reading, budget = self._probe.read(), self.read_budget()
+        reading, budget = self._probe.read(), self.record.read_budget()
         if budget <= reading.reserved:
             raise DoesNotFitError(
                 f"memory_limit={self._settings.memory_limit!r} leaves a budget of {format_bytes(max(0, budget))} on "
@@ -228,11 +187,11 @@ class _Tuning:
             try:
                 trial = self.attempt(size)
             except ShortTrialError:
-                if not any(proven < size for proven in self.fitting):
+                if not any(proven < size for proven in self.record.fitting):
                     raise
                 # Smaller ones ran: there is not data enough for this one
                 self._snapshot.restore()
-                self._high = (self.fitting[-1] + size) // 2
+                self._high = (self.record.fitting[-1] + size) // 2
                 continue
             if trial.batch_size < size:
                 # The workload could not fill it: it goes no further
@@ -253,30 +212,34 @@ class _Tuning:
 
     @property
     def _yardstick(self) -> int | None:
-        return self.fitting[-1] if self.fitting else self._deadline.largest
+        return (
+            self.record.fitting[-1] if self.record.fitting else self._deadline.largest
+        )
 
     @property
     def _reserve(self) -> float:
         """Seconds for the trials that may have to confirm a plan, none of them larger than what ran."""
-        if self._settings.target_batch_size is None or not self.fitting:
+        if self._settings.target_batch_size is None or not self.record.fitting:
             return 0.0
-        return _CONFIRMATIONS * self._deadline.seconds_of(self.fitting[-1])
+        return _CONFIRMATIONS * self._deadline.seconds_of(self.record.fitting[-1])
 
     def _proposal(self, search: Search, high: int) -> int | None:
         start = min(self._start, high)
-        return search.propose(self.trials, start=start, high=high, budget=self._budget)
+        return search.propose(
+            self.record.trials, start=start, high=high, budget=self.record.budget
+        )
 
     def choose(self) -> BatchPlan:
         """The plan to take: one whose micro-batch was run, and the best of those."""
-        if not self.fitting:
+        if not self.record.fitting:
             raise self._nothing_fits()
         target = self._settings.target_batch_size
         if target is None:
             return BatchPlan(
-                self.fitting[-1], self._job.accumulate, self._ranks.world_size
+                self.record.fitting[-1], self._job.accumulate, self._ranks.world_size
             )
         self._confirm(target)
-        if not self.fitting:
+        if not self.record.fitting:
             raise self._nothing_fits()
         verified = [plan for plan in self._candidates(target) if self._verified(plan)]
         plan = verified[0] if verified else self._nearest(target)
@@ -286,10 +249,12 @@ class _Tuning:
     def _confirm(self, target: int) -> None:
         """Run the micro-batch of the best plan, where the search did not; then look which is the best now."""
         for _ in range(_CONFIRMATIONS):
-            failed = {trial.batch_size for trial in self.trials if not trial.fits}
+            failed = {
+                trial.batch_size for trial in self.record.trials if not trial.fits
+            }
             plans = [
                 plan
-                for plan in (self._candidates(target) if self.fitting else ())
+                for plan in (self._candidates(target) if self.record.fitting else ())
                 if plan.micro_batch_size not in failed
             ]
             if not plans or self._verified(plans[0]):
@@ -305,16 +270,16 @@ class _Tuning:
 
     def _nearest(self, target: int) -> BatchPlan:
         world_size = self._ranks.world_size
-        plan = nearest(target, world_size, self.fitting)
+        plan = nearest(target, world_size, self.record.fitting)
         if self._verified(plan):
             return plan
         # Run without accumulation alone, where gradients do not outlive their micro-batch
         accumulated = [
             trial.batch_size
-            for trial in self.trials
+            for trial in self.record.trials
             if trial.fits and trial.accumulate > 1
         ]
-        return nearest(target, world_size, accumulated or self.fitting)
+        return nearest(target, world_size, accumulated or self.record.fitting)
 
     def verify(self, plan: BatchPlan) -> BatchPlan:
         """Take a known plan, if one trial shows that it fits."""
@@ -330,7 +295,7 @@ class _Tuning:
         if trial.fits and trial.batch_size == plan.micro_batch_size:
             return plan
         raise DoesNotFitError(
-            f"plan={plan} does not fit any more: {_told(trial, self._budget)}. Leave plan out to search anew."
+            f"plan={plan} does not fit any more: {_told(trial, self.record.budget)}. Leave plan out to search anew."
         )
 
     def attempt(self, size: int, *, accumulate: int | None = None) -> Trial:
@@ -338,27 +303,24 @@ class _Tuning:
         began = self._deadline.spent
         if self._ranks.rank == 0:
             self._shown.trying(size)
-        trials = self._together(
-            lambda: self._run(size, accumulate or self._accumulate_at(size))
-        )
+        pattern = accumulate or self._accumulate_at(size)
+        trial = self.record.add(lambda: self._run(size, pattern))
         self._snapshot.restore()
-        self._trials.append([trial for trial in trials if trial is not None])
-        trial = self.trials[-1]
         self._deadline.record(trial.batch_size, self._deadline.spent - began)
         if self._ranks.rank == 0:
-            best = max(self.fitting, default=None)
-            self._shown.tried(trial, best=best, budget=self._budget)
+            best = max(self.record.fitting, default=None)
+            self._shown.tried(trial, best=best, budget=self.record.budget)
         return trial
 
     def report(self, plan: BatchPlan) -> TuningReport:
         """What was asked, found and chosen."""
-        settings, reading = self._settings, self._reading
+        settings, reading = self._settings, self.record.reading
         samples = settings.dataset_size
         if self._job.samples_trained is not None:
             samples = self._job.samples_trained(plan)
         findings = Findings(
             plan=plan,
-            trials=tuple(self.trials),
+            trials=tuple(self.record.trials),
             target_batch_size=settings.target_batch_size,
             bound=self._bound_met(),
             time_limit=settings.time_limit if self._out_of_time else None,
@@ -380,7 +342,7 @@ class _Tuning:
                 total=reading.total,
                 foreign=reading.foreign,
             ),
-            budget=self._budget,
+            budget=self.record.budget,
             trials=findings.trials,
             plan=plan,
             can_accumulate=self._job.can_accumulate,
@@ -404,19 +366,12 @@ class _Tuning:
         except AutobatchError:
             raise
         except Exception as error:
-            if not any(size < trial.batch_size for trial in self.trials):
+            if not any(size < trial.batch_size for trial in self.record.trials):
                 raise
             # Larger ones ran, or ran out of memory: it is too small for the workload (a single sample and BatchNorm)
             return Trial(
                 size, Outcome.REFUSED, accumulate=accumulate, error=repr(error)
             )
-
-    def read_budget(self) -> int:
-        """This rank's smallest budget so far: others may take memory at any time."""
-        self._reading = self._probe.read()
-        budget = memory_budget(self._reading, self._limit)
-        self._own_budget = min(self._own_budget, budget)
-        return self._own_budget
 
     def _accumulate_at(self, size: int) -> int:
         """The pattern that training will use: with accumulation, gradients live on through the next micro-batch."""
@@ -429,7 +384,10 @@ class _Tuning:
 
     def _candidates(self, target: int) -> tuple[BatchPlan, ...]:
         return candidates(
-            target, self._ranks.world_size, self.fitting[-1], Pace.of(self.trials)
+            target,
+            self._ranks.world_size,
+            self.record.fitting[-1],
+            Pace.of(self.record.trials),
         )
 
     def _verified(self, plan: BatchPlan) -> bool:
@@ -439,7 +397,7 @@ class _Tuning:
             trial.fits
             and trial.batch_size == plan.micro_batch_size
             and trial.accumulate >= pattern
-            for trial in self.trials
+            for trial in self.record.trials
         )
 
     def _check_can_accumulate(self, plan: BatchPlan) -> None:
@@ -456,7 +414,7 @@ class _Tuning:
 
     def _check_size_is_used(self, trial: Trial) -> None:
         shape = _allocations(trial)
-        for other in self.trials:
+        for other in self.record.trials:
             if (
                 len(shape) > 1
                 and trial.batch_size >= _IGNORED * other.batch_size
@@ -470,8 +428,8 @@ class _Tuning:
 
     def _nothing_fits(self) -> DoesNotFitError:
         tried = "; ".join(
-            _told(trial, self._budget)
-            for trial in sorted(self.trials, key=lambda t: t.batch_size)
+            _told(trial, self.record.budget)
+            for trial in sorted(self.record.trials, key=lambda t: t.batch_size)
         )
         if self._out_of_time:
             return DoesNotFitError(
@@ -479,7 +437,7 @@ class _Tuning:
                 "Raise time_limit."
             )
         return DoesNotFitError(
-            f"No batch size fits the budget of {format_bytes(self._budget)} on {self._probe.name}: {tried}. "
+            f"No batch size fits the budget of {format_bytes(self.record.budget)} on {self._probe.name}: {tried}. "
             "Free memory on the device, raise memory_limit, or shrink the model."
         )
 
