@@ -6,6 +6,7 @@ import dataclasses
 
 from hypothesis import strategies as st
 
+from autobatch._notes import Look
 from autobatch._plan import BatchPlan
 from autobatch._report import Device, Settings, TuningReport
 from autobatch._trial import Outcome, Trial
@@ -59,7 +60,9 @@ def example(**changes) -> TuningReport:
         budget=int(11.6 * GIB),
         trials=(*fits, Trial(64, Outcome.OUT_OF_MEMORY, accumulate=2)),
         plan=BatchPlan(32, 8),
+        validation_batch_size=64,
         dataset_size=1_281_167,
+        look=Look(read=1000, among=1_281_167, is_even=True),
         search_seconds=48.2,
         notes=(
             "Others hold 1.5 GiB of this device's 12 GiB; what fits changes when they come or go.",
@@ -85,6 +88,9 @@ trials = st.builds(
     resident=st.integers(0, 2**40),
     profile=st.just((1, 2)),
 )
+
+
+looks = st.builds(Look, read=counts, among=st.none() | counts, is_even=st.booleans())
 
 
 @st.composite
@@ -120,7 +126,10 @@ def reports(draw) -> TuningReport:
         budget=draw(st.integers(1, 2**50)),
         trials=tuple(tried),
         plan=plan,
+        task=draw(st.sampled_from(["train", "validate", "test", "predict"])),
+        validation_batch_size=draw(st.none() | counts),
         dataset_size=draw(st.none() | counts),
+        look=draw(st.none() | looks),
         search_seconds=draw(seconds),
         notes=tuple(draw(st.lists(texts, max_size=3))),
         environment=draw(st.dictionaries(texts, texts, max_size=2)),

@@ -244,7 +244,8 @@ def test_a_report_is_never_wider_than_its_columns(report):
 def test_the_chosen_size_is_marked_in_each_table_that_holds_it(report):
     chosen = report.plan.micro_batch_size
     tables = (chosen in {t.batch_size for t in report.trials}) + bool(
-        report.dataset_size or any(row.update_seconds for row in report.effective)
+        report.effective
+        and (report.dataset_size or any(row.update_seconds for row in report.effective))
     )
 
     assert len(re.findall(r"(?m)^  ▶ ", str(report))) == tables

@@ -94,7 +94,7 @@ def test_a_data_set_with_one_long_sample_trains_through(workers):
 
     size = report.plan.micro_batch_size
     assert (size, 16 * LONG) in model.shapes
-    assert report.look.read == report.look.total == 1000
+    assert report.look.read == report.look.among == 1000
     assert not report.look.is_even
     assert any("Samples differ in size" in note for note in report.notes)
 
@@ -112,7 +112,7 @@ def test_a_stream_is_looked_at_too():
     _, report = fit(Stream(1000, long_at=617), SimulatedAccelerator("4MiB"))
 
     assert report.look.read == 1000
-    assert report.look.total is None
+    assert report.look.among is None
     assert not report.look.is_even
 
 
@@ -127,8 +127,9 @@ def test_where_one_in_many_was_not_seen_the_report_says_how_many_were_looked_at(
     )
 
     assert report.look.read == 1000
-    assert report.look.total == 100_000
-    assert "1,000 of 100,000 samples read" in str(report)
+    assert report.look.among == 100_000
+    assert "1,000 samples read" in str(report)
+    assert "of 100,000; all of one size" in str(report)
 
 
 def test_a_data_set_is_read_once_however_many_sizes_are_tried():
@@ -156,7 +157,8 @@ def test_a_slow_data_set_is_read_for_seconds_at_most(monkeypatch):
     _, report = fit(Sequences(1000, long_at=None), SimulatedAccelerator("4MiB"))
 
     assert report.look.read == 6 * 16  # chunks, a second each
-    assert "96 of 1,000 samples read" in str(report)
+    assert "96 samples read" in str(report)
+    assert "of 1,000; all of one size" in str(report)
 
 
 def test_the_first_samples_read_are_spread_over_the_whole():

@@ -41,12 +41,12 @@ class Look:
 
     Args:
         read: Samples read.
-        total: Samples there are; None where that is not known.
+        among: Samples there are; None where that is not known.
         is_even: Whether those read were all of one size.
     """
 
     read: int
-    total: int | None
+    among: int | None
     is_even: bool
 
 
@@ -221,9 +221,9 @@ def _uneven(found: Findings) -> str | None:
     look = found.look
     if look is None or look.is_even:
         return None
-    among = "" if look.total is None else f" of {look.total:,}"
+    there = "" if look.among is None else f" of {look.among:,}"
     return (
-        f"Samples differ in size. Trials ran the largest of the {look.read:,}{among} that were looked at, and times are "
+        f"Samples differ in size. Trials ran the largest of the {look.read:,}{there} that were looked at, and times are "
         "theirs; one that is larger still needs more memory: name it in worst_case."
     )
 

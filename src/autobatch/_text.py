@@ -203,12 +203,12 @@ def epoch_fact(updates: int, seconds: float | None) -> Fact:
 
 def data_fact(look: Look) -> Fact:
     """What trials ran on."""
-    some = look.total is None or look.read < look.total
-    among = (
-        f"{look.read:,} of {look.total:,}" if some and look.total else f"{look.read:,}"
-    )
     found = "all of one size" if look.is_even else "trials ran the largest"
-    return Fact("Data", f"{among} samples read", found)
+    if look.among is not None and look.read < look.among:
+        found = f"of {look.among:,}; {found}"
+    return Fact(
+        "Data", f"{look.read:,} sample{'s' if look.read > 1 else ''} read", found
+    )
 
 
 def speed_table(

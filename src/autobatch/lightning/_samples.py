@@ -95,10 +95,10 @@ class Samples:
         if self._worst_case is not None:
             return None
         found = [source.look for source in self._sources]
-        known = [each.total for each in found if each.total is not None]
+        known = [each.among for each in found if each.among is not None]
         return Look(
             read=sum(each.read for each in found),
-            total=sum(known) if len(known) == len(found) else None,
+            among=sum(known) if len(known) == len(found) else None,
             is_even=all(each.is_even for each in found),
         )
 
