@@ -37,6 +37,7 @@ from autobatch.lightning._milestones import Milestones, checked_epochs
 from autobatch.lightning._package import package_of
 from autobatch.lightning._run import Asked, tune_evaluation, tune_training
 from autobatch.lightning._samples import checked_worst_case
+from autobatch.lightning._scratch import silenced
 from autobatch.lightning._windows import WindowRepair, check_switch
 
 if TYPE_CHECKING:
@@ -196,9 +197,10 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         callbacks = trainer.callbacks
         only = _TuneOnly(self)
         trainer.callbacks = [only, *(each for each in callbacks if each is not self)]
-        with Snapshot() as snapshot:
-            # What comes before the trials: the hooks that make loaders and optimizers
-            snapshot.capture_light(model, datamodule)
+        with Snapshot() as snapshot, silenced(trainer):
+            # What comes before the trials: the hooks that make loaders and optimizers, and `setup` of callbacks
+            others = (each for each in callbacks if each is not self)
+            snapshot.capture_light(model, datamodule, *others)
             for loader in loaders:
                 if isinstance(loader, DataLoader):
                     capture_order(loader, snapshot)

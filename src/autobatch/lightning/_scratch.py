@@ -11,7 +11,7 @@ from autobatch.lightning._package import package_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["scratch"]
+__all__ = ["scratch", "silenced"]
 
 
 # No batch of a trial is the last of an epoch, and a module may still make an int of it
@@ -35,24 +35,40 @@ def _mute_logger(kind: type) -> Callable[[str | None], Any]:
     return Mute
 
 
+def _mute_loggers(trainer: Any) -> list[Any]:
+    """One that writes nothing, where there are any."""
+    package = package_of(trainer)
+    mute = _mute_logger(
+        importlib.import_module(f"{package}.loggers.logger").DummyLogger
+    )
+    return [mute(trainer.log_dir)] if trainer.loggers else []
+
+
+@contextmanager
+def silenced(trainer: Any) -> Iterator[None]:
+    """Keep a run from the loggers: Lightning 2.6 has them make their directories before any callback can look."""
+    loggers = trainer.loggers
+    trainer.loggers = _mute_loggers(trainer)
+    try:
+        yield
+    finally:
+        trainer.loggers = loggers
+
+
 @contextmanager
 def scratch(trainer: Any) -> Iterator[None]:
     """Run the body on loops, results, loggers, callbacks and a profiler of its own; the Trainer's see nothing of it.
 
     Progress, metrics and results of Lightning 2.6 live in these objects, and start afresh with new ones.
     """
-    package = package_of(trainer)
-    mute = _mute_logger(
-        importlib.import_module(f"{package}.loggers.logger").DummyLogger
-    )
-    profilers = importlib.import_module(f"{package}.profilers")
+    profilers = importlib.import_module(f"{package_of(trainer)}.profilers")
     fit_loop = trainer.fit_loop
     evaluations = (trainer.validate_loop, trainer.test_loop)
     swaps: tuple[tuple[Any, str, Any], ...] = (
         (fit_loop, "epoch_loop", type(fit_loop.epoch_loop)(trainer)),
         (fit_loop, "max_batches", _ENDLESS),
         (trainer, "_logger_connector", type(trainer._logger_connector)(trainer)),
-        (trainer, "_loggers", [mute(trainer.log_dir)] if trainer.loggers else []),
+        (trainer, "_loggers", _mute_loggers(trainer)),
         (trainer, "callbacks", []),
         (trainer, "profiler", profilers.PassThroughProfiler()),
         (trainer, "accumulate_grad_batches", trainer.accumulate_grad_batches),
