@@ -44,15 +44,21 @@ def _mute_loggers(trainer: Any) -> list[Any]:
     return [mute(trainer.log_dir)] if trainer.loggers else []
 
 
+def _blind_profiler(trainer: Any) -> Any:
+    profilers = importlib.import_module(f"{package_of(trainer)}.profilers")
+    return profilers.PassThroughProfiler()
+
+
 @contextmanager
 def silenced(trainer: Any) -> Iterator[None]:
-    """Keep a run from the loggers: Lightning 2.6 has them make their directories before any callback can look."""
-    loggers = trainer.loggers
+    """Keep a run from loggers and profiler, which Lightning 2.6 has write before and after any callback can look."""
+    loggers, profiler = trainer.loggers, trainer.profiler
     trainer.loggers = _mute_loggers(trainer)
+    trainer.profiler = _blind_profiler(trainer)
     try:
         yield
     finally:
-        trainer.loggers = loggers
+        trainer.loggers, trainer.profiler = loggers, profiler
 
 
 @contextmanager
@@ -61,7 +67,6 @@ def scratch(trainer: Any) -> Iterator[None]:
 
     Progress, metrics and results of Lightning 2.6 live in these objects, and start afresh with new ones.
     """
-    profilers = importlib.import_module(f"{package_of(trainer)}.profilers")
     fit_loop = trainer.fit_loop
     evaluations = (trainer.validate_loop, trainer.test_loop)
     swaps: tuple[tuple[Any, str, Any], ...] = (
@@ -70,7 +75,7 @@ def scratch(trainer: Any) -> Iterator[None]:
         (trainer, "_logger_connector", type(trainer._logger_connector)(trainer)),
         (trainer, "_loggers", _mute_loggers(trainer)),
         (trainer, "callbacks", []),
-        (trainer, "profiler", profilers.PassThroughProfiler()),
+        (trainer, "profiler", _blind_profiler(trainer)),
         (trainer, "accumulate_grad_batches", trainer.accumulate_grad_batches),
         (trainer, "should_stop", trainer.should_stop),
         *(
