@@ -26,7 +26,7 @@ HEAVY = {
 
 # From facts to story; a module imports from earlier rows only. `lightning/` is a row of its own, ordered within.
 LAYERS = (
-    ("errors", "_deadline"),
+    ("errors", "_deadline", "_host"),
     ("_memory",),
     ("_ledger", "_kept"),
     ("_snapshot", "_trial"),

@@ -20,6 +20,7 @@ from autobatch.errors import AutobatchError, DoesNotFitError
 from autobatch.lightning._apart import apart
 from autobatch.lightning._counts import Counts
 from autobatch.lightning._evaluations import VALIDATION, Evaluations
+from autobatch.lightning._host import ahead, copied, room_for_copy
 from autobatch.lightning._known import Here, Known
 from autobatch.lightning._loaders import Loaders
 from autobatch.lightning._package import package_of
@@ -109,6 +110,7 @@ def tune_training(trainer: Any, module: Any, asked: Asked, known_at: KnownAt) ->
             remarks=lambda plan: (
                 *told(trainer, loaders, plan, repaired=asked.repairs),
                 *counts.remarks(plan),
+                *_about_the_host(trainer, loaders, samples, bench, plan),
             ),
             # By hand, updates are the module's affair
             before=counts.before if module.automatic_optimization else None,
@@ -164,6 +166,7 @@ class _Bench:
     ranks: Ranks
     search: Search
     shown: sinks.Progress
+    copied: int  # bytes on the host
 
     def run(
         self, job: Job, settings: Settings, *, known: BatchPlan | None
@@ -202,10 +205,15 @@ def _bench(trainer: Any, module: Any, asked: Asked) -> Iterator[_Bench]:
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         scalers = [] if scaler is None else [scaler]
-        snapshot.capture(module, *trainer.optimizers, *schedulers, *scalers)
+        captured = (module, *trainer.optimizers, *schedulers, *scalers)
+        room = partial(room_for_copy, captured, trainer.num_devices)
+        copied_here, *_ = ranks.everywhere(room)
+        snapshot.capture(*captured)
         # Hooks that make the loaders may change the module and the datamodule
         snapshot.capture_light(trainer.datamodule)
-        yield _Bench(snapshot, optimizers, probe, ranks, asked.search, shown)
+        yield _Bench(
+            snapshot, optimizers, probe, ranks, asked.search, shown, copied_here
+        )
 
 
 def _verified_or_searched(
@@ -333,6 +341,23 @@ def _samples_trained(trainer: Any, loaders: Loaders, plan: BatchPlan) -> int | N
     if batches is None:
         return loaders.samples
     return loaders.samples_in(batches, plan.micro_batch_size) or None
+
+
+def _about_the_host(
+    trainer: Any, loaders: Loaders, samples: Samples, bench: _Bench, plan: BatchPlan
+) -> tuple[str, ...]:
+    """What a person should know of the host's memory with a plan."""
+    sizes = loaders.sizes_at(plan.micro_batch_size)
+    notes = (
+        copied(bench.copied, trainer.num_devices),
+        *(
+            ahead(loader, size, nbytes, trainer.num_devices)
+            for loader, size, nbytes in zip(
+                loaders.each, sizes, samples.bytes_each, strict=False
+            )
+        ),
+    )
+    return tuple(note for note in notes if note)
 
 
 def _subject(module: Any, *parts: object) -> str:
