@@ -213,6 +213,7 @@ def test_the_two_doors_have_their_keywords_in_common():
         "batch_arg_name",
         "repair_last_window",
         "retune_at_epochs",
+        "set_batch_size",
         "worst_case",
     }
 

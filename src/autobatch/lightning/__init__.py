@@ -31,7 +31,12 @@ from autobatch.lightning._known import (
     of_checkpoint,
     of_last_fit,
 )
-from autobatch.lightning._loaders import Rebatched, capture_order, is_empty
+from autobatch.lightning._loaders import (
+    Rebatched,
+    capture_order,
+    checked_setter,
+    is_empty,
+)
 from autobatch.lightning._loggers import log_report
 from autobatch.lightning._milestones import Milestones, checked_epochs
 from autobatch.lightning._package import package_of
@@ -108,6 +113,10 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         worst_case: A function that makes the largest batch of so many samples that a step may meet, on the host and
             as the loader would collate it. None: trials run the largest of up to 1,000 samples, or of those that
             5 seconds suffice to read.
+        set_batch_size: A function of a training loader and a batch size that sets it, for batch samplers that go by
+            something else, such as a budget of tokens: it may take `n` for its own measure of about `n` samples, by
+            assigning attributes of the loader or its samplers, which are given back after `fit`. Trials run `n` of
+            the largest samples as ever. None: the `batch_size` of the batch sampler is set.
         retune_at_epochs: Epochs at whose start it tunes anew, for the same effective batch: where a callback such as
             BackboneFinetuning lets more of the model train.
 
@@ -134,6 +143,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         batch_arg_name: str = "batch_size",
         repair_last_window: bool = False,
         worst_case: Callable[[int], Any] | None = None,
+        set_batch_size: Callable[[DataLoader[Any], int], None] | None = None,
         retune_at_epochs: Sequence[int] = (),
     ) -> None:
         super().__init__()
@@ -153,6 +163,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             device=device,
             worst_case=checked_worst_case(worst_case),
             repairs=check_switch(repair_last_window),
+            set_batch_size=checked_setter(set_batch_size),
         )
         self._batch_arg_name = batch_arg_name
         self._milestones = Milestones(checked_epochs(retune_at_epochs))
@@ -246,6 +257,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             self._batch_arg_name,
             tuned.batch_sizes,
             self._before,
+            self._asked.set_batch_size,
         )
         self._resize_validation(trainer, tuned)
         self._watch_windows(tuned.report)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from autobatch._report import Settings, TuningReport
     from autobatch._search import Search
     from autobatch.lightning._evaluations import Stage
+    from autobatch.lightning._loaders import SetBatchSize
 
 __all__ = ["Asked", "KnownAt", "Tuned", "tune_evaluation", "tune_training"]
 
@@ -54,6 +55,7 @@ class Asked:
         device: Where memory is read; None: where the model is.
         worst_case: Makes the largest batch of a size, where the user knows it.
         repairs: Whether the last window of an epoch is repaired.
+        set_batch_size: Gives a loader another batch size, where the user has a way of their own.
     """
 
     settings: Settings
@@ -61,6 +63,7 @@ class Asked:
     device: str | MemoryProbe | None
     worst_case: Callable[[int], Any] | None
     repairs: bool
+    set_batch_size: SetBatchSize | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +95,12 @@ def tune_training(trainer: Any, module: Any, asked: Asked, known_at: KnownAt) ->
     validation = trainer.fit_loop.epoch_loop.val_loop._data_source
     counted = partial(Counts, trainer, trainer.max_steps, validates=validates)
     with _bench(trainer, module, asked) as bench:
-        loaders = Loaders(trainer, trainer.fit_loop._data_source, mode="max_size_cycle")
+        loaders = Loaders(
+            trainer,
+            trainer.fit_loop._data_source,
+            mode="max_size_cycle",
+            setter=asked.set_batch_size,
+        )
         accumulate = trainer.accumulate_grad_batches
         counts = counted(
             batches=loaders.batches,
