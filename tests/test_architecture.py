@@ -26,7 +26,7 @@ HEAVY = {
 
 # From facts to story; a module imports from earlier rows only. `lightning/` is a row of its own, ordered within.
 LAYERS = (
-    ("errors", "_deadline"),
+    ("errors", "_deadline", "_host"),
     ("_memory",),
     ("_ledger", "_kept"),
     ("_snapshot", "_trial"),
@@ -213,6 +213,7 @@ def test_the_two_doors_have_their_keywords_in_common():
         "batch_arg_name",
         "repair_last_window",
         "retune_at_epochs",
+        "set_batch_size",
         "worst_case",
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import torch
@@ -44,6 +45,7 @@ class KeptTensor:
         self._copy = _on_host(tensor)
         gradient = tensor.grad if tensor.is_leaf and with_gradient else None
         self._gradient = None if gradient is None else _on_host(gradient)
+        self._hooks = _kept_hooks(tensor) if tensor.is_leaf else {}
         self._passes = passes
         self._given_in = -1
 
@@ -63,6 +65,10 @@ class KeptTensor:
         if self._is_leaf:
             tensor.requires_grad_(self._needs_gradient)
             tensor.grad = self._on_device(self._gradient)
+        for name, hooks in self._hooks.items():
+            former = None if hooks is None else hooks()
+            if getattr(tensor, name) is not former:
+                setattr(tensor, name, former)
         return tensor
 
     def _rewritten(self, tensor: torch.Tensor | None) -> torch.Tensor:
@@ -85,6 +91,17 @@ class KeptTensor:
     def _on_device(self, copy: None) -> None: ...
     def _on_device(self, copy: torch.Tensor | None) -> torch.Tensor | None:
         return None if copy is None else copy.to(self._device, copy=True)
+
+
+def _kept_hooks(tensor: torch.Tensor) -> dict[str, GiveBack | None]:
+    """What gives the hooks of a leaf back: the same dictionaries, by which their handles know them."""
+    kept: dict[str, GiveBack | None] = {}
+    for name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+        hooks = getattr(tensor, name)
+        kept[name] = (
+            None if hooks is None else partial(refill, hooks, hooks.update, {**hooks})
+        )
+    return kept
 
 
 def _is_expanded(tensor: torch.Tensor) -> bool:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import re
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autobatch._host import bytes_in, control_groups, machine_level, text_of
 from autobatch._memory import MemoryReading, format_bytes
 from autobatch.errors import ProbeError
 
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from autobatch._host import Level
     from autobatch._memory import MemoryProbe, Watch
 
 __all__ = ["CudaProbe", "HostProbe", "detect"]
@@ -268,77 +268,31 @@ class HostProbe:
         """Seconds; nothing is queued on the host."""
         return time.perf_counter()
 
-    def _levels(self) -> list[_Level]:
+    def _levels(self) -> list[Level]:
         """The machine, and each control group around this process that has a limit."""
-        path = self._root / "proc/meminfo"
-        meminfo = _text(path)
-        total, available = _bytes(meminfo, "MemTotal"), _bytes(meminfo, "MemAvailable")
-        if total is None or available is None:
+        machine = machine_level(self._root)
+        if machine is None:
             raise ProbeError(
-                f"{path} does not say how much memory there is, so the host's memory can not be read. {_WAY_OUT}"
+                f"{self._root / 'proc/meminfo'} does not say how much memory there is, so the host's memory can not be "
+                f"read. {_WAY_OUT}"
             )
-        machine = _Level(str(path), total, total - available)
-        return [machine, *_control_groups(self._root)]
+        return [machine, *control_groups(self._root)]
 
     def _resident(self) -> int:
         """Bytes this process would give back by ending; pages of files are anyone's."""
         path = self._root / "proc/self/status"
-        status = _text(path)
-        anonymous, shared = _bytes(status, "RssAnon"), _bytes(status, "RssShmem")
+        status = text_of(path)
+        anonymous, shared = bytes_in(status, "RssAnon"), bytes_in(status, "RssShmem")
         if anonymous is not None and shared is not None:
             return anonymous + shared
-        resident = _bytes(status, "VmRSS")  # kernels before 4.5 do not tell them apart
+        resident = bytes_in(
+            status, "VmRSS"
+        )  # kernels before 4.5 do not tell them apart
         if resident is None:
             raise ProbeError(
                 f"{path} does not say how much memory this process holds, so no trial could be judged. {_WAY_OUT}"
             )
         return resident
-
-
-@dataclass(frozen=True, slots=True)
-class _Level:
-    """One of the limits this process lives under, in bytes."""
-
-    name: str
-    total: int
-    used: int
-
-
-def _control_groups(root: Path) -> Iterator[_Level]:
-    """Control groups with a memory limit, from the outermost to this process's own; a parent's limit holds too."""
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        mount = root / "sys/fs/cgroup"
-        if controllers == "":
-            limit, usage, cache = "memory.max", "memory.current", "inactive_file"
-        elif "memory" in controllers.split(","):  # version 1: a tree per controller
-            mount /= "memory"
-            limit, usage = "memory.limit_in_bytes", "memory.usage_in_bytes"
-            cache = "total_inactive_file"
-        else:
-            continue
-        # In a container the path may be the host's, of which only the mount's own directory is there to see
-        parts = [part for part in path.split("/") if part not in ("", "..")]
-        for depth in range(len(parts) + 1):
-            group = mount.joinpath(*parts[:depth])
-            total, used = _text(group / limit).strip(), _text(group / usage).strip()
-            if total.isdecimal() and used.isdecimal():  # not "max"
-                reclaimable = _bytes(_text(group / "memory.stat"), cache) or 0
-                name = f"the memory limit of control group /{'/'.join(parts[:depth])}"
-                yield _Level(name, int(total), max(0, int(used) - reclaimable))
-
-
-def _text(path: Path) -> str:
-    """What a file of the kernel's says; nothing where it has none."""
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
-
-
-def _bytes(text: str, field: str) -> int | None:
-    match = re.search(rf"^{field}:?\s+(\d+)( kB)?$", text, re.MULTILINE)
-    return int(match[1]) * (1024 if match[2] else 1) if match else None
 
 
 # A new back end is a class and an entry here

@@ -9,6 +9,7 @@ import warnings
 import weakref
 from collections import deque
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import torch
@@ -80,6 +81,17 @@ class Snapshot:
         self._held.clear()
         self._tensors.clear()
         self._generators.clear()
+
+    @staticmethod
+    def bytes_of(*things: Any) -> int:
+        """Bytes of what `capture` would copy of modules and optimizers: parameters, gradients, buffers and state."""
+        tensors = {id(tensor): tensor for tensor in _tensors_of(things)}
+        # What is sparse has no size that its shape would tell
+        return sum(
+            tensor.numel() * tensor.element_size()
+            for tensor in tensors.values()
+            if tensor.layout is torch.strided and not tensor.is_meta
+        )
 
     def capture(self, *things: Any) -> None:
         """Remember how these are now; what was captured before keeps its first state."""
@@ -286,6 +298,23 @@ class Snapshot:
         )
         self._tensors[id(tensor)] = kept
         return kept
+
+
+def _tensors_of(things: Iterable[Any]) -> Iterator[torch.Tensor]:
+    for thing in things:
+        owned: list[torch.Tensor] = []
+        if isinstance(thing, torch.nn.Module):
+            owned = [*thing.parameters(), *thing.buffers()]
+        elif isinstance(thing, torch.optim.Optimizer):
+            owned = [each for group in thing.param_groups for each in group["params"]]
+            values = chain.from_iterable(map(dict.values, thing.state.values()))
+            yield from (each for each in values if isinstance(each, torch.Tensor))
+        for tensor in owned:
+            if torch.nn.parameter.is_lazy(tensor):
+                continue
+            yield tensor
+            if tensor.is_leaf and tensor.grad is not None:
+                yield tensor.grad
 
 
 def _same(value: Any) -> Any:

@@ -23,12 +23,18 @@ from autobatch.lightning._apply import (
 from autobatch.lightning._checks import check, check_lightning
 from autobatch.lightning._evaluations import STAGES, before_data, loaders_for
 from autobatch.lightning._known import Checkpoint, Known, known_at_start
-from autobatch.lightning._loaders import Rebatched, capture_order, is_empty
+from autobatch.lightning._loaders import (
+    Rebatched,
+    capture_order,
+    checked_setter,
+    is_empty,
+)
 from autobatch.lightning._loggers import log_report
 from autobatch.lightning._milestones import Milestones, checked_epochs
 from autobatch.lightning._package import callback_class, package_of
 from autobatch.lightning._run import Asked, tune_evaluation, tune_training
 from autobatch.lightning._samples import checked_worst_case
+from autobatch.lightning._scratch import silenced
 from autobatch.lightning._windows import WindowRepair, check_switch
 
 if TYPE_CHECKING:
@@ -77,6 +83,10 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         worst_case: A function that makes the largest batch of so many samples that a step may meet, on the host and
             as the loader would collate it. None: trials run the largest of up to 1,000 samples, or of those that
             5 seconds suffice to read.
+        set_batch_size: A function of a training loader and a batch size that sets it, for batch samplers that go by
+            something else, such as a budget of tokens: it may take `n` for its own measure of about `n` samples, by
+            assigning attributes of the loader or its samplers, which are given back after `fit`. Trials run `n` of
+            the largest samples as ever. None: the `batch_size` of the batch sampler is set.
         retune_at_epochs: Epochs at whose start it tunes anew, for the same effective batch: where a callback such as
             BackboneFinetuning lets more of the model train.
 
@@ -103,6 +113,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         batch_arg_name: str = "batch_size",
         repair_last_window: bool = False,
         worst_case: Callable[[int], Any] | None = None,
+        set_batch_size: Callable[[DataLoader[Any], int], None] | None = None,
         retune_at_epochs: Sequence[int] = (),
     ) -> None:
         super().__init__()
@@ -122,6 +133,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             device=device,
             worst_case=checked_worst_case(worst_case),
             repairs=check_switch(repair_last_window),
+            set_batch_size=checked_setter(set_batch_size),
         )
         self._batch_arg_name = batch_arg_name
         self._milestones = Milestones(checked_epochs(retune_at_epochs))
@@ -166,13 +178,13 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         """
         loaders = loaders_for(method, train_dataloaders, val_dataloaders, dataloaders)
         callbacks = trainer.callbacks
-        others = (each for each in callbacks if each is not self)
+        others = [each for each in callbacks if each is not self]
         trainer.callbacks = [self, *others]
         self.report = self._last = None
         self._only_tunes = True
-        with Snapshot() as snapshot:
-            # What comes before the trials: the hooks that make loaders and optimizers
-            snapshot.capture_light(model, datamodule)
+        with Snapshot() as snapshot, silenced(trainer):
+            # What comes before the trials: the hooks that make loaders and optimizers, and `setup` of callbacks
+            snapshot.capture_light(model, datamodule, *others)
             for loader in loaders:
                 if isinstance(loader, DataLoader):
                     capture_order(loader, snapshot)
@@ -225,6 +237,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             self._batch_arg_name,
             tuned.batch_sizes,
             self._before,
+            self._asked.set_batch_size,
         )
         self._first = tuned.report
         self._go_on_with(trainer, tuned)

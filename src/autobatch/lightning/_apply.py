@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from autobatch._plan import BatchPlan
+    from autobatch.lightning._loaders import SetBatchSize
 
 __all__ = ["BeforeOptimizers", "apply", "apply_between_epochs", "check_name"]
 
@@ -27,15 +28,17 @@ def apply(
     batch_arg_name: str,
     batch_sizes: Sequence[int],
     before: BeforeOptimizers,
+    setter: SetBatchSize | None,
 ) -> Rebatched:
     """Let this Trainer train with the plan; `undo` on what is returned gives the user's loader its own size again.
 
     Optimizers and schedulers are made anew, since their learning rates and lengths may be built from the batch size,
     and from the random state in which they were made first. Where anything fails, loader, accumulation and attributes
-    are as they were; `AutobatchError` where a loader does not follow. `batch_sizes` are those of each loader.
+    are as they were; `AutobatchError` where a loader does not follow. `batch_sizes` are those of each loader, which
+    `setter` sets where the user has a way of their own.
     """
     with ExitStack() as undo:
-        rebatched = Rebatched(trainer.fit_loop._data_source, batch_sizes)
+        rebatched = Rebatched(trainer.fit_loop._data_source, batch_sizes, setter)
         undo.callback(rebatched.undo)
         _check_sizes(rebatched, trainer, module)
         undo.callback(
@@ -69,7 +72,7 @@ def apply_between_epochs(
     fit_loop = trainer.fit_loop
     former.undo()
     with ExitStack() as undo:
-        rebatched = Rebatched(fit_loop._data_source, batch_sizes)
+        rebatched = Rebatched(fit_loop._data_source, batch_sizes, former.setter)
         undo.callback(rebatched.undo)
         _check_sizes(rebatched, trainer, module)
         trainer.accumulate_grad_batches = plan.accumulate_grad_batches
@@ -93,7 +96,9 @@ def _check_sizes(rebatched: Rebatched, trainer: Any, module: Any) -> None:
         # A hook is asked for the loader here and again by training: it must not see that it was
         snapshot.capture_light(module, trainer.datamodule)
         source = trainer.fit_loop._data_source
-        loaders = Loaders(trainer, source, mode="max_size_cycle")
+        loaders = Loaders(
+            trainer, source, mode="max_size_cycle", setter=rebatched.setter
+        )
         loaders.capture_order(snapshot)
         rebatched.check(loaders)
 

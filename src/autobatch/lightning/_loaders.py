@@ -6,7 +6,8 @@ import importlib
 import inspect
 from collections.abc import Callable, Sized
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
@@ -20,18 +21,33 @@ if TYPE_CHECKING:
 __all__ = [
     "Loaders",
     "Rebatched",
+    "SetBatchSize",
     "capture_order",
+    "checked_setter",
     "is_empty",
     "sampler_of",
     "samples_of",
 ]
 
+# The user's own way to give a loader another batch size
+SetBatchSize: TypeAlias = Callable[[DataLoader[Any], int], None]
+
+_MISSING: Final = object()
 _LENGTH_OF_EPOCH: Final[dict[str, Callable[[list[int]], int]]] = {
     "max_size_cycle": max,
     "max_size": max,
     "min_size": min,
     "sequential": sum,
 }
+
+
+def checked_setter(set_batch_size: SetBatchSize | None) -> SetBatchSize | None:
+    """What was given, refused where it can not set anything."""
+    if set_batch_size is None or callable(set_batch_size):
+        return set_batch_size
+    raise ValueError(
+        f"set_batch_size={set_batch_size!r} can not be called; give a function of a DataLoader and a batch size."
+    )
 
 
 class Loaders:
@@ -44,25 +60,40 @@ class Loaders:
         trainer: The Trainer.
         source: What it asks for loaders: Lightning 2.6 has a `_DataLoaderSource` for each of its loops.
         mode: How it combines several that come without a CombinedLoader around them.
+        setter: The user's own way to give one another batch size.
 
     Raises:
         AutobatchError: The batch size of one of them can not be changed.
     """
 
-    def __init__(self, trainer: Any, source: Any, *, mode: str) -> None:
+    def __init__(
+        self,
+        trainer: Any,
+        source: Any,
+        *,
+        mode: str,
+        setter: SetBatchSize | None = None,
+    ) -> None:
         module = f"{package_of(trainer)}.utilities.combined_loader"
         combined = importlib.import_module(module).CombinedLoader
         given = source.dataloader()
         self._combined = given if isinstance(given, combined) else combined(given, mode)
         for loader in self._combined.flattened:
-            problem = _problem(loader) or _disobedience(loader)
+            problem = _problem(loader, setter) or (
+                _disobedience(loader)
+                if setter is None
+                else _indifference(loader, setter)
+            )
             if problem:
                 raise AutobatchError(
                     f"AutoBatch can not change the batch size of this loader: {problem}. Use a plain "
                     "DataLoader(dataset, batch_size=…), or train without AutoBatch."
                 )
         self.each: tuple[DataLoader[Any], ...] = tuple(self._combined.flattened)
-        self.own_sizes: tuple[int, ...] = tuple(map(_batch_size, self.each))
+        self.own_sizes: tuple[int, ...] = tuple(
+            _own_size(loader, setter) for loader in self.each
+        )
+        self._setter = setter
         # Among how many ranks the samples of each are dealt out
         self.shards = tuple(_shards(trainer, loader) for loader in self.each)
         self._world_size = int(trainer.world_size)
@@ -95,7 +126,7 @@ class Loaders:
     def batches(self, batch_size: int) -> int | None:
         """Batches of each rank in an epoch, at this batch size; None where that is not known."""
         lengths = [
-            _batches(loader, size, shards)
+            _batches(loader, size, shards, self._setter)
             for loader, size, shards in zip(
                 self.each, self.sizes_at(batch_size), self.shards, strict=True
             )
@@ -157,9 +188,16 @@ class Rebatched:
     Args:
         source: What the Trainer asks for loaders.
         batch_sizes: For each of them.
+        setter: The user's own way to give one another batch size.
     """
 
-    def __init__(self, source: Any, batch_sizes: Sequence[int]) -> None:
+    def __init__(
+        self,
+        source: Any,
+        batch_sizes: Sequence[int],
+        setter: SetBatchSize | None = None,
+    ) -> None:
+        self.setter = setter
         self._source = source
         self._batch_sizes = batch_sizes
         self._resized: list[_Resized] = []
@@ -170,12 +208,16 @@ class Rebatched:
     def undo(self) -> None:
         """Give the loaders their own size again, and let the source answer for itself."""
         self._source.__dict__.pop("dataloader", None)
-        for resized in self._resized:
-            _resize(resized.loader, resized.batch_size)
-        self._resized.clear()
+        while self._resized:
+            self._resized.pop().undo()
 
     def check(self, loaders: Loaders) -> None:
-        """Read one batch of indices back; `AutobatchError` where it is not of the size that was set."""
+        """Read one batch of indices back; `AutobatchError` where it is not of the size that was set.
+
+        A setter of the user's may mean something else by a size: that it obeys has been seen.
+        """
+        if self.setter is not None:
+            return
         for loader, size in zip(loaders.each, self._batch_sizes, strict=True):
             got = _first_batch(loader)
             samples = samples_of(loader, 1)
@@ -188,16 +230,21 @@ class Rebatched:
     def _dataloader(self) -> Any:
         given = self._ask()
         for loader, size in zip(_flat(given), self._batch_sizes, strict=False):
-            if _problem(loader) is None and _batch_size(loader) != size:
-                self._resized.append(_Resized(loader, _batch_size(loader)))
-                _resize(loader, size)
+            if _problem(loader, self.setter) is None and not self._holds(loader):
+                self._resized.append(_resized(loader, size, self.setter))
         return given
+
+    def _holds(self, loader: DataLoader[Any]) -> bool:
+        return any(each.loader is loader and each.holds() for each in self._resized)
 
 
 @dataclass
 class _Resized:
+    """A loader that was given another batch size."""
+
     loader: DataLoader[Any]
-    batch_size: int  # its own
+    undo: Callable[[], None]  # gives it its own size again
+    holds: Callable[[], bool]  # whether it still has the other
 
 
 def _flat(given: Any) -> list[Any]:
@@ -231,7 +278,12 @@ def samples_of(loader: DataLoader[Any], shards: int) -> int | None:
     return -(-len(sampler_of(loader)) // shards)
 
 
-def _batches(loader: DataLoader[Any], batch_size: int, shards: int) -> int | None:
+def _batches(
+    loader: DataLoader[Any],
+    batch_size: int,
+    shards: int,
+    setter: SetBatchSize | None,
+) -> int | None:
     """Batches of one rank per epoch at another batch size; None where that is not known."""
     samples = samples_of(loader, shards)
     if not isinstance(loader.batch_sampler, Sized) or samples is None:
@@ -239,22 +291,21 @@ def _batches(loader: DataLoader[Any], batch_size: int, shards: int) -> int | Non
     if shards > 1:
         drops = getattr(loader.batch_sampler, "drop_last", False)
         return samples // batch_size if drops else -(-samples // batch_size)
-    own = _batch_size(loader)
-    _resize(loader, batch_size)
+    resized = _resized(loader, batch_size, setter)
     try:
         return len(loader.batch_sampler)
     finally:
-        _resize(loader, own)
+        resized.undo()
 
 
-def _problem(loader: object) -> str | None:
+def _problem(loader: object, setter: SetBatchSize | None) -> str | None:
     if not isinstance(loader, DataLoader):
         return f"it is a {type(loader).__name__}, not a DataLoader"
     sampler = loader.batch_sampler
     if sampler is None:
         return "it has batch_size=None"
-    if not isinstance(getattr(sampler, "batch_size", None), int):
-        return f"its batch sampler, a {type(sampler).__name__}, has no batch_size"
+    if setter is None and not isinstance(getattr(sampler, "batch_size", None), int):
+        return f"its batch sampler, a {type(sampler).__name__}, has no batch_size (set_batch_size may change it)"
     if not isinstance(loader.dataset, IterableDataset) and not hasattr(
         sampler_of(loader), "__len__"
     ):
@@ -285,9 +336,89 @@ def _disobedience(loader: DataLoader[Any]) -> str | None:
     return f"its batch sampler, a {name}, makes batches of {got} when its batch_size is {wanted}"
 
 
+def _indifference(loader: DataLoader[Any], setter: SetBatchSize) -> str | None:
+    """What is wrong with a loader whose batches the user's setter does not change."""
+    own = _own_size(loader, setter)
+    one, two = (_first_batch_at(loader, size, setter) for size in (own, 2 * own))
+    samples = samples_of(loader, 1)
+    if one != two or (samples is not None and samples <= one):
+        return None
+    return f"set_batch_size leaves its first batch at {one} samples, be it asked for {own} or for {2 * own}"
+
+
+def _first_batch_at(
+    loader: DataLoader[Any], batch_size: int, setter: SetBatchSize
+) -> int:
+    with Snapshot() as snapshot:
+        capture_order(loader, snapshot)
+        resized = _resized(loader, batch_size, setter)
+        try:
+            return _first_batch(loader)
+        finally:
+            resized.undo()
+
+
+def _own_size(loader: DataLoader[Any], setter: SetBatchSize | None) -> int:
+    """The batch size that a loader has; for one whose batch sampler goes by something else, that of its first batch."""
+    if setter is None:
+        return _batch_size(loader)
+    with Snapshot() as snapshot:
+        capture_order(loader, snapshot)
+        return _first_batch(loader)
+
+
 def _first_batch(loader: DataLoader[Any]) -> int:
     """Samples in the first batch, by its indices alone."""
     return len(next(iter(loader.batch_sampler)))  # type: ignore[arg-type]  # _problem has looked
+
+
+def _resized(
+    loader: DataLoader[Any], batch_size: int, setter: SetBatchSize | None
+) -> _Resized:
+    """Give a loader another batch size, in a way that can be undone."""
+    if setter is not None:
+        return _set(loader, batch_size, setter)
+    own = _batch_size(loader)
+    _resize(loader, batch_size)
+    return _Resized(
+        loader,
+        undo=partial(_resize, loader, own),
+        holds=lambda: _batch_size(loader) == batch_size,
+    )
+
+
+def _set(loader: DataLoader[Any], batch_size: int, setter: SetBatchSize) -> _Resized:
+    """Let the user's setter act; what it assigned is undone, and nothing else: the order of the data goes on."""
+    owners = (loader, loader.batch_sampler, loader.sampler, sampler_of(loader))
+    attributes = [vars(owner) for owner in owners if owner is not None]
+    before = [{**each} for each in attributes]
+
+    def assigned(now: Sequence[dict[str, Any]]) -> list[tuple[int, str]]:
+        return [
+            (at, name)
+            for at, (one, other) in enumerate(zip(attributes, now, strict=True))
+            for name in one.keys() | other.keys()
+            if one.get(name, _MISSING) is not other.get(name, _MISSING)
+        ]
+
+    def undo(names: Sequence[tuple[int, str]]) -> None:
+        for at, name in names:
+            if name in before[at]:
+                attributes[at][name] = before[at][name]
+            else:
+                attributes[at].pop(name, None)
+
+    try:
+        setter(loader, batch_size)
+    except BaseException:
+        undo(assigned(before))
+        raise
+    names, after = assigned(before), [{**each} for each in attributes]
+    return _Resized(
+        loader,
+        undo=partial(undo, names),
+        holds=lambda: not set(names).intersection(assigned(after)),
+    )
 
 
 def _resize(loader: DataLoader[Any], batch_size: int) -> None:

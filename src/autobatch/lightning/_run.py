@@ -20,6 +20,7 @@ from autobatch.errors import AutobatchError, DoesNotFitError
 from autobatch.lightning._apart import apart
 from autobatch.lightning._counts import Counts
 from autobatch.lightning._evaluations import VALIDATION, Evaluations
+from autobatch.lightning._host import ahead, copied, room_for_copy
 from autobatch.lightning._known import Here, Known
 from autobatch.lightning._loaders import Loaders
 from autobatch.lightning._package import package_of
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from autobatch._report import Settings, TuningReport
     from autobatch._search import Search
     from autobatch.lightning._evaluations import Stage
+    from autobatch.lightning._loaders import SetBatchSize
 
 __all__ = ["Asked", "KnownAt", "Tuned", "tune_evaluation", "tune_training"]
 
@@ -53,6 +55,7 @@ class Asked:
         device: Where memory is read; None: where the model is.
         worst_case: Makes the largest batch of a size, where the user knows it.
         repairs: Whether the last window of an epoch is repaired.
+        set_batch_size: Gives a loader another batch size, where the user has a way of their own.
     """
 
     settings: Settings
@@ -60,6 +63,7 @@ class Asked:
     device: str | MemoryProbe | None
     worst_case: Callable[[int], Any] | None
     repairs: bool
+    set_batch_size: SetBatchSize | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +95,12 @@ def tune_training(trainer: Any, module: Any, asked: Asked, known_at: KnownAt) ->
     validation = trainer.fit_loop.epoch_loop.val_loop._data_source
     counted = partial(Counts, trainer, trainer.max_steps, validates=validates)
     with _bench(trainer, module, asked) as bench:
-        loaders = Loaders(trainer, trainer.fit_loop._data_source, mode="max_size_cycle")
+        loaders = Loaders(
+            trainer,
+            trainer.fit_loop._data_source,
+            mode="max_size_cycle",
+            setter=asked.set_batch_size,
+        )
         accumulate = trainer.accumulate_grad_batches
         counts = counted(
             batches=loaders.batches,
@@ -109,6 +118,7 @@ def tune_training(trainer: Any, module: Any, asked: Asked, known_at: KnownAt) ->
             remarks=lambda plan: (
                 *told(trainer, loaders, plan, repaired=asked.repairs),
                 *counts.remarks(plan),
+                *_about_the_host(trainer, loaders, samples, bench, plan),
             ),
             # By hand, updates are the module's affair
             before=counts.before if module.automatic_optimization else None,
@@ -164,6 +174,7 @@ class _Bench:
     ranks: Ranks
     search: Search
     shown: sinks.Progress
+    copied: int  # bytes on the host
 
     def run(
         self, job: Job, settings: Settings, *, known: BatchPlan | None
@@ -202,10 +213,15 @@ def _bench(trainer: Any, module: Any, asked: Asked) -> Iterator[_Bench]:
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         scalers = [] if scaler is None else [scaler]
-        snapshot.capture(module, *trainer.optimizers, *schedulers, *scalers)
+        captured = (module, *trainer.optimizers, *schedulers, *scalers)
+        room = partial(room_for_copy, captured, trainer.num_devices)
+        copied_here, *_ = ranks.everywhere(room)
+        snapshot.capture(*captured)
         # Hooks that make the loaders may change the module and the datamodule
         snapshot.capture_light(trainer.datamodule)
-        yield _Bench(snapshot, optimizers, probe, ranks, asked.search, shown)
+        yield _Bench(
+            snapshot, optimizers, probe, ranks, asked.search, shown, copied_here
+        )
 
 
 def _verified_or_searched(
@@ -333,6 +349,23 @@ def _samples_trained(trainer: Any, loaders: Loaders, plan: BatchPlan) -> int | N
     if batches is None:
         return loaders.samples
     return loaders.samples_in(batches, plan.micro_batch_size) or None
+
+
+def _about_the_host(
+    trainer: Any, loaders: Loaders, samples: Samples, bench: _Bench, plan: BatchPlan
+) -> tuple[str, ...]:
+    """What a person should know of the host's memory with a plan."""
+    sizes = loaders.sizes_at(plan.micro_batch_size)
+    notes = (
+        copied(bench.copied, trainer.num_devices),
+        *(
+            ahead(loader, size, nbytes, trainer.num_devices)
+            for loader, size, nbytes in zip(
+                loaders.each, sizes, samples.bytes_each, strict=False
+            )
+        ),
+    )
+    return tuple(note for note in notes if note)
 
 
 def _subject(module: Any, *parts: object) -> str:

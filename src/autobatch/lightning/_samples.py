@@ -90,6 +90,13 @@ class Samples:
         return [self._loaders.structured(parts)]
 
     @property
+    def bytes_each(self) -> tuple[int, ...]:
+        """Of the largest sample of each loader; nothing where the user has said what is largest."""
+        if self._worst_case is not None:
+            return ()
+        return tuple(source.bytes_each for source in self._sources)
+
+    @property
     def look(self) -> Look | None:
         """What the look found, over all loaders; None where the user has said what is largest."""
         if self._worst_case is not None:
@@ -116,6 +123,10 @@ class _Source:
         self._snapshot.capture_light(self._loader.collate_fn)
         # Copies, since a collate function may take its samples apart
         return self._loader.collate_fn([_unshared(sample) for sample in samples])
+
+    @property
+    def bytes_each(self) -> int:
+        return max((_size(each, _DEEP) for each in self._largest.samples), default=0)
 
     @property
     def look(self) -> Look:

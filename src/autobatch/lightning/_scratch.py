@@ -11,7 +11,7 @@ from autobatch.lightning._package import package_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["scratch"]
+__all__ = ["scratch", "silenced"]
 
 
 # No batch of a trial is the last of an epoch, and a module may still make an int of it
@@ -35,26 +35,47 @@ def _mute_logger(kind: type) -> Callable[[str | None], Any]:
     return Mute
 
 
+def _mute_loggers(trainer: Any) -> list[Any]:
+    """One that writes nothing, where there are any."""
+    package = package_of(trainer)
+    mute = _mute_logger(
+        importlib.import_module(f"{package}.loggers.logger").DummyLogger
+    )
+    return [mute(trainer.log_dir)] if trainer.loggers else []
+
+
+def _blind_profiler(trainer: Any) -> Any:
+    profilers = importlib.import_module(f"{package_of(trainer)}.profilers")
+    return profilers.PassThroughProfiler()
+
+
+@contextmanager
+def silenced(trainer: Any) -> Iterator[None]:
+    """Keep a run from loggers and profiler, which Lightning 2.6 has write before and after any callback can look."""
+    loggers, profiler = trainer.loggers, trainer.profiler
+    trainer.loggers = _mute_loggers(trainer)
+    trainer.profiler = _blind_profiler(trainer)
+    try:
+        yield
+    finally:
+        trainer.loggers, trainer.profiler = loggers, profiler
+
+
 @contextmanager
 def scratch(trainer: Any) -> Iterator[None]:
     """Run the body on loops, results, loggers, callbacks and a profiler of its own; the Trainer's see nothing of it.
 
     Progress, metrics and results of Lightning 2.6 live in these objects, and start afresh with new ones.
     """
-    package = package_of(trainer)
-    mute = _mute_logger(
-        importlib.import_module(f"{package}.loggers.logger").DummyLogger
-    )
-    profilers = importlib.import_module(f"{package}.profilers")
     fit_loop = trainer.fit_loop
     evaluations = (trainer.validate_loop, trainer.test_loop)
     swaps: tuple[tuple[Any, str, Any], ...] = (
         (fit_loop, "epoch_loop", type(fit_loop.epoch_loop)(trainer)),
         (fit_loop, "max_batches", _ENDLESS),
         (trainer, "_logger_connector", type(trainer._logger_connector)(trainer)),
-        (trainer, "_loggers", [mute(trainer.log_dir)] if trainer.loggers else []),
+        (trainer, "_loggers", _mute_loggers(trainer)),
         (trainer, "callbacks", []),
-        (trainer, "profiler", profilers.PassThroughProfiler()),
+        (trainer, "profiler", _blind_profiler(trainer)),
         (trainer, "accumulate_grad_batches", trainer.accumulate_grad_batches),
         (trainer, "should_stop", trainer.should_stop),
         *(

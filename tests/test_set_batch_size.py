@@ -1,0 +1,280 @@
+"""Loaders whose batches go by something else than a number of samples, with a setter of the user's."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+import autobatch
+from sameness import same
+from test_lightning import Model, data, pl, trainer, tuner
+
+LENGTHS = [1 + index % 7 for index in range(600)]  # tokens of each sample
+MEAN = 4  # of them
+
+
+class Budget(Sampler):
+    """Batches of as many samples, in random order, as a budget of tokens allows."""
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+        self.random = np.random.default_rng(3)
+
+    def __iter__(self):
+        batch, held = [], 0
+        for index in self.random.permutation(len(LENGTHS)).tolist():
+            if held + LENGTHS[index] > self.tokens:
+                yield batch
+                batch, held = [], 0
+            batch.append(index)
+            held += LENGTHS[index]
+        yield batch
+
+
+class Indexed(Dataset):
+    def __init__(self):
+        self.data = data()
+
+    def __len__(self):
+        return len(LENGTHS)
+
+    def __getitem__(self, index):
+        x, y = self.data[index]
+        return x, y, index
+
+
+class Tokens(Model):
+    """Records the samples of each batch it trains on, and its tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.batches = []
+
+    def training_step(self, batch, batch_idx):
+        x, y, index = batch
+        self.batches.append(index.tolist())
+        return super().training_step((x, y), batch_idx)
+
+    @property
+    def tokens(self):
+        return [sum(LENGTHS[index] for index in batch) for batch in self.batches]
+
+
+def budget(loader, batch_size):
+    loader.batch_sampler.tokens = MEAN * batch_size
+
+
+def by_budget(tokens=16, **options):
+    return DataLoader(Indexed(), batch_sampler=Budget(tokens), **options)
+
+
+def tokens_tuned(**options):
+    return tuner(set_batch_size=budget, **options)
+
+
+def test_training_goes_by_the_budget_that_was_set():
+    model, loader, callback = Tokens(), by_budget(), tokens_tuned()
+    sizes = []
+
+    class Watch(pl.Callback):
+        def on_train_epoch_start(self, *_):
+            sizes.append(loader.batch_sampler.tokens)
+
+    trainer(callback, Watch()).fit(model, loader)
+
+    plan = callback.report.plan
+    assert plan.effective_batch_size == 120
+    assert sizes == [MEAN * plan.micro_batch_size] * 2
+    assert max(model.tokens) <= MEAN * plan.micro_batch_size
+    assert sorted(model.tokens)[len(model.tokens) // 2] > MEAN * (
+        plan.micro_batch_size - 3
+    )
+
+
+def test_after_fit_the_loader_has_its_own_budget_again():
+    loader = by_budget()
+
+    trainer(tokens_tuned()).fit(Tokens(), loader)
+
+    assert loader.batch_sampler.tokens == 16
+
+
+def test_after_an_error_in_training_too():
+    class Explode(pl.Callback):
+        def on_train_batch_end(self, *_):
+            raise ZeroDivisionError("mine")
+
+    loader = by_budget()
+
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        trainer(tokens_tuned(), Explode()).fit(Tokens(), loader)
+
+    assert loader.batch_sampler.tokens == 16
+
+
+def test_training_is_the_same_to_the_bit_as_with_the_budget_written_by_hand():
+    """So is a second fit: the order of the data goes on where the first has left it."""
+
+    def trained(tokens, *callbacks, **options):
+        pl.seed_everything(1, verbose=False)
+        model, loader = Tokens(), by_budget(tokens)
+        for _ in range(2):
+            trainer(*callbacks, **options).fit(model, loader)
+        return model.batches, dict(model.state_dict())
+
+    callback = tokens_tuned()
+    tuned = trained(16, callback)
+    plan = callback.report.plan
+
+    by_hand = trained(
+        MEAN * plan.micro_batch_size,
+        accumulate_grad_batches=plan.accumulate_grad_batches,
+    )
+
+    assert same(tuned, by_hand)
+
+
+def test_the_size_it_has_by_itself_is_that_of_its_first_batch():
+    loader = by_budget(40)
+    random_numbers = loader.batch_sampler.random.bit_generator.state
+    first = len(next(iter(by_budget(40).batch_sampler)))
+
+    report = tokens_tuned().tune(trainer(), Tokens(), loader)
+
+    assert report.trials[0].batch_size == first
+    assert loader.batch_sampler.random.bit_generator.state == random_numbers
+    assert loader.batch_sampler.tokens == 40
+
+
+def test_trials_run_as_many_samples_as_they_say():
+    class Counts(Tokens):
+        sizes_seen: list[int] = []  # noqa: RUF012 -- outside of what trials give back
+
+        def training_step(self, batch, batch_idx):
+            self.sizes_seen.append(len(batch[0]))
+            return super().training_step(batch, batch_idx)
+
+    report = tokens_tuned().tune(trainer(), Counts(), by_budget())
+
+    assert set(Counts.sizes_seen) == {trial.batch_size for trial in report.trials}
+
+
+def test_a_loader_that_a_hook_makes_each_epoch_is_set_each_time():
+    class Hooked(Tokens):
+        def train_dataloader(self):
+            return by_budget()
+
+    model, callback = Hooked(), tokens_tuned()
+
+    trainer(callback, reload_dataloaders_every_n_epochs=1).fit(model)
+
+    most = MEAN * callback.report.plan.micro_batch_size
+    half = len(model.tokens) // 2
+    assert most > 16
+    assert most - 7 < max(model.tokens[:half]) <= most
+    assert most - 7 < max(model.tokens[half:]) <= most
+
+
+def test_a_setter_serves_a_plain_loader_too():
+    def resize(loader, batch_size):
+        loader.batch_sampler.batch_size = batch_size
+
+    loader, model, callback = (
+        DataLoader(data(), batch_size=4),
+        Model(),
+        tuner(set_batch_size=resize),
+    )
+
+    trainer(callback).fit(model, loader)
+
+    assert set(model.sizes) == {callback.report.plan.micro_batch_size}
+    assert loader.batch_sampler.batch_size == 4
+
+
+def test_a_setter_may_put_another_sampler_in_its_place():
+    def another(loader, batch_size):
+        object.__setattr__(loader, "batch_sampler", Budget(MEAN * batch_size))
+
+    loader, callback = by_budget(), tuner(set_batch_size=another)
+    own = loader.batch_sampler
+
+    trainer(callback).fit(Tokens(), loader)
+
+    assert callback.report.plan.effective_batch_size == 120
+    assert loader.batch_sampler is own
+
+
+def test_a_setter_that_changes_nothing_is_refused():
+    loader, model = by_budget(), Tokens()
+
+    with pytest.raises(
+        autobatch.AutobatchError,
+        match=r"set_batch_size leaves its first batch at (\d+) samples, be it asked for \1 or for",
+    ) as caught:
+        trainer(tuner(set_batch_size=lambda *_: None)).fit(model, loader)
+
+    assert "\n" not in str(caught.value)
+    assert (model.batches, loader.batch_sampler.tokens) == ([], 16)
+
+
+def test_a_first_batch_that_holds_all_data_need_not_change():
+    callback = tuner(target_batch_size=None, set_batch_size=budget)
+    report = callback.tune(trainer(), Tokens(), by_budget(MEAN * 600))
+
+    assert report.plan.micro_batch_size > 1
+
+
+def test_without_a_setter_the_way_out_is_named():
+    with pytest.raises(
+        autobatch.AutobatchError, match=r"Budget, has no batch_size \(set_batch_size"
+    ):
+        trainer(tuner()).fit(Tokens(), by_budget())
+
+
+def test_an_error_of_the_setter_passes_through_and_leaves_the_loader_as_it_was():
+    def explode(loader, batch_size):
+        loader.batch_sampler.tokens = 1
+        raise ZeroDivisionError("mine")
+
+    loader = by_budget()
+
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        trainer(tuner(set_batch_size=explode)).fit(Tokens(), loader)
+
+    assert loader.batch_sampler.tokens == 16
+
+
+@pytest.mark.parametrize("given", [3, "tokens", [budget]])
+def test_a_setter_that_can_not_be_called_is_refused_at_the_door(given):
+    with pytest.raises(ValueError, match=r"set_batch_size=.* can not be called"):
+        tuner(set_batch_size=given)
+
+
+def test_validation_loaders_are_not_set():
+    seen = []
+
+    def watching(loader, batch_size):
+        seen.append(loader)
+        budget(loader, batch_size)
+
+    loader, validation = by_budget(), DataLoader(data(20), batch_size=5)
+    model = Tokens()
+
+    trainer(tuner(set_batch_size=watching)).fit(model, loader, validation)
+
+    assert all(each is loader for each in seen)
+    assert set(model.validated) == {5}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_workers_make_the_same_batches(workers):
+    model, callback = Tokens(), tokens_tuned()
+
+    trainer(callback, max_epochs=1).fit(model, by_budget(num_workers=workers))
+
+    assert sorted(itertools.chain(*model.batches)) == list(range(600))
+    assert torch.isfinite(model.net[0].weight).all()
