@@ -288,3 +288,40 @@ def test_what_was_passed_has_its_own_size_again(row):
     *_, passed = fitted(row)
 
     assert [batch_size(loader) for loader in flat(passed)] == before
+
+
+class Renamed(DataLoader):
+    def __init__(self, samples, *, size, **options):
+        super().__init__(samples, batch_size=size, **options)
+
+
+def test_a_loader_that_lightning_makes_anew_at_its_own_size_is_told_before_training():
+    """As for several ranks, it is made from what its `__init__` was given, which is not called a batch size."""
+
+    class FromHook(Model):
+        def train_dataloader(self):
+            return Renamed(data(), size=4, shuffle=True)
+
+    model = FromHook()
+    tuner = autobatch.AutoBatch(
+        target_batch_size=24, device=SimulatedAccelerator("1MiB")
+    )
+    trainer = pl.Trainer(
+        max_epochs=1,
+        callbacks=[tuner],
+        overfit_batches=5,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
+
+    with (
+        pytest.warns(UserWarning, match="overfit"),
+        pytest.raises(
+            autobatch.AutobatchError, match="a Renamed, anew with batches of 4"
+        ),
+    ):
+        trainer.fit(model)
+
+    assert model.epochs == []

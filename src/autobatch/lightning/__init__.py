@@ -260,6 +260,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Write the report beside the logs, now that the loggers have made their directory."""
         if "train" in self._rebatched:
+            self._rebatched["train"].check_used(trainer.train_dataloader)
             self._milestones.watch(trainer, partial(self._retune, trainer, pl_module))
         if self.report is not None:
             log_report(self.report, trainer)

@@ -227,6 +227,18 @@ class Rebatched:
                     "not tune it."
                 )
 
+    def check_used(self, used: Any) -> None:
+        """Refuse what Lightning made anew without the size that was set, as it may for several ranks."""
+        if self.setter is not None:
+            return
+        for loader, size in zip(_flat(used), self._batch_sizes, strict=False):
+            if _problem(loader, None) is None and _batch_size(loader) != size:
+                raise AutobatchError(
+                    f"Lightning made the training loader, a {type(loader).__name__}, anew with batches of "
+                    f"{_batch_size(loader)} instead of {size}: its __init__ does not take the size as batch_size. Call "
+                    "the argument that, or pass the loader to fit."
+                )
+
     def _dataloader(self) -> Any:
         given = self._ask()
         for loader, size in zip(_flat(given), self._batch_sizes, strict=False):
