@@ -129,6 +129,16 @@ def test_validation_that_does_not_fit_is_shrunk_and_does_not_crash():
     assert held + size * 4 * 1024 <= budget < held + 1.5 * size * 4 * 1024 + 20_000
 
 
+def test_a_size_beyond_the_data_is_tried_as_far_as_it_goes():
+    model, callback, passed = Model(kib=4), tuner("256KiB"), loader(500, length=20)
+
+    trainer(callback).fit(model, loader(4), passed)
+
+    assert model.sizes == {20}
+    assert callback.report.validation_batch_size == 20
+    assert not any("Validation runs" in note for note in callback.report.notes)
+
+
 def test_the_sanity_check_runs_at_the_size_that_fits():
     model, callback = Model(kib=4), tuner("256KiB")
     sanity = []

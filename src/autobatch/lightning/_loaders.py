@@ -103,6 +103,12 @@ class Loaders:
         """What the first of them has."""
         return self.own_sizes[0]
 
+    @property
+    def largest_batch(self) -> int:
+        """Samples in the largest batch that the first of them makes, which may have fewer in all."""
+        samples = samples_of(self.each[0], self.shards[0])
+        return min(self.batch_size, samples or self.batch_size)
+
     def sizes_at(self, batch_size: int) -> tuple[int, ...]:
         """What each has when the first has this."""
         first = self.own_sizes[0]

@@ -158,10 +158,11 @@ def tune_evaluation(trainer: Any, module: Any, asked: Asked, stage: Stage) -> Tu
         )
         if asked.settings.target_batch_size is None:
             report = bench.run(job, settings, known=None)
+            sizes = loaders.sizes_at(report.plan.micro_batch_size)
         else:
             report = _own_or_smaller(job, settings, loaders, bench)
-        report = report.model_copy(update={"task": stage.name})
-        return Tuned(report, loaders.sizes_at(report.plan.micro_batch_size))
+            sizes = _own_or_smaller_sizes(loaders, report)
+        return Tuned(report.model_copy(update={"task": stage.name}), sizes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,7 +281,7 @@ def _with_validation(
         ),
     )
     found = _own_or_smaller(job, _without_target(asked.settings, None), loaders, bench)
-    size, own = found.plan.micro_batch_size, loaders.batch_size
+    size, own = found.plan.micro_batch_size, loaders.largest_batch
     report = tuned.report.model_copy(update={"validation_batch_size": size})
     if size == own:
         return replace(tuned, report=report)
@@ -294,7 +295,7 @@ def _own_or_smaller(
     job: Job, settings: Settings, loaders: Loaders, bench: _Bench
 ) -> TuningReport:
     """The report about the loaders' own size, where one trial shows that it fits; else about the largest below."""
-    own = loaders.batch_size
+    own = loaders.largest_batch
     unbound = settings.model_copy(
         update={"max_micro_batch_size": None, "dataset_size": None}
     )
@@ -306,6 +307,13 @@ def _own_or_smaller(
             raise
     smaller = unbound.model_copy(update={"max_micro_batch_size": own - 1})
     return bench.run(replace(job, start=max(1, own // 2)), smaller, known=None)
+
+
+def _own_or_smaller_sizes(loaders: Loaders, report: TuningReport) -> tuple[int, ...]:
+    size = report.plan.micro_batch_size
+    return (
+        loaders.own_sizes if size == loaders.largest_batch else loaders.sizes_at(size)
+    )
 
 
 def _evaluation_job(
