@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 from torch import nn
@@ -12,16 +10,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import autobatch
 from autobatch.testing import SimulatedAccelerator
+from lightning_here import pl
+from lightning_here import quiet_trainer as trainer
 from sameness import same
-
-for package in ("pytorch_lightning", "lightning.pytorch"):
-    try:
-        pl = importlib.import_module(package)
-        break
-    except ModuleNotFoundError:
-        continue
-else:
-    pytest.skip("Lightning is not installed", allow_module_level=True)
 
 
 def data(length=240):
@@ -73,18 +64,6 @@ class Model(pl.LightningModule):
     @property
     def sizes(self):
         return {size for _, size in self.evaluated}
-
-
-def trainer(*callbacks, **options):
-    quiet = {
-        "max_epochs": 2,
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    return pl.Trainer(callbacks=list(callbacks), **{**quiet, **options})
 
 
 def tuner(capacity="256KiB", **options):

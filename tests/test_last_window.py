@@ -10,16 +10,8 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, TensorDa
 
 import autobatch
 from autobatch.testing import SimulatedAccelerator
+from lightning_here import pl
 from sameness import same
-
-for package in ("pytorch_lightning", "lightning.pytorch"):
-    try:
-        pl = importlib.import_module(package)
-        break
-    except ModuleNotFoundError:
-        continue
-else:
-    pytest.skip("Lightning is not installed", allow_module_level=True)
 
 SIZE, WHOLE = 8, 4  # samples of a micro-batch, micro-batches of an update
 

@@ -20,23 +20,10 @@ from torch.utils.data import (
 
 import autobatch
 from autobatch.testing import SimulatedAccelerator
+from lightning_here import HERE, pl
+from lightning_here import quiet_trainer as trainer
 from sameness import same
 
-PACKAGES = ("pytorch_lightning", "lightning.pytorch")
-
-
-def installed(package):
-    try:
-        importlib.import_module(package)
-    except ModuleNotFoundError:
-        return False
-    return True
-
-
-HERE = [package for package in PACKAGES if installed(package)]
-if not HERE:
-    pytest.skip("Lightning is not installed", allow_module_level=True)
-pl = importlib.import_module(HERE[0])
 check = importlib.import_module("autobatch.lightning._checks").check
 CASES = importlib.import_module("lightning_cases").CASES
 
@@ -78,18 +65,6 @@ def tuner(**options):
             **options,
         }
     )
-
-
-def trainer(*callbacks, **options):
-    quiet = {
-        "max_epochs": 2,
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    return pl.Trainer(callbacks=list(callbacks), **{**quiet, **options})
 
 
 # Without a trace

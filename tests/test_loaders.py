@@ -25,18 +25,9 @@ from torch.utils.data.dataloader import _InfiniteConstantSampler
 
 import autobatch
 from autobatch.testing import SimulatedAccelerator
+from lightning_here import pl
 
-for package in ("pytorch_lightning", "lightning.pytorch"):
-    try:
-        pl = importlib.import_module(package)
-        combined_loader = importlib.import_module(
-            f"{package}.utilities.combined_loader"
-        )
-        break
-    except ModuleNotFoundError:
-        continue
-else:
-    pytest.skip("Lightning is not installed", allow_module_level=True)
+combined_loader = importlib.import_module(f"{pl.__name__}.utilities.combined_loader")
 
 
 def data(length=240):

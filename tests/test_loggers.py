@@ -17,23 +17,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import autobatch
 from autobatch import sinks
 from autobatch.testing import SimulatedAccelerator
+from lightning_here import HERE, pl
 from report_examples import example
 
-PACKAGES = ("pytorch_lightning", "lightning.pytorch")
-
-
-def installed(package):
-    try:
-        importlib.import_module(package)
-    except ModuleNotFoundError:
-        return False
-    return True
-
-
-HERE = [package for package in PACKAGES if installed(package)]
-if not HERE:
-    pytest.skip("Lightning is not installed", allow_module_level=True)
-pl = importlib.import_module(HERE[0])
 yaml = importlib.import_module("yaml")  # Lightning needs it
 _loggers = importlib.import_module("autobatch.lightning._loggers")
 

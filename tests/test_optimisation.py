@@ -11,15 +11,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import autobatch
 from autobatch.testing import SimulatedAccelerator
+from lightning_here import pl, quiet_trainer
 
-for package in ("pytorch_lightning", "lightning.pytorch"):
-    try:
-        pl = importlib.import_module(package)
-        break
-    except ModuleNotFoundError:
-        continue
-else:
-    pytest.skip("Lightning is not installed", allow_module_level=True)
 strategies = importlib.import_module(f"{pl.__name__}.strategies")
 
 
@@ -86,15 +79,7 @@ def tuner(**options):
 
 
 def trainer(*callbacks, **options):
-    quiet = {
-        "max_epochs": 1,
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    return pl.Trainer(callbacks=list(callbacks), **{**quiet, **options})
+    return quiet_trainer(*callbacks, **{"max_epochs": 1, **options})
 
 
 def trainable(model):

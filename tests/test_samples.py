@@ -12,15 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import autobatch
 from autobatch.testing import SimulatedAccelerator
-
-for package in ("pytorch_lightning", "lightning.pytorch"):
-    try:
-        pl = importlib.import_module(package)
-        break
-    except ModuleNotFoundError:
-        continue
-else:
-    pytest.skip("Lightning is not installed", allow_module_level=True)
+from lightning_here import pl
 
 _samples = importlib.import_module("autobatch.lightning._samples")
 
