@@ -235,10 +235,12 @@ def test_without_a_setter_the_way_out_is_named():
         trainer(tuner()).fit(Tokens(), by_budget())
 
 
-def test_an_error_of_the_setter_passes_through_and_leaves_the_loader_as_it_was():
+@pytest.mark.parametrize("least", [1, 20], ids=["at first", "when it is applied"])
+def test_an_error_of_the_setter_passes_through_and_leaves_the_loader_as_it_was(least):
     def explode(loader, batch_size):
-        loader.batch_sampler.tokens = 1
-        raise ZeroDivisionError("mine")
+        budget(loader, batch_size)
+        if batch_size >= least:
+            raise ZeroDivisionError("mine")
 
     loader = by_budget()
 

@@ -50,10 +50,8 @@ def ahead(
     loader: DataLoader[Any], batch_size: int, bytes_per_sample: int, ranks: int
 ) -> str | None:
     """What a person should know of the batches that workers make ahead, where the host has no room for them."""
-    if not loader.num_workers:
-        return None
     each = batch_size * bytes_per_sample
-    factor = loader.prefetch_factor or 1
+    factor = loader.prefetch_factor or 1  # without workers there is none
     needed = loader.num_workers * factor * each
     host = HostMemory.here()
     on_ranks = f" on each of {ranks} ranks" if ranks > 1 else ""
