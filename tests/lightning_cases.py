@@ -1,6 +1,6 @@
 """Training runs to compare: tuned by AutoBatch, and with the same two numbers written by hand.
 
-python lightning_cases.py tuned results.pt
+python lightning_cases.py tuned results.pt plans.json [CASE …]
 python lightning_cases.py by-hand results.pt plans.json
 """
 
@@ -406,12 +406,12 @@ def run(case, plan):
     return result, (found.micro_batch_size, found.accumulate_grad_batches)
 
 
-def main(mode, results, plans=None):
+def main(mode, results, plans, *cases):
     warnings.simplefilter("ignore")
     known = (
         json.loads(Path(plans).read_text())
         if mode == "by-hand"
-        else dict.fromkeys(CASES)
+        else dict.fromkeys(cases or CASES)
     )
     done = {case: run(case, plan) for case, plan in known.items()}
     torch.save({case: result for case, (result, _) in done.items()}, results)

@@ -75,7 +75,11 @@ def fit(package, *arguments, built_in=False):
     return json.loads(line.removeprefix("RESULT"))
 
 
-@pytest.mark.parametrize("package", HERE)
+# One package speaks for both, but where time does not matter
+PACKAGES = [HERE[0], *(pytest.param(name, marks=pytest.mark.slow) for name in HERE[1:])]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
 @pytest.mark.parametrize(
     "name",
     [
@@ -111,7 +115,7 @@ trainer:
     assert got["epochs"] == [3, 5]
 
 
-@pytest.mark.parametrize("package", HERE)
+@pytest.mark.parametrize("package", PACKAGES)
 def test_the_command_line_adds_the_callback(package):
     got = fit(
         package,
@@ -125,7 +129,7 @@ def test_the_command_line_adds_the_callback(package):
     assert got["settings"]["memory_limit"] == 0.5
 
 
-@pytest.mark.parametrize("package", HERE)
+@pytest.mark.parametrize("package", PACKAGES)
 def test_a_program_builds_the_callback_in(package):
     got = fit(
         package,

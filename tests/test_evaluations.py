@@ -134,7 +134,8 @@ def test_the_sanity_check_runs_at_the_size_that_fits():
 def test_validation_that_fits_at_no_size_is_told_before_anything_is_changed():
     model, callback, passed = Model(kib=300), tuner("256KiB"), loader(4)
 
-    with pytest.raises(autobatch.DoesNotFitError, match="batch_size=1"):
+    sentence = "Training fits, but validation does not beside it. No batch size fits"
+    with pytest.raises(autobatch.DoesNotFitError, match=sentence):
         trainer(callback).fit(model, passed, loader(2))
 
     assert model.trained == model.evaluated == []
@@ -158,6 +159,27 @@ def test_each_of_several_validation_loaders_is_tried():
     )
     assert second < 80
     assert second == 2 * first
+
+
+def test_validation_is_tried_at_the_size_that_its_hook_gives_with_the_plan():
+    class Data(pl.LightningDataModule):
+        def __init__(self, batch_size=4):
+            super().__init__()
+            self.save_hyperparameters()
+
+        def train_dataloader(self):
+            return loader(self.hparams.batch_size)
+
+        def val_dataloader(self):
+            return loader(self.hparams.batch_size)
+
+    model, callback = Model(kib=16), tuner("512KiB", target_batch_size=60)
+
+    trainer(callback).fit(model, datamodule=Data())
+
+    report = callback.report
+    assert report.plan.micro_batch_size > report.validation_batch_size > 4
+    assert max(model.sizes) == report.validation_batch_size
 
 
 def test_no_validation_is_tried_where_there_is_none():
@@ -335,6 +357,20 @@ def test_testing_after_training_leaves_the_plan_of_the_training_in_the_checkpoin
     assert (
         callback.state_dict()["accumulate_grad_batches"] == plan.accumulate_grad_batches
     )
+
+
+@pytest.mark.parametrize("target", [None, 24])
+@pytest.mark.parametrize("method", METHODS)
+def test_loaders_that_can_not_be_resized_are_run_as_they_are(method, target, caplog):
+    model, callback = Model(), tuner("2MiB", target_batch_size=target)
+    batches = DataLoader([tuple(data(8).tensors)], batch_size=None)
+
+    getattr(trainer(callback), method)(model, batches)
+
+    assert model.sizes == {8}
+    assert f"{method} runs its loaders as they are" in caplog.text
+    with pytest.raises(autobatch.AutobatchError, match="batch_size=None"):
+        callback.tune(trainer(), model, dataloaders=batches, method=method)
 
 
 @pytest.mark.parametrize(

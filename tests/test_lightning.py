@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
-import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -72,22 +72,38 @@ def tuner(**options):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Every case, tuned in one process, and in another with the numbers found written by hand."""
-    where = tmp_path_factory.mktemp("runs")
-    script, plans = Path(__file__).with_name("lightning_cases.py"), where / "plans.json"
+    """Every case, tuned in one process, and in another with the numbers found written by hand; half of them at a time."""
+    folders = [tmp_path_factory.mktemp("runs") for _ in range(2)]
+    halves = [sorted(CASES)[::2], sorted(CASES)[1::2]]
     for mode in ("tuned", "by-hand"):
-        command = [
-            sys.executable,
-            str(script),
-            mode,
-            str(where / f"{mode}.pt"),
-            str(plans),
+        processes = [
+            subprocess.Popen(
+                [
+                    sys.executable,
+                    str(Path(__file__).with_name("lightning_cases.py")),
+                    mode,
+                    str(where / f"{mode}.pt"),
+                    str(where / "plans.json"),
+                    *half,
+                ],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+            for where, half in zip(folders, halves, strict=True)
         ]
-        subprocess.run(command, check=True, capture_output=True, timeout=280)
+        outputs = [process.communicate(timeout=280)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], outputs
     return {
-        "plans": json.loads(plans.read_text()),
-        "tuned": torch.load(where / "tuned.pt", weights_only=False),
-        "by hand": torch.load(where / "by-hand.pt", weights_only=False),
+        mode: {
+            case: result
+            for where in folders
+            for case, result in torch.load(
+                where / f"{mode}.pt", weights_only=False
+            ).items()
+        }
+        for mode in ("tuned", "by-hand")
     }
 
 
@@ -95,7 +111,7 @@ def runs(tmp_path_factory):
 def test_training_after_tuning_is_the_same_to_the_bit_as_with_the_numbers_written_by_hand(
     runs, case
 ):
-    tuned, by_hand = dict(runs["tuned"][case]), runs["by hand"][case]
+    tuned, by_hand = dict(runs["tuned"][case]), runs["by-hand"][case]
     trials = tuned.pop("trials")
 
     different = [name for name in by_hand if not same(tuned[name], by_hand[name])]
@@ -108,7 +124,7 @@ def test_training_after_tuning_is_the_same_to_the_bit_as_with_the_numbers_writte
 
 
 def test_the_comparison_can_fail(runs):
-    one, other = runs["by hand"]["passed"], runs["by hand"]["clipped"]
+    one, other = runs["by-hand"]["passed"], runs["by-hand"]["clipped"]
 
     assert not same(one["record"], other["record"])
     assert not same(one["weights"], other["weights"])
@@ -284,14 +300,6 @@ def test_an_epoch_is_counted_as_it_is_trained():
     for case in ({}, {"drop_last": True}, {"limit": 0.5}, {"limit": 3}):
         told, done = updates(**case)
         assert told == done, case
-
-
-def test_a_target_beyond_the_data_set_is_told():
-    callback = tuner(target_batch_size=512)
-
-    trainer(callback).fit(Model(), DataLoader(data(100), batch_size=4))
-
-    assert any("less than one update of" in note for note in callback.report.notes)
 
 
 class Prepared(Model):
@@ -506,6 +514,95 @@ def test_an_error_while_tuning_leaves_the_callbacks_alone():
         callback.tune(fitted, Model(), [plain(), range(3)])
 
     assert fitted.callbacks == callbacks
+
+
+class Adversarial(Model):
+    """Makes as much noise as the attribute says a batch has."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        noise = torch.randn(self.hparams.batch_size, 16)
+        self.sizes.append((len(x), len(noise)))
+        return F.cross_entropy(self.net(x + noise), y)
+
+    def train_dataloader(self):
+        return DataLoader(data(), self.hparams.batch_size, drop_last=True)
+
+
+def test_a_step_finds_the_size_of_the_trial_where_it_looks_for_it():
+    model, callback = Adversarial(), tuner()
+
+    trainer(callback).fit(model)
+
+    size = callback.report.plan.micro_batch_size
+    assert size > 4
+    assert set(model.sizes) == {(size, size)}
+
+
+def test_after_tune_the_attribute_names_what_it_named():
+    model = Adversarial()
+
+    tuner().tune(trainer(), model)
+
+    assert model.hparams.batch_size == model.hparams_initial.batch_size == 4
+
+
+@pytest.mark.parametrize(("samples", "own"), [(3, 64), (20, 64), (30, 8)])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_an_update_has_no_more_than_an_epoch(samples, own, drop_last):
+    """Accumulating beyond it would weaken the gradient: Lightning divides by what never comes."""
+    if drop_last:
+        own = min(own, samples)
+    model, callback = Model(), tuner(target_batch_size=64, device=None)
+
+    trainer(callback).fit(model, DataLoader(data(samples), own, drop_last=drop_last))
+
+    plan = callback.report.plan
+    assert plan.effective_batch_size == samples
+    assert plan.accumulate_grad_batches == 1
+    assert model.sizes == [samples] * 2
+    assert callback.report.notes[0] == (
+        f"Asked for 64 samples per update, got {samples}: an epoch has no more than {samples} samples."
+    )
+
+
+def test_a_second_fit_tells_no_change_from_what_was_never_trained():
+    callback, loader = (
+        tuner(target_batch_size=60, device=SimulatedAccelerator("200KiB")),
+        plain(),
+    )
+    fitted = trainer(callback, max_epochs=1)
+    fitted.fit(Model(), loader)
+    assert callback.report.plan.accumulate_grad_batches > 1
+
+    fitted.fit_loop.max_epochs = 2
+    fitted.fit(Model(), loader)
+
+    assert not any("goes from" in note for note in callback.report.notes)
+
+
+@pytest.mark.parametrize("options", [{"max_epochs": 0}, {"max_steps": 0}])
+def test_where_nothing_will_be_trained_nothing_is_tuned(options):
+    callback = tuner()
+
+    trainer(callback, **options).fit(Model(), plain())
+
+    assert callback.report is None
+
+
+@pytest.mark.parametrize("name", ["ddp_spawn", "ddp_fork"])
+def test_tune_is_refused_where_its_result_would_not_come_back(name):
+    with pytest.raises(autobatch.AutobatchError, match='Tune with strategy="ddp"'):
+        tuner().tune(trainer(strategy=name, devices=2), Model(), plain())
+
+
+def test_a_report_about_a_test_is_no_plan_to_train_with(tmp_path):
+    report = tuner().tune(trainer(), Model(), plain())
+    about = report.model_copy(update={"task": "test"})
+    (tmp_path / "report.json").write_text(about.to_json())
+
+    with pytest.raises(ValueError, match="a report about test, which trains nothing"):
+        tuner(plan=tmp_path / "report.json")
 
 
 # Resuming

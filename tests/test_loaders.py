@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 
 import numpy as np
@@ -191,8 +192,9 @@ MADE = {
 ROWS = [*PASSED, *MADE]
 
 
-def fitted(row, **options):
-    """A model trained for two epochs, the callback that tuned it, the Trainer, and what was passed."""
+@functools.cache
+def fitted(row):
+    """A model trained for two epochs, the callback that tuned it, the Trainer, and what was passed: to be looked at."""
     model = MADE.get(row, Model)()
     passed = PASSED[row]() if row in PASSED else None
     tuner = autobatch.AutoBatch(
@@ -208,7 +210,6 @@ def fitted(row, **options):
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        **options,
     )
     trainer.fit(model, passed, datamodule=Data() if row == "datamodule" else None)
     return model, tuner, trainer, passed

@@ -441,7 +441,8 @@ def changed(before, after):
 def run(tmp_path, monkeypatch):
     """Makes what takes part, in an empty folder; signals are as they were afterwards."""
     monkeypatch.chdir(tmp_path)
-    former = signal.getsignal(signal.SIGINT)
+    # What is started in the background of a shell ignores it
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield lambda **options: Run(tmp_path, **options)
     signal.signal(signal.SIGINT, former)
 

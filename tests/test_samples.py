@@ -210,3 +210,23 @@ def test_the_user_may_say_what_is_largest():
 def test_a_worst_case_that_can_not_be_called_is_refused():
     with pytest.raises(ValueError, match="worst_case=7 can not be called"):
         autobatch.AutoBatch(worst_case=7)
+
+
+def test_a_worst_case_that_ignores_its_argument_is_refused():
+    callback = autobatch.AutoBatch(
+        device=SimulatedAccelerator("4MiB"), worst_case=lambda _: torch.ones(3, 16, 4)
+    )
+
+    with pytest.raises(ValueError, match="as much data for 8 samples as for 4"):
+        callback.tune(
+            pl.Trainer(max_epochs=1, accelerator="cpu", logger=False),
+            Model(),
+            DataLoader(Sequences(100, long_at=3), 4, collate_fn=padded),
+        )
+
+
+def test_where_all_samples_were_read_no_larger_one_is_feared():
+    _, report = fit(Sequences(200, long_at=3), SimulatedAccelerator("4MiB"))
+
+    (note,) = (note for note in report.notes if "differ in size" in note)
+    assert note.endswith("Trials ran the largest of all 200, and times are theirs.")

@@ -51,6 +51,7 @@ def run() -> DemoResult:
     model = _network()
     tuner = AutoBatch(
         target_batch_size=_TARGET,
+        repair_last_window=True,
         steps_per_trial=_STEPS,
         device=SimulatedAccelerator(_MEMORY),
     )

@@ -28,7 +28,12 @@ def known_plan(
     if plan is None:
         return None
     if isinstance(plan, (str, Path)):
-        plan = TuningReport.read(plan).plan
+        report = TuningReport.read(plan)
+        if report.task != "train":
+            raise ValueError(
+                f"plan={str(plan)!r} is a report about {report.task}, which trains nothing; give one of a training."
+            )
+        plan = report.plan
     if not isinstance(plan, BatchPlan):
         raise ValueError(
             f"plan={plan!r} is not a plan; give a BatchPlan, or the path of a report."

@@ -113,6 +113,7 @@ def find(
         accumulate=1,
         before=None,
         samples_trained=None,
+        update_at_most=None,
         remarks=None,
         look=None,
         subject=loop.name,

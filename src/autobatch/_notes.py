@@ -140,6 +140,9 @@ def _deviation(found: Findings) -> str | None:
 
 
 def _why_not_exact(found: Findings, asked: int) -> str:
+    got, samples = found.plan.effective_batch_size, found.dataset_size
+    if samples is not None and got <= samples < asked:
+        return f"an epoch has no more than {samples:,} samples"
     share, rest = divmod(asked, found.plan.world_size)
     if rest:
         return f"{asked} does not divide by {found.plan.world_size} ranks"
@@ -163,9 +166,11 @@ def _changed(found: Findings) -> str | None:
     )
     if found.dataset_size is None:
         return f"{change}."
-    now = updates_per_epoch(plan, found.dataset_size)
-    then = updates_per_epoch(before, found.dataset_size)
-    return f"{change}: {now:,} updates per epoch instead of {then:,}."
+    samples = found.dataset_size
+    if min(before.effective_batch_size, plan.effective_batch_size) >= samples:
+        return None  # all of an epoch, then as now
+    now, then = updates_per_epoch(plan, samples), updates_per_epoch(before, samples)
+    return f"{change}: {now:,} update{'s' if now > 1 else ''} per epoch instead of {then:,}."
 
 
 def _overridden(found: Findings) -> str | None:
@@ -221,10 +226,12 @@ def _uneven(found: Findings) -> str | None:
     look = found.look
     if look is None or look.is_even:
         return None
+    if look.read == look.among:
+        return f"Samples differ in size. Trials ran the largest of all {look.read:,}, and times are theirs."
     there = "" if look.among is None else f" of {look.among:,}"
     return (
         f"Samples differ in size. Trials ran the largest of the {look.read:,}{there} that were looked at, and times are "
-        "theirs; one that is larger still needs more memory: name it in worst_case."
+        "theirs; one that is larger still needs more memory: make it in worst_case."
     )
 
 

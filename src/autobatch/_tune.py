@@ -48,6 +48,7 @@ class Job:
         accumulate: The accumulation that stays where no target is asked for.
         before: What was trained with until now, where that is known.
         samples_trained: Samples that an epoch trains on with a plan, where it is not the whole data set.
+        update_at_most: Samples that one update can have, where it can not go on into the next epoch.
         remarks: What a person should be told of a plan besides, where there may be something.
         subject: What a report calls it.
         environment: Versions, for the report.
@@ -60,6 +61,7 @@ class Job:
     accumulate: int
     before: BatchPlan | None
     samples_trained: Callable[[BatchPlan], int | None] | None
+    update_at_most: int | None
     remarks: Callable[[BatchPlan], tuple[str, ...]] | None
     subject: str
     environment: dict[str, str]
@@ -91,6 +93,13 @@ def tune(
         plan = tuning.choose()
     tuning.check_agreement(plan)
     return tuning.report(plan)
+
+
+def _within(target: int | None, most: int | None, world_size: int) -> int | None:
+    """The effective batch to go for: what was asked, or as much of it as there is."""
+    if target is None or most is None or target <= most:
+        return target
+    return max(world_size, most - most % world_size)
 
 
 def _check_target(settings: Settings, world_size: int) -> None:
@@ -137,6 +146,9 @@ class _Tuning:
         self._snapshot, self._shown, self._ranks = snapshot, shown, ranks
         self.record = Record(probe, settings.memory_limit, ranks)
         self._out_of_time = False
+        self._target = _within(
+            settings.target_batch_size, job.update_at_most, ranks.world_size
+        )
         self._bound = tightest_bound(
             target_batch_size=settings.target_batch_size,
             max_micro_batch_size=settings.max_micro_batch_size,
@@ -219,7 +231,7 @@ class _Tuning:
     @property
     def _reserve(self) -> float:
         """Seconds for the trials that may have to confirm a plan, none of them larger than what ran."""
-        if self._settings.target_batch_size is None or not self.record.fitting:
+        if self._target is None or not self.record.fitting:
             return 0.0
         return _CONFIRMATIONS * self._deadline.seconds_of(self.record.fitting[-1])
 
@@ -233,7 +245,7 @@ class _Tuning:
         """The plan to take: one whose micro-batch was run, and the best of those."""
         if not self.record.fitting:
             raise self._nothing_fits()
-        target = self._settings.target_batch_size
+        target = self._target
         if target is None:
             return BatchPlan(
                 self.record.fitting[-1], self._job.accumulate, self._ranks.world_size
@@ -377,7 +389,7 @@ class _Tuning:
         """The pattern that training will use: with accumulation, gradients live on through the next micro-batch."""
         if not self._job.can_accumulate:
             return 1
-        target = self._settings.target_batch_size
+        target = self._target
         if target is None:
             return min(2, self._job.accumulate)
         return 1 if size * self._ranks.world_size >= target else 2

@@ -19,11 +19,13 @@ from autobatch.lightning._apply import (
     apply,
     apply_between_epochs,
     check_name,
+    checked_name,
 )
-from autobatch.lightning._checks import check, check_lightning
+from autobatch.lightning._checks import check, check_launcher, check_lightning
 from autobatch.lightning._evaluations import STAGES, before_data, loaders_for
 from autobatch.lightning._known import Checkpoint, Known, known_at_start
 from autobatch.lightning._loaders import (
+    FixedBatchSizeError,
     Rebatched,
     capture_order,
     checked_setter,
@@ -133,9 +135,9 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             device=device,
             worst_case=checked_worst_case(worst_case),
             repairs=check_switch(repair_last_window),
+            batch_arg_name=checked_name(batch_arg_name),
             set_batch_size=checked_setter(set_batch_size),
         )
-        self._batch_arg_name = batch_arg_name
         self._milestones = Milestones(checked_epochs(retune_at_epochs))
         self._last: TuningReport | None = None  # of the fit before, or of `tune`
         self._first: TuningReport | None = None  # of this fit, at its start
@@ -176,6 +178,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             ValueError: There is no such method, or it does not take the loaders that were given.
             AutobatchError: The run is one that can not be tuned.
         """
+        check_launcher(trainer)
         loaders = loaders_for(method, train_dataloaders, val_dataloaders, dataloaders)
         callbacks = trainer.callbacks
         others = [each for each in callbacks if each is not self]
@@ -224,9 +227,11 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         check(trainer, pl_module, self._checkpoint)
         if self._checkpoint is not None:
             self._checkpoint.check_target(self._asked.settings)
-        check_name(pl_module, self._batch_arg_name)
+        check_name(pl_module, self._asked.batch_arg_name)
         known_at = partial(known_at_start, self._known, self._checkpoint, self._last)
-        tuned = tune_training(trainer, pl_module, self._asked, known_at)
+        tuned = tune_training(
+            trainer, pl_module, self._asked, known_at, self._trained_until_now(trainer)
+        )
         self._last = tuned.report
         if self._only_tunes:
             self._leave(trainer, tuned.report)
@@ -234,7 +239,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             tuned.report.plan,
             trainer,
             pl_module,
-            self._batch_arg_name,
+            self._asked.batch_arg_name,
             tuned.batch_sizes,
             self._before,
             self._asked.set_batch_size,
@@ -306,13 +311,13 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         target = self._first.plan.effective_batch_size
         note = f"Tuned anew at epoch {trainer.current_epoch}, for the effective batch of {target}."
         known = Known(target=target, note=note)
-        tuned = tune_training(trainer, module, self._asked, lambda *_: known)
+        tuned = tune_training(trainer, module, self._asked, lambda *_: known, None)
         if tuned.report.plan != self._trained.plan:
             self._rebatched["train"] = apply_between_epochs(
                 tuned.report.plan,
                 trainer,
                 module,
-                self._batch_arg_name,
+                self._asked.batch_arg_name,
                 tuned.batch_sizes,
                 self._rebatched["train"],
             )
@@ -333,12 +338,26 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         """Tune before validation, testing or prediction asks for its loaders."""
         if trainer.fast_dev_run and not self._only_tunes:
             return
-        tuned = tune_evaluation(trainer, trainer.lightning_module, self._asked, stage)
+        module = trainer.lightning_module
+        try:
+            tuned = tune_evaluation(trainer, module, self._asked, stage)
+        except FixedBatchSizeError as error:
+            if self._only_tunes:
+                raise
+            _log.warning("%s runs its loaders as they are: %s", stage.name, error)
+            return
         if self._only_tunes:
             self._leave(trainer, tuned.report)
         source = getattr(trainer, stage.loop)._data_source
         self._rebatched[stage.name] = Rebatched(source, tuned.batch_sizes)
         self._tell(trainer, tuned.report)
+
+    def _trained_until_now(self, trainer: Any) -> BatchPlan | None:
+        """The plan of the fit before, whose accumulation the Trainer still has."""
+        plan = self._trained.plan if self._trained else None
+        if plan and plan.accumulate_grad_batches == trainer.accumulate_grad_batches:
+            return plan
+        return None
 
     def _leave(self, trainer: Any, report: TuningReport) -> None:
         """End what the Trainer was asked for, by the way that Lightning 2.6 keeps for its own tuner."""
@@ -366,7 +385,8 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
 
 def _idle(trainer: Any) -> str | None:
     """Why there is nothing to tune for."""
-    if trainer.fast_dev_run or trainer.limit_train_batches == 0:
+    over = trainer.max_epochs == 0 or trainer.max_steps == 0
+    if trainer.fast_dev_run or trainer.limit_train_batches == 0 or over:
         return "nothing will be trained"
     if is_empty(trainer.fit_loop._data_source.instance):
         return "there is nothing to train on"

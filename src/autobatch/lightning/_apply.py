@@ -18,7 +18,14 @@ if TYPE_CHECKING:
     from autobatch._plan import BatchPlan
     from autobatch.lightning._loaders import SetBatchSize
 
-__all__ = ["BeforeOptimizers", "apply", "apply_between_epochs", "check_name"]
+__all__ = [
+    "BeforeOptimizers",
+    "apply",
+    "apply_between_epochs",
+    "check_name",
+    "checked_name",
+    "name_batch_size",
+]
 
 
 def apply(
@@ -142,6 +149,21 @@ class BeforeOptimizers:
         if self._snapshot is not None:
             self._snapshot.forget()
             self._snapshot = None
+
+
+def name_batch_size(module: Any, name: str, batch_size: int) -> None:
+    """Set it wherever the module or its datamodule has it by this name."""
+    for holder in _holders(module, name):
+        holder.set(batch_size)
+
+
+def checked_name(batch_arg_name: str) -> str:
+    """The name, refused where nothing can be called that."""
+    if isinstance(batch_arg_name, str) and batch_arg_name.isidentifier():
+        return batch_arg_name
+    raise ValueError(
+        f"batch_arg_name={batch_arg_name!r} is no name; give that of an attribute or hyperparameter."
+    )
 
 
 def check_name(module: Any, name: str) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from autobatch.lightning._known import Checkpoint
 
-__all__ = ["check", "check_lightning"]
+__all__ = ["check", "check_launcher", "check_lightning"]
 
 _TESTED: Final = "2.6.0 to 2.6.6"
 # What AutoBatch uses of a Trainer that Lightning does not promise to keep
@@ -78,6 +78,16 @@ def _has(owner: Any, path: str) -> bool:
     except AttributeError:
         return False
     return True
+
+
+def check_launcher(trainer: Any) -> None:
+    """Raise `AutobatchError` where what is found in other processes does not come back to this one."""
+    method = getattr(trainer.strategy, "_start_method", "popen")
+    if method != "popen":
+        raise AutobatchError(
+            f"The Trainer's strategy starts its processes by {method}, and what is found in them does not come back. "
+            'Tune with strategy="ddp", or with one device.'
+        )
 
 
 def check(trainer: Any, module: Any, checkpoint: Checkpoint | None) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 __all__ = [
+    "FixedBatchSizeError",
     "Loaders",
     "Rebatched",
     "SetBatchSize",
@@ -50,6 +51,10 @@ def checked_setter(set_batch_size: SetBatchSize | None) -> SetBatchSize | None:
     )
 
 
+class FixedBatchSizeError(AutobatchError):
+    """A loader whose batch size can not be changed."""
+
+
 class Loaders:
     """The loaders that a Trainer's data source gives, one or several, as one thing with a batch size.
 
@@ -63,7 +68,7 @@ class Loaders:
         setter: The user's own way to give one another batch size.
 
     Raises:
-        AutobatchError: The batch size of one of them can not be changed.
+        FixedBatchSizeError: The batch size of one of them can not be changed.
     """
 
     def __init__(
@@ -85,9 +90,9 @@ class Loaders:
                 else _indifference(loader, setter)
             )
             if problem:
-                raise AutobatchError(
+                raise FixedBatchSizeError(
                     f"AutoBatch can not change the batch size of this loader: {problem}. Use a plain "
-                    "DataLoader(dataset, batch_size=…), or train without AutoBatch."
+                    "DataLoader(dataset, batch_size=…), or leave AutoBatch out."
                 )
         self.each: tuple[DataLoader[Any], ...] = tuple(self._combined.flattened)
         self.own_sizes: tuple[int, ...] = tuple(

@@ -18,11 +18,12 @@ from autobatch._trial import OptimizerWatch
 from autobatch._tune import Job, tune
 from autobatch.errors import AutobatchError, DoesNotFitError
 from autobatch.lightning._apart import apart
+from autobatch.lightning._apply import name_batch_size
 from autobatch.lightning._counts import Counts
 from autobatch.lightning._evaluations import VALIDATION, Evaluations
 from autobatch.lightning._host import ahead, copied, room_for_copy
 from autobatch.lightning._known import Here, Known
-from autobatch.lightning._loaders import Loaders
+from autobatch.lightning._loaders import FixedBatchSizeError, Loaders
 from autobatch.lightning._package import package_of
 from autobatch.lightning._samples import Samples
 from autobatch.lightning._scratch import scratch
@@ -55,6 +56,7 @@ class Asked:
         device: Where memory is read; None: where the model is.
         worst_case: Makes the largest batch of a size, where the user knows it.
         repairs: Whether the last window of an epoch is repaired.
+        batch_arg_name: What the module or its datamodule calls the batch size.
         set_batch_size: Gives a loader another batch size, where the user has a way of their own.
     """
 
@@ -63,6 +65,7 @@ class Asked:
     device: str | MemoryProbe | None
     worst_case: Callable[[int], Any] | None
     repairs: bool
+    batch_arg_name: str
     set_batch_size: SetBatchSize | None
 
 
@@ -81,8 +84,16 @@ class Tuned:
     validation_sizes: tuple[int, ...] | None = None
 
 
-def tune_training(trainer: Any, module: Any, asked: Asked, known_at: KnownAt) -> Tuned:
+def tune_training(
+    trainer: Any,
+    module: Any,
+    asked: Asked,
+    known_at: KnownAt,
+    trained: BatchPlan | None,
+) -> Tuned:
     """Find the plan to train with, and a size at which validation fits beside it; leave everything as it was.
+
+    `trained` is what it was trained with until now, where that is not what loader and Trainer say.
 
     Raises:
         AutobatchError: A loader's batch size can not be changed, or an argument of the Trainer rules the plan out.
@@ -105,16 +116,19 @@ def tune_training(trainer: Any, module: Any, asked: Asked, known_at: KnownAt) ->
         counts = counted(
             batches=loaders.batches,
             samples=partial(_samples_trained, trainer, loaders),
-            before=BatchPlan(loaders.batch_size, accumulate, trainer.world_size),
+            before=trained
+            or BatchPlan(loaders.batch_size, accumulate, trainer.world_size),
         )
         samples = Samples(loaders, bench.snapshot, asked.worst_case)
-        steps = Steps(trainer, samples)
+        named = partial(name_batch_size, module, asked.batch_arg_name)
+        steps = Steps(trainer, samples, named)
         job = Job(
             workload=steps,
             can_accumulate=True,
             start=loaders.batch_size,
             accumulate=accumulate,
             samples_trained=counts.samples,
+            update_at_most=loaders.samples,
             remarks=lambda plan: (
                 *told(trainer, loaders, plan, repaired=asked.repairs),
                 *counts.remarks(plan),
@@ -137,6 +151,8 @@ def tune_training(trainer: Any, module: Any, asked: Asked, known_at: KnownAt) ->
         tuned = Tuned(report, loaders.sizes_at(report.plan.micro_batch_size))
         if not validates:
             return tuned
+        # A hook may make validation batches of the size it finds there
+        named(report.plan.micro_batch_size)
         return _with_validation(tuned, trainer, module, asked, bench, validation, steps)
 
 
@@ -265,7 +281,7 @@ def _with_validation(
     """What was tuned, with the size at which validation fits beside the state that training keeps."""
     try:
         loaders = Loaders(trainer, source, mode="sequential")
-    except AutobatchError as error:
+    except FixedBatchSizeError as error:
         return replace(
             tuned, report=_told(tuned.report, f"Validation was not tried: {error}")
         )
@@ -280,7 +296,14 @@ def _with_validation(
             steps, plan.micro_batch_size, min(2, plan.accumulate_grad_batches)
         ),
     )
-    found = _own_or_smaller(job, _without_target(asked.settings, None), loaders, bench)
+    try:
+        found = _own_or_smaller(
+            job, _without_target(asked.settings, None), loaders, bench
+        )
+    except DoesNotFitError as error:
+        raise DoesNotFitError(
+            f"Training fits, but validation does not beside it. {error}"
+        ) from error
     size, own = found.plan.micro_batch_size, loaders.largest_batch
     report = tuned.report.model_copy(update={"validation_batch_size": size})
     if size == own:
@@ -333,6 +356,7 @@ def _evaluation_job(
         start=loaders.batch_size,
         accumulate=1,
         samples_trained=None,
+        update_at_most=None,
         remarks=None,
         before=None,
         subject=_subject(module, stage.name, trainer.precision),

@@ -74,12 +74,15 @@ class Samples:
         self._loaders = loaders
         self._sources = [_Source(loader, snapshot) for loader in loaders.each]
         self._worst_case = worst_case
+        self._made: dict[int, int] = {}  # size of what that made, by batch size
 
     def batches(self, batch_size: int) -> Sequence[Any]:
         """What steps get on the host, one after another and over again: one batch, or one of each loader in turn."""
         with unobserved(), torch.no_grad():
             if self._worst_case is not None:
-                return [self._worst_case(batch_size)]
+                batch = self._worst_case(batch_size)
+                self._check_grows(batch_size, batch)
+                return [batch]
             sizes = self._loaders.sizes_at(batch_size)
             parts = [
                 source.batch(size)
@@ -95,6 +98,15 @@ class Samples:
         if self._worst_case is not None:
             return ()
         return tuple(source.bytes_each for source in self._sources)
+
+    def _check_grows(self, batch_size: int, batch: Any) -> None:
+        self._made[batch_size] = size = _size(batch, _DEEP)
+        for other, made in self._made.items():
+            if other != batch_size and made == size:
+                raise ValueError(
+                    f"worst_case made as much data for {batch_size} samples as for {other}; it has to make a batch of "
+                    "as many as it is asked for."
+                )
 
     @property
     def look(self) -> Look | None:

@@ -99,11 +99,19 @@ class Steps:
 
     A batch goes the way it goes in Lightning 2.6's `_TrainingEpochLoop.advance`, without what belongs to an epoch:
     callbacks, batch hooks, schedulers, logging and validation.
+
+    Args:
+        trainer: The Trainer.
+        samples: Makes the batches.
+        named: Told the batch size before the first step, since a step may look at the attribute that names it.
     """
 
-    def __init__(self, trainer: Any, samples: Samples) -> None:
+    def __init__(
+        self, trainer: Any, samples: Samples, named: Callable[[int], None]
+    ) -> None:
         self._trainer = trainer
         self._samples = samples
+        self._named = named
         self._hooks = StartHooks(trainer, _START_HOOKS, "on_train_batch_start")
 
     def __call__(self, batch_size: int, accumulate: int) -> Generator[None]:
@@ -111,6 +119,7 @@ class Steps:
         if self._is_automatic:
             # By hand it is the module that accumulates: the Trainer's number would only disturb the bookkeeping
             self._trainer.accumulate_grad_batches = accumulate
+        self._named(batch_size)
         batches = cycle(self._samples.batches(batch_size))
         begin = partial(self._begin, next(batches))
         with _waiting(self._trainer.optimizers) as waiting:
