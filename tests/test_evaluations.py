@@ -182,6 +182,30 @@ def test_validation_is_tried_at_the_size_that_its_hook_gives_with_the_plan():
     assert max(model.sizes) == report.validation_batch_size
 
 
+def test_validation_that_grows_in_training_is_shrunk_again_where_it_is_tuned_anew():
+    class Growing(Model):
+        def on_train_epoch_start(self):
+            self.kib = 4 * 4**self.current_epoch
+
+        def on_validation_epoch_start(self):
+            self.evaluated.append([])
+
+        def validation_step(self, batch, batch_idx):
+            self.evaluated[-1].append(len(batch[0]))
+            torch.empty(len(batch[0]), self.kib, 256)
+
+    model, passed = Growing(kib=4), loader(100)
+    callback = tuner("256KiB", retune_at_epochs=[1, 2])
+
+    trainer(callback, max_epochs=3, num_sanity_val_steps=0).fit(
+        model, loader(4), passed
+    )
+
+    first, second, third = (max(sizes) for sizes in model.evaluated)
+    assert 100 > first > second > third == callback.report.validation_batch_size
+    assert passed.batch_size == passed.batch_sampler.batch_size == 100
+
+
 def test_no_validation_is_tried_where_there_is_none():
     model, callback = Model(), tuner()
 

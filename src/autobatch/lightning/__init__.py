@@ -330,9 +330,15 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         if self._asked.repairs:
             self._window = WindowRepair(tuned.report.plan.micro_batch_size)
         if tuned.validation_sizes is not None:
-            source = trainer.fit_loop.epoch_loop.val_loop._data_source
-            self._rebatched["validation"] = Rebatched(source, tuned.validation_sizes)
+            self._resize_validation(trainer, tuned.validation_sizes)
         self._tell(trainer, tuned.report)
+
+    def _resize_validation(self, trainer: Any, batch_sizes: Sequence[int]) -> None:
+        if "validation" in self._rebatched:
+            self._rebatched.pop("validation").undo()
+        loop = trainer.fit_loop.epoch_loop.val_loop
+        self._rebatched["validation"] = Rebatched(loop._data_source, batch_sizes)
+        loop._combined_loader = None  # in the middle of training there is one
 
     def _evaluate(self, trainer: Any, stage: Stage) -> None:
         """Tune before validation, testing or prediction asks for its loaders."""

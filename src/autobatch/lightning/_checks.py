@@ -22,6 +22,7 @@ __all__ = ["check", "check_launcher", "check_lightning"]
 _TESTED: Final = "2.6.0 to 2.6.6"
 # What AutoBatch uses of a Trainer that Lightning does not promise to keep
 _PRIVATE: Final = (
+    "_data_connector._requires_distributed_sampler",
     "_logger_connector.on_batch_end",
     "_logger_connector.on_batch_start",
     "fit_loop._combined_loader",
@@ -37,8 +38,12 @@ _PRIVATE: Final = (
     "fit_loop.restarted_on_epoch_end",
     "fit_loop.setup_data",
     "lightning_module._on_before_batch_transfer",
+    "predict_loop._build_step_args_from_hook_kwargs",
     "strategy.setup_optimizers",
     "strategy.setup_precision_plugin",
+    "validate_loop._build_step_args_from_hook_kwargs",
+    "validate_loop._data_source.dataloader",
+    "validate_loop.setup_data",
 )
 _PRIVATE_MODULES: Final = (
     ("loggers.logger", "DummyLogger"),
