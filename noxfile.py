@@ -11,6 +11,8 @@ import nox
 
 nox.options.sessions = ["lint", "typing", "tests"]
 
+# A file of tests is one process's affair, since its tests share what took long to make.
+_TWO_AT_A_TIME = ("-n", "2", "--dist", "loadfile")
 _TESTED = ("-c", "constraints.txt")
 _EXTRAS = nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]
 # The extra `demo` brings pytorch-lightning, and not every session is to have it.
@@ -40,7 +42,7 @@ def tests(session: nox.Session, lightning: str | None) -> None:
     if lightning == "lightning":
         # It asks for the other one, but never imports it.
         session.run("pip", "uninstall", "--yes", "pytorch-lightning", silent=True)
-    session.run("pytest", *session.posargs)
+    session.run("pytest", *_TWO_AT_A_TIME, *session.posargs)
 
 
 def _without(name: str, folder: Path) -> str:
@@ -77,7 +79,7 @@ def wheel(session: nox.Session) -> None:
     session.run("python", "-m", "build", "--wheel", "--outdir", built)
     (file,) = Path(built).glob("*.whl")
     session.install(*_TESTED, f"{file}[test]")
-    session.run("pytest", *session.posargs)
+    session.run("pytest", *_TWO_AT_A_TIME, *session.posargs)
 
 
 @nox.session(python=False)

@@ -677,7 +677,7 @@ def test_a_huge_target_is_no_problem():
         ({"search": autobatch.Bisection}, "search="),
         ({"search": "bisection"}, "search='bisection'"),
         ({"restore": nn.Linear(1, 1)}, "restore=Linear"),
-        ({"restore": [object()]}, "restore holds a object"),
+        ({"restore": ["a name"]}, "restore holds a str"),
     ],
     ids=str,
 )

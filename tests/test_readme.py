@@ -126,7 +126,8 @@ def test_the_commands_install_the_tested_versions_and_run_the_main_job_and_the_t
     assert demo[0] == tests[0] == "python -m venv .venv"
     assert "-c constraints.txt" in demo[1]
     assert "-c constraints.txt" in tests[1]
-    assert (demo[2], tests[2]) == (".venv/bin/autobatch demo", ".venv/bin/pytest")
+    assert demo[2] == ".venv/bin/autobatch demo"
+    assert tests[2] == ".venv/bin/pytest -n 2 --dist loadfile"
 
 
 # The report
