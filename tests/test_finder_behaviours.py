@@ -6,6 +6,7 @@ what stands in its place.
 
 from __future__ import annotations
 
+import importlib
 import logging
 
 import pytest
@@ -14,9 +15,10 @@ from torch.utils.data import DataLoader
 
 import autobatch
 from autobatch.testing import SimulatedAccelerator
-from lightning_cases import half
 from sameness import same
 from test_lightning import Model, data, pl, trainer
+
+half = importlib.import_module("lightning_cases").half
 
 ALL = ("fit", "validate", "test", "predict")
 EVALUATIONS = ALL[1:]
