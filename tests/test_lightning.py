@@ -559,8 +559,10 @@ def test_an_update_has_no_more_than_an_epoch(samples, own, drop_last):
 
     plan = callback.report.plan
     assert plan.effective_batch_size == samples
-    assert plan.accumulate_grad_batches == 1
-    assert model.sizes == [samples] * 2
+    whole = (
+        plan.accumulate_grad_batches
+    )  # which of the exact plans is the fastest, a clock says
+    assert model.sizes == [plan.micro_batch_size] * whole * 2
     assert callback.report.notes[0] == (
         f"Asked for 64 samples per update, got {samples}: an epoch has no more than {samples} samples."
     )
