@@ -376,3 +376,33 @@ def test_whoever_else_sets_the_accumulation_is_named_with_the_way_out(options, p
     )
     assert model.sizes == []
     assert torch.equal(random_state, torch.get_rng_state())
+
+
+def test_tuned_anew_a_module_by_hand_is_left_to_accumulate_by_itself():
+    class Alone(Model):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+            self.width = 0
+
+        def on_train_epoch_start(self):
+            self.width = 4096 * self.current_epoch  # so that less fits from then on
+
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            room = torch.empty(len(x), self.width)
+            loss = F.cross_entropy(self.net(x), y) + 0 * room.shape[0]
+            self.optimizers().zero_grad()
+            self.manual_backward(loss)
+            self.optimizers().step()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.01)
+
+    callback = tuner(retune_at_epochs=[1])
+    fitted = trainer(callback, max_epochs=2)
+
+    fitted.fit(Alone(), loader())
+
+    assert callback.report.plan.accumulate_grad_batches > 1
+    assert fitted.accumulate_grad_batches == 1

@@ -82,7 +82,8 @@ def apply_between_epochs(
         rebatched = Rebatched(fit_loop._data_source, batch_sizes, former.setter)
         undo.callback(rebatched.undo)
         _check_sizes(rebatched, trainer, module)
-        trainer.accumulate_grad_batches = plan.accumulate_grad_batches
+        if module.automatic_optimization:  # by hand, the module accumulates
+            trainer.accumulate_grad_batches = plan.accumulate_grad_batches
         for holder in _holders(module, batch_arg_name):
             holder.set(plan.micro_batch_size)
         with Snapshot() as snapshot:
