@@ -20,7 +20,12 @@ from pydantic import (
     ValidationError,
 )
 
+from autobatch._curve import CurvePoint  # noqa: TC001 -- pydantic reads it
+from autobatch._latency import Latency  # noqa: TC001 -- pydantic reads it
+from autobatch._learning_rate import LearningRateRule  # noqa: TC001 -- pydantic reads it
+from autobatch._loading import Loading  # noqa: TC001 -- pydantic reads it
 from autobatch._memory import format_bytes, parse_memory_limit
+from autobatch._noise_scale import NoiseReading  # noqa: TC001 -- pydantic reads it
 from autobatch._notes import Bound, Look, tightest_bound
 from autobatch._plan import BatchPlan
 from autobatch._text import (
@@ -203,6 +208,11 @@ class TuningReport(BaseModel):
         can_accumulate: Whether what was tuned can make an update of several micro-batches.
         dataset_size: Samples per epoch, where known.
         look: How far was looked for the largest samples, which trials then ran on.
+        curve: Sizes that were timed besides, over whole updates and in turns; empty where a plan was only verified.
+        noise: The gradient noise scale, where a run measured it.
+        learning_rate: How the learning rate of this optimizer usually goes with the batch, where a rule is known.
+        loading: What reading data takes beside a step, where that was measured.
+        latencies: How long calls take at each batch size, where inference was timed.
         search_seconds: What the search took.
         notes: What a person should be told.
         environment: Versions of what was running.
@@ -223,6 +233,11 @@ class TuningReport(BaseModel):
     can_accumulate: bool = True
     dataset_size: _Count | None
     look: Look | None = None
+    curve: tuple[CurvePoint, ...] = ()
+    noise: NoiseReading | None = None
+    learning_rate: LearningRateRule | None = None
+    loading: Loading | None = None
+    latencies: tuple[Latency, ...] = ()
     search_seconds: _Seconds
     notes: tuple[str, ...]
     environment: dict[str, str]
