@@ -133,7 +133,7 @@ def test_pace_is_read_off_between_timed_sizes_and_never_beyond():
     )
     failed = Trial(40, Outcome.OUT_OF_MEMORY)
 
-    between = Pace.of([slow, fast, failed])
+    between = Pace.of([slow, fast, failed], ())
 
     assert between.sizes == (10, 20)
     assert between.micro(20) == 3.0  # without its share of the optimizer

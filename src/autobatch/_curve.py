@@ -19,6 +19,7 @@ class CurvePoint:
         step_seconds_high: The 90 % quantile of the same.
         optimizer_seconds: Median seconds of one optimizer step; None where none was seen.
         updates: Optimizer updates that were timed.
+        peak: Most memory this process held, in bytes; None where it was not read.
         drift: Its later timing as a multiple of its earlier one; None where there was one only.
     """
 
@@ -29,4 +30,5 @@ class CurvePoint:
     step_seconds_high: float
     optimizer_seconds: float | None
     updates: int
+    peak: int | None
     drift: float | None

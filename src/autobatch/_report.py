@@ -27,6 +27,7 @@ from autobatch._loading import Loading  # noqa: TC001 -- pydantic reads it
 from autobatch._memory import format_bytes, parse_memory_limit
 from autobatch._noise_scale import NoiseReading  # noqa: TC001 -- pydantic reads it
 from autobatch._notes import Bound, Look, tightest_bound
+from autobatch._pace import Pace
 from autobatch._plan import BatchPlan
 from autobatch._text import (
     SECONDS,
@@ -48,9 +49,14 @@ from autobatch._text import (
     update_fact,
 )
 from autobatch._tradeoff import (
+    Costs,
     EffectiveRow,
+    LineFit,
+    NoiseRange,
     SpeedRow,
     effective_rows,
+    fit_line,
+    is_of,
     settled,
     speed_rows,
 )
@@ -263,14 +269,31 @@ class TuningReport(BaseModel):
     @property
     def sizes(self) -> tuple[SpeedRow, ...]:
         """What each micro-batch gives: measured."""
-        return speed_rows(self.trials, self.plan.world_size)
+        return speed_rows(self.trials, self.curve, self.plan.world_size)
+
+    @property
+    def pace(self) -> Pace:
+        """Seconds per micro-batch and per update, as measured."""
+        return Pace.of(self.trials, self.curve)
+
+    @property
+    def fit(self) -> LineFit | None:
+        """Seconds of a micro-batch as a line in its size, where one is worth drawing: derived."""
+        return fit_line(self.pace)
 
     @property
     def effective(self) -> tuple[EffectiveRow, ...]:
         """What effective batches around the plan's would cost: derived; empty where nothing trains."""
         if self.task != "train":
             return ()
-        rows = effective_rows(self.plan, self.trials, self.dataset_size)
+        costs = Costs(
+            self.plan,
+            self.pace,
+            self.dataset_size,
+            NoiseRange.of(self.noise),
+            self.learning_rate,
+        )
+        rows = effective_rows(costs, self.trials, self.curve)
         if self.can_accumulate:
             return rows
         return tuple(row for row in rows if row.accumulate_grad_batches == 1)
@@ -414,12 +437,10 @@ def _bound(report: TuningReport) -> Bound | None:
 
 def _facts(report: TuningReport) -> tuple[Fact, ...]:
     plan, sizes = report.plan, report.sizes
-    size, effective = plan.micro_batch_size, plan.effective_batch_size
+    size = plan.micro_batch_size
     trial = next((t for t in settled(report.trials) if t.batch_size == size), None)
     speed = next((row for row in sizes if row.batch_size == size), None)
-    row = next(
-        (r for r in report.effective if r.effective_batch_size == effective), None
-    )
+    row = next((row for row in report.effective if is_of(row, plan)), None)
     facts = []
     if speed:
         facts.append(speed_fact(speed, sizes))

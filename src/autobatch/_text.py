@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from autobatch._memory import format_bytes
-from autobatch._tradeoff import settled
+from autobatch._tradeoff import is_of, settled
 from autobatch._trial import Outcome
 
 if TYPE_CHECKING:
@@ -269,7 +269,7 @@ def effective_table(
             _measures("{}/update", [row.update_seconds for row in rows], SECONDS),
         ],
         title=f"Effective batch{epoch}",
-        chosen=[row.effective_batch_size == plan.effective_batch_size for row in rows],
+        chosen=[is_of(row, plan) for row in rows],
     )
 
 

@@ -399,7 +399,7 @@ class _Tuning:
             target,
             self._ranks.world_size,
             self.record.fitting[-1],
-            Pace.of(self.record.trials),
+            Pace.of(self.record.trials, ()),
         )
 
     def _verified(self, plan: BatchPlan) -> bool:
