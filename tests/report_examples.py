@@ -6,6 +6,9 @@ import dataclasses
 
 from hypothesis import strategies as st
 
+from autobatch._curve import CurvePoint
+from autobatch._learning_rate import LearningRateRule
+from autobatch._noise_scale import NoiseReading
 from autobatch._notes import Look
 from autobatch._plan import BatchPlan
 from autobatch._report import Device, Settings, TuningReport
@@ -70,6 +73,29 @@ def example(**changes) -> TuningReport:
         ),
         environment={"torch": "2.9.0"},
     )
+    return report.model_copy(update=changes)
+
+
+def with_noise(**changes) -> TuningReport:
+    """The same search after a run: sizes timed over updates, a noise scale, and a rule for the learning rate."""
+    curve = tuple(
+        CurvePoint(
+            batch_size=size,
+            accumulate=2,
+            step_seconds=seconds,
+            step_seconds_low=0.97 * seconds,
+            step_seconds_high=1.04 * seconds,
+            optimizer_seconds=0.009,
+            updates=20,
+            peak=int(gib * GIB),
+            drift=1.01,
+        )
+        for size, _, gib in _MEASURED
+        for seconds in [0.0261 + 0.00216 * size]
+    )
+    noise = NoiseReading("ok", 900.0, 500.0, 1500.0, 50, 150, 400, 256)
+    rule = LearningRateRule("AdamW", "square root")
+    report = example(curve=curve, noise=noise, learning_rate=rule)
     return report.model_copy(update=changes)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 from matplotlib import style
 from matplotlib.axes import Axes
@@ -40,9 +40,10 @@ _DOTS: Final = 150  # per inch
 _KINDS: Final = (".png", ".svg", ".pdf")
 _LEFT: Final = 0.72  # inches from the left to everything
 _RIGHT: Final = 11.86
-_FLOOR: Final = 2.1
+_FLOOR: Final = 2.2
 _FOOT_LINE: Final = 0.185  # inches
-_FOOT_WIDTH: Final = 158  # characters
+_FOOT_WIDTH: Final = 165  # characters
+_FOOT_LINES: Final = 5
 
 
 class Picture(Figure):
@@ -101,10 +102,7 @@ def _main_panel(report: TuningReport, axes: Axes) -> Figure:
         axes.set_xlabel("micro-batch")
     else:
         _nothing(axes)
-    figure = axes.get_figure(root=True)
-    if figure is None:
-        raise ValueError(f"ax={axes!r} is in no figure; give one that is.")
-    return figure
+    return cast("Figure", axes.get_figure(root=True))  # an Axes is made in a figure
 
 
 def _picture(report: TuningReport) -> Figure:
@@ -122,36 +120,26 @@ def _picture(report: TuningReport) -> Figure:
 
 
 def _head(figure: Figure, answer: str, remark: str) -> None:
-    for text, inches, size, weight, color in (
-        (answer, _HEIGHT - 0.28, 20.0, "bold", INK),
-        (remark, _HEIGHT - 0.74, 12.5, "normal", GREY),
-    ):
-        said = figure.text(
-            _LEFT / _WIDTH,
-            inches / _HEIGHT,
-            text,
-            fontsize=size,
-            fontweight=weight,
-            color=color,
-            va="top",
-        )
-        room = (_RIGHT - _LEFT) * figure.dpi
-        taken = said.get_window_extent().width
-        if taken > room:
-            said.set_fontsize(size * room / taken)
+    _line(figure, answer, _HEIGHT - 0.28, fontsize=20, fontweight="bold", color=INK)
+    _line(figure, remark, _HEIGHT - 0.74, fontsize=12.5, color=GREY)
 
 
-def _foot(figure: Figure, sentences: list[str]) -> None:
-    lines = [line for text in sentences for line in textwrap.wrap(text, _FOOT_WIDTH)]
-    for i, line in enumerate(reversed(lines)):
-        figure.text(
-            _LEFT / _WIDTH,
-            (0.14 + i * _FOOT_LINE) / _HEIGHT,
-            line,
-            fontsize=9,
-            color=GREY,
-            va="bottom",
-        )
+def _foot(figure: Figure, paragraphs: list[str]) -> None:
+    lines = [line for text in paragraphs for line in textwrap.wrap(text, _FOOT_WIDTH)]
+    if len(lines) > _FOOT_LINES:
+        lines = [*lines[: _FOOT_LINES - 1], f"{lines[_FOOT_LINES - 1]} …"]
+    for i, line in enumerate(lines):
+        inches = 0.13 + (len(lines) - i) * _FOOT_LINE
+        _line(figure, line, inches, fontsize=9, color=GREY)
+
+
+def _line(figure: Figure, text: str, inches: float, **look: Any) -> None:
+    """A line of text below this height, from the left edge of the panels; smaller where it would pass the right one."""
+    line = figure.text(_LEFT / _WIDTH, inches / _HEIGHT, text, va="top", **look)
+    room = (_RIGHT - _LEFT) * figure.dpi
+    taken = line.get_window_extent().width
+    if taken > room:
+        line.set_fontsize(look["fontsize"] * room / taken)
 
 
 def _place(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
@@ -40,6 +40,10 @@ if TYPE_CHECKING:
 __all__ = ["comparable", "compared_panel", "cost_panel", "write_table"]
 
 _FAR: Final = 4.0  # times its neighbour: a rung that would squeeze all others
+_ABOVE: Final = ("above", "left above", "right above")
+_BELOW: Final = ("below", "right below", "left below")
+_COINCIDE: Final = 0.02  # of the axis: so close, two lines look like one
+_WIDE: Final = 4.5  # times so wide, a range would fill the axis: room for its name
 _TOP: Final = 2.5  # times the chosen; what takes longer leaves the panel
 _NEAR: Final = 1.1  # times the shortest
 _AS_SHORT: Final = 0.97  # of the time of the chosen: not worth changing it for
@@ -88,8 +92,15 @@ def compared_panel(axes: Axes, report: TuningReport) -> None:
     axes.plot(xs, times, "o", color=BLUE, ms=5, zorder=4)
     labels.avoid(xs, times)
     samples = [row.relative_samples or 0.0 for row in rows]
-    axes.plot(xs, samples, color=INK, linewidth=1.3, linestyle=(0, (5, 3)), zorder=3)
-    labels.avoid(xs, samples)
+    top = axes.get_ylim()[1]
+    apart = any(
+        abs(min(a, top) - min(b, top)) > _COINCIDE * top
+        for a, b in zip(times, samples, strict=True)
+    )
+    if apart:
+        dashes = (0, (5, 3))
+        axes.plot(xs, samples, color=INK, linewidth=1.3, linestyle=dashes, zorder=3)
+        labels.avoid(xs, samples)
     ring(axes, chosen.effective_batch_size, 1.0)
     labels.avoid(*blob(axes, chosen.effective_batch_size, 1.0))
 
@@ -97,23 +108,36 @@ def compared_panel(axes: Axes, report: TuningReport) -> None:
     _best_said(axes, labels, chosen, best)
     _accumulation(axes, labels, shown)
     _good_range(axes, labels, rows)
-    for text, own, other, said in (
-        (
-            "time to the same loss",
-            times,
-            samples,
-            {"color": BLUE, "fontweight": "bold"},
-        ),
-        ("samples needed", samples, times, {"color": INK, "fontsize": 9.5}),
-    ):
+    _lines_said(labels, xs, times, samples if apart else None)
+
+
+def _lines_said(
+    labels: Labels,
+    xs: Sequence[float],
+    times: Sequence[float],
+    samples: Sequence[float] | None,
+) -> None:
+    """Which line is which, beside each; one name for both where they are one."""
+    upper, lower = _ABOVE, _BELOW
+    if samples is not None and times[0] < samples[0]:
+        upper, lower = lower, upper
+    labels.put(
+        "time to the same loss" if samples else "time and samples\nto the same loss",
+        _clear_of(labels.axes, xs, times, samples or times, upper),
+        distances=(8.0, 12.0, 18.0),
+        ways=upper,
+        needed=True,
+        color=BLUE,
+        fontweight="bold",
+    )
+    if samples is not None:
         labels.put(
-            text,
-            _clear_of(axes, xs, own, other),
+            "samples needed",
+            _clear_of(labels.axes, xs, samples, times, lower),
             distances=(8.0, 12.0, 18.0),
-            ways=("above", "below", "right above", "right below")
-            if own[0] >= other[0]
-            else ("below", "above", "right below", "right above"),
-            **said,
+            ways=lower,
+            color=INK,
+            fontsize=9.5,
         )
 
 
@@ -211,16 +235,25 @@ def _good_range(axes: Axes, labels: Labels, rows: Sequence[EffectiveRow]) -> Non
     high = right if high == rows[-1].effective_batch_size else high
     axes.axvspan(low, high, color=GREEN, alpha=0.1, linewidth=0, zorder=0)
     bottom, top = axes.get_ylim()
-    labels.put(
-        "within 10 %\nof the shortest time",
-        [
-            (math.sqrt(low * high), bottom + (top - bottom) * share)
-            for share in (0.98, 0.85, 0.7, 0.3)
-        ],
+    heights = [bottom + (top - bottom) * share for share in (0.98, 0.85, 0.7, 0.3)]
+    said = "within 10 %\nof the shortest time"
+    look: dict[str, Any] = {"color": GREEN_INK, "fontsize": 9.5}
+    middle = math.sqrt(low * high)
+    if (high / low) ** _WIDE >= right / left and labels.put(
+        said,
+        [(middle, height) for height in heights],
         distances=(0.0,),
-        ways=("below", "right below", "left below"),
-        color=GREEN_INK,
-        fontsize=9.5,
+        ways=("below",),
+        **look,
+    ):
+        return
+    edge, side = (high, "right below") if high < right else (low, "left below")
+    labels.put(
+        said,
+        [(edge, height) for height in heights],
+        distances=(6.0,),
+        ways=(side,),
+        **look,
     )
 
 
@@ -242,17 +275,29 @@ def _crossings(rows: Sequence[EffectiveRow]) -> tuple[float, float]:
 
 
 def _clear_of(
-    axes: Axes, xs: Sequence[float], own: Sequence[float], other: Sequence[float]
+    axes: Axes,
+    xs: Sequence[float],
+    own: Sequence[float],
+    other: Sequence[float],
+    ways: Sequence[str],
 ) -> list[tuple[float, float]]:
-    """Where a line can be named, in sight and first where the other is far from it."""
+    """Where a line can be named: in sight, where the other is not on the same side, and first where it is far."""
     ends = list(zip(xs, own, other, strict=True))
     between = [
-        (math.sqrt(a[0] * b[0]), (a[1] + b[1]) / 2, (a[2] + b[2]) / 2)
+        (
+            a[0] ** (1 - share) * b[0] ** share,
+            a[1] * (1 - share) + b[1] * share,
+            a[2] * (1 - share) + b[2] * share,
+        )
         for a, b in pairwise(ends)
+        for share in (0.5, 0.25, 0.75)
     ]
-    top = axes.get_ylim()[1]
+    top, side = axes.get_ylim()[1], 1 if ways == _ABOVE else -1
     seen = [place for place in (*between, *ends) if place[1] <= top]
-    far = sorted(seen, key=lambda place: -abs(min(place[2], top) - place[1]))
+    own_side = [
+        (x, y, z) for x, y, z in seen if side * (y - z) >= -_COINCIDE * top
+    ] or seen
+    far = sorted(own_side, key=lambda place: -abs(min(place[2], top) - place[1]))
     return [(x, y) for x, y, _ in far]
 
 

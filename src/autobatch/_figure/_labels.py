@@ -52,10 +52,11 @@ def short(value: float) -> str:
     if abs(value) < _SPELLED_OUT:
         text = aligned([value])[0]
         return text.rstrip("0").rstrip(".") if "." in text else text
-    scale, suffix = next(
-        (pair for pair in _SUFFIXES if abs(value) >= pair[0]), _SUFFIXES[-1]
-    )
-    return f"{value / scale:.3g}{suffix}" if value < scale * 1000 else f"{value:.2g}"
+    rounded = float(f"{value:.3g}")
+    for scale, suffix in _SUFFIXES:
+        if scale <= abs(rounded) < 1000 * scale:
+            return f"{rounded / scale:.3g}{suffix}"
+    return f"{value:.2g}"
 
 
 def count(value: float) -> str:

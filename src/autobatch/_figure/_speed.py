@@ -37,15 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["memory_panel", "peaks", "speed_panel"]
 
-_UNDER: Final = (
-    "below",
-    "right below",
-    "left below",
-    "left",
-    "right",
-    "left above",
-    "right above",
-)
+_UNDER: Final = ("below", "right below", "left below", "left", "right")
 _OVER: Final = ("above", "left above", "right above", *_UNDER)
 _BUDGET_IN_SIGHT: Final = 4.0  # times the highest bar
 
@@ -178,7 +170,7 @@ def memory_panel(axes: Axes, report: TuningReport) -> None:
     bars = sorted(held.items())
     for size, peak in bars:
         labels.avoid([size, size], [0, peak / unit.factor])
-    usable = f"{short(report.budget / unit.factor)} {unit.name} usable"
+    usable = f"{_one_decimal(report.budget / unit.factor)} {unit.name} usable"
     edge = axes.get_ylim()[1]
     if in_sight:
         budget = report.budget / unit.factor
@@ -188,7 +180,7 @@ def memory_panel(axes: Axes, report: TuningReport) -> None:
         budget, usable = edge, f"{usable}, above this panel ↑"
     if chosen in held:
         labels.put(
-            short(held[chosen] / unit.factor),
+            _one_decimal(held[chosen] / unit.factor),
             [(chosen, held[chosen] / unit.factor)],
             distances=(4.0, 9.0, 14.0, 19.0, 24.0),
             ways=("above",),
@@ -208,6 +200,11 @@ def memory_panel(axes: Axes, report: TuningReport) -> None:
     )
     _no_fit(axes, report, None)
     axes.set_xlabel("micro-batch", labelpad=5)
+
+
+def _one_decimal(value: float) -> str:
+    """As the text of a report has it."""
+    return short(round(value, 1)) if value >= 1 else short(value)
 
 
 def _bars(axes: Axes, heights: dict[int, float], chosen: int) -> None:

@@ -58,8 +58,9 @@ def _epoch_said(epoch: Fact) -> str:
 
 
 def foot(report: TuningReport) -> list[str]:
-    said = [_measured(report), _loss_said(report), _on_what(report)]
-    return [text for text in said if text]
+    """How it was measured and what is estimated; and on what."""
+    said = (_measured(report), _loss_said(report), _rule_said(report))
+    return [" ".join(text for text in said if text), _on_what(report)]
 
 
 def _measured(report: TuningReport) -> str:
@@ -92,6 +93,13 @@ def _loss_said(report: TuningReport) -> str:
             "Estimates: they compare batch sizes, and do not predict how long a run takes."
         )
     return f"Time to the same loss: not estimated; {_no_noise(report)}."
+
+
+def _rule_said(report: TuningReport) -> str:
+    rule = report.learning_rate
+    if rule is None or not report.effective:
+        return ""
+    return f"LR: by the {rule.rule} rule, usual for {_cut(drawn(rule.optimizer))}."
 
 
 def _no_noise(report: TuningReport) -> str:
