@@ -263,8 +263,10 @@ class _Tuning:
             return self.record.now - began + seconds <= self._job.curve_seconds
 
         sizes = curve_sizes(self.record.fitting, self._samples_per_rank)
-        for size in sizes:
-            if size not in self.record.fitting and affordable(self._trial_seconds):
+        for size in reversed(sizes):
+            # Half of the time is for the turns
+            aside = self._trial_seconds + self._job.curve_seconds / 2
+            if size not in self.record.fitting and affordable(aside):
                 self._try_aside(size)
         tried = {trial.batch_size: trial for trial in self.record.trials if trial.fits}
         tried |= {
@@ -488,7 +490,7 @@ class _Tuning:
             target,
             self._ranks.world_size,
             self.record.fitting[-1],
-            Pace.of(() if self._curve else self.record.trials, self._curve),
+            Pace.of(self.record.trials, self._curve),
         )
 
     def _verified(self, plan: BatchPlan) -> bool:
