@@ -25,6 +25,8 @@ QUIET = Findings(
     total=12 * 2**30,
     foreign=2**30,
     before=None,
+    curve=(),
+    learning_rate=None,
     dataset_size=None,
     look=None,
 )

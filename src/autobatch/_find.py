@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from autobatch._cautions import batch_norm
 from autobatch._doors import checked_search, known_plan, versions
+from autobatch._equivalence import batch_norms
 from autobatch._probes import detect
 from autobatch._ranks import ranks_here
 from autobatch._report import Settings, TuningReport
@@ -138,7 +140,7 @@ def find(
         snapshot.capture(*things, *trainable)
         with snapshot.at_first_step(touched):
             report = tune(
-                job,
+                replace(job, remarks=partial(_remarks, snapshot)),
                 settings,
                 known=known_plan(plan, settings, world_size=ranks.world_size),
                 probe=probe,
@@ -224,6 +226,11 @@ def _trainable(workload: Callable[..., Any]) -> list[Any]:
     """Models and optimizers in sight of the workload: captured now, before it does anything to them."""
     kinds = (torch.nn.Module, torch.optim.Optimizer)
     return [thing for thing in _reachable(workload) if isinstance(thing, kinds)]
+
+
+def _remarks(snapshot: Snapshot, plan: BatchPlan) -> tuple[str, ...]:
+    """What its layers do with a plan; a model that a workload makes for itself is gone by now."""
+    return batch_norm(batch_norms(snapshot.alive), plan)
 
 
 def _home_of(workload: Callable[..., Any], things: Sequence[Any]) -> torch.device:

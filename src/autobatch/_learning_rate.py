@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
-__all__ = ["LearningRateRule", "rule_for"]
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["LearningRateRule", "common_rule", "rule_for"]
 
 _LINEAR: Final = {"SGD"}
 _SQUARE_ROOT: Final = {
@@ -33,9 +36,25 @@ class LearningRateRule:
 
 def rule_for(optimizer: object) -> LearningRateRule | None:
     """The rule for an optimizer, by its class or one it extends; None where no rule is known."""
-    for kind in type(optimizer).__mro__:
-        if kind.__name__ in _LINEAR:
-            return LearningRateRule(type(optimizer).__name__, "linear")
-        if kind.__name__ in _SQUARE_ROOT:
-            return LearningRateRule(type(optimizer).__name__, "square root")
+    return _rule_of(type(optimizer))
+
+
+def common_rule(kinds: Iterable[type]) -> LearningRateRule | None:
+    """The one rule for optimizers of these classes; None where there is none, or not one for all."""
+    names = sorted(kinds, key=lambda kind: kind.__name__)
+    rules = [_rule_of(kind) for kind in names]
+    known = [rule for rule in rules if rule is not None]
+    if not known or len(known) < len(rules) or len({rule.rule for rule in known}) > 1:
+        return None
+    return LearningRateRule(
+        " and ".join(rule.optimizer for rule in known), known[0].rule
+    )
+
+
+def _rule_of(kind: type) -> LearningRateRule | None:
+    for ancestor in kind.__mro__:
+        if ancestor.__name__ in _LINEAR:
+            return LearningRateRule(kind.__name__, "linear")
+        if ancestor.__name__ in _SQUARE_ROOT:
+            return LearningRateRule(kind.__name__, "square root")
     return None

@@ -20,7 +20,15 @@ from autobatch.errors import ShortTrialError
 if TYPE_CHECKING:
     from autobatch._memory import MemoryProbe, Watch
 
-__all__ = ["Bench", "OptimizerWatch", "Outcome", "Trial", "Workload", "run_trial"]
+__all__ = [
+    "Bench",
+    "OptimizerWatch",
+    "Outcome",
+    "Trial",
+    "Workload",
+    "recover",
+    "run_trial",
+]
 
 # (batch size, accumulation) -> a training loop that yields after every optimizer step
 Workload: TypeAlias = Callable[[int, int], Iterator[Any]]
@@ -88,6 +96,7 @@ class OptimizerWatch:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.steps = 0
+        self.kinds: set[type] = set()  # of the optimizers that stepped
         # Whether the workload should step one: it trains something
         self.expected = False
         self._clock = clock
@@ -140,8 +149,9 @@ class OptimizerWatch:
             return (args[0], self._without(args[1]), *args[2:]), kwargs
         return None
 
-    def _after(self, *_: object) -> None:
+    def _after(self, optimizer: object, *_: object) -> None:
         self.steps += 1
+        self.kinds.add(type(optimizer))
         if not self._timing:
             return
         self._depth -= 1
@@ -369,6 +379,14 @@ def _count(said: Any) -> int | None:
         return operator.index(said)
     except TypeError:  # a tensor of a loss
         return None
+
+
+def recover(error: Exception, probe: MemoryProbe) -> None:
+    """Let go of what a failed step holds, and give its memory back."""
+    _forget(error)
+    _empty_autograd(probe)
+    gc.collect()
+    probe.release()
 
 
 def _forget(error: BaseException) -> None:

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Final
 
 from autobatch._deadline import Deadline
+from autobatch._learning_rate import common_rule
 from autobatch._memory import format_bytes
 from autobatch._notes import Bound, Findings, notes, tightest_bound
 from autobatch._pace import Pace
@@ -333,6 +334,7 @@ class _Tuning:
         findings = Findings(
             plan=plan,
             trials=tuple(self.record.trials),
+            curve=(),
             target_batch_size=settings.target_batch_size,
             bound=self._bound_met(),
             time_limit=settings.time_limit if self._out_of_time else None,
@@ -340,6 +342,7 @@ class _Tuning:
             total=reading.total,
             foreign=reading.foreign,
             before=self._job.before,
+            learning_rate=common_rule(self.bench.optimizers.kinds),
             dataset_size=samples,
             remarks=self._job.remarks(plan) if self._job.remarks else (),
             look=self._job.look() if self._job.look else None,
@@ -360,6 +363,7 @@ class _Tuning:
             can_accumulate=self._job.can_accumulate,
             dataset_size=samples,
             look=findings.look,
+            learning_rate=findings.learning_rate,
             search_seconds=self._deadline.spent,
             notes=notes(findings),
             environment=self._job.environment,

@@ -37,6 +37,7 @@ from autobatch.lightning._package import callback_class, package_of
 from autobatch.lightning._run import Asked, tune_evaluation, tune_training
 from autobatch.lightning._samples import checked_worst_case
 from autobatch.lightning._scratch import silenced
+from autobatch.lightning._waiting import LoaderWait
 from autobatch.lightning._windows import WindowRepair, check_switch
 
 if TYPE_CHECKING:
@@ -145,6 +146,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         self._checkpoint: Checkpoint | None = None
         self._rebatched: dict[str, Rebatched] = {}  # by what they serve
         self._window: WindowRepair | None = None
+        self._wait = LoaderWait()
         self._before = BeforeOptimizers()
         self._before_data: list[Callable[[], None]] = []  # what undoes a watch
         self._only_tunes = False
@@ -267,11 +269,13 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         if "train" in self._rebatched:
             self._rebatched["train"].check_used(trainer.train_dataloader)
             self._milestones.watch(trainer, partial(self._retune, trainer, pl_module))
+            self._wait = LoaderWait()
         if self.report is not None:
             log_report(self.report, trainer)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Count from here, where the last window of an epoch is repaired."""
+        self._wait.interrupt()
         if self._window is not None:
             self._window.start_epoch()
 
@@ -279,6 +283,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count its samples, where the last window of an epoch is repaired."""
+        self._wait.start_batch(trainer)
         if self._window is not None:
             self._window.start_batch(trainer, batch, batch_idx)
 
@@ -382,6 +387,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
     def _undo(self) -> None:
         self._milestones.forget()
         self._before.forget()
+        self._wait.stop()
         self._window = None
         while self._before_data:
             self._before_data.pop()()
