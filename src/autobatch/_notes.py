@@ -296,6 +296,8 @@ def _out_of_time(found: Findings) -> str | None:
 def _not_sought(found: Findings) -> str | None:
     if found.bound is None or found.largest_fit < found.bound.batch_size:
         return None
+    if _all_at_once(found):
+        return None  # that says it
     return f"Largest fit not sought: {found.bound.reason}."
 
 

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from autobatch import sinks
 from autobatch._doors import checked_search, known_plan
+from autobatch._notes import waiting
 from autobatch._report import Settings, TuningReport
 from autobatch._snapshot import Snapshot
 from autobatch.errors import AutobatchError
@@ -286,6 +287,26 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         self._wait.start_batch(trainer)
         if self._window is not None:
             self._window.start_batch(trainer, batch, batch_idx)
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Do not take validation for waiting."""
+        self._wait.interrupt()
+
+    def on_save_checkpoint(
+        self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]
+    ) -> None:
+        """Do not take a checkpoint for waiting."""
+        self._wait.interrupt()
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Add to the report what was measured while it trained."""
+        self._wait.stop()
+        if self.report is not None and self._wait.loading is not None:
+            update = {"loading": self._wait.loading}
+            self.report = self.report.model_copy(update=update)
+            note = waiting(self._wait.loading)
+            if note and trainer.is_global_zero:
+                _log.warning("%s", note)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
         """Weight the gradients so far, where the last window of an epoch is repaired."""
