@@ -312,7 +312,8 @@ def _unshared(
 
 def _layers(dataset: Any) -> list[Any]:
     """A data set, those that it wraps (Subset, ConcatDataset and their like), and its transforms."""
-    parts = [part for part in vars(dataset).values() if hasattr(part, "__dict__")]
+    held = getattr(dataset, "__dict__", {}).values()  # a plain list has none
+    parts = [part for part in held if hasattr(part, "__dict__")]
     inner = [*parts, *(getattr(dataset, "datasets", None) or ())]
     wrapped = [part for part in inner if isinstance(part, Dataset)]
     return [dataset, *parts, *(layer for part in wrapped for layer in _layers(part))]
