@@ -317,3 +317,59 @@ def test_tune_alone_tells_it_too():
 
     assert is_told(report.notes)
     assert module.batches == []
+
+
+# What it is tested on
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """What is split."""
+    seen = []
+    monkeypatch.setattr(
+        "autobatch.lightning._splitting.split_gradient",
+        lambda _, batch, samples, **__: seen.append((batch, samples)),
+    )
+    return seen
+
+
+def test_the_samples_are_as_they_come_large_and_small_each_of_them_once(batches):
+    texts = Texts()
+
+    fit(Tokens(), DataLoader(texts, 8, collate_fn=Texts.padded))
+
+    ((batch, samples),) = batches
+    taken = [tuple(row[row > 0].tolist()) for row in batch]
+    assert samples == len(taken) == 16
+    assert len({len(each) for each in taken}) > 3
+    assert len(set(taken)) == 16
+    assert set(taken) <= {tuple(text.tolist()) for text in texts.texts}
+
+
+@pytest.mark.parametrize(
+    ("size", "samples"), [(2, 2), (15, 14), (32, 32), (33, 32), (48, 32)]
+)
+def test_the_batch_is_even_and_not_larger_than_it_has_to_be(batches, size, samples):
+    fit(Points(), size=size, whole=2)
+
+    ((batch, said),) = batches
+    assert said == samples == len(batch[0])
+
+
+def test_what_the_user_makes_is_split_where_they_make_it(batches):
+    made = []
+
+    def largest(size):
+        made.append(size)
+        return torch.ones(size, 6), torch.zeros(size, dtype=torch.long)
+
+    callback = autobatch.AutoBatch(
+        plan=autobatch.BatchPlan(16, 4),
+        device=SimulatedAccelerator("64MiB"),
+        worst_case=largest,
+    )
+
+    callback.tune(quiet_trainer(), Points(), DataLoader(points(), 8))
+
+    ((batch, samples),) = batches
+    assert samples == len(batch[0]) == made[-1] == 16
