@@ -26,7 +26,7 @@ HEAVY = {
 
 # From facts to story; a module imports from earlier rows only. `lightning/` is a row of its own, ordered within.
 LAYERS = (
-    ("errors", "_deadline", "_host"),
+    ("errors", "_deadline", "_host", "_numbers", "_text"),
     ("_memory",),
     ("_ledger", "_kept"),
     (
@@ -44,7 +44,7 @@ LAYERS = (
     ("_tradeoff",),
     ("_cautions",),
     ("_notes",),
-    ("_text",),
+    ("_tables",),
     ("_report",),
     ("sinks", "_search", "_probes", "testing"),
     ("_tune", "_doors"),

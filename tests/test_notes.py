@@ -76,7 +76,7 @@ def test_where_nothing_is_noteworthy_nothing_is_said():
                 {
                     "before": BatchPlan(32),
                     "dataset_size": 50_000,
-                    "learning_rate": LearningRateRule("AdamW", "square root"),
+                    "learning_rate": LearningRateRule("AdamW", "square-root"),
                 },
                 (
                     "The effective batch goes from 32 to 256: 196 updates per epoch instead of 1,563. AdamW usually wants about "
@@ -176,14 +176,14 @@ def test_each_note_has_its_trigger(changes, expected):
         # The same effective batch, and no more than an epoch of it either way
         {
             "before": BatchPlan(256),
-            "learning_rate": LearningRateRule("AdamW", "square root"),
+            "learning_rate": LearningRateRule("AdamW", "square-root"),
         },
         {
             "before": BatchPlan(256),
             "plan": BatchPlan(128, 1),
             "target_batch_size": 128,
             "dataset_size": 128,
-            "learning_rate": LearningRateRule("AdamW", "square root"),
+            "learning_rate": LearningRateRule("AdamW", "square-root"),
         },
         # Asked for
         {"plan": BatchPlan(128, 1), "target_batch_size": 128, "dataset_size": 128},

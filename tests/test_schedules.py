@@ -163,7 +163,7 @@ def test_where_updates_cover_what_they_did_nothing_is_said(module, options):
 @pytest.mark.parametrize(
     ("optimizer", "rule", "told"),
     [
-        ("AdamW", "square root", "AdamW usually wants about ×2.8 "),
+        ("AdamW", "square-root", "AdamW usually wants about ×2.8 "),
         ("SGD", "linear", "SGD usually wants about ×8 "),
     ],
 )
@@ -192,7 +192,7 @@ def test_no_learning_rate_is_changed():
 def test_the_same_effective_batch_wants_the_same_learning_rate():
     report = fit(Scheduled(None), batch_size=32)
 
-    assert report.learning_rate == LearningRateRule("AdamW", "square root")
+    assert report.learning_rate == LearningRateRule("AdamW", "square-root")
     assert not any("usually wants" in note for note in report.notes)
 
 

@@ -375,7 +375,7 @@ def test_as_good_as_any_is_within_ten_percent_of_the_shortest(
     assert good == [each for each in times if each <= 1.1 * min(times)]
 
 
-@pytest.mark.parametrize(("rule", "factor"), [("linear", 4), ("square root", 2)])
+@pytest.mark.parametrize(("rule", "factor"), [("linear", 4), ("square-root", 2)])
 def test_the_learning_rate_goes_by_its_rule(rule, factor):
     rule = LearningRateRule("SGD", rule)
 

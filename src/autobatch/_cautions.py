@@ -74,8 +74,7 @@ def usual_learning_rate(rule: LearningRateRule, batches: float) -> str:
     """What an optimizer usually wants where the effective batch is multiplied by so much."""
     factor = rule.factor(batches)
     times = f"{factor:.0f}" if factor >= 10 else f"{factor:.2g}"  # noqa: PLR2004 -- two digits at least
-    name = rule.rule.replace(" ", "-")
-    return f"{rule.optimizer} usually wants about ×{times} the learning rate for that ({name} rule)."
+    return f"{rule.optimizer} usually wants about ×{times} the learning rate for that ({rule.rule} rule)."
 
 
 def stretched_schedule(

@@ -23,11 +23,11 @@ class LearningRateRule:
 
     Args:
         optimizer: The class it is about.
-        rule: "linear" (arXiv 1706.02677) or "square root" (arXiv 2205.10287).
+        rule: "linear" (arXiv 1706.02677) or "square-root" (arXiv 2205.10287).
     """
 
     optimizer: str
-    rule: Literal["linear", "square root"]
+    rule: Literal["linear", "square-root"]
 
     def factor(self, batches: float) -> float:
         """What multiplies the learning rate where the effective batch is multiplied by `batches`."""
@@ -36,25 +36,15 @@ class LearningRateRule:
 
 def rule_for(optimizer: object) -> LearningRateRule | None:
     """The rule for an optimizer, by its class or one it extends; None where no rule is known."""
-    return _rule_of(type(optimizer))
-
-
-def common_rule(kinds: Iterable[type]) -> LearningRateRule | None:
-    """The one rule for optimizers of these classes; None where there is none, or not one for all."""
-    names = sorted(kinds, key=lambda kind: kind.__name__)
-    rules = [_rule_of(kind) for kind in names]
-    known = [rule for rule in rules if rule is not None]
-    if not known or len(known) < len(rules) or len({rule.rule for rule in known}) > 1:
-        return None
-    return LearningRateRule(
-        " and ".join(rule.optimizer for rule in known), known[0].rule
-    )
-
-
-def _rule_of(kind: type) -> LearningRateRule | None:
-    for ancestor in kind.__mro__:
-        if ancestor.__name__ in _LINEAR:
-            return LearningRateRule(kind.__name__, "linear")
-        if ancestor.__name__ in _SQUARE_ROOT:
-            return LearningRateRule(kind.__name__, "square root")
+    for kind in type(optimizer).__mro__:
+        if kind.__name__ in _LINEAR:
+            return LearningRateRule(type(optimizer).__name__, "linear")
+        if kind.__name__ in _SQUARE_ROOT:
+            return LearningRateRule(type(optimizer).__name__, "square-root")
     return None
+
+
+def common_rule(optimizers: Iterable[object]) -> LearningRateRule | None:
+    """The rule that all of these have; None where they differ, or where one has none."""
+    rules = {rule_for(optimizer) for optimizer in optimizers}
+    return rules.pop() if len(rules) == 1 else None

@@ -27,27 +27,20 @@ from autobatch._loading import Loading  # noqa: TC001 -- pydantic reads it
 from autobatch._memory import format_bytes, parse_memory_limit
 from autobatch._noise_scale import NoiseReading  # noqa: TC001 -- pydantic reads it
 from autobatch._notes import Bound, Look, tightest_bound, waiting
+from autobatch._numbers import SECONDS, percent, plain, quantity
 from autobatch._pace import Pace
 from autobatch._plan import BatchPlan
-from autobatch._text import (
-    SECONDS,
-    UNICODE,
-    Fact,
-    Glyphs,
-    Page,
-    Table,
+from autobatch._tables import (
     data_fact,
     effective_table,
     epoch_fact,
     memory_fact,
-    percent,
-    plain,
-    quantity,
     speed_fact,
     speed_table,
-    terminal,
+    spread,
     update_fact,
 )
+from autobatch._text import UNICODE, Fact, Glyphs, Page, Table, terminal
 from autobatch._tradeoff import (
     Costs,
     EffectiveRow,
@@ -385,7 +378,7 @@ def _header(report: TuningReport) -> tuple[str, ...]:
         "autobatch",
         plain(report.subject),
         f"{report.plan.world_size} × {device}",
-        f"{_counted(len(report.trials))} in {took}",
+        f"{_counted(len(report.trials))}{_timed(report)} in {took}",
     )
     return tuple(part for part in parts if part)
 
@@ -408,6 +401,10 @@ def _product(plan: BatchPlan) -> str:
 
 def _counted(trials: int) -> str:
     return "1 trial" if trials == 1 else f"{trials} trials"
+
+
+def _timed(report: TuningReport) -> str:
+    return f", {len(report.curve)} sizes timed" if report.curve else ""
 
 
 def _asked(report: TuningReport) -> str:
@@ -467,5 +464,56 @@ def _tables(report: TuningReport) -> tuple[Table, ...]:
     sizes, effective = report.sizes, report.effective
     tables = [speed_table(report.trials, sizes, report.plan)] if report.trials else []
     if effective and (report.dataset_size or any(r.update_seconds for r in effective)):
-        tables.append(effective_table(effective, report.plan, report.dataset_size))
+        tables.append(
+            effective_table(
+                effective,
+                report.plan,
+                title=_effective_title(report),
+                rule=report.learning_rate,
+                foot=_effective_foot(report),
+            )
+        )
     return tuple(tables)
+
+
+def _effective_title(report: TuningReport) -> str:
+    noise = NoiseRange.of(report.noise)
+    title = "Effective batch"
+    if noise and report.noise:
+        between = f"{report.noise.first_update}–{report.noise.last_update}"
+        title += f", compared with {report.plan.effective_batch_size}; noise scale {noise.samples:,.3g}, updates {between}"
+    elif report.dataset_size:
+        title += f", over an epoch of {report.dataset_size:,} samples"
+    rule = report.learning_rate
+    return f"{title}; LR by the {rule.rule} rule" if rule else title
+
+
+def _effective_foot(report: TuningReport) -> str:
+    """How far to trust the times to the same loss, or why there are none."""
+    noise = report.noise
+    if noise is None:
+        return ""
+    known = f"{noise.samples:,.3g}" if noise.samples else ""
+    match noise.state:
+        case "ok":
+            return f"{_likely(report)}Estimates, right within about 4×: they compare batches, and do not tell how long a run takes."
+        case "settling":
+            so_far = f", at least {known} so far" if known else ""
+            return f"Noise scale not settled after {noise.last_update:,} updates{so_far}; it usually rises in the first hundred."
+        case "at_least":
+            batch = f" of {noise.batch_size}" if noise.batch_size else ""
+            return f"Noise scale at least {known}: updates{batch} are too small to measure more."
+        case _:
+            return f"Noise scale not measured: {noise.reason}."
+
+
+def _likely(report: TuningReport) -> str:
+    """What the shortest time to the same loss would be, where that is not the plan's own."""
+    rows = [row for row in report.effective if row.relative_time is not None]
+    best = min(rows, key=lambda row: row.relative_time or math.inf, default=None)
+    if best is None or is_of(best, report.plan):
+        return ""
+    return (
+        f"{best.effective_batch_size:,} per update would likely take {spread(best)} the time to the same loss, "
+        "with the learning rate retuned. "
+    )
