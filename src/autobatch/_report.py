@@ -26,7 +26,7 @@ from autobatch._learning_rate import LearningRateRule  # noqa: TC001 -- pydantic
 from autobatch._loading import Loading  # noqa: TC001 -- pydantic reads it
 from autobatch._memory import format_bytes, parse_memory_limit
 from autobatch._noise_scale import NoiseReading  # noqa: TC001 -- pydantic reads it
-from autobatch._notes import Bound, Look, tightest_bound
+from autobatch._notes import Bound, Look, tightest_bound, waiting
 from autobatch._numbers import SECONDS, aligned, percent, plain, quantity
 from autobatch._pace import Pace
 from autobatch._plan import BatchPlan
@@ -440,8 +440,14 @@ def page(report: TuningReport) -> Page:
         asked=_asked(report),
         facts=_facts(report),
         tables=_tables(report),
-        notes=tuple(plain(note) for note in report.notes),
+        notes=tuple(plain(note) for note in _notes(report)),
     )
+
+
+def _notes(report: TuningReport) -> tuple[str, ...]:
+    """Those of the tuning run, and what was measured since."""
+    waited = waiting(report.loading)
+    return (*report.notes, waited) if waited else report.notes
 
 
 def _header(report: TuningReport) -> tuple[str, ...]:

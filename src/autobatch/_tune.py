@@ -420,6 +420,7 @@ class _Tuning:
         findings = Findings(
             plan=plan,
             trials=tuple(self.record.trials),
+            curve=self._curve,
             target_batch_size=settings.target_batch_size,
             bound=self._bound_met(),
             time_limit=settings.time_limit if self._out_of_time else None,
@@ -427,6 +428,9 @@ class _Tuning:
             total=reading.total,
             foreign=reading.foreign,
             before=self._job.before,
+            learning_rate=self._job.learning_rate()
+            if self._job.learning_rate
+            else None,
             dataset_size=samples,
             remarks=self._job.remarks(plan) if self._job.remarks else (),
             look=self._job.look() if self._job.look else None,
@@ -448,9 +452,7 @@ class _Tuning:
             dataset_size=samples,
             look=findings.look,
             curve=self._curve,
-            learning_rate=self._job.learning_rate()
-            if self._job.learning_rate
-            else None,
+            learning_rate=findings.learning_rate,
             search_seconds=self._deadline.spent,
             notes=notes(findings),
             environment=self._job.environment,
