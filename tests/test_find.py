@@ -836,7 +836,21 @@ def tuned(device, *, world_size, **settings):
         "memory_limit": 0.9,
         "steps_per_trial": 2,
     }
-    job = Job(device.workload, True, 8, 1, None, None, None, None, "paper", {}, None)
+    job = Job(
+        device.workload,
+        True,
+        8,
+        1,
+        None,
+        None,
+        None,
+        None,
+        "paper",
+        {},
+        None,
+        0.0,
+        None,
+    )
     with (
         Snapshot() as snapshot,
         OptimizerWatch(device.clock) as optimizers,

@@ -263,8 +263,10 @@ class _Tuning:
             return self.record.now - began + seconds <= self._job.curve_seconds
 
         sizes = curve_sizes(self.record.fitting, self._samples_per_rank)
-        for size in sizes:
-            if size not in self.record.fitting and affordable(self._trial_seconds):
+        for size in reversed(sizes):
+            # Half of the time is for the turns
+            aside = self._trial_seconds + self._job.curve_seconds / 2
+            if size not in self.record.fitting and affordable(aside):
                 self._try_aside(size)
         tried = {trial.batch_size: trial for trial in self.record.trials if trial.fits}
         tried |= {
@@ -418,6 +420,7 @@ class _Tuning:
         findings = Findings(
             plan=plan,
             trials=tuple(self.record.trials),
+            curve=self._curve,
             target_batch_size=settings.target_batch_size,
             bound=self._bound_met(),
             time_limit=settings.time_limit if self._out_of_time else None,
@@ -425,6 +428,9 @@ class _Tuning:
             total=reading.total,
             foreign=reading.foreign,
             before=self._job.before,
+            learning_rate=self._job.learning_rate()
+            if self._job.learning_rate
+            else None,
             dataset_size=samples,
             remarks=self._job.remarks(plan) if self._job.remarks else (),
             look=self._job.look() if self._job.look else None,
@@ -446,9 +452,7 @@ class _Tuning:
             dataset_size=samples,
             look=findings.look,
             curve=self._curve,
-            learning_rate=self._job.learning_rate()
-            if self._job.learning_rate
-            else None,
+            learning_rate=findings.learning_rate,
             search_seconds=self._deadline.spent,
             notes=notes(findings),
             environment=self._job.environment,
@@ -488,7 +492,7 @@ class _Tuning:
             target,
             self._ranks.world_size,
             self.record.fitting[-1],
-            Pace.of(() if self._curve else self.record.trials, self._curve),
+            Pace.of(self.record.trials, self._curve),
         )
 
     def _verified(self, plan: BatchPlan) -> bool:
