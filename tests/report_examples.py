@@ -107,26 +107,18 @@ def example(**changes) -> TuningReport:
 
 
 def with_noise(**changes) -> TuningReport:
-    """The same search after a run: sizes timed over updates, a noise scale, and a rule for the learning rate."""
+    """The same search after a run, with steps whose time is a line in their size."""
     curve = tuple(
-        CurvePoint(
-            batch_size=size,
-            accumulate=2,
+        dataclasses.replace(
+            point,
             step_seconds=seconds,
             step_seconds_low=0.97 * seconds,
             step_seconds_high=1.04 * seconds,
-            optimizer_seconds=0.009,
-            updates=20,
-            peak=int(gib * GIB),
-            drift=1.01,
         )
-        for size, _, gib in _MEASURED
-        for seconds in [0.0261 + 0.00216 * size]
+        for point in full_example().curve
+        for seconds in [0.0261 + 0.00216 * point.batch_size]
     )
-    noise = NoiseReading("ok", 900.0, 500.0, 1500.0, 50, 150, 400, 256)
-    rule = LearningRateRule("AdamW", "square root")
-    report = example(curve=curve, noise=noise, learning_rate=rule)
-    return report.model_copy(update=changes)
+    return full_example(**({"curve": curve} | changes))
 
 
 counts = st.integers(1, 10**9)

@@ -27,7 +27,7 @@ from autobatch._figure._axes import (
 )
 from autobatch._figure._labels import Labels, count, factor
 from autobatch._numbers import SECONDS, quantity, unit_for
-from autobatch._tradeoff import is_of, shortest
+from autobatch._tradeoff import is_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -227,7 +227,7 @@ def _accumulation(axes: Axes, labels: Labels, rows: Sequence[EffectiveRow]) -> N
 
 def _good_range(axes: Axes, labels: Labels, rows: Sequence[EffectiveRow]) -> None:
     """The batches whose time is about as short as the shortest."""
-    if len(rows) == 1 or not shortest(rows):
+    if len(rows) == 1:
         return
     low, high = _crossings(rows)
     left, right = axes.get_xlim()
