@@ -27,6 +27,7 @@ __all__ = [
 
 _KNEE: Final = 0.95  # of the fastest
 _NAME_WIDTH: Final = 60
+_TOGETHER: Final = "\N{NO-BREAK SPACE}"
 
 
 def answer(report: TuningReport) -> str:
@@ -121,8 +122,11 @@ def _no_noise(report: TuningReport) -> str:
 
 def _on_what(report: TuningReport) -> str:
     header = [_cut(drawn(part)) for part in page(report).header[1:]]
-    versions = [f"{name} {number}" for name, number in report.environment.items()]
-    return "Measured on " + " · ".join([*header, *(_cut(drawn(v)) for v in versions)])
+    versions = [
+        _cut(drawn(f"{name} {number}")).replace(" ", _TOGETHER)
+        for name, number in report.environment.items()
+    ]
+    return "Measured on " + " · ".join([*header, *versions])
 
 
 def _cut(text: str) -> str:
