@@ -83,6 +83,10 @@ class Record:
         )
         return self.trials[-1]
 
+    def read_clock(self) -> None:
+        """Bring the clock up to date, and the budgets with it."""
+        self._together(lambda: None)
+
     def _together(self, act: Callable[[], Trial | None]) -> list[Trial | None]:
         """What every rank's part of it gave; their budgets and rank 0's clock hold from then on."""
 

@@ -18,10 +18,24 @@ from pydantic import (
     Field,
     PlainSerializer,
     ValidationError,
+    model_validator,
 )
 
 from autobatch._curve import CurvePoint  # noqa: TC001 -- pydantic reads it
-from autobatch._latency import Latency  # noqa: TC001 -- pydantic reads it
+from autobatch._latency import (
+    Latency,
+    LatencyLimit,
+    Stream,
+    cameras,
+    knee,
+    stream,
+)
+from autobatch._latency_text import (
+    latency_facts,
+    latency_table,
+    percentile_told,
+    within,
+)
 from autobatch._learning_rate import LearningRateRule  # noqa: TC001 -- pydantic reads it
 from autobatch._loading import Loading  # noqa: TC001 -- pydantic reads it
 from autobatch._memory import format_bytes, parse_memory_limit
@@ -66,6 +80,8 @@ _ALLOWED = {
     "steps_per_trial": "a count; give a whole number of optimizer steps, 1 or more",
     "time_limit": "a time; give seconds, more than 0, or None for no limit",
     "dataset_size": "a count; give a whole number of samples, 1 or more, or None",
+    "latency_limit": "a time; give seconds, more than 0, or None for no limit",
+    "percentile": "a percentile; give a number above 0 and up to 100",
 }
 
 
@@ -111,6 +127,20 @@ def _sound_plan(plan: BatchPlan) -> BatchPlan:
     return plan
 
 
+def _sound_latency(latency: Latency) -> Latency:
+    seconds = (
+        latency.p50_seconds,
+        latency.p90_seconds,
+        latency.p99_seconds,
+        latency.at_percentile_seconds,
+    )
+    if min(latency.batch_size, latency.calls) < 1 or not all(
+        0 < second < math.inf for second in seconds
+    ):
+        raise ValueError("a latency has counts of 1 or more and times above 0")
+    return latency
+
+
 _Count = Annotated[int, BeforeValidator(_index), Field(ge=1, strict=True)]
 _Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
 _Trial = Annotated[
@@ -124,6 +154,13 @@ _Plan = Annotated[
     AfterValidator(_sound_plan),
     PlainSerializer(
         lambda p: _written(p) | {"effective_batch_size": p.effective_batch_size}
+    ),
+]
+_Latency = Annotated[
+    Latency,
+    AfterValidator(_sound_latency),
+    PlainSerializer(
+        lambda each: _written(each) | {"samples_per_second": each.samples_per_second}
     ),
 ]
 _FROZEN = ConfigDict(
@@ -145,6 +182,8 @@ class Settings(BaseModel):
         steps_per_trial: Optimizer steps per trial.
         time_limit: Seconds for the search.
         dataset_size: Samples per epoch.
+        latency_limit: Seconds within which a batch has to be answered; None where that is not asked.
+        percentile: So many percent of the calls have to be.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -155,6 +194,27 @@ class Settings(BaseModel):
     steps_per_trial: _Count
     time_limit: Annotated[_Seconds, Field(gt=0)] | None
     dataset_size: _Count | None
+    # As in reports from before there was a limit on latency
+    latency_limit: Annotated[_Seconds, Field(gt=0)] | None = None
+    percentile: Annotated[
+        float, Field(gt=0, le=100, allow_inf_nan=False, strict=True)
+    ] = 99
+
+    @model_validator(mode="after")
+    def _has_one_aim(self) -> Settings:
+        if self.latency_limit is not None and self.target_batch_size is not None:
+            raise ValueError(
+                f"latency_limit={self.latency_limit:g} is about inference, which has no updates for "
+                f"target_batch_size={self.target_batch_size} to count the samples of; give one of the two."
+            )
+        return self
+
+    @property
+    def limit_on_latency(self) -> LatencyLimit | None:
+        """What a call may take, where that is asked."""
+        if self.latency_limit is None:
+            return None
+        return LatencyLimit(self.latency_limit, self.percentile)
 
     @classmethod
     def checked(cls, **values: Any) -> Settings:
@@ -199,7 +259,8 @@ class TuningReport(BaseModel):
         autobatch_version: What wrote it.
         settings: What was asked.
         subject: What was tuned, "resnet50 · AdamW · bf16-mixed"; may be empty.
-        task: Whether it trains; else there are no updates, and the plan's batch is one forward pass.
+        task: Whether it trains; else there are no updates, and the plan's batch is one forward pass, or one call of a
+            workload that answers.
         device: The device it was tuned on, and what others hold there.
         budget: Bytes a trial may take.
         trials: Every trial, in the order they were run.
@@ -224,7 +285,7 @@ class TuningReport(BaseModel):
     autobatch_version: str
     settings: Settings
     subject: str
-    task: Literal["train", "validate", "test", "predict"] = "train"
+    task: Literal["train", "answer", "validate", "test", "predict"] = "train"
     device: Device
     budget: int
     trials: tuple[_Trial, ...]
@@ -237,7 +298,7 @@ class TuningReport(BaseModel):
     noise: NoiseReading | None = None
     learning_rate: LearningRateRule | None = None
     loading: Loading | None = None
-    latencies: tuple[Latency, ...] = ()
+    latencies: tuple[_Latency, ...] = ()
     search_seconds: _Seconds
     notes: tuple[str, ...]
     environment: dict[str, str]
@@ -275,6 +336,26 @@ class TuningReport(BaseModel):
             return rows
         return tuple(row for row in rows if row.accumulate_grad_batches == 1)
 
+    @property
+    def knee(self) -> int | None:
+        """The smallest batch with 95 % of the fastest throughput; None where no latency was measured."""
+        found = knee(self.latencies)
+        return found.batch_size if found else None
+
+    def stream(self, rate: float) -> Stream:
+        """What a stream of samples, so many per second and one by one, gets at each size that was timed.
+
+        `.best` is the row of the size that answers it soonest.
+        """
+        return stream(self.latencies, rate, self.settings.latency_limit)
+
+    def cameras(self, fps: float) -> int:
+        """How many cameras of so many frames per second, all at the same time, are answered in one batch in time.
+
+        Of the sizes that were timed; 0 where not even one is.
+        """
+        return cameras(self.latencies, fps)
+
     def to_json(self) -> str:
         """The report as JSON, with units in its keys, and with the derived rows."""
         derived = {
@@ -283,6 +364,8 @@ class TuningReport(BaseModel):
             "sizes": [_written(row) for row in self.sizes],
             "effective": [_written(row) for row in self.effective],
         }
+        if self.latencies:
+            derived["knee"] = self.knee
         stored = self.model_dump(mode="json", by_alias=True)
         return json.dumps(stored | derived, indent=2, ensure_ascii=False)
 
@@ -364,9 +447,13 @@ def _header(report: TuningReport) -> tuple[str, ...]:
 def _answer(report: TuningReport) -> str:
     if report.task == "train":
         return _product(report.plan)
-    ranks = report.plan.world_size
+    ranks, limit = report.plan.world_size, report.settings.limit_on_latency
     share = f" on each of {ranks} ranks" if ranks > 1 else ""
-    return f"Batches of {report.plan.micro_batch_size}{share} to {report.task}"
+    batches = f"Batches of {report.plan.micro_batch_size}{share}"
+    if limit is None:
+        return f"{batches} to {report.task}"
+    purpose = "" if report.task == "answer" else f" to {report.task}"
+    return f"{batches}{purpose} answer {within(limit)}"
 
 
 def _product(plan: BatchPlan) -> str:
@@ -383,6 +470,9 @@ def _counted(trials: int) -> str:
 
 def _asked(report: TuningReport) -> str:
     target, got = report.settings.target_batch_size, report.plan.effective_batch_size
+    limit = report.settings.limit_on_latency
+    if limit is not None:
+        return percentile_told(limit)
     if target is None:
         return _among_sizes(report)
     if target == got:
@@ -413,6 +503,9 @@ def _bound(report: TuningReport) -> Bound | None:
 
 
 def _facts(report: TuningReport) -> tuple[Fact, ...]:
+    limit = report.settings.limit_on_latency
+    if report.latencies and limit is not None:
+        return _facts_of_answers(report, limit)
     plan, sizes = report.plan, report.sizes
     size, effective = plan.micro_batch_size, plan.effective_batch_size
     trial = next((t for t in settled(report.trials) if t.batch_size == size), None)
@@ -436,7 +529,23 @@ def _facts(report: TuningReport) -> tuple[Fact, ...]:
     return tuple(facts)
 
 
+def _facts_of_answers(report: TuningReport, limit: LatencyLimit) -> tuple[Fact, ...]:
+    size = report.plan.micro_batch_size
+    trial = next((t for t in settled(report.trials) if t.batch_size == size), None)
+    facts = [*latency_facts(report.latencies, limit, size, report.task)]
+    if trial and trial.peak is not None:
+        facts.append(memory_fact(trial.peak, report.budget, _among_sizes(report)))
+    if report.look:
+        facts.append(data_fact(report.look))
+    return tuple(facts)
+
+
 def _tables(report: TuningReport) -> tuple[Table, ...]:
+    limit = report.settings.limit_on_latency
+    if report.latencies and limit is not None:
+        size = report.plan.micro_batch_size
+        peaks = {trial.batch_size: trial.peak for trial in settled(report.trials)}
+        return (latency_table(report.latencies, limit, size, peaks),)
     sizes, effective = report.sizes, report.effective
     tables = [speed_table(report.trials, sizes, report.plan)] if report.trials else []
     if effective and (report.dataset_size or any(r.update_seconds for r in effective)):

@@ -21,23 +21,30 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ASCII",
+    "BYTES",
     "SECONDS",
     "UNICODE",
+    "Column",
     "Fact",
     "Glyphs",
     "Page",
     "Table",
     "aligned",
+    "bar",
     "data_fact",
     "effective_table",
     "epoch_fact",
+    "measures",
     "memory_fact",
+    "numbers",
     "percent",
     "plain",
     "quantity",
     "speed_fact",
     "speed_table",
+    "table_of",
     "terminal",
+    "unit_for",
     "update_fact",
 ]
 
@@ -221,16 +228,16 @@ def speed_table(
     shown = _thinned(tried, keep={plan.micro_batch_size, fastest})
     lines = [timed.get(trial.batch_size) for trial in shown]
     left_out = len(tried) - len(shown)
-    return _table(
+    return table_of(
         [
             Column("micro-batch", tuple(str(trial.batch_size) for trial in shown)),
-            _numbers(
+            numbers(
                 "samples/s", [row.samples_per_second if row else None for row in lines]
             ),
             Column(
                 "",
                 tuple(
-                    _bar(row.of_fastest) if row else _SAID[trial.outcome]
+                    bar(row.of_fastest) if row else _SAID[trial.outcome]
                     for trial, row in zip(shown, lines, strict=True)
                 ),
                 align="<",
@@ -239,10 +246,10 @@ def speed_table(
                 "of fastest",
                 tuple(percent(row.of_fastest) if row else "" for row in lines),
             ),
-            _measures(
+            measures(
                 "step {}", [row.step_seconds if row else None for row in lines], SECONDS
             ),
-            _measures("peak {}", [trial.peak for trial in shown], BYTES),
+            measures("peak {}", [trial.peak for trial in shown], BYTES),
         ],
         chosen=[trial.batch_size == plan.micro_batch_size for trial in shown],
         foot=f"{left_out} more tried; report.trials has them all" if left_out else "",
@@ -254,7 +261,7 @@ def effective_table(
 ) -> Table:
     """A ladder of effective batches: how many updates an epoch has, and what they take."""
     epoch = f", over an epoch of {dataset_size:,} samples" if dataset_size else ""
-    return _table(
+    return table_of(
         [
             Column("per update", tuple(str(row.effective_batch_size) for row in rows)),
             Column("micro-batch", tuple(str(row.micro_batch_size) for row in rows)),
@@ -265,38 +272,38 @@ def effective_table(
                 "updates/epoch",
                 tuple(f"{row.updates_per_epoch:,}" if epoch else "" for row in rows),
             ),
-            _measures("{}/epoch", [row.epoch_seconds for row in rows], SECONDS),
-            _measures("{}/update", [row.update_seconds for row in rows], SECONDS),
+            measures("{}/epoch", [row.epoch_seconds for row in rows], SECONDS),
+            measures("{}/update", [row.update_seconds for row in rows], SECONDS),
         ],
         title=f"Effective batch{epoch}",
         chosen=[row.effective_batch_size == plan.effective_batch_size for row in rows],
     )
 
 
-def _table(
+def table_of(
     columns: Iterable[Column], *, chosen: list[bool], title: str = "", foot: str = ""
 ) -> Table:
     told = tuple(column for column in columns if any(column.cells))
     return Table(title, told, chosen.index(True) if any(chosen) else None, foot)
 
 
-def _measures(
+def measures(
     header: str, values: Sequence[float | None], units: Sequence[Unit]
 ) -> Column:
     """Numbers in the one unit that suits them, which the header names."""
     unit = unit_for([value for value in values if value is not None], units)
     scaled = [None if value is None else value / unit.factor for value in values]
-    return _numbers(header.format(unit.name), scaled)
+    return numbers(header.format(unit.name), scaled)
 
 
-def _numbers(header: str, values: Sequence[float | None]) -> Column:
+def numbers(header: str, values: Sequence[float | None]) -> Column:
     shown = iter(aligned([value for value in values if value is not None]))
     return Column(
         header, tuple("" if value is None else next(shown) for value in values)
     )
 
 
-def _bar(share: float) -> str:
+def bar(share: float) -> str:
     """A share as a bar, exact to an eighth of a character."""
     full, eighths = divmod(round(share * _BAR * 8), 8)
     return "█" * full + " ▏▎▍▌▋▊▉"[eighths].strip()

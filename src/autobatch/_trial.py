@@ -20,7 +20,18 @@ from autobatch.errors import ShortTrialError
 if TYPE_CHECKING:
     from autobatch._memory import MemoryProbe, Watch
 
-__all__ = ["Bench", "OptimizerWatch", "Outcome", "Trial", "Workload", "run_trial"]
+__all__ = [
+    "Bench",
+    "OptimizerWatch",
+    "Outcome",
+    "Run",
+    "Trial",
+    "Workload",
+    "clean_up",
+    "compiles",
+    "forget",
+    "run_trial",
+]
 
 # (batch size, accumulation) -> a training loop that yields after every optimizer step
 Workload: TypeAlias = Callable[[int, int], Iterator[Any]]
@@ -161,11 +172,12 @@ class OptimizerWatch:
         return timed
 
 
-class _Run:
+class Run:
     """A running workload: its steps counted, started again when it ends after at least one of them."""
 
     def __init__(self, workload: Workload, batch_size: int, accumulate: int) -> None:
         self.steps = 0
+        self.starts = 1
         self.counts: list[int] = []  # samples of its micro-batches, where it says
         self.accumulate = accumulate
         self._start: Callable[[], Iterator[Any]] = partial(
@@ -175,10 +187,12 @@ class _Run:
         self._steps = self._start()
 
     def step(self) -> None:
+        """Go on to its next yield."""
         try:
             said = next(self._steps)
         except StopIteration:
             self._steps = self._start()
+            self.starts += 1
             try:
                 said = next(self._steps)
             except StopIteration:
@@ -189,6 +203,7 @@ class _Run:
             self.counts.append(count)
 
     def close(self) -> None:
+        """End it where it stands."""
         if hasattr(self._steps, "close"):
             self._steps.close()
 
@@ -196,7 +211,7 @@ class _Run:
         return ShortTrialError(
             f"The workload ended after {self.steps} optimizer steps at batch_size={self._batch_size}, without "
             "yielding again when it was started anew. A trial that runs no step proves nothing: yield after every "
-            "optimizer step."
+            "optimizer step, or after every answer."
         )
 
 
@@ -235,13 +250,11 @@ def run_trial(
             error.add_note(f"autobatch was trying batch_size={batch_size}")
             raise
         trial = replace(trial, error=_first_line(error))
-        _forget(error)
+        forget(error)
     except BaseException as error:
         error.add_note(f"autobatch was trying batch_size={batch_size}")
         raise
-    _empty_autograd(bench.probe)
-    gc.collect()
-    bench.probe.release()
+    clean_up(bench.probe)
     return trial
 
 
@@ -252,14 +265,14 @@ def _try(trial: Trial, workload: Workload, steps: int, bench: Bench) -> Trial:
     probe.release()
     allowed = bench.budget()
     before = probe.read()
-    run = _Run(workload, trial.batch_size, trial.accumulate)
+    run = Run(workload, trial.batch_size, trial.accumulate)
     # A generator must be closed under the modes it was started under
     with probe.limited(allowed) as watch, contextlib.closing(run):
         with bench.first_touch():
             _warm_up(run, watch, bench)
-            if watch or not _compiles():
+            if watch or not compiles():
                 pace = _pace(run, further, watch, bench)
-        if not watch and _compiles():
+        if not watch and compiles():
             run.step()  # kept eager while they were looked at, modules compile now
             pace = _pace(run, further, watch, bench)
     after = probe.read()
@@ -282,8 +295,8 @@ def _try(trial: Trial, workload: Workload, steps: int, bench: Bench) -> Trial:
         return ran
     if watch is not None:
         # Watching every operator slows a step down
-        looking = contextlib.nullcontext if _compiles() else bench.first_touch
-        again = _Run(workload, trial.batch_size, trial.accumulate)
+        looking = contextlib.nullcontext if compiles() else bench.first_touch
+        again = Run(workload, trial.batch_size, trial.accumulate)
         with looking(), contextlib.closing(again):
             again.step()
             pace = _pace(again, further, None, bench)
@@ -292,7 +305,7 @@ def _try(trial: Trial, workload: Workload, steps: int, bench: Bench) -> Trial:
     )
 
 
-def _warm_up(run: _Run, watch: Watch | None, bench: Bench) -> None:
+def _warm_up(run: Run, watch: Watch | None, bench: Bench) -> None:
     """Take the first step, and go on until optimizer state exists: the first real optimizer step allocates it."""
     optimizers = bench.optimizers
     stepped = optimizers.steps
@@ -305,7 +318,7 @@ def _warm_up(run: _Run, watch: Watch | None, bench: Bench) -> None:
     optimizers.expected = optimizers.steps > 0
 
 
-def _compiles() -> bool:
+def compiles() -> bool:
     """Whether torch.compile is in use: a hook that looks at modules would then break graphs."""
     return "torch._dynamo" in sys.modules
 
@@ -316,7 +329,7 @@ class _Pace:
     optimizer_seconds: float | None
 
 
-def _pace(run: _Run, steps: int, watch: Watch | None, bench: Bench) -> _Pace:
+def _pace(run: Run, steps: int, watch: Watch | None, bench: Bench) -> _Pace:
     """Take further steps, each timed, and the optimizers within it."""
     clock, optimizers = bench.probe.clock, bench.optimizers
     stepped, whole, inside = optimizers.steps, [], []
@@ -338,7 +351,7 @@ def _pace(run: _Run, steps: int, watch: Watch | None, bench: Bench) -> _Pace:
     )
 
 
-def _really_ran(trial: Trial, run: _Run) -> Trial:
+def _really_ran(trial: Trial, run: Run) -> Trial:
     """The trial under the size that the workload really reached, where it says so."""
     counts = set(run.counts)
     most = max(counts, default=trial.batch_size)
@@ -371,7 +384,7 @@ def _count(said: Any) -> int | None:
         return None
 
 
-def _forget(error: BaseException) -> None:
+def forget(error: BaseException) -> None:
     """Let go of what the failed step left in its frames, along the whole chain of causes."""
     pending: list[BaseException | None] = [error]
     seen: set[int] = set()
@@ -382,6 +395,13 @@ def _forget(error: BaseException) -> None:
         seen.add(id(one))
         traceback.clear_frames(one.__traceback__)
         pending += [one.__cause__, one.__context__, *getattr(one, "exceptions", ())]
+
+
+def clean_up(probe: MemoryProbe) -> None:
+    """Give back what a failed step still holds, once its error is forgotten."""
+    _empty_autograd(probe)
+    gc.collect()
+    probe.release()
 
 
 def _empty_autograd(probe: MemoryProbe) -> None:
