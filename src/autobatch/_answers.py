@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from autobatch._calls import Calls
     from autobatch._latency import LatencyLimit
-    from autobatch._ranks import Ranks
+    from autobatch._snapshot import Snapshot
 
 __all__ = ["SECONDS_TIMED", "Answers"]
 
@@ -37,8 +37,8 @@ class Answers:
         limit: What a call may take.
         calls: Times them, on this rank.
         fits: Whether a size was run by a trial and fits, or is run now and does.
-        restore: Puts everything back.
-        ranks: Who times together.
+        snapshot: Puts everything back.
+        everywhere: What something gives on each of the ranks that time together.
     """
 
     def __init__(
@@ -46,16 +46,16 @@ class Answers:
         limit: LatencyLimit,
         calls: Calls,
         fits: Callable[[int], bool],
-        restore: Callable[[], None],
-        ranks: Ranks,
+        snapshot: Snapshot,
+        everywhere: Callable[[Callable[[], _Told]], Sequence[_Told]],
     ) -> None:
         self.latencies: tuple[Latency, ...] = ()
         self.is_out_of_time = False
         self.limit = limit
         self._calls = calls
         self._fits = fits
-        self._restore = restore
-        self._ranks = ranks
+        self._snapshot = snapshot
+        self._everywhere = everywhere
         self._enough = enough_calls(limit.percentile)
         self._too_slow: frozenset[int] = frozenset()
 
@@ -111,10 +111,10 @@ class Answers:
 
         def told() -> _Told:
             agreed = act()
-            self._restore()
+            self._snapshot.restore()
             return self._told(affords=bool(agreed))
 
-        said = self._ranks.everywhere(told)
+        said = self._everywhere(told)
         everywhere = frozenset.intersection(
             *(frozenset(each.batch_size for each in told.latencies) for told in said)
         )

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, closing, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Final
 
-from autobatch._memory import is_oom
-from autobatch._trial import Run, clean_up, compiles, forget
+from autobatch._trial import time_calls
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from autobatch._trial import Bench, Workload
 
@@ -17,14 +15,12 @@ __all__ = ["Calls"]
 
 _TURN: Final = 10  # calls that a size has in its turn, one after the other
 _TURN_SECONDS: Final = 0.5  # after which the turn of a slow one is over
-_WARM_UP: Final = 2  # calls before those, which find the device as another size left it
 
 
 class Calls:
-    """Times calls; one by one, with the device waited for each time, and so with all that a caller would wait for.
+    """Times calls, on this rank.
 
-    What a size takes differs from minute to minute: where sizes take turns, this falls on all of them alike. Only the
-    first calls of each turn are left out, and those that had to start the workload anew.
+    How long they take differs from minute to minute: where sizes take turns, this falls on all of them alike.
 
     Args:
         workload: Answers one batch each time it yields.
@@ -66,49 +62,20 @@ class Calls:
         """Time some calls of one size; False where memory, which had room for its trial, has none any more."""
         clock = self._bench.probe.clock
         began = clock()
-        try:
-            self._turn(size)
-        except Exception as error:
-            if not is_oom(error):
-                error.add_note(f"autobatch was timing batch_size={size}")
-                raise
-            forget(error)
-            self.seconds[size] = []
-        if not self.seconds[size]:
-            clean_up(self._bench.probe)
+        seconds = time_calls(
+            self._workload,
+            size,
+            is_new=size not in self.seconds,
+            enough=_enough,
+            bench=self._bench,
+        )
         self._took[size] = clock() - began
         self.spent += self._took[size]
-        return bool(self.seconds[size])
-
-    def _turn(self, size: int) -> None:
-        bench, clock = self._bench, self._bench.probe.clock
-        bench.probe.release()
-        run = Run(self._workload, size, 1)
-        looking = nullcontext if compiles() else bench.first_touch
-        anew: list[float] = []
-        steady: list[float] = []
-        with _capped(bench), closing(run):
-            if size not in self.seconds:
-                with looking():
-                    run.step()
-            for _ in range(_WARM_UP):
-                run.step()
-            until = clock() + _TURN_SECONDS
-            while not steady or (len(steady) < _TURN and clock() < until):
-                starts, began = run.starts, clock()
-                run.step()
-                kind = steady if run.starts == starts else anew
-                kind.append(clock() - began)
-                if len(anew) == _TURN:  # it never gets further than one call
-                    break
-        self.seconds.setdefault(size, []).extend(steady or anew)
+        # Of what does not fit any more, no call counts
+        known = self.seconds.get(size, [])
+        self.seconds[size] = [] if seconds is None else [*known, *seconds]
+        return seconds is not None
 
 
-@contextmanager
-def _capped(bench: Bench) -> Iterator[None]:
-    """Under the cap of the trials, unless what holds it watches every operator: that would slow the calls down."""
-    with ExitStack() as held:
-        watch = held.enter_context(bench.probe.limited(bench.budget()))
-        if watch is not None:
-            held.close()
-        yield
+def _enough(seconds: Sequence[float]) -> bool:
+    return len(seconds) >= _TURN or sum(seconds) >= _TURN_SECONDS

@@ -10,20 +10,9 @@ from autobatch._latency import (
     largest_within,
     stream,
 )
-from autobatch._text import (
-    BYTES,
-    SECONDS,
-    Column,
-    Fact,
-    aligned,
-    bar,
-    measures,
-    numbers,
-    percent,
-    quantity,
-    table_of,
-    unit_for,
-)
+from autobatch._numbers import BYTES, SECONDS, aligned, percent, quantity, unit_for
+from autobatch._tables import bar, measures, numbers, table_of
+from autobatch._text import Column, Fact
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

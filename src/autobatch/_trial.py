@@ -8,11 +8,11 @@ import operator
 import statistics
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, TypeVar
 
 from autobatch._memory import is_oom
 from autobatch.errors import ShortTrialError
@@ -24,17 +24,21 @@ __all__ = [
     "Bench",
     "OptimizerWatch",
     "Outcome",
-    "Run",
+    "Timing",
     "Trial",
     "Workload",
-    "clean_up",
-    "compiles",
-    "forget",
     "run_trial",
+    "time_calls",
+    "time_updates",
 ]
+
+T = TypeVar("T")
 
 # (batch size, accumulation) -> a training loop that yields after every optimizer step
 Workload: TypeAlias = Callable[[int, int], Iterator[Any]]
+
+# Calls before those that are timed, which find the device as another size left it
+_CALLS_BEFORE: Final = 2
 
 # Steps granted until an optimizer has really stepped: a GradScaler may skip the first dozen while its scale settles.
 _WARM_UP: Final = 20
@@ -172,7 +176,7 @@ class OptimizerWatch:
         return timed
 
 
-class Run:
+class _Run:
     """A running workload: its steps counted, started again when it ends after at least one of them."""
 
     def __init__(self, workload: Workload, batch_size: int, accumulate: int) -> None:
@@ -187,7 +191,6 @@ class Run:
         self._steps = self._start()
 
     def step(self) -> None:
-        """Go on to its next yield."""
         try:
             said = next(self._steps)
         except StopIteration:
@@ -203,7 +206,6 @@ class Run:
             self.counts.append(count)
 
     def close(self) -> None:
-        """End it where it stands."""
         if hasattr(self._steps, "close"):
             self._steps.close()
 
@@ -243,38 +245,139 @@ def run_trial(
     given.
     """
     trial = Trial(batch_size, Outcome.OUT_OF_MEMORY, accumulate=accumulate)
+    ended = _survived(lambda: _try(trial, workload, steps, bench), batch_size, bench)
+    return (
+        replace(trial, error=ended.said) if isinstance(ended, _OutOfMemory) else ended
+    )
+
+
+def time_updates(
+    workload: Workload,
+    batch_size: int,
+    *,
+    accumulate: int,
+    enough: Callable[[Sequence[float]], bool],
+    bench: Bench,
+) -> Timing | None:
+    """Time optimizer updates of a size, under the cap where watching does not slow them down, until there are enough.
+
+    `enough` is asked after each, with the seconds of all so far. None where it ran out of memory. An error that is
+    not about memory passes through with a note.
+    """
+    ended = _survived(
+        lambda: _capped(
+            lambda: _timed(workload, batch_size, accumulate, enough, bench), bench
+        ),
+        batch_size,
+        bench,
+    )
+    return None if isinstance(ended, _OutOfMemory) else ended
+
+
+def time_calls(
+    workload: Workload,
+    batch_size: int,
+    *,
+    is_new: bool,
+    enough: Callable[[Sequence[float]], bool],
+    bench: Bench,
+) -> Sequence[float] | None:
+    """Time calls of a size one by one, under the cap where watching does not slow them down, until there are enough.
+
+    The device is waited for each time, as a caller would. Calls that had to start the workload anew are left out.
+    `is_new` tells whether modules that no one has seen yet may come up. None where it ran out of memory. An error
+    that is not about memory passes through with a note.
+    """
+    looking = bench.first_touch if is_new and not _compiles() else None
+    ended = _survived(
+        lambda: _capped(
+            lambda: _called(_Run(workload, batch_size, 1), looking, enough, bench),
+            bench,
+        ),
+        batch_size,
+        bench,
+    )
+    return None if isinstance(ended, _OutOfMemory) else ended
+
+
+def _called(
+    run: _Run,
+    looking: Callable[[], contextlib.AbstractContextManager[None]] | None,
+    enough: Callable[[Sequence[float]], bool],
+    bench: Bench,
+) -> Sequence[float]:
+    clock = bench.probe.clock
+    steady: list[float] = []
+    anew: list[float] = []
+    with contextlib.closing(run):
+        if looking is not None:
+            with looking():
+                run.step()
+        for _ in range(_CALLS_BEFORE):
+            run.step()
+        # A workload may never get further than one call
+        while not enough(steady) and not (anew and not steady and enough(anew)):
+            starts, began = run.starts, clock()
+            run.step()
+            seconds = clock() - began
+            (steady if run.starts == starts else anew).append(seconds)
+    return steady or anew
+
+
+@dataclass(frozen=True, slots=True)
+class _OutOfMemory:
+    said: str
+
+
+def _survived(act: Callable[[], T], batch_size: int, bench: Bench) -> T | _OutOfMemory:
+    """What it gives; where that ran out of memory, nothing of it is left."""
     try:
-        return _try(trial, workload, steps, bench)
+        return act()
     except Exception as error:
         if not is_oom(error):
             error.add_note(f"autobatch was trying batch_size={batch_size}")
             raise
-        trial = replace(trial, error=_first_line(error))
-        forget(error)
+        ended = _OutOfMemory(_first_line(error))
+        _forget(error)
     except BaseException as error:
         error.add_note(f"autobatch was trying batch_size={batch_size}")
         raise
-    clean_up(bench.probe)
-    return trial
+    _empty_autograd(bench.probe)
+    gc.collect()
+    bench.probe.release()
+    return ended
+
+
+def _capped(act: Callable[[], T], bench: Bench) -> T:
+    """What it gives, under the cap of an allocator; a ledger would slow it down."""
+    bench.probe.release()
+    with bench.probe.limited(bench.budget()) as watch:
+        if watch is None:
+            return act()
+    return act()
 
 
 def _try(trial: Trial, workload: Workload, steps: int, bench: Bench) -> Trial:
     probe = bench.probe
     # The first step allocates optimizer state, and is slower: it is not timed
     further = max(1, steps - 1)
+
+    def enough(taken: Sequence[float]) -> bool:
+        return len(taken) == further
+
     probe.release()
     allowed = bench.budget()
     before = probe.read()
-    run = Run(workload, trial.batch_size, trial.accumulate)
+    run = _Run(workload, trial.batch_size, trial.accumulate)
     # A generator must be closed under the modes it was started under
     with probe.limited(allowed) as watch, contextlib.closing(run):
         with bench.first_touch():
             _warm_up(run, watch, bench)
-            if watch or not compiles():
-                pace = _pace(run, further, watch, bench)
-        if not watch and compiles():
+            if watch or not _compiles():
+                timing = _pace(run, enough, watch, bench)
+        if not watch and _compiles():
             run.step()  # kept eager while they were looked at, modules compile now
-            pace = _pace(run, further, watch, bench)
+            timing = _pace(run, enough, watch, bench)
     after = probe.read()
     ran = replace(
         _really_ran(trial, run),
@@ -295,17 +398,30 @@ def _try(trial: Trial, workload: Workload, steps: int, bench: Bench) -> Trial:
         return ran
     if watch is not None:
         # Watching every operator slows a step down
-        looking = contextlib.nullcontext if compiles() else bench.first_touch
-        again = Run(workload, trial.batch_size, trial.accumulate)
-        with looking(), contextlib.closing(again):
-            again.step()
-            pace = _pace(again, further, None, bench)
+        timing = _timed(workload, trial.batch_size, trial.accumulate, enough, bench)
     return replace(
-        ran, step_seconds=pace.step_seconds, optimizer_seconds=pace.optimizer_seconds
+        ran,
+        step_seconds=statistics.median(timing.update_seconds) / trial.accumulate,
+        optimizer_seconds=timing.optimizer_median,
     )
 
 
-def _warm_up(run: Run, watch: Watch | None, bench: Bench) -> None:
+def _timed(
+    workload: Workload,
+    batch_size: int,
+    accumulate: int,
+    enough: Callable[[Sequence[float]], bool],
+    bench: Bench,
+) -> Timing:
+    """Updates of a fresh start, timed after the first, which allocates what the others find there."""
+    looking = contextlib.nullcontext if _compiles() else bench.first_touch
+    run = _Run(workload, batch_size, accumulate)
+    with looking(), contextlib.closing(run):
+        run.step()
+        return _pace(run, enough, None, bench)
+
+
+def _warm_up(run: _Run, watch: Watch | None, bench: Bench) -> None:
     """Take the first step, and go on until optimizer state exists: the first real optimizer step allocates it."""
     optimizers = bench.optimizers
     stepped = optimizers.steps
@@ -318,23 +434,43 @@ def _warm_up(run: Run, watch: Watch | None, bench: Bench) -> None:
     optimizers.expected = optimizers.steps > 0
 
 
-def compiles() -> bool:
+def _compiles() -> bool:
     """Whether torch.compile is in use: a hook that looks at modules would then break graphs."""
     return "torch._dynamo" in sys.modules
 
 
 @dataclass(frozen=True, slots=True)
-class _Pace:
-    step_seconds: float
-    optimizer_seconds: float | None
+class Timing:
+    """Optimizer updates, timed one by one.
+
+    Args:
+        update_seconds: Seconds of each.
+        optimizer_seconds: Seconds of the optimizer in each; empty where none stepped.
+    """
+
+    update_seconds: tuple[float, ...]
+    optimizer_seconds: tuple[float, ...]
+
+    @property
+    def optimizer_median(self) -> float | None:
+        """Median seconds of an optimizer step; None where none stepped."""
+        seconds = self.optimizer_seconds
+        return statistics.median(seconds) if seconds else None
 
 
-def _pace(run: Run, steps: int, watch: Watch | None, bench: Bench) -> _Pace:
-    """Take further steps, each timed, and the optimizers within it."""
+def _pace(
+    run: _Run,
+    enough: Callable[[Sequence[float]], bool],
+    watch: Watch | None,
+    bench: Bench,
+) -> Timing:
+    """Take further steps until there are enough, each timed, and the optimizers within it."""
     clock, optimizers = bench.probe.clock, bench.optimizers
-    stepped, whole, inside = optimizers.steps, [], []
+    stepped = optimizers.steps
+    whole: list[float] = []
+    inside: list[float] = []
     with optimizers.timing() as optimizer_seconds:
-        for _ in range(steps):
+        while not enough(whole):
             if watch:
                 watch.mark()
             began = clock()
@@ -343,15 +479,10 @@ def _pace(run: Run, steps: int, watch: Watch | None, bench: Bench) -> _Pace:
             inside.append(optimizer_seconds())
     if watch:
         watch.mark()
-    return _Pace(
-        step_seconds=statistics.median(whole) / run.accumulate,
-        optimizer_seconds=statistics.median(inside)
-        if optimizers.steps > stepped
-        else None,
-    )
+    return Timing(tuple(whole), tuple(inside) if optimizers.steps > stepped else ())
 
 
-def _really_ran(trial: Trial, run: Run) -> Trial:
+def _really_ran(trial: Trial, run: _Run) -> Trial:
     """The trial under the size that the workload really reached, where it says so."""
     counts = set(run.counts)
     most = max(counts, default=trial.batch_size)
@@ -384,7 +515,7 @@ def _count(said: Any) -> int | None:
         return None
 
 
-def forget(error: BaseException) -> None:
+def _forget(error: BaseException) -> None:
     """Let go of what the failed step left in its frames, along the whole chain of causes."""
     pending: list[BaseException | None] = [error]
     seen: set[int] = set()
@@ -395,13 +526,6 @@ def forget(error: BaseException) -> None:
         seen.add(id(one))
         traceback.clear_frames(one.__traceback__)
         pending += [one.__cause__, one.__context__, *getattr(one, "exceptions", ())]
-
-
-def clean_up(probe: MemoryProbe) -> None:
-    """Give back what a failed step still holds, once its error is forgotten."""
-    _empty_autograd(probe)
-    gc.collect()
-    probe.release()
 
 
 def _empty_autograd(probe: MemoryProbe) -> None:
