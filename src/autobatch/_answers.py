@@ -19,6 +19,9 @@ __all__ = ["SECONDS_TIMED", "Answers"]
 SECONDS_TIMED: Final = 20.0  # that all timing may take
 _CLIMBING: Final = 0.6  # share of it for the powers of two
 _REFINEMENTS: Final = 6  # sizes timed between two of those
+_GROWTH: Final = 16  # times a size, for the next to try, where that is fast
+_BEYOND: Final = 4  # times the limit, that the next may take
+_HICCUP: Final = 0.5  # seconds; no disturbance takes so long as to be taken for a step
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +62,19 @@ class Answers:
         self._enough = enough_calls(limit.percentile)
         self._too_slow: frozenset[int] = frozenset()
 
-    def is_too_slow(self, size: int) -> bool:
-        """Whether a size that fits is over the limit beyond doubt, with the fastest of its first calls."""
-        if size not in self._timed:
-            self._together(lambda: self._calls.turn(size))
-        return size in self._too_slow
+    def reach(self, size: int, seconds: float) -> int:
+        """How far to go up from a size whose step takes so many seconds: it may turn out slow beyond all use."""
+        most = _BEYOND * self.limit.seconds / seconds if seconds else _GROWTH
+        return int(size * max(2, min(_GROWTH, most)))
+
+    def is_beyond(self, size: int, seconds: float) -> bool:
+        """Whether nothing above a size that fits, whose step took so many seconds, can be within the limit."""
+        if seconds <= self.limit.seconds:
+            return False
+        if seconds > _HICCUP:
+            return seconds > 2 * self.limit.seconds
+        # A few quick steps arouse suspicion, no more
+        return self._is_too_slow(size)
 
     def measure(self, largest: int) -> None:
         """Time powers of two up to the largest size that fits, in turns; then sizes between, where the limit lies."""
@@ -79,6 +90,12 @@ class Answers:
                 return
             self._rounds([size], SECONDS_TIMED)
 
+    def _is_too_slow(self, size: int) -> bool:
+        """Whether it is over the limit with the fastest of its first calls."""
+        if size not in self._timed:
+            self._together(lambda: self._calls.turn(size))
+        return size in self._too_slow
+
     @property
     def _timed(self) -> list[int]:
         return [each.batch_size for each in self.latencies]
@@ -88,7 +105,7 @@ class Answers:
         for size in ladder(largest):
             if not self._has_time(size, until):
                 return
-            if self._fits(size) and self.is_too_slow(size):
+            if self._fits(size) and self._is_too_slow(size):
                 return
 
     def _has_time(self, size: int, until: float) -> bool:

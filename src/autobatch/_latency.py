@@ -97,7 +97,7 @@ def enough_calls(percentile: float) -> int:
     """Calls of which so many percent are not simply all of them."""
     if percentile >= 100:  # noqa: PLR2004 -- the slowest of any number of calls
         return _CALLS_LEAST
-    return max(_CALLS_LEAST, math.ceil(100 / (100 - percentile)))
+    return max(_CALLS_LEAST, round(100 / (100 - percentile)))
 
 
 def slowest(of_ranks: Iterable[Sequence[Latency]]) -> tuple[Latency, ...]:

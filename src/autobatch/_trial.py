@@ -288,7 +288,8 @@ def time_calls(
     `is_new` tells whether modules that no one has seen yet may come up. None where it ran out of memory. An error
     that is not about memory passes through with a note.
     """
-    looking = bench.first_touch if is_new and not _compiles() else None
+    looks = is_new and not _compiles()
+    looking = bench.first_touch if looks else contextlib.nullcontext
     ended = _survived(
         lambda: _capped(
             lambda: _called(_Run(workload, batch_size, 1), looking, enough, bench),
@@ -302,7 +303,7 @@ def time_calls(
 
 def _called(
     run: _Run,
-    looking: Callable[[], contextlib.AbstractContextManager[None]] | None,
+    looking: Callable[[], contextlib.AbstractContextManager[None]],
     enough: Callable[[Sequence[float]], bool],
     bench: Bench,
 ) -> Sequence[float]:
@@ -310,10 +311,9 @@ def _called(
     steady: list[float] = []
     anew: list[float] = []
     with contextlib.closing(run):
-        if looking is not None:
-            with looking():
-                run.step()
-        for _ in range(_CALLS_BEFORE):
+        with looking():
+            run.step()
+        for _ in range(1, _CALLS_BEFORE):
             run.step()
         # A workload may never get further than one call
         while not enough(steady) and not (anew and not steady and enough(anew)):

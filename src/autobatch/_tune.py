@@ -44,8 +44,6 @@ _CEILING: Final = 2**20  # a workload that never meets a limit has to stop somew
 _CONFIRMATIONS: Final = 2
 # Times the batch with the very same allocations: the workload does not use it
 _IGNORED: Final = 16
-# Times the largest that fits, for the next size where calls may not take long
-_GROWTH: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,9 +246,7 @@ class _Tuning:
         """Where a limit on latency is beyond a size, go no higher: what fits there is of no use."""
         if self._answers is None or not trial.fits:
             return
-        # The few steps of a trial arouse suspicion, no more
-        slow = (trial.step_seconds or 0.0) > self._answers.limit.seconds
-        if slow and self._answers.is_too_slow(trial.batch_size):
+        if self._answers.is_beyond(trial.batch_size, trial.step_seconds or 0.0):
             self._high = min(self._high, trial.batch_size)
             self._bound = Bound(
                 self._high,
@@ -284,9 +280,11 @@ class _Tuning:
         return _CONFIRMATIONS * self._deadline.seconds_of(self.record.fitting[-1])
 
     def _proposal(self, search: Search, high: int) -> int | None:
-        if self.limit is not None and self.record.fitting:
+        if self._answers is not None and self.record.fitting:
             # Memory may have room for sizes that are slow beyond all use
-            high = min(high, _GROWTH * self.record.fitting[-1])
+            largest = self.record.fitting[-1]
+            seconds = self._last_trial_of(largest).step_seconds or 0.0
+            high = min(high, self._answers.reach(largest, seconds))
         start = min(self._start, high)
         return search.propose(
             self.record.trials, start=start, high=high, budget=self.record.budget
@@ -389,6 +387,11 @@ class _Tuning:
         if best is None:
             raise DoesNotFitError(nothing_within(answers.latencies, answers.limit))
         return BatchPlan(best.batch_size, world_size=self._ranks.world_size)
+
+    def _last_trial_of(self, size: int) -> Trial:
+        return next(
+            trial for trial in reversed(self.record.trials) if trial.batch_size == size
+        )
 
     def _fits(self, size: int) -> bool:
         """Whether a trial has shown that a size fits, or shows it now."""
