@@ -446,6 +446,57 @@ def test_where_nothing_fits_that_is_what_is_told():
         found(paper)
 
 
+# What is told besides
+
+
+def test_calls_that_something_disturbs_are_told():
+    def seconds(size, at):
+        return 0.09 if at % 20 == 0 else 1e-3
+
+    disturbed, quiet = (
+        found(Paper(each), latency_limit=0.1, max_micro_batch_size=4)
+        for each in (seconds, steady(1e-3, 0))
+    )
+
+    sentence = "At 4 the 99th percentile is 90 times the median"
+    assert any(note.startswith(sentence) for note in disturbed.notes)
+    assert not any("percentile" in note for note in quiet.notes)
+
+
+def test_a_smaller_size_that_is_slow_by_itself_is_told():
+    report = found(
+        Paper(lambda size, at: 0.2 if size == 2 and at > 20 else 1e-3),
+        latency_limit=0.1,
+        max_micro_batch_size=8,
+    )
+
+    assert report.plan.micro_batch_size == 8
+    assert any(
+        note.startswith("Batches of 2 are over the limit though larger ones meet it")
+        for note in report.notes
+    )
+
+
+@pytest.mark.parametrize(
+    ("most", "said"),
+    [
+        (1, None),
+        (
+            4,
+            "Waiting for a batch to fill comes on top: one stream of 10 samples/s takes 300 ms to fill 4; in batches "
+            "of 1 it is answered within 1.10 ms.",
+        ),
+    ],
+)
+def test_that_a_batch_has_to_fill_first_is_told(most, said):
+    report = found(
+        Paper(steady(1e-3, 1e-4)), latency_limit=0.1, max_micro_batch_size=most
+    )
+
+    told = [note for note in report.notes if note.startswith("Waiting")]
+    assert told == ([said] if said else [])
+
+
 # On a real network
 
 

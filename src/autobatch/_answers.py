@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from autobatch._latency import Latency, between, enough_calls, ladder, slowest
+from autobatch._latency import (
+    Latency,
+    between,
+    enough_calls,
+    ladder,
+    largest_within,
+    slowest,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -82,18 +90,31 @@ class Answers:
         self._climb(largest, until)
         hopeful = [size for size in self._timed if size not in self._too_slow]
         self._rounds(hopeful, until)
+        self._refine()
+        self._make_sure()
+
+    def _refine(self) -> None:
+        """One turn for each size between, which is enough to see where to go on."""
         for _ in range(_REFINEMENTS):
             size = between(self.latencies, self.limit.seconds)
             if size is None or not self._has_time(size, SECONDS_TIMED):
                 return
             if not self._fits(size):
                 return
+            self._together(partial(self._calls.turn, size))
+
+    def _make_sure(self) -> None:
+        """As many calls as it takes for the largest size that seems to be within the limit, or for the next."""
+        while best := largest_within(self.latencies, self.limit.seconds):
+            size = best.batch_size
+            if best.calls >= self._enough or not self._has_time(size, SECONDS_TIMED):
+                return
             self._rounds([size], SECONDS_TIMED)
 
     def _is_too_slow(self, size: int) -> bool:
         """Whether it is over the limit with the fastest of its first calls."""
         if size not in self._timed:
-            self._together(lambda: self._calls.turn(size))
+            self._together(partial(self._calls.turn, size))
         return size in self._too_slow
 
     @property
@@ -109,7 +130,7 @@ class Answers:
                 return
 
     def _has_time(self, size: int, until: float) -> bool:
-        affords = self._together(lambda: self._calls.affords(size, until))
+        affords = self._together(partial(self._calls.affords, size, until))
         self.is_out_of_time |= not affords
         return affords
 

@@ -34,6 +34,7 @@ _ALWAYS: Final = (50, 90, 99)  # percentiles that are shown
 # What was timed: at most 51 characters, for one line of the page
 _IN_A_CALL: Final = "with all that the workload does in a call"
 _IN_A_STEP: Final = "with the copy to the device, without reading data"
+_DISTURBED: Final = 3  # times the median, which a workload alone seldom takes
 # Of the chosen size: a knee closer to it is of no interest
 _SMALLER: Final = 2 / 3
 
@@ -135,7 +136,7 @@ def _streams_fact(
     alone = f"; one alone: batches of {best.batch_size}" if best else ""
     return Fact(
         "Streams",
-        f"{here.batch_size:,} of {_per_second(rate)}",
+        f"{here.batch_size:,} of {_rounded(rate)}/s each",
         f"where they come together{alone}",
     )
 
@@ -151,7 +152,6 @@ def latency_table(
     most = max(each.samples_per_second for each in latencies)
     shares = [each.samples_per_second / most for each in shown]
     over = [each.at_percentile_seconds > limit.seconds for each in shown]
-    left_out = len(latencies) - len(shown)
     return table_of(
         [
             Column("batch", tuple(str(each.batch_size) for each in shown)),
@@ -169,10 +169,23 @@ def latency_table(
             measures("peak {}", [peaks.get(each.batch_size) for each in shown], BYTES),
         ],
         chosen=[each.batch_size == chosen for each in shown],
-        foot=f"{left_out} more timed; report.latencies has them all"
-        if left_out
-        else "",
+        foot=_foot(latencies, shown, limit),
     )
+
+
+def _foot(
+    latencies: Sequence[Latency], shown: Sequence[Latency], limit: LatencyLimit
+) -> str:
+    few = [each for each in shown if each.calls < enough_calls(limit.percentile)]
+    sizes = ", ".join(str(each.batch_size) for each in few)
+    told = []
+    if few:
+        told.append(f"Few calls at {sizes} ({min(each.calls for each in few)} or more)")
+    if len(shown) < len(latencies):
+        told.append(
+            f"{len(latencies) - len(shown)} more timed; report.latencies has them all"
+        )
+    return ". ".join(told)
 
 
 def _quantiles(latencies: Sequence[Latency], percentile: float) -> list[Column]:
@@ -226,7 +239,8 @@ def latency_notes(
     told = (
         _filling(latencies, limit, chosen),
         _stopped(latencies, stopped),
-        _few_calls(latencies, limit),
+        _few_calls(latencies, limit, chosen),
+        _disturbed(latencies, limit, chosen),
         _not_monotone(latencies, limit),
     )
     return tuple(note for note in told if note)
@@ -242,7 +256,7 @@ def _filling(
         return None
     filling = quantity(row.filling_seconds, SECONDS)
     told = (
-        f"Waiting for a batch to fill comes on top: one stream of {_per_second(rate)} takes {filling} to fill "
+        f"Waiting for a batch to fill comes on top: one stream of {_rounded(rate)} samples/s takes {filling} to fill "
         f"{chosen}"
     )
     if one.best is None or one.best.batch_size >= chosen:
@@ -263,20 +277,29 @@ def _stopped(latencies: Sequence[Latency], seconds: float | None) -> str | None:
     )
 
 
-def _few_calls(latencies: Sequence[Latency], limit: LatencyLimit) -> str | None:
+def _few_calls(
+    latencies: Sequence[Latency], limit: LatencyLimit, chosen: int
+) -> str | None:
     enough = enough_calls(limit.percentile)
-    few = [
-        each
-        for each in latencies
-        if each.calls < enough and each.p50_seconds <= limit.seconds
-    ]
-    if not few:
+    here = next((each for each in latencies if each.batch_size == chosen), None)
+    if here is None or here.calls >= enough:
         return None
-    sizes = ", ".join(str(each.batch_size) for each in few)
-    least = min(each.calls for each in few)
     return (
-        f"There was no time for {enough:,} calls at {sizes}: of {least} at least, the {_ordinal(limit.percentile)} "
+        f"There was no time for {enough:,} calls at {chosen}: of {here.calls:,}, the {_ordinal(limit.percentile)} "
         "percentile is little more than the slowest."
+    )
+
+
+def _disturbed(
+    latencies: Sequence[Latency], limit: LatencyLimit, chosen: int
+) -> str | None:
+    here = next((each for each in latencies if each.batch_size == chosen), None)
+    if here is None or here.at_percentile_seconds < _DISTURBED * here.p50_seconds:
+        return None
+    times = here.at_percentile_seconds / here.p50_seconds
+    return (
+        f"At {chosen} the {_ordinal(limit.percentile)} percentile is {times:,.0f} times the median: something disturbs "
+        "the calls, on a quiet machine larger batches may answer in time."
     )
 
 
@@ -298,9 +321,9 @@ def _not_monotone(latencies: Sequence[Latency], limit: LatencyLimit) -> str | No
     )
 
 
-def _per_second(rate: float) -> str:
-    """A rate to three digits, "30 samples/s", where that of a limit is seldom round."""
-    return f"{float(f'{rate:.3g}'):,g} samples/s"
+def _rounded(rate: float) -> str:
+    """A rate to three digits, "30": that of a limit is seldom round."""
+    return f"{float(f'{rate:.3g}'):,g}"
 
 
 def _name(percentile: float) -> str:

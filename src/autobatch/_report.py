@@ -468,8 +468,9 @@ def _answer(report: TuningReport) -> str:
     batches = f"Batches of {report.plan.micro_batch_size}{share}"
     if limit is None:
         return f"{batches} to {report.task}"
-    purpose = "" if report.task == "answer" else f" to {report.task}"
-    return f"{batches}{purpose} answer {within(limit)}"
+    if report.task == "answer":
+        return f"{batches} answer {within(limit)}"
+    return f"{batches} to {report.task}, {within(limit)}"
 
 
 def _product(plan: BatchPlan) -> str:
