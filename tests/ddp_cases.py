@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import autobatch
-from autobatch.testing import SimulatedAccelerator
+from autobatch.testing import PaperDevice, SimulatedAccelerator
 
 try:
     pl = importlib.import_module("pytorch_lightning")
@@ -336,6 +336,22 @@ def standalone():
     }
 
 
+def answering():
+    """`find` within a limit on latency, with a device that is twice as slow on the second rank."""
+    seconds = (1e-4, 2e-4)[RANK]
+    paper = PaperDevice("1MiB", seconds_per_step=0, seconds_per_sample=seconds)
+    report = autobatch.find(
+        lambda batch_size: paper.workload(batch_size, 1),
+        latency_limit=0.0101,
+        device=paper,
+    )
+    plan = report.plan
+    return {
+        "plan": (plan.micro_batch_size, plan.accumulate_grad_batches, plan.world_size),
+        "latencies": report.latencies,
+    }
+
+
 CASES = {
     "launched": lambda: compared("passed"),
     "passed": lambda: compared("passed"),
@@ -346,6 +362,7 @@ CASES = {
     "exploding": exploding,
     "splitting": splitting,
     "standalone": standalone,
+    "answering": answering,
 }
 
 

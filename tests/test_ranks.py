@@ -133,6 +133,7 @@ def job(tmp_path_factory):
         "exploding",
         "splitting",
         "standalone",
+        "answering",
         "everything",
     )
     port = ("--master-port", free_port())
@@ -223,6 +224,15 @@ def test_find_agrees_in_a_job_and_refuses_a_model_that_waits_for_other_ranks(job
     assert first == second
     assert first["effective"] == 2000
     assert "DistributedDataParallel" in first["refused"]
+
+
+@needs_lightning
+def test_within_a_limit_on_latency_the_slowest_rank_decides(job):
+    first, second = (rank["answering"] for rank in job)
+
+    assert first == second
+    assert first["plan"] == (50, 1, 2)
+    assert first["latencies"][0].p50_seconds == pytest.approx(2e-4)
 
 
 @needs_lightning

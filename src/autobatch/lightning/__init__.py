@@ -22,7 +22,12 @@ from autobatch.lightning._apply import (
     check_name,
     checked_name,
 )
-from autobatch.lightning._checks import check, check_launcher, check_lightning
+from autobatch.lightning._checks import (
+    check,
+    check_answers,
+    check_launcher,
+    check_lightning,
+)
 from autobatch.lightning._evaluations import STAGES, before_data, loaders_for
 from autobatch.lightning._known import Checkpoint, Known, known_at_start
 from autobatch.lightning._loaders import (
@@ -80,6 +85,10 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         time_limit: Seconds for the search; the best size verified by then is taken. None: no limit.
         search: Which size to try next; `GuidedBisection()` unless told otherwise.
         device: Where memory is read: a name such as "cuda:1", or a probe. None: where the model is.
+        latency_limit: For `validate`, `test` and `predict`: seconds within which a step has to answer a batch, the
+            copy to the device included. The steps are timed one by one, and the largest batch that is answered in
+            time is taken.
+        percentile: So many percent of the steps have to be answered in time.
         batch_arg_name: The attribute or hyperparameter of the module or datamodule that names the batch size, if any.
         repair_last_window: Whether the last update of an epoch, which may be of fewer samples than the others, gets
             the gradient of the mean loss over its samples; Lightning by itself makes it too small. For losses that
@@ -114,6 +123,8 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         time_limit: float | None = 300,
         search: Search | None = None,
         device: str | MemoryProbe | None = None,
+        latency_limit: float | None = None,
+        percentile: float = 99,
         batch_arg_name: str = "batch_size",
         repair_last_window: bool = False,
         worst_case: Callable[[int], Any] | None = None,
@@ -129,6 +140,8 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             steps_per_trial=steps_per_trial,
             time_limit=time_limit,
             dataset_size=None,
+            latency_limit=latency_limit,
+            percentile=percentile,
         )
         self._known = known_plan(plan, settings, world_size=None)
         self._asked = Asked(
@@ -181,6 +194,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             ValueError: There is no such method, or it does not take the loaders that were given.
             AutobatchError: The run is one that can not be tuned.
         """
+        check_answers(self._asked.settings, method)
         check_launcher(trainer)
         loaders = loaders_for(method, train_dataloaders, val_dataloaders, dataloaders)
         callbacks = trainer.callbacks
@@ -208,6 +222,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Go first, so that callbacks which look at the loader or the optimizers see the tuned ones."""
+        check_answers(self._asked.settings, stage)
         others = (callback for callback in trainer.callbacks if callback is not self)
         trainer.callbacks = [self, *others]
         # LearningRateFinder loads what it saved itself: nothing of that concerns the next fit
