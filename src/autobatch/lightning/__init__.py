@@ -31,8 +31,9 @@ from autobatch.lightning._loaders import (
     checked_setter,
     is_empty,
 )
-from autobatch.lightning._loggers import log_report
+from autobatch.lightning._loggers import log_report, refresh_report
 from autobatch.lightning._milestones import Milestones, checked_epochs
+from autobatch.lightning._noise import NoiseScale
 from autobatch.lightning._package import callback_class, package_of
 from autobatch.lightning._run import Asked, tune_evaluation, tune_training
 from autobatch.lightning._samples import checked_worst_case
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
     from autobatch.lightning._evaluations import Stage
     from autobatch.lightning._run import Tuned
 
-__all__ = ["AutoBatch"]
+__all__ = ["AutoBatch", "NoiseScale"]
 
 _log = logging.getLogger("autobatch")
 
@@ -293,6 +294,15 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         """Weight all gradients, where the last window of an epoch is repaired."""
         if self._window is not None:
             self._window.before_step(trainer, optimizer)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Complete the report with the noise scale, where a callback has measured it."""
+        noise = next((c for c in trainer.callbacks if isinstance(c, NoiseScale)), None)
+        if noise is None or self._trained is None or "train" not in self._rebatched:
+            return
+        self._trained = self._trained.model_copy(update={"noise": noise.reading})
+        self._tell(trainer, self._trained)
+        refresh_report(self._trained, trainer)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Give the user's loader its own size again."""
