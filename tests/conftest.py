@@ -1,4 +1,4 @@
-"""What all tests share: one thread, and text snapshots.
+"""What all tests share: one thread, no speed curve unless marked with `curve`, and text snapshots.
 
 `pytest --overwrite` writes the snapshots anew, `git diff` shows what changed.
 """
@@ -23,6 +23,13 @@ def pytest_addoption(parser):
     parser.addoption(
         "--overwrite", action="store_true", help="write text snapshots anew"
     )
+
+
+@pytest.fixture(autouse=True)
+def _without_curve(request, monkeypatch):
+    """Time no sizes besides the trials, where that is not what a test is about: most tune many times over."""
+    if request.node.get_closest_marker("curve") is None:
+        monkeypatch.setattr("autobatch._curve.SECONDS", 0.0)
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ HEAVY = {
 
 # From facts to story; a module imports from earlier rows only. `lightning/` is a row of its own, ordered within.
 LAYERS = (
-    ("errors", "_deadline", "_host"),
+    ("errors", "_deadline", "_host", "_numbers", "_text"),
     ("_memory",),
     ("_ledger", "_kept"),
     ("_snapshot", "_trial", "_noise_scale", "_learning_rate", "_latency", "_loading"),
@@ -35,7 +35,7 @@ LAYERS = (
     ("_plan", "_record"),
     ("_tradeoff",),
     ("_notes",),
-    ("_text",),
+    ("_tables",),
     ("_report",),
     ("sinks", "_search", "_probes", "testing"),
     ("_tune", "_doors"),

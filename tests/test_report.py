@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autobatch._numbers import BYTES, SECONDS, aligned, percent, quantity
 from autobatch._plan import BatchPlan
 from autobatch._report import TuningReport
-from autobatch._text import ASCII, BYTES, SECONDS, aligned, percent, quantity
+from autobatch._text import ASCII
 from autobatch._trial import Outcome, Trial
 from report_examples import GIB, example, reports, settings
 

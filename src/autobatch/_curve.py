@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
 
-__all__ = ["CurvePoint"]
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from autobatch._trial import Timing
+
+__all__ = ["SECONDS", "CurvePoint", "curve_sizes", "enough", "in_turns", "point"]
+
+SECONDS: float = 20.0  # the most that all of a curve may take
+
+# Updates that are timed in one visit: a busy moment of the machine is then a visit to several sizes, not all of one
+_LEAST: Final = 3
+_MOST: Final = 10
+_VISIT_SECONDS: Final = 0.5
+_EXACT: Final = 3  # sizes besides, that give the target exactly
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +34,7 @@ class CurvePoint:
         step_seconds_high: The 90 % quantile of the same.
         optimizer_seconds: Median seconds of one optimizer step; None where none was seen.
         updates: Optimizer updates that were timed.
+        peak: Most memory this process held, in bytes; None where it was not read.
         drift: Its later timing as a multiple of its earlier one; None where there was one only.
     """
 
@@ -29,4 +45,81 @@ class CurvePoint:
     step_seconds_high: float
     optimizer_seconds: float | None
     updates: int
+    peak: int | None
     drift: float | None
+
+
+def curve_sizes(fitting: Sequence[int], samples: int | None) -> list[int]:
+    """What to time: the sizes that fit, powers of two below, and the largest ones of which `samples` is a multiple."""
+    largest = fitting[-1]
+    powers = {2**exponent for exponent in range(largest.bit_length())}
+    exact: list[int] = []
+    if samples is not None:
+        below = range(min(largest, samples), largest // 4, -1)
+        exact = [size for size in below if samples % size == 0][:_EXACT]
+    return sorted({*fitting, *powers, *exact})
+
+
+def enough(update_seconds: Sequence[float]) -> bool:
+    """Whether a visit has timed as many updates as it should."""
+    taken = len(update_seconds)
+    return taken >= _MOST or (taken >= _LEAST and sum(update_seconds) >= _VISIT_SECONDS)
+
+
+def in_turns(
+    sizes: Iterable[int],
+    *,
+    visit: Callable[[int], Timing | None],
+    affordable: Callable[[float], bool],
+    update_seconds: Callable[[int], float],
+) -> dict[int, list[Timing]]:
+    """Visit all sizes going up, and all of them again going down, leaving out what there is no time for.
+
+    Args:
+        sizes: To be timed.
+        visit: Times one; None where that failed, and then it is left out.
+        affordable: Whether there is time for something that takes so many seconds.
+        update_seconds: What an update of a size is expected to take.
+    """
+    upwards = sorted(sizes)
+    timings: dict[int, list[Timing]] = {size: [] for size in upwards}
+    failed: set[int] = set()
+    for turn in (upwards, upwards[::-1]):
+        for size in turn:
+            if size in failed or not affordable(_expected(update_seconds(size))):
+                continue
+            timing = visit(size)
+            if timing is None:
+                failed.add(size)
+            else:
+                timings[size].append(timing)
+    return {size: each for size, each in timings.items() if each and size not in failed}
+
+
+def _expected(update_seconds: float) -> float:
+    """Seconds of a visit, with the update that is not timed."""
+    most = _VISIT_SECONDS / update_seconds if update_seconds else _MOST
+    return (1 + min(_MOST, max(_LEAST, most))) * update_seconds
+
+
+def point(
+    batch_size: int, accumulate: int, timings: Sequence[Timing], peak: int | None
+) -> CurvePoint:
+    """What the visits to one size come to."""
+    seconds = [
+        taken / accumulate for timing in timings for taken in timing.update_seconds
+    ]
+    optimizer = [taken for timing in timings for taken in timing.optimizer_seconds]
+    deciles = statistics.quantiles(seconds, n=10, method="inclusive")
+    first, *later = (statistics.median(timing.update_seconds) for timing in timings)
+    return CurvePoint(
+        batch_size=batch_size,
+        accumulate=accumulate,
+        step_seconds=statistics.median(seconds),
+        step_seconds_low=deciles[0],
+        step_seconds_high=deciles[-1],
+        optimizer_seconds=statistics.median(optimizer) if optimizer else None,
+        updates=len(seconds),
+        peak=peak,
+        drift=later[-1] / first if later and first else None,
+    )

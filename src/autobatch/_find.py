@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from autobatch import _curve
 from autobatch._doors import checked_search, known_plan, versions
 from autobatch._probes import detect
 from autobatch._ranks import ranks_here
@@ -116,6 +117,8 @@ def find(
         update_at_most=None,
         remarks=None,
         look=None,
+        curve_seconds=_curve.SECONDS,
+        learning_rate=None,
         subject=loop.name,
         environment=versions(),
     )

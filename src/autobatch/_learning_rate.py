@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
-__all__ = ["LearningRateRule", "rule_for"]
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["LearningRateRule", "common_rule", "rule_for"]
 
 _LINEAR: Final = {"SGD"}
 _SQUARE_ROOT: Final = {
@@ -20,11 +23,11 @@ class LearningRateRule:
 
     Args:
         optimizer: The class it is about.
-        rule: "linear" (arXiv 1706.02677) or "square root" (arXiv 2205.10287).
+        rule: "linear" (arXiv 1706.02677) or "square-root" (arXiv 2205.10287).
     """
 
     optimizer: str
-    rule: Literal["linear", "square root"]
+    rule: Literal["linear", "square-root"]
 
     def factor(self, batches: float) -> float:
         """What multiplies the learning rate where the effective batch is multiplied by `batches`."""
@@ -37,5 +40,11 @@ def rule_for(optimizer: object) -> LearningRateRule | None:
         if kind.__name__ in _LINEAR:
             return LearningRateRule(type(optimizer).__name__, "linear")
         if kind.__name__ in _SQUARE_ROOT:
-            return LearningRateRule(type(optimizer).__name__, "square root")
+            return LearningRateRule(type(optimizer).__name__, "square-root")
     return None
+
+
+def common_rule(optimizers: Iterable[object]) -> LearningRateRule | None:
+    """The rule that all of these have; None where they differ, or where one has none."""
+    rules = {rule_for(optimizer) for optimizer in optimizers}
+    return rules.pop() if len(rules) == 1 else None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from autobatch._curve import CurvePoint
     from autobatch._trial import Trial
 
 __all__ = ["Pace"]
@@ -16,7 +17,7 @@ __all__ = ["Pace"]
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How long a size takes, from the trials that were timed.
+    """How long a size takes, from what was timed.
 
     Between timed sizes the micro-batch seconds are read off a straight line; outside of them nothing is said.
     """
@@ -28,21 +29,19 @@ class Pace:
     optimizer_seconds: float  # of one optimizer step, hardly dependent on the batch
 
     @classmethod
-    def of(cls, trials: Iterable[Trial]) -> Pace:
-        """The pace that these trials show, the latest of each size counting."""
+    def of(cls, trials: Iterable[Trial], curve: Iterable[CurvePoint]) -> Pace:
+        """The pace that these show: of each size the latest trial, or the curve, which was timed longer."""
         latest = {trial.batch_size: trial for trial in trials}
-        ordered = [
-            trial
-            for _, trial in sorted(latest.items())
-            if trial.fits and trial.step_seconds
-        ]
-        optimizer = [trial.optimizer_seconds or 0.0 for trial in ordered]
+        timed: dict[int, Trial | CurvePoint] = {
+            size: trial for size, trial in latest.items() if trial.fits
+        }
+        timed |= {point.batch_size: point for point in curve}
+        ordered = [each for _, each in sorted(timed.items()) if each.step_seconds]
+        optimizer = sorted(each.optimizer_seconds or 0.0 for each in ordered)
         return cls(
-            sizes=tuple(trial.batch_size for trial in ordered),
+            sizes=tuple(each.batch_size for each in ordered),
             micro_seconds=tuple(map(_micro_seconds, ordered)),
-            optimizer_seconds=sorted(optimizer)[len(optimizer) // 2]
-            if optimizer
-            else 0.0,
+            optimizer_seconds=optimizer[len(optimizer) // 2] if optimizer else 0.0,
         )
 
     def micro(self, batch_size: int) -> float | None:
@@ -65,6 +64,6 @@ class Pace:
         return None if micro is None else accumulate * micro + self.optimizer_seconds
 
 
-def _micro_seconds(trial: Trial) -> float:
-    seconds = trial.step_seconds or 0.0
-    return max(0.0, seconds - (trial.optimizer_seconds or 0.0) / trial.accumulate)
+def _micro_seconds(timed: Trial | CurvePoint) -> float:
+    seconds = timed.step_seconds or 0.0
+    return max(0.0, seconds - (timed.optimizer_seconds or 0.0) / timed.accumulate)

@@ -53,20 +53,24 @@ def candidates(
 ) -> tuple[BatchPlan, ...]:
     """Plans that reach the target with micro-batches up to the largest, the one to take first.
 
-    Exact ones where exactness is cheap, of these first the smallest micro-batch within 5 % of the fastest; else the
-    nearest effective batch in the fewest passes.
+    Exact ones where exactness is cheap: with a micro-batch within 5 % of the fastest of all sizes, the smallest such
+    one first, or in few passes. Else the nearest effective batch in few passes.
     """
     samples = per_rank(target, world_size)
+    largest = min(largest, samples)
     most = _CHEAP * math.ceil(samples / largest)
-    smallest = math.ceil(samples / min(most, samples))
-    sizes = range(min(largest, samples), min(smallest, largest) - 1, -1)
     exact = [
         BatchPlan(size, samples // size, world_size)
-        for size in sizes
+        for size in range(largest, 0, -1)
         if samples % size == 0
     ]
-    if exact:
-        return tuple(_by_speed(exact, pace))
+    fast = _as_fast_as_any(exact, samples, pace)
+    cheap = [plan for plan in exact if plan.accumulate_grad_batches <= most]
+    if fast:
+        return _smallest_first(fast, [*fast, *cheap], pace)
+    if cheap:
+        return _by_speed(cheap, pace)
+    sizes = range(largest, math.ceil(samples / most) - 1, -1)
     near = (
         BatchPlan(size, max(1, round(samples / size)), world_size) for size in sizes
     )
@@ -98,20 +102,58 @@ def _off(plan: BatchPlan, target: int) -> int:
     return abs(plan.effective_batch_size - target)
 
 
-def _by_speed(plans: list[BatchPlan], pace: Pace) -> list[BatchPlan]:
-    """Smallest micro-batch within reach of the fastest first, then the others from the fastest on."""
-    seconds = {
-        plan: pace.update(plan.micro_batch_size, plan.accumulate_grad_batches)
+def _as_fast_as_any(
+    plans: Iterable[BatchPlan], samples: int, pace: Pace
+) -> list[BatchPlan]:
+    """Those that take so many samples within 5 % as fast as any timed size would."""
+    paces = [
+        _sample_seconds(size, max(1, round(samples / size)), pace)
+        for size in pace.sizes
+        if size <= samples
+    ]
+    least = min((each for each in paces if each is not None), default=None)
+    if least is None:
+        return []
+    return [
+        plan
         for plan in plans
-    }
-    timed = {plan: value for plan, value in seconds.items() if value is not None}
-    if not timed:
-        return sorted(plans, key=lambda plan: plan.accumulate_grad_batches)
-    best = min(timed.values())
-    fast = [plan for plan, value in timed.items() if best / value >= _FAST_ENOUGH]
+        if (seconds := _plan_seconds(plan, pace)) is not None
+        and _FAST_ENOUGH * seconds <= least
+    ]
+
+
+def _plan_seconds(plan: BatchPlan, pace: Pace) -> float | None:
+    return _sample_seconds(plan.micro_batch_size, plan.accumulate_grad_batches, pace)
+
+
+def _sample_seconds(size: int, accumulate: int, pace: Pace) -> float | None:
+    """Seconds per sample, the share of the optimizer step included."""
+    seconds = pace.update(size, accumulate)
+    return None if seconds is None else seconds / (size * accumulate)
+
+
+def _by_speed(plans: list[BatchPlan], pace: Pace) -> tuple[BatchPlan, ...]:
+    """Smallest micro-batch within 5 % of the fastest of these first, then the others from the fastest on."""
+    timed = {plan: _plan_seconds(plan, pace) for plan in plans}
+    known = [seconds for seconds in timed.values() if seconds is not None]
+    if not known:
+        return tuple(sorted(plans, key=lambda plan: plan.accumulate_grad_batches))
+    fast = [
+        plan
+        for plan, seconds in timed.items()
+        if seconds is not None and _FAST_ENOUGH * seconds <= min(known)
+    ]
+    return _smallest_first(fast, plans, pace)
+
+
+def _smallest_first(
+    fast: list[BatchPlan], plans: list[BatchPlan], pace: Pace
+) -> tuple[BatchPlan, ...]:
     first = min(fast, key=lambda plan: plan.micro_batch_size)
-    rest = sorted(
-        (plan for plan in plans if plan != first),
-        key=lambda plan: timed.get(plan, math.inf),
-    )
-    return [first, *rest]
+    others = [plan for plan in dict.fromkeys(plans) if plan != first]
+
+    def seconds(plan: BatchPlan) -> float:
+        known = _plan_seconds(plan, pace)
+        return math.inf if known is None else known
+
+    return (first, *sorted(others, key=seconds))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from autobatch._memory import memory_budget, parse_memory_limit
 from autobatch._ranks import merged
@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Record"]
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, slots=True)
 class _Told:
-    """What a rank tells the others of a trial; before the first there is none to tell of."""
+    """What a rank tells the others of what it did."""
 
-    trial: Trial | None
+    result: Any
     budget: int  # bytes this rank may hold
     seconds: float  # on this rank's clock
 
@@ -53,7 +55,7 @@ class Record:
     @property
     def trials(self) -> list[Trial]:
         """All of them, judged by the budgets that hold now."""
-        return [merged(trials, self._budgets) for trials in self._trials]
+        return [self.judged(trials) for trials in self._trials]
 
     @property
     def fitting(self) -> list[int]:
@@ -74,23 +76,29 @@ class Record:
 
     def begin(self, check: Callable[[], None]) -> None:
         """Let every rank check that it can begin."""
-        self._together(check)
+        self.everywhere(check)
 
     def add(self, run: Callable[[], Trial]) -> Trial:
         """Let every rank run a trial, and keep what they saw."""
-        self._trials.append(
-            [trial for trial in self._together(run) if trial is not None]
-        )
+        self.keep(self.everywhere(run))
         return self.trials[-1]
 
-    def _together(self, act: Callable[[], Trial | None]) -> list[Trial | None]:
+    def keep(self, trials: Sequence[Trial]) -> None:
+        """Count a trial that every rank has run already."""
+        self._trials.append(trials)
+
+    def judged(self, trials: Sequence[Trial]) -> Trial:
+        """A trial that every rank has run, as one."""
+        return merged(trials, self._budgets)
+
+    def everywhere(self, act: Callable[[], T]) -> list[T]:
         """What every rank's part of it gave; their budgets and rank 0's clock hold from then on."""
 
         def told() -> _Told:
-            trial = act()
-            return _Told(trial, self._own_budget, self._probe.clock())
+            result = act()
+            return _Told(result, self._own_budget, self._probe.clock())
 
         said = self._ranks.everywhere(told)
         self._budgets = [each.budget for each in said]
         self.now = said[0].seconds
-        return [each.trial for each in said]
+        return [each.result for each in said]

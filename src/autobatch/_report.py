@@ -27,30 +27,29 @@ from autobatch._loading import Loading  # noqa: TC001 -- pydantic reads it
 from autobatch._memory import format_bytes, parse_memory_limit
 from autobatch._noise_scale import NoiseReading  # noqa: TC001 -- pydantic reads it
 from autobatch._notes import Bound, Look, tightest_bound
+from autobatch._numbers import SECONDS, percent, plain, quantity
+from autobatch._pace import Pace
 from autobatch._plan import BatchPlan
-from autobatch._text import (
-    SECONDS,
-    UNICODE,
-    Fact,
-    Glyphs,
-    Page,
-    Table,
+from autobatch._tables import (
     data_fact,
     effective_table,
     epoch_fact,
     memory_fact,
-    percent,
-    plain,
-    quantity,
     speed_fact,
     speed_table,
-    terminal,
+    spread,
     update_fact,
 )
+from autobatch._text import UNICODE, Fact, Glyphs, Page, Table, terminal
 from autobatch._tradeoff import (
+    Costs,
     EffectiveRow,
+    LineFit,
+    NoiseRange,
     SpeedRow,
     effective_rows,
+    fit_line,
+    is_of,
     settled,
     speed_rows,
 )
@@ -263,14 +262,31 @@ class TuningReport(BaseModel):
     @property
     def sizes(self) -> tuple[SpeedRow, ...]:
         """What each micro-batch gives: measured."""
-        return speed_rows(self.trials, self.plan.world_size)
+        return speed_rows(self.trials, self.curve, self.plan.world_size)
+
+    @property
+    def pace(self) -> Pace:
+        """Seconds per micro-batch and per update, as measured."""
+        return Pace.of(self.trials, self.curve)
+
+    @property
+    def fit(self) -> LineFit | None:
+        """Seconds of a micro-batch as a line in its size, where one is worth drawing: derived."""
+        return fit_line(self.pace)
 
     @property
     def effective(self) -> tuple[EffectiveRow, ...]:
         """What effective batches around the plan's would cost: derived; empty where nothing trains."""
         if self.task != "train":
             return ()
-        rows = effective_rows(self.plan, self.trials, self.dataset_size)
+        costs = Costs(
+            self.plan,
+            self.pace,
+            self.dataset_size,
+            NoiseRange.of(self.noise),
+            self.learning_rate,
+        )
+        rows = effective_rows(costs, self.trials, self.curve)
         if self.can_accumulate:
             return rows
         return tuple(row for row in rows if row.accumulate_grad_batches == 1)
@@ -356,7 +372,7 @@ def _header(report: TuningReport) -> tuple[str, ...]:
         "autobatch",
         plain(report.subject),
         f"{report.plan.world_size} × {device}",
-        f"{_counted(len(report.trials))} in {took}",
+        f"{_counted(len(report.trials))}{_timed(report)} in {took}",
     )
     return tuple(part for part in parts if part)
 
@@ -379,6 +395,10 @@ def _product(plan: BatchPlan) -> str:
 
 def _counted(trials: int) -> str:
     return "1 trial" if trials == 1 else f"{trials} trials"
+
+
+def _timed(report: TuningReport) -> str:
+    return f", {len(report.curve)} sizes timed" if report.curve else ""
 
 
 def _asked(report: TuningReport) -> str:
@@ -414,12 +434,10 @@ def _bound(report: TuningReport) -> Bound | None:
 
 def _facts(report: TuningReport) -> tuple[Fact, ...]:
     plan, sizes = report.plan, report.sizes
-    size, effective = plan.micro_batch_size, plan.effective_batch_size
+    size = plan.micro_batch_size
     trial = next((t for t in settled(report.trials) if t.batch_size == size), None)
     speed = next((row for row in sizes if row.batch_size == size), None)
-    row = next(
-        (r for r in report.effective if r.effective_batch_size == effective), None
-    )
+    row = next((row for row in report.effective if is_of(row, plan)), None)
     facts = []
     if speed:
         facts.append(speed_fact(speed, sizes))
@@ -440,5 +458,56 @@ def _tables(report: TuningReport) -> tuple[Table, ...]:
     sizes, effective = report.sizes, report.effective
     tables = [speed_table(report.trials, sizes, report.plan)] if report.trials else []
     if effective and (report.dataset_size or any(r.update_seconds for r in effective)):
-        tables.append(effective_table(effective, report.plan, report.dataset_size))
+        tables.append(
+            effective_table(
+                effective,
+                report.plan,
+                title=_effective_title(report),
+                rule=report.learning_rate,
+                foot=_effective_foot(report),
+            )
+        )
     return tuple(tables)
+
+
+def _effective_title(report: TuningReport) -> str:
+    noise = NoiseRange.of(report.noise)
+    title = "Effective batch"
+    if noise and report.noise:
+        between = f"{report.noise.first_update}–{report.noise.last_update}"
+        title += f", compared with {report.plan.effective_batch_size}; noise scale {noise.samples:,.3g}, updates {between}"
+    elif report.dataset_size:
+        title += f", over an epoch of {report.dataset_size:,} samples"
+    rule = report.learning_rate
+    return f"{title}; LR by the {rule.rule} rule" if rule else title
+
+
+def _effective_foot(report: TuningReport) -> str:
+    """How far to trust the times to the same loss, or why there are none."""
+    noise = report.noise
+    if noise is None:
+        return ""
+    known = f"{noise.samples:,.3g}" if noise.samples else ""
+    match noise.state:
+        case "ok":
+            return f"{_likely(report)}Estimates, right within about 4×: they compare batches, and do not tell how long a run takes."
+        case "settling":
+            so_far = f", at least {known} so far" if known else ""
+            return f"Noise scale not settled after {noise.last_update:,} updates{so_far}; it usually rises in the first hundred."
+        case "at_least":
+            batch = f" of {noise.batch_size}" if noise.batch_size else ""
+            return f"Noise scale at least {known}: updates{batch} are too small to measure more."
+        case _:
+            return f"Noise scale not measured: {noise.reason}."
+
+
+def _likely(report: TuningReport) -> str:
+    """What the shortest time to the same loss would be, where that is not the plan's own."""
+    rows = [row for row in report.effective if row.relative_time is not None]
+    best = min(rows, key=lambda row: row.relative_time or math.inf, default=None)
+    if best is None or is_of(best, report.plan):
+        return ""
+    return (
+        f"{best.effective_batch_size:,} per update would likely take {spread(best)} the time to the same loss, "
+        "with the learning rate retuned. "
+    )

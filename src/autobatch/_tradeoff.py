@@ -1,30 +1,49 @@
-"""Speed curve and updates per epoch: what a batch size costs."""
+"""Speed, updates and time to the same loss: what a batch size costs."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING
-
-from autobatch._pace import Pace
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    from autobatch._curve import CurvePoint
+    from autobatch._learning_rate import LearningRateRule
+    from autobatch._noise_scale import NoiseReading
+    from autobatch._pace import Pace
     from autobatch._plan import BatchPlan
     from autobatch._trial import Trial
 
 __all__ = [
+    "Costs",
     "EffectiveRow",
+    "LineFit",
+    "NoiseRange",
     "SpeedRow",
+    "best_accumulation",
+    "best_batch",
     "effective_rows",
+    "fit_line",
+    "is_of",
+    "knee",
     "settled",
+    "shortest",
     "speed_rows",
     "updates_per_epoch",
 ]
 
-_RUNGS = 6  # of the ladder of effective batches, the plan's own among them
-_RUNGS_ABOVE = 2  # what is left, once the smaller ones have had their share
+_RUNGS: Final = 7  # of the ladder of effective batches, the plan's own among them
+_RUNGS_ABOVE: Final = 3  # what is left, once the smaller ones have had their share
+# A noise scale is right within about this factor (measured in benchmarks/tradeoff.py for a small network)
+_TRUSTED: Final = 4.0
+_SMOOTH: Final = 0.1  # largest relative miss of a line that is worth drawing
+_KNEE: Final = 0.95  # of the fastest
+_NEAR: Final = 1.1  # times the shortest: as good as any
+_ROUNDS: Final = 20  # of reweighting: the weights settle within a handful
+_HUBER: Final = 0.05  # relative residual beyond which a point counts for less
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,21 +53,46 @@ class SpeedRow:
     Args:
         batch_size: Samples per device and forward pass.
         samples_per_second: Over all ranks.
+        samples_per_second_low: 90 % of its updates were faster than this; None where it was timed in a trial only.
+        samples_per_second_high: 10 % of its updates were faster than this; None likewise.
         of_fastest: Share of the fastest size measured, 0 to 1.
         step_seconds: Seconds per micro-batch, its share of the optimizer step included.
+        updates: Optimizer updates that were timed; None where it was timed in a trial only.
         peak: Most memory this process held, in bytes; None where it was not read.
     """
 
     batch_size: int
     samples_per_second: float
+    samples_per_second_low: float | None
+    samples_per_second_high: float | None
     of_fastest: float
     step_seconds: float
+    updates: int | None
     peak: int | None
 
 
 @dataclass(frozen=True, slots=True)
+class LineFit:
+    """Seconds of a micro-batch as a straight line in its size: derived.
+
+    Args:
+        fixed_seconds: What a micro-batch takes whatever its size.
+        seconds_per_sample: What each of its samples takes.
+        worst_miss: The largest relative distance of a measured size from the line.
+    """
+
+    fixed_seconds: float
+    seconds_per_sample: float
+    worst_miss: float
+
+    def seconds(self, batch_size: float) -> float:
+        """Seconds of a micro-batch of this size."""
+        return self.fixed_seconds + self.seconds_per_sample * batch_size
+
+
+@dataclass(frozen=True, slots=True)
 class EffectiveRow:
-    """What one effective batch costs: derived from measured step times.
+    """What one effective batch costs: derived from measured step times, and estimated where it is about the loss.
 
     Args:
         effective_batch_size: Samples per optimizer update, over all ranks.
@@ -57,6 +101,15 @@ class EffectiveRow:
         updates_per_epoch: None where the size of the data set is not known.
         update_seconds: Seconds from one update to the next; None where the micro-batch was not timed.
         epoch_seconds: Seconds in training steps per epoch; None where either is not known.
+        relative_updates: Updates to the same loss, as a multiple of those of the plan; this and what follows are
+            None where no noise scale was measured.
+        relative_samples: Samples to the same loss, as a multiple.
+        relative_time: Time to the same loss, as a multiple.
+        relative_time_low: The same where the noise scale is as far off as it may be, the lower end.
+        relative_time_high: The upper end.
+        useful_samples_per_second: Samples per second, each counted by what it does for the loss beside one of a very
+            small batch.
+        learning_rate_factor: What usually multiplies the learning rate of the plan; None where no rule is known.
     """
 
     effective_batch_size: int
@@ -65,6 +118,37 @@ class EffectiveRow:
     updates_per_epoch: int | None
     update_seconds: float | None
     epoch_seconds: float | None
+    relative_updates: float | None = None
+    relative_samples: float | None = None
+    relative_time: float | None = None
+    relative_time_low: float | None = None
+    relative_time_high: float | None = None
+    useful_samples_per_second: float | None = None
+    learning_rate_factor: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseRange:
+    """A noise scale, in samples, and how far off it may be."""
+
+    samples: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, reading: NoiseReading | None) -> NoiseRange | None:
+        """What a reading is good for; None where columns that need it would be guessed."""
+        if reading is None or reading.state != "ok" or not reading.samples:
+            return None
+        samples = reading.samples
+        return cls(
+            samples,
+            low=min(samples / _TRUSTED, reading.low or samples),
+            high=max(samples * _TRUSTED, reading.high or samples),
+        )
+
+
+# Speed
 
 
 def settled(trials: Iterable[Trial]) -> tuple[Trial, ...]:
@@ -73,33 +157,204 @@ def settled(trials: Iterable[Trial]) -> tuple[Trial, ...]:
     return tuple(latest[size] for size in sorted(latest))
 
 
-def speed_rows(trials: Sequence[Trial], world_size: int) -> tuple[SpeedRow, ...]:
-    """What each size that fits gives, for the sizes that were timed."""
-    rows = [
-        SpeedRow(
+def speed_rows(
+    trials: Sequence[Trial], curve: Sequence[CurvePoint], world_size: int
+) -> tuple[SpeedRow, ...]:
+    """What each size that fits gives, for the sizes that were timed; what was timed longer counts."""
+    rows = {
+        trial.batch_size: SpeedRow(
             batch_size=trial.batch_size,
             samples_per_second=trial.batch_size * world_size / trial.step_seconds,
+            samples_per_second_low=None,
+            samples_per_second_high=None,
             of_fastest=1.0,
             step_seconds=trial.step_seconds,
+            updates=None,
             peak=trial.peak,
         )
         for trial in settled(trials)
         if trial.fits and trial.step_seconds
-    ]
-    fastest = max((row.samples_per_second for row in rows), default=1.0)
+    }
+    for point in curve:
+        tried = rows.get(point.batch_size)
+        rows[point.batch_size] = _timed_row(point, tried, world_size)
+    fastest = max((row.samples_per_second for row in rows.values()), default=1.0)
     return tuple(
-        replace(row, of_fastest=row.samples_per_second / fastest) for row in rows
+        replace(rows[size], of_fastest=rows[size].samples_per_second / fastest)
+        for size in sorted(rows)
     )
 
 
+def _timed_row(point: CurvePoint, tried: SpeedRow | None, world_size: int) -> SpeedRow:
+    samples = point.batch_size * world_size
+    return SpeedRow(
+        batch_size=point.batch_size,
+        samples_per_second=samples / point.step_seconds,
+        samples_per_second_low=samples / point.step_seconds_high,
+        samples_per_second_high=samples / point.step_seconds_low,
+        of_fastest=1.0,
+        step_seconds=point.step_seconds,
+        updates=point.updates,
+        peak=tried.peak if tried else point.peak,
+    )
+
+
+def knee(rows: Sequence[SpeedRow]) -> int | None:
+    """The smallest size that gives 95 % of the fastest."""
+    return min((r.batch_size for r in rows if r.of_fastest >= _KNEE), default=None)
+
+
+def fit_line(pace: Pace) -> LineFit | None:
+    """A line through the seconds of a micro-batch, where it is worth drawing: three sizes, none missed by over 10 %.
+
+    Relative residuals with Huber's weights: a size that does not follow the others bends the line little.
+    """
+    points = list(zip(pace.sizes, pace.micro_seconds, strict=True))
+    if len(points) < 3 or min(pace.micro_seconds) <= 0:  # noqa: PLR2004 -- two are always on a line
+        return None
+    weights = [1.0] * len(points)
+    fixed = slope = 0.0
+    for _ in range(_ROUNDS):
+        fixed, slope = _weighted(points, weights)
+        misses = [abs(fixed + slope * size - taken) / taken for size, taken in points]
+        weights = [min(1.0, _HUBER / miss) if miss else 1.0 for miss in misses]
+    worst = max(abs(fixed + slope * size - taken) / taken for size, taken in points)
+    return LineFit(fixed, slope, worst) if worst <= _SMOOTH else None
+
+
+def _weighted(
+    points: Sequence[tuple[int, float]], weights: Sequence[float]
+) -> tuple[float, float]:
+    """The line, nowhere below zero, with the least weighted sum of squared relative residuals."""
+    # Divided by what was measured: fixed * (1 / taken) + slope * (size / taken) = 1
+    rows = [(1 / taken, size / taken) for size, taken in points]
+    aa = sum(w * a * a for w, (a, _) in zip(weights, rows, strict=True))
+    ab = sum(w * a * b for w, (a, b) in zip(weights, rows, strict=True))
+    bb = sum(w * b * b for w, (_, b) in zip(weights, rows, strict=True))
+    a1 = sum(w * a for w, (a, _) in zip(weights, rows, strict=True))
+    b1 = sum(w * b for w, (_, b) in zip(weights, rows, strict=True))
+    determinant = aa * bb - ab * ab
+    if determinant > 0:
+        fixed, slope = (
+            (a1 * bb - b1 * ab) / determinant,
+            (b1 * aa - a1 * ab) / determinant,
+        )
+        if fixed >= 0 and slope >= 0:
+            return fixed, slope
+        if fixed >= 0:
+            return a1 / aa, 0.0
+    return 0.0, b1 / bb
+
+
+# Effective batches
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What the costs of effective batches are worked out from.
+
+    Args:
+        plan: What was chosen; the others are compared with it.
+        pace: Seconds, as measured.
+        dataset_size: Samples per epoch, where known.
+        noise: The noise scale, where one was measured.
+        rule: How the learning rate goes with the batch, where a rule is known.
+    """
+
+    plan: BatchPlan
+    pace: Pace
+    dataset_size: int | None
+    noise: NoiseRange | None
+    rule: LearningRateRule | None
+
+    def row(self, rung: BatchPlan) -> EffectiveRow:
+        """What one rung of the ladder costs; the whole data set, where it holds no more than that."""
+        samples = self.dataset_size
+        effective = rung.effective_batch_size
+        if samples is not None:
+            effective = min(effective, samples)
+        row = EffectiveRow(
+            effective_batch_size=effective,
+            micro_batch_size=rung.micro_batch_size,
+            accumulate_grad_batches=rung.accumulate_grad_batches,
+            updates_per_epoch=None
+            if samples is None
+            else updates_per_epoch(rung, samples),
+            update_seconds=self._update_seconds(rung),
+            epoch_seconds=self._epoch_seconds(rung),
+        )
+        if self.rule is not None:
+            factor = self.rule.factor(effective / self._chosen)
+            row = replace(row, learning_rate_factor=factor)
+        return row if self.noise is None else self._compared(row, self.noise)
+
+    @property
+    def _chosen(self) -> int:
+        samples, effective = self.dataset_size, self.plan.effective_batch_size
+        return effective if samples is None else min(effective, samples)
+
+    def _update_seconds(self, rung: BatchPlan) -> float | None:
+        if rung.micro_batch_size not in self.pace.sizes:  # told is what was measured
+            return None
+        return self.pace.update(rung.micro_batch_size, rung.accumulate_grad_batches)
+
+    def _epoch_seconds(self, rung: BatchPlan) -> float | None:
+        if self.dataset_size is None or rung.micro_batch_size not in self.pace.sizes:
+            return None
+        micro_seconds = self.pace.micro(rung.micro_batch_size) or 0.0
+        updates = updates_per_epoch(rung, self.dataset_size)
+        return (
+            _passes(rung, self.dataset_size) * micro_seconds
+            + updates * self.pace.optimizer_seconds
+        )
+
+    def _compared(self, row: EffectiveRow, noise: NoiseRange) -> EffectiveRow:
+        """The row with what it means for the loss: arXiv 1812.06162, steps and samples to the same loss."""
+        here, there = row.effective_batch_size, self._chosen
+        row = replace(
+            row,
+            relative_updates=_relative_updates(here, there, noise.samples),
+            relative_samples=_relative_updates(here, there, noise.samples)
+            * here
+            / there,
+        )
+        seconds, chosen_seconds = row.update_seconds, self._update_seconds(self.plan)
+        if not seconds or not chosen_seconds:
+            return row
+        times = [
+            _relative_updates(here, there, samples) * seconds / chosen_seconds
+            for samples in (noise.samples, noise.low, noise.high)
+        ]
+        throughput = here / seconds
+        return replace(
+            row,
+            relative_time=times[0],
+            relative_time_low=min(times),
+            relative_time_high=max(times),
+            useful_samples_per_second=throughput
+            * noise.samples
+            / (noise.samples + here),
+        )
+
+
+def _relative_updates(here: int, there: int, noise: float) -> float:
+    return (1 + noise / here) / (1 + noise / there)
+
+
 def effective_rows(
-    plan: BatchPlan, trials: Sequence[Trial], dataset_size: int | None
+    costs: Costs, trials: Sequence[Trial], curve: Sequence[CurvePoint]
 ) -> tuple[EffectiveRow, ...]:
-    """A ladder of effective batches, about a factor of two apart, with the plan's own among them."""
-    run = [trial.batch_size for trial in settled(trials) if trial.fits]
-    pace = Pace.of(trials)
-    return tuple(
-        _row(rung, pace, dataset_size) for rung in _ladder(plan, run, dataset_size)
+    """A ladder of effective batches, about a factor of two apart: the plan's own among them, all of the data at its end."""
+    run = {trial.batch_size for trial in settled(trials) if trial.fits}
+    run |= {point.batch_size for point in curve}
+    return tuple(map(costs.row, _ladder(costs.plan, run, costs.dataset_size)))
+
+
+def is_of(row: EffectiveRow, plan: BatchPlan) -> bool:
+    """Whether a row is about the plan itself."""
+    return (row.micro_batch_size, row.accumulate_grad_batches) == (
+        plan.micro_batch_size,
+        plan.accumulate_grad_batches,
     )
 
 
@@ -110,7 +365,9 @@ def _ladder(
     larger = list(islice(_larger(plan, dataset_size), _RUNGS - 1))
     above = min(len(larger), max(_RUNGS_ABOVE, _RUNGS - 1 - len(smaller)))
     below = smaller[: _RUNGS - 1 - above]
-    return [*reversed(below), plan, *larger[:above]]
+    whole = _whole(plan, dataset_size)
+    shown = larger[:above] if whole is None else [*larger[: above - 1], whole]
+    return [*reversed(below), plan, *shown]
 
 
 def _smaller(plan: BatchPlan, run: Iterable[int]) -> Iterator[BatchPlan]:
@@ -126,10 +383,20 @@ def _smaller(plan: BatchPlan, run: Iterable[int]) -> Iterator[BatchPlan]:
 
 
 def _larger(plan: BatchPlan, dataset_size: int | None) -> Iterator[BatchPlan]:
-    """Double the accumulation, as long as an epoch still fills one update."""
-    while dataset_size is None or 2 * plan.effective_batch_size <= dataset_size:
+    """Double the accumulation, as long as an epoch still fills one update; all of the epoch in one is the last."""
+    while dataset_size is None or 3 * plan.effective_batch_size <= dataset_size:
         plan = replace(plan, accumulate_grad_batches=plan.accumulate_grad_batches * 2)
         yield plan
+    whole = _whole(plan, dataset_size)
+    if whole is not None:
+        yield whole
+
+
+def _whole(plan: BatchPlan, dataset_size: int | None) -> BatchPlan | None:
+    """The data set in one update; None where the plan makes no more of an epoch, or where its size is not known."""
+    if dataset_size is None or plan.effective_batch_size >= dataset_size:
+        return None
+    return replace(plan, accumulate_grad_batches=_passes(plan, dataset_size))
 
 
 def updates_per_epoch(plan: BatchPlan, dataset_size: int) -> int:
@@ -142,24 +409,33 @@ def _passes(plan: BatchPlan, dataset_size: int) -> int:
     return -(-dataset_size // (plan.micro_batch_size * plan.world_size))
 
 
-def _row(plan: BatchPlan, pace: Pace, dataset_size: int | None) -> EffectiveRow:
-    updates = None if dataset_size is None else updates_per_epoch(plan, dataset_size)
-    update_seconds = epoch_seconds = None
-    if plan.micro_batch_size in pace.sizes:  # told is what was measured
-        micro_seconds = pace.micro(plan.micro_batch_size) or 0.0
-        update_seconds = (
-            plan.accumulate_grad_batches * micro_seconds + pace.optimizer_seconds
-        )
-        if dataset_size is not None and updates is not None:
-            epoch_seconds = (
-                _passes(plan, dataset_size) * micro_seconds
-                + updates * pace.optimizer_seconds
-            )
-    return EffectiveRow(
-        effective_batch_size=plan.effective_batch_size,
-        micro_batch_size=plan.micro_batch_size,
-        accumulate_grad_batches=plan.accumulate_grad_batches,
-        updates_per_epoch=updates,
-        update_seconds=update_seconds,
-        epoch_seconds=epoch_seconds,
+# What the noise scale says about the choice
+
+
+def shortest(rows: Sequence[EffectiveRow]) -> tuple[EffectiveRow, ...]:
+    """The rows whose time to the same loss is within 10 % of the shortest; none where that was not estimated."""
+    times = [row.relative_time for row in rows if row.relative_time is not None]
+    return tuple(
+        row
+        for row in rows
+        if row.relative_time is not None and row.relative_time <= _NEAR * min(times)
     )
+
+
+def best_batch(noise: NoiseRange, fit: LineFit, optimizer_seconds: float) -> float:
+    """The batch with the shortest time to the same loss, in samples, if all of it fitted at once.
+
+    The square root of the noise scale times the batch that runs at half of the full speed.
+    """
+    if not fit.seconds_per_sample:
+        return math.inf
+    half_speed = (fit.fixed_seconds + optimizer_seconds) / fit.seconds_per_sample
+    return math.sqrt(noise.samples * half_speed)
+
+
+def best_accumulation(
+    noise: NoiseRange, plan: BatchPlan, micro_seconds: float, optimizer_seconds: float
+) -> float:
+    """The accumulation with the shortest time to the same loss at a micro-batch; below 1, accumulating costs time."""
+    share = optimizer_seconds / micro_seconds if micro_seconds else math.inf
+    return math.sqrt(noise.samples / (plan.micro_batch_size * plan.world_size) * share)

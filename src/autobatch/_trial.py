@@ -8,11 +8,11 @@ import operator
 import statistics
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, TypeVar
 
 from autobatch._memory import is_oom
 from autobatch.errors import ShortTrialError
@@ -20,7 +20,18 @@ from autobatch.errors import ShortTrialError
 if TYPE_CHECKING:
     from autobatch._memory import MemoryProbe, Watch
 
-__all__ = ["Bench", "OptimizerWatch", "Outcome", "Trial", "Workload", "run_trial"]
+__all__ = [
+    "Bench",
+    "OptimizerWatch",
+    "Outcome",
+    "Timing",
+    "Trial",
+    "Workload",
+    "run_trial",
+    "time_updates",
+]
+
+T = TypeVar("T")
 
 # (batch size, accumulation) -> a training loop that yields after every optimizer step
 Workload: TypeAlias = Callable[[int, int], Iterator[Any]]
@@ -228,13 +239,49 @@ def run_trial(
     given.
     """
     trial = Trial(batch_size, Outcome.OUT_OF_MEMORY, accumulate=accumulate)
+    ended = _survived(lambda: _try(trial, workload, steps, bench), batch_size, bench)
+    return (
+        replace(trial, error=ended.said) if isinstance(ended, _OutOfMemory) else ended
+    )
+
+
+def time_updates(
+    workload: Workload,
+    batch_size: int,
+    *,
+    accumulate: int,
+    enough: Callable[[Sequence[float]], bool],
+    bench: Bench,
+) -> Timing | None:
+    """Time optimizer updates of a size, under the cap where watching does not slow them down, until there are enough.
+
+    `enough` is asked after each, with the seconds of all so far. None where it ran out of memory. An error that is
+    not about memory passes through with a note.
+    """
+    ended = _survived(
+        lambda: _capped(
+            lambda: _timed(workload, batch_size, accumulate, enough, bench), bench
+        ),
+        batch_size,
+        bench,
+    )
+    return None if isinstance(ended, _OutOfMemory) else ended
+
+
+@dataclass(frozen=True, slots=True)
+class _OutOfMemory:
+    said: str
+
+
+def _survived(act: Callable[[], T], batch_size: int, bench: Bench) -> T | _OutOfMemory:
+    """What it gives; where that ran out of memory, nothing of it is left."""
     try:
-        return _try(trial, workload, steps, bench)
+        return act()
     except Exception as error:
         if not is_oom(error):
             error.add_note(f"autobatch was trying batch_size={batch_size}")
             raise
-        trial = replace(trial, error=_first_line(error))
+        ended = _OutOfMemory(_first_line(error))
         _forget(error)
     except BaseException as error:
         error.add_note(f"autobatch was trying batch_size={batch_size}")
@@ -242,13 +289,26 @@ def run_trial(
     _empty_autograd(bench.probe)
     gc.collect()
     bench.probe.release()
-    return trial
+    return ended
+
+
+def _capped(act: Callable[[], T], bench: Bench) -> T:
+    """What it gives, under the cap of an allocator; a ledger would slow it down."""
+    bench.probe.release()
+    with bench.probe.limited(bench.budget()) as watch:
+        if watch is None:
+            return act()
+    return act()
 
 
 def _try(trial: Trial, workload: Workload, steps: int, bench: Bench) -> Trial:
     probe = bench.probe
     # The first step allocates optimizer state, and is slower: it is not timed
     further = max(1, steps - 1)
+
+    def enough(taken: Sequence[float]) -> bool:
+        return len(taken) == further
+
     probe.release()
     allowed = bench.budget()
     before = probe.read()
@@ -258,10 +318,10 @@ def _try(trial: Trial, workload: Workload, steps: int, bench: Bench) -> Trial:
         with bench.first_touch():
             _warm_up(run, watch, bench)
             if watch or not _compiles():
-                pace = _pace(run, further, watch, bench)
+                timing = _pace(run, enough, watch, bench)
         if not watch and _compiles():
             run.step()  # kept eager while they were looked at, modules compile now
-            pace = _pace(run, further, watch, bench)
+            timing = _pace(run, enough, watch, bench)
     after = probe.read()
     ran = replace(
         _really_ran(trial, run),
@@ -282,14 +342,27 @@ def _try(trial: Trial, workload: Workload, steps: int, bench: Bench) -> Trial:
         return ran
     if watch is not None:
         # Watching every operator slows a step down
-        looking = contextlib.nullcontext if _compiles() else bench.first_touch
-        again = _Run(workload, trial.batch_size, trial.accumulate)
-        with looking(), contextlib.closing(again):
-            again.step()
-            pace = _pace(again, further, None, bench)
+        timing = _timed(workload, trial.batch_size, trial.accumulate, enough, bench)
     return replace(
-        ran, step_seconds=pace.step_seconds, optimizer_seconds=pace.optimizer_seconds
+        ran,
+        step_seconds=statistics.median(timing.update_seconds) / trial.accumulate,
+        optimizer_seconds=timing.optimizer_median,
     )
+
+
+def _timed(
+    workload: Workload,
+    batch_size: int,
+    accumulate: int,
+    enough: Callable[[Sequence[float]], bool],
+    bench: Bench,
+) -> Timing:
+    """Updates of a fresh start, timed after the first, which allocates what the others find there."""
+    looking = contextlib.nullcontext if _compiles() else bench.first_touch
+    run = _Run(workload, batch_size, accumulate)
+    with looking(), contextlib.closing(run):
+        run.step()
+        return _pace(run, enough, None, bench)
 
 
 def _warm_up(run: _Run, watch: Watch | None, bench: Bench) -> None:
@@ -311,17 +384,37 @@ def _compiles() -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Pace:
-    step_seconds: float
-    optimizer_seconds: float | None
+class Timing:
+    """Optimizer updates, timed one by one.
+
+    Args:
+        update_seconds: Seconds of each.
+        optimizer_seconds: Seconds of the optimizer in each; empty where none stepped.
+    """
+
+    update_seconds: tuple[float, ...]
+    optimizer_seconds: tuple[float, ...]
+
+    @property
+    def optimizer_median(self) -> float | None:
+        """Median seconds of an optimizer step; None where none stepped."""
+        seconds = self.optimizer_seconds
+        return statistics.median(seconds) if seconds else None
 
 
-def _pace(run: _Run, steps: int, watch: Watch | None, bench: Bench) -> _Pace:
-    """Take further steps, each timed, and the optimizers within it."""
+def _pace(
+    run: _Run,
+    enough: Callable[[Sequence[float]], bool],
+    watch: Watch | None,
+    bench: Bench,
+) -> Timing:
+    """Take further steps until there are enough, each timed, and the optimizers within it."""
     clock, optimizers = bench.probe.clock, bench.optimizers
-    stepped, whole, inside = optimizers.steps, [], []
+    stepped = optimizers.steps
+    whole: list[float] = []
+    inside: list[float] = []
     with optimizers.timing() as optimizer_seconds:
-        for _ in range(steps):
+        while not enough(whole):
             if watch:
                 watch.mark()
             began = clock()
@@ -330,12 +423,7 @@ def _pace(run: _Run, steps: int, watch: Watch | None, bench: Bench) -> _Pace:
             inside.append(optimizer_seconds())
     if watch:
         watch.mark()
-    return _Pace(
-        step_seconds=statistics.median(whole) / run.accumulate,
-        optimizer_seconds=statistics.median(inside)
-        if optimizers.steps > stepped
-        else None,
-    )
+    return Timing(tuple(whole), tuple(inside) if optimizers.steps > stepped else ())
 
 
 def _really_ran(trial: Trial, run: _Run) -> Trial:

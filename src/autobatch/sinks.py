@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Protocol
 from uuid import uuid4
 
 from autobatch._memory import format_bytes
+from autobatch._numbers import aligned
 from autobatch._report import TuningReport, page
-from autobatch._text import ASCII, UNICODE, Glyphs, aligned
+from autobatch._text import ASCII, UNICODE, Glyphs
 from autobatch._trial import Outcome, Trial
 
 if TYPE_CHECKING:

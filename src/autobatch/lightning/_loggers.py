@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from autobatch import sinks
+from autobatch._numbers import plain
 from autobatch._snapshot import Snapshot
-from autobatch._text import plain
 from autobatch.lightning._package import package_of
 
 if TYPE_CHECKING:

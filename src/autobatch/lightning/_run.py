@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from autobatch import sinks
+from autobatch import _curve, sinks
 from autobatch._doors import known_plan, versions
+from autobatch._learning_rate import common_rule
 from autobatch._plan import BatchPlan
 from autobatch._probes import detect
 from autobatch._ranks import ranks_here
@@ -141,6 +142,8 @@ def tune_training(
             ),
             environment=_environment(trainer),
             look=lambda: samples.look,
+            curve_seconds=_curve.SECONDS,
+            learning_rate=lambda: common_rule(trainer.optimizers),
         )
         settings = asked.settings.model_copy(update={"dataset_size": loaders.samples})
         bench.optimizers.expected = True
@@ -362,6 +365,9 @@ def _evaluation_job(
         subject=_subject(module, stage.name, trainer.precision),
         environment=_environment(trainer),
         look=lambda: samples.look,
+        # Beside training it is only asked whether it fits
+        curve_seconds=0.0 if after else _curve.SECONDS,
+        learning_rate=None,
     )
 
 
