@@ -112,13 +112,14 @@ class NoiseRecord:
         if self.obstacle is not None:
             return NoiseReading("unavailable", reason=self.obstacle)
         self._fetch()
-        if not self._windows and self._skipped >= _PATIENCE:
-            return NoiseReading("unavailable", reason=self._why)
-        return read(
+        reading = read(
             tuple(self._windows),
             updates=self.updates,
             is_warming_up=self._is_warming_up,
         )
+        if not reading.windows and self._skipped >= _PATIENCE:
+            return NoiseReading("unavailable", reason=self._why)
+        return reading
 
     def _fetch(self) -> None:
         while self._taken:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import NormalDist, fmean, stdev
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ _ENOUGH: Final = 8  # windows: from fewer, nothing is said of how sure it is
 _SPREAD: Final = 4.0  # an interval wider than this factor is only a lower bound
 _DRAWS: Final = 200  # of the bootstrap
 _TAIL: Final = 0.05  # on each side of the interval
+_QUANTILE: Final = NormalDist().inv_cdf(1 - _TAIL)  # of that, in standard errors
 _SEED: Final = 0  # of a generator of its own: the same windows always read the same
 
 
@@ -106,6 +107,8 @@ def read(
     if not counted:
         return NoiseReading("settling")
     low, high = _interval(counted)
+    if math.isinf(low):
+        low = _detectable(counted)
     estimate = _ratio(counted)
     is_settling = updates < _SETTLED or len(counted) < _ENOUGH or is_warming_up
     is_vague = math.isinf(estimate) or high > _SPREAD * low
@@ -136,6 +139,14 @@ def _ratio(windows: Sequence[Window]) -> float:
 
 def _divided(noise: float, signal: float) -> float:
     return max(0.0, noise) / signal if signal > 0 else math.inf
+
+
+def _detectable(windows: Sequence[Window]) -> float:
+    """The noise scale by the largest |G|² that so many windows could have missed; infinite where that is unknown."""
+    if len(windows) == 1:
+        return math.inf
+    error = stdev(window.signal for window in windows) / math.sqrt(len(windows))
+    return _divided(fmean(window.noise for window in windows), _QUANTILE * error)
 
 
 def _interval(windows: Sequence[Window]) -> tuple[float, float]:

@@ -95,6 +95,7 @@ class NoiseWatch:
             0  # backward passes of an update, by the last that was measured
         )
         self._is_partial = False
+        self._axis: int | None = None  # of the samples in what the model is given
 
     @property
     def reading(self) -> NoiseReading:
@@ -156,14 +157,19 @@ class NoiseWatch:
         """See whether the model is given a whole micro-batch."""
         if not self._gauge.is_open:
             return
-        tensors = [
-            each
-            for each in (*arguments, *named.values())
-            if isinstance(each, torch.Tensor) and each.ndim
-        ]
+        for each in (*arguments, *named.values()):
+            if isinstance(each, torch.Tensor) and each.ndim:
+                self._is_partial |= self._has_fewer(tuple(each.shape))
+                return
+
+    def _has_fewer(self, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor is of fewer samples, which need not be its first dimension."""
         size = self._micro_batch_size
-        if not any(size in each.shape for each in tensors):
-            self._is_partial |= any(each.shape[0] < size for each in tensors)
+        if self._axis is None and size in shape:
+            self._axis = shape.index(size)
+        if self._axis is None or self._axis >= len(shape):
+            return shape[0] < size
+        return shape[self._axis] != size
 
     def _after_pass(self) -> None:
         if self._gauge.passes >= self._expected:

@@ -72,11 +72,39 @@ class Halves:
         Raises:
             NotDividedError: The batch or the module is one that this can not be done with.
         """
-        module = trainer.lightning_module
-        _check(module)
+        _check(trainer.lightning_module)
         count = _samples(batch)
         first, second = count // 2, count - count // 2
+        cuts = [(0, first)] if self._add_up else [(0, first), (first, count)]
+        made = self._run(
+            trainer, [_cut(batch, count, *cut) for cut in cuts], index, parameters
+        )
+        if self._add_up is None:
+            _check_seen(parameters, made)
+        one, *others = [
+            [_of(*each) for each in zip(half, parameters, strict=True)] for half in made
+        ]
         whole = [_of(each.grad, each) for each in parameters]
+        part_size = 2 * first * second / count
+        if not others:
+            return Parts(*_from_one(whole, one, first / count), part_size, count)
+        (other,) = others
+        both = [
+            (a * first + b * second) / count for a, b in zip(one, other, strict=True)
+        ]
+        if self._add_up is None:
+            self._add_up = _near(both, whole)
+        return Parts((_norm(one) + _norm(other)) / 2, _norm(both), part_size, count)
+
+    def _run(
+        self,
+        trainer: Any,
+        batches: Sequence[Any],
+        index: int,
+        parameters: Sequence[torch.nn.Parameter],
+    ) -> list[Sequence[torch.Tensor | None]]:
+        """The gradients of these batches; the module and the random state are given back."""
+        module = trainer.lightning_module
         with Snapshot() as snapshot, silenced(trainer):
             if self._add_up is None:
                 snapshot.capture(module)
@@ -84,24 +112,10 @@ class Halves:
                 snapshot.capture_beside_parameters(module)
             versions = [each._version for each in module.parameters()]
             vars(module)["log"] = _unlogged  # deleted with all that is new
-            one = _gradient(trainer, _cut(batch, count, 0, first), index, parameters)
-            if self._add_up:
-                other = None
-            else:
-                rest = _cut(batch, count, first, count)
-                other = _gradient(trainer, rest, index, parameters)
+            made = [_gradient(trainer, each, index, parameters) for each in batches]
             if versions != [each._version for each in module.parameters()]:
                 raise NotDividedError("its training_step changes parameters itself")
-        part_size = 2 * first * second / count
-        if other is None:
-            return Parts(*_from_one(whole, one, first / count), part_size, count)
-        both = [
-            (a * first + b * second) / count for a, b in zip(one, other, strict=True)
-        ]
-        if self._add_up is None:
-            self._add_up = _near(both, whole)
-        small = (_norm(one) + _norm(other)) / 2
-        return Parts(small, _norm(both), part_size, count)
+        return made
 
 
 def _check(module: Any) -> None:
@@ -128,7 +142,7 @@ def _samples(batch: Any) -> int:
 
 def _gradient(
     trainer: Any, batch: Any, index: int, parameters: Sequence[torch.nn.Parameter]
-) -> list[torch.Tensor]:
+) -> Sequence[torch.Tensor | None]:
     """The gradient of one training step, scaled as that of the batch was; `.grad` is not touched."""
     arguments = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, index)
     with torch.enable_grad(), trainer.precision_plugin.train_step_context():
@@ -140,11 +154,19 @@ def _gradient(
     if scaler is not None:
         loss = scaler.scale(loss)
     with torch.enable_grad():
-        made = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return [
-        _of(gradient, parameter)
-        for gradient, parameter in zip(made, parameters, strict=True)
-    ]
+        return torch.autograd.grad(loss, parameters, allow_unused=True)
+
+
+def _check_seen(
+    parameters: Sequence[torch.nn.Parameter],
+    made: Sequence[Sequence[torch.Tensor | None]],
+) -> None:
+    """Refuse gradients that only a backward pass shows."""
+    for parameter, *halves in zip(parameters, *made, strict=True):
+        if parameter.grad is not None and all(half is None for half in halves):
+            raise NotDividedError(
+                "some of its gradients are made by a reentrant checkpoint; use_reentrant=False does without"
+            )
 
 
 def _of(gradient: torch.Tensor | None, parameter: torch.Tensor) -> torch.Tensor:

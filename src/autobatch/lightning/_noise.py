@@ -9,8 +9,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from autobatch._gradients import Gauge, NoiseRecord, Taken, obstacle
 from autobatch._memory import is_oom
+from autobatch._numbers import plain
 from autobatch._plain_loop import checked_every
-from autobatch._text import plain
 from autobatch.lightning._halves import Halves, NotDividedError, rows_in
 from autobatch.lightning._package import callback_class
 
