@@ -215,7 +215,7 @@ class Gauge:
         if not self._sums and self._parameters:
             device = self._parameters[0].device
         nothing = torch.zeros((), dtype=_precise(device), device=device)
-        parts = [each.to(device) for each in self._sums.values()]
+        parts = [each.to(nothing) for each in self._sums.values()]
         small = torch.stack(parts).sum() if parts else nothing
         whole = nothing if self._whole is None else self._whole.to(nothing)
         before = nothing if self._before is None else self._before.to(nothing)
@@ -235,7 +235,7 @@ class Gauge:
             )
         device = gradient.device
         if device not in self._sums:
-            self._sums[device] = torch.zeros((), dtype=_precise(device), device=device)
+            self._sums[device] = torch.zeros((), dtype=torch.float32, device=device)
         norm = torch.linalg.vector_norm(_values(gradient.detach()), dtype=torch.float32)
         self._sums[device].addcmul_(norm, norm)
 

@@ -135,7 +135,7 @@ class Snapshot:
                     self._held[id(part)] = (ref, attributes)
 
     def _keep_beside(self, left: object, value: Any) -> GiveBack:
-        if value is left:
+        if value is left or type(value) in _PLAIN:
             return partial(_same, value)
         if isinstance(value, (list, deque)) and len(value) > _MANY:
             return partial(refill, value, value.extend, value.copy())
