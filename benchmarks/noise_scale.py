@@ -123,7 +123,6 @@ def windows(kind, pairs):
     model = kind()
     optimizer = torch.optim.AdamW(model.parameters())
     x, y = batch(kind)
-    took = []
 
     def update():
         for _ in range(ACCUMULATE):
@@ -133,9 +132,7 @@ def windows(kind, pairs):
 
     # The first update is measured, the second is not, the third is, ...
     with autobatch.noise_scale(model, micro_batch_size=MICRO_BATCH, every=2):
-        for _ in range(2 * pairs + 6):
-            took.append(seconds(update))
-    took = took[6:]
+        took = [seconds(update) for _ in range(2 * pairs + 6)][6:]
     return [one / other for one, other in zip(took[::2], took[1::2], strict=True)]
 
 

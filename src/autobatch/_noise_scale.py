@@ -105,7 +105,9 @@ def read(
         if window.is_finite and window.update > updates // 2
     ][-KEPT:]
     if not counted:
-        return NoiseReading("settling")
+        return NoiseReading(
+            "settling", last_update=windows[-1].update if windows else 0
+        )
     low, high = _interval(counted)
     if math.isinf(low):
         low = _detectable(counted)
