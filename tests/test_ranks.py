@@ -133,7 +133,9 @@ def job(tmp_path_factory):
         "exploding",
         "splitting",
         "standalone",
+        "answering",
         "everything",
+        "noise",
     )
     port = ("--master-port", free_port())
     finish(start(*TORCHRUN, "--nproc-per-node", 2, *port, CASES, where, *cases))
@@ -226,6 +228,15 @@ def test_find_agrees_in_a_job_and_refuses_a_model_that_waits_for_other_ranks(job
 
 
 @needs_lightning
+def test_within_a_limit_on_latency_the_slowest_rank_decides(job):
+    first, second = (rank["answering"] for rank in job)
+
+    assert first == second
+    assert first["plan"] == (50, 1, 2)
+    assert first["latencies"][0].p50_seconds == pytest.approx(2e-4)
+
+
+@needs_lightning
 def test_validation_loggers_checkpoints_and_a_second_fit_work_on_ranks_too(job):
     ranks = [rank["everything"] for rank in job]
 
@@ -258,3 +269,16 @@ def test_two_nodes_agree(tmp_path):
     )
 
     assert_as_by_hand([rank["hook"] for rank in results(tmp_path)])
+
+
+def test_the_noise_scale_is_measured_by_what_ranks_differ_in(job):
+    one, other = (rank["noise"] for rank in job)
+
+    assert same(one["weights"], other["weights"])
+    for name, batch_size in (("ranks", 16), ("accumulated", 32), ("plain", 16)):
+        assert one[name] == other[name]
+        assert one[name].state == "ok"
+        assert one[name].batch_size == batch_size
+        assert one[name].samples == pytest.approx(4, rel=0.3)
+    assert same(one["weights"]["accumulated"], one["weights"]["unwatched"])
+    assert "around the model" in one["unwrapped"].reason

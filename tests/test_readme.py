@@ -65,7 +65,7 @@ def run(block: str, names: dict[str, object]) -> None:
     exec(compile(block, "README.md", "exec"), names)
 
 
-def test_the_first_two_blocks_tune_and_train_and_tune_alone(names, capsys):
+def test_the_blocks_about_a_trainer_tune_and_train_and_measure(names, capsys):
     pl = pytest.importorskip("pytorch_lightning")
 
     class Module(pl.LightningModule):
@@ -81,20 +81,25 @@ def test_the_first_two_blocks_tune_and_train_and_tune_alone(names, capsys):
             return torch.optim.AdamW(self.parameters())
 
     names |= {"model": Module()}
-    run(blocks("python")[0], names)
-    run(blocks("python")[1], names)
+    for block in blocks("python"):
+        if "trainer" in block:
+            run(block, names)
 
     assert "= 256 per update" in capsys.readouterr().out
     written = Path("lightning_logs/version_0/autobatch.json")
     assert autobatch.TuningReport.read(written).plan.effective_batch_size == 256
     assert names["report"].plan.effective_batch_size == 256
+    again = Path("lightning_logs/version_1/autobatch.json")
+    assert autobatch.TuningReport.read(again).noise == names["noise"].reading
 
 
 def test_the_other_blocks_run_one_after_the_other(names, capsys):
-    for block in blocks("python")[2:]:
-        run(block, names)
+    for block in blocks("python"):
+        if "trainer" not in block:
+            run(block, names)
 
     assert "= 256 per update" in capsys.readouterr().out
+    assert names["noise"].reading.state != "unavailable"
     assert names["again"].plan == names["report"].plan
     assert len(names["again"].trials) == 1
 

@@ -55,6 +55,8 @@ def find(
     time_limit: float | None = 300,
     search: Search | None = None,
     device: str | MemoryProbe | None = None,
+    latency_limit: float | None = None,
+    percentile: float = 99,
     restore: Sequence[Any] = (),
     dataset_size: int | None = None,
 ) -> TuningReport:
@@ -78,6 +80,10 @@ def find(
         time_limit: Seconds for the search; the best size verified by then is taken. None: no limit.
         search: Which size to try next; `GuidedBisection()` unless told otherwise.
         device: Where memory is read: a name such as "cuda:1", or a probe. None: where the model is.
+        latency_limit: For inference: seconds within which a batch has to be answered. The workload then is
+            `answer(batch_size)`, a function that answers one batch, or a generator function that yields after each;
+            its calls are timed one by one, and the largest batch that is answered in time is taken.
+        percentile: So many percent of the calls have to be answered in time.
         restore: Further objects to give back as they were: schedulers, scalers, generators, anything with
             `state_dict` and `load_state_dict`.
         dataset_size: Samples per epoch; bounds the search and gives updates per epoch.
@@ -87,7 +93,7 @@ def find(
 
     Raises:
         ValueError: An argument is not what it should be, or the workload can not do what the plan needs.
-        DoesNotFitError: Not even one sample fits the budget.
+        DoesNotFitError: Not even one sample fits the budget, or is answered within `latency_limit`.
         ShortTrialError: The workload ended before a trial was through.
         ProbeError: The device can not be read.
 
@@ -107,6 +113,8 @@ def find(
         steps_per_trial=steps_per_trial,
         time_limit=time_limit,
         dataset_size=dataset_size,
+        latency_limit=latency_limit,
+        percentile=percentile,
     )
     things = _restorable(restore)
     home = _home_of(workload, things)
@@ -138,6 +146,7 @@ def find(
             optimizers=optimizers,
             home=None if device else home,
             ranks=ranks,
+            trains=latency_limit is None,
         )
         trainable = _trainable(workload)
         if ranks.world_size > 1:
@@ -205,11 +214,12 @@ class _Loop:
         return {"accumulate": accumulate} if self.takes_accumulate else {}
 
     def run(self, batch_size: int, accumulate: int) -> Iterator[Any]:
-        """One start of it: a generator's steps, or the one step of a plain function."""
-        result = self.function(batch_size, **self.options(accumulate))
-        if isinstance(result, Iterator):
-            yield from result
-        else:
+        """One start of it: a generator's steps, or a plain function over and over, one step each time."""
+        while True:
+            result = self.function(batch_size, **self.options(accumulate))
+            if isinstance(result, Iterator):
+                yield from result
+                return
             yield None
 
 
@@ -297,6 +307,8 @@ def _touched(
     optimizers: OptimizerWatch,
     home: torch.device | None,
     ranks: Ranks,
+    *,
+    trains: bool,
 ) -> None:
     """A module or an optimizer shows itself for the first time."""
     probe.attach(thing)
@@ -307,9 +319,8 @@ def _touched(
     parameter = next(thing.parameters(), None)
     if parameter is None:
         return
-    optimizers.expected |= torch.is_grad_enabled() and any(
-        p.requires_grad for p in thing.parameters()
-    )
+    if trains and torch.is_grad_enabled():
+        optimizers.expected |= any(p.requires_grad for p in thing.parameters())
     if home is not None and parameter.device.type != home.type:
         raise ValueError(
             f"The model is on {parameter.device}, while the memory of {probe.name} is watched; pass "

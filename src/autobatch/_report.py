@@ -18,10 +18,25 @@ from pydantic import (
     Field,
     PlainSerializer,
     ValidationError,
+    model_validator,
 )
 
+from autobatch import _tradeoff
 from autobatch._curve import CurvePoint  # noqa: TC001 -- pydantic reads it
-from autobatch._latency import Latency  # noqa: TC001 -- pydantic reads it
+from autobatch._latency import (
+    Latency,
+    LatencyLimit,
+    Stream,
+    cameras,
+    knee,
+    stream,
+)
+from autobatch._latency_text import (
+    latency_facts,
+    latency_table,
+    percentile_told,
+    within,
+)
 from autobatch._learning_rate import LearningRateRule  # noqa: TC001 -- pydantic reads it
 from autobatch._loading import Loading  # noqa: TC001 -- pydantic reads it
 from autobatch._memory import format_bytes, parse_memory_limit
@@ -69,13 +84,13 @@ _SCHEMA_VERSION: Final = 1
 _UNITS = {
     **dict.fromkeys(("budget", "foreign", "peak", "resident", "total"), "bytes"),
     **dict.fromkeys(("low", "high"), "samples"),
-    **dict.fromkeys(("p50", "p90", "p99", "at_percentile"), "seconds"),
 }
 # Of the numbers at the top of a report; settings are what was asked
 _KINDS = {
     "budget_bytes": "derived",
     "dataset_size": "measured",
     "device": "measured",
+    "knee": "measured",
     "largest_fit": "measured",
     "search_seconds": "measured",
     "smallest_failing": "measured",
@@ -96,6 +111,8 @@ _ALLOWED = {
     "steps_per_trial": "a count; give a whole number of optimizer steps, 1 or more",
     "time_limit": "a time; give seconds, more than 0, or None for no limit",
     "dataset_size": "a count; give a whole number of samples, 1 or more, or None",
+    "latency_limit": "a time; give seconds, more than 0, or None for no limit",
+    "percentile": "a percentile; give a number above 0 and up to 100",
 }
 
 
@@ -162,18 +179,24 @@ def _sound_trial(trial: Trial) -> Trial:
     return replace(trial, profile=())
 
 
-def _read_plan(plan: Any) -> Any:
-    """A plan without what is derived from it."""
-    read = _read(plan)
-    if isinstance(read, dict):
-        read.pop("effective_batch_size", None)
-    return read
-
-
 def _sound_plan(plan: BatchPlan) -> BatchPlan:
     if min(plan.micro_batch_size, plan.accumulate_grad_batches, plan.world_size) < 1:
         raise ValueError("a plan has counts of 1 or more")
     return plan
+
+
+def _sound_latency(latency: Latency) -> Latency:
+    seconds = (
+        latency.p50_seconds,
+        latency.p90_seconds,
+        latency.p99_seconds,
+        latency.at_percentile_seconds,
+    )
+    if min(latency.batch_size, latency.calls) < 1 or not all(
+        0 < second < math.inf for second in seconds
+    ):
+        raise ValueError("a latency has counts of 1 or more and times above 0")
+    return latency
 
 
 _Count = Annotated[int, BeforeValidator(_index), Field(ge=1, strict=True)]
@@ -188,7 +211,6 @@ _Trial = Annotated[
 ]
 _Plan = Annotated[
     BatchPlan,
-    BeforeValidator(_read_plan),
     AfterValidator(_sound_plan),
     PlainSerializer(
         lambda p: (
@@ -203,6 +225,15 @@ _MEASURED = (
         lambda record: _written(record, "measured"), when_used="unless-none"
     ),
 )
+_Latency = Annotated[
+    Latency,
+    AfterValidator(_sound_latency),
+    PlainSerializer(
+        lambda each: (
+            _written(each, "measured") | {"samples_per_second": each.samples_per_second}
+        )
+    ),
+]
 _FROZEN = ConfigDict(
     frozen=True,
     alias_generator=AliasGenerator(
@@ -222,6 +253,8 @@ class Settings(BaseModel):
         steps_per_trial: Optimizer steps per trial.
         time_limit: Seconds for the search.
         dataset_size: Samples per epoch.
+        latency_limit: Seconds within which a batch has to be answered; None where that is not asked.
+        percentile: So many percent of the calls have to be.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -232,6 +265,27 @@ class Settings(BaseModel):
     steps_per_trial: _Count
     time_limit: Annotated[_Seconds, Field(gt=0)] | None
     dataset_size: _Count | None
+    # As in reports from before there was a limit on latency
+    latency_limit: Annotated[_Seconds, Field(gt=0)] | None = None
+    percentile: Annotated[
+        float, Field(gt=0, le=100, allow_inf_nan=False, strict=True)
+    ] = 99
+
+    @model_validator(mode="after")
+    def _has_one_aim(self) -> Settings:
+        if self.latency_limit is not None and self.target_batch_size is not None:
+            raise ValueError(
+                f"latency_limit={self.latency_limit:g} is about inference, which has no updates for "
+                f"target_batch_size={self.target_batch_size} to count the samples of; give one of the two."
+            )
+        return self
+
+    @property
+    def limit_on_latency(self) -> LatencyLimit | None:
+        """What a call may take, where that is asked."""
+        if self.latency_limit is None:
+            return None
+        return LatencyLimit(self.latency_limit, self.percentile)
 
     @classmethod
     def checked(cls, **values: Any) -> Settings:
@@ -276,7 +330,8 @@ class TuningReport(BaseModel):
         autobatch_version: What wrote it.
         settings: What was asked.
         subject: What was tuned, "resnet50 · AdamW · bf16-mixed"; may be empty.
-        task: Whether it trains; else there are no updates, and the plan's batch is one forward pass.
+        task: Whether it trains; else there are no updates, and the plan's batch is one forward pass, or one call of a
+            workload that answers.
         device: The device it was tuned on, and what others hold there.
         budget: Bytes a trial may take.
         trials: Every trial, in the order they were run.
@@ -301,7 +356,7 @@ class TuningReport(BaseModel):
     autobatch_version: str
     settings: Settings
     subject: str
-    task: Literal["train", "validate", "test", "predict"] = "train"
+    task: Literal["train", "answer", "validate", "test", "predict"] = "train"
     device: Device
     budget: int
     trials: tuple[_Trial, ...]
@@ -314,7 +369,7 @@ class TuningReport(BaseModel):
     noise: Annotated[NoiseReading | None, *_MEASURED] = None
     learning_rate: LearningRateRule | None = None
     loading: Annotated[Loading | None, *_MEASURED] = None
-    latencies: tuple[Annotated[Latency, *_MEASURED], ...] = ()
+    latencies: tuple[_Latency, ...] = ()
     search_seconds: _Seconds
     notes: tuple[str, ...]
     environment: dict[str, str]
@@ -372,6 +427,28 @@ class TuningReport(BaseModel):
         noise = NoiseRange.of(self.noise)
         return Costs(self.plan, self.pace, self.dataset_size, noise, self.learning_rate)
 
+    @property
+    def knee(self) -> int | None:
+        """The smallest batch with 95 % of the fastest throughput; None where none was timed."""
+        if self.latencies:
+            found = knee(self.latencies)
+            return found.batch_size if found else None
+        return _tradeoff.knee(self.sizes)
+
+    def stream(self, rate: float) -> Stream:
+        """What a stream of samples, so many per second and one by one, gets at each size that was timed.
+
+        `.best` is the row of the size that answers it soonest.
+        """
+        return stream(self.latencies, rate, self.settings.latency_limit)
+
+    def cameras(self, fps: float) -> int:
+        """How many cameras of so many frames per second, all at the same time, are answered in one batch in time.
+
+        Of the sizes that were timed; 0 where not even one is.
+        """
+        return cameras(self.latencies, fps)
+
     def to_json(self) -> str:
         """The report as JSON, with units in its keys, and with the derived rows."""
         derived = {
@@ -381,6 +458,7 @@ class TuningReport(BaseModel):
             "fit": _written(self.fit, "derived") if self.fit else None,
             "effective": [_row_written(row) for row in self.effective],
             "optimum": _written(self.optimum, "estimated") if self.optimum else None,
+            "knee": self.knee,
             "kinds": _KINDS,
         }
         stored = self.model_dump(mode="json", by_alias=True)
@@ -495,9 +573,14 @@ def _header(report: TuningReport) -> tuple[str, ...]:
 def _answer(report: TuningReport) -> str:
     if report.task == "train":
         return _product(report.plan)
-    ranks = report.plan.world_size
+    ranks, limit = report.plan.world_size, report.settings.limit_on_latency
     share = f" on each of {ranks} ranks" if ranks > 1 else ""
-    return f"Batches of {report.plan.micro_batch_size}{share} to {report.task}"
+    batches = f"Batches of {report.plan.micro_batch_size}{share}"
+    if limit is None:
+        return f"{batches} to {report.task}"
+    if report.task == "answer":
+        return f"{batches} answer {within(limit)}"
+    return f"{batches} to {report.task}, {within(limit)}"
 
 
 def _product(plan: BatchPlan) -> str:
@@ -513,11 +596,15 @@ def _counted(trials: int) -> str:
 
 
 def _timed(report: TuningReport) -> str:
-    return f", {len(report.curve)} sizes timed" if report.curve else ""
+    timed = report.curve or report.latencies
+    return f", {len(timed)} sizes timed" if timed else ""
 
 
 def _asked(report: TuningReport) -> str:
     target, got = report.settings.target_batch_size, report.plan.effective_batch_size
+    limit = report.settings.limit_on_latency
+    if limit is not None:
+        return percentile_told(limit)
     if target is None:
         return _among_sizes(report)
     if target == got:
@@ -548,6 +635,9 @@ def _bound(report: TuningReport) -> Bound | None:
 
 
 def _facts(report: TuningReport) -> tuple[Fact, ...]:
+    limit = report.settings.limit_on_latency
+    if report.latencies and limit is not None:
+        return _facts_of_answers(report, limit)
     plan, sizes = report.plan, report.sizes
     size = plan.micro_batch_size
     trial = next((t for t in settled(report.trials) if t.batch_size == size), None)
@@ -569,7 +659,23 @@ def _facts(report: TuningReport) -> tuple[Fact, ...]:
     return tuple(facts)
 
 
+def _facts_of_answers(report: TuningReport, limit: LatencyLimit) -> tuple[Fact, ...]:
+    size = report.plan.micro_batch_size
+    trial = next((t for t in settled(report.trials) if t.batch_size == size), None)
+    facts = [*latency_facts(report.latencies, limit, size, report.task)]
+    if trial and trial.peak is not None:
+        facts.append(memory_fact(trial.peak, report.budget, _among_sizes(report)))
+    if report.look:
+        facts.append(data_fact(report.look))
+    return tuple(facts)
+
+
 def _tables(report: TuningReport) -> tuple[Table, ...]:
+    limit = report.settings.limit_on_latency
+    if report.latencies and limit is not None:
+        size = report.plan.micro_batch_size
+        peaks = {trial.batch_size: trial.peak for trial in settled(report.trials)}
+        return (latency_table(report.latencies, limit, size, peaks),)
     sizes, effective = report.sizes, report.effective
     tables = [speed_table(report.trials, sizes, report.plan)] if report.trials else []
     if effective and (report.dataset_size or any(r.update_seconds for r in effective)):

@@ -189,7 +189,13 @@ def tune_evaluation(trainer: Any, module: Any, asked: Asked, stage: Stage) -> Tu
         loaders = Loaders(trainer, source, mode="sequential")
         settings = _without_target(asked.settings, loaders.samples)
         job = _evaluation_job(
-            trainer, module, loaders, bench, stage, worst_case=asked.worst_case
+            trainer,
+            module,
+            loaders,
+            bench,
+            stage,
+            settings=settings,
+            worst_case=asked.worst_case,
         )
         if asked.settings.target_batch_size is None:
             report = bench.run(job, settings, known=None)
@@ -311,6 +317,7 @@ def _with_validation(
         loaders,
         bench,
         VALIDATION,
+        settings=asked.settings,
         after=partial(
             steps, plan.micro_batch_size, min(2, plan.accumulate_grad_batches)
         ),
@@ -365,6 +372,7 @@ def _evaluation_job(
     bench: _Bench,
     stage: Stage,
     *,
+    settings: Settings,
     after: Callable[[], Generator[Any]] | None = None,
     worst_case: Callable[[int], Any] | None = None,
 ) -> Job:
@@ -376,7 +384,7 @@ def _evaluation_job(
         accumulate=1,
         samples_trained=None,
         update_at_most=None,
-        remarks=None,
+        remarks=lambda _: _about_rounds(loaders, settings),
         before=None,
         subject=_subject(module, stage.name, trainer.precision),
         environment=_environment(trainer),
@@ -385,6 +393,17 @@ def _evaluation_job(
         curve_seconds=0.0 if after else _curve.SECONDS,
         learning_rate=None,
     )
+
+
+def _about_rounds(loaders: Loaders, settings: Settings) -> tuple[str, ...]:
+    """What a call is, where several loaders take turns."""
+    if settings.latency_limit is None or len(loaders.each) == 1:
+        return ()
+    note = (
+        f"A call is one batch of each of the {len(loaders.each)} loaders, one after the other; batch sizes are those "
+        "of the first."
+    )
+    return (note,)
 
 
 def _without_target(settings: Settings, dataset_size: int | None) -> Settings:
