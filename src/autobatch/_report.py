@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import (
     AfterValidator,
@@ -71,6 +71,11 @@ from autobatch._tradeoff import (
     speed_rows,
 )
 from autobatch._trial import Outcome, Trial
+from autobatch.errors import AutobatchError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 __all__ = ["Device", "Settings", "TuningReport", "page"]
 
@@ -479,6 +484,31 @@ class TuningReport(BaseModel):
     def text(self, glyphs: Glyphs = UNICODE) -> str:
         """The report for a terminal, at most 86 columns wide, in these glyphs."""
         return terminal(page(self), glyphs)
+
+    def plot(self, path: str | Path | None = None, ax: Axes | None = None) -> Figure:
+        """The report as a picture: the answer, and what speaks for it; needs matplotlib.
+
+        It opens no window, and leaves pyplot and its settings as they are; a notebook shows what is returned.
+
+        Args:
+            path: A file to write as well, which ends in .png, .svg or .pdf.
+            ax: Draw only the main panel, into this Axes: what the effective batch costs, where a noise scale was
+                measured, else the speed; for inference the latency. Its figure is returned.
+        """
+        try:
+            from autobatch._figure import draw
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] != "matplotlib":
+                raise
+            raise AutobatchError(
+                'A picture needs matplotlib: pip install "lightning-autobatch[plot]".'
+            ) from None
+        return draw(self, path, ax)
+
+    def _repr_html_(self) -> str:
+        from autobatch._notebook import to_html
+
+        return to_html(self)
 
     def __str__(self) -> str:
         return self.text()
