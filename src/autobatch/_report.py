@@ -553,9 +553,9 @@ def page(report: TuningReport) -> Page:
 
 
 def _notes(report: TuningReport) -> tuple[str, ...]:
-    """Those of the tuning run, and what was measured since."""
+    """What was measured while it trained, then those of the tuning run."""
     waited = waiting(report.loading)
-    return (*report.notes, waited) if waited else report.notes
+    return (waited, *report.notes) if waited else report.notes
 
 
 def _header(report: TuningReport) -> tuple[str, ...]:
