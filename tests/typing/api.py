@@ -17,6 +17,8 @@ from autobatch import (
     Bisection,
     DoesNotFitError,
     GuidedBisection,
+    NoiseReading,
+    NoiseScale,
     Outcome,
     ProbeError,
     ShortTrialError,
@@ -112,6 +114,15 @@ AutoBatch(
     device=SimulatedAccelerator("2GiB", foreign="1GiB"),
     batch_arg_name="micro_batch_size",
 )
+
+
+# The noise scale
+
+noise = NoiseScale(every=5, split_every=20)
+assert_type(noise.reading, NoiseReading)
+with autobatch.noise_scale(model, micro_batch_size=8) as watch:
+    assert_type(watch.reading, NoiseReading)
+assert_type(noise.reading.samples, float | None)
 
 
 # A search of one's own
