@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import autobatch
-from autobatch.testing import SimulatedAccelerator
+from autobatch.testing import PaperDevice, SimulatedAccelerator
 
 try:
     pl = importlib.import_module("pytorch_lightning")
@@ -99,6 +99,22 @@ class Explodes(Model):
         if self.global_rank == 1 and self.steps == 3:
             raise ZeroDivisionError("mine")
         return super().training_step(batch, batch_idx)
+
+
+class Contrastive(Model):
+    """Compares samples with each other, and on one rank takes whole batches alone."""
+
+    def __init__(self, whole_on):
+        super().__init__()
+        self.net = nn.Linear(16, 4)
+        self.whole_on = whole_on
+
+    def training_step(self, batch, batch_idx):
+        x, _, _ = batch
+        if self.whole_on == RANK and len(x) < 16:
+            raise RuntimeError("half a batch")
+        z = F.normalize(self.net(x))
+        return F.cross_entropy(z @ z.T / 0.1, torch.arange(len(z)))
 
 
 def trainer(*callbacks, **options):
@@ -275,6 +291,16 @@ def exploding():
     return {"error": None}
 
 
+def splitting():
+    """What both ranks are told where one of them can not test its loss."""
+    told = {}
+    for rank in (0, 1):
+        callback = tuner(target_batch_size=None, plan=autobatch.BatchPlan(16, 4, 2))
+        callback.tune(trainer(), Contrastive(rank), loader())
+        told[rank] = callback.report.notes
+    return told
+
+
 def standalone():
     """`find` in a job that is there already, with a model that no one has wrapped."""
     model = nn.Linear(16, 256)
@@ -354,6 +380,22 @@ def noise():
     return {**readings, "plain": watch.reading, "weights": weights}
 
 
+def answering():
+    """`find` within a limit on latency, with a device that is twice as slow on the second rank."""
+    seconds = (1e-4, 2e-4)[RANK]
+    paper = PaperDevice("1MiB", seconds_per_step=0, seconds_per_sample=seconds)
+    report = autobatch.find(
+        lambda batch_size: paper.workload(batch_size, 1),
+        latency_limit=0.0101,
+        device=paper,
+    )
+    plan = report.plan
+    return {
+        "plan": (plan.micro_batch_size, plan.accumulate_grad_batches, plan.world_size),
+        "latencies": report.latencies,
+    }
+
+
 CASES = {
     "noise": noise,
     "launched": lambda: compared("passed"),
@@ -363,7 +405,9 @@ CASES = {
     "failing": lambda: failing([5, 20, 45, 70, 110]),
     "synchronised": synchronised,
     "exploding": exploding,
+    "splitting": splitting,
     "standalone": standalone,
+    "answering": answering,
 }
 
 

@@ -26,17 +26,28 @@ HEAVY = {
 
 # From facts to story; a module imports from earlier rows only. `lightning/` is a row of its own, ordered within.
 LAYERS = (
-    ("errors", "_deadline", "_host", "_numbers", "_text"),
+    ("errors", "_deadline", "_file", "_host", "_numbers", "_text"),
     ("_memory",),
     ("_ledger", "_kept"),
-    ("_snapshot", "_trial", "_noise_scale", "_learning_rate", "_latency", "_loading"),
-    ("_curve", "_gradients"),
+    (
+        "_snapshot",
+        "_trial",
+        "_noise_scale",
+        "_learning_rate",
+        "_latency",
+        "_loading",
+        "_equivalence",
+    ),
+    ("_curve", "_calls", "_gradients"),
     ("_pace", "_ranks"),
-    ("_plan", "_record"),
+    ("_plan", "_record", "_answers"),
     ("_tradeoff",),
+    ("_cautions",),
     ("_notes",),
     ("_tables",),
+    ("_latency_text",),
     ("_report",),
+    ("_figure", "_notebook"),
     ("sinks", "_search", "_probes", "testing"),
     ("_tune", "_doors"),
     ("_find", "_plain_loop"),
@@ -47,7 +58,10 @@ LAYERS = (
 LAYER = {name: height for height, row in enumerate(LAYERS) for name in row}
 
 # Arrows that point up, "_module -> _other", each inside a function and with its reason.
-UPWARD: dict[str, str] = {}
+UPWARD: dict[str, str] = {
+    "_report -> _figure": "report.plot() is looked for on the report; matplotlib is loaded with the picture",
+    "_report -> _notebook": "a notebook asks the object itself for its HTML",
+}
 
 
 def sources() -> dict[str, ast.Module]:

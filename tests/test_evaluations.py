@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from torch import nn
@@ -420,3 +422,73 @@ def test_several_loaders_keep_their_proportion():
     )
     assert first > 4
     assert second == 2 * first
+
+
+# Within a limit on latency
+
+
+@pytest.mark.parametrize("method", ["validate", "test", "predict"])
+def test_the_largest_batch_that_answers_in_time_is_applied(method):
+    model, passed = Model(), loader(4)
+    callback = tuner("64KiB", target_batch_size=None, latency_limit=30.0)
+
+    getattr(trainer(callback), method)(model, passed)
+
+    report = callback.report
+    size = report.plan.micro_batch_size
+    assert report.task == method
+    assert model.sizes <= {size, 240 % size}
+    assert size == report.largest_fit == report.latencies[-1].batch_size
+    assert report.latencies[0].batch_size == 1
+    assert f"Batches of {size} to {method}, within 30 s" in str(report)
+    assert "with the copy to the device, without reading data" in str(report)
+    assert passed.batch_size == 4
+
+
+def test_steps_that_are_too_slow_bound_the_batch():
+    class Slow(Model):
+        def predict_step(self, batch, batch_idx):
+            time.sleep(0.06 if len(batch[0]) > 4 else 0.0)
+            return super().predict_step(batch, batch_idx)
+
+    model = Slow()
+    # Half of the calls, on however busy a machine
+    limit = {"latency_limit": 0.04, "percentile": 50}
+    callback = tuner("1MiB", target_batch_size=None, **limit)
+
+    report = callback.tune(trainer(), model, dataloaders=loader(2), method="predict")
+
+    assert report.plan.micro_batch_size == 4
+    assert {8} <= {trial.batch_size for trial in report.trials}
+    assert model.evaluated == []
+
+
+def test_a_call_is_a_batch_of_each_loader_in_turn():
+    callback = tuner("1MiB", target_batch_size=None, latency_limit=30.0)
+    loaders = [loader(4, length=16), loader(8, length=16)]
+
+    report = callback.tune(trainer(), Model(), dataloaders=loaders, method="predict")
+
+    assert any(
+        "A call is one batch of each of the 2 loaders" in note for note in report.notes
+    )
+
+
+def test_a_limit_on_latency_is_refused_where_fit_trains():
+    model, passed = Model(), loader(4)
+    callback = autobatch.AutoBatch(latency_limit=0.1)
+    sentence = "^latency_limit=0.1 is for validate, test and predict, which answer batches; fit trains"
+
+    with pytest.raises(autobatch.AutobatchError, match=sentence):
+        trainer(callback).fit(model, passed)
+    with pytest.raises(autobatch.AutobatchError, match=sentence):
+        callback.tune(trainer(), model, passed)
+
+    assert model.trained == []
+    assert passed.batch_size == 4
+    assert callback.report is None
+
+
+def test_a_limit_on_latency_and_a_target_exclude_each_other():
+    with pytest.raises(ValueError, match=r"^latency_limit=0\.1 is about inference"):
+        autobatch.AutoBatch(latency_limit=0.1, target_batch_size=64)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,7 +44,8 @@ def test_an_example_runs(script, tmp_path):
     )
 
     assert ran.returncode == 0, ran.stderr
-    assert "Micro-batch" in ran.stdout  # it shows a report
+    # It shows a report
+    assert re.search(r"(?m)^  (Micro-batch|Batches of) \d+ ", ran.stdout)
 
 
 def test_no_example_hides_a_package():

@@ -131,7 +131,9 @@ def job(tmp_path_factory):
         "failing",
         "synchronised",
         "exploding",
+        "splitting",
         "standalone",
+        "answering",
         "everything",
         "noise",
     )
@@ -206,12 +208,32 @@ def test_an_error_on_one_rank_is_raised_on_all(job):
 
 
 @needs_lightning
+def test_one_rank_says_for_all_whether_a_batch_can_be_split(job):
+    first, second = (rank["splitting"] for rank in job)
+
+    assert first == second
+    assert [
+        any("Splitting a batch of 16" in note for note in first[unable])
+        for unable in (0, 1)
+    ] == [False, True]
+
+
+@needs_lightning
 def test_find_agrees_in_a_job_and_refuses_a_model_that_waits_for_other_ranks(job):
     first, second = (rank["standalone"] for rank in job)
 
     assert first == second
     assert first["effective"] == 2000
     assert "DistributedDataParallel" in first["refused"]
+
+
+@needs_lightning
+def test_within_a_limit_on_latency_the_slowest_rank_decides(job):
+    first, second = (rank["answering"] for rank in job)
+
+    assert first == second
+    assert first["plan"] == (50, 1, 2)
+    assert first["latencies"][0].p50_seconds == pytest.approx(2e-4)
 
 
 @needs_lightning

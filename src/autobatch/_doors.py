@@ -27,6 +27,11 @@ def known_plan(
     """
     if plan is None:
         return None
+    if settings.latency_limit is not None:
+        raise ValueError(
+            f"plan={str(plan)!r} is verified, and latency_limit={settings.latency_limit:g} asks for a search; give one "
+            "of the two."
+        )
     if isinstance(plan, (str, Path)):
         report = TuningReport.read(plan)
         if report.task != "train":

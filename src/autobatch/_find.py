@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 from autobatch import _curve
+from autobatch._cautions import batch_norm
 from autobatch._doors import checked_search, known_plan, versions
+from autobatch._equivalence import batch_norms
+from autobatch._learning_rate import common_rule
 from autobatch._probes import detect
 from autobatch._ranks import ranks_here
 from autobatch._report import Settings, TuningReport
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from autobatch._learning_rate import LearningRateRule
     from autobatch._memory import MemoryProbe
     from autobatch._plan import BatchPlan
     from autobatch._ranks import Ranks
@@ -51,6 +55,8 @@ def find(
     time_limit: float | None = 300,
     search: Search | None = None,
     device: str | MemoryProbe | None = None,
+    latency_limit: float | None = None,
+    percentile: float = 99,
     restore: Sequence[Any] = (),
     dataset_size: int | None = None,
 ) -> TuningReport:
@@ -74,6 +80,10 @@ def find(
         time_limit: Seconds for the search; the best size verified by then is taken. None: no limit.
         search: Which size to try next; `GuidedBisection()` unless told otherwise.
         device: Where memory is read: a name such as "cuda:1", or a probe. None: where the model is.
+        latency_limit: For inference: seconds within which a batch has to be answered. The workload then is
+            `answer(batch_size)`, a function that answers one batch, or a generator function that yields after each;
+            its calls are timed one by one, and the largest batch that is answered in time is taken.
+        percentile: So many percent of the calls have to be answered in time.
         restore: Further objects to give back as they were: schedulers, scalers, generators, anything with
             `state_dict` and `load_state_dict`.
         dataset_size: Samples per epoch; bounds the search and gives updates per epoch.
@@ -83,7 +93,7 @@ def find(
 
     Raises:
         ValueError: An argument is not what it should be, or the workload can not do what the plan needs.
-        DoesNotFitError: Not even one sample fits the budget.
+        DoesNotFitError: Not even one sample fits the budget, or is answered within `latency_limit`.
         ShortTrialError: The workload ended before a trial was through.
         ProbeError: The device can not be read.
 
@@ -103,6 +113,8 @@ def find(
         steps_per_trial=steps_per_trial,
         time_limit=time_limit,
         dataset_size=dataset_size,
+        latency_limit=latency_limit,
+        percentile=percentile,
     )
     things = _restorable(restore)
     home = _home_of(workload, things)
@@ -134,6 +146,7 @@ def find(
             optimizers=optimizers,
             home=None if device else home,
             ranks=ranks,
+            trains=latency_limit is None,
         )
         trainable = _trainable(workload)
         if ranks.world_size > 1:
@@ -141,7 +154,11 @@ def find(
         snapshot.capture(*things, *trainable)
         with snapshot.at_first_step(touched):
             report = tune(
-                job,
+                replace(
+                    job,
+                    remarks=partial(_remarks, snapshot),
+                    learning_rate=partial(_rule, snapshot),
+                ),
                 settings,
                 known=known_plan(plan, settings, world_size=ranks.world_size),
                 probe=probe,
@@ -197,11 +214,12 @@ class _Loop:
         return {"accumulate": accumulate} if self.takes_accumulate else {}
 
     def run(self, batch_size: int, accumulate: int) -> Iterator[Any]:
-        """One start of it: a generator's steps, or the one step of a plain function."""
-        result = self.function(batch_size, **self.options(accumulate))
-        if isinstance(result, Iterator):
-            yield from result
-        else:
+        """One start of it: a generator's steps, or a plain function over and over, one step each time."""
+        while True:
+            result = self.function(batch_size, **self.options(accumulate))
+            if isinstance(result, Iterator):
+                yield from result
+                return
             yield None
 
 
@@ -227,6 +245,18 @@ def _trainable(workload: Callable[..., Any]) -> list[Any]:
     """Models and optimizers in sight of the workload: captured now, before it does anything to them."""
     kinds = (torch.nn.Module, torch.optim.Optimizer)
     return [thing for thing in _reachable(workload) if isinstance(thing, kinds)]
+
+
+def _remarks(snapshot: Snapshot, plan: BatchPlan) -> tuple[str, ...]:
+    """What its layers do with a plan; a model that a workload makes for itself is gone by now."""
+    return batch_norm(batch_norms(snapshot.alive), plan)
+
+
+def _rule(snapshot: Snapshot) -> LearningRateRule | None:
+    """That of the optimizers that have stepped, as far as they live."""
+    return common_rule(
+        thing for thing in snapshot.alive if isinstance(thing, torch.optim.Optimizer)
+    )
 
 
 def _home_of(workload: Callable[..., Any], things: Sequence[Any]) -> torch.device:
@@ -277,6 +307,8 @@ def _touched(
     optimizers: OptimizerWatch,
     home: torch.device | None,
     ranks: Ranks,
+    *,
+    trains: bool,
 ) -> None:
     """A module or an optimizer shows itself for the first time."""
     probe.attach(thing)
@@ -287,9 +319,8 @@ def _touched(
     parameter = next(thing.parameters(), None)
     if parameter is None:
         return
-    optimizers.expected |= torch.is_grad_enabled() and any(
-        p.requires_grad for p in thing.parameters()
-    )
+    if trains and torch.is_grad_enabled():
+        optimizers.expected |= any(p.requires_grad for p in thing.parameters())
     if home is not None and parameter.device.type != home.type:
         raise ValueError(
             f"The model is on {parameter.device}, while the memory of {probe.name} is watched; pass "

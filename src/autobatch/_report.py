@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import (
     AfterValidator,
@@ -18,16 +18,31 @@ from pydantic import (
     Field,
     PlainSerializer,
     ValidationError,
+    model_validator,
 )
 
+from autobatch import _tradeoff
 from autobatch._curve import CurvePoint  # noqa: TC001 -- pydantic reads it
-from autobatch._latency import Latency  # noqa: TC001 -- pydantic reads it
+from autobatch._latency import (
+    Latency,
+    LatencyLimit,
+    Stream,
+    cameras,
+    knee,
+    stream,
+)
+from autobatch._latency_text import (
+    latency_facts,
+    latency_table,
+    percentile_told,
+    within,
+)
 from autobatch._learning_rate import LearningRateRule  # noqa: TC001 -- pydantic reads it
 from autobatch._loading import Loading  # noqa: TC001 -- pydantic reads it
 from autobatch._memory import format_bytes, parse_memory_limit
 from autobatch._noise_scale import NoiseReading  # noqa: TC001 -- pydantic reads it
-from autobatch._notes import Bound, Look, tightest_bound
-from autobatch._numbers import SECONDS, percent, plain, quantity
+from autobatch._notes import Bound, Look, tightest_bound, waiting
+from autobatch._numbers import SECONDS, aligned, percent, plain, quantity
 from autobatch._pace import Pace
 from autobatch._plan import BatchPlan
 from autobatch._tables import (
@@ -46,42 +61,92 @@ from autobatch._tradeoff import (
     EffectiveRow,
     LineFit,
     NoiseRange,
+    Optimum,
     SpeedRow,
     effective_rows,
     fit_line,
     is_of,
+    optimum,
     settled,
     speed_rows,
 )
 from autobatch._trial import Outcome, Trial
+from autobatch.errors import AutobatchError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 __all__ = ["Device", "Settings", "TuningReport", "page"]
 
 _SCHEMA_VERSION: Final = 1
-_IN_BYTES = {"budget", "foreign", "peak", "resident", "total"}
+# What a field is counted in, where its name does not say it
+_UNITS = {
+    **dict.fromkeys(("budget", "foreign", "peak", "resident", "total"), "bytes"),
+    **dict.fromkeys(("low", "high"), "samples"),
+}
+# Of the numbers at the top of a report; settings are what was asked
+_KINDS = {
+    "budget_bytes": "derived",
+    "dataset_size": "measured",
+    "device": "measured",
+    "knee": "measured",
+    "largest_fit": "measured",
+    "search_seconds": "measured",
+    "smallest_failing": "measured",
+    "validation_batch_size": "measured",
+}
+# Of a row of effective batches, what is estimated and not worked out from measured times
+_ESTIMATED = (
+    "relative_updates",
+    "relative_samples",
+    "relative_time",
+    "relative_time_low",
+    "relative_time_high",
+    "useful_samples_per_second",
+)
 _ALLOWED = {
     "target_batch_size": "a count; give a whole number of samples, 1 or more, or None",
     "max_micro_batch_size": "a count; give a whole number of samples, 1 or more, or None",
     "steps_per_trial": "a count; give a whole number of optimizer steps, 1 or more",
     "time_limit": "a time; give seconds, more than 0, or None for no limit",
     "dataset_size": "a count; give a whole number of samples, 1 or more, or None",
+    "latency_limit": "a time; give seconds, more than 0, or None for no limit",
+    "percentile": "a percentile; give a number above 0 and up to 100",
 }
 
 
 def _named(field: str) -> str:
     """The name of a field in JSON, where a reader has no documentation at hand: with its unit."""
-    return f"{field}_bytes" if field in _IN_BYTES else field
+    return f"{field}_{_UNITS[field]}" if field in _UNITS else field
 
 
-def _written(record: Any) -> dict[str, Any]:
-    """One of the frozen dataclasses in JSON."""
-    return {_named(name): value for name, value in asdict(record).items()}
+_FIELDS = {_named(field): field for field in _UNITS}
+
+
+def _written(record: Any, kind: str) -> dict[str, Any]:
+    """One of the frozen dataclasses in JSON; its kind says where its numbers come from."""
+    named = {_named(name): value for name, value in asdict(record).items()}
+    return {**named, "kind": kind}
 
 
 def _read(record: Any) -> Any:
     if not isinstance(record, dict):
         return record
-    return {str(name).removesuffix("_bytes"): value for name, value in record.items()}
+    return {
+        _FIELDS.get(name, str(name)): value
+        for name, value in record.items()
+        if name != "kind"
+    }
+
+
+def _row_written(row: EffectiveRow) -> dict[str, Any]:
+    """A row of effective batches, what is estimated apart."""
+    written = _written(row, "derived")
+    estimated = {name: written.pop(name) for name in _ESTIMATED}
+    if row.relative_updates is None:
+        return written
+    return {**written, "to_same_loss": {**estimated, "kind": "estimated"}}
 
 
 def _index(value: Any) -> Any:
@@ -93,6 +158,16 @@ def _index(value: Any) -> Any:
 def _limit(value: Any) -> Any:
     parse_memory_limit(value)
     return value
+
+
+def _sound(record: Any) -> Any:
+    if record is not None and not all(
+        0 <= value < math.inf
+        for value in asdict(record).values()
+        if isinstance(value, float)
+    ):
+        raise ValueError("numbers that are measured are finite, and none is below 0")
+    return record
 
 
 def _sound_trial(trial: Trial) -> Trial:
@@ -110,19 +185,53 @@ def _sound_plan(plan: BatchPlan) -> BatchPlan:
     return plan
 
 
+def _sound_latency(latency: Latency) -> Latency:
+    seconds = (
+        latency.p50_seconds,
+        latency.p90_seconds,
+        latency.p99_seconds,
+        latency.at_percentile_seconds,
+    )
+    if min(latency.batch_size, latency.calls) < 1 or not all(
+        0 < second < math.inf for second in seconds
+    ):
+        raise ValueError("a latency has counts of 1 or more and times above 0")
+    return latency
+
+
 _Count = Annotated[int, BeforeValidator(_index), Field(ge=1, strict=True)]
 _Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
 _Trial = Annotated[
     Trial,
     BeforeValidator(_read),
     AfterValidator(_sound_trial),
-    PlainSerializer(lambda t: {k: v for k, v in _written(t).items() if k != "profile"}),
+    PlainSerializer(
+        lambda t: {k: v for k, v in _written(t, "measured").items() if k != "profile"}
+    ),
 ]
 _Plan = Annotated[
     BatchPlan,
     AfterValidator(_sound_plan),
     PlainSerializer(
-        lambda p: _written(p) | {"effective_batch_size": p.effective_batch_size}
+        lambda p: (
+            _written(p, "derived") | {"effective_batch_size": p.effective_batch_size}
+        )
+    ),
+]
+_MEASURED = (
+    BeforeValidator(_read),
+    AfterValidator(_sound),
+    PlainSerializer(
+        lambda record: _written(record, "measured"), when_used="unless-none"
+    ),
+)
+_Latency = Annotated[
+    Latency,
+    AfterValidator(_sound_latency),
+    PlainSerializer(
+        lambda each: (
+            _written(each, "measured") | {"samples_per_second": each.samples_per_second}
+        )
     ),
 ]
 _FROZEN = ConfigDict(
@@ -144,6 +253,8 @@ class Settings(BaseModel):
         steps_per_trial: Optimizer steps per trial.
         time_limit: Seconds for the search.
         dataset_size: Samples per epoch.
+        latency_limit: Seconds within which a batch has to be answered; None where that is not asked.
+        percentile: So many percent of the calls have to be.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -154,6 +265,27 @@ class Settings(BaseModel):
     steps_per_trial: _Count
     time_limit: Annotated[_Seconds, Field(gt=0)] | None
     dataset_size: _Count | None
+    # As in reports from before there was a limit on latency
+    latency_limit: Annotated[_Seconds, Field(gt=0)] | None = None
+    percentile: Annotated[
+        float, Field(gt=0, le=100, allow_inf_nan=False, strict=True)
+    ] = 99
+
+    @model_validator(mode="after")
+    def _has_one_aim(self) -> Settings:
+        if self.latency_limit is not None and self.target_batch_size is not None:
+            raise ValueError(
+                f"latency_limit={self.latency_limit:g} is about inference, which has no updates for "
+                f"target_batch_size={self.target_batch_size} to count the samples of; give one of the two."
+            )
+        return self
+
+    @property
+    def limit_on_latency(self) -> LatencyLimit | None:
+        """What a call may take, where that is asked."""
+        if self.latency_limit is None:
+            return None
+        return LatencyLimit(self.latency_limit, self.percentile)
 
     @classmethod
     def checked(cls, **values: Any) -> Settings:
@@ -198,7 +330,8 @@ class TuningReport(BaseModel):
         autobatch_version: What wrote it.
         settings: What was asked.
         subject: What was tuned, "resnet50 · AdamW · bf16-mixed"; may be empty.
-        task: Whether it trains; else there are no updates, and the plan's batch is one forward pass.
+        task: Whether it trains; else there are no updates, and the plan's batch is one forward pass, or one call of a
+            workload that answers.
         device: The device it was tuned on, and what others hold there.
         budget: Bytes a trial may take.
         trials: Every trial, in the order they were run.
@@ -223,7 +356,7 @@ class TuningReport(BaseModel):
     autobatch_version: str
     settings: Settings
     subject: str
-    task: Literal["train", "validate", "test", "predict"] = "train"
+    task: Literal["train", "answer", "validate", "test", "predict"] = "train"
     device: Device
     budget: int
     trials: tuple[_Trial, ...]
@@ -231,12 +364,12 @@ class TuningReport(BaseModel):
     validation_batch_size: _Count | None = None
     can_accumulate: bool = True
     dataset_size: _Count | None
-    look: Look | None = None
-    curve: tuple[CurvePoint, ...] = ()
-    noise: NoiseReading | None = None
+    look: Annotated[Look | None, *_MEASURED] = None
+    curve: tuple[Annotated[CurvePoint, *_MEASURED], ...] = ()
+    noise: Annotated[NoiseReading | None, *_MEASURED] = None
     learning_rate: LearningRateRule | None = None
-    loading: Loading | None = None
-    latencies: tuple[Latency, ...] = ()
+    loading: Annotated[Loading | None, *_MEASURED] = None
+    latencies: tuple[_Latency, ...] = ()
     search_seconds: _Seconds
     notes: tuple[str, ...]
     environment: dict[str, str]
@@ -279,25 +412,54 @@ class TuningReport(BaseModel):
         """What effective batches around the plan's would cost: derived; empty where nothing trains."""
         if self.task != "train":
             return ()
-        costs = Costs(
-            self.plan,
-            self.pace,
-            self.dataset_size,
-            NoiseRange.of(self.noise),
-            self.learning_rate,
-        )
-        rows = effective_rows(costs, self.trials, self.curve)
+        rows = effective_rows(self._costs, self.trials, self.curve)
         if self.can_accumulate:
             return rows
         return tuple(row for row in rows if row.accumulate_grad_batches == 1)
+
+    @property
+    def optimum(self) -> Optimum | None:
+        """Which effective batch would reach the same loss soonest: estimated; None where no noise scale was measured."""
+        return optimum(self._costs, self.effective)
+
+    @property
+    def _costs(self) -> Costs:
+        noise = NoiseRange.of(self.noise)
+        return Costs(self.plan, self.pace, self.dataset_size, noise, self.learning_rate)
+
+    @property
+    def knee(self) -> int | None:
+        """The smallest batch with 95 % of the fastest throughput; None where none was timed."""
+        if self.latencies:
+            found = knee(self.latencies)
+            return found.batch_size if found else None
+        return _tradeoff.knee(self.sizes)
+
+    def stream(self, rate: float) -> Stream:
+        """What a stream of samples, so many per second and one by one, gets at each size that was timed.
+
+        `.best` is the row of the size that answers it soonest.
+        """
+        return stream(self.latencies, rate, self.settings.latency_limit)
+
+    def cameras(self, fps: float) -> int:
+        """How many cameras of so many frames per second, all at the same time, are answered in one batch in time.
+
+        Of the sizes that were timed; 0 where not even one is.
+        """
+        return cameras(self.latencies, fps)
 
     def to_json(self) -> str:
         """The report as JSON, with units in its keys, and with the derived rows."""
         derived = {
             "largest_fit": self.largest_fit,
             "smallest_failing": self.smallest_failing,
-            "sizes": [_written(row) for row in self.sizes],
-            "effective": [_written(row) for row in self.effective],
+            "sizes": [_written(row, "measured") for row in self.sizes],
+            "fit": _written(self.fit, "derived") if self.fit else None,
+            "effective": [_row_written(row) for row in self.effective],
+            "optimum": _written(self.optimum, "estimated") if self.optimum else None,
+            "knee": self.knee,
+            "kinds": _KINDS,
         }
         stored = self.model_dump(mode="json", by_alias=True)
         return json.dumps(stored | derived, indent=2, ensure_ascii=False)
@@ -322,6 +484,31 @@ class TuningReport(BaseModel):
     def text(self, glyphs: Glyphs = UNICODE) -> str:
         """The report for a terminal, at most 86 columns wide, in these glyphs."""
         return terminal(page(self), glyphs)
+
+    def plot(self, path: str | Path | None = None, ax: Axes | None = None) -> Figure:
+        """The report as a picture: the answer, and what speaks for it; needs matplotlib.
+
+        It opens no window, and leaves pyplot and its settings as they are; a notebook shows what is returned.
+
+        Args:
+            path: A file to write as well, which ends in .png, .svg or .pdf.
+            ax: Draw only the main panel, into this Axes: what the effective batch costs, where a noise scale was
+                measured, else the speed; for inference the latency. Its figure is returned.
+        """
+        try:
+            from autobatch._figure import draw
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] != "matplotlib":
+                raise
+            raise AutobatchError(
+                'A picture needs matplotlib: pip install "lightning-autobatch[plot]".'
+            ) from None
+        return draw(self, path, ax)
+
+    def _repr_html_(self) -> str:
+        from autobatch._notebook import to_html
+
+        return to_html(self)
 
     def __str__(self) -> str:
         return self.text()
@@ -361,8 +548,14 @@ def page(report: TuningReport) -> Page:
         asked=_asked(report),
         facts=_facts(report),
         tables=_tables(report),
-        notes=tuple(plain(note) for note in report.notes),
+        notes=tuple(plain(note) for note in _notes(report)),
     )
+
+
+def _notes(report: TuningReport) -> tuple[str, ...]:
+    """What was measured while it trained, then those of the tuning run."""
+    waited = waiting(report.loading)
+    return (waited, *report.notes) if waited else report.notes
 
 
 def _header(report: TuningReport) -> tuple[str, ...]:
@@ -380,9 +573,14 @@ def _header(report: TuningReport) -> tuple[str, ...]:
 def _answer(report: TuningReport) -> str:
     if report.task == "train":
         return _product(report.plan)
-    ranks = report.plan.world_size
+    ranks, limit = report.plan.world_size, report.settings.limit_on_latency
     share = f" on each of {ranks} ranks" if ranks > 1 else ""
-    return f"Batches of {report.plan.micro_batch_size}{share} to {report.task}"
+    batches = f"Batches of {report.plan.micro_batch_size}{share}"
+    if limit is None:
+        return f"{batches} to {report.task}"
+    if report.task == "answer":
+        return f"{batches} answer {within(limit)}"
+    return f"{batches} to {report.task}, {within(limit)}"
 
 
 def _product(plan: BatchPlan) -> str:
@@ -398,11 +596,15 @@ def _counted(trials: int) -> str:
 
 
 def _timed(report: TuningReport) -> str:
-    return f", {len(report.curve)} sizes timed" if report.curve else ""
+    timed = report.curve or report.latencies
+    return f", {len(timed)} sizes timed" if timed else ""
 
 
 def _asked(report: TuningReport) -> str:
     target, got = report.settings.target_batch_size, report.plan.effective_batch_size
+    limit = report.settings.limit_on_latency
+    if limit is not None:
+        return percentile_told(limit)
     if target is None:
         return _among_sizes(report)
     if target == got:
@@ -433,6 +635,9 @@ def _bound(report: TuningReport) -> Bound | None:
 
 
 def _facts(report: TuningReport) -> tuple[Fact, ...]:
+    limit = report.settings.limit_on_latency
+    if report.latencies and limit is not None:
+        return _facts_of_answers(report, limit)
     plan, sizes = report.plan, report.sizes
     size = plan.micro_batch_size
     trial = next((t for t in settled(report.trials) if t.batch_size == size), None)
@@ -454,7 +659,23 @@ def _facts(report: TuningReport) -> tuple[Fact, ...]:
     return tuple(facts)
 
 
+def _facts_of_answers(report: TuningReport, limit: LatencyLimit) -> tuple[Fact, ...]:
+    size = report.plan.micro_batch_size
+    trial = next((t for t in settled(report.trials) if t.batch_size == size), None)
+    facts = [*latency_facts(report.latencies, limit, size, report.task)]
+    if trial and trial.peak is not None:
+        facts.append(memory_fact(trial.peak, report.budget, _among_sizes(report)))
+    if report.look:
+        facts.append(data_fact(report.look))
+    return tuple(facts)
+
+
 def _tables(report: TuningReport) -> tuple[Table, ...]:
+    limit = report.settings.limit_on_latency
+    if report.latencies and limit is not None:
+        size = report.plan.micro_batch_size
+        peaks = {trial.batch_size: trial.peak for trial in settled(report.trials)}
+        return (latency_table(report.latencies, limit, size, peaks),)
     sizes, effective = report.sizes, report.effective
     tables = [speed_table(report.trials, sizes, report.plan)] if report.trials else []
     if effective and (report.dataset_size or any(r.update_seconds for r in effective)):
@@ -463,7 +684,6 @@ def _tables(report: TuningReport) -> tuple[Table, ...]:
                 effective,
                 report.plan,
                 title=_effective_title(report),
-                rule=report.learning_rate,
                 foot=_effective_foot(report),
             )
         )
@@ -475,22 +695,31 @@ def _effective_title(report: TuningReport) -> str:
     title = "Effective batch"
     if noise and report.noise:
         between = f"{report.noise.first_update}–{report.noise.last_update}"
-        title += f", compared with {report.plan.effective_batch_size}; noise scale {noise.samples:,.3g}, updates {between}"
+        title += f", compared with {report.plan.effective_batch_size:,}; noise scale {aligned([noise.samples])[0]}, updates {between}"
     elif report.dataset_size:
         title += f", over an epoch of {report.dataset_size:,} samples"
-    rule = report.learning_rate
-    return f"{title}; LR by the {rule.rule} rule" if rule else title
+    return title
 
 
 def _effective_foot(report: TuningReport) -> str:
+    """What stands below the ladder: how far to trust it, and which rule its learning rates go by."""
+    rule = report.learning_rate
+    told = [
+        _trust(report),
+        f"LR: {rule.optimizer}'s {rule.rule} rule, not applied." if rule else "",
+    ]
+    return " ".join(sentence for sentence in told if sentence)
+
+
+def _trust(report: TuningReport) -> str:
     """How far to trust the times to the same loss, or why there are none."""
     noise = report.noise
     if noise is None:
         return ""
-    known = f"{noise.samples:,.3g}" if noise.samples else ""
+    known = aligned([noise.samples])[0] if noise.samples else ""
     match noise.state:
         case "ok":
-            return f"{_likely(report)}Estimates, right within about 4×: they compare batches, and do not tell how long a run takes."
+            return f"{_likely(report)}Estimates, right within about 4×: they compare batches, not how long runs take."
         case "settling":
             so_far = f", at least {known} so far" if known else ""
             return f"Noise scale not settled after {noise.last_update:,} updates{so_far}; it usually rises in the first hundred."

@@ -14,7 +14,6 @@ from autobatch._trial import Outcome
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from autobatch._learning_rate import LearningRateRule
     from autobatch._notes import Look
     from autobatch._numbers import Unit
     from autobatch._plan import BatchPlan
@@ -22,13 +21,17 @@ if TYPE_CHECKING:
     from autobatch._trial import Trial
 
 __all__ = [
+    "bar",
     "data_fact",
     "effective_table",
     "epoch_fact",
+    "measures",
     "memory_fact",
+    "numbers",
     "speed_fact",
     "speed_table",
     "spread",
+    "table_of",
     "update_fact",
 ]
 
@@ -110,7 +113,7 @@ class _Size:
     @property
     def said(self) -> str:
         if self.speed is not None:
-            return _bar(self.speed.of_fastest)
+            return bar(self.speed.of_fastest)
         return _SAID[self.trial.outcome] if self.trial else ""
 
     @property
@@ -134,10 +137,10 @@ def speed_table(
     shown = _thinned(sizes, keep={plan.micro_batch_size, fastest})
     lines = [size.speed for size in shown]
     left_out = len(sizes) - len(shown)
-    return _table(
+    return table_of(
         [
             Column("micro-batch", tuple(str(size.batch_size) for size in shown)),
-            _numbers(
+            numbers(
                 "samples/s", [row.samples_per_second if row else None for row in lines]
             ),
             Column("", tuple(size.said for size in shown), align="<"),
@@ -145,10 +148,10 @@ def speed_table(
                 "of fastest",
                 tuple(percent(row.of_fastest) if row else "" for row in lines),
             ),
-            _measures(
+            measures(
                 "step {}", [row.step_seconds if row else None for row in lines], SECONDS
             ),
-            _measures("peak {}", [size.peak for size in shown], BYTES),
+            measures("peak {}", [size.peak for size in shown], BYTES),
         ],
         chosen=[size.batch_size == plan.micro_batch_size for size in shown],
         foot=f"{left_out} more; report.trials and report.curve have them all"
@@ -162,12 +165,11 @@ def effective_table(
     plan: BatchPlan,
     *,
     title: str,
-    rule: LearningRateRule | None,
     foot: str,
 ) -> Table:
     """A ladder of effective batches: how many updates an epoch has, what they take, and what comes of them."""
     compared = any(row.relative_time is not None for row in rows)
-    return _table(
+    return table_of(
         [
             Column(
                 "per update", tuple(f"{row.effective_batch_size:,}" for row in rows)
@@ -180,11 +182,11 @@ def effective_table(
                     for row in rows
                 ),
             ),
-            _measures("{}/epoch", [row.epoch_seconds for row in rows], SECONDS),
+            measures("{}/epoch", [row.epoch_seconds for row in rows], SECONDS),
             Column("time to same loss", tuple(map(_relative_time, rows)), align="<")
             if compared
-            else _measures("{}/update", [*map(_update_seconds, rows)], SECONDS),
-            Column(f"LR ({rule.optimizer})" if rule else "", tuple(map(_factor, rows))),
+            else measures("{}/update", [*map(_update_seconds, rows)], SECONDS),
+            Column("LR", tuple(map(_factor, rows))),
         ],
         title=title,
         chosen=[is_of(row, plan) for row in rows],
@@ -212,14 +214,17 @@ def _relative_time(row: EffectiveRow) -> str:
 def spread(row: EffectiveRow) -> str:
     """Between what and what the time to the same loss is likely to be."""
     low, high = (
-        f"{row.relative_time_low or 0:.1f}",
+        _times(row.relative_time_low or 0, 1),
         _times(row.relative_time_high or 0, 1),
     )
-    return high if f"{low}×" == high else f"{low}–{high}"
+    return high if low == high else f"{low.removesuffix('×')}–{high}"
 
 
 def _times(value: float, decimals: int = 2) -> str:
-    return f"{value:.{decimals}f}×" if value < 10 else f"{value:,.0f}×"  # noqa: PLR2004 -- two digits are enough
+    """A multiple, to two digits where it is large."""
+    if value < 10:  # noqa: PLR2004 -- one digit before the point
+        return f"{value:.{decimals}f}×"
+    return f"{float(f'{value:.2g}'):,.0f}×"
 
 
 def _factor(row: EffectiveRow) -> str:
@@ -229,30 +234,32 @@ def _factor(row: EffectiveRow) -> str:
     return f"×{factor:,.0f}" if factor >= 10 else f"×{factor:.2g}"  # noqa: PLR2004 -- two digits are enough
 
 
-def _table(
+def table_of(
     columns: Iterable[Column], *, chosen: list[bool], title: str = "", foot: str = ""
 ) -> Table:
+    """A table without the columns in which nothing stands."""
     told = tuple(column for column in columns if any(column.cells))
     return Table(title, told, chosen.index(True) if any(chosen) else None, foot)
 
 
-def _measures(
+def measures(
     header: str, values: Sequence[float | None], units: Sequence[Unit]
 ) -> Column:
     """Numbers in the one unit that suits them, which the header names."""
     unit = unit_for([value for value in values if value is not None], units)
     scaled = [None if value is None else value / unit.factor for value in values]
-    return _numbers(header.format(unit.name), scaled)
+    return numbers(header.format(unit.name), scaled)
 
 
-def _numbers(header: str, values: Sequence[float | None]) -> Column:
+def numbers(header: str, values: Sequence[float | None]) -> Column:
+    """Numbers that share their decimals."""
     shown = iter(aligned([value for value in values if value is not None]))
     return Column(
         header, tuple("" if value is None else next(shown) for value in values)
     )
 
 
-def _bar(share: float) -> str:
+def bar(share: float) -> str:
     """A share as a bar, exact to an eighth of a character."""
     full, eighths = divmod(round(share * _BAR * 8), 8)
     return "█" * full + " ▏▎▍▌▋▊▉"[eighths].strip()

@@ -81,7 +81,7 @@ def terminal(page: Page, glyphs: Glyphs) -> str:
     blocks = [
         _joined(page.header),
         _ends(page.answer, page.asked),
-        [f"  {fact.label:<9}{fact.value:<24}{fact.remark}" for fact in page.facts],
+        [f"  {fact.label:<9}{fact.value:<23} {fact.remark}" for fact in page.facts],
         *(_rows(table) for table in page.tables),
         [line for note in page.notes for line in _note(note)],
     ]

@@ -27,7 +27,9 @@ __all__ = [
     "Timing",
     "Trial",
     "Workload",
+    "recover",
     "run_trial",
+    "time_calls",
     "time_updates",
 ]
 
@@ -35,6 +37,9 @@ T = TypeVar("T")
 
 # (batch size, accumulation) -> a training loop that yields after every optimizer step
 Workload: TypeAlias = Callable[[int, int], Iterator[Any]]
+
+# Calls before those that are timed, which find the device as another size left it
+_CALLS_BEFORE: Final = 2
 
 # Steps granted until an optimizer has really stepped: a GradScaler may skip the first dozen while its scale settles.
 _WARM_UP: Final = 20
@@ -177,6 +182,7 @@ class _Run:
 
     def __init__(self, workload: Workload, batch_size: int, accumulate: int) -> None:
         self.steps = 0
+        self.starts = 1
         self.counts: list[int] = []  # samples of its micro-batches, where it says
         self.accumulate = accumulate
         self._start: Callable[[], Iterator[Any]] = partial(
@@ -190,6 +196,7 @@ class _Run:
             said = next(self._steps)
         except StopIteration:
             self._steps = self._start()
+            self.starts += 1
             try:
                 said = next(self._steps)
             except StopIteration:
@@ -207,7 +214,7 @@ class _Run:
         return ShortTrialError(
             f"The workload ended after {self.steps} optimizer steps at batch_size={self._batch_size}, without "
             "yielding again when it was started anew. A trial that runs no step proves nothing: yield after every "
-            "optimizer step."
+            "optimizer step, or after every answer."
         )
 
 
@@ -266,6 +273,56 @@ def time_updates(
         bench,
     )
     return None if isinstance(ended, _OutOfMemory) else ended
+
+
+def time_calls(
+    workload: Workload,
+    batch_size: int,
+    *,
+    is_new: bool,
+    enough: Callable[[Sequence[float]], bool],
+    bench: Bench,
+) -> Sequence[float] | None:
+    """Time calls of a size one by one, under the cap where watching does not slow them down, until there are enough.
+
+    The device is waited for each time, as a caller would. Calls that had to start the workload anew are left out.
+    `is_new` tells whether modules that no one has seen yet may come up. None where it ran out of memory. An error
+    that is not about memory passes through with a note.
+    """
+    looks = is_new and not _compiles()
+    looking = bench.first_touch if looks else contextlib.nullcontext
+    ended = _survived(
+        lambda: _capped(
+            lambda: _called(_Run(workload, batch_size, 1), looking, enough, bench),
+            bench,
+        ),
+        batch_size,
+        bench,
+    )
+    return None if isinstance(ended, _OutOfMemory) else ended
+
+
+def _called(
+    run: _Run,
+    looking: Callable[[], contextlib.AbstractContextManager[None]],
+    enough: Callable[[Sequence[float]], bool],
+    bench: Bench,
+) -> Sequence[float]:
+    clock = bench.probe.clock
+    steady: list[float] = []
+    anew: list[float] = []
+    with contextlib.closing(run):
+        with looking():
+            run.step()
+        for _ in range(1, _CALLS_BEFORE):
+            run.step()
+        # A workload may never get further than one call
+        while not enough(steady) and not (anew and not steady and enough(anew)):
+            starts, began = run.starts, clock()
+            run.step()
+            seconds = clock() - began
+            (steady if run.starts == starts else anew).append(seconds)
+    return steady or anew
 
 
 @dataclass(frozen=True, slots=True)
@@ -457,6 +514,14 @@ def _count(said: Any) -> int | None:
         return operator.index(said)
     except TypeError:  # a tensor of a loss
         return None
+
+
+def recover(error: Exception, probe: MemoryProbe) -> None:
+    """Let go of what a failed step holds, and give its memory back."""
+    _forget(error)
+    _empty_autograd(probe)
+    gc.collect()
+    probe.release()
 
 
 def _forget(error: BaseException) -> None:

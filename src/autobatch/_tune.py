@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from statistics import median
 from typing import TYPE_CHECKING, Final
 
+from autobatch._answers import SECONDS_TIMED, Answers
+from autobatch._calls import Calls
 from autobatch._curve import curve_sizes, enough, in_turns, point
 from autobatch._deadline import Deadline
+from autobatch._latency import largest_within
+from autobatch._latency_text import latency_notes, nothing_within
 from autobatch._memory import format_bytes
 from autobatch._notes import Bound, Findings, notes, tightest_bound
 from autobatch._pace import Pace
@@ -98,8 +103,11 @@ def tune(
         plan = tuning.verify(known)
     else:
         tuning.search(search)
-        tuning.time_sizes()
-        plan = tuning.choose()
+        if tuning.limit is None:
+            tuning.time_sizes()
+            plan = tuning.choose()
+        else:
+            plan = tuning.choose_within()
     tuning.check_agreement(plan)
     return tuning.report(plan)
 
@@ -168,6 +176,17 @@ class _Tuning:
             world_size=ranks.world_size,
         )
         self._high = max(1, self._bound.batch_size) if self._bound else _CEILING
+        self.limit = settings.limit_on_latency
+
+    @cached_property
+    def _answers(self) -> Answers | None:
+        """What each size answers in, where that is limited."""
+        if self.limit is None:
+            return None
+        calls = Calls(self._job.workload, self.bench)
+        return Answers(
+            self.limit, calls, self._fits, self._snapshot, self.record.everywhere
+        )
 
     def begin(self, known: BatchPlan | None) -> None:
         """Refuse to start where a rank is past its budget already, or where ranks were asked different things."""
@@ -221,6 +240,19 @@ class _Tuning:
                 # The workload could not fill it: it goes no further
                 self._high = min(self._high, trial.batch_size)
             self._check_size_is_used(trial)
+            self._check_speed(trial)
+
+    def _check_speed(self, trial: Trial) -> None:
+        """Where a limit on latency is beyond a size, go no higher: what fits there is of no use."""
+        if self._answers is None or not trial.fits:
+            return
+        if self._answers.is_beyond(trial.batch_size, trial.step_seconds or 0.0):
+            self._high = min(self._high, trial.batch_size)
+            self._bound = Bound(
+                self._high,
+                f"at {self._high} even the fastest call takes longer than latency_limit="
+                f"{self._answers.limit.seconds:g} seconds",
+            )
 
     def _next_size(self, search: Search) -> int | None:
         """What the search proposes, as far as there is time for it and for confirming the plan."""
@@ -248,6 +280,11 @@ class _Tuning:
         return _CONFIRMATIONS * self._deadline.seconds_of(self.record.fitting[-1])
 
     def _proposal(self, search: Search, high: int) -> int | None:
+        if self._answers is not None and self.record.fitting:
+            # Memory may have room for sizes that are slow beyond all use
+            largest = self.record.fitting[-1]
+            seconds = self._last_trial_of(largest).step_seconds or 0.0
+            high = min(high, self._answers.reach(largest, seconds))
         start = min(self._start, high)
         return search.propose(
             self.record.trials, start=start, high=high, budget=self.record.budget
@@ -263,8 +300,10 @@ class _Tuning:
             return self.record.now - began + seconds <= self._job.curve_seconds
 
         sizes = curve_sizes(self.record.fitting, self._samples_per_rank)
-        for size in sizes:
-            if size not in self.record.fitting and affordable(self._trial_seconds):
+        for size in reversed(sizes):
+            # Half of the time is for the turns
+            aside = self._trial_seconds + self._job.curve_seconds / 2
+            if size not in self.record.fitting and affordable(aside):
                 self._try_aside(size)
         tried = {trial.batch_size: trial for trial in self.record.trials if trial.fits}
         tried |= {
@@ -339,6 +378,31 @@ class _Tuning:
         plan = verified[0] if verified else self._nearest(target)
         self._check_can_accumulate(plan)
         return plan
+
+    def choose_within(self) -> BatchPlan:
+        """The largest size that fits and answers within the limit on latency."""
+        answers = self._answers
+        if answers is None or not self.record.fitting:
+            raise self._nothing_fits()
+        answers.measure(self.record.fitting[-1])
+        best = largest_within(answers.latencies, answers.limit.seconds)
+        if best is None:
+            raise DoesNotFitError(nothing_within(answers.latencies, answers.limit))
+        return BatchPlan(best.batch_size, world_size=self._ranks.world_size)
+
+    def _last_trial_of(self, size: int) -> Trial:
+        return next(
+            trial for trial in reversed(self.record.trials) if trial.batch_size == size
+        )
+
+    def _fits(self, size: int) -> bool:
+        """Whether a trial has shown that a size fits, or shows it now."""
+        if all(size != trial.batch_size for trial in self.record.trials):
+            if not self._deadline.allows(size, self._yardstick, 0.0):
+                self._out_of_time = True
+                return False
+            self.attempt(size)
+        return size in self.record.fitting
 
     def _confirm(self, target: int) -> None:
         """Run the micro-batch of the best plan, where the search did not; then look which is the best now."""
@@ -418,6 +482,7 @@ class _Tuning:
         findings = Findings(
             plan=plan,
             trials=tuple(self.record.trials),
+            curve=self._curve,
             target_batch_size=settings.target_batch_size,
             bound=self._bound_met(),
             time_limit=settings.time_limit if self._out_of_time else None,
@@ -425,8 +490,11 @@ class _Tuning:
             total=reading.total,
             foreign=reading.foreign,
             before=self._job.before,
+            learning_rate=self._job.learning_rate()
+            if self._job.learning_rate
+            else None,
             dataset_size=samples,
-            remarks=self._job.remarks(plan) if self._job.remarks else (),
+            remarks=self._remarks(plan),
             look=self._job.look() if self._job.look else None,
         )
         return TuningReport(
@@ -442,16 +510,31 @@ class _Tuning:
             budget=self.record.budget,
             trials=findings.trials,
             plan=plan,
+            task="train" if self.limit is None else "answer",
+            latencies=self._answers.latencies if self._answers else (),
             can_accumulate=self._job.can_accumulate,
             dataset_size=samples,
             look=findings.look,
             curve=self._curve,
-            learning_rate=self._job.learning_rate()
-            if self._job.learning_rate
-            else None,
+            learning_rate=findings.learning_rate,
             search_seconds=self._deadline.spent,
             notes=notes(findings),
             environment=self._job.environment,
+        )
+
+    def _remarks(self, plan: BatchPlan) -> tuple[str, ...]:
+        remarks = self._job.remarks(plan) if self._job.remarks else ()
+        answers = self._answers
+        if answers is None:
+            return remarks
+        return (
+            *latency_notes(
+                answers.latencies,
+                answers.limit,
+                plan.micro_batch_size,
+                SECONDS_TIMED if answers.is_out_of_time else None,
+            ),
+            *remarks,
         )
 
     def _run(self, size: int, accumulate: int) -> Trial:
@@ -488,7 +571,7 @@ class _Tuning:
             target,
             self._ranks.world_size,
             self.record.fitting[-1],
-            Pace.of(() if self._curve else self.record.trials, self._curve),
+            Pace.of(self.record.trials, self._curve),
         )
 
     def _verified(self, plan: BatchPlan) -> bool:

@@ -1,7 +1,7 @@
 """Everything autobatch raises on its own account, drawn as a tree.
 
 AutobatchError
-├── DoesNotFitError    no batch size that may be used fits the budget
+├── DoesNotFitError    no batch size that may be used fits the budget, or answers in time
 ├── ShortTrialError    a workload ended before its trial had run
 └── ProbeError         a device's memory can not be read
 
@@ -18,7 +18,7 @@ class AutobatchError(Exception):
 
 
 class DoesNotFitError(AutobatchError):
-    """No batch size that may be used fits the budget; the message lists what was tried."""
+    """No batch size that may be used fits the budget, or answers within the limit; the message lists what was tried."""
 
 
 class ShortTrialError(AutobatchError):

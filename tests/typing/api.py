@@ -64,6 +64,7 @@ for report in (
     ),
     autobatch.find(paper.workload, plan="autobatch.json", device=paper),
     autobatch.find(train, plan=Path("autobatch.json")),
+    autobatch.find(step, latency_limit=1 / 30, percentile=99.9),
 ):
     assert_type(report, TuningReport)
 
@@ -86,6 +87,14 @@ for trial in found.trials:
     assert_type(trial.fits, bool)
     assert_type(trial.peak, int | None)
     assert_type(trial.step_seconds, float | None)
+
+assert_type(found.knee, int | None)
+assert_type(found.cameras(30), int)
+for row in found.stream(29.97).rows:
+    assert_type(row.worst_seconds, float)
+    assert_type(row.is_stable, bool)
+for latency in found.latencies:
+    assert_type(latency.p99_seconds, float)
 
 sinks.console(found)
 sinks.log(found)
@@ -114,6 +123,7 @@ AutoBatch(
     device=SimulatedAccelerator("2GiB", foreign="1GiB"),
     batch_arg_name="micro_batch_size",
 )
+AutoBatch(latency_limit=0.1, percentile=95)
 
 
 # The noise scale

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from autobatch import sinks
 from autobatch._doors import checked_search, known_plan
+from autobatch._notes import waiting
 from autobatch._report import Settings, TuningReport
 from autobatch._snapshot import Snapshot
 from autobatch.errors import AutobatchError
@@ -21,7 +22,12 @@ from autobatch.lightning._apply import (
     check_name,
     checked_name,
 )
-from autobatch.lightning._checks import check, check_launcher, check_lightning
+from autobatch.lightning._checks import (
+    check,
+    check_answers,
+    check_launcher,
+    check_lightning,
+)
 from autobatch.lightning._evaluations import STAGES, before_data, loaders_for
 from autobatch.lightning._known import Checkpoint, Known, known_at_start
 from autobatch.lightning._loaders import (
@@ -38,6 +44,7 @@ from autobatch.lightning._package import callback_class, package_of
 from autobatch.lightning._run import Asked, tune_evaluation, tune_training
 from autobatch.lightning._samples import checked_worst_case
 from autobatch.lightning._scratch import silenced
+from autobatch.lightning._waiting import LoaderWait
 from autobatch.lightning._windows import WindowRepair, check_switch
 
 if TYPE_CHECKING:
@@ -79,6 +86,10 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         time_limit: Seconds for the search; the best size verified by then is taken. None: no limit.
         search: Which size to try next; `GuidedBisection()` unless told otherwise.
         device: Where memory is read: a name such as "cuda:1", or a probe. None: where the model is.
+        latency_limit: For `validate`, `test` and `predict`: seconds within which a step has to answer a batch, the
+            copy to the device included. The steps are timed one by one, and the largest batch that is answered in
+            time is taken.
+        percentile: So many percent of the steps have to be answered in time.
         batch_arg_name: The attribute or hyperparameter of the module or datamodule that names the batch size, if any.
         repair_last_window: Whether the last update of an epoch, which may be of fewer samples than the others, gets
             the gradient of the mean loss over its samples; Lightning by itself makes it too small. For losses that
@@ -113,6 +124,8 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         time_limit: float | None = 300,
         search: Search | None = None,
         device: str | MemoryProbe | None = None,
+        latency_limit: float | None = None,
+        percentile: float = 99,
         batch_arg_name: str = "batch_size",
         repair_last_window: bool = False,
         worst_case: Callable[[int], Any] | None = None,
@@ -128,6 +141,8 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             steps_per_trial=steps_per_trial,
             time_limit=time_limit,
             dataset_size=None,
+            latency_limit=latency_limit,
+            percentile=percentile,
         )
         self._known = known_plan(plan, settings, world_size=None)
         self._asked = Asked(
@@ -146,6 +161,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         self._checkpoint: Checkpoint | None = None
         self._rebatched: dict[str, Rebatched] = {}  # by what they serve
         self._window: WindowRepair | None = None
+        self._wait = LoaderWait()
         self._before = BeforeOptimizers()
         self._before_data: list[Callable[[], None]] = []  # what undoes a watch
         self._only_tunes = False
@@ -179,6 +195,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             ValueError: There is no such method, or it does not take the loaders that were given.
             AutobatchError: The run is one that can not be tuned.
         """
+        check_answers(self._asked.settings, method)
         check_launcher(trainer)
         loaders = loaders_for(method, train_dataloaders, val_dataloaders, dataloaders)
         callbacks = trainer.callbacks
@@ -206,6 +223,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Go first, so that callbacks which look at the loader or the optimizers see the tuned ones."""
+        check_answers(self._asked.settings, stage)
         others = (callback for callback in trainer.callbacks if callback is not self)
         trainer.callbacks = [self, *others]
         # LearningRateFinder loads what it saved itself: nothing of that concerns the next fit
@@ -268,11 +286,13 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         if "train" in self._rebatched:
             self._rebatched["train"].check_used(trainer.train_dataloader)
             self._milestones.watch(trainer, partial(self._retune, trainer, pl_module))
+            self._wait = LoaderWait()
         if self.report is not None:
             log_report(self.report, trainer)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Count from here, where the last window of an epoch is repaired."""
+        self._wait.interrupt()
         if self._window is not None:
             self._window.start_epoch()
 
@@ -280,8 +300,19 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count its samples, where the last window of an epoch is repaired."""
+        self._wait.start_batch(trainer)
         if self._window is not None:
             self._window.start_batch(trainer, batch, batch_idx)
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Do not take validation for waiting."""
+        self._wait.interrupt()
+
+    def on_save_checkpoint(
+        self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]
+    ) -> None:
+        """Do not take a checkpoint for waiting."""
+        self._wait.interrupt()
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
         """Weight the gradients so far, where the last window of an epoch is repaired."""
@@ -296,13 +327,21 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             self._window.before_step(trainer, optimizer)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Complete the report with the noise scale, where a callback has measured it."""
-        noise = next((c for c in trainer.callbacks if isinstance(c, NoiseScale)), None)
-        if noise is None or self._trained is None or "train" not in self._rebatched:
+        """Complete the report with what was measured while it trained."""
+        self._wait.stop()
+        if self._trained is None or "train" not in self._rebatched:
             return
-        self._trained = self._trained.model_copy(update={"noise": noise.reading})
-        self._tell(trainer, self._trained)
+        noise = next((c for c in trainer.callbacks if isinstance(c, NoiseScale)), None)
+        measured = {
+            "loading": self._wait.loading,
+            "noise": noise.reading if noise else None,
+        }
+        self.report = self._trained = self._trained.model_copy(update=measured)
         refresh_report(self._trained, trainer)
+        if noise is not None:
+            self._tell(trainer, self._trained)
+        elif (note := waiting(self._wait.loading)) and trainer.is_global_zero:
+            _log.warning("%s", note)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Give the user's loader its own size again."""
@@ -392,6 +431,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
     def _undo(self) -> None:
         self._milestones.forget()
         self._before.forget()
+        self._wait.stop()
         self._window = None
         while self._before_data:
             self._before_data.pop()()

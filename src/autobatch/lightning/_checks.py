@@ -15,9 +15,10 @@ from autobatch.lightning._package import package_of
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from autobatch._report import Settings
     from autobatch.lightning._known import Checkpoint
 
-__all__ = ["check", "check_launcher", "check_lightning"]
+__all__ = ["check", "check_answers", "check_launcher", "check_lightning"]
 
 _TESTED: Final = "2.6.0 to 2.6.6"
 # What AutoBatch uses of a Trainer that Lightning does not promise to keep
@@ -26,10 +27,12 @@ _PRIVATE: Final = (
     "_logger_connector.on_batch_end",
     "_logger_connector.on_batch_start",
     "fit_loop._combined_loader",
+    "fit_loop._data_fetcher",
     "fit_loop._data_source.dataloader",
     "fit_loop._data_source.instance",
     "fit_loop.advance",
     "fit_loop.epoch_loop._build_kwargs",
+    "fit_loop.epoch_loop.automatic_optimization._training_step",
     "fit_loop.epoch_loop.automatic_optimization.run",
     "fit_loop.epoch_loop.batch_progress.increment_ready",
     "fit_loop.epoch_loop.val_loop._data_source.instance",
@@ -83,6 +86,15 @@ def _has(owner: Any, path: str) -> bool:
     except AttributeError:
         return False
     return True
+
+
+def check_answers(settings: Settings, method: str) -> None:
+    """Raise `AutobatchError` where a limit on latency is to hold for training."""
+    if method == "fit" and settings.latency_limit is not None:
+        raise AutobatchError(
+            f"latency_limit={settings.latency_limit:g} is for validate, test and predict, which answer batches; fit "
+            "trains: give it an AutoBatch without."
+        )
 
 
 def check_launcher(trainer: Any) -> None:

@@ -19,7 +19,7 @@ from autobatch._trial import OptimizerWatch
 from autobatch._tune import Job, tune
 from autobatch.errors import AutobatchError, DoesNotFitError
 from autobatch.lightning._apart import apart
-from autobatch.lightning._apply import name_batch_size
+from autobatch.lightning._apply import is_named, name_batch_size
 from autobatch.lightning._counts import Counts
 from autobatch.lightning._evaluations import VALIDATION, Evaluations
 from autobatch.lightning._host import ahead, copied, room_for_copy
@@ -27,7 +27,9 @@ from autobatch.lightning._known import Here, Known
 from autobatch.lightning._loaders import FixedBatchSizeError, Loaders
 from autobatch.lightning._package import package_of
 from autobatch.lightning._samples import Samples
+from autobatch.lightning._schedules import schedules
 from autobatch.lightning._scratch import scratch
+from autobatch.lightning._splitting import Splits
 from autobatch.lightning._steps import Steps
 from autobatch.lightning._windows import batches_trained, check_repairable, told
 
@@ -123,6 +125,18 @@ def tune_training(
         samples = Samples(loaders, bench.snapshot, asked.worst_case)
         named = partial(name_batch_size, module, asked.batch_arg_name)
         steps = Steps(trainer, samples, named)
+        splits = Splits(
+            trainer,
+            module,
+            samples,
+            steps,
+            named,
+            bench.probe,
+            asked.settings.memory_limit,
+            bench.snapshot,
+            bench.ranks,
+        )
+        has_name = is_named(module, asked.batch_arg_name)
         job = Job(
             workload=steps,
             can_accumulate=True,
@@ -131,6 +145,8 @@ def tune_training(
             samples_trained=counts.samples,
             update_at_most=loaders.samples,
             remarks=lambda plan: (
+                *splits.told(plan),
+                *schedules(trainer, counts.before, plan, is_named=has_name),
                 *told(trainer, loaders, plan, repaired=asked.repairs),
                 *counts.remarks(plan),
                 *_about_the_host(trainer, loaders, samples, bench, plan),
@@ -173,7 +189,13 @@ def tune_evaluation(trainer: Any, module: Any, asked: Asked, stage: Stage) -> Tu
         loaders = Loaders(trainer, source, mode="sequential")
         settings = _without_target(asked.settings, loaders.samples)
         job = _evaluation_job(
-            trainer, module, loaders, bench, stage, worst_case=asked.worst_case
+            trainer,
+            module,
+            loaders,
+            bench,
+            stage,
+            settings=settings,
+            worst_case=asked.worst_case,
         )
         if asked.settings.target_batch_size is None:
             report = bench.run(job, settings, known=None)
@@ -295,6 +317,7 @@ def _with_validation(
         loaders,
         bench,
         VALIDATION,
+        settings=asked.settings,
         after=partial(
             steps, plan.micro_batch_size, min(2, plan.accumulate_grad_batches)
         ),
@@ -349,6 +372,7 @@ def _evaluation_job(
     bench: _Bench,
     stage: Stage,
     *,
+    settings: Settings,
     after: Callable[[], Generator[Any]] | None = None,
     worst_case: Callable[[int], Any] | None = None,
 ) -> Job:
@@ -360,7 +384,7 @@ def _evaluation_job(
         accumulate=1,
         samples_trained=None,
         update_at_most=None,
-        remarks=None,
+        remarks=lambda _: _about_rounds(loaders, settings),
         before=None,
         subject=_subject(module, stage.name, trainer.precision),
         environment=_environment(trainer),
@@ -369,6 +393,17 @@ def _evaluation_job(
         curve_seconds=0.0 if after else _curve.SECONDS,
         learning_rate=None,
     )
+
+
+def _about_rounds(loaders: Loaders, settings: Settings) -> tuple[str, ...]:
+    """What a call is, where several loaders take turns."""
+    if settings.latency_limit is None or len(loaders.each) == 1:
+        return ()
+    note = (
+        f"A call is one batch of each of the {len(loaders.each)} loaders, one after the other; batch sizes are those "
+        "of the first."
+    )
+    return (note,)
 
 
 def _without_target(settings: Settings, dataset_size: int | None) -> Settings:

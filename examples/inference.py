@@ -1,0 +1,42 @@
+"""How large may a batch be that has to be answered between two frames? And what does one camera want?"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import autobatch
+from autobatch.testing import SimulatedAccelerator
+
+model = nn.Sequential(
+    nn.Conv2d(3, 16, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.LazyLinear(10)
+).eval()
+model(torch.zeros(1, 3, 64, 64))
+
+
+def answer(batch_size):
+    """Answer one batch after another, on frames that are there already."""
+    frames = torch.rand(batch_size, 3, 64, 64)
+    while True:
+        with torch.inference_mode():
+            model(frames)
+        yield
+
+
+report = autobatch.find(
+    answer,
+    latency_limit=1 / 30,  # seconds: before the next frame of a camera comes
+    percentile=99,
+    max_micro_batch_size=64,
+    device=SimulatedAccelerator("64MiB"),  # leave this out on a GPU
+)
+print(report)
+
+print(f"\n{report.cameras(30)} cameras of 30 frames per second in one batch")
+print(f"{report.knee} is enough for nearly all of the throughput")
+alone = report.stream(30).best
+if alone is not None:
+    print(
+        f"One camera alone: batches of {alone.batch_size}, "
+        f"each frame answered within {1e3 * alone.worst_seconds:.1f} ms"
+    )
