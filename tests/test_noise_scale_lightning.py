@@ -137,7 +137,7 @@ def fitted(callback, *, kind=Busy, batches=None, **options):
     [
         {},
         {"accumulate_grad_batches": 4},
-        {"precision": "bf16-mixed"},
+        pytest.param({"precision": "bf16-mixed"}, marks=pytest.mark.slow),
         {"gradient_clip_val": 0.1},
     ],
     ids=str,
@@ -170,6 +170,7 @@ def test_training_with_a_scaled_loss_is_the_same_to_the_bit(accumulate):
     assert same(watched, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_the_scale_of_a_loss_does_not_matter(accumulate):
     options = {"accumulate_grad_batches": accumulate, "max_epochs": accumulate}
@@ -244,7 +245,7 @@ def read(callback, model, batches=None, **options):
         (Known(), {"max_epochs": 5, "accumulate_grad_batches": 4}),
         (Known(), {}),
         (Known(total=True), {}),
-        (Known(), {"gradient_clip_val": 1e-3}),
+        pytest.param(Known(), {"gradient_clip_val": 1e-3}, marks=pytest.mark.slow),
     ],
     ids=["accumulated", "split", "a sum", "clipped"],
 )
@@ -619,6 +620,7 @@ def test_trials_are_not_measured():
     assert all(Watched.seen[-per_epoch:])
 
 
+@pytest.mark.slow
 def test_training_beside_autobatch_is_the_same_to_the_bit():
     def trained(*callbacks):
         pl.seed_everything(1, verbose=False)
