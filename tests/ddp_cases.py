@@ -101,6 +101,22 @@ class Explodes(Model):
         return super().training_step(batch, batch_idx)
 
 
+class Contrastive(Model):
+    """Compares samples with each other, and on one rank takes whole batches alone."""
+
+    def __init__(self, whole_on):
+        super().__init__()
+        self.net = nn.Linear(16, 4)
+        self.whole_on = whole_on
+
+    def training_step(self, batch, batch_idx):
+        x, _, _ = batch
+        if self.whole_on == RANK and len(x) < 16:
+            raise RuntimeError("half a batch")
+        z = F.normalize(self.net(x))
+        return F.cross_entropy(z @ z.T / 0.1, torch.arange(len(z)))
+
+
 def trainer(*callbacks, **options):
     quiet = {
         "logger": False,
@@ -275,6 +291,16 @@ def exploding():
     return {"error": None}
 
 
+def splitting():
+    """What both ranks are told where one of them can not test its loss."""
+    told = {}
+    for rank in (0, 1):
+        callback = tuner(target_batch_size=None, plan=autobatch.BatchPlan(16, 4, 2))
+        callback.tune(trainer(), Contrastive(rank), loader())
+        told[rank] = callback.report.notes
+    return told
+
+
 def standalone():
     """`find` in a job that is there already, with a model that no one has wrapped."""
     model = nn.Linear(16, 256)
@@ -334,6 +360,7 @@ CASES = {
     "failing": lambda: failing([5, 20, 45, 70, 110]),
     "synchronised": synchronised,
     "exploding": exploding,
+    "splitting": splitting,
     "standalone": standalone,
     "answering": answering,
 }

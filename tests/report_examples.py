@@ -6,6 +6,10 @@ import dataclasses
 
 from hypothesis import strategies as st
 
+from autobatch._curve import CurvePoint
+from autobatch._learning_rate import LearningRateRule
+from autobatch._loading import Loading
+from autobatch._noise_scale import NoiseReading
 from autobatch._notes import Look
 from autobatch._plan import BatchPlan
 from autobatch._report import Device, Settings, TuningReport
@@ -36,6 +40,35 @@ def settings(**changes) -> Settings:
         "dataset_size": None,
     }
     return Settings.checked(**(asked | changes))
+
+
+def full_example(**changes) -> TuningReport:
+    """The same card with its speed curve, a noise scale and a loader that was waited for."""
+    curve = tuple(
+        CurvePoint(
+            batch_size=size,
+            accumulate=2,
+            step_seconds=size / speed,
+            step_seconds_low=0.98 * size / speed,
+            step_seconds_high=1.03 * size / speed,
+            optimizer_seconds=0.009,
+            updates=20,
+            peak=int(gib * GIB),
+            drift=1.004,
+        )
+        for size, speed, gib in _MEASURED
+    )
+    tried = tuple(
+        trial for trial in example().trials if trial.batch_size in (8, 16, 56, 64, 32)
+    )
+    more = {
+        "trials": tried,
+        "curve": curve,
+        "noise": NoiseReading("ok", 900, 760, 1080, 51, 150, 400, 256),
+        "learning_rate": LearningRateRule("AdamW", "square-root"),
+        "loading": Loading(wait_seconds=3.1, step_seconds=6.9, batches=40),
+    }
+    return example(**(more | changes))
 
 
 def example(**changes) -> TuningReport:
@@ -93,6 +126,41 @@ trials = st.builds(
 looks = st.builds(Look, read=counts, among=st.none() | counts, is_even=st.booleans())
 
 
+amounts = st.just(0.0) | st.floats(1e-9, 1e12)
+spans = st.tuples(amounts, amounts, amounts).map(sorted)
+curve_points = st.builds(
+    lambda span, **given: CurvePoint(
+        step_seconds_low=span[0],
+        step_seconds=span[1],
+        step_seconds_high=span[2],
+        **given,
+    ),
+    spans,
+    batch_size=st.integers(1, 300) | counts,
+    accumulate=st.integers(1, 64),
+    optimizer_seconds=st.none() | seconds,
+    updates=counts,
+    peak=st.none() | st.integers(0, 2**50),
+    drift=st.none() | amounts,
+)
+noises = st.builds(
+    lambda span, **given: NoiseReading(
+        low=span[0], samples=span[1], high=span[2], **given
+    ),
+    spans,
+    state=st.sampled_from(["settling", "ok", "at_least", "unavailable"]),
+    windows=counts,
+    first_update=counts,
+    last_update=counts,
+    batch_size=st.none() | counts,
+    reason=st.none() | texts,
+)
+rules = st.builds(LearningRateRule, texts, st.sampled_from(["linear", "square-root"]))
+loadings = st.builds(
+    Loading, wait_seconds=amounts, step_seconds=amounts, batches=counts
+)
+
+
 @st.composite
 def reports(draw) -> TuningReport:
     """Any report at all, with the micro-batch of its plan tried more often than not."""
@@ -130,6 +198,12 @@ def reports(draw) -> TuningReport:
         validation_batch_size=draw(st.none() | counts),
         dataset_size=draw(st.none() | counts),
         look=draw(st.none() | looks),
+        curve=tuple(
+            draw(st.lists(curve_points, max_size=20, unique_by=lambda p: p.batch_size))
+        ),
+        noise=draw(st.none() | noises),
+        learning_rate=draw(st.none() | rules),
+        loading=draw(st.none() | loadings),
         search_seconds=draw(seconds),
         notes=tuple(draw(st.lists(texts, max_size=3))),
         environment=draw(st.dictionaries(texts, texts, max_size=2)),

@@ -837,7 +837,21 @@ def tuned(device, *, world_size, **settings):
         "steps_per_trial": 2,
         "percentile": 99,
     }
-    job = Job(device.workload, True, 8, 1, None, None, None, None, "paper", {}, None)
+    job = Job(
+        device.workload,
+        True,
+        8,
+        1,
+        None,
+        None,
+        None,
+        None,
+        "paper",
+        {},
+        None,
+        0.0,
+        None,
+    )
     with (
         Snapshot() as snapshot,
         OptimizerWatch(device.clock) as optimizers,

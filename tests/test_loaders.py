@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import time
 
 import numpy as np
 import pytest
@@ -49,6 +50,7 @@ class Model(pl.LightningModule):
         self.epochs.append([])
 
     def training_step(self, batch, batch_idx):
+        time.sleep(0.001)  # so that small batches are slow, and another size is taken
         parts = parts_of(batch)
         if self.epochs:
             self.epochs[-1].append([part[2].tolist() for part in parts])

@@ -6,9 +6,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autobatch._curve import CurvePoint
+from autobatch._learning_rate import LearningRateRule
 from autobatch._notes import Bound, Findings, notes, tightest_bound
 from autobatch._plan import BatchPlan
 from autobatch._trial import Outcome, Trial
+
+
+def drifted(drift):
+    return CurvePoint(
+        batch_size=32,
+        accumulate=8,
+        step_seconds=0.1,
+        step_seconds_low=0.09,
+        step_seconds_high=0.11,
+        optimizer_seconds=None,
+        updates=10,
+        peak=None,
+        drift=drift,
+    )
+
 
 QUIET = Findings(
     remarks=(),
@@ -25,6 +42,8 @@ QUIET = Findings(
     total=12 * 2**30,
     foreign=2**30,
     before=None,
+    curve=(),
+    learning_rate=None,
     dataset_size=None,
     look=None,
 )
@@ -41,56 +60,186 @@ def test_where_nothing_is_noteworthy_nothing_is_said():
 
 
 @pytest.mark.parametrize(
-    ("changes", "note"),
+    ("changes", "expected"),
     [
-        (
-            {"before": BatchPlan(32)},
-            "The effective batch goes from 32 to 256.",
-        ),
-        (
-            {"before": BatchPlan(32), "dataset_size": 50_000},
-            "The effective batch goes from 32 to 256: 196 updates per epoch instead of 1,563.",
-        ),
-        (
-            {"before": BatchPlan(64, 4)},
-            "accumulate_grad_batches=4 of the Trainer gives way to 8, for the target.",
-        ),
-        (
-            {"source": "torch.cuda.mem_get_info, because NVML is not installed"},
-            "Memory is read from torch.cuda.mem_get_info, because NVML is not installed.",
-        ),
-        (
-            {"bound": Bound(56, "max_micro_batch_size=56 allows no more")},
-            "Largest fit not sought: max_micro_batch_size=56 allows no more.",
-        ),
-        (
-            {"time_limit": 300.0},
-            "The search stopped at time_limit=300 seconds: 56 is the largest verified so far, more may fit.",
-        ),
-        (
-            {"foreign": 3 * 2**30},
-            "Others hold 3 GiB of this device's 12 GiB; what fits changes when they come or go.",
-        ),
-        (
-            {"trials": (*QUIET.trials, Trial(1, Outcome.REFUSED))},
-            "The workload itself refused batch_size=1; its own error, not memory, bounds it from below.",
-        ),
-        (
-            {"target_batch_size": 257, "plan": BatchPlan(32, 4, 2)},
-            "Asked for 257 samples per update, got 256: 257 does not divide by 2 ranks.",
-        ),
-        (
-            {"target_batch_size": 1009, "plan": BatchPlan(56, 18)},
-            "Asked for 1009 samples per update, got 1008: exact would take 1009 micro-batches of 1 instead of 18 of 56.",
-        ),
-        (
-            {"target_batch_size": 512},
-            "Asked for 512 samples per update, got 256: no plan that gives it exactly was verified.",
-        ),
+        (changes, told)
+        for changes, *told in [
+            (
+                {"before": BatchPlan(32)},
+                "The effective batch goes from 32 to 256.",
+            ),
+            (
+                {"before": BatchPlan(32), "dataset_size": 50_000},
+                "The effective batch goes from 32 to 256: 196 updates per epoch instead of 1,563.",
+            ),
+            (
+                {
+                    "before": BatchPlan(32),
+                    "dataset_size": 50_000,
+                    "learning_rate": LearningRateRule("AdamW", "square-root"),
+                },
+                (
+                    "The effective batch goes from 32 to 256: 196 updates per epoch instead of 1,563. AdamW usually wants about "
+                    "×2.8 the learning rate for that (square-root rule)."
+                ),
+            ),
+            (
+                {
+                    "before": BatchPlan(32),
+                    "dataset_size": 128,
+                    "target_batch_size": None,
+                    "plan": BatchPlan(128, 1),
+                    "trials": (Trial(128, Outcome.FIT),),
+                    "bound": None,
+                },
+                "The effective batch goes from 32 to 128: 1 update per epoch instead of 4.",
+                (
+                    "All 128 samples of an epoch fit at once: it makes one update. target_batch_size asks for smaller batches, "
+                    "and more updates."
+                ),
+            ),
+            (
+                {
+                    "dataset_size": 128,
+                    "target_batch_size": None,
+                    "plan": BatchPlan(128, 1),
+                    "trials": (Trial(128, Outcome.FIT),),
+                    "bound": Bound(128, "an epoch of 128 samples has no more"),
+                },
+                (
+                    "All 128 samples of an epoch fit at once: it makes one update. target_batch_size asks for smaller batches, "
+                    "and more updates."
+                ),
+            ),
+            (
+                {
+                    "trials": (
+                        Trial(32, Outcome.FIT, peak=int(10.5 * 2**30)),
+                        Trial(64, Outcome.OUT_OF_MEMORY),
+                    )
+                },
+                (
+                    "Only 512 MiB of 12 GiB to spare: longer inputs, or others on this device, may not fit. A lower memory_limit "
+                    "leaves more."
+                ),
+            ),
+            (
+                {"curve": (drifted(0.88), drifted(1.0), drifted(None), drifted(1.2))},
+                "Timings drifted by 12 % while sizes were timed; something else may use this device.",
+            ),
+            (
+                {"before": BatchPlan(64, 4)},
+                "accumulate_grad_batches=4 of the Trainer gives way to 8, for the target.",
+            ),
+            (
+                {"source": "torch.cuda.mem_get_info, because NVML is not installed"},
+                "Memory is read from torch.cuda.mem_get_info, because NVML is not installed.",
+            ),
+            (
+                {"bound": Bound(56, "max_micro_batch_size=56 allows no more")},
+                "Largest fit not sought: max_micro_batch_size=56 allows no more.",
+            ),
+            (
+                {"time_limit": 300.0},
+                "The search stopped at time_limit=300 seconds: 56 is the largest verified so far, more may fit.",
+            ),
+            (
+                {"foreign": 3 * 2**30},
+                "Others hold 3 GiB of this device's 12 GiB; what fits changes when they come or go.",
+            ),
+            (
+                {"trials": (*QUIET.trials, Trial(1, Outcome.REFUSED))},
+                "The workload itself refused batch_size=1; its own error, not memory, bounds it from below.",
+            ),
+            (
+                {"target_batch_size": 257, "plan": BatchPlan(32, 4, 2)},
+                "Asked for 257 samples per update, got 256: 257 does not divide by 2 ranks.",
+            ),
+            (
+                {"target_batch_size": 1009, "plan": BatchPlan(56, 18)},
+                "Asked for 1009 samples per update, got 1008: exact would take 1009 micro-batches of 1 instead of 18 of 56.",
+            ),
+            (
+                {"target_batch_size": 512},
+                "Asked for 512 samples per update, got 256: no plan that gives it exactly was verified.",
+            ),
+        ]
     ],
 )
-def test_each_note_has_its_trigger(changes, note):
-    assert notes(replace(QUIET, **changes)) == (note,)
+def test_each_note_has_its_trigger(changes, expected):
+    assert notes(replace(QUIET, **changes)) == tuple(expected)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        # The same effective batch, and no more than an epoch of it either way
+        {
+            "before": BatchPlan(256),
+            "learning_rate": LearningRateRule("AdamW", "square-root"),
+        },
+        {
+            "before": BatchPlan(256),
+            "plan": BatchPlan(128, 1),
+            "target_batch_size": 128,
+            "dataset_size": 128,
+            "learning_rate": LearningRateRule("AdamW", "square-root"),
+        },
+        # Asked for
+        {"plan": BatchPlan(128, 1), "target_batch_size": 128, "dataset_size": 128},
+        # A little more room than what is tight
+        {
+            "trials": (
+                Trial(32, Outcome.FIT, peak=int(10.4 * 2**30)),
+                Trial(64, Outcome.OUT_OF_MEMORY),
+            )
+        },
+        # Another size's peak
+        {
+            "trials": (
+                Trial(32, Outcome.FIT, peak=2**30),
+                Trial(40, Outcome.FIT, peak=11 * 2**30),
+                Trial(64, Outcome.OUT_OF_MEMORY),
+            )
+        },
+        {"curve": (drifted(0.96), drifted(1.04), drifted(1.3), drifted(None))},
+    ],
+)
+def test_below_its_trigger_a_note_is_silent(changes):
+    assert notes(replace(QUIET, **changes)) == ()
+
+
+LARGEST = replace(QUIET, target_batch_size=None, plan=BatchPlan(64), bound=None)
+
+
+@pytest.mark.parametrize(
+    ("speeds", "expected"),
+    [
+        ({64: 100}, ()),
+        ({32: 80, 64: 100}, ()),
+        ({48: 99, 64: 100}, ()),  # not by much smaller
+        ({16: 96, 32: 99, 64: 100}, ("64 fits, and is about as fast as 16, which makes more updates of the same samples.",)),
+        ({16: 94, 32: 96, 64: 100}, ("64 fits, and is about as fast as 32, which makes more updates of the same samples.",)),
+        ({16: 94, 32: 104, 64: 100}, ("64 fits, and is about as fast as 32, which makes more updates of the same samples.",)),
+        ({16: 100, 32: 125, 64: 100}, ("64 fits, and is 20 % slower than 32.",)),
+    ],
+)  # fmt: skip
+def test_the_largest_that_fits_is_compared_with_smaller_ones(speeds, expected):
+    trials = tuple(
+        Trial(size, Outcome.FIT, step_seconds=size / speed)
+        for size, speed in speeds.items()
+    )
+
+    assert notes(replace(LARGEST, trials=trials)) == expected
+
+
+def test_where_a_target_was_asked_for_the_table_compares():
+    trials = (
+        Trial(16, Outcome.FIT, step_seconds=0.1),
+        Trial(32, Outcome.FIT, step_seconds=0.3),
+    )
+
+    assert notes(replace(QUIET, trials=trials)) == ()
 
 
 @pytest.mark.parametrize(

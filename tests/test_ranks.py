@@ -131,6 +131,7 @@ def job(tmp_path_factory):
         "failing",
         "synchronised",
         "exploding",
+        "splitting",
         "standalone",
         "answering",
         "everything",
@@ -203,6 +204,17 @@ def test_an_error_on_one_rank_is_raised_on_all(job):
     assert second["error"] == "ZeroDivisionError: mine"
     assert first["unchanged"]
     assert second["unchanged"]
+
+
+@needs_lightning
+def test_one_rank_says_for_all_whether_a_batch_can_be_split(job):
+    first, second = (rank["splitting"] for rank in job)
+
+    assert first == second
+    assert [
+        any("Splitting a batch of 16" in note for note in first[unable])
+        for unable in (0, 1)
+    ] == [False, True]
 
 
 @needs_lightning

@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autobatch._noise_scale import NoiseReading
 from autobatch._numbers import BYTES, SECONDS, aligned, percent, quantity
 from autobatch._plan import BatchPlan
 from autobatch._report import TuningReport
 from autobatch._text import ASCII
 from autobatch._trial import Outcome, Trial
-from report_examples import GIB, example, reports, settings
+from report_examples import GIB, example, full_example, reports, settings
 
 WIDTH = 86
 
@@ -86,6 +87,41 @@ def test_json_names_units_and_holds_what_is_derived(snapshot):
     assert stored["plan"]["effective_batch_size"] == 256
     assert stored["sizes"][0]["peak_bytes"] == stored["trials"][0]["peak_bytes"]
     assert (stored["largest_fit"], stored["smallest_failing"]) == (56, 64)
+
+
+def numbers_of(value, path=(), kind=None):
+    """Every number of a JSON document: its path, and the kind that the nearest record around it names."""
+    if isinstance(value, dict):
+        inside = value.get("kind", kind)
+        for key, each in value.items():
+            yield from numbers_of(each, (*path, key), inside)
+    elif isinstance(value, list):
+        for each in value:
+            yield from numbers_of(each, path, kind)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield path, kind
+
+
+@given(reports())
+def test_every_number_in_json_says_where_it_comes_from(report):
+    stored = json.loads(report.to_json())
+
+    for path, kind in numbers_of(stored):
+        if path[0] not in ("settings", "schema_version"):  # what was asked
+            told = kind or stored["kinds"][path[0]]
+            assert told in ("measured", "derived", "estimated")
+
+
+def test_what_is_about_the_loss_is_estimated_and_what_is_timed_is_measured(snapshot):
+    text = full_example(trials=(), curve=full_example().curve[4:]).to_json()
+
+    snapshot(text + "\n", "report_full.json")
+    kinds = {path[-2:]: kind for path, kind in numbers_of(json.loads(text))}
+    assert kinds["to_same_loss", "relative_time"] == "estimated"
+    assert kinds["optimum", "accumulate_grad_batches"] == "estimated"
+    assert kinds["effective", "updates_per_epoch"] == "derived"
+    assert kinds["curve", "step_seconds"] == "measured"
+    assert kinds["noise", "low_samples"] == "measured"
 
 
 def test_the_profile_of_a_trial_stays_in_memory():
@@ -176,6 +212,39 @@ def test_the_report_of_one_device(snapshot):
     snapshot(f"{example()}\n", "report.txt")
 
 
+def test_the_report_with_everything_measured(snapshot):
+    snapshot(f"{full_example()}\n", "report_full.txt")
+    assert len(str(full_example()).splitlines()) <= 45
+
+
+@pytest.mark.parametrize(
+    ("noise", "said"),
+    [
+        (
+            NoiseReading("settling", 80.4, windows=9, last_update=60),
+            "Noise scale not settled after 60 updates, at least 80.4 so far; it usually rises in the first",
+        ),
+        (
+            NoiseReading("at_least", 1500.0, batch_size=32, last_update=900),
+            "Noise scale at least 1,500: updates of 32 are too small to measure more.",
+        ),
+        (
+            NoiseReading("unavailable", reason="gradients are sharded"),
+            "Noise scale not measured: gradients are sharded.",
+        ),
+    ],
+)
+def test_a_noise_scale_that_is_not_settled_gives_a_sentence_and_no_column(noise, said):
+    text = " ".join(str(full_example(noise=noise)).split())
+
+    assert said in text
+    assert "time to same loss" not in text
+
+
+def test_without_a_noise_scale_nothing_is_said_of_the_loss():
+    assert "loss" not in str(full_example(noise=None))
+
+
 def test_the_report_in_ascii(snapshot):
     text = example().text(ASCII)
 
@@ -244,7 +313,10 @@ def test_a_report_is_never_wider_than_its_columns(report):
 @given(reports())
 def test_the_chosen_size_is_marked_in_each_table_that_holds_it(report):
     chosen = report.plan.micro_batch_size
-    tables = (chosen in {t.batch_size for t in report.trials}) + bool(
+    sizes = {t.batch_size for t in report.trials} | {
+        row.batch_size for row in report.sizes
+    }
+    tables = (chosen in sizes) + bool(
         report.effective
         and (report.dataset_size or any(row.update_seconds for row in report.effective))
     )

@@ -230,3 +230,12 @@ def test_where_all_samples_were_read_no_larger_one_is_feared():
 
     (note,) = (note for note in report.notes if "differ in size" in note)
     assert note.endswith("Trials ran the largest of all 200, and times are theirs.")
+
+
+def test_a_plain_list_is_a_data_set():
+    samples = [torch.ones(16, 4) for _ in range(64)]
+
+    model, report = fit(samples, SimulatedAccelerator("4MiB"), target_batch_size=32)
+
+    assert report.look.read == 64
+    assert (report.plan.micro_batch_size, 16) in model.shapes

@@ -21,8 +21,8 @@ from autobatch._tradeoff import (
     fit_line,
     is_of,
     knee,
+    optimum,
     settled,
-    shortest,
     speed_rows,
 )
 from autobatch._trial import Outcome, Trial
@@ -368,11 +368,26 @@ def test_the_best_accumulation_is_where_time_to_the_same_loss_is_shortest(
 def test_as_good_as_any_is_within_ten_percent_of_the_shortest(
     plan, history, dataset_size, noise
 ):
-    rows = rows_of(plan, history, dataset_size, noise=noise)
+    costs = Costs(plan, Pace.of(history, ()), dataset_size, noise, None)
+    rows = effective_rows(costs, history, ())
 
-    times = [row.relative_time for row in rows if row.relative_time is not None]
-    good = [row.relative_time for row in shortest(rows)]
-    assert good == [each for each in times if each <= 1.1 * min(times)]
+    best = optimum(costs, rows)
+
+    times = {
+        row.effective_batch_size: row.relative_time
+        for row in rows
+        if row.relative_time is not None
+    }
+    if best is None:
+        assert plan.micro_batch_size not in costs.pace.sizes or not min(
+            costs.pace.micro_seconds
+        )
+    else:
+        least = min(times.values())
+        assert times[best.effective_batch_size] == least
+        for end in (best.near_low, best.near_high):
+            assert times[end] <= 1.1 * least
+        assert best.near_low <= best.effective_batch_size <= best.near_high
 
 
 @pytest.mark.parametrize(("rule", "factor"), [("linear", 4), ("square-root", 2)])

@@ -111,13 +111,14 @@ def point(
     ]
     optimizer = [taken for timing in timings for taken in timing.optimizer_seconds]
     deciles = statistics.quantiles(seconds, n=10, method="inclusive")
+    middle = statistics.median(seconds)
     first, *later = (statistics.median(timing.update_seconds) for timing in timings)
     return CurvePoint(
         batch_size=batch_size,
         accumulate=accumulate,
-        step_seconds=statistics.median(seconds),
-        step_seconds_low=deciles[0],
-        step_seconds_high=deciles[-1],
+        step_seconds=middle,
+        step_seconds_low=min(middle, deciles[0]),  # but for rounding it is
+        step_seconds_high=max(middle, deciles[-1]),
         optimizer_seconds=statistics.median(optimizer) if optimizer else None,
         updates=len(seconds),
         peak=peak,

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 from autobatch import _curve
+from autobatch._cautions import batch_norm
 from autobatch._doors import checked_search, known_plan, versions
+from autobatch._equivalence import batch_norms
+from autobatch._learning_rate import common_rule
 from autobatch._probes import detect
 from autobatch._ranks import ranks_here
 from autobatch._report import Settings, TuningReport
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from autobatch._learning_rate import LearningRateRule
     from autobatch._memory import MemoryProbe
     from autobatch._plan import BatchPlan
     from autobatch._ranks import Ranks
@@ -150,7 +154,11 @@ def find(
         snapshot.capture(*things, *trainable)
         with snapshot.at_first_step(touched):
             report = tune(
-                job,
+                replace(
+                    job,
+                    remarks=partial(_remarks, snapshot),
+                    learning_rate=partial(_rule, snapshot),
+                ),
                 settings,
                 known=known_plan(plan, settings, world_size=ranks.world_size),
                 probe=probe,
@@ -237,6 +245,18 @@ def _trainable(workload: Callable[..., Any]) -> list[Any]:
     """Models and optimizers in sight of the workload: captured now, before it does anything to them."""
     kinds = (torch.nn.Module, torch.optim.Optimizer)
     return [thing for thing in _reachable(workload) if isinstance(thing, kinds)]
+
+
+def _remarks(snapshot: Snapshot, plan: BatchPlan) -> tuple[str, ...]:
+    """What its layers do with a plan; a model that a workload makes for itself is gone by now."""
+    return batch_norm(batch_norms(snapshot.alive), plan)
+
+
+def _rule(snapshot: Snapshot) -> LearningRateRule | None:
+    """That of the optimizers that have stepped, as far as they live."""
+    return common_rule(
+        thing for thing in snapshot.alive if isinstance(thing, torch.optim.Optimizer)
+    )
 
 
 def _home_of(workload: Callable[..., Any], things: Sequence[Any]) -> torch.device:

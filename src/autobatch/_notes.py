@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+from autobatch._cautions import share, usual_learning_rate
 from autobatch._memory import format_bytes
-from autobatch._tradeoff import settled, updates_per_epoch
+from autobatch._tradeoff import settled, speed_rows, updates_per_epoch
 from autobatch._trial import Outcome
 
 if TYPE_CHECKING:
+    from autobatch._curve import CurvePoint
+    from autobatch._learning_rate import LearningRateRule
+    from autobatch._loading import Loading
     from autobatch._plan import BatchPlan
+    from autobatch._tradeoff import SpeedRow
     from autobatch._trial import Trial
 
 __all__ = [
     "Bound",
     "Findings",
     "Look",
-    "by_hand",
-    "last_window",
     "notes",
-    "repeated_closures",
     "tightest_bound",
+    "waiting",
 ]
 
-_MUCH = 0.1  # share of a device's memory held by others that a person should hear of
+_MUCH: Final = (
+    0.1  # share of a device's memory held by others that a person should hear of
+)
+_TIGHT: Final = (
+    0.05  # share of what others leave of a device below which little more fits
+)
+_SPREAD: Final = 0.05  # speeds no further apart are alike: timings tell no more
+_WAITING: Final = (
+    0.1  # share of the time beyond which more workers help more than a larger batch
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +70,7 @@ class Findings:
     Args:
         plan: What was chosen.
         trials: All trials, in the order they were run.
+        curve: Sizes that were timed besides.
         target_batch_size: The effective batch that was asked for, if one was.
         bound: What kept the search from going higher, if anything did.
         time_limit: Seconds, if the search was stopped because of them; otherwise None.
@@ -64,6 +78,7 @@ class Findings:
         total: What the device has, in bytes.
         foreign: What others hold of it, in bytes.
         before: What was trained with until now, where that is known.
+        learning_rate: How the learning rate usually goes with the batch, where a rule is known.
         dataset_size: Samples per epoch, where that is known.
         remarks: Sentences from where the tuning was asked for.
         look: How far was looked for the largest samples, where that was done.
@@ -71,6 +86,7 @@ class Findings:
 
     plan: BatchPlan
     trials: tuple[Trial, ...]
+    curve: tuple[CurvePoint, ...]
     target_batch_size: int | None
     bound: Bound | None
     time_limit: float | None
@@ -78,6 +94,7 @@ class Findings:
     total: int
     foreign: int
     before: BatchPlan | None
+    learning_rate: LearningRateRule | None
     dataset_size: int | None
     remarks: tuple[str, ...]
     look: Look | None
@@ -89,6 +106,11 @@ class Findings:
             (trial.batch_size for trial in settled(self.trials) if trial.fits),
             default=0,
         )
+
+    @property
+    def sizes(self) -> tuple[SpeedRow, ...]:
+        """What was timed."""
+        return speed_rows(self.trials, self.curve, self.plan.world_size)
 
 
 def tightest_bound(
@@ -121,12 +143,16 @@ def notes(found: Findings) -> tuple[str, ...]:
         _changed(found),
         _overridden(found),
         _short_epoch(found),
+        _all_at_once(found),
         *found.remarks,
+        _past_knee(found),
+        _tight(found),
         _out_of_time(found),
         _not_sought(found),
         _refused(found),
         _uneven(found),
         _crowded(found),
+        _drifted(found),
         _fallback(found),
     )
     return tuple(note for note in told if note)
@@ -157,20 +183,27 @@ def _why_not_exact(found: Findings, asked: int) -> str:
 
 
 def _changed(found: Findings) -> str | None:
-    before, plan = found.before, found.plan
+    before, plan, samples = found.before, found.plan, found.dataset_size
     if before is None or before.effective_batch_size == plan.effective_batch_size:
         return None
-    change = (
-        f"The effective batch goes from {before.effective_batch_size} to "
-        f"{plan.effective_batch_size}"
-    )
-    if found.dataset_size is None:
-        return f"{change}."
-    samples = found.dataset_size
-    if min(before.effective_batch_size, plan.effective_batch_size) >= samples:
+    then, now = before.effective_batch_size, plan.effective_batch_size
+    if samples is not None and min(then, now) >= samples:
         return None  # all of an epoch, then as now
-    now, then = updates_per_epoch(plan, samples), updates_per_epoch(before, samples)
-    return f"{change}: {now:,} update{'s' if now > 1 else ''} per epoch instead of {then:,}."
+    told = [f"The effective batch goes from {then} to {now}{_updates(found, before)}."]
+    if found.learning_rate is not None:
+        most = max(then, now) if samples is None else samples
+        batches = min(now, most) / min(then, most)
+        told.append(usual_learning_rate(found.learning_rate, batches))
+    return " ".join(told)
+
+
+def _updates(found: Findings, before: BatchPlan) -> str:
+    if found.dataset_size is None:
+        return ""
+    now, then = (
+        updates_per_epoch(each, found.dataset_size) for each in (found.plan, before)
+    )
+    return f": {now:,} update{'s' if now > 1 else ''} per epoch instead of {then:,}"
 
 
 def _overridden(found: Findings) -> str | None:
@@ -196,6 +229,61 @@ def _short_epoch(found: Findings) -> str | None:
     )
 
 
+def _all_at_once(found: Findings) -> str | None:
+    """Where memory would take the whole data set, and no one asked for that."""
+    plan, samples = found.plan, found.dataset_size
+    if found.target_batch_size is not None or samples is None:
+        return None
+    if plan.effective_batch_size != samples or plan.accumulate_grad_batches > 1:
+        return None
+    return (
+        f"All {samples:,} samples of an epoch fit at once: it makes one update. target_batch_size asks for smaller "
+        "batches, and more updates."
+    )
+
+
+def _past_knee(found: Findings) -> str | None:
+    """Where the largest that fits was taken for its own sake, and gives no more speed than a smaller one."""
+    size = found.plan.micro_batch_size
+    speeds = {row.batch_size: row.samples_per_second for row in found.sizes}
+    if found.target_batch_size is not None or speeds.keys() <= {size}:
+        return None
+    here = speeds.pop(size, None)
+    smaller = [other for other in speeds if other < size]
+    if here is None or not smaller:
+        return None
+    fastest = max(smaller, key=lambda other: speeds[other])
+    slower = 1 - here / speeds[fastest]
+    if slower > _SPREAD:
+        return f"{size} fits, and is {share(slower)} slower than {fastest}."
+    halves = [other for other in smaller if 2 * other <= size]
+    enough = [other for other in halves if speeds[other] >= (1 - _SPREAD) * here]
+    if not enough:
+        return None
+    return f"{size} fits, and is about as fast as {min(enough)}, which makes more updates of the same samples."
+
+
+def _tight(found: Findings) -> str | None:
+    """Where the plan takes nearly all that there is: a budget below that leaves room by itself."""
+    size = found.plan.micro_batch_size
+    peaks = [t.peak for t in settled(found.trials) if t.batch_size == size and t.fits]
+    room = found.total - found.foreign
+    if not peaks or peaks[0] is None or peaks[0] < (1 - _TIGHT) * room:
+        return None
+    return (
+        f"Only {format_bytes(max(0, room - peaks[0]))} of {format_bytes(found.total)} to spare: longer inputs, or "
+        "others on this device, may not fit. A lower memory_limit leaves more."
+    )
+
+
+def _drifted(found: Findings) -> str | None:
+    drifts = [abs(point.drift - 1) for point in found.curve if point.drift is not None]
+    drift = statistics.median(drifts) if drifts else 0.0
+    if drift <= _SPREAD:
+        return None
+    return f"Timings drifted by {share(drift)} while sizes were timed; something else may use this device."
+
+
 def _out_of_time(found: Findings) -> str | None:
     if found.time_limit is None:
         return None
@@ -208,6 +296,8 @@ def _out_of_time(found: Findings) -> str | None:
 def _not_sought(found: Findings) -> str | None:
     if found.bound is None or found.largest_fit < found.bound.batch_size:
         return None
+    if _all_at_once(found):
+        return None  # that says it
     return f"Largest fit not sought: {found.bound.reason}."
 
 
@@ -250,45 +340,11 @@ def _fallback(found: Findings) -> str | None:
     )
 
 
-# What a door alone knows
-
-
-def by_hand(plan: BatchPlan) -> str | None:
-    """What is left to a module that optimises by hand."""
-    if plan.accumulate_grad_batches == 1:
+def waiting(loading: Loading | None) -> str | None:
+    """Where training waited for data."""
+    if loading is None or loading.share <= _WAITING:
         return None
-    return (
-        f"This module optimises by hand: to reach {plan.effective_batch_size} samples per update its training_step "
-        f"has to step every {plan.accumulate_grad_batches} micro-batches. It was tried as it steps now."
-    )
-
-
-def repeated_closures(plan: BatchPlan) -> str | None:
-    """What becomes of the gradients of an optimizer that evaluates its closure several times in a step."""
-    if plan.accumulate_grad_batches == 1:
-        return None
-    return (
-        "LBFGS evaluates the last micro-batch of an update several times, and Lightning adds up the gradients of all "
-        "evaluations: give a target_batch_size that fits at once."
-    )
-
-
-def last_window(plan: BatchPlan, micro_batches: int, samples: int) -> str | None:
-    """How Lightning weights the last update of an epoch: of so many micro-batches, the last of so many samples."""
-    whole, size = plan.accumulate_grad_batches, plan.micro_batch_size
-    told = []
-    if micro_batches < whole:
-        made = f"{micro_batches} micro-batch{'es' if micro_batches > 1 else ''}"
-        told.append(
-            f"The last update of an epoch is made of {made} instead of {whole}, and Lightning still divides by "
-            f"{whole}: its gradient is {100 * micro_batches / whole:.3g} % of what it should be"
-        )
-    if samples < size and micro_batches > 1:
-        told.append(
-            f"The last micro-batch of an epoch has {samples} of {size} samples, and Lightning counts it as a full one: "
-            f"its samples weigh {size / samples:.3g} times as much as others"
-        )
-    return f"{'. '.join(told)}; repair_last_window=True corrects it." if told else None
+    return f"Data loading took {share(loading.share)} of the time: more workers before more batch."
 
 
 def _on(world_size: int) -> str:

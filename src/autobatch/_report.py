@@ -40,8 +40,8 @@ from autobatch._learning_rate import LearningRateRule  # noqa: TC001 -- pydantic
 from autobatch._loading import Loading  # noqa: TC001 -- pydantic reads it
 from autobatch._memory import format_bytes, parse_memory_limit
 from autobatch._noise_scale import NoiseReading  # noqa: TC001 -- pydantic reads it
-from autobatch._notes import Bound, Look, tightest_bound
-from autobatch._numbers import SECONDS, percent, plain, quantity
+from autobatch._notes import Bound, Look, tightest_bound, waiting
+from autobatch._numbers import SECONDS, aligned, percent, plain, quantity
 from autobatch._pace import Pace
 from autobatch._plan import BatchPlan
 from autobatch._tables import (
@@ -60,10 +60,12 @@ from autobatch._tradeoff import (
     EffectiveRow,
     LineFit,
     NoiseRange,
+    Optimum,
     SpeedRow,
     effective_rows,
     fit_line,
     is_of,
+    optimum,
     settled,
     speed_rows,
 )
@@ -72,7 +74,30 @@ from autobatch._trial import Outcome, Trial
 __all__ = ["Device", "Settings", "TuningReport", "page"]
 
 _SCHEMA_VERSION: Final = 1
-_IN_BYTES = {"budget", "foreign", "peak", "resident", "total"}
+# What a field is counted in, where its name does not say it
+_UNITS = {
+    **dict.fromkeys(("budget", "foreign", "peak", "resident", "total"), "bytes"),
+    **dict.fromkeys(("low", "high"), "samples"),
+}
+# Of the numbers at the top of a report; settings are what was asked
+_KINDS = {
+    "budget_bytes": "derived",
+    "dataset_size": "measured",
+    "device": "measured",
+    "largest_fit": "measured",
+    "search_seconds": "measured",
+    "smallest_failing": "measured",
+    "validation_batch_size": "measured",
+}
+# Of a row of effective batches, what is estimated and not worked out from measured times
+_ESTIMATED = (
+    "relative_updates",
+    "relative_samples",
+    "relative_time",
+    "relative_time_low",
+    "relative_time_high",
+    "useful_samples_per_second",
+)
 _ALLOWED = {
     "target_batch_size": "a count; give a whole number of samples, 1 or more, or None",
     "max_micro_batch_size": "a count; give a whole number of samples, 1 or more, or None",
@@ -86,18 +111,35 @@ _ALLOWED = {
 
 def _named(field: str) -> str:
     """The name of a field in JSON, where a reader has no documentation at hand: with its unit."""
-    return f"{field}_bytes" if field in _IN_BYTES else field
+    return f"{field}_{_UNITS[field]}" if field in _UNITS else field
 
 
-def _written(record: Any) -> dict[str, Any]:
-    """One of the frozen dataclasses in JSON."""
-    return {_named(name): value for name, value in asdict(record).items()}
+_FIELDS = {_named(field): field for field in _UNITS}
+
+
+def _written(record: Any, kind: str) -> dict[str, Any]:
+    """One of the frozen dataclasses in JSON; its kind says where its numbers come from."""
+    named = {_named(name): value for name, value in asdict(record).items()}
+    return {**named, "kind": kind}
 
 
 def _read(record: Any) -> Any:
     if not isinstance(record, dict):
         return record
-    return {str(name).removesuffix("_bytes"): value for name, value in record.items()}
+    return {
+        _FIELDS.get(name, str(name)): value
+        for name, value in record.items()
+        if name != "kind"
+    }
+
+
+def _row_written(row: EffectiveRow) -> dict[str, Any]:
+    """A row of effective batches, what is estimated apart."""
+    written = _written(row, "derived")
+    estimated = {name: written.pop(name) for name in _ESTIMATED}
+    if row.relative_updates is None:
+        return written
+    return {**written, "to_same_loss": {**estimated, "kind": "estimated"}}
 
 
 def _index(value: Any) -> Any:
@@ -111,6 +153,16 @@ def _limit(value: Any) -> Any:
     return value
 
 
+def _sound(record: Any) -> Any:
+    if record is not None and not all(
+        0 <= value < math.inf
+        for value in asdict(record).values()
+        if isinstance(value, float)
+    ):
+        raise ValueError("numbers that are measured are finite, and none is below 0")
+    return record
+
+
 def _sound_trial(trial: Trial) -> Trial:
     seconds = (trial.step_seconds or 0.0, trial.optimizer_seconds or 0.0)
     if min(trial.batch_size, trial.accumulate) < 1 or not all(
@@ -118,6 +170,14 @@ def _sound_trial(trial: Trial) -> Trial:
     ):
         raise ValueError("a trial has counts of 1 or more and times of 0 or more")
     return replace(trial, profile=())
+
+
+def _read_plan(plan: Any) -> Any:
+    """A plan without what is derived from it."""
+    read = _read(plan)
+    if isinstance(read, dict):
+        read.pop("effective_batch_size", None)
+    return read
 
 
 def _sound_plan(plan: BatchPlan) -> BatchPlan:
@@ -146,22 +206,33 @@ _Trial = Annotated[
     Trial,
     BeforeValidator(_read),
     AfterValidator(_sound_trial),
-    PlainSerializer(lambda t: {k: v for k, v in _written(t).items() if k != "profile"}),
+    PlainSerializer(
+        lambda t: {k: v for k, v in _written(t, "measured").items() if k != "profile"}
+    ),
 ]
 _Plan = Annotated[
     BatchPlan,
+    BeforeValidator(_read_plan),
     AfterValidator(_sound_plan),
     PlainSerializer(
-        lambda p: _written(p) | {"effective_batch_size": p.effective_batch_size}
+        lambda p: (
+            _written(p, "derived") | {"effective_batch_size": p.effective_batch_size}
+        )
     ),
 ]
 _Latency = Annotated[
     Latency,
+    BeforeValidator(_read),
     AfterValidator(_sound_latency),
-    PlainSerializer(
-        lambda each: _written(each) | {"samples_per_second": each.samples_per_second}
-    ),
+    PlainSerializer(lambda each: _written(each, "measured")),
 ]
+_MEASURED = (
+    BeforeValidator(_read),
+    AfterValidator(_sound),
+    PlainSerializer(
+        lambda record: _written(record, "measured"), when_used="unless-none"
+    ),
+)
 _FROZEN = ConfigDict(
     frozen=True,
     alias_generator=AliasGenerator(
@@ -292,11 +363,11 @@ class TuningReport(BaseModel):
     validation_batch_size: _Count | None = None
     can_accumulate: bool = True
     dataset_size: _Count | None
-    look: Look | None = None
-    curve: tuple[CurvePoint, ...] = ()
-    noise: NoiseReading | None = None
+    look: Annotated[Look | None, *_MEASURED] = None
+    curve: tuple[Annotated[CurvePoint, *_MEASURED], ...] = ()
+    noise: Annotated[NoiseReading | None, *_MEASURED] = None
     learning_rate: LearningRateRule | None = None
-    loading: Loading | None = None
+    loading: Annotated[Loading | None, *_MEASURED] = None
     latencies: tuple[_Latency, ...] = ()
     search_seconds: _Seconds
     notes: tuple[str, ...]
@@ -340,14 +411,7 @@ class TuningReport(BaseModel):
         """What effective batches around the plan's would cost: derived; empty where nothing trains."""
         if self.task != "train":
             return ()
-        costs = Costs(
-            self.plan,
-            self.pace,
-            self.dataset_size,
-            NoiseRange.of(self.noise),
-            self.learning_rate,
-        )
-        rows = effective_rows(costs, self.trials, self.curve)
+        rows = effective_rows(self._costs, self.trials, self.curve)
         if self.can_accumulate:
             return rows
         return tuple(row for row in rows if row.accumulate_grad_batches == 1)
@@ -372,16 +436,29 @@ class TuningReport(BaseModel):
         """
         return cameras(self.latencies, fps)
 
+    @property
+    def optimum(self) -> Optimum | None:
+        """Which effective batch would reach the same loss soonest: estimated; None where no noise scale was measured."""
+        return optimum(self._costs, self.effective)
+
+    @property
+    def _costs(self) -> Costs:
+        noise = NoiseRange.of(self.noise)
+        return Costs(self.plan, self.pace, self.dataset_size, noise, self.learning_rate)
+
     def to_json(self) -> str:
         """The report as JSON, with units in its keys, and with the derived rows."""
         derived = {
             "largest_fit": self.largest_fit,
             "smallest_failing": self.smallest_failing,
-            "sizes": [_written(row) for row in self.sizes],
-            "effective": [_written(row) for row in self.effective],
+            "sizes": [_written(row, "measured") for row in self.sizes],
+            "fit": _written(self.fit, "derived") if self.fit else None,
+            "effective": [_row_written(row) for row in self.effective],
+            "optimum": _written(self.optimum, "estimated") if self.optimum else None,
+            "kinds": _KINDS,
         }
         if self.latencies:
-            derived["knee"] = self.knee
+            derived |= {"knee": self.knee, "kinds": _KINDS | {"knee": "derived"}}
         stored = self.model_dump(mode="json", by_alias=True)
         return json.dumps(stored | derived, indent=2, ensure_ascii=False)
 
@@ -444,8 +521,14 @@ def page(report: TuningReport) -> Page:
         asked=_asked(report),
         facts=_facts(report),
         tables=_tables(report),
-        notes=tuple(plain(note) for note in report.notes),
+        notes=tuple(plain(note) for note in _notes(report)),
     )
+
+
+def _notes(report: TuningReport) -> tuple[str, ...]:
+    """Those of the tuning run, and what was measured since."""
+    waited = waiting(report.loading)
+    return (*report.notes, waited) if waited else report.notes
 
 
 def _header(report: TuningReport) -> tuple[str, ...]:
@@ -574,7 +657,6 @@ def _tables(report: TuningReport) -> tuple[Table, ...]:
                 effective,
                 report.plan,
                 title=_effective_title(report),
-                rule=report.learning_rate,
                 foot=_effective_foot(report),
             )
         )
@@ -586,22 +668,31 @@ def _effective_title(report: TuningReport) -> str:
     title = "Effective batch"
     if noise and report.noise:
         between = f"{report.noise.first_update}–{report.noise.last_update}"
-        title += f", compared with {report.plan.effective_batch_size}; noise scale {noise.samples:,.3g}, updates {between}"
+        title += f", compared with {report.plan.effective_batch_size:,}; noise scale {aligned([noise.samples])[0]}, updates {between}"
     elif report.dataset_size:
         title += f", over an epoch of {report.dataset_size:,} samples"
-    rule = report.learning_rate
-    return f"{title}; LR by the {rule.rule} rule" if rule else title
+    return title
 
 
 def _effective_foot(report: TuningReport) -> str:
+    """What stands below the ladder: how far to trust it, and which rule its learning rates go by."""
+    rule = report.learning_rate
+    told = [
+        _trust(report),
+        f"LR: {rule.optimizer}'s {rule.rule} rule, not applied." if rule else "",
+    ]
+    return " ".join(sentence for sentence in told if sentence)
+
+
+def _trust(report: TuningReport) -> str:
     """How far to trust the times to the same loss, or why there are none."""
     noise = report.noise
     if noise is None:
         return ""
-    known = f"{noise.samples:,.3g}" if noise.samples else ""
+    known = aligned([noise.samples])[0] if noise.samples else ""
     match noise.state:
         case "ok":
-            return f"{_likely(report)}Estimates, right within about 4×: they compare batches, and do not tell how long a run takes."
+            return f"{_likely(report)}Estimates, right within about 4×: they compare batches, not how long runs take."
         case "settling":
             so_far = f", at least {known} so far" if known else ""
             return f"Noise scale not settled after {noise.last_update:,} updates{so_far}; it usually rises in the first hundred."

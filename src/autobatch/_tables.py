@@ -14,7 +14,6 @@ from autobatch._trial import Outcome
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from autobatch._learning_rate import LearningRateRule
     from autobatch._notes import Look
     from autobatch._numbers import Unit
     from autobatch._plan import BatchPlan
@@ -166,7 +165,6 @@ def effective_table(
     plan: BatchPlan,
     *,
     title: str,
-    rule: LearningRateRule | None,
     foot: str,
 ) -> Table:
     """A ladder of effective batches: how many updates an epoch has, what they take, and what comes of them."""
@@ -188,7 +186,7 @@ def effective_table(
             Column("time to same loss", tuple(map(_relative_time, rows)), align="<")
             if compared
             else measures("{}/update", [*map(_update_seconds, rows)], SECONDS),
-            Column(f"LR ({rule.optimizer})" if rule else "", tuple(map(_factor, rows))),
+            Column("LR", tuple(map(_factor, rows))),
         ],
         title=title,
         chosen=[is_of(row, plan) for row in rows],
@@ -216,14 +214,17 @@ def _relative_time(row: EffectiveRow) -> str:
 def spread(row: EffectiveRow) -> str:
     """Between what and what the time to the same loss is likely to be."""
     low, high = (
-        f"{row.relative_time_low or 0:.1f}",
+        _times(row.relative_time_low or 0, 1),
         _times(row.relative_time_high or 0, 1),
     )
-    return high if f"{low}×" == high else f"{low}–{high}"
+    return high if low == high else f"{low.removesuffix('×')}–{high}"
 
 
 def _times(value: float, decimals: int = 2) -> str:
-    return f"{value:.{decimals}f}×" if value < 10 else f"{value:,.0f}×"  # noqa: PLR2004 -- two digits are enough
+    """A multiple, to two digits where it is large."""
+    if value < 10:  # noqa: PLR2004 -- one digit before the point
+        return f"{value:.{decimals}f}×"
+    return f"{float(f'{value:.2g}'):,.0f}×"
 
 
 def _factor(row: EffectiveRow) -> str:

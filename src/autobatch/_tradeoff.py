@@ -22,6 +22,7 @@ __all__ = [
     "EffectiveRow",
     "LineFit",
     "NoiseRange",
+    "Optimum",
     "SpeedRow",
     "best_accumulation",
     "best_batch",
@@ -29,8 +30,8 @@ __all__ = [
     "fit_line",
     "is_of",
     "knee",
+    "optimum",
     "settled",
-    "shortest",
     "speed_rows",
     "updates_per_epoch",
 ]
@@ -176,6 +177,8 @@ def speed_rows(
         if trial.fits and trial.step_seconds
     }
     for point in curve:
+        if not point.step_seconds:
+            continue
         tried = rows.get(point.batch_size)
         rows[point.batch_size] = _timed_row(point, tried, world_size)
     fastest = max((row.samples_per_second for row in rows.values()), default=1.0)
@@ -191,7 +194,9 @@ def _timed_row(point: CurvePoint, tried: SpeedRow | None, world_size: int) -> Sp
         batch_size=point.batch_size,
         samples_per_second=samples / point.step_seconds,
         samples_per_second_low=samples / point.step_seconds_high,
-        samples_per_second_high=samples / point.step_seconds_low,
+        samples_per_second_high=samples / point.step_seconds_low
+        if point.step_seconds_low
+        else None,
         of_fastest=1.0,
         step_seconds=point.step_seconds,
         updates=point.updates,
@@ -412,23 +417,56 @@ def _passes(plan: BatchPlan, dataset_size: int) -> int:
 # What the noise scale says about the choice
 
 
-def shortest(rows: Sequence[EffectiveRow]) -> tuple[EffectiveRow, ...]:
-    """The rows whose time to the same loss is within 10 % of the shortest; none where that was not estimated."""
-    times = [row.relative_time for row in rows if row.relative_time is not None]
-    return tuple(
-        row
-        for row in rows
-        if row.relative_time is not None and row.relative_time <= _NEAR * min(times)
+@dataclass(frozen=True, slots=True)
+class Optimum:
+    """Which effective batch would reach the same loss soonest: estimated.
+
+    Args:
+        effective_batch_size: The one of the ladder with the shortest time.
+        near_low: The smallest of the ladder within 10 % of that time.
+        near_high: The largest of the ladder within 10 % of that time.
+        accumulate_grad_batches: The best accumulation at the plan's micro-batch; below 1, accumulating costs time.
+        at_once: The best batch, in samples, if it fitted at once; None where times do not follow a line.
+    """
+
+    effective_batch_size: int
+    near_low: int
+    near_high: int
+    accumulate_grad_batches: float
+    at_once: float | None
+
+
+def optimum(costs: Costs, rows: Sequence[EffectiveRow]) -> Optimum | None:
+    """What the rows come to; None where no noise scale was measured, or nothing timed."""
+    timed = {row: row.relative_time for row in rows if row.relative_time is not None}
+    micro_seconds = costs.pace.micro(costs.plan.micro_batch_size)
+    if costs.noise is None or not timed or not micro_seconds:
+        return None
+    least = min(timed.values())
+    near = [row for row, taken in timed.items() if taken <= _NEAR * least]
+    fit = fit_line(costs.pace)
+    optimizer_seconds = costs.pace.optimizer_seconds
+    return Optimum(
+        effective_batch_size=min(timed, key=timed.__getitem__).effective_batch_size,
+        near_low=near[0].effective_batch_size,
+        near_high=near[-1].effective_batch_size,
+        accumulate_grad_batches=best_accumulation(
+            costs.noise, costs.plan, micro_seconds, optimizer_seconds
+        ),
+        at_once=best_batch(costs.noise, fit, optimizer_seconds) if fit else None,
     )
 
 
-def best_batch(noise: NoiseRange, fit: LineFit, optimizer_seconds: float) -> float:
+def best_batch(
+    noise: NoiseRange, fit: LineFit, optimizer_seconds: float
+) -> float | None:
     """The batch with the shortest time to the same loss, in samples, if all of it fitted at once.
 
-    The square root of the noise scale times the batch that runs at half of the full speed.
+    The square root of the noise scale times the batch that runs at half of the full speed; None where samples cost
+    nothing, and there is no such batch.
     """
     if not fit.seconds_per_sample:
-        return math.inf
+        return None
     half_speed = (fit.fixed_seconds + optimizer_seconds) / fit.seconds_per_sample
     return math.sqrt(noise.samples * half_speed)
 

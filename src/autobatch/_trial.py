@@ -27,6 +27,7 @@ __all__ = [
     "Timing",
     "Trial",
     "Workload",
+    "recover",
     "run_trial",
     "time_calls",
     "time_updates",
@@ -513,6 +514,14 @@ def _count(said: Any) -> int | None:
         return operator.index(said)
     except TypeError:  # a tensor of a loss
         return None
+
+
+def recover(error: Exception, probe: MemoryProbe) -> None:
+    """Let go of what a failed step holds, and give its memory back."""
+    _forget(error)
+    _empty_autograd(probe)
+    gc.collect()
+    probe.release()
 
 
 def _forget(error: BaseException) -> None:

@@ -300,8 +300,10 @@ class _Tuning:
             return self.record.now - began + seconds <= self._job.curve_seconds
 
         sizes = curve_sizes(self.record.fitting, self._samples_per_rank)
-        for size in sizes:
-            if size not in self.record.fitting and affordable(self._trial_seconds):
+        for size in reversed(sizes):
+            # Half of the time is for the turns
+            aside = self._trial_seconds + self._job.curve_seconds / 2
+            if size not in self.record.fitting and affordable(aside):
                 self._try_aside(size)
         tried = {trial.batch_size: trial for trial in self.record.trials if trial.fits}
         tried |= {
@@ -480,6 +482,7 @@ class _Tuning:
         findings = Findings(
             plan=plan,
             trials=tuple(self.record.trials),
+            curve=self._curve,
             target_batch_size=settings.target_batch_size,
             bound=self._bound_met(),
             time_limit=settings.time_limit if self._out_of_time else None,
@@ -487,6 +490,9 @@ class _Tuning:
             total=reading.total,
             foreign=reading.foreign,
             before=self._job.before,
+            learning_rate=self._job.learning_rate()
+            if self._job.learning_rate
+            else None,
             dataset_size=samples,
             remarks=self._remarks(plan),
             look=self._job.look() if self._job.look else None,
@@ -510,9 +516,7 @@ class _Tuning:
             dataset_size=samples,
             look=findings.look,
             curve=self._curve,
-            learning_rate=self._job.learning_rate()
-            if self._job.learning_rate
-            else None,
+            learning_rate=findings.learning_rate,
             search_seconds=self._deadline.spent,
             notes=notes(findings),
             environment=self._job.environment,
@@ -567,7 +571,7 @@ class _Tuning:
             target,
             self._ranks.world_size,
             self.record.fitting[-1],
-            Pace.of(() if self._curve else self.record.trials, self._curve),
+            Pace.of(self.record.trials, self._curve),
         )
 
     def _verified(self, plan: BatchPlan) -> bool:

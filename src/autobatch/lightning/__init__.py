@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from autobatch import sinks
 from autobatch._doors import checked_search, known_plan
+from autobatch._notes import waiting
 from autobatch._report import Settings, TuningReport
 from autobatch._snapshot import Snapshot
 from autobatch.errors import AutobatchError
@@ -42,6 +43,7 @@ from autobatch.lightning._package import callback_class, package_of
 from autobatch.lightning._run import Asked, tune_evaluation, tune_training
 from autobatch.lightning._samples import checked_worst_case
 from autobatch.lightning._scratch import silenced
+from autobatch.lightning._waiting import LoaderWait
 from autobatch.lightning._windows import WindowRepair, check_switch
 
 if TYPE_CHECKING:
@@ -158,6 +160,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         self._checkpoint: Checkpoint | None = None
         self._rebatched: dict[str, Rebatched] = {}  # by what they serve
         self._window: WindowRepair | None = None
+        self._wait = LoaderWait()
         self._before = BeforeOptimizers()
         self._before_data: list[Callable[[], None]] = []  # what undoes a watch
         self._only_tunes = False
@@ -282,11 +285,13 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         if "train" in self._rebatched:
             self._rebatched["train"].check_used(trainer.train_dataloader)
             self._milestones.watch(trainer, partial(self._retune, trainer, pl_module))
+            self._wait = LoaderWait()
         if self.report is not None:
             log_report(self.report, trainer)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Count from here, where the last window of an epoch is repaired."""
+        self._wait.interrupt()
         if self._window is not None:
             self._window.start_epoch()
 
@@ -294,8 +299,29 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count its samples, where the last window of an epoch is repaired."""
+        self._wait.start_batch(trainer)
         if self._window is not None:
             self._window.start_batch(trainer, batch, batch_idx)
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Do not take validation for waiting."""
+        self._wait.interrupt()
+
+    def on_save_checkpoint(
+        self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]
+    ) -> None:
+        """Do not take a checkpoint for waiting."""
+        self._wait.interrupt()
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Add to the report what was measured while it trained."""
+        self._wait.stop()
+        if self.report is not None and self._wait.loading is not None:
+            update = {"loading": self._wait.loading}
+            self.report = self.report.model_copy(update=update)
+            note = waiting(self._wait.loading)
+            if note and trainer.is_global_zero:
+                _log.warning("%s", note)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
         """Weight the gradients so far, where the last window of an epoch is repaired."""
@@ -397,6 +423,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
     def _undo(self) -> None:
         self._milestones.forget()
         self._before.forget()
+        self._wait.stop()
         self._window = None
         while self._before_data:
             self._before_data.pop()()

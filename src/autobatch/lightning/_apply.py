@@ -24,6 +24,7 @@ __all__ = [
     "apply_between_epochs",
     "check_name",
     "checked_name",
+    "is_named",
     "name_batch_size",
 ]
 
@@ -156,6 +157,11 @@ def name_batch_size(module: Any, name: str, batch_size: int) -> None:
     """Set it wherever the module or its datamodule has it by this name."""
     for holder in _holders(module, name):
         holder.set(batch_size)
+
+
+def is_named(module: Any, name: str) -> bool:
+    """Whether the module or its datamodule has the batch size by this name."""
+    return bool(_holders(module, name))
 
 
 def checked_name(batch_arg_name: str) -> str:

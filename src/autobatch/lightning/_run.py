@@ -19,7 +19,7 @@ from autobatch._trial import OptimizerWatch
 from autobatch._tune import Job, tune
 from autobatch.errors import AutobatchError, DoesNotFitError
 from autobatch.lightning._apart import apart
-from autobatch.lightning._apply import name_batch_size
+from autobatch.lightning._apply import is_named, name_batch_size
 from autobatch.lightning._counts import Counts
 from autobatch.lightning._evaluations import VALIDATION, Evaluations
 from autobatch.lightning._host import ahead, copied, room_for_copy
@@ -27,7 +27,9 @@ from autobatch.lightning._known import Here, Known
 from autobatch.lightning._loaders import FixedBatchSizeError, Loaders
 from autobatch.lightning._package import package_of
 from autobatch.lightning._samples import Samples
+from autobatch.lightning._schedules import schedules
 from autobatch.lightning._scratch import scratch
+from autobatch.lightning._splitting import Splits
 from autobatch.lightning._steps import Steps
 from autobatch.lightning._windows import batches_trained, check_repairable, told
 
@@ -123,6 +125,18 @@ def tune_training(
         samples = Samples(loaders, bench.snapshot, asked.worst_case)
         named = partial(name_batch_size, module, asked.batch_arg_name)
         steps = Steps(trainer, samples, named)
+        splits = Splits(
+            trainer,
+            module,
+            samples,
+            steps,
+            named,
+            bench.probe,
+            asked.settings.memory_limit,
+            bench.snapshot,
+            bench.ranks,
+        )
+        has_name = is_named(module, asked.batch_arg_name)
         job = Job(
             workload=steps,
             can_accumulate=True,
@@ -131,6 +145,8 @@ def tune_training(
             samples_trained=counts.samples,
             update_at_most=loaders.samples,
             remarks=lambda plan: (
+                *splits.told(plan),
+                *schedules(trainer, counts.before, plan, is_named=has_name),
                 *told(trainer, loaders, plan, repaired=asked.repairs),
                 *counts.remarks(plan),
                 *_about_the_host(trainer, loaders, samples, bench, plan),

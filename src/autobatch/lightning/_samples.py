@@ -36,6 +36,7 @@ __all__ = ["Samples", "checked_worst_case"]
 _MOST: Final = 1000  # samples
 _SECONDS: Final = 5.0
 _KEPT: Final = 64  # samples kept of those; larger batches repeat them
+_FIRST: Final = 32  # samples kept as they came, of whatever size
 _CHUNK: Final = 16  # samples read at once
 _DEEP: Final = (
     4  # containers within containers that are looked into for a sample's size
@@ -92,6 +93,20 @@ class Samples:
             return parts
         return [self._loaders.structured(parts)]
 
+    def ordinary(self, batch_size: int) -> Any:
+        """A batch of samples as they come, large and small, each of them once; None where too few were read."""
+        with unobserved(), torch.no_grad():
+            if self._worst_case is not None:
+                return self._worst_case(batch_size)
+            sizes = self._loaders.sizes_at(batch_size)
+            parts = [
+                source.ordinary(size)
+                for source, size in zip(self._sources, sizes, strict=True)
+            ]
+        if any(part is None for part in parts):
+            return None
+        return self._loaders.structured(parts)
+
     @property
     def bytes_each(self) -> tuple[int, ...]:
         """Of the largest sample of each loader; nothing where the user has said what is largest."""
@@ -131,7 +146,14 @@ class _Source:
 
     def batch(self, batch_size: int) -> Any:
         """The largest samples, as the loader would collate them."""
-        samples = islice(cycle(self._largest.samples), batch_size)
+        return self._collated(islice(cycle(self._largest.samples), batch_size))
+
+    def ordinary(self, batch_size: int) -> Any:
+        """Samples as they were read; None where those were fewer."""
+        first = self._largest.first[:batch_size]
+        return self._collated(first) if len(first) == batch_size else None
+
+    def _collated(self, samples: Iterable[Any]) -> Any:
         self._snapshot.capture_light(self._loader.collate_fn)
         # Copies, since a collate function may take its samples apart
         return self._loader.collate_fn([_unshared(sample) for sample in samples])
@@ -214,6 +236,7 @@ class _Largest:
     def __init__(self) -> None:
         self.read = 0
         self.is_even = True  # all of one size so far
+        self.first: list[Any] = []
         self._heap: list[tuple[int, int, Any]] = []
 
     def add(self, samples: Iterable[Any]) -> None:
@@ -221,7 +244,11 @@ class _Largest:
             entry = (_size(sample, _DEEP), -self.read, sample)
             self.is_even &= not self._heap or entry[0] == self._heap[0][0]
             self.read += 1
-            if len(self._heap) < _KEPT:
+            if len(self.first) < _FIRST:
+                entry = _held(entry)
+                self.first.append(entry[2])
+                heapq.heappush(self._heap, entry)  # it keeps more than those
+            elif len(self._heap) < _KEPT:
                 heapq.heappush(self._heap, _held(entry))
             elif entry[:2] > self._heap[0][:2]:
                 heapq.heapreplace(self._heap, _held(entry))
@@ -285,7 +312,8 @@ def _unshared(
 
 def _layers(dataset: Any) -> list[Any]:
     """A data set, those that it wraps (Subset, ConcatDataset and their like), and its transforms."""
-    parts = [part for part in vars(dataset).values() if hasattr(part, "__dict__")]
+    held = getattr(dataset, "__dict__", {}).values()  # a plain list has none
+    parts = [part for part in held if hasattr(part, "__dict__")]
     inner = [*parts, *(getattr(dataset, "datasets", None) or ())]
     wrapped = [part for part in inner if isinstance(part, Dataset)]
     return [dataset, *parts, *(layer for part in wrapped for layer in _layers(part))]

@@ -134,6 +134,25 @@ class Steps:
                 yield
             self._micro_batch(next(batches), index)
 
+    def loss(self, batch: Any) -> Any:
+        """What `training_step` makes of a batch that is on the device, as automatic optimisation calls it, and no more.
+
+        None where the module says that there is nothing to learn from it.
+        """
+        made: list[Any] = []
+        self._trainer.fit_loop.epoch_loop.batch_progress.reset()
+        self._hooks.first(lambda: made.append(self._training_step(batch)))
+        return made.pop()
+
+    def _training_step(self, batch: Any) -> Any:
+        trainer, loop = self._trainer, self._trainer.fit_loop.epoch_loop
+        trainer._logger_connector.on_batch_start(batch)  # `self.log` needs it
+        self._hooks.before_batch(batch, 0)
+        arguments = loop._build_kwargs(OrderedDict(), batch, 0)
+        result = loop.automatic_optimization._training_step(arguments)
+        trainer._logger_connector.on_batch_end()
+        return result.closure_loss
+
     @property
     def _is_automatic(self) -> bool:
         return bool(self._trainer.lightning_module.automatic_optimization)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import BatchSampler, DataLoader
 
-from autobatch._notes import by_hand, last_window, repeated_closures
+from autobatch._cautions import by_hand, last_window, repeated_closures
 from autobatch.errors import AutobatchError
 from autobatch.lightning._loaders import samples_of
 

@@ -1,0 +1,301 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import autobatch
+from autobatch._curve import curve_sizes, enough, in_turns, point
+from autobatch._trial import Timing
+from autobatch.testing import PaperDevice, SimulatedAccelerator
+
+pytestmark = pytest.mark.curve
+
+sizes = st.sets(st.integers(1, 5000), min_size=1, max_size=12)
+
+
+def timing(*seconds, optimizer=()):
+    return Timing(tuple(seconds), tuple(optimizer))
+
+
+# Which sizes
+
+
+@given(sizes, st.none() | st.integers(1, 10_000))
+def test_powers_of_two_and_all_that_fit_are_timed_and_none_beyond(fitting, samples):
+    chosen = curve_sizes(sorted(fitting), samples)
+
+    powers = {2**i for i in range(13) if 2**i <= max(fitting)}
+    assert fitting | powers <= set(chosen)
+    assert chosen == sorted(chosen)
+    assert max(chosen) == max(fitting)
+    others = set(chosen) - fitting - powers
+    assert len(others) <= 3
+    assert all(samples % size == 0 for size in others)
+
+
+def test_the_largest_sizes_that_give_the_target_exactly_are_timed():
+    assert set(curve_sizes([8, 86], 1000)) >= {50, 40, 25}
+    assert set(curve_sizes([8, 86], 60)) >= {60, 30}
+
+
+# In turns
+
+
+def visited(durations, bound):
+    """The sizes in the order of their visits, on a clock that only visits move."""
+    order, clock = [], [0.0]
+
+    def visit(size):
+        order.append(size)
+        clock[0] += 11 * durations[size]
+        return timing(*10 * [durations[size]])
+
+    timings = in_turns(
+        durations,
+        visit=visit,
+        affordable=lambda seconds: clock[0] + seconds <= bound,
+        update_seconds=lambda size: durations[size],
+    )
+    return order, timings, clock[0]
+
+
+def test_sizes_are_visited_going_up_and_again_going_down():
+    order, timings, _ = visited({4: 0.01, 1: 0.01, 2: 0.01}, bound=20)
+
+    assert order == [1, 2, 4, 4, 2, 1]
+    assert {size: len(each) for size, each in timings.items()} == {1: 2, 2: 2, 4: 2}
+
+
+@given(
+    st.dictionaries(st.integers(1, 1000), st.floats(0, 0.05), min_size=1),
+    st.floats(0.1, 20),
+)
+def test_no_visit_begins_that_would_not_be_over_in_time(durations, bound):
+    _, timings, spent = visited(durations, bound)
+
+    assert spent <= bound * (1 + 1e-9)
+    assert all(timings.values())
+
+
+def test_what_there_is_no_time_for_is_left_out():
+    order, timings, _ = visited({1: 0.01, 2: 0.02, 64: 9.0}, bound=20)
+
+    assert 64 not in order
+    assert set(timings) == {1, 2}
+
+
+def test_a_size_that_failed_is_not_visited_again_and_left_out():
+    order = []
+
+    def visit(size):
+        order.append(size)
+        return None if size == 2 else timing(1, 1, 1)
+
+    timings = in_turns(
+        [1, 2], visit=visit, affordable=lambda _: True, update_seconds=lambda _: 1.0
+    )
+
+    assert order == [1, 2, 1]
+    assert set(timings) == {1}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "is_enough"),
+    [
+        ([0.001] * 9, False),
+        ([0.001] * 10, True),
+        ([0.3, 0.3], False),
+        ([0.3, 0.3, 0.3], True),
+        ([0.1] * 4, False),
+        ([0.1] * 5, True),
+    ],
+)
+def test_a_visit_takes_three_updates_at_least_and_then_half_a_second_or_ten(
+    seconds, is_enough
+):
+    assert enough(seconds) is is_enough
+
+
+# What they come to
+
+
+def test_a_point_is_the_median_with_its_deciles_per_micro_batch():
+    seconds = [2.0 * value for value in range(1, 12)]
+
+    got = point(8, 2, [timing(*seconds, optimizer=[0.1, 0.2, 0.3])], peak=7)
+
+    assert (got.step_seconds, got.step_seconds_low, got.step_seconds_high) == (6, 2, 10)
+    assert (got.optimizer_seconds, got.updates, got.peak) == (0.2, 11, 7)
+    assert got.drift is None
+
+
+def test_drift_compares_the_later_visit_with_the_earlier():
+    got = point(8, 1, [timing(1, 1, 1), timing(1.2, 1.2, 9)], peak=None)
+
+    assert got.drift == pytest.approx(1.2)
+
+
+@given(
+    st.lists(
+        st.lists(st.floats(1e-6, 1e3), min_size=3, max_size=10), min_size=1, max_size=2
+    )
+)
+def test_the_spread_contains_the_median(visits):
+    got = point(1, 1, [timing(*each) for each in visits], None)
+
+    assert got.step_seconds_low <= got.step_seconds <= got.step_seconds_high
+
+
+# In a tuning run
+
+
+def on_paper(**changes):
+    asked = {"fixed": 2**20, "per_sample": 2**14} | changes
+    return PaperDevice("2MiB", **asked)
+
+
+def test_the_curve_is_exact_on_an_exact_clock_and_stays_apart_from_trials():
+    paper = on_paper(seconds_per_step=1e-3, seconds_per_sample=1e-4)
+
+    report = autobatch.find(paper.workload, device=paper, target_batch_size=128)
+
+    timed = [each.batch_size for each in report.curve]
+    assert {1, 2, 4, 8, 16, 32} <= set(timed)
+    for each in report.curve:
+        assert each.step_seconds == pytest.approx(1e-3 + 1e-4 * each.batch_size)
+        assert each.drift == pytest.approx(1)
+        assert each.peak == paper.needs(each.batch_size)
+        assert each.updates == 20
+    assert len(report.trials) < len(timed)
+    assert report.fit.fixed_seconds == pytest.approx(1e-3)
+    assert report.fit.seconds_per_sample == pytest.approx(1e-4)
+
+
+def test_the_smallest_micro_batch_within_five_percent_of_the_fastest_is_recommended():
+    # 95 % of the speed at 64 is reached between 19 and 32
+    paper = on_paper(seconds_per_step=1e-4, seconds_per_sample=1e-4)
+
+    report = autobatch.find(paper.workload, device=paper, target_batch_size=512)
+
+    assert report.plan == autobatch.BatchPlan(
+        16, 32
+    ) or report.plan.micro_batch_size in (
+        16,
+        32,
+    )
+    rates = {row.batch_size: row.of_fastest for row in report.sizes}
+    chosen = report.plan.micro_batch_size
+    assert rates[chosen] >= 0.95
+    assert all(
+        rates[size] < 0.95 for size in rates if size < chosen and 512 % size == 0
+    )
+
+
+def test_what_is_chosen_was_run_as_a_trial():
+    paper = on_paper(seconds_per_step=1e-5, seconds_per_sample=1e-4)
+
+    report = autobatch.find(paper.workload, device=paper, target_batch_size=96)
+
+    tried = {t.batch_size: t for t in report.trials if t.fits}
+    assert report.plan.micro_batch_size in tried
+    assert tried[report.plan.micro_batch_size].accumulate == 2
+
+
+def test_a_known_plan_is_verified_and_no_curve_is_timed():
+    paper = on_paper()
+
+    report = autobatch.find(paper.workload, device=paper, plan=autobatch.BatchPlan(8))
+
+    assert report.curve == ()
+    assert len(report.trials) == 1
+
+
+def test_the_curve_keeps_to_its_twenty_seconds():
+    paper = on_paper(seconds_per_step=0.5, seconds_per_sample=0.01)
+    began = []
+
+    def workload(batch_size, accumulate):
+        began.append(paper.clock())
+        yield from paper.workload(batch_size, accumulate)
+
+    report = autobatch.find(workload, device=paper, target_batch_size=128)
+
+    searched = len(report.trials)
+    assert report.curve
+    assert paper.clock() - began[searched] <= 20 + 5  # and what a trial takes
+
+
+def test_a_size_below_that_does_not_fit_is_left_out():
+    paper = on_paper(memory=lambda size: 2**20 if size != 16 else 2**30)
+
+    report = autobatch.find(paper.workload, device=paper, max_micro_batch_size=64)
+
+    timed = {each.batch_size for each in report.curve}
+    assert {8, 32, 64} <= timed
+    assert 16 not in timed
+    assert report.plan.micro_batch_size == 64
+
+
+def test_an_error_of_a_small_size_leaves_it_out():
+    paper = on_paper()
+
+    def workload(batch_size, accumulate):
+        if batch_size == 1:
+            raise ValueError("a single sample has no variance")
+        yield from paper.workload(batch_size, accumulate)
+
+    report = autobatch.find(workload, device=paper, target_batch_size=64)
+
+    assert 1 not in {each.batch_size for each in report.curve}
+    assert 2 in {each.batch_size for each in report.curve}
+
+
+def test_timing_leaves_no_trace():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(8, 64), torch.nn.BatchNorm1d(64), torch.nn.Dropout(0.5)
+    )
+    optimizer = torch.optim.AdamW(model.parameters())
+    before = [tensor.clone() for tensor in model.state_dict().values()]
+    state = torch.get_rng_state()
+
+    def train(batch_size, accumulate):
+        while True:
+            for _ in range(accumulate):
+                (
+                    model(torch.randn(batch_size, 8)).square().mean() / accumulate
+                ).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            yield
+
+    report = autobatch.find(
+        train, device=SimulatedAccelerator("2MiB"), target_batch_size=256
+    )
+
+    assert len(report.curve) > 4
+    assert all(map(torch.equal, model.state_dict().values(), before))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not optimizer.state
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_slower_small_batch_is_seen_as_slower_per_sample():
+    """A sleep per step: a ratio of 16 in samples per second is not noise."""
+
+    def train(batch_size):
+        while True:
+            time.sleep(0.002)
+            torch.ones(batch_size, 1000).sum()
+            yield
+
+    report = autobatch.find(
+        train, device=SimulatedAccelerator("1MiB"), max_micro_batch_size=64
+    )
+
+    rates = {row.batch_size: row.samples_per_second for row in report.sizes}
+    assert rates[64] > 2 * rates[8] > 4 * rates[1]

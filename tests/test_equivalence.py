@@ -1,0 +1,259 @@
+"""Whether a batch in parts has the gradient of the whole, on losses of which that is known."""
+
+from __future__ import annotations
+
+import collections
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from autobatch._equivalence import (
+    BatchNorms,
+    Splitting,
+    UndecidedError,
+    batch_norms,
+    split_gradient,
+    without_dropout,
+)
+
+SAMPLES = 16
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 4))
+
+
+def batch_of(samples=SAMPLES):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(samples, 6, generator=generator)
+    return x, x[:, :4].argmax(1)
+
+
+def mean(net, x, y):
+    return F.cross_entropy(net(x), y)
+
+
+def added_up(net, x, y):
+    return F.cross_entropy(net(x), y, reduction="sum")
+
+
+def contrastive(net, x, y):
+    z = F.normalize(net(x))
+    return F.cross_entropy(z @ z.T / 0.1, torch.arange(len(z)))
+
+
+def token_mean(net, x, y):
+    """A sample weighs as many tokens as it has."""
+    tokens = torch.exp(2 * x[:, 0])
+    losses = F.cross_entropy(net(x), y, reduction="none")
+    return (tokens * losses).sum() / tokens.sum()
+
+
+def noisy(net, x, y):
+    return F.cross_entropy(net(x + torch.randn_like(x)), y)
+
+
+def gradient_of(loss, net):
+    weights = list(net.parameters())
+    return lambda batch: torch.autograd.grad(
+        loss(net, *batch), weights, allow_unused=True
+    )
+
+
+def split(loss, net, *, threshold):
+    return split_gradient(gradient_of(loss, net), batch_of(), SAMPLES, threshold)
+
+
+def test_a_mean_over_samples_splits(net):
+    assert split(mean, net, threshold=1e-5) is None
+
+
+@pytest.mark.parametrize("loss", [contrastive, token_mean])
+def test_a_loss_that_is_no_mean_over_samples_does_not(net, loss):
+    found = split(loss, net, threshold=0.01)
+
+    assert found.samples == SAMPLES
+    assert found.change > 0.05
+    assert not found.is_sum
+
+
+def test_how_much_it_changes_is_the_distance_over_the_gradient_of_the_whole(net):
+    x, y = batch_of()
+    gradient = gradient_of(contrastive, net)
+    flat = [
+        torch.cat([each.flatten().double() for each in gradient(part)])
+        for part in ((x, y), (x[:8], y[:8]), (x[8:], y[8:]))
+    ]
+    expected = ((flat[1] + flat[2]) / 2 - flat[0]).norm() / flat[0].norm()
+
+    found = split(contrastive, net, threshold=0.01)
+
+    assert found.change == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_sum_over_samples_is_told_apart(net):
+    assert split(added_up, net, threshold=0.01) == Splitting(
+        SAMPLES, pytest.approx(0.5, rel=1e-4), is_sum=True
+    )
+
+
+def test_below_the_threshold_nothing_is_said(net):
+    change = split(contrastive, net, threshold=0.01).change
+
+    assert split(contrastive, net, threshold=0.99 * change) is not None
+    assert split(contrastive, net, threshold=1.01 * change) is None
+
+
+def test_of_a_step_that_draws_random_numbers_nothing_is_said(net):
+    with pytest.raises(UndecidedError, match="the same batch gave gradients"):
+        split(noisy, net, threshold=0.01)
+
+
+def test_weights_that_the_loss_does_not_use_do_no_harm(net):
+    unused = nn.Linear(2, 2)
+    weights = [*unused.parameters(), *net.parameters()]
+    gradient = lambda batch: torch.autograd.grad(  # noqa: E731
+        mean(net, *batch), weights, allow_unused=True
+    )
+
+    assert split_gradient(gradient, batch_of(), SAMPLES, 0.01) is None
+
+
+def test_weights_that_one_half_alone_uses_count(net):
+    def gradient(batch):
+        x, _ = batch
+        first = bool((x[0] == batch_of()[0][0]).all())
+        return [torch.ones(1) if first else None, torch.full((1,), 3.0)]
+
+    found = split_gradient(gradient, batch_of(), SAMPLES, 0.01)
+
+    # Of the first weight the halves say 1 and nothing, half of that on average, and the whole says 1
+    assert found.change == pytest.approx(0.5 / 10**0.5)
+
+
+@pytest.mark.parametrize("number", [0.0, float("nan"), float("inf")])
+def test_without_a_gradient_nothing_is_said(number):
+    with pytest.raises(UndecidedError, match="norm of"):
+        split_gradient(lambda _: [torch.full((2,), number)], batch_of(), SAMPLES, 0.01)
+
+
+def test_the_gradient_of_half_a_batch_may_be_no_number():
+    def gradient(batch):
+        return [torch.full((2,), 1.0 if len(batch[0]) == SAMPLES else torch.nan)]
+
+    with pytest.raises(UndecidedError, match="half a batch"):
+        split_gradient(gradient, batch_of(), SAMPLES, 0.01)
+
+
+# What can be split
+
+
+Pair = collections.namedtuple("Pair", "x y")  # noqa: PYI024
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda x, y: x,
+        lambda x, y: (x, y),
+        lambda x, y: [x, {"labels": y, "mask": None}],
+        Pair,
+        lambda x, y: collections.UserDict(x=x, y=y),
+        lambda x, y: {"x": x, "names": [str(each) for each in y.tolist()]},
+    ],
+)
+def test_batches_are_split_in_all_their_containers(wrapped):
+    seen = []
+    x, y = batch_of()
+    whole = wrapped(x, y)
+
+    split_gradient(
+        lambda batch: seen.append(batch) or [torch.ones(1)], whole, SAMPLES, 0.01
+    )
+
+    rows = (slice(0, 8), slice(8, 16), slice(0, 16))
+    for part, these in zip(seen, rows, strict=True):
+        assert type(part) is type(whole)
+        assert same(part, wrapped(x[these], y[these]))
+
+
+def same(one, other):
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, (dict, collections.UserDict)):
+        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
+    if isinstance(one, (list, tuple)):
+        return all(map(same, one, other))
+    return one == other
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        torch.tensor(1.0),
+        torch.ones(SAMPLES + 1, 2),
+        (torch.ones(SAMPLES), torch.ones(3, SAMPLES)),
+        {"x": torch.ones(SAMPLES), "longest": 57},
+        [["a", "b"], torch.ones(SAMPLES)],
+        torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+    ],
+)
+def test_what_has_no_row_for_each_sample_is_not_split(batch):
+    with pytest.raises(UndecidedError):
+        split_gradient(lambda _: [torch.ones(1)], batch, SAMPLES, 0.01)
+
+
+def test_a_step_that_writes_into_its_batch_changes_no_other_part(net):
+    def writes(net, x, y):
+        return mean(net, x.mul_(2), y)
+
+    x, y = batch_of()
+    kept = x.clone()
+
+    found = split_gradient(gradient_of(writes, net), (x, y), SAMPLES, 0.01)
+
+    assert found is None
+    assert torch.equal(x, kept)
+
+
+# Layers
+
+
+def test_layers_that_use_the_batch_are_counted():
+    net = nn.Sequential(
+        nn.BatchNorm1d(3),
+        nn.BatchNorm2d(3).eval(),  # running statistics
+        nn.BatchNorm3d(3, track_running_stats=False).eval(),  # has none
+        nn.SyncBatchNorm(3),
+        nn.InstanceNorm2d(3),
+        nn.GroupNorm(1, 3),
+    )
+
+    assert batch_norms(net.modules()) == BatchNorms(alone=2, together=1)
+    assert not batch_norms(nn.Linear(1, 1).modules())
+
+
+def test_nothing_is_dropped_and_all_is_given_back():
+    net = nn.ModuleDict(
+        {
+            "drop": nn.Dropout(0.5),
+            "attention": nn.MultiheadAttention(4, 1, dropout=0.5),
+            "recurrent": nn.LSTM(4, 4, 2, dropout=0.5),
+            "norm": nn.BatchNorm1d(4),
+            "off": nn.Dropout(0.5).eval(),
+        }
+    )
+    ones = torch.ones(64)
+
+    with without_dropout(net):
+        assert torch.equal(net["drop"](ones), ones)
+        assert net["attention"].dropout == net["recurrent"].dropout == 0.0
+        assert net["norm"].training
+
+    assert net["drop"].training
+    assert not net["off"].training
+    assert net["attention"].dropout == net["recurrent"].dropout == 0.5

@@ -1,0 +1,237 @@
+"""What is told of learning rates and their schedules where the effective batch changes."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch.optim import lr_scheduler
+from torch.utils.data import DataLoader, TensorDataset
+
+import autobatch
+from autobatch._learning_rate import LearningRateRule
+from autobatch.testing import SimulatedAccelerator
+from lightning_here import pl, quiet_trainer
+
+
+def slowly(step, num_warmup_steps, num_training_steps):
+    return 1 / (1 + step)
+
+
+class Scheduled(pl.LightningModule):
+    def __init__(self, schedule, interval="step", frequency=1, optimizer="AdamW"):
+        super().__init__()
+        self.schedule, self.optimizer = schedule, optimizer
+        self.config = {"interval": interval, "frequency": frequency}
+        self.layer = torch.nn.Linear(4, 1)
+
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch[0]).square().mean()
+
+    def configure_optimizers(self):
+        optimizer = getattr(torch.optim, self.optimizer)(self.parameters(), lr=0.01)
+        if self.schedule is None:
+            return optimizer
+        scheduler = self.schedule(optimizer, self)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, **self.config},
+        }
+
+
+class Named(Scheduled):
+    batch_size = 4
+
+
+def fit(module, batch_size=4, target=32, **options):
+    callback = autobatch.AutoBatch(
+        target_batch_size=target,
+        max_micro_batch_size=16,
+        device=SimulatedAccelerator("64MiB"),
+        steps_per_trial=1,
+    )
+    loader = DataLoader(TensorDataset(torch.randn(128, 4)), batch_size)
+    quiet_trainer(callback, **options).fit(module, loader)
+    return callback.report
+
+
+def counted(report):
+    return [note for note in report.notes if "counts updates" in note]
+
+
+SCHEDULES = {
+    "CosineAnnealingLR": (lambda o, _: lr_scheduler.CosineAnnealingLR(o, 100), 100),
+    "OneCycleLR": (lambda o, _: lr_scheduler.OneCycleLR(o, 0.1, total_steps=90), 90),
+    "LinearLR": (lambda o, _: lr_scheduler.LinearLR(o, total_iters=10), 10),
+    "PolynomialLR": (lambda o, _: lr_scheduler.PolynomialLR(o, 80), 80),
+    "MultiStepLR": (lambda o, _: lr_scheduler.MultiStepLR(o, [30, 60]), 60),
+    "SequentialLR": (
+        lambda o, _: lr_scheduler.SequentialLR(
+            o,
+            [
+                lr_scheduler.LinearLR(o, total_iters=20),
+                lr_scheduler.CosineAnnealingLR(o, 80),
+            ],
+            milestones=[20],
+        ),
+        100,
+    ),
+    "LambdaLR": (
+        lambda o, _: lr_scheduler.LambdaLR(
+            o, partial(slowly, num_warmup_steps=5, num_training_steps=50)
+        ),
+        50,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")
+def test_a_schedule_of_so_many_updates_is_told_in_samples(name):
+    schedule, updates = SCHEDULES[name]
+
+    report = fit(Scheduled(schedule))
+
+    assert counted(report) == [
+        f"{name} counts updates: its {updates} steps now cover {updates * 32:,} samples instead of {updates * 4:,}."
+    ]
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda o, _: lr_scheduler.StepLR(o, 7),
+        lambda o, _: lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)),
+    ],
+)
+def test_a_schedule_that_does_not_say_its_length_is_told_without(schedule):
+    (note,) = counted(fit(Scheduled(schedule)))
+
+    assert "each of 32 samples now instead of 4" in note
+
+
+def test_a_schedule_that_may_have_read_the_batch_size_is_told_without_a_length():
+    def read(optimizer, module):
+        return lr_scheduler.CosineAnnealingLR(optimizer, 256 // module.batch_size)
+
+    (note,) = counted(fit(Named(read)))
+
+    assert "each of 32 samples now instead of 4" in note
+
+
+def test_a_frequency_counts_as_well():
+    schedule, _ = SCHEDULES["CosineAnnealingLR"]
+
+    (note,) = counted(fit(Scheduled(schedule, frequency=3)))
+
+    assert "its 300 steps now cover 9,600 samples instead of 1,200" in note
+
+
+def test_a_schedule_that_asked_the_trainer_for_its_length_covers_the_same_data():
+    made = []
+
+    def asked(optimizer, module):
+        made.append(module.trainer.estimated_stepping_batches)
+        return lr_scheduler.CosineAnnealingLR(optimizer, made[-1])
+
+    report = fit(Scheduled(asked))
+
+    assert made == [64, 8]  # two epochs of 128 samples, in updates of 4 and of 32
+    assert counted(report) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [
+        (Scheduled(None), {}),
+        (Scheduled(SCHEDULES["CosineAnnealingLR"][0], interval="epoch"), {}),
+        (Scheduled(SCHEDULES["CosineAnnealingLR"][0]), {"batch_size": 32}),
+        (
+            Scheduled(SCHEDULES["CosineAnnealingLR"][0]),
+            {"accumulate_grad_batches": 8},
+        ),
+    ],
+)
+def test_where_updates_cover_what_they_did_nothing_is_said(module, options):
+    assert counted(fit(module, **options)) == []
+
+
+# The learning rate
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "rule", "told"),
+    [
+        ("AdamW", "square-root", "AdamW usually wants about ×2.8 "),
+        ("SGD", "linear", "SGD usually wants about ×8 "),
+    ],
+)
+def test_the_rule_of_the_optimizer_is_in_the_report(optimizer, rule, told):
+    report = fit(Scheduled(None, optimizer=optimizer))
+
+    assert report.learning_rate == LearningRateRule(optimizer, rule)
+    assert told in report.notes[0]
+
+
+def test_an_optimizer_without_a_rule_is_not_guessed_at():
+    report = fit(Scheduled(None, optimizer="Adadelta"))
+
+    assert report.learning_rate is None
+    assert "usually wants" not in report.notes[0]
+
+
+def test_no_learning_rate_is_changed():
+    module = Scheduled(None)
+
+    fit(module)
+
+    assert module.trainer.optimizers[0].param_groups[0]["lr"] == 0.01
+
+
+def test_the_same_effective_batch_wants_the_same_learning_rate():
+    report = fit(Scheduled(None), batch_size=32)
+
+    assert report.learning_rate == LearningRateRule("AdamW", "square-root")
+    assert not any("usually wants" in note for note in report.notes)
+
+
+def test_find_sees_the_optimizers_that_step():
+    layer = torch.nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(layer.parameters())
+
+    def train(batch_size, accumulate):
+        while True:
+            for _ in range(accumulate):
+                layer(torch.randn(batch_size, 4)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            yield
+
+    report = autobatch.find(
+        train, target_batch_size=8, device=SimulatedAccelerator("1MiB")
+    )
+
+    assert report.learning_rate == LearningRateRule("SGD", "linear")
+
+
+def test_find_tells_of_batch_norm_where_it_accumulates():
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    optimizer = torch.optim.SGD(net.parameters())
+
+    def train(batch_size, accumulate):
+        while True:
+            for _ in range(accumulate):
+                net(torch.randn(batch_size, 4)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            yield
+
+    def told(**options):
+        device = SimulatedAccelerator("1MiB")
+        report = autobatch.find(train, target_batch_size=64, device=device, **options)
+        return [note for note in report.notes if "BatchNorm" in note]
+
+    assert told() == []
+    (note,) = told(max_micro_batch_size=8)
+    assert note.startswith("1 BatchNorm layer uses the statistics of 8 samples, not 64")

@@ -1,0 +1,223 @@
+"""What a fit measures of its loader."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+import autobatch
+from autobatch.lightning._waiting import LoaderWait
+from autobatch.testing import SimulatedAccelerator
+from lightning_here import pl, quiet_trainer
+
+SECONDS = 0.02  # that a batch takes to read
+
+
+class Slow(Dataset):
+    def __init__(self, length, seconds=SECONDS):
+        self.length, self.seconds = length, seconds
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        time.sleep(self.seconds)
+        return torch.ones(4)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        for _ in range(20):
+            time.sleep(SECONDS)
+            yield torch.ones(4)
+
+
+class Model(pl.LightningModule):
+    seconds = 0.0
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 1)
+
+    def training_step(self, batch, batch_idx):
+        time.sleep(self.seconds)
+        return self.layer(batch).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class Busy(Model):
+    seconds = 0.02
+
+
+class Validated(Model):
+    def validation_step(self, batch, batch_idx):
+        time.sleep(SECONDS)
+
+
+def fit(model, data, validation=None, **options):
+    callback = autobatch.AutoBatch(
+        plan=autobatch.BatchPlan(1, 1),
+        device=SimulatedAccelerator("64MiB"),
+        steps_per_trial=1,
+    )
+    trainer = quiet_trainer(callback, **{"max_epochs": 1, **options})
+    trainer.fit(model, DataLoader(data, 1), validation)
+    return callback.report
+
+
+def test_a_slow_loader_is_most_of_the_time(caplog):
+    report = fit(Model(), Slow(20))
+
+    # Of 20 batches there are 19 intervals, and the first three come while all warms up
+    assert report.loading.batches == 16
+    assert report.loading.wait_seconds >= 16 * SECONDS
+    assert report.loading.share > 0.5
+    assert "Data loading took" in str(report)
+    assert "Data loading took" in caplog.text
+
+
+def test_a_stream_that_is_read_ahead_is_waited_for_too():
+    report = fit(Model(), Stream())
+
+    assert report.loading.share > 0.5
+
+
+def test_a_fast_loader_beside_a_slow_step_is_not_spoken_of(caplog):
+    report = fit(Busy(), Slow(20, seconds=0.0))
+
+    assert report.loading.batches == 16
+    assert report.loading.step_seconds >= 16 * Busy.seconds
+    assert "Data loading" not in str(report)
+    assert "Data loading" not in caplog.text
+
+
+def test_validation_is_no_waiting():
+    validation = DataLoader(torch.ones(3, 4), 1)
+
+    report = fit(Validated(), Slow(20, 0.0), validation, val_check_interval=1)
+
+    assert report.loading is None  # it comes between any two batches
+
+
+def test_several_epochs_are_measured_as_one():
+    report = fit(Model(), Slow(8), max_epochs=3)
+
+    # Of each epoch but the first all seven intervals, and those that are left of the first
+    assert report.loading.batches == 7 + 7 + 4
+
+
+def test_of_a_few_batches_nothing_is_said():
+    assert fit(Model(), Slow(12)).loading is None
+
+
+def test_the_loop_has_its_own_watch_again():
+    class Watching(pl.Callback):
+        def on_train_end(self, trainer, pl_module):
+            fetcher = trainer.fit_loop._data_fetcher
+            self.watch = fetcher._start_profiler.__self__
+
+    callback = autobatch.AutoBatch(
+        plan=autobatch.BatchPlan(1, 1), device=SimulatedAccelerator("64MiB")
+    )
+    watching = Watching()
+
+    trainer = quiet_trainer(callback, watching, max_epochs=1)
+    trainer.fit(Model(), DataLoader(Slow(20, 0.0), 1))
+
+    assert watching.watch is trainer.fit_loop.epoch_loop
+
+
+# By a clock of one's own
+
+
+class Trainer:
+    """As much of one as is looked at."""
+
+    def __init__(self, device="cpu"):
+        self.fit_loop = self.strategy = self._data_fetcher = self
+        self.root_device = torch.device(device)
+        self.profiled = []
+        self._start_profiler = lambda: self.profiled.append("start")
+        self._stop_profiler = lambda: self.profiled.append("stop")
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def run(wait, clock, trainer, batches, *, waits, steps):
+    for _ in range(batches):
+        wait.start_batch(trainer)
+        clock.now += steps
+        trainer._start_profiler()
+        clock.now += waits
+        trainer._stop_profiler()
+
+
+def test_waiting_and_the_rest_add_up_to_all_of_the_time():
+    clock, trainer = Clock(), Trainer()
+    wait = LoaderWait(clock)
+
+    run(wait, clock, trainer, 24, waits=3.0, steps=7.0)
+    wait.stop()
+
+    assert wait.loading.batches == 20
+    assert wait.loading.wait_seconds == pytest.approx(60)
+    assert wait.loading.step_seconds == pytest.approx(140)
+    assert wait.loading.share == pytest.approx(0.3)
+    assert trainer.profiled == 24 * ["start", "stop"]
+
+
+def test_it_looks_at_so_many_batches_and_then_no_more():
+    clock, trainer = Clock(), Trainer()
+    start = trainer._start_profiler
+    wait = LoaderWait(clock)
+
+    run(wait, clock, trainer, 300, waits=3.0, steps=7.0)
+
+    assert wait.loading.batches == 200
+    assert trainer._start_profiler is start
+
+
+def test_what_comes_between_is_not_counted():
+    clock, trainer = Clock(), Trainer()
+    wait = LoaderWait(clock)
+
+    for _ in range(10):
+        run(wait, clock, trainer, 5, waits=3.0, steps=7.0)
+        wait.interrupt()
+        clock.now += 1000
+
+    assert wait.loading.wait_seconds + wait.loading.step_seconds == pytest.approx(
+        10 * wait.loading.batches
+    )
+
+
+@pytest.mark.parametrize(("is_done", "share"), [(True, 0.3), (False, 0.0)])
+def test_on_a_gpu_a_wait_counts_only_where_the_queue_ran_empty(
+    is_done, share, monkeypatch
+):
+    class Event:
+        def record(self, stream):
+            assert stream == "of cuda:1"
+
+        def query(self):
+            return is_done
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda d: f"of {d}")
+    clock, trainer = Clock(), Trainer("cuda:1")
+    wait = LoaderWait(clock)
+
+    run(wait, clock, trainer, 24, waits=3.0, steps=7.0)
+
+    assert wait.loading.share == pytest.approx(share)
