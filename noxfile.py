@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ nox.options.sessions = ["lint", "typing", "tests"]
 # A file of tests is one process's affair, since its tests share what took long to make.
 _TWO_AT_A_TIME = ("-n", "2", "--dist", "loadfile")
 _TESTED = ("-c", "constraints.txt")
+_PICTURE = "docs/tradeoff.png"  # which README.md shows
 _EXTRAS = nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]
 # The extra `demo` brings pytorch-lightning, and not every session is to have it.
 _TEST = [wish for wish in _EXTRAS["test"] if "[demo]" not in wish]
@@ -84,9 +86,10 @@ def wheel(session: nox.Session) -> None:
 
 @nox.session(python=False)
 def readme(session: nox.Session) -> None:
-    """Renew what README.md quotes, in the environment nox runs in: the demo's report, and each module's sentence."""
+    """Renew what README.md quotes, in the environment nox runs in: the demo's report and picture, each module's sentence."""
     command = (sys.executable, "-m", "autobatch", "demo")
     report = session.run(*command, silent=True, env={"PYTHONIOENCODING": "utf-8"})
+    shutil.copy("autobatch-demo/tradeoff.png", _PICTURE)
     begin, end = "<!-- the demo prints -->\n", "<!-- and ends -->\n"
     page = Path("README.md")
     above, _, rest = page.read_text(encoding="utf-8").partition(begin)

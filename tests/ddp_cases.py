@@ -336,6 +336,50 @@ def standalone():
     }
 
 
+class Known(pl.LightningModule):
+    """The loss -w·x has the gradient -x: the noise scale of this data is 6 / (6 * 0.25) = 4."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(6))
+
+    def training_step(self, batch, batch_idx):
+        return self(batch[0])
+
+    def forward(self, x):
+        return -(x @ self.w).mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
+def noise():
+    """The noise scale by two ranks: in a Trainer, with and without accumulation, and in a plain loop."""
+    readings, weights = {}, {}
+    x = 0.5 + torch.randn(8 * 300, 6, generator=torch.Generator().manual_seed(7))
+    for name, accumulate in (("ranks", 1), ("accumulated", 2), ("unwatched", 2)):
+        pl.seed_everything(1, verbose=False)
+        callback = autobatch.NoiseScale(every=1)
+        watching = [] if name == "unwatched" else [callback]
+        model = Known()
+        batches = DataLoader(TensorDataset(x), 8, shuffle=True)
+        trainer(*watching, accumulate_grad_batches=accumulate).fit(model, batches)
+        readings[name] = callback.reading
+        weights[name] = model.w.detach().clone()
+    model = nn.parallel.DistributedDataParallel(Known())
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    generator = torch.Generator().manual_seed(RANK)
+    with autobatch.noise_scale(model, micro_batch_size=8, every=1) as watch:
+        for _ in range(300):
+            model(0.5 + torch.randn(8, 6, generator=generator)).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+            optimizer.step()
+            optimizer.zero_grad()
+    with autobatch.noise_scale(model.module, micro_batch_size=8) as unwrapped:
+        readings["unwrapped"] = unwrapped.reading
+    return {**readings, "plain": watch.reading, "weights": weights}
+
+
 def answering():
     """`find` within a limit on latency, with a device that is twice as slow on the second rank."""
     seconds = (1e-4, 2e-4)[RANK]
@@ -353,6 +397,7 @@ def answering():
 
 
 CASES = {
+    "noise": noise,
     "launched": lambda: compared("passed"),
     "passed": lambda: compared("passed"),
     "hook": lambda: compared("hook"),

@@ -106,6 +106,21 @@ def example(**changes) -> TuningReport:
     return report.model_copy(update=changes)
 
 
+def with_noise(**changes) -> TuningReport:
+    """The same search after a run, with steps whose time is a line in their size."""
+    curve = tuple(
+        dataclasses.replace(
+            point,
+            step_seconds=seconds,
+            step_seconds_low=0.97 * seconds,
+            step_seconds_high=1.04 * seconds,
+        )
+        for point in full_example().curve
+        for seconds in [0.0261 + 0.00216 * point.batch_size]
+    )
+    return full_example(**({"curve": curve} | changes))
+
+
 counts = st.integers(1, 10**9)
 seconds = st.just(0.0) | st.floats(1e-9, 1e9)
 texts = st.text(max_size=120)

@@ -26,7 +26,7 @@ HEAVY = {
 
 # From facts to story; a module imports from earlier rows only. `lightning/` is a row of its own, ordered within.
 LAYERS = (
-    ("errors", "_deadline", "_host", "_numbers", "_text"),
+    ("errors", "_deadline", "_file", "_host", "_numbers", "_text"),
     ("_memory",),
     ("_ledger", "_kept"),
     (
@@ -38,7 +38,7 @@ LAYERS = (
         "_loading",
         "_equivalence",
     ),
-    ("_curve", "_calls"),
+    ("_curve", "_calls", "_gradients"),
     ("_pace", "_ranks"),
     ("_plan", "_record", "_answers"),
     ("_tradeoff",),
@@ -47,9 +47,10 @@ LAYERS = (
     ("_tables",),
     ("_latency_text",),
     ("_report",),
+    ("_figure", "_notebook"),
     ("sinks", "_search", "_probes", "testing"),
     ("_tune", "_doors"),
-    ("_find",),
+    ("_find", "_plain_loop"),
     ("lightning",),
     ("_demo",),
     ("__main__",),
@@ -57,7 +58,10 @@ LAYERS = (
 LAYER = {name: height for height, row in enumerate(LAYERS) for name in row}
 
 # Arrows that point up, "_module -> _other", each inside a function and with its reason.
-UPWARD: dict[str, str] = {}
+UPWARD: dict[str, str] = {
+    "_report -> _figure": "report.plot() is looked for on the report; matplotlib is loaded with the picture",
+    "_report -> _notebook": "a notebook asks the object itself for its HTML",
+}
 
 
 def sources() -> dict[str, ast.Module]:

@@ -93,6 +93,7 @@ def test_the_demo_tunes_trains_and_reports(tmp_path):
     assert report.plan.effective_batch_size == 128
     assert report.plan.accumulate_grad_batches > 1
     assert report.smallest_failing is None
+    assert (tmp_path / "here/tradeoff.png").read_bytes().startswith(b"\x89PNG")
     right = re.match(r"(.*)% of the held-out digits right after \d+ updates; ", last)
     assert float(right[1]) > 95
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
@@ -173,6 +174,24 @@ def test_show_prints_a_report(report, capsys):
     assert main(["show", str(report)]) == 0
 
     assert capsys.readouterr().out == f"{example()}\n"
+
+
+def test_show_draws_a_report_as_well(report, tmp_path, capsys):
+    path = tmp_path / "tradeoff.svg"
+
+    assert main(["show", str(report), "--figure", str(path)]) == 0
+
+    assert path.read_bytes().startswith(b"<?xml")
+    assert capsys.readouterr().out == f"{example()}\n"
+
+
+def test_show_refuses_what_it_can_not_draw_before_it_prints(report, tmp_path, capsys):
+    path = tmp_path / "tradeoff.doc"
+
+    assert main(["show", str(report), "--figure", str(path)]) == 2
+
+    assert ".png, .svg or .pdf" in one_sentence(capsys)
+    assert not path.exists()
 
 
 def test_show_works_from_the_shell(report, tmp_path):

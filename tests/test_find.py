@@ -12,6 +12,7 @@ from torch import nn
 
 import autobatch
 from autobatch import BatchPlan, Outcome
+from autobatch._learning_rate import LearningRateRule
 from autobatch._memory import memory_budget
 from autobatch._report import Settings
 from autobatch._snapshot import Snapshot
@@ -966,3 +967,47 @@ def test_the_size_found_is_the_largest_that_the_accelerator_accepts(
     assert 30 <= true <= 1000
     assert 0.99 * true <= found <= true
     assert all(trial.fits for trial in report.trials)
+
+
+# What is told
+
+
+def test_find_sees_the_optimizers_that_step():
+    layer = torch.nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(layer.parameters())
+
+    def train(batch_size, accumulate):
+        while True:
+            for _ in range(accumulate):
+                layer(torch.randn(batch_size, 4)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            yield
+
+    report = autobatch.find(
+        train, target_batch_size=8, device=SimulatedAccelerator("1MiB")
+    )
+
+    assert report.learning_rate == LearningRateRule("SGD", "linear")
+
+
+def test_find_tells_of_batch_norm_where_it_accumulates():
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    optimizer = torch.optim.SGD(net.parameters())
+
+    def train(batch_size, accumulate):
+        while True:
+            for _ in range(accumulate):
+                net(torch.randn(batch_size, 4)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            yield
+
+    def told(**options):
+        device = SimulatedAccelerator("1MiB")
+        report = autobatch.find(train, target_batch_size=64, device=device, **options)
+        return [note for note in report.notes if "BatchNorm" in note]
+
+    assert told() == []
+    (note,) = told(max_micro_batch_size=8)
+    assert note.startswith("1 BatchNorm layer uses the statistics of 8 samples, not 64")

@@ -728,6 +728,6 @@ def test_the_report_answers_what_streams_and_cameras_get():
     assert report.stream(10_000).best is None
 
 
-def test_a_report_of_training_has_no_knee_of_answers():
-    assert example().knee is None
+def test_the_knee_of_training_is_that_of_its_speed_and_it_answers_no_stream():
+    assert example().knee == 48
     assert example().stream(30).rows == ()

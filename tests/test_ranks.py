@@ -135,6 +135,7 @@ def job(tmp_path_factory):
         "standalone",
         "answering",
         "everything",
+        "noise",
     )
     port = ("--master-port", free_port())
     finish(start(*TORCHRUN, "--nproc-per-node", 2, *port, CASES, where, *cases))
@@ -268,3 +269,16 @@ def test_two_nodes_agree(tmp_path):
     )
 
     assert_as_by_hand([rank["hook"] for rank in results(tmp_path)])
+
+
+def test_the_noise_scale_is_measured_by_what_ranks_differ_in(job):
+    one, other = (rank["noise"] for rank in job)
+
+    assert same(one["weights"], other["weights"])
+    for name, batch_size in (("ranks", 16), ("accumulated", 32), ("plain", 16)):
+        assert one[name] == other[name]
+        assert one[name].state == "ok"
+        assert one[name].batch_size == batch_size
+        assert one[name].samples == pytest.approx(4, rel=0.3)
+    assert same(one["weights"]["accumulated"], one["weights"]["unwatched"])
+    assert "around the model" in one["unwrapped"].reason

@@ -97,6 +97,18 @@ class Silent(Points):
         return loss if len(batch[0]) > 12 else None
 
 
+class ByHand(Contrastive):
+    def __init__(self, *between):
+        super().__init__(*between)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.optimizers().zero_grad()
+        self.manual_backward(loss)
+        self.optimizers().step()
+
+
 class Tokens(Points):
     """The mean over all tokens that are no padding."""
 
@@ -196,6 +208,23 @@ def test_without_accumulation_there_is_nothing_to_say(module):
     assert not any("BatchNorm" in note for note in notes)
 
 
+def test_a_step_that_needs_what_the_start_of_a_run_makes_is_tested_too():
+    class Prepared(Contrastive):
+        def on_train_start(self):
+            self.temperature = 2.0
+
+        def loss(self, x, y):
+            return super().loss(x, y) / self.temperature
+
+    assert is_told(fit(Prepared()))
+
+
+def test_batch_norm_is_told_where_a_module_optimises_by_hand_as_well():
+    notes = fit(ByHand(nn.BatchNorm1d(12)))
+
+    assert "1 BatchNorm layer uses the statistics of 16 samples, not 64." in notes
+
+
 # Where it can not be tested
 
 
@@ -224,6 +253,20 @@ def test_where_it_can_not_tell_it_is_silent_and_training_goes_on(
     assert not is_told(notes)
     assert trained.batches
     assert reason in why()[0]
+
+
+def test_a_half_that_fails_calls_no_hook_of_the_module():
+    started = []
+
+    class Starting(Stubborn):
+        def on_train_start(self):
+            started.append(self)
+
+    module = Starting()
+
+    fit(module)
+
+    assert started == [module]  # by training itself
 
 
 def test_a_batch_without_a_row_for_each_sample_is_not_split(why):
@@ -259,19 +302,6 @@ def test_where_memory_runs_out_nothing_is_said_and_all_of_it_is_given_back(
 
 
 def test_a_module_that_optimises_by_hand_is_not_tested(why):
-    class ByHand(Contrastive):
-        automatic_optimization = False
-
-        def __init__(self):
-            super().__init__()
-            self.automatic_optimization = False
-
-        def training_step(self, batch, batch_idx):
-            loss = super().training_step(batch, batch_idx)
-            self.optimizers().zero_grad()
-            self.manual_backward(loss)
-            self.optimizers().step()
-
     assert not is_told(fit(ByHand()))
     assert why() == []
 

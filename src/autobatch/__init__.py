@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from autobatch._find import find
+    from autobatch._noise_scale import NoiseReading
+    from autobatch._plain_loop import noise_scale
     from autobatch._plan import BatchPlan
     from autobatch._report import TuningReport
     from autobatch._search import Bisection, GuidedBisection
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
         ProbeError,
         ShortTrialError,
     )
-    from autobatch.lightning import AutoBatch
+    from autobatch.lightning import AutoBatch, NoiseScale
 
 __all__ = [
     "AutoBatch",
@@ -26,12 +28,15 @@ __all__ = [
     "Bisection",
     "DoesNotFitError",
     "GuidedBisection",
+    "NoiseReading",
+    "NoiseScale",
     "Outcome",
     "ProbeError",
     "ShortTrialError",
     "Trial",
     "TuningReport",
     "find",
+    "noise_scale",
 ]
 
 # Where each name lives. Nothing is loaded before it is asked for: the import stays light.
@@ -42,12 +47,15 @@ _HOMES = {
     "Bisection": "_search",
     "DoesNotFitError": "errors",
     "GuidedBisection": "_search",
+    "NoiseReading": "_noise_scale",
+    "NoiseScale": "lightning",
     "Outcome": "_trial",
     "ProbeError": "errors",
     "ShortTrialError": "errors",
     "Trial": "_trial",
     "TuningReport": "_report",
     "find": "_find",
+    "noise_scale": "_plain_loop",
 }
 
 

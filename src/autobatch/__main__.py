@@ -65,15 +65,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     probe.set_defaults(command=_probe)
 
-    show = commands.add_parser("show", help="print a report")
+    show = commands.add_parser("show", help="print a report, or draw it")
     show.add_argument("report", type=Path, help="the JSON file of a report")
+    show.add_argument(
+        "--figure",
+        type=Path,
+        help="a file to draw it into as well: .png, .svg or .pdf",
+    )
     show.set_defaults(command=_show)
     return parser
 
 
 def _demo(options: argparse.Namespace) -> None:
     try:
-        import pytorch_lightning  # noqa: F401 -- asked for before anything is printed
+        import matplotlib as mpl  # noqa: F401 -- asked for before anything is printed
+        import pytorch_lightning  # noqa: F401
         import sklearn  # noqa: F401
     except ModuleNotFoundError as error:
         raise AutobatchError(
@@ -90,10 +96,12 @@ def _demo(options: argparse.Namespace) -> None:
     began = time.perf_counter()
     result = _demo.run()  # the callback prints the report
     path = options.directory / "autobatch.json"
+    drawn = options.directory / "tradeoff.png"
     sinks.json_file(path)(result.report)
+    sinks.figure_file(drawn)(result.report)
     print(
         f"\n{result.accuracy:.1%} of the held-out digits right after {result.updates} updates; "
-        f"{time.perf_counter() - began:.0f} s in all. The report is in {path}."
+        f"{time.perf_counter() - began:.0f} s in all. The report is in {path}, its picture in {drawn}."
     )
 
 
@@ -120,7 +128,10 @@ def _show(options: argparse.Namespace) -> None:
     from autobatch import sinks
     from autobatch._report import TuningReport
 
-    sinks.console(TuningReport.read(options.report))
+    report = TuningReport.read(options.report)
+    if options.figure is not None:
+        sinks.figure_file(options.figure)(report)  # what can not be drawn is said first
+    sinks.console(report)
 
 
 def _surroundings() -> dict[str, str]:

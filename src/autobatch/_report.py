@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import (
     AfterValidator,
@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from autobatch import _tradeoff
 from autobatch._curve import CurvePoint  # noqa: TC001 -- pydantic reads it
 from autobatch._latency import (
     Latency,
@@ -70,6 +71,11 @@ from autobatch._tradeoff import (
     speed_rows,
 )
 from autobatch._trial import Outcome, Trial
+from autobatch.errors import AutobatchError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 __all__ = ["Device", "Settings", "TuningReport", "page"]
 
@@ -84,6 +90,7 @@ _KINDS = {
     "budget_bytes": "derived",
     "dataset_size": "measured",
     "device": "measured",
+    "knee": "measured",
     "largest_fit": "measured",
     "search_seconds": "measured",
     "smallest_failing": "measured",
@@ -172,14 +179,6 @@ def _sound_trial(trial: Trial) -> Trial:
     return replace(trial, profile=())
 
 
-def _read_plan(plan: Any) -> Any:
-    """A plan without what is derived from it."""
-    read = _read(plan)
-    if isinstance(read, dict):
-        read.pop("effective_batch_size", None)
-    return read
-
-
 def _sound_plan(plan: BatchPlan) -> BatchPlan:
     if min(plan.micro_batch_size, plan.accumulate_grad_batches, plan.world_size) < 1:
         raise ValueError("a plan has counts of 1 or more")
@@ -212,19 +211,12 @@ _Trial = Annotated[
 ]
 _Plan = Annotated[
     BatchPlan,
-    BeforeValidator(_read_plan),
     AfterValidator(_sound_plan),
     PlainSerializer(
         lambda p: (
             _written(p, "derived") | {"effective_batch_size": p.effective_batch_size}
         )
     ),
-]
-_Latency = Annotated[
-    Latency,
-    BeforeValidator(_read),
-    AfterValidator(_sound_latency),
-    PlainSerializer(lambda each: _written(each, "measured")),
 ]
 _MEASURED = (
     BeforeValidator(_read),
@@ -233,6 +225,15 @@ _MEASURED = (
         lambda record: _written(record, "measured"), when_used="unless-none"
     ),
 )
+_Latency = Annotated[
+    Latency,
+    AfterValidator(_sound_latency),
+    PlainSerializer(
+        lambda each: (
+            _written(each, "measured") | {"samples_per_second": each.samples_per_second}
+        )
+    ),
+]
 _FROZEN = ConfigDict(
     frozen=True,
     alias_generator=AliasGenerator(
@@ -417,10 +418,22 @@ class TuningReport(BaseModel):
         return tuple(row for row in rows if row.accumulate_grad_batches == 1)
 
     @property
+    def optimum(self) -> Optimum | None:
+        """Which effective batch would reach the same loss soonest: estimated; None where no noise scale was measured."""
+        return optimum(self._costs, self.effective)
+
+    @property
+    def _costs(self) -> Costs:
+        noise = NoiseRange.of(self.noise)
+        return Costs(self.plan, self.pace, self.dataset_size, noise, self.learning_rate)
+
+    @property
     def knee(self) -> int | None:
-        """The smallest batch with 95 % of the fastest throughput; None where no latency was measured."""
-        found = knee(self.latencies)
-        return found.batch_size if found else None
+        """The smallest batch with 95 % of the fastest throughput; None where none was timed."""
+        if self.latencies:
+            found = knee(self.latencies)
+            return found.batch_size if found else None
+        return _tradeoff.knee(self.sizes)
 
     def stream(self, rate: float) -> Stream:
         """What a stream of samples, so many per second and one by one, gets at each size that was timed.
@@ -436,16 +449,6 @@ class TuningReport(BaseModel):
         """
         return cameras(self.latencies, fps)
 
-    @property
-    def optimum(self) -> Optimum | None:
-        """Which effective batch would reach the same loss soonest: estimated; None where no noise scale was measured."""
-        return optimum(self._costs, self.effective)
-
-    @property
-    def _costs(self) -> Costs:
-        noise = NoiseRange.of(self.noise)
-        return Costs(self.plan, self.pace, self.dataset_size, noise, self.learning_rate)
-
     def to_json(self) -> str:
         """The report as JSON, with units in its keys, and with the derived rows."""
         derived = {
@@ -455,10 +458,9 @@ class TuningReport(BaseModel):
             "fit": _written(self.fit, "derived") if self.fit else None,
             "effective": [_row_written(row) for row in self.effective],
             "optimum": _written(self.optimum, "estimated") if self.optimum else None,
+            "knee": self.knee,
             "kinds": _KINDS,
         }
-        if self.latencies:
-            derived |= {"knee": self.knee, "kinds": _KINDS | {"knee": "derived"}}
         stored = self.model_dump(mode="json", by_alias=True)
         return json.dumps(stored | derived, indent=2, ensure_ascii=False)
 
@@ -482,6 +484,31 @@ class TuningReport(BaseModel):
     def text(self, glyphs: Glyphs = UNICODE) -> str:
         """The report for a terminal, at most 86 columns wide, in these glyphs."""
         return terminal(page(self), glyphs)
+
+    def plot(self, path: str | Path | None = None, ax: Axes | None = None) -> Figure:
+        """The report as a picture: the answer, and what speaks for it; needs matplotlib.
+
+        It opens no window, and leaves pyplot and its settings as they are; a notebook shows what is returned.
+
+        Args:
+            path: A file to write as well, which ends in .png, .svg or .pdf.
+            ax: Draw only the main panel, into this Axes: what the effective batch costs, where a noise scale was
+                measured, else the speed; for inference the latency. Its figure is returned.
+        """
+        try:
+            from autobatch._figure import draw
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] != "matplotlib":
+                raise
+            raise AutobatchError(
+                'A picture needs matplotlib: pip install "lightning-autobatch[plot]".'
+            ) from None
+        return draw(self, path, ax)
+
+    def _repr_html_(self) -> str:
+        from autobatch._notebook import to_html
+
+        return to_html(self)
 
     def __str__(self) -> str:
         return self.text()
@@ -526,9 +553,9 @@ def page(report: TuningReport) -> Page:
 
 
 def _notes(report: TuningReport) -> tuple[str, ...]:
-    """Those of the tuning run, and what was measured since."""
+    """What was measured while it trained, then those of the tuning run."""
     waited = waiting(report.loading)
-    return (*report.notes, waited) if waited else report.notes
+    return (waited, *report.notes) if waited else report.notes
 
 
 def _header(report: TuningReport) -> tuple[str, ...]:

@@ -116,8 +116,32 @@ class Snapshot:
         for thing in things:
             if id(thing) not in self._held and hasattr(thing, "__dict__"):
                 ref = self._reference(thing)
-                attributes = self._keep_attributes(thing, ref, _is_light)
+                attributes = self._keep_attributes(thing, ref, self._keep_light)
                 self._held[id(thing)] = (ref, attributes)
+
+    def capture_beside_parameters(self, module: torch.nn.Module) -> None:
+        """Remember what a forward pass may change of a module, where its parameters and gradients stay as they are.
+
+        Of long containers only their entries are kept, not what these hold.
+        """
+        self._with_gradients = False
+        with unobserved(), torch.no_grad():
+            for part in module.modules():
+                if id(part) not in self._held:
+                    ref = self._reference(part)
+                    own = part._parameters  # noqa: SLF001 -- what torch calls them
+                    keep = partial(self._keep_beside, own)
+                    attributes = self._keep_attributes(part, ref, keep)
+                    self._held[id(part)] = (ref, attributes)
+
+    def _keep_beside(self, left: object, value: Any) -> GiveBack:
+        if value is left or type(value) in _PLAIN:
+            return partial(_same, value)
+        if isinstance(value, (list, deque)) and len(value) > _MANY:
+            return partial(refill, value, value.extend, value.copy())
+        if isinstance(value, (dict, set)) and len(value) > _MANY:
+            return partial(refill, value, value.update, value.copy())
+        return self._keep(value)
 
     def restore(self) -> None:
         """Give everything back; one object that refuses keeps no other from its own, and is raised at the end."""
@@ -197,7 +221,7 @@ class Snapshot:
             return lambda: thing
 
     def _keep_object(self, thing: Any, ref: Callable[[], Any]) -> GiveBack:
-        attributes = self._keep_attributes(thing, ref)
+        attributes = self._keep_attributes(thing, ref, self._keep)
         if isinstance(thing, (torch.nn.Module, torch.optim.Optimizer)):
             return attributes
         state = self._keep(thing.state_dict()) if hasattr(thing, "state_dict") else None
@@ -214,12 +238,11 @@ class Snapshot:
         self,
         thing: Any,
         ref: Callable[[], Any],
-        wanted: Callable[[Any], bool] = lambda _: True,
+        keep: Callable[[Any], GiveBack],
     ) -> GiveBack:
         """Every attribute by name: torch keeps parameters, buffers, modes, hooks and state in attributes too."""
         kept = {
-            name: self._keep(value) if wanted(value) else partial(_same, value)
-            for name, value in getattr(thing, "__dict__", {}).items()
+            name: keep(value) for name, value in getattr(thing, "__dict__", {}).items()
         }
 
         def give_back() -> None:
@@ -238,6 +261,9 @@ class Snapshot:
                 raise failure
 
         return give_back
+
+    def _keep_light(self, value: Any) -> GiveBack:
+        return self._keep(value) if _is_light(value) else partial(_same, value)
 
     def _keep(self, value: Any, inside: frozenset[int] = frozenset()) -> GiveBack:
         if isinstance(value, torch.Tensor):

@@ -1,4 +1,4 @@
-"""Where a report goes: console, JSON, Markdown, log lines; and what a person sees while the search runs."""
+"""Where a report goes: console, JSON, Markdown, a picture, log lines; and what a person sees while the search runs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
-from uuid import uuid4
 
+from autobatch import _file
 from autobatch._memory import format_bytes
 from autobatch._numbers import aligned
 from autobatch._report import TuningReport, page
@@ -26,6 +26,7 @@ __all__ = [
     "Progress",
     "Sink",
     "console",
+    "figure_file",
     "json_file",
     "log",
     "markdown_file",
@@ -65,6 +66,15 @@ def markdown_file(path: str | Path) -> Sink:
     return lambda report: _write(Path(path), to_markdown(report))
 
 
+def figure_file(path: str | Path) -> Sink:
+    """A sink that draws the report into a PNG, SVG or PDF file, as the path ends; it needs matplotlib."""
+
+    def write(report: TuningReport) -> None:
+        report.plot(path)
+
+    return write
+
+
 def to_markdown(report: TuningReport) -> str:
     """The report as Markdown, its tables as tables."""
     what = page(report)
@@ -100,19 +110,7 @@ def _markdown_table(table: Table) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write all of a file or nothing: a reader never sees half a report."""
-    half = path.with_name(f".{uuid4().hex}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            half.write_text(text, encoding="utf-8", newline="\n")
-            half.replace(path)
-        finally:
-            half.unlink(missing_ok=True)
-    except OSError as error:
-        raise OSError(
-            f"The report could not be written to {path}: {error.strerror}; give a path that can be."
-        ) from error
+    _file.write(path, text.encode())
 
 
 def _glyphs_for(encoding: str | None) -> Glyphs:

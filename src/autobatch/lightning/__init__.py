@@ -37,8 +37,9 @@ from autobatch.lightning._loaders import (
     checked_setter,
     is_empty,
 )
-from autobatch.lightning._loggers import log_report
+from autobatch.lightning._loggers import log_report, refresh_report
 from autobatch.lightning._milestones import Milestones, checked_epochs
+from autobatch.lightning._noise import NoiseScale
 from autobatch.lightning._package import callback_class, package_of
 from autobatch.lightning._run import Asked, tune_evaluation, tune_training
 from autobatch.lightning._samples import checked_worst_case
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
     from autobatch.lightning._evaluations import Stage
     from autobatch.lightning._run import Tuned
 
-__all__ = ["AutoBatch"]
+__all__ = ["AutoBatch", "NoiseScale"]
 
 _log = logging.getLogger("autobatch")
 
@@ -313,16 +314,6 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         """Do not take a checkpoint for waiting."""
         self._wait.interrupt()
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Add to the report what was measured while it trained."""
-        self._wait.stop()
-        if self.report is not None and self._wait.loading is not None:
-            update = {"loading": self._wait.loading}
-            self.report = self.report.model_copy(update=update)
-            note = waiting(self._wait.loading)
-            if note and trainer.is_global_zero:
-                _log.warning("%s", note)
-
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
         """Weight the gradients so far, where the last window of an epoch is repaired."""
         if self._window is not None:
@@ -334,6 +325,23 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         """Weight all gradients, where the last window of an epoch is repaired."""
         if self._window is not None:
             self._window.before_step(trainer, optimizer)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Complete the report with what was measured while it trained."""
+        self._wait.stop()
+        if self._trained is None or "train" not in self._rebatched:
+            return
+        noise = next((c for c in trainer.callbacks if isinstance(c, NoiseScale)), None)
+        measured = {
+            "loading": self._wait.loading,
+            "noise": noise.reading if noise else None,
+        }
+        self.report = self._trained = self._trained.model_copy(update=measured)
+        refresh_report(self._trained, trainer)
+        if noise is not None:
+            self._tell(trainer, self._trained)
+        elif (note := waiting(self._wait.loading)) and trainer.is_global_zero:
+            _log.warning("%s", note)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Give the user's loader its own size again."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     # What logs one part of a report: given the report, the logger and its Trainer
     Part: TypeAlias = Callable[[TuningReport, Any, Any], None]
 
-__all__ = ["log_report"]
+__all__ = ["log_report", "refresh_report"]
 
 _log = logging.getLogger("autobatch")
 
@@ -32,12 +32,23 @@ def log_report(report: TuningReport, trainer: Any) -> None:
 
     Only rank zero does. Random numbers that a logger draws meanwhile are not missing in training.
     """
+    _log_parts(report, trainer, frozenset())
+
+
+def refresh_report(report: TuningReport, trainer: Any) -> None:
+    """Write a report that was completed over the one that was logged, where a logger keeps it whole."""
+    _log_parts(report, trainer, _ONCE)
+
+
+def _log_parts(report: TuningReport, trainer: Any, left_out: frozenset[Part]) -> None:
     if not trainer.is_global_zero:
         return
     with Snapshot():
         for logger in trainer.loggers:
             tried = (
-                _try(part, report, logger, trainer) for part in _parts(logger, trainer)
+                _try(part, report, logger, trainer)
+                for part in _parts(logger, trainer)
+                if part not in left_out
             )
             failures = [error for error in tried if error is not None]
             if failures:
@@ -195,3 +206,5 @@ _OF_KIND: Final[dict[str, tuple[Part, ...]]] = {
     "MLFlowLogger": (_hyperparameters, _artifacts, _curve),
 }
 _OF_OTHERS: Final[tuple[Part, ...]] = (_hyperparameters, _files)
+# What a logger would have twice
+_ONCE: Final = frozenset({_hyperparameters, _hyperparameters_first, _curve, _table})

@@ -77,12 +77,13 @@ class Splits:
 
     def told(self, plan: BatchPlan) -> tuple[str, ...]:
         """What a person should know of the gradients of a plan that accumulates; every rank of a job asks."""
-        if plan.accumulate_grad_batches == 1 or not self.module.automatic_optimization:
+        if plan.accumulate_grad_batches == 1:
             return ()
         norms = batch_norms(self.module.modules())
+        is_tested = self.module.automatic_optimization and not norms
         # Also where there is nothing to test: no rank may wait for another. Each has data of its own, one speaks
         found, *_ = self.ranks.everywhere(
-            lambda: None if norms else self._tested(plan.micro_batch_size)
+            lambda: self._tested(plan.micro_batch_size) if is_tested else None
         )
         notes = (not_additive(found, plan),) if found else ()
         return (*batch_norm(norms, plan), *notes)

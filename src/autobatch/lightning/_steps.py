@@ -54,9 +54,13 @@ class StartHooks:
                 self._are_needed = True
             else:
                 return
-        for hook in self._overridden(*self._names):
-            self._call._call_lightning_module_hook(self._trainer, hook)
+        self.before_run()
         step()
+
+    def before_run(self) -> None:
+        """Call what belongs before a run, where a first step has shown that it is needed."""
+        for hook in self._overridden(*self._names) if self._are_needed else ():
+            self._call._call_lightning_module_hook(self._trainer, hook)
 
     def before_batch(self, *arguments: Any) -> None:
         """Call what belongs before a batch, where that is needed."""
@@ -137,15 +141,11 @@ class Steps:
     def loss(self, batch: Any) -> Any:
         """What `training_step` makes of a batch that is on the device, as automatic optimisation calls it, and no more.
 
-        None where the module says that there is nothing to learn from it.
+        None where the module says that there is nothing to learn from it. A trial has run before.
         """
-        made: list[Any] = []
-        self._trainer.fit_loop.epoch_loop.batch_progress.reset()
-        self._hooks.first(lambda: made.append(self._training_step(batch)))
-        return made.pop()
-
-    def _training_step(self, batch: Any) -> Any:
         trainer, loop = self._trainer, self._trainer.fit_loop.epoch_loop
+        loop.batch_progress.reset()
+        self._hooks.before_run()
         trainer._logger_connector.on_batch_start(batch)  # `self.log` needs it
         self._hooks.before_batch(batch, 0)
         arguments = loop._build_kwargs(OrderedDict(), batch, 0)

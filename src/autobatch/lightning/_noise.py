@@ -1,0 +1,296 @@
+"""NoiseScale: the gradient noise scale of a training in a Trainer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from autobatch._gradients import Gauge, NoiseRecord, Taken, obstacle
+from autobatch._memory import is_oom
+from autobatch._numbers import plain
+from autobatch._plain_loop import checked_every
+from autobatch.lightning._halves import Halves, NotDividedError, rows_in
+from autobatch.lightning._package import callback_class
+
+if TYPE_CHECKING:
+    from autobatch._noise_scale import NoiseReading
+
+__all__ = ["NoiseScale"]
+
+
+if TYPE_CHECKING:
+    _Callback: type = object
+else:
+    _Callback = callback_class()
+
+
+class NoiseScale(_Callback):  # type: ignore[misc]  # a class made at run time
+    """Measures the gradient noise scale while a Trainer trains, and changes nothing of the training.
+
+    It compares the gradients of micro-batches, of all ranks, with that of the update they add up to. Where an update
+    is one batch on one device, it runs the training step once more in some updates, on half of the batch, and gives
+    back what that changes in the module and in the random state. Where `AutoBatch` is in the same Trainer, the report
+    is completed with the reading when training ends. Loggers get `noise_scale`, `noise_scale_low` and
+    `noise_scale_high`.
+
+    Args:
+        every: Measure one update in so many.
+        split_every: The same where an update is one batch on one device.
+
+    Raises:
+        ValueError: An argument is not what it should be.
+
+    Example:
+        >>> noise = NoiseScale()  # doctest: +SKIP
+        >>> trainer = pl.Trainer(callbacks=[noise], accumulate_grad_batches=4)  # doctest: +SKIP
+        >>> trainer.fit(model, loader)  # doctest: +SKIP
+        >>> noise.reading.samples  # doctest: +SKIP
+    """
+
+    def __init__(self, *, every: int = 5, split_every: int = 20) -> None:
+        super().__init__()
+        self._every = checked_every(every)
+        try:
+            self._split_every = checked_every(split_every)
+        except ValueError as error:
+            raise ValueError(f"split_{error}") from None
+        self._record = NoiseRecord()
+        self._gauge = Gauge()
+        self._reset()
+
+    def _reset(self) -> None:
+        self._gauge.close()
+        self._halves = Halves()
+        self._world_size = 1
+        self._group: Any | None = None
+        self._is_within = False  # an update, between its first batch and its step
+        self._is_split = False  # by this callback, since it is of one batch
+        self._is_last = False  # this batch, of its update
+        self._sizes: list[int | None] = []  # samples of its batches
+        self._unit: float | torch.Tensor = 1.0
+        self._taken: Taken | None = None
+        self._logged = 0  # the last update of the reading that was logged
+
+    @property
+    def reading(self) -> NoiseReading:
+        """The noise scale by what was measured so far."""
+        return self._record.reading
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Begin anew with every fit."""
+        if stage == "fit":
+            self._record = NoiseRecord()
+            self._reset()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The windows measured, in plain numbers."""
+        return self._record.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with them."""
+        if state_dict:
+            self._record.load_state_dict(state_dict)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Look whether anything can be measured."""
+        wrapped = trainer.strategy.model
+        if isinstance(wrapped, DistributedDataParallel) and trainer.world_size > 1:
+            self._group, self._world_size = wrapped.process_group, trainer.world_size
+        why = _obstacle(trainer, pl_module)
+        if why is not None:
+            self._record.give_up(why)
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Begin with an update, where it is one of those to be measured."""
+        if self._record.obstacle is not None and self._world_size == 1:
+            return
+        loop = trainer.fit_loop.epoch_loop
+        self._is_last = not loop._should_accumulate()
+        if not self._is_within:
+            self._begin(trainer, pl_module)
+        if self._gauge.is_open:
+            self._sizes.append(_samples(trainer, batch))
+        self._batch, self._index = batch, batch_idx
+
+    def _begin(self, trainer: Any, module: Any) -> None:
+        self._is_within = True
+        self._sizes = []
+        self._taken = None
+        parts = trainer.accumulate_grad_batches * self._world_size
+        self._is_split = parts == 1
+        every = self._split_every if self._is_split else self._every
+        is_measured = self._record.updates % every == 0
+        self._is_split &= is_measured
+        if is_measured and not self._is_split:
+            self._gauge.open(module.parameters())
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        """Measure the update's gradient, before anything unscales or clips it."""
+        if not self._is_last:
+            return
+        if self._gauge.is_open:
+            self._gauge.take_whole()
+            self._unit = _unit(trainer)
+        elif self._is_split:
+            self._split(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep what was measured, once the optimizer has stepped."""
+        self._batch = None
+        if not (self._is_within and self._is_last):
+            return
+        if self._gauge.is_open:
+            self._record.watch_rate(trainer.optimizers[0])
+            self._end(trainer)
+        elif self._taken is not None:
+            self._record.watch_rate(trainer.optimizers[0])
+            self._record.add(self._taken)
+        self._is_within = self._is_split = False
+        self._record.updates += 1
+        interval = trainer.log_every_n_steps
+        if interval and self._record.updates % interval == 0:
+            self._log(trainer)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Log, and let no update reach into the next epoch."""
+        self._stop()
+        self._log(trainer)
+
+    def on_exception(
+        self, trainer: Any, pl_module: Any, exception: BaseException
+    ) -> None:
+        """Take the hooks away."""
+        self._stop()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Take the hooks away."""
+        self._stop()
+
+    def _stop(self) -> None:
+        self._gauge.close()
+        self._is_within = self._is_split = False
+        self._batch = None
+
+    def _end(self, trainer: Any) -> None:
+        """Keep an update of several backward passes."""
+        gauge, passes = self._gauge, self._gauge.passes
+        size = self._sizes[0]
+        is_whole = passes == len(self._sizes) == trainer.accumulate_grad_batches
+        is_even = len(set(self._sizes)) == 1 and size is not None
+        sums = gauge.sums(self._group, sound=is_whole and is_even)
+        problem = gauge.problem
+        gauge.close()
+        if problem is not None:
+            self._record.give_up(problem)
+        elif size is None:
+            self._record.skip("the samples of a batch can not be counted")
+        elif not is_whole:
+            self._record.skip(
+                "updates have fewer backward passes than accumulate_grad_batches"
+            )
+        elif not is_even:
+            self._record.skip("the batches of an update differ in size")
+        else:
+            parts = passes * self._world_size
+            self._record.add(
+                Taken(
+                    update=self._record.updates + 1,
+                    passes=passes,
+                    world_size=self._world_size,
+                    part_size=size,
+                    batch_size=parts * size,
+                    unit=self._unit,
+                    sums=sums,
+                )
+            )
+
+    def _split(self, trainer: Any, module: Any) -> None:
+        """Measure an update of one backward pass by half of its batch."""
+        parameters = [each for each in module.parameters() if each.requires_grad]
+        try:
+            parts = self._halves.measure(trainer, self._batch, self._index, parameters)
+        except NotDividedError as error:
+            self._record.give_up(
+                f"a batch can not be compared with half of it: {error}"
+            )
+            return
+        except Exception as error:
+            told = (
+                "memory" if is_oom(error) else plain(f"{type(error).__name__}: {error}")
+            )
+            self._record.give_up(f"training_step fails on half a batch ({told})")
+            return
+        nothing = torch.zeros_like(parts.big)
+        self._taken = Taken(
+            update=self._record.updates + 1,
+            passes=1,
+            world_size=1,
+            part_size=parts.part_size,
+            batch_size=parts.batch_size,
+            unit=_unit(trainer),
+            sums=torch.stack((parts.small, parts.big, nothing, nothing + 1)),
+        )
+
+    def _log(self, trainer: Any) -> None:
+        """Give the loggers the reading, where it is new and says a number."""
+        if not (trainer.loggers and trainer.is_global_zero):
+            return
+        reading = self.reading
+        if (
+            reading.state not in {"ok", "at_least"}
+            or reading.last_update == self._logged
+        ):
+            return
+        self._logged = reading.last_update
+        values = {
+            "noise_scale": reading.samples if reading.state == "ok" else None,
+            "noise_scale_low": reading.low,
+            "noise_scale_high": reading.high,
+        }
+        known = {name: value for name, value in values.items() if value is not None}
+        for logger in trainer.loggers:
+            logger.log_metrics(
+                known, step=trainer.fit_loop.epoch_loop._batches_that_stepped
+            )
+
+
+def _obstacle(trainer: Any, module: Any) -> str | None:
+    """Why nothing of this run can be measured, if that is plain from the start."""
+    if not module.automatic_optimization:
+        return "the module optimises by hand; autobatch.noise_scale() around its steps can measure that"
+    wrapped = trainer.strategy.model
+    is_ddp = isinstance(wrapped, DistributedDataParallel)
+    if not is_ddp and (wrapped is not module or trainer.world_size > 1):
+        return f"{type(trainer.strategy).__name__} keeps whole gradients from view"
+    if "DataLoaderIter" in type(trainer.fit_loop._data_fetcher).__name__:
+        return "training_step takes its batches from an iterator by itself"
+    optimizer = trainer.optimizers[0] if trainer.optimizers else None
+    return "there is no optimizer" if optimizer is None else obstacle(module, optimizer)
+
+
+def _samples(trainer: Any, batch: Any) -> int | None:
+    """Samples of a batch: the rows of its tensors, or what its loader says of all but the last."""
+    rows = rows_in(batch)
+    if len(rows) == 1:
+        return rows.pop()
+    size = getattr(trainer.train_dataloader, "batch_size", None)
+    return size if isinstance(size, int) and not trainer.is_last_batch else None
+
+
+def _unit(trainer: Any) -> float | torch.Tensor:
+    """What Lightning 2.6 multiplies a loss by: one over the accumulation, and the scale of mixed precision."""
+    unit: float | torch.Tensor = 1 / trainer.accumulate_grad_batches
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None:
+        return unit
+    # Read without waiting for the device
+    scale: torch.Tensor = scaler.scale(
+        torch.ones((), device=trainer.strategy.root_device)
+    )
+    return scale * unit

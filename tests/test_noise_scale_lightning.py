@@ -1,0 +1,569 @@
+from __future__ import annotations
+
+import importlib
+import math
+import random
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
+
+import autobatch
+from autobatch.testing import SimulatedAccelerator
+from lightning_here import pl, quiet_trainer
+from sameness import same
+
+_halves = importlib.import_module("autobatch.lightning._halves")
+torchmetrics = importlib.import_module("torchmetrics")
+
+
+def data(length=240):
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(length, 16, generator=generator)
+    return TensorDataset(x, x[:, :4].argmax(1))
+
+
+def loader(batch_size=8, length=240):
+    return DataLoader(data(length), batch_size, shuffle=True)
+
+
+class Model(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self.net(x), y)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.05)
+
+
+class Busy(Model):
+    """Everything that a second pass could leave a trace in."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(16, 32),
+            nn.BatchNorm1d(32),
+            nn.Dropout(0.2),
+            nn.ReLU(),
+            nn.Linear(32, 4),
+        )
+        self.tuned = nn.utils.parametrizations.weight_norm(nn.Linear(16, 32))
+        self.accuracy = torchmetrics.classification.MulticlassAccuracy(4)
+        self.register_buffer("average", torch.zeros(4))
+        self.seen = []
+        self.kept = {}
+        self.steps = 0
+        self.hooked = 0
+        self.net[0].register_forward_hook(self.count)
+
+    def count(self, *_):
+        self.hooked += 1
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        self.steps += 1
+        noise = torch.rand(()) + random.random() + np.random.rand()
+        logits = self.net(x + 0.01 * noise) + self.tuned(x.clone())[:, :4]
+        self.average.mul_(0.9).add_(logits.detach().mean(0))
+        self.kept["last"] = logits.detach().clone()
+        loss = F.cross_entropy(logits, y)
+        self.accuracy(logits, y)
+        self.log("accuracy", self.accuracy, on_epoch=True)
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        self.seen.append(x[:, 0].tolist())
+        x.mul_(0.5)
+        return {"loss": loss, "logits": logits}
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.seen.append((len(outputs["logits"]), batch[0].sum().item()))
+
+
+class Recorded(pl.loggers.logger.Logger):
+    name, version = "recorded", 0
+
+    def __init__(self):
+        super().__init__()
+        self.logged = []
+
+    def log_hyperparams(self, params):
+        pass
+
+    def log_metrics(self, metrics, step):
+        self.logged.append((step, dict(metrics)))
+
+
+def fitted(callback, *, kind=Busy, batches=None, **options):
+    """What a training leaves behind."""
+    pl.seed_everything(1, verbose=False)
+    model, logger = kind(), Recorded()
+    options = {"max_epochs": 2, "logger": logger, "log_every_n_steps": 5, **options}
+    trainer = quiet_trainer(*([callback] if callback else []), **options)
+    trainer.fit(model, batches or loader())
+    return trainer, {
+        "weights": model.state_dict(),
+        "own": (model.seen, model.kept, model.steps, model.hooked),
+        "optimizer": trainer.optimizers[0].state_dict(),
+        "metrics": dict(trainer.callback_metrics),
+        "logged": [
+            (step, values)
+            for step, values in logger.logged
+            if "noise_scale_low" not in values
+        ],
+        "random": (
+            torch.get_rng_state(),
+            random.getstate(),
+            np.random.get_state()[1].tolist(),
+        ),
+    }
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"accumulate_grad_batches": 4},
+        {"precision": "bf16-mixed"},
+        {"gradient_clip_val": 0.1},
+    ],
+    ids=str,
+)
+def test_training_is_the_same_to_the_bit(options):
+    callback = autobatch.NoiseScale(every=2, split_every=3)
+
+    _, watched = fitted(callback, **options)
+    _, plain = fitted(None, **options)
+
+    assert callback.reading.windows > 2
+    assert [name for name in plain if not same(watched[name], plain[name])] == []
+
+
+def test_more_than_a_thousand_entries_of_a_list_are_given_back():
+    class Long(Busy):
+        def __init__(self):
+            super().__init__()
+            self.seen = list(range(2000))
+
+    callback = autobatch.NoiseScale(split_every=3)
+
+    _, watched = fitted(callback, kind=Long)
+    _, plain = fitted(None, kind=Long)
+
+    assert same(watched["own"], plain["own"])
+
+
+# The number
+
+
+class Known(pl.LightningModule):
+    """The loss -w·x has the gradient -x: its noise scale is that of the data."""
+
+    def __init__(self, extra=None, total=False):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(6))
+        self.extra = extra or nn.Identity()
+        self.total = total
+
+    def training_step(self, batch, batch_idx):
+        loss = -(self.extra(batch[0]) @ self.w)
+        return loss.sum() if self.total else loss.mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.0)
+
+
+def known_loader(batch_size=8, length=8 * 160):
+    """A noise scale of 6 / (6 * 0.25) = 4."""
+    generator = torch.Generator().manual_seed(7)
+    x = 0.5 + torch.randn(length, 6, generator=generator)
+    return DataLoader(TensorDataset(x), batch_size, shuffle=True)
+
+
+def read(callback, model, batches=None, **options):
+    pl.seed_everything(2, verbose=False)
+    trainer = quiet_trainer(callback, **{"max_epochs": 1, **options})
+    trainer.fit(model, batches or known_loader())
+    return callback.reading
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        (Known(), {"max_epochs": 5, "accumulate_grad_batches": 4}),
+        (Known(), {}),
+        (Known(total=True), {}),
+        (Known(), {"gradient_clip_val": 1e-3}),
+    ],
+    ids=["accumulated", "split", "a sum", "clipped"],
+)
+def test_the_noise_scale_of_known_data_is_found(model, options):
+    reading = read(autobatch.NoiseScale(every=1, split_every=1), model, **options)
+
+    assert reading.state == "ok"
+    assert reading.samples == pytest.approx(4, rel=0.3)
+    assert reading.batch_size == 8 * options.get("accumulate_grad_batches", 1)
+
+
+def test_dropout_is_noise_that_both_halves_have():
+    """The variance of a dropped x is (1 + 0.25) / 0.5 - 0.25 = 2.25: a noise scale of 9."""
+    model = Known(nn.Dropout(0.5))
+
+    reading = read(autobatch.NoiseScale(split_every=1), model, max_epochs=2)
+
+    assert reading.samples == pytest.approx(9, rel=0.3)
+
+
+def test_a_batch_of_an_odd_size_is_split_too():
+    reading = read(
+        autobatch.NoiseScale(split_every=1), Known(), known_loader(5), max_epochs=1
+    )
+
+    assert reading.batch_size == 5
+    assert reading.samples == pytest.approx(4, rel=0.3)
+
+
+def test_one_half_is_enough_where_it_tells_the_other():
+    class Counted(Known):
+        calls = ()
+
+        def training_step(self, batch, batch_idx):
+            type(self).calls += (len(batch[0]),)
+            return super().training_step(batch, batch_idx)
+
+    read(autobatch.NoiseScale(split_every=5), Counted(), limit_train_batches=11)
+
+    assert Counted.calls == (8, 4, 4, *[8] * 5, 4, *[8] * 5, 4)
+
+
+# When
+
+
+def test_the_last_update_of_an_epoch_is_left_out_where_it_is_of_less():
+    callback = autobatch.NoiseScale(every=1)
+
+    # 7 micro-batches of 8: one whole update of four, and one of three
+    reading = read(
+        callback, Known(), known_loader(8, 56), max_epochs=8, accumulate_grad_batches=4
+    )
+
+    assert reading.windows == 4  # of the later 8 updates
+    assert reading.last_update == 15
+
+
+def test_updates_of_batches_of_several_sizes_are_left_out():
+    reading = read(
+        autobatch.NoiseScale(every=1),
+        Known(),
+        known_loader(8, 60),
+        max_epochs=8,
+        accumulate_grad_batches=4,
+    )
+
+    # The second of an epoch has four batches, the last of 4 samples
+    assert reading.windows == 4
+
+
+def test_it_is_settling_at_first():
+    reading = read(autobatch.NoiseScale(every=1), Known(), accumulate_grad_batches=4)
+
+    assert reading.state == "settling"
+    assert reading.samples == reading.low
+
+
+def test_a_run_that_resumes_goes_on_with_its_windows(tmp_path):
+    whole, first, second = (autobatch.NoiseScale(every=2) for _ in range(3))
+    options = {"accumulate_grad_batches": 4}
+    read(whole, Known(), max_epochs=4, **options)
+
+    pl.seed_everything(2, verbose=False)
+    trainer = quiet_trainer(first, max_epochs=2, **options)
+    trainer.fit(Known(), known_loader())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    again = quiet_trainer(second, max_epochs=4, **options)
+    again.fit(
+        Known(), known_loader(), ckpt_path=tmp_path / "last.ckpt", weights_only=True
+    )
+
+    assert second.reading.state == "ok"
+    assert second.reading.windows == whole.reading.windows
+    assert second.reading.last_update == whole.reading.last_update
+    assert second.state_dict()["windows"][:40] == first.state_dict()["windows"]
+
+
+def test_a_second_fit_begins_anew():
+    callback = autobatch.NoiseScale(every=1)
+    read(callback, Known(), accumulate_grad_batches=4, max_epochs=2)
+
+    reading = read(callback, Known(), accumulate_grad_batches=4, limit_train_batches=40)
+
+    assert reading.state == "settling"
+    assert reading.last_update == 10
+
+
+def test_loggers_get_the_reading():
+    callback, logger = autobatch.NoiseScale(every=1), Recorded()
+
+    read(
+        callback,
+        Known(),
+        accumulate_grad_batches=4,
+        max_epochs=3,
+        logger=logger,
+        log_every_n_steps=50,
+    )
+
+    steps = [step for step, values in logger.logged if "noise_scale" in values]
+    assert steps == [99, 120]
+    last = logger.logged[-1][1]
+    assert set(last) == {"noise_scale", "noise_scale_low", "noise_scale_high"}
+    assert last["noise_scale"] == callback.reading.samples
+
+
+def hooks_of(model):
+    return [dict(each._backward_hooks or {}) for each in model.parameters()]
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 4}], ids=str)
+@pytest.mark.parametrize("fails_at", [None, 6])
+def test_no_hook_is_left(options, fails_at):
+    class Fails(Known):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == fails_at:
+                raise ZeroDivisionError
+            return super().training_step(batch, batch_idx)
+
+    model = Fails()
+    trainer = quiet_trainer(autobatch.NoiseScale(every=1), max_epochs=1, **options)
+
+    try:
+        trainer.fit(model, known_loader())
+    except ZeroDivisionError:
+        assert fails_at
+
+    assert hooks_of(model) == [{}]
+    assert "log" not in vars(model)
+
+
+# What can not be measured
+
+
+def reason_of(reading):
+    assert reading.state == "unavailable"
+    return reading.reason
+
+
+class ByHand(Known):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+class Iterated(Known):
+    def training_step(self, dataloader_iter):
+        batch, *_ = next(dataloader_iter)
+        return super().training_step(batch, 0)
+
+
+class Particular(Known):
+    """Takes whole batches only."""
+
+    def training_step(self, batch, batch_idx):
+        assert len(batch[0]) == 8
+        return super().training_step(batch, batch_idx)
+
+
+class Changing(Known):
+    """Moves a teacher within the step."""
+
+    def __init__(self):
+        super().__init__()
+        self.teacher = nn.Parameter(torch.zeros(6), requires_grad=False)
+
+    def training_step(self, batch, batch_idx):
+        with torch.no_grad():
+            self.teacher.add_(1)
+        return super().training_step(batch, batch_idx)
+
+
+class Checkpointed(Known):
+    def training_step(self, batch, batch_idx):
+        x = batch[0].requires_grad_()
+        return checkpoint(lambda x: -(x @ self.w).mean(), x, use_reentrant=True)
+
+
+class Compiled(Known):
+    def __init__(self):
+        super().__init__(nn.Linear(6, 6))
+        self.extra.compile(backend="eager")
+
+
+@pytest.mark.filterwarnings("ignore:.*`dataloader_iter`")
+@pytest.mark.parametrize(
+    ("kind", "batch_size", "reason"),
+    [
+        (ByHand, 8, "optimises by hand"),
+        (Iterated, 8, "takes its batches from an iterator"),
+        (Particular, 8, r"fails on half a batch \(AssertionError"),
+        (Changing, 8, "training_step changes parameters itself"),
+        (Checkpointed, 8, "use_reentrant=False"),
+        (Compiled, 8, "torch.compile"),
+        (Known, 1, "of one sample"),
+    ],
+)
+def test_a_module_that_can_not_be_measured_trains_on_and_it_is_said_why(
+    kind, batch_size, reason
+):
+    callback = autobatch.NoiseScale()
+    model = kind()
+
+    reading = read(callback, model, known_loader(batch_size), limit_train_batches=30)
+
+    assert re.search(reason, reason_of(reading))
+    if kind is Changing:
+        assert model.teacher.tolist() == [30.0] * 6
+
+
+def test_a_half_that_runs_out_of_memory_is_no_error():
+    class Full(Known):
+        def training_step(self, batch, batch_idx):
+            if len(batch[0]) < 8:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().training_step(batch, batch_idx)
+
+    assert "(memory)" in reason_of(
+        read(autobatch.NoiseScale(), Full(), limit_train_batches=30)
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"every": 0}, "^every=0"), ({"split_every": "no"}, "^split_every='no'")],
+)
+def test_an_interval_that_is_none_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        autobatch.NoiseScale(**options)
+
+
+# Batches
+
+
+@dataclass
+class Pair:
+    x: torch.Tensor
+    names: list[str]
+
+
+def test_a_batch_is_cut_in_all_its_parts():
+    x = torch.arange(4.0)
+    batch = {"pair": Pair(x, ["a", "b", "c", "d"]), "more": [(x + 1, 7), None]}
+
+    rest = _halves._cut(batch, 4, 1, 4)
+
+    assert same(rest["pair"].x, torch.tensor([1.0, 2.0, 3.0]))
+    assert rest["pair"].names == ["b", "c", "d"]
+    assert same(rest["more"][0][0], torch.tensor([2.0, 3.0, 4.0]))
+    assert rest["more"][0][1] == 7
+    assert rest["more"][1] is None
+    assert _halves.rows_in(batch) == {4}
+    rest["pair"].x.zero_()
+    assert x.sum() == 6  # what was cut is a copy
+
+
+@pytest.mark.parametrize(
+    ("batch", "reason"),
+    [
+        ([torch.zeros(4), torch.zeros(3)], "have 3, 4 rows"),
+        ([1, 2], "have no rows"),
+        ([torch.zeros(4), object()], "plain containers"),
+        ([torch.zeros(1)], "one sample"),
+    ],
+)
+def test_a_batch_that_can_not_be_cut_is_said_to_be_one(batch, reason):
+    with pytest.raises(_halves.NotDividedError, match=reason):
+        _halves._samples(batch)
+
+
+# Beside AutoBatch
+
+
+def tuner(target=60, **options):
+    device = SimulatedAccelerator("450KiB")
+    return autobatch.AutoBatch(target_batch_size=target, device=device, **options)
+
+
+class Wide(Model):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(16, 256), nn.ReLU(), nn.Linear(256, 4))
+
+
+def test_the_report_of_autobatch_is_completed_when_training_ends(tmp_path, capsys):
+    callback, noise = tuner(), autobatch.NoiseScale(every=1, split_every=1)
+    logger = pl.loggers.CSVLogger(tmp_path)
+    trainer = quiet_trainer(noise, callback, logger=logger, max_epochs=30)
+
+    trainer.fit(Wide(), loader())
+
+    report = callback.report
+    assert report.noise == noise.reading
+    assert report.noise.windows > 20
+    assert report.noise.batch_size == report.plan.effective_batch_size
+    written = autobatch.TuningReport.read(next(tmp_path.rglob("autobatch.json")))
+    assert written == report
+    assert capsys.readouterr().out.count("= 60 per update") == 2
+
+
+def test_trials_are_not_measured():
+    class Watched(Wide):
+        seen = ()
+
+        def training_step(self, batch, batch_idx):
+            type(self).seen += (any(map(bool, hooks_of(self))),)
+            return super().training_step(batch, batch_idx)
+
+    callback = tuner(120, retune_at_epochs=[1])
+    noise, started = autobatch.NoiseScale(every=1), []
+
+    class Starts(pl.Callback):
+        def on_train_start(self, trainer, module):
+            started.append(len(Watched.seen))
+
+    trainer = quiet_trainer(noise, callback, Starts(), max_epochs=2)
+    trainer.fit(Watched(), loader())
+
+    trials = started[0]
+    assert trials > 3
+    assert not any(Watched.seen[:trials])
+    micro = callback.report.plan.micro_batch_size
+    per_epoch = math.ceil(240 / micro)
+    assert all(Watched.seen[trials : trials + per_epoch])
+    assert not all(Watched.seen[trials:])  # the trials of epoch 1
+    assert all(Watched.seen[-per_epoch:])
+
+
+def test_training_beside_autobatch_is_the_same_to_the_bit():
+    def trained(*callbacks):
+        pl.seed_everything(1, verbose=False)
+        model = Wide()
+        quiet_trainer(*callbacks).fit(model, loader())
+        return model.state_dict(), torch.get_rng_state()
+
+    assert same(
+        trained(tuner(), autobatch.NoiseScale(every=1, split_every=1)), trained(tuner())
+    )
