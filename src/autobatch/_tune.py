@@ -250,7 +250,7 @@ class _Tuning:
             self._high = min(self._high, trial.batch_size)
             self._bound = Bound(
                 self._high,
-                f"at {self._high} even the fastest call takes longer than latency_limit="
+                f"at {self._high} a call takes longer than latency_limit="
                 f"{self._answers.limit.seconds:g} seconds",
             )
 
