@@ -46,6 +46,7 @@ QUIET = Findings(
     learning_rate=None,
     dataset_size=None,
     look=None,
+    trains=True,
 )
 NO_BOUND = {
     "target_batch_size": None,
@@ -185,6 +186,15 @@ def test_each_note_has_its_trigger(changes, expected):
             "dataset_size": 128,
             "learning_rate": LearningRateRule("AdamW", "square-root"),
         },
+        # Nothing is trained, so nothing is updated
+        {
+            "dataset_size": 128,
+            "target_batch_size": None,
+            "plan": BatchPlan(128, 1),
+            "trials": (Trial(128, Outcome.FIT),),
+            "bound": None,
+            "trains": False,
+        },
         # Asked for
         {"plan": BatchPlan(128, 1), "target_batch_size": 128, "dataset_size": 128},
         # A little more room than what is tight
@@ -233,13 +243,15 @@ def test_the_largest_that_fits_is_compared_with_smaller_ones(speeds, expected):
     assert notes(replace(LARGEST, trials=trials)) == expected
 
 
-def test_where_a_target_was_asked_for_the_table_compares():
+@pytest.mark.parametrize("changes", [{"target_batch_size": 32}, {"trains": False}])
+def test_where_a_target_was_asked_for_or_nothing_trains_the_table_compares(changes):
     trials = (
         Trial(16, Outcome.FIT, step_seconds=0.1),
         Trial(32, Outcome.FIT, step_seconds=0.3),
     )
 
-    assert notes(replace(QUIET, trials=trials)) == ()
+    assert notes(replace(LARGEST, plan=BatchPlan(32), trials=trials)) != ()
+    assert notes(replace(LARGEST, plan=BatchPlan(32), trials=trials, **changes)) == ()
 
 
 @pytest.mark.parametrize(

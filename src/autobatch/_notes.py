@@ -82,6 +82,7 @@ class Findings:
         dataset_size: Samples per epoch, where that is known.
         remarks: Sentences from where the tuning was asked for.
         look: How far was looked for the largest samples, where that was done.
+        trains: Whether optimizers stepped; else there are no updates to speak of.
     """
 
     plan: BatchPlan
@@ -98,6 +99,7 @@ class Findings:
     dataset_size: int | None
     remarks: tuple[str, ...]
     look: Look | None
+    trains: bool
 
     @property
     def largest_fit(self) -> int:
@@ -232,7 +234,7 @@ def _short_epoch(found: Findings) -> str | None:
 def _all_at_once(found: Findings) -> str | None:
     """Where memory would take the whole data set, and no one asked for that."""
     plan, samples = found.plan, found.dataset_size
-    if found.target_batch_size is not None or samples is None:
+    if not found.trains or found.target_batch_size is not None or samples is None:
         return None
     if plan.effective_batch_size != samples or plan.accumulate_grad_batches > 1:
         return None
@@ -246,10 +248,10 @@ def _past_knee(found: Findings) -> str | None:
     """Where the largest that fits was taken for its own sake, and gives no more speed than a smaller one."""
     size = found.plan.micro_batch_size
     speeds = {row.batch_size: row.samples_per_second for row in found.sizes}
-    if found.target_batch_size is not None or speeds.keys() <= {size}:
-        return None
     here = speeds.pop(size, None)
     smaller = [other for other in speeds if other < size]
+    if not found.trains or found.target_batch_size is not None:
+        return None
     if here is None or not smaller:
         return None
     fastest = max(smaller, key=lambda other: speeds[other])

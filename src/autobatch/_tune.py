@@ -496,6 +496,7 @@ class _Tuning:
             dataset_size=samples,
             remarks=self._remarks(plan),
             look=self._job.look() if self._job.look else None,
+            trains=self.bench.optimizers.steps > 0,
         )
         return TuningReport(
             autobatch_version=version("lightning-autobatch"),
