@@ -847,6 +847,7 @@ def tuned(device, *, world_size, **settings):
         None,
         None,
         None,
+        "train",
         "paper",
         {},
         None,
