@@ -71,6 +71,14 @@ LATENCIES = tuple(
         (64, 31.4, 34.8),
     )
 )
+
+
+def answers(limit: float = 1 / 30, **changes):
+    asked = settings(target_batch_size=None, latency_limit=limit)
+    more = {"latencies": LATENCIES, "plan": BatchPlan(32, 1), "settings": asked}
+    return example(**({"task": "answer"} | more | changes))
+
+
 LONG = "An accelerator $x_1$ with a name of 日本 that never ends and goes on, and on, and on and on"
 REPORTS = {
     "with a noise scale": with_noise,
@@ -134,12 +142,13 @@ REPORTS = {
         trials=(),
         plan=BatchPlan(64, 4),
     ),
-    "latency": lambda: example(
-        task="predict", latencies=LATENCIES, plan=BatchPlan(32, 1)
+    "latency": answers,
+    "latency of one size": lambda: answers(
+        latencies=LATENCIES[:1], plan=BatchPlan(1, 1)
     ),
-    "latency of one size": lambda: example(
-        task="predict", latencies=LATENCIES[:1], plan=BatchPlan(1, 1)
-    ),
+    "latency over the limit": lambda: answers(0.0001),
+    "latency far below the limit": lambda: answers(60, plan=BatchPlan(64, 1)),
+    "latency of others than the chosen": lambda: answers(plan=BatchPlan(24, 1)),
 }
 every_report = pytest.mark.parametrize("name", REPORTS)
 
@@ -295,6 +304,9 @@ def test_inference_shows_latency_and_throughput():
     assert "Latency of one batch, ms" in said
     assert "32: p99 14.5 ms" in said
     assert "120 timed calls" in said
+    assert "limit 33.3 ms" in said
+    assert "over the limit" in said
+    assert "batches of 8 give 97 % of the fastest" in said
 
 
 def test_the_points_are_those_that_were_measured():

@@ -89,15 +89,19 @@ class Busy(Model):
         self.seen.append((len(outputs["logits"]), batch[0].sum().item()))
 
 
+OWN = ("seen", "kept", "steps", "hooked")
+
+
 class Recorded(pl.loggers.logger.Logger):
     name, version = "recorded", 0
 
     def __init__(self):
         super().__init__()
         self.logged = []
+        self.hyperparameters = []
 
     def log_hyperparams(self, params):
-        pass
+        self.hyperparameters.append(params)
 
     def log_metrics(self, metrics, step):
         self.logged.append((step, dict(metrics)))
@@ -112,7 +116,7 @@ def fitted(callback, *, kind=Busy, batches=None, **options):
     trainer.fit(model, batches or loader())
     return trainer, {
         "weights": model.state_dict(),
-        "own": (model.seen, model.kept, model.steps, model.hooked),
+        "own": [getattr(model, name, None) for name in OWN],
         "optimizer": trainer.optimizers[0].state_dict(),
         "metrics": dict(trainer.callback_metrics),
         "logged": [
@@ -133,7 +137,7 @@ def fitted(callback, *, kind=Busy, batches=None, **options):
     [
         {},
         {"accumulate_grad_batches": 4},
-        {"precision": "bf16-mixed"},
+        pytest.param({"precision": "bf16-mixed"}, marks=pytest.mark.slow),
         {"gradient_clip_val": 0.1},
     ],
     ids=str,
@@ -146,6 +150,45 @@ def test_training_is_the_same_to_the_bit(options):
 
     assert callback.reading.windows > 2
     assert [name for name in plain if not same(watched[name], plain[name])] == []
+
+
+def scaled():
+    """Mixed precision with a scaled loss, on the CPU."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=20)
+    return pl.plugins.MixedPrecision("16-mixed", "cpu", scaler)
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_training_with_a_scaled_loss_is_the_same_to_the_bit(accumulate):
+    callback = autobatch.NoiseScale(every=2, split_every=3)
+    options = {"accumulate_grad_batches": accumulate, "kind": Model, "max_epochs": 4}
+
+    _, watched = fitted(callback, plugins=[scaled()], **options)
+    _, plain = fitted(None, plugins=[scaled()], **options)
+
+    assert callback.reading.windows > 2
+    assert same(watched, plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_the_scale_of_a_loss_does_not_matter(accumulate):
+    options = {"accumulate_grad_batches": accumulate, "max_epochs": accumulate}
+    plain, under = (autobatch.NoiseScale(every=1, split_every=1) for _ in range(2))
+
+    read(plain, Known(), **options)
+    read(under, Known(), plugins=[scaled()], **options)
+
+    assert under.reading.samples == pytest.approx(plain.reading.samples, rel=0.05)
+
+
+def test_a_lightning_that_lacks_what_is_needed_is_said_to(monkeypatch):
+    noise = importlib.import_module("autobatch.lightning._noise")
+    monkeypatch.setattr(noise, "_PRIVATE", ("fit_loop.no_more",))
+
+    reading = read(autobatch.NoiseScale(), Known(), limit_train_batches=3)
+
+    assert "has no fit_loop.no_more" in reason_of(reading)
 
 
 def test_more_than_a_thousand_entries_of_a_list_are_given_back():
@@ -202,7 +245,7 @@ def read(callback, model, batches=None, **options):
         (Known(), {"max_epochs": 5, "accumulate_grad_batches": 4}),
         (Known(), {}),
         (Known(total=True), {}),
-        (Known(), {"gradient_clip_val": 1e-3}),
+        pytest.param(Known(), {"gradient_clip_val": 1e-3}, marks=pytest.mark.slow),
     ],
     ids=["accumulated", "split", "a sum", "clipped"],
 )
@@ -529,6 +572,26 @@ def test_the_report_of_autobatch_is_completed_when_training_ends(tmp_path, capsy
     assert capsys.readouterr().out.count("= 60 per update") == 2
 
 
+def test_a_logger_gets_the_numbers_of_the_plan_once():
+    logger = Recorded()
+    callbacks = (tuner(), autobatch.NoiseScale())
+
+    quiet_trainer(*callbacks, logger=logger).fit(Wide(), loader())
+
+    told = [each for each in logger.hyperparameters if "autobatch/batch_size" in each]
+    assert len(told) == 1
+
+
+def test_without_a_plan_of_this_fit_nothing_is_told_at_its_end(capsys):
+    callbacks = (tuner(), autobatch.NoiseScale())
+    quiet_trainer(*callbacks).fit(Wide(), loader())
+    capsys.readouterr()
+
+    quiet_trainer(*callbacks, fast_dev_run=True).fit(Wide(), loader())
+
+    assert "per update" not in capsys.readouterr().out
+
+
 def test_trials_are_not_measured():
     class Watched(Wide):
         seen = ()
@@ -557,6 +620,7 @@ def test_trials_are_not_measured():
     assert all(Watched.seen[-per_epoch:])
 
 
+@pytest.mark.slow
 def test_training_beside_autobatch_is_the_same_to_the_bit():
     def trained(*callbacks):
         pl.seed_everything(1, verbose=False)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import autobatch
 from autobatch import _probes, sinks
+from autobatch._learning_rate import LearningRateRule
 from autobatch.testing import SimulatedAccelerator
 from report_examples import example
 from test_architecture import ARROWS, UPWARD
@@ -153,7 +154,8 @@ def test_the_report_is_one_that_the_demo_prints_now():
         plan,
     )
     # The lines of any report with the same parts
-    expected = outline(str(example(dataset_size=1438)))
+    rule = LearningRateRule("AdamW", "square-root")
+    expected = outline(str(example(dataset_size=1438, learning_rate=rule)))
     assert set(outline(printed)[2:]) <= {*expected, "trials"}
     assert "% of the held-out digits right after" in last
 

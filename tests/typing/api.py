@@ -17,6 +17,8 @@ from autobatch import (
     Bisection,
     DoesNotFitError,
     GuidedBisection,
+    NoiseReading,
+    NoiseScale,
     Outcome,
     ProbeError,
     ShortTrialError,
@@ -122,6 +124,15 @@ AutoBatch(
     batch_arg_name="micro_batch_size",
 )
 AutoBatch(latency_limit=0.1, percentile=95)
+
+
+# The noise scale
+
+noise = NoiseScale(every=5, split_every=20)
+assert_type(noise.reading, NoiseReading)
+with autobatch.noise_scale(model, micro_batch_size=8) as watch:
+    assert_type(watch.reading, NoiseReading)
+assert_type(noise.reading.samples, float | None)
 
 
 # A search of one's own

@@ -19,7 +19,6 @@ from autobatch._figure._speed import memory_panel, peaks, speed_panel
 from autobatch._figure._words import (
     answer,
     foot,
-    inference_answer,
     inference_foot,
     inference_remark,
     remark,
@@ -108,7 +107,7 @@ def _main_panel(report: TuningReport, axes: Axes) -> Figure:
 def _picture(report: TuningReport) -> Figure:
     figure = Picture(figsize=(_WIDTH, _HEIGHT), dpi=_DOTS)
     if report.latencies:
-        _head(figure, inference_answer(report), inference_remark(report))
+        _head(figure, answer(report), inference_remark(report))
         _inference_panels(figure, report)
         _foot(figure, inference_foot(report))
     else:

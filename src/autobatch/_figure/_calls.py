@@ -29,44 +29,35 @@ from autobatch._numbers import SECONDS, quantity, unit_for
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from autobatch._latency import Latency
     from autobatch._report import TuningReport
 
-__all__ = ["latency_limit", "latency_panel", "throughput_panel", "within_limit"]
+__all__ = ["latency_panel", "throughput_panel"]
 
 
-def latency_limit(report: TuningReport) -> float | None:
-    """The longest that a call may take, in seconds, where one was given."""
-    limit: float | None = getattr(report.settings, "latency_limit", None)
-    return limit
-
-
-def _percentile(report: TuningReport) -> str:
-    return f"p{getattr(report.settings, 'percentile', 99):g}"
-
-
-def within_limit(report: TuningReport) -> tuple[Latency, ...]:
-    """The sizes that answer in time."""
-    limit = latency_limit(report)
-    return tuple(
-        row for row in report.latencies if limit is None or row.at_percentile <= limit
-    )
+def _in_time(report: TuningReport) -> set[int]:
+    """The sizes that answer within the limit; all where there is none."""
+    limit = report.settings.limit_on_latency
+    return {
+        row.batch_size
+        for row in report.latencies
+        if limit is None or row.at_percentile_seconds <= limit.seconds
+    }
 
 
 def latency_panel(axes: Axes, report: TuningReport) -> None:
     """What one call takes over the batch size, from the median up: measured."""
     rows = sorted(report.latencies, key=lambda row: row.batch_size)
-    chosen, limit = report.plan.micro_batch_size, latency_limit(report)
+    chosen, limit = report.plan.micro_batch_size, report.settings.limit_on_latency
     xs = [row.batch_size for row in rows]
-    slowest = [max(row.at_percentile, row.p50) for row in rows]
-    unit = unit_for([min(row.p50 for row in rows)], SECONDS)
-    middle = [row.p50 / unit.factor for row in rows]
+    slowest = [max(row.at_percentile_seconds, row.p50_seconds) for row in rows]
+    unit = unit_for([min(row.p50_seconds for row in rows)], SECONDS)
+    middle = [row.p50_seconds / unit.factor for row in rows]
     late = [value / unit.factor for value in slowest]
-    name = _percentile(report)
+    name = f"p{report.settings.percentile:g}"
     heading(axes, f"Latency of one batch, {unit.name} (band: median to {name})")
     plain_grid(axes)
     size_axis(axes, xs, chosen, None)
-    allowed = [] if limit is None else [limit / unit.factor]
+    allowed = [] if limit is None else [limit.seconds / unit.factor]
     positive = [v for v in (*middle, *late, *allowed) if v > 0] or [1.0]
     axes.set_yscale("log")
     axes.set_ylim(min(positive) / 1.5, max(positive) * 1.8)
@@ -85,11 +76,11 @@ def latency_panel(axes: Axes, report: TuningReport) -> None:
         axes.axhline(allowed[0], color=INK, linewidth=1.6, zorder=2)
         labels.avoid(axes.get_xlim(), (allowed[0], allowed[0]))
     if here is not None:
-        y = here.at_percentile / unit.factor
+        y = here.at_percentile_seconds / unit.factor
         ring(axes, chosen, y)
         labels.avoid(*blob(axes, chosen, y))
         labels.put(
-            f"{count(chosen)}: {name} {quantity(here.at_percentile, SECONDS)}",
+            f"{count(chosen)}: {name} {quantity(here.at_percentile_seconds, SECONDS)}",
             [(chosen, y)],
             distances=NEAR[1:],
             needed=True,
@@ -99,7 +90,7 @@ def latency_panel(axes: Axes, report: TuningReport) -> None:
     if limit is not None:
         low, high = axes.get_xlim()
         labels.put(
-            f"limit {quantity(limit, SECONDS)}",
+            f"limit {quantity(limit.seconds, SECONDS)}",
             [(low * (high / low) ** share, allowed[0]) for share in (0.01, 0.3, 0.6)],
             distances=(5.0,),
             ways=("right above", "right below"),
@@ -129,13 +120,13 @@ def throughput_panel(axes: Axes, report: TuningReport) -> None:
     rows = sorted(report.latencies, key=lambda row: row.batch_size)
     chosen = report.plan.micro_batch_size
     xs = [row.batch_size for row in rows]
-    ys = [row.batch_size / row.p50 if row.p50 else 0.0 for row in rows]
+    ys = [row.samples_per_second for row in rows]
     heading(axes, "Throughput, samples per second")
     plain_grid(axes)
     size_axis(axes, xs, chosen, None)
     value_axis(axes, max(ys), room=0.2)
     axes.plot(xs, ys, color=BLUE, linewidth=2.6, zorder=3)
-    in_time = {row.batch_size for row in within_limit(report)}
+    in_time = _in_time(report)
     labels = Labels(axes)
     labels.avoid(xs, ys)
     for x, y in zip(xs, ys, strict=True):

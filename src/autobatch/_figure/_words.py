@@ -4,38 +4,33 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from autobatch._figure._calls import latency_limit, within_limit
 from autobatch._figure._cost import comparable
 from autobatch._figure._labels import drawn, short
-from autobatch._numbers import SECONDS, percent, quantity
 from autobatch._report import page
 from autobatch._tradeoff import NoiseRange
 
 if TYPE_CHECKING:
-    from autobatch._latency import Latency
     from autobatch._report import TuningReport
     from autobatch._text import Fact
 
 __all__ = [
     "answer",
     "foot",
-    "inference_answer",
     "inference_foot",
     "inference_remark",
     "remark",
 ]
 
-_KNEE: Final = 0.95  # of the fastest
 _NAME_WIDTH: Final = 60
 _TOGETHER: Final = "\N{NO-BREAK SPACE}"
 
 
 def answer(report: TuningReport) -> str:
+    """What was chosen."""
     plan = report.plan
     size, ranks = f"{plan.micro_batch_size:,}", plan.world_size
     if report.task != "train":
-        share = f" on each of {ranks} ranks" if ranks > 1 else ""
-        return f"Batches of {size}{share} to {report.task}"
+        return page(report).answer
     parts = [f"Micro-batch {size}"]
     if plan.accumulate_grad_batches > 1:
         parts.append(f"accumulate {plan.accumulate_grad_batches:,}")
@@ -47,6 +42,7 @@ def answer(report: TuningReport) -> str:
 
 
 def remark(report: TuningReport) -> str:
+    """What it comes to: speed, memory, an epoch."""
     facts = {fact.label: fact for fact in page(report).facts}
     said = [facts[name].value for name in ("Speed", "Memory") if name in facts]
     if "Epoch" in facts:
@@ -133,52 +129,26 @@ def _cut(text: str) -> str:
     return text if len(text) <= _NAME_WIDTH else text[: _NAME_WIDTH - 1] + "…"
 
 
-def inference_answer(report: TuningReport) -> str:
-    size, limit = report.plan.micro_batch_size, latency_limit(report)
-    row = _latency_of(report, size)
-    if limit is not None and row in within_limit(report):
-        largest = max(row.batch_size for row in within_limit(report))
-        place = "the largest that answers" if size == largest else "answers"
-        verb = "is " if size == largest else ""
-        return f"Batch {size:,} {verb}{place} within {quantity(limit, SECONDS)}"
-    if limit is not None:
-        return f"No batch size answers within {quantity(limit, SECONDS)}"
-    if row is not None and row.p50:
-        return f"Batch {size:,}: {short(size / row.p50)} samples per second"
-    return f"Batches of {size:,} to {report.task}"
-
-
-def _latency_of(report: TuningReport, size: int) -> Latency | None:
-    return next((row for row in report.latencies if row.batch_size == size), None)
-
-
 def inference_remark(report: TuningReport) -> str:
-    rows = sorted(report.latencies, key=lambda row: row.batch_size)
-    speeds = {row: row.batch_size / row.p50 for row in rows if row.p50}
-    said = []
-    if speeds:
-        peak = max(speeds.values())
-        knee = next(row for row in rows if speeds.get(row, 0.0) >= _KNEE * peak)
-        took = quantity(knee.at_percentile, SECONDS)
-        share = percent(speeds[knee] / peak)
-        said.append(
-            f"Batch {knee.batch_size:,} already gives {share} of the highest throughput, at {took}"
-            if speeds[knee] < peak
-            else f"The highest throughput is at batch {knee.batch_size:,}, at {took}"
-        )
-    if rows[0].batch_size == 1:
-        said.append(f"one sample alone: {quantity(rows[0].at_percentile, SECONDS)}")
+    """What stands below it: how long, how many, how much memory; and which smaller batch does about as well."""
+    facts = {fact.label: fact for fact in page(report).facts}
+    said = [
+        facts[name].value for name in ("Latency", "Speed", "Memory") if name in facts
+    ]
+    if "Knee" in facts:
+        said.append(f"{facts['Knee'].value} give {facts['Knee'].remark}")
     return "  ·  ".join(said)
 
 
 def inference_foot(report: TuningReport) -> list[str]:
+    """How it was measured, and on what."""
     calls = [row.calls for row in report.latencies]
     least, most = min(calls), max(calls)
-    count = f"{least:,}" if least == most else f"{least:,}–{most:,}"
-    return [
-        (
-            f"{count} timed calls of each size, none left out. Throughput: by the median call. "
-            "Waiting for a batch to fill is not included."
-        ),
-        _on_what(report),
-    ]
+    many = f"{least:,}" if least == most else f"{least:,}–{most:,}"
+    facts = {fact.label: fact for fact in page(report).facts}
+    what = f", {facts['Calls'].remark}" if "Calls" in facts else ""
+    said = (
+        f"{many} timed calls of each size{what}; none is left out. Throughput: by the median call. "
+        "Waiting for a batch to fill is not included."
+    )
+    return [said, _on_what(report)]

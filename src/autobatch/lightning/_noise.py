@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -19,6 +20,13 @@ if TYPE_CHECKING:
 
 __all__ = ["NoiseScale"]
 
+# What NoiseScale uses of a Trainer of Lightning 2.6 that Lightning does not promise to keep
+_PRIVATE: Final = (
+    "fit_loop._data_fetcher",
+    "fit_loop.epoch_loop._batches_that_stepped",
+    "fit_loop.epoch_loop._build_kwargs",
+    "fit_loop.epoch_loop._should_accumulate",
+)
 
 if TYPE_CHECKING:
     _Callback: type = object
@@ -94,18 +102,19 @@ class NoiseScale(_Callback):  # type: ignore[misc]  # a class made at run time
             self._record.load_state_dict(state_dict)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Look whether anything can be measured."""
-        wrapped = trainer.strategy.model
-        if isinstance(wrapped, DistributedDataParallel) and trainer.world_size > 1:
-            self._group, self._world_size = wrapped.process_group, trainer.world_size
+        """Look whether anything can be measured; all ranks find the same."""
         why = _obstacle(trainer, pl_module)
         if why is not None:
             self._record.give_up(why)
+        elif trainer.world_size > 1:
+            self._group = trainer.strategy.model.process_group
+            self._world_size = trainer.world_size
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         """Begin with an update, where it is one of those to be measured."""
+        # A rank that has given up still answers the others
         if self._record.obstacle is not None and self._world_size == 1:
             return
         loop = trainer.fit_loop.epoch_loop
@@ -262,6 +271,11 @@ class NoiseScale(_Callback):  # type: ignore[misc]  # a class made at run time
 
 def _obstacle(trainer: Any, module: Any) -> str | None:
     """Why nothing of this run can be measured, if that is plain from the start."""
+    for name in _PRIVATE:
+        try:
+            attrgetter(name)(trainer)
+        except AttributeError:
+            return f"this Lightning has no {name} where NoiseScale looks for it"
     if not module.automatic_optimization:
         return "the module optimises by hand; autobatch.noise_scale() around its steps can measure that"
     wrapped = trainer.strategy.model
