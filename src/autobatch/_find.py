@@ -131,6 +131,7 @@ def find(
         look=None,
         curve_seconds=_curve.SECONDS,
         learning_rate=None,
+        task="train" if latency_limit is None else "answer",
         subject=loop.name,
         environment=versions(),
     )

@@ -77,7 +77,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Device", "Settings", "TuningReport", "page"]
+__all__ = ["Device", "Settings", "Task", "TuningReport", "page"]
 
 _SCHEMA_VERSION: Final = 1
 # What a field is counted in, where its name does not say it
@@ -199,6 +199,7 @@ def _sound_latency(latency: Latency) -> Latency:
     return latency
 
 
+Task = Literal["train", "answer", "validate", "test", "predict"]
 _Count = Annotated[int, BeforeValidator(_index), Field(ge=1, strict=True)]
 _Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
 _Trial = Annotated[
@@ -356,7 +357,7 @@ class TuningReport(BaseModel):
     autobatch_version: str
     settings: Settings
     subject: str
-    task: Literal["train", "answer", "validate", "test", "predict"] = "train"
+    task: Task = "train"
     device: Device
     budget: int
     trials: tuple[_Trial, ...]

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from autobatch._memory import MemoryProbe
     from autobatch._notes import Look
     from autobatch._ranks import Ranks
+    from autobatch._report import Task
     from autobatch._search import Search
     from autobatch._snapshot import Snapshot
     from autobatch._trial import OptimizerWatch, Timing, Workload
@@ -59,6 +60,7 @@ class Job:
         samples_trained: Samples that an epoch trains on with a plan, where it is not the whole data set.
         update_at_most: Samples that one update can have, where it can not go on into the next epoch.
         remarks: What a person should be told of a plan besides, where there may be something.
+        task: What a report says is done with the batches.
         subject: What a report calls it.
         environment: Versions, for the report.
         look: How far was looked for the largest samples, asked once trials have run.
@@ -74,6 +76,7 @@ class Job:
     samples_trained: Callable[[BatchPlan], int | None] | None
     update_at_most: int | None
     remarks: Callable[[BatchPlan], tuple[str, ...]] | None
+    task: Task
     subject: str
     environment: dict[str, str]
     look: Callable[[], Look | None] | None
@@ -480,10 +483,12 @@ class _Tuning:
         if self._job.samples_trained is not None:
             samples = self._job.samples_trained(plan)
         findings = Findings(
+            task=self._job.task,
             plan=plan,
             trials=tuple(self.record.trials),
             curve=self._curve,
             target_batch_size=settings.target_batch_size,
+            latency_limit=settings.latency_limit,
             bound=self._bound_met(),
             time_limit=settings.time_limit if self._out_of_time else None,
             source=self._probe.source,
@@ -496,7 +501,6 @@ class _Tuning:
             dataset_size=samples,
             remarks=self._remarks(plan),
             look=self._job.look() if self._job.look else None,
-            trains=self.bench.optimizers.steps > 0,
         )
         return TuningReport(
             autobatch_version=version("lightning-autobatch"),
@@ -511,7 +515,7 @@ class _Tuning:
             budget=self.record.budget,
             trials=findings.trials,
             plan=plan,
-            task="train" if self.limit is None else "answer",
+            task=self._job.task,
             latencies=self._answers.latencies if self._answers else (),
             can_accumulate=self._job.can_accumulate,
             dataset_size=samples,

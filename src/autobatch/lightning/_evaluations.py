@@ -6,7 +6,7 @@ import contextlib
 import importlib
 from dataclasses import dataclass
 from itertools import count
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 
@@ -38,7 +38,7 @@ class Stage:
         loop: The attribute of the Trainer that holds its loop.
     """
 
-    name: str
+    name: Literal["validate", "test", "predict"]
     hook: str
     loop: str
 
@@ -49,7 +49,7 @@ class Stage:
 
 
 VALIDATION: Final = Stage("validate", "validation", "validate_loop")
-STAGES: Final = {
+STAGES: Final[dict[str, Stage]] = {
     stage.name: stage
     for stage in (
         VALIDATION,

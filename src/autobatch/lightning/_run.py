@@ -153,6 +153,7 @@ def tune_training(
             ),
             # By hand, updates are the module's affair
             before=counts.before if module.automatic_optimization else None,
+            task="train",
             subject=_subject(
                 module, " + ".join(map(_name, trainer.optimizers)), trainer.precision
             ),
@@ -203,7 +204,7 @@ def tune_evaluation(trainer: Any, module: Any, asked: Asked, stage: Stage) -> Tu
         else:
             report = _own_or_smaller(job, settings, loaders, bench)
             sizes = _own_or_smaller_sizes(loaders, report)
-        return Tuned(report.model_copy(update={"task": stage.name}), sizes)
+        return Tuned(report, sizes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,6 +387,7 @@ def _evaluation_job(
         update_at_most=None,
         remarks=lambda _: _about_rounds(loaders, settings),
         before=None,
+        task=stage.name,
         subject=_subject(module, stage.name, trainer.precision),
         environment=_environment(trainer),
         look=lambda: samples.look,
