@@ -41,7 +41,7 @@ LAYERS = (
     ("_curve", "_calls", "_gradients"),
     ("_pace", "_ranks"),
     ("_plan", "_record", "_answers"),
-    ("_tradeoff",),
+    ("_tradeoff", "_speed"),
     ("_cautions",),
     ("_notes",),
     ("_tables",),

@@ -95,15 +95,19 @@ def stretched_schedule(
     )
 
 
-def accumulation_costs(plan: BatchPlan, best: float) -> str | None:
-    """Where the accumulation is much larger than the best for time to the same loss, `best`: an estimate."""
+def accumulation_costs(
+    plan: BatchPlan, best: float, optimizer_share: float
+) -> str | None:
+    """Where a plan accumulates much more than is best for the time to the same loss, `best`: an estimate.
+
+    `optimizer_share` is that of the optimizer in an update of one micro-batch.
+    """
     best = max(1.0, best)
     if plan.accumulate_grad_batches <= _WORTH * best:
         return None
-    smaller = round(best) * plan.micro_batch_size * plan.world_size
     return (
-        f"{smaller} per update would likely be as fast or faster to the same loss: accumulating more than that saves "
-        "optimizer steps only."
+        f"Accumulating more than ×{best:.0f} would likely cost time: all it saves is optimizer steps, "
+        f"{share(optimizer_share)} of an update that does not accumulate."
     )
 
 

@@ -13,8 +13,11 @@ if TYPE_CHECKING:
 __all__ = ["DemoResult", "run"]
 
 _MEMORY: Final = "8MiB"  # small enough for the search to meet it on images of 8 x 8
-_TARGET: Final = 128
-_EPOCHS: Final = 8
+_TARGET: Final = 256
+_EPOCHS: Final = 10
+_COPIES: Final = (
+    4  # of each digit, shifted and with noise: the network does not know them by heart
+)
 _STEPS: Final = 10  # per trial: they take milliseconds, and more of them time steadier
 
 
@@ -37,7 +40,7 @@ def run() -> DemoResult:
     from sklearn.datasets import load_digits
     from torch.utils.data import DataLoader, TensorDataset, random_split
 
-    from autobatch.lightning import AutoBatch
+    from autobatch.lightning import AutoBatch, NoiseScale
     from autobatch.testing import SimulatedAccelerator
 
     _hush()
@@ -47,6 +50,7 @@ def run() -> DemoResult:
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
     data = TensorDataset(images, torch.tensor(digits.target))
     train, held_out = random_split(data, [0.8, 0.2])
+    varied = TensorDataset(*_varied(*train[:]))
 
     model = _network()
     tuner = AutoBatch(
@@ -57,14 +61,14 @@ def run() -> DemoResult:
     )
     trainer = pl.Trainer(
         max_epochs=_EPOCHS,
-        callbacks=[tuner],
+        callbacks=[tuner, NoiseScale(every=2)],
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(model, DataLoader(train, batch_size=8, shuffle=True))
+    trainer.fit(model, DataLoader(varied, batch_size=8, shuffle=True))
 
     report = tuner.report
     if report is None:
@@ -73,6 +77,15 @@ def run() -> DemoResult:
     with torch.no_grad():
         accuracy = (model.eval()(inputs).argmax(1) == labels).float().mean().item()
     return DemoResult(report, accuracy, trainer.global_step)
+
+
+def _varied(images: Any, labels: Any) -> tuple[Any, Any]:
+    """Copies of the images, shifted and with noise."""
+    import torch
+
+    moved = [torch.roll(images, shift, dims=(2, 3)) for shift in _SHIFTS]
+    noisy = [copy + 0.3 * torch.randn_like(copy) for copy in moved]
+    return torch.cat(noisy), labels.repeat(len(_SHIFTS))
 
 
 def _hush() -> None:

@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from autobatch import _tradeoff
+from autobatch._cautions import accumulation_costs
 from autobatch._curve import CurvePoint  # noqa: TC001 -- pydantic reads it
 from autobatch._latency import (
     Latency,
@@ -541,6 +542,18 @@ def _parsed(text: str, origin: str) -> TuningReport:
         ) from error
 
 
+def completed(report: TuningReport) -> Page:
+    """What training has added to a report that was shown when it began."""
+    return Page(
+        header=("autobatch", plain(report.subject), "what training showed"),
+        answer="",
+        asked="",
+        facts=(),
+        tables=_effective(report),
+        notes=tuple(plain(note) for note in _since_training(report)),
+    )
+
+
 def page(report: TuningReport) -> Page:
     """What the report says, in the order it says it; every sink shows this."""
     return Page(
@@ -554,9 +567,22 @@ def page(report: TuningReport) -> Page:
 
 
 def _notes(report: TuningReport) -> tuple[str, ...]:
-    """What was measured while it trained, then those of the tuning run."""
-    waited = waiting(report.loading)
-    return (waited, *report.notes) if waited else report.notes
+    """Those of the tuning run, and what was measured since."""
+    return (*_since_training(report), *report.notes)
+
+
+def _since_training(report: TuningReport) -> tuple[str, ...]:
+    told = (waiting(report.loading), _accumulation_costs(report))
+    return tuple(note for note in told if note)
+
+
+def _accumulation_costs(report: TuningReport) -> str | None:
+    best, pace = report.optimum, report.pace
+    alone = pace.update(report.plan.micro_batch_size, 1)
+    if best is None or not alone:
+        return None
+    share = pace.optimizer_seconds / alone
+    return accumulation_costs(report.plan, best.accumulate_grad_batches, share)
 
 
 def _header(report: TuningReport) -> tuple[str, ...]:
@@ -677,18 +703,22 @@ def _tables(report: TuningReport) -> tuple[Table, ...]:
         size = report.plan.micro_batch_size
         peaks = {trial.batch_size: trial.peak for trial in settled(report.trials)}
         return (latency_table(report.latencies, limit, size, peaks),)
-    sizes, effective = report.sizes, report.effective
-    tables = [speed_table(report.trials, sizes, report.plan)] if report.trials else []
-    if effective and (report.dataset_size or any(r.update_seconds for r in effective)):
-        tables.append(
-            effective_table(
-                effective,
-                report.plan,
-                title=_effective_title(report),
-                foot=_effective_foot(report),
-            )
-        )
-    return tuple(tables)
+    if not report.trials:
+        return _effective(report)
+    return (
+        speed_table(report.trials, report.sizes, report.plan),
+        *_effective(report),
+    )
+
+
+def _effective(report: TuningReport) -> tuple[Table, ...]:
+    """The ladder of effective batches, where anything is known of it."""
+    rows = report.effective
+    timed = any(row.update_seconds for row in rows)
+    if not rows or not (report.dataset_size or timed):
+        return ()
+    title, foot = _effective_title(report), _effective_foot(report)
+    return (effective_table(rows, report.plan, title=title, foot=foot),)
 
 
 def _effective_title(report: TuningReport) -> str:

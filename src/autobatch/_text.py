@@ -102,6 +102,8 @@ def _joined(parts: Iterable[str]) -> list[str]:
 
 def _ends(left: str, right: str) -> list[str]:
     """The answer, and beside it, or below where there is no room, what was asked."""
+    if not left:
+        return []
     start = min(59, _WIDTH - len(right))
     beside = len(left) + 4 <= start
     return [f"  {left}".ljust(start) + right] if beside else [f"  {left}", f"  {right}"]

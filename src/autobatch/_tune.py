@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
-from statistics import median
 from typing import TYPE_CHECKING, Final
 
 from autobatch._answers import SECONDS_TIMED, Answers
 from autobatch._calls import Calls
-from autobatch._curve import curve_sizes, enough, in_turns, point
 from autobatch._deadline import Deadline
 from autobatch._latency import largest_within
 from autobatch._latency_text import latency_notes, nothing_within
@@ -20,14 +18,14 @@ from autobatch._pace import Pace
 from autobatch._plan import BatchPlan, candidates, nearest, per_rank
 from autobatch._record import Record
 from autobatch._report import Device, Settings, TuningReport
-from autobatch._trial import Bench, Outcome, Trial, run_trial, time_updates
+from autobatch._speed import Speed, Timed
+from autobatch._trial import Bench, Outcome, Trial, run_trial
 from autobatch.errors import AutobatchError, DoesNotFitError, ShortTrialError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from contextlib import AbstractContextManager
 
-    from autobatch._curve import CurvePoint
     from autobatch._learning_rate import LearningRateRule
     from autobatch._memory import MemoryProbe
     from autobatch._notes import Look
@@ -35,7 +33,7 @@ if TYPE_CHECKING:
     from autobatch._report import Task
     from autobatch._search import Search
     from autobatch._snapshot import Snapshot
-    from autobatch._trial import OptimizerWatch, Timing, Workload
+    from autobatch._trial import OptimizerWatch, Workload
     from autobatch.sinks import Progress
 
 __all__ = ["Job", "tune"]
@@ -166,9 +164,6 @@ class _Tuning:
         self._snapshot, self._shown, self._ranks = snapshot, shown, ranks
         self.record = Record(probe, settings.memory_limit, ranks)
         self._out_of_time = False
-        self._curve: tuple[CurvePoint, ...] = ()
-        # What every rank saw of sizes that were tried for the curve only
-        self._aside: dict[int, Sequence[Trial]] = {}
         self._target = _within(
             settings.target_batch_size, job.update_at_most, ranks.world_size
         )
@@ -297,73 +292,32 @@ class _Tuning:
         """Time a few sizes in turns: the plan is chosen by that, and the report shows it."""
         if not self.record.fitting or not self._job.curve_seconds:
             return
-        began = self.record.now
-
-        def affordable(seconds: float) -> bool:
-            return self.record.now - began + seconds <= self._job.curve_seconds
-
-        sizes = curve_sizes(self.record.fitting, self._samples_per_rank)
-        for size in reversed(sizes):
-            # Half of the time is for the turns
-            aside = self._trial_seconds + self._job.curve_seconds / 2
-            if size not in self.record.fitting and affordable(aside):
-                self._try_aside(size)
-        tried = {trial.batch_size: trial for trial in self.record.trials if trial.fits}
-        tried |= {
-            size: self.record.judged(trials) for size, trials in self._aside.items()
-        }
-        timings = in_turns(
-            [size for size in sizes if size in tried and tried[size].fits],
-            visit=self._visit,
-            affordable=affordable,
-            update_seconds=lambda size: (
-                (tried[size].step_seconds or 0.0) * tried[size].accumulate
-            ),
-        )
-        self._curve = tuple(
-            point(size, self._accumulate_at(size), visits, tried[size].peak)
-            for size, visits in timings.items()
-        )
-
-    @property
-    def _samples_per_rank(self) -> int | None:
         target = self._target
-        return None if target is None else per_rank(target, self._ranks.world_size)
+        self._speed.measure(
+            None if target is None else per_rank(target, self._ranks.world_size),
+            seconds=self._job.curve_seconds,
+            trial_seconds=self._deadline.seconds_of(self.record.fitting[-1]),
+        )
 
-    @property
-    def _trial_seconds(self) -> float:
-        """What a trial took that was no smaller than those for the curve."""
-        return self._deadline.seconds_of(self.record.fitting[-1])
+    @cached_property
+    def _speed(self) -> Speed:
+        return Speed(
+            Timed(
+                workload=self._job.workload,
+                pattern=self._accumulate_at,
+                run=self._run,
+                bench=self.bench,
+                record=self.record,
+                before=self._before,
+                restore=self._snapshot.restore,
+            )
+        )
 
-    def _try_aside(self, size: int) -> None:
-        """Run a trial that the search did not ask for."""
-        if self._ranks.rank == 0:
-            self._shown.trying(size)
-        pattern = self._accumulate_at(size)
-        trials = self.record.everywhere(lambda: self._run(size, pattern))
-        self._snapshot.restore()
-        if all(trial.batch_size == size for trial in trials):
-            self._aside[size] = trials
-
-    def _visit(self, size: int) -> Timing | None:
-        """Time some updates of a size, as the slowest rank takes them; None where one of them ran out of memory."""
+    def _before(self, size: int) -> None:
+        """Say which size comes now, and tell the probe what is there."""
         if self._ranks.rank == 0:
             self._shown.trying(size)
         self._probe.attach(*self._snapshot.alive)
-        timings = self.record.everywhere(
-            lambda: time_updates(
-                self._job.workload,
-                size,
-                accumulate=self._accumulate_at(size),
-                enough=enough,
-                bench=self.bench,
-            )
-        )
-        self._snapshot.restore()
-        timed = [timing for timing in timings if timing is not None]
-        if len(timed) < len(timings):
-            return None
-        return max(timed, key=lambda timing: median(timing.update_seconds))
 
     def choose(self) -> BatchPlan:
         """The plan to take: one whose micro-batch was run, and the best of those."""
@@ -422,8 +376,8 @@ class _Tuning:
                 return
             best = plans[0]
             self._check_can_accumulate(best)
-            if best.micro_batch_size in self._aside:
-                self.record.keep(self._aside.pop(best.micro_batch_size))
+            if best.micro_batch_size in self._speed.aside:
+                self.record.keep(self._speed.aside.pop(best.micro_batch_size))
                 continue
             if not self._deadline.allows(best.micro_batch_size, self._yardstick, 0.0):
                 self._out_of_time = True
@@ -486,7 +440,7 @@ class _Tuning:
             task=self._job.task,
             plan=plan,
             trials=tuple(self.record.trials),
-            curve=self._curve,
+            curve=self._speed.curve,
             target_batch_size=settings.target_batch_size,
             latency_limit=settings.latency_limit,
             bound=self._bound_met(),
@@ -520,7 +474,8 @@ class _Tuning:
             can_accumulate=self._job.can_accumulate,
             dataset_size=samples,
             look=findings.look,
-            curve=self._curve,
+            curve=self._speed.curve,
+            loading=self._speed.loading,
             learning_rate=findings.learning_rate,
             search_seconds=self._deadline.spent,
             notes=notes(findings),
@@ -576,7 +531,7 @@ class _Tuning:
             target,
             self._ranks.world_size,
             self.record.fitting[-1],
-            Pace.of(self.record.trials, self._curve),
+            Pace.of(self.record.trials, self._speed.curve),
         )
 
     def _verified(self, plan: BatchPlan) -> bool:

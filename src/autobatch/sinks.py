@@ -13,18 +13,19 @@ from typing import TYPE_CHECKING, Protocol
 from autobatch import _file
 from autobatch._memory import format_bytes
 from autobatch._numbers import aligned
-from autobatch._report import TuningReport, page
-from autobatch._text import ASCII, UNICODE, Glyphs
+from autobatch._report import TuningReport, completed, page
+from autobatch._text import ASCII, UNICODE, Glyphs, terminal
 from autobatch._trial import Outcome, Trial
 
 if TYPE_CHECKING:
     from rich.live import Live
 
-    from autobatch._text import Table
+    from autobatch._text import Page, Table
 
 __all__ = [
     "Progress",
     "Sink",
+    "completed_on_console",
     "console",
     "figure_file",
     "json_file",
@@ -41,11 +42,21 @@ logger = logging.getLogger("autobatch")
 
 def console(report: TuningReport) -> None:
     """Print the report to standard output; in colour on a terminal, plain anywhere else."""
+    _print(page(report))
+
+
+def completed_on_console(report: TuningReport) -> None:
+    """Print what training has added to a report that was printed when it began."""
+    print()  # noqa: T201 -- standard output is where it goes
+    _print(completed(report))
+
+
+def _print(what: Page) -> None:
     from rich.console import Console
     from rich.text import Text
 
     glyphs = _glyphs_for(sys.stdout.encoding)
-    text = Text(report.text(glyphs))
+    text = Text(terminal(what, glyphs))
     text.highlight_regex(rf"(?m)^ +{re.escape(glyphs.spell('▶'))}.*$", "bold green")
     text.highlight_regex(r"(?m)^ +! ", "bold yellow")
     Console(highlight=False).print(text, soft_wrap=True)

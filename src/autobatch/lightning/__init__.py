@@ -339,7 +339,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         self.report = self._trained = self._trained.model_copy(update=measured)
         refresh_report(self._trained, trainer)
         if noise is not None:
-            self._tell(trainer, self._trained)
+            self._tell(trainer, self._trained, sinks.completed_on_console)
         elif (note := waiting(self._wait.loading)) and trainer.is_global_zero:
             _log.warning("%s", note)
 
@@ -422,11 +422,13 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         )
         raise exceptions._TunerExitException
 
-    def _tell(self, trainer: Any, report: TuningReport) -> None:
+    def _tell(
+        self, trainer: Any, report: TuningReport, show: sinks.Sink = sinks.console
+    ) -> None:
         self.report = report
         if trainer.is_global_zero:
             sinks.log(report)
-            sinks.console(report)
+            show(report)
 
     def _undo(self) -> None:
         self._milestones.forget()
