@@ -1004,11 +1004,10 @@ def test_find_tells_of_batch_norm_where_it_accumulates():
             optimizer.zero_grad()
             yield
 
-    def told(**options):
-        device = SimulatedAccelerator("1MiB")
-        report = autobatch.find(train, target_batch_size=64, device=device, **options)
+    def told(plan):
+        report = autobatch.find(train, plan=plan, device=SimulatedAccelerator("1MiB"))
         return [note for note in report.notes if "BatchNorm" in note]
 
-    assert told() == []
-    (note,) = told(max_micro_batch_size=8)
+    assert told(BatchPlan(64, 1)) == []
+    (note,) = told(BatchPlan(8, 8))
     assert note.startswith("1 BatchNorm layer uses the statistics of 8 samples, not 64")

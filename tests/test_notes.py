@@ -28,8 +28,6 @@ def drifted(drift):
 
 
 QUIET = Findings(
-    task="train",
-    latency_limit=None,
     remarks=(),
     plan=BatchPlan(32, 8),
     trials=(
@@ -48,6 +46,7 @@ QUIET = Findings(
     learning_rate=None,
     dataset_size=None,
     look=None,
+    trains=True,
 )
 NO_BOUND = {
     "target_batch_size": None,
@@ -55,27 +54,6 @@ NO_BOUND = {
     "dataset_size": None,
     "world_size": 1,
 }
-
-
-def test_where_nothing_trains_nothing_is_said_of_updates():
-    sizes = (
-        Trial(size, Outcome.FIT, step_seconds=size / speed)
-        for size, speed in ((16, 96), (64, 100))
-    )
-    found = replace(
-        QUIET,
-        plan=BatchPlan(64),
-        trials=tuple(sizes),
-        dataset_size=64,
-        target_batch_size=None,
-        bound=None,
-    )
-
-    assert any("update" in note for note in notes(found))
-    assert notes(replace(found, task="predict")) == (
-        "64 fits, and is about as fast as 16.",
-    )
-    assert notes(replace(found, task="answer", latency_limit=0.1)) == ()
 
 
 def test_where_nothing_is_noteworthy_nothing_is_said():
@@ -208,6 +186,15 @@ def test_each_note_has_its_trigger(changes, expected):
             "dataset_size": 128,
             "learning_rate": LearningRateRule("AdamW", "square-root"),
         },
+        # Nothing is trained, so nothing is updated
+        {
+            "dataset_size": 128,
+            "target_batch_size": None,
+            "plan": BatchPlan(128, 1),
+            "trials": (Trial(128, Outcome.FIT),),
+            "bound": None,
+            "trains": False,
+        },
         # Asked for
         {"plan": BatchPlan(128, 1), "target_batch_size": 128, "dataset_size": 128},
         # A little more room than what is tight
@@ -256,13 +243,15 @@ def test_the_largest_that_fits_is_compared_with_smaller_ones(speeds, expected):
     assert notes(replace(LARGEST, trials=trials)) == expected
 
 
-def test_where_a_target_was_asked_for_the_table_compares():
+@pytest.mark.parametrize("changes", [{"target_batch_size": 32}, {"trains": False}])
+def test_where_a_target_was_asked_for_or_nothing_trains_the_table_compares(changes):
     trials = (
         Trial(16, Outcome.FIT, step_seconds=0.1),
         Trial(32, Outcome.FIT, step_seconds=0.3),
     )
 
-    assert notes(replace(QUIET, trials=trials)) == ()
+    assert notes(replace(LARGEST, plan=BatchPlan(32), trials=trials)) != ()
+    assert notes(replace(LARGEST, plan=BatchPlan(32), trials=trials, **changes)) == ()
 
 
 @pytest.mark.parametrize(

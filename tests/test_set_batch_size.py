@@ -160,7 +160,10 @@ def test_trials_run_as_many_samples_as_they_say():
 
     report = tokens_tuned().tune(trainer(), Counts(), by_budget())
 
-    assert set(Counts.sizes_seen) == {trial.batch_size for trial in report.trials}
+    tried = {trial.batch_size for trial in report.trials}
+    # Whether batches can be split is tested on another, and on its halves
+    assert set(Counts.sizes_seen) - tried <= {32, 16}
+    assert tried <= set(Counts.sizes_seen)
 
 
 def test_a_loader_that_a_hook_makes_each_epoch_is_set_each_time():
