@@ -28,6 +28,8 @@ def drifted(drift):
 
 
 QUIET = Findings(
+    task="train",
+    latency_limit=None,
     remarks=(),
     plan=BatchPlan(32, 8),
     trials=(
@@ -46,7 +48,6 @@ QUIET = Findings(
     learning_rate=None,
     dataset_size=None,
     look=None,
-    trains=True,
 )
 NO_BOUND = {
     "target_batch_size": None,
@@ -54,6 +55,27 @@ NO_BOUND = {
     "dataset_size": None,
     "world_size": 1,
 }
+
+
+def test_where_nothing_trains_nothing_is_said_of_updates():
+    sizes = (
+        Trial(size, Outcome.FIT, step_seconds=size / speed)
+        for size, speed in ((16, 96), (64, 100))
+    )
+    found = replace(
+        QUIET,
+        plan=BatchPlan(64),
+        trials=tuple(sizes),
+        dataset_size=64,
+        target_batch_size=None,
+        bound=None,
+    )
+
+    assert any("update" in note for note in notes(found))
+    assert notes(replace(found, task="predict")) == (
+        "64 fits, and is about as fast as 16.",
+    )
+    assert notes(replace(found, task="answer", latency_limit=0.1)) == ()
 
 
 def test_where_nothing_is_noteworthy_nothing_is_said():

@@ -68,10 +68,12 @@ class Findings:
     """What a tuning run found, as far as a note could be about it.
 
     Args:
+        task: What is done with the batches; only "train" makes updates.
         plan: What was chosen.
         trials: All trials, in the order they were run.
         curve: Sizes that were timed besides.
         target_batch_size: The effective batch that was asked for, if one was.
+        latency_limit: Seconds within which a batch has to be answered, if that was asked.
         bound: What kept the search from going higher, if anything did.
         time_limit: Seconds, if the search was stopped because of them; otherwise None.
         source: Where memory is read; a fallback gives its reason, "… because …".
@@ -82,13 +84,14 @@ class Findings:
         dataset_size: Samples per epoch, where that is known.
         remarks: Sentences from where the tuning was asked for.
         look: How far was looked for the largest samples, where that was done.
-        trains: Whether optimizers stepped; else there are no updates to speak of.
     """
 
+    task: str
     plan: BatchPlan
     trials: tuple[Trial, ...]
     curve: tuple[CurvePoint, ...]
     target_batch_size: int | None
+    latency_limit: float | None
     bound: Bound | None
     time_limit: float | None
     source: str
@@ -99,7 +102,6 @@ class Findings:
     dataset_size: int | None
     remarks: tuple[str, ...]
     look: Look | None
-    trains: bool
 
     @property
     def largest_fit(self) -> int:
@@ -234,7 +236,7 @@ def _short_epoch(found: Findings) -> str | None:
 def _all_at_once(found: Findings) -> str | None:
     """Where memory would take the whole data set, and no one asked for that."""
     plan, samples = found.plan, found.dataset_size
-    if not found.trains or found.target_batch_size is not None or samples is None:
+    if found.task != "train" or found.target_batch_size is not None or samples is None:
         return None
     if plan.effective_batch_size != samples or plan.accumulate_grad_batches > 1:
         return None
@@ -246,13 +248,13 @@ def _all_at_once(found: Findings) -> str | None:
 
 def _past_knee(found: Findings) -> str | None:
     """Where the largest that fits was taken for its own sake, and gives no more speed than a smaller one."""
+    if found.latency_limit is not None:
+        return None  # taken for another reason
     size = found.plan.micro_batch_size
     speeds = {row.batch_size: row.samples_per_second for row in found.sizes}
     here = speeds.pop(size, None)
     smaller = [other for other in speeds if other < size]
-    if not found.trains or found.target_batch_size is not None:
-        return None
-    if here is None or not smaller:
+    if found.target_batch_size is not None or here is None or not smaller:
         return None
     fastest = max(smaller, key=lambda other: speeds[other])
     slower = 1 - here / speeds[fastest]
@@ -262,7 +264,10 @@ def _past_knee(found: Findings) -> str | None:
     enough = [other for other in halves if speeds[other] >= (1 - _SPREAD) * here]
     if not enough:
         return None
-    return f"{size} fits, and is about as fast as {min(enough)}, which makes more updates of the same samples."
+    told = f"{size} fits, and is about as fast as {min(enough)}"
+    if found.task != "train":
+        return f"{told}."
+    return f"{told}, which makes more updates of the same samples."
 
 
 def _tight(found: Findings) -> str | None:

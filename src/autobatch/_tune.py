@@ -483,10 +483,12 @@ class _Tuning:
         if self._job.samples_trained is not None:
             samples = self._job.samples_trained(plan)
         findings = Findings(
+            task=self._job.task,
             plan=plan,
             trials=tuple(self.record.trials),
             curve=self._curve,
             target_batch_size=settings.target_batch_size,
+            latency_limit=settings.latency_limit,
             bound=self._bound_met(),
             time_limit=settings.time_limit if self._out_of_time else None,
             source=self._probe.source,
@@ -499,7 +501,6 @@ class _Tuning:
             dataset_size=samples,
             remarks=self._remarks(plan),
             look=self._job.look() if self._job.look else None,
-            trains=self.bench.optimizers.steps > 0,
         )
         return TuningReport(
             autobatch_version=version("lightning-autobatch"),

@@ -32,15 +32,18 @@ def log_report(report: TuningReport, trainer: Any) -> None:
 
     Only rank zero does. Random numbers that a logger draws meanwhile are not missing in training.
     """
-    _log_parts(report, trainer, frozenset())
+    _log_parts(report, trainer, frozenset(), logging.WARNING)
 
 
 def refresh_report(report: TuningReport, trainer: Any) -> None:
     """Write a report that was completed over the one that was logged, where a logger keeps it whole."""
-    _log_parts(report, trainer, _ONCE)
+    # What a logger does not take, it has been said of the first
+    _log_parts(report, trainer, _ONCE, logging.DEBUG)
 
 
-def _log_parts(report: TuningReport, trainer: Any, left_out: frozenset[Part]) -> None:
+def _log_parts(
+    report: TuningReport, trainer: Any, left_out: frozenset[Part], level: int
+) -> None:
     if not trainer.is_global_zero:
         return
     with Snapshot():
@@ -52,7 +55,8 @@ def _log_parts(report: TuningReport, trainer: Any, left_out: frozenset[Part]) ->
             )
             failures = [error for error in tried if error is not None]
             if failures:
-                _log.warning(
+                _log.log(
+                    level,
                     "%s did not take all of the report: %s",
                     type(logger).__name__,
                     plain(f"{type(failures[0]).__name__}: {failures[0]}"),
