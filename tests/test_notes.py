@@ -215,7 +215,7 @@ def test_each_note_has_its_trigger(changes, expected):
             "plan": BatchPlan(128, 1),
             "trials": (Trial(128, Outcome.FIT),),
             "bound": None,
-            "trains": False,
+            "task": "predict",
         },
         # Asked for
         {"plan": BatchPlan(128, 1), "target_batch_size": 128, "dataset_size": 128},
@@ -265,8 +265,8 @@ def test_the_largest_that_fits_is_compared_with_smaller_ones(speeds, expected):
     assert notes(replace(LARGEST, trials=trials)) == expected
 
 
-@pytest.mark.parametrize("changes", [{"target_batch_size": 32}, {"trains": False}])
-def test_where_a_target_was_asked_for_or_nothing_trains_the_table_compares(changes):
+@pytest.mark.parametrize("changes", [{"target_batch_size": 32}, {"latency_limit": 1.0}])
+def test_where_a_target_or_a_limit_was_asked_for_the_table_compares(changes):
     trials = (
         Trial(16, Outcome.FIT, step_seconds=0.1),
         Trial(32, Outcome.FIT, step_seconds=0.3),

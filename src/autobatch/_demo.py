@@ -15,9 +15,8 @@ __all__ = ["DemoResult", "run"]
 _MEMORY: Final = "8MiB"  # small enough for the search to meet it on images of 8 x 8
 _TARGET: Final = 256
 _EPOCHS: Final = 10
-_COPIES: Final = (
-    4  # of each digit, shifted and with noise: the network does not know them by heart
-)
+# Each digit is seen shifted by these pixels and with noise, so that the network does not know them all by heart
+_SHIFTS: Final = ((0, 0), (0, 1), (1, 0), (0, -1))
 _STEPS: Final = 10  # per trial: they take milliseconds, and more of them time steadier
 
 
