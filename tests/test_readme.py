@@ -14,8 +14,10 @@ from torch.utils.data import DataLoader, TensorDataset
 import autobatch
 from autobatch import _probes, sinks
 from autobatch._learning_rate import LearningRateRule
+from autobatch._report import completed
+from autobatch._text import UNICODE, terminal
 from autobatch.testing import SimulatedAccelerator
-from report_examples import example
+from report_examples import example, full_example
 from test_architecture import ARROWS, UPWARD
 
 ROOT = Path(__file__).parent.parent
@@ -150,13 +152,17 @@ def test_the_report_is_one_that_the_demo_prints_now():
         "autobatch · DigitsNet · AdamW · 32-true · 1 × simulated accelerator 8 MiB"
     )
     assert re.fullmatch(
-        r"  Micro-batch \d+ × accumulate \d+ = 128 per update +asked for 128, exact",
+        r"  Micro-batch \d+ × accumulate \d+ = 256 per update +asked for 256, exact",
         plan,
     )
     # The lines of any report with the same parts
+    at_first, _, completion = printed.partition("what training showed")
     rule = LearningRateRule("AdamW", "square-root")
-    expected = outline(str(example(dataset_size=1438, learning_rate=rule)))
-    assert set(outline(printed)[2:]) <= {*expected, "trials"}
+    expected = outline(str(example(dataset_size=5752, learning_rate=rule)))
+    assert set(outline(at_first)[2:]) <= {*expected, "trials"}
+    compared = terminal(completed(full_example(learning_rate=rule)), UNICODE)
+    expected = outline(compared.partition("what training showed")[2])
+    assert outline(completion)[:2] == expected[:2] == ["Effective", "per"]
     assert "% of the held-out digits right after" in last
 
 
