@@ -12,7 +12,8 @@ from autobatch._loading import Loading
 from autobatch._noise_scale import NoiseReading
 from autobatch._notes import Look
 from autobatch._plan import BatchPlan
-from autobatch._report import Device, Settings, TuningReport
+from autobatch._report import Device, TuningReport
+from autobatch._settings import Settings
 from autobatch._trial import Outcome, Trial
 
 GIB = 2**30

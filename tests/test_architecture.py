@@ -45,8 +45,10 @@ LAYERS = (
     ("_cautions",),
     ("_notes",),
     ("_tables",),
-    ("_latency_text",),
+    ("_latency_text", "_fields"),
+    ("_settings",),
     ("_report",),
+    ("_page",),
     ("_figure", "_notebook"),
     ("sinks", "_search", "_probes", "testing"),
     ("_tune", "_doors"),
@@ -59,6 +61,7 @@ LAYER = {name: height for height, row in enumerate(LAYERS) for name in row}
 
 # Arrows that point up, "_module -> _other", each inside a function and with its reason.
 UPWARD: dict[str, str] = {
+    "_report -> _page": "a report prints itself",
     "_report -> _figure": "report.plot() is looked for on the report; matplotlib is loaded with the picture",
     "_report -> _notebook": "a notebook asks the object itself for its HTML",
 }

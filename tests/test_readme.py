@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import autobatch
 from autobatch import _probes, sinks
 from autobatch._learning_rate import LearningRateRule
-from autobatch._report import completed
+from autobatch._page import completed
 from autobatch._text import UNICODE, terminal
 from autobatch.testing import SimulatedAccelerator
 from report_examples import example, full_example

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from autobatch._plan import BatchPlan
-from autobatch._report import Settings, TuningReport
+from autobatch._report import TuningReport
 from autobatch._search import GuidedBisection
 
 if TYPE_CHECKING:
     from autobatch._search import Search
+    from autobatch._settings import Settings
 
 __all__ = ["checked_search", "known_plan", "versions"]
 

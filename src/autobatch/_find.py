@@ -17,7 +17,7 @@ from autobatch._equivalence import batch_norms
 from autobatch._learning_rate import common_rule
 from autobatch._probes import detect
 from autobatch._ranks import ranks_here
-from autobatch._report import Settings, TuningReport
+from autobatch._settings import Settings
 from autobatch._snapshot import Snapshot, restorable
 from autobatch._trial import OptimizerWatch
 from autobatch._tune import Job, tune
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from autobatch._memory import MemoryProbe
     from autobatch._plan import BatchPlan
     from autobatch._ranks import Ranks
+    from autobatch._report import TuningReport
     from autobatch._search import Search
 
 __all__ = ["find"]

@@ -7,7 +7,7 @@ import io
 from html import escape
 from typing import TYPE_CHECKING, Final
 
-from autobatch._report import page
+from autobatch._page import page
 from autobatch.errors import AutobatchError
 
 if TYPE_CHECKING:

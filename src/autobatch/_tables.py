@@ -22,12 +22,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "bar",
+    "counted",
     "data_fact",
     "effective_table",
     "epoch_fact",
     "measures",
     "memory_fact",
     "numbers",
+    "product",
     "speed_fact",
     "speed_table",
     "spread",
@@ -283,3 +285,17 @@ def _thinned(sizes: Sequence[_Size], keep: set[int]) -> list[_Size]:
             break
         shown.remove(spare[-1])
     return shown
+
+
+def product(plan: BatchPlan) -> str:
+    """How an effective batch is made."""
+    ranks = f" × {plan.world_size} ranks" if plan.world_size > 1 else ""
+    factors = (
+        f"{plan.micro_batch_size} × accumulate {plan.accumulate_grad_batches}{ranks}"
+    )
+    return f"Micro-batch {factors} = {plan.effective_batch_size} per update"
+
+
+def counted(trials: int) -> str:
+    """So many trials."""
+    return "1 trial" if trials == 1 else f"{trials} trials"

@@ -17,7 +17,7 @@ from autobatch._notes import Bound, Findings, notes, tightest_bound
 from autobatch._pace import Pace
 from autobatch._plan import BatchPlan, candidates, nearest, per_rank
 from autobatch._record import Record
-from autobatch._report import Device, Settings, TuningReport
+from autobatch._report import Device, TuningReport
 from autobatch._speed import Speed, Timed
 from autobatch._trial import Bench, Outcome, Trial, run_trial
 from autobatch.errors import AutobatchError, DoesNotFitError, ShortTrialError
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from autobatch._ranks import Ranks
     from autobatch._report import Task
     from autobatch._search import Search
+    from autobatch._settings import Settings
     from autobatch._snapshot import Snapshot
     from autobatch._trial import OptimizerWatch, Workload
     from autobatch.sinks import Progress

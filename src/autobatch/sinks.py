@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 from autobatch import _file
 from autobatch._memory import format_bytes
 from autobatch._numbers import aligned
-from autobatch._report import TuningReport, completed, page
+from autobatch._page import completed, page
+from autobatch._report import TuningReport
 from autobatch._text import ASCII, UNICODE, Glyphs, terminal
 from autobatch._trial import Outcome, Trial
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from autobatch._figure._cost import comparable
 from autobatch._figure._labels import drawn, short
-from autobatch._report import page
+from autobatch._page import page
 from autobatch._tradeoff import NoiseRange
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from autobatch import sinks
 from autobatch._doors import checked_search, known_plan
 from autobatch._notes import waiting
-from autobatch._report import Settings, TuningReport
+from autobatch._settings import Settings
 from autobatch._snapshot import Snapshot
 from autobatch.errors import AutobatchError
 from autobatch.lightning._apply import (
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 
     from autobatch._memory import MemoryProbe
     from autobatch._plan import BatchPlan
+    from autobatch._report import TuningReport
     from autobatch._search import Search
     from autobatch.lightning._evaluations import Stage
     from autobatch.lightning._run import Tuned

@@ -15,7 +15,7 @@ from autobatch.lightning._package import package_of
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from autobatch._report import Settings
+    from autobatch._settings import Settings
     from autobatch.lightning._known import Checkpoint
 
 __all__ = ["check", "check_answers", "check_launcher", "check_lightning"]

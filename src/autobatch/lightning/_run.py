@@ -38,8 +38,9 @@ if TYPE_CHECKING:
 
     from autobatch._memory import MemoryProbe
     from autobatch._ranks import Ranks
-    from autobatch._report import Settings, TuningReport
+    from autobatch._report import TuningReport
     from autobatch._search import Search
+    from autobatch._settings import Settings
     from autobatch.lightning._evaluations import Stage
     from autobatch.lightning._loaders import SetBatchSize
 
