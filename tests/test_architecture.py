@@ -26,7 +26,7 @@ HEAVY = {
 
 # From facts to story; a module imports from earlier rows only. `lightning/` is a row of its own, ordered within.
 LAYERS = (
-    ("errors", "_deadline", "_file", "_host", "_numbers", "_text"),
+    ("errors", "_deadline", "_file", "_host", "_numbers", "_optimizers", "_text"),
     ("_memory",),
     ("_ledger", "_kept"),
     (

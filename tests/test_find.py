@@ -14,9 +14,10 @@ import autobatch
 from autobatch import BatchPlan, Outcome
 from autobatch._learning_rate import LearningRateRule
 from autobatch._memory import memory_budget
+from autobatch._optimizers import OptimizerWatch
 from autobatch._settings import Settings
 from autobatch._snapshot import Snapshot
-from autobatch._trial import Bench, OptimizerWatch, run_trial
+from autobatch._trial import Bench, run_trial
 from autobatch._tune import Job, tune
 from autobatch.sinks import progress
 from autobatch.testing import PaperDevice, SimulatedAccelerator

@@ -8,7 +8,8 @@ import weakref
 import pytest
 import torch
 
-from autobatch._trial import Bench, OptimizerWatch, Outcome, Trial, run_trial
+from autobatch._optimizers import OptimizerWatch
+from autobatch._trial import Bench, Outcome, Trial, run_trial
 from autobatch.errors import ShortTrialError
 from autobatch.testing import PaperDevice, SimulatedAccelerator
 from networks import Perceptron, training

@@ -29,12 +29,13 @@ if TYPE_CHECKING:
     from autobatch._learning_rate import LearningRateRule
     from autobatch._memory import MemoryProbe
     from autobatch._notes import Look
+    from autobatch._optimizers import OptimizerWatch
     from autobatch._ranks import Ranks
     from autobatch._report import Task
     from autobatch._search import Search
     from autobatch._settings import Settings
     from autobatch._snapshot import Snapshot
-    from autobatch._trial import OptimizerWatch, Workload
+    from autobatch._trial import Workload
     from autobatch.sinks import Progress
 
 __all__ = ["Job", "tune"]

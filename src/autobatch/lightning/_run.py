@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from autobatch import _curve, sinks
 from autobatch._doors import known_plan, versions
 from autobatch._learning_rate import common_rule
+from autobatch._optimizers import OptimizerWatch
 from autobatch._plan import BatchPlan
 from autobatch._probes import detect
 from autobatch._ranks import ranks_here
 from autobatch._snapshot import Snapshot
-from autobatch._trial import OptimizerWatch
 from autobatch._tune import Job, tune
 from autobatch.errors import AutobatchError, DoesNotFitError
 from autobatch.lightning._apart import apart
