@@ -1,6 +1,6 @@
 """What measuring the noise scale takes, and what AutoBatch takes of the training it has tuned: ratios of CPU time.
 
-    python benchmarks/noise_scale.py
+    python benchmarks/noise_scale.py [--quick]
 
 Both sides of a ratio run in turns, in pairs, in this process and on one thread; printed are the median of the pairs'
 ratios and their quartiles. CPU time is that of the process: other processes change it little.
@@ -8,6 +8,7 @@ ratios and their quartiles. CPU time is that of the process: other processes cha
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import logging
 import statistics
@@ -183,6 +184,11 @@ def tuner():
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="the MLP, few pairs")
+    is_quick = parser.parse_args().quick
+    models = {"MLP": Mlp} if is_quick else MODELS
+    pairs = 2 if is_quick else 7
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     for package in ("pytorch_lightning", "lightning.pytorch"):
@@ -192,14 +198,14 @@ def main():
     began = time.monotonic()
     print(f"{'':54} {'median':>7}   {'quartiles':>16}")
     print(f"A measured window, {ACCUMULATE} micro-batches of {MICRO_BATCH}")
-    for name, kind in MODELS.items():
-        told(name, windows(kind, pairs=60))
+    for name, kind in models.items():
+        told(name, windows(kind, pairs=6 if is_quick else 60))
     for accumulate, how in (
         (ACCUMULATE, "one update in 5"),
         (1, "one in 20, by halves"),
     ):
         print(f"Training with NoiseScale(), accumulate {accumulate} ({how})")
-        for name, kind in MODELS.items():
+        for name, kind in models.items():
             updates = 10 if accumulate > 1 else 60
             told(
                 name,
@@ -210,19 +216,19 @@ def main():
                     lambda kind=kind, k=accumulate, n=updates: training(
                         kind, [], accumulate=k, updates=n
                     ),
-                    pairs=7,
+                    pairs=pairs,
                 ),
             )
     print(
         f"Training after AutoBatch, {MICRO_BATCH} × accumulate 2, against the same by hand"
     )
-    for name, kind in MODELS.items():
+    for name, kind in models.items():
         told(
             name,
             ratios(
                 lambda kind=kind: training(kind, [tuner()], accumulate=2, size=8),
                 lambda kind=kind: training(kind, [], accumulate=2),
-                pairs=7,
+                pairs=pairs,
             ),
         )
     print(f"{time.monotonic() - began:.0f} s in all")

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+pytestmark = pytest.mark.slow
+
+
+def run(script, *arguments, needs):
+    for package in needs:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs {package}")
+    ran = subprocess.run(
+        [sys.executable, BENCHMARKS / script, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=False,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"},
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+def test_the_benchmark_of_the_tradeoff_compares_predicted_with_measured_order(tmp_path):
+    page, numbers = tmp_path / "page.md", tmp_path / "numbers.json"
+    page.write_text(
+        "Before.\n<!-- tradeoff.py -->old<!-- end of tradeoff.py -->\nAfter.\n",
+        encoding="utf-8",
+    )
+
+    printed = run(
+        "tradeoff.py",
+        "--quick",
+        "--json",
+        numbers,
+        "--markdown",
+        page,
+        needs=["sklearn"],
+    )
+
+    for batch in (16, 32, 64, 128, 256):
+        assert re.search(rf"(?m)^\| {batch} +\| +\d+ \(at ", printed)
+    found = json.loads(numbers.read_text(encoding="utf-8"))
+    verdicts = found["verdicts"]
+    assert {v["choice"] for v in verdicts} >= {"largest batch", "smallest batch"}
+    taus = [v["tau"] for v in verdicts if v["tau"] is not None]
+    assert taus
+    assert all(-1 <= tau <= 1 for tau in taus)
+    assert all(min(v["extra_times"]) >= 0 for v in verdicts)
+    assert {each["state"] for each in found["noise"]} == {"ok"}
+    assert all(each["measured"] > 0 for each in found["update_seconds"])
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("Before.\n")
+    assert text.endswith("\nAfter.\n")
+    assert "old" not in text
+    assert verdicts[0]["choice"] in text
+
+
+def test_the_benchmark_of_the_noise_scale_prints_a_ratio_of_each_kind():
+    lightning_of = ["pytorch_lightning", "lightning"]
+    if not any(map(importlib.util.find_spec, lightning_of)):
+        pytest.skip("needs Lightning")
+
+    printed = run("noise_scale.py", "--quick", needs=[])
+
+    ratios = re.findall(
+        r"(?m)^  MLP +[+-]\d+\.\d% +[+-]\d+\.\d% to +[+-]\d+\.\d%$", printed
+    )
+    assert len(ratios) == 4, printed
