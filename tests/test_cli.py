@@ -12,6 +12,8 @@ import pytest
 import autobatch
 from autobatch import sinks
 from autobatch.__main__ import main
+from autobatch._page import completed
+from autobatch._text import UNICODE, terminal
 from report_examples import example
 
 
@@ -89,9 +91,13 @@ def test_the_demo_tunes_trains_and_reports(tmp_path):
     assert ran.stderr == ""
     report = autobatch.TuningReport.read(tmp_path / "here/autobatch.json")
     printed, _, last = ran.stdout.strip().rpartition("\n\n")
-    assert printed == str(report)
-    assert report.plan.effective_batch_size == 128
+    at_first, _, later = printed.partition("\n\nautobatch · DigitsNet")
+    measured_since = {"noise": None, "loading": None}
+    assert at_first == str(report.model_copy(update=measured_since))
+    assert f"autobatch · DigitsNet{later}" == terminal(completed(report), UNICODE)
+    assert report.plan.effective_batch_size == 256
     assert report.plan.accumulate_grad_batches > 1
+    assert report.noise.state == "ok"
     assert report.smallest_failing is None
     assert (tmp_path / "here/tradeoff.png").read_bytes().startswith(b"\x89PNG")
     right = re.match(r"(.*)% of the held-out digits right after \d+ updates; ", last)
