@@ -38,7 +38,7 @@ __all__ = [
 
 _RUNGS: Final = 7  # of the ladder of effective batches, the plan's own among them
 _RUNGS_ABOVE: Final = 3  # what is left, once the smaller ones have had their share
-# A noise scale is right within about this factor (measured in benchmarks/tradeoff.py for a small network)
+# Within about this factor a noise scale agrees with the critical batch of a run: an estimate, from small networks
 _TRUSTED: Final = 4.0
 _SMOOTH: Final = 0.1  # largest relative miss of a line that is worth drawing
 _KNEE: Final = 0.95  # of the fastest
