@@ -78,7 +78,8 @@ def find(
         max_micro_batch_size: The largest micro-batch to consider, in samples.
         plan: A known plan, or the report file that holds one: verified by one trial instead of a search.
         steps_per_trial: Optimizer steps per trial.
-        time_limit: Seconds for the search; the best size verified by then is taken. None: no limit.
+        time_limit: Seconds for the search; the best size verified by then is taken. None: no limit. Timing sizes
+            has up to 20 seconds of its own.
         search: Which size to try next; `GuidedBisection()` unless told otherwise.
         device: Where memory is read: a name such as "cuda:1", or a probe. None: where the model is.
         latency_limit: For inference: seconds within which a batch has to be answered. The workload then is

@@ -84,7 +84,8 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         max_micro_batch_size: The largest micro-batch to consider, in samples.
         plan: A known plan, or the report file that holds one: verified by one trial instead of a search.
         steps_per_trial: Optimizer steps per trial.
-        time_limit: Seconds for the search; the best size verified by then is taken. None: no limit.
+        time_limit: Seconds for the search; the best size verified by then is taken. None: no limit. Timing sizes
+            has up to 20 seconds of its own.
         search: Which size to try next; `GuidedBisection()` unless told otherwise.
         device: Where memory is read: a name such as "cuda:1", or a probe. None: where the model is.
         latency_limit: For `validate`, `test` and `predict`: seconds within which a step has to answer a batch, the
