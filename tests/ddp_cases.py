@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import autobatch
+from autobatch import _curve
 from autobatch.testing import PaperDevice, SimulatedAccelerator
 
 try:
@@ -413,6 +414,7 @@ CASES = {
 
 def main(directory, *cases):
     warnings.simplefilter("ignore")
+    _curve.SECONDS = 0.5  # enough for a few visits
     for package in ("pytorch_lightning", "lightning.pytorch"):
         logging.getLogger(package).setLevel(logging.ERROR)
     cases_of = CASES | {"everything": lambda: everything(directory)}

@@ -123,6 +123,7 @@ def test_waiting_is_told_from_a_tenth_of_the_time_on(wait, note):
 
 def test_where_nothing_was_measured_nothing_is_said():
     assert waiting(None) is None
+    assert waiting(Loading(0.2, 0.2, 100)) is None  # a moment
     assert waiting(Loading(0.0, 0.0, 0)) is None
 
 

@@ -13,7 +13,7 @@ from autobatch.lightning._waiting import LoaderWait
 from autobatch.testing import SimulatedAccelerator
 from lightning_here import pl, quiet_trainer
 
-SECONDS = 0.02  # that a batch takes to read
+SECONDS = 0.04
 
 
 class Slow(Dataset):

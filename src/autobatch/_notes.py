@@ -38,6 +38,7 @@ _SPREAD: Final = 0.05  # speeds no further apart are alike: timings tell no more
 _WAITING: Final = (
     0.1  # share of the time beyond which more workers help more than a larger batch
 )
+_TELLING: Final = 0.5  # seconds that have to be measured: less is a busy moment
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,8 +349,10 @@ def _fallback(found: Findings) -> str | None:
 
 
 def waiting(loading: Loading | None) -> str | None:
-    """Where training waited for data."""
+    """Where training waited for data, for long enough that it is not chance."""
     if loading is None or loading.share <= _WAITING:
+        return None
+    if loading.wait_seconds + loading.step_seconds < _TELLING:
         return None
     return f"Data loading took {share(loading.share)} of the time: more workers before more batch."
 
