@@ -271,6 +271,7 @@ def test_two_nodes_agree(tmp_path):
     assert_as_by_hand([rank["hook"] for rank in results(tmp_path)])
 
 
+@needs_lightning
 def test_the_noise_scale_is_measured_by_what_ranks_differ_in(job):
     one, other = (rank["noise"] for rank in job)
 

@@ -249,6 +249,7 @@ def test_the_report_in_ascii(snapshot):
     text = example().text(ASCII)
 
     assert text.isascii()
+    assert "?" not in full_example().text(ASCII)
     snapshot(f"{text}\n", "report_ascii.txt")
 
 

@@ -400,3 +400,9 @@ def test_the_learning_rate_goes_by_its_rule(rule, factor):
     assert factors[32] == 1
     assert factors[128] == factor
     assert factors[8] == 1 / factor
+
+
+def test_a_plan_of_more_than_there_is_stands_alone_for_all_of_it():
+    rows = rows_of(BatchPlan(100, 50), [Trial(100, Outcome.FIT, 1, 0.1)], 100)
+
+    assert [row.effective_batch_size for row in rows] == [100]

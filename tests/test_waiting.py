@@ -9,9 +9,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import autobatch
-from autobatch.lightning._waiting import LoaderWait
 from autobatch.testing import SimulatedAccelerator
 from lightning_here import pl, quiet_trainer
+
+# Only where there is a Lightning
+from autobatch.lightning._waiting import LoaderWait  # isort: skip
 
 SECONDS = 0.04
 

@@ -352,7 +352,15 @@ def effective_rows(
     """A ladder of effective batches, about a factor of two apart: the plan's own among them, all of the data at its end."""
     run = {trial.batch_size for trial in settled(trials) if trial.fits}
     run |= {point.batch_size for point in curve}
-    return tuple(map(costs.row, _ladder(costs.plan, run, costs.dataset_size)))
+    rows = map(costs.row, _ladder(costs.plan, run, costs.dataset_size))
+    chosen = costs.row(costs.plan)
+    return tuple(
+        row
+        for row in rows
+        # Where the plan asks for more than there is, less of it may be all there is as well
+        if row.effective_batch_size != chosen.effective_batch_size
+        or is_of(row, costs.plan)
+    )
 
 
 def is_of(row: EffectiveRow, plan: BatchPlan) -> bool:

@@ -128,7 +128,7 @@ def _write(path: Path, text: str) -> None:
 def _glyphs_for(encoding: str | None) -> Glyphs:
     """All glyphs, where an output can carry them."""
     try:
-        "▶×·–−▏▉█".encode(encoding or "ascii")
+        "▶×·–−±▏▉█".encode(encoding or "ascii")
     except (UnicodeEncodeError, LookupError):
         return ASCII
     return UNICODE
