@@ -155,6 +155,17 @@ def test_nothing_is_said_before_anything_is_measured():
     assert read([], updates=0, is_warming_up=False) == NoiseReading("settling")
 
 
+def test_gradients_that_are_never_finite_are_told_once_a_run_would_have_settled():
+    windows = [Window(5 * i, math.nan, math.nan, 8, 32) for i in range(1, 41)]
+
+    early = read(windows[:10], updates=50, is_warming_up=False)
+    late = read(windows, updates=200, is_warming_up=False)
+
+    assert early.state == "settling"
+    assert late.state == "unavailable"
+    assert late.reason == "no gradient that was measured is finite"
+
+
 @pytest.mark.parametrize(
     ("windows", "updates", "is_warming_up"),
     [

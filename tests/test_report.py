@@ -222,7 +222,7 @@ def test_the_report_with_everything_measured(snapshot):
     [
         (
             NoiseReading("settling", 80.4, windows=9, last_update=60),
-            "Noise scale not settled after 60 updates, at least 80.4 so far; it usually rises in the first",
+            "Noise scale not settled yet: it usually rises in the first hundred updates, and is at least 80.4 so far.",
         ),
         (
             NoiseReading("at_least", 1500.0, batch_size=32, last_update=900),

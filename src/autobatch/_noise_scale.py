@@ -104,10 +104,12 @@ def read(
         for window in windows
         if window.is_finite and window.update > updates // 2
     ][-KEPT:]
+    last = windows[-1].update if windows else 0
+    if updates >= _SETTLED and windows and not any(w.is_finite for w in windows):
+        why = "no gradient that was measured is finite"
+        return NoiseReading("unavailable", last_update=last, reason=why)
     if not counted:
-        return NoiseReading(
-            "settling", last_update=windows[-1].update if windows else 0
-        )
+        return NoiseReading("settling", last_update=last)
     low, high = _interval(counted)
     if math.isinf(low):
         low = _detectable(counted)

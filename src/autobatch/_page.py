@@ -236,8 +236,8 @@ def _trust(report: TuningReport) -> str:
         case "ok":
             return f"{_likely(report)}Estimates, right within about 4×: they compare batches, not how long runs take."
         case "settling":
-            so_far = f", at least {known} so far" if known else ""
-            return f"Noise scale not settled after {noise.last_update:,} updates{so_far}; it usually rises in the first hundred."
+            so_far = f", and is at least {known} so far" if known else ""
+            return f"Noise scale not settled yet: it usually rises in the first hundred updates{so_far}."
         case "at_least":
             batch = f" of {noise.batch_size}" if noise.batch_size else ""
             return f"Noise scale at least {known}: updates{batch} are too small to measure more."
