@@ -42,7 +42,7 @@ LAYERS = (
     ("_pace", "_ranks"),
     ("_plan", "_record", "_answers"),
     ("_tradeoff", "_speed"),
-    ("_cautions",),
+    ("_cautions", "_choice"),
     ("_notes",),
     ("_tables",),
     ("_latency_text", "_fields"),

@@ -849,6 +849,7 @@ def tuned(device, *, world_size, **settings):
         None,
         None,
         None,
+        None,
         "train",
         "paper",
         {},

@@ -47,6 +47,7 @@ QUIET = Findings(
     curve=(),
     learning_rate=None,
     dataset_size=None,
+    last_samples=None,
     look=None,
 )
 NO_BOUND = {

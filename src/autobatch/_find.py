@@ -128,7 +128,8 @@ def find(
         accumulate=1,
         before=None,
         samples_trained=None,
-        update_at_most=None,
+        update_at_most=dataset_size,
+        last_samples=None,
         remarks=None,
         look=None,
         curve_seconds=_curve.SECONDS,
@@ -159,6 +160,7 @@ def find(
             report = tune(
                 replace(
                     job,
+                    last_samples=partial(_last_samples, dataset_size, ranks),
                     remarks=partial(_remarks, snapshot),
                     learning_rate=partial(_rule, snapshot),
                 ),
@@ -253,6 +255,15 @@ def _trainable(workload: Callable[..., Any]) -> list[Any]:
 def _remarks(snapshot: Snapshot, plan: BatchPlan) -> tuple[str, ...]:
     """What its layers do with a plan; a model that a workload makes for itself is gone by now."""
     return batch_norm(batch_norms(snapshot.alive), plan)
+
+
+def _last_samples(
+    dataset_size: int | None, ranks: Ranks, batch_size: int
+) -> int | None:
+    """What is left for the last micro-batch of an epoch; how it is dealt out among ranks is the loop's affair."""
+    if dataset_size is None or ranks.world_size > 1:
+        return None
+    return dataset_size % batch_size or batch_size
 
 
 def _rule(snapshot: Snapshot) -> LearningRateRule | None:

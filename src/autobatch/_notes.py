@@ -83,6 +83,7 @@ class Findings:
         before: What was trained with until now, where that is known.
         learning_rate: How the learning rate usually goes with the batch, where a rule is known.
         dataset_size: Samples per epoch, where that is known.
+        last_samples: Samples in the last micro-batch of an epoch, where that is known.
         remarks: Sentences from where the tuning was asked for.
         look: How far was looked for the largest samples, where that was done.
     """
@@ -101,6 +102,7 @@ class Findings:
     before: BatchPlan | None
     learning_rate: LearningRateRule | None
     dataset_size: int | None
+    last_samples: int | None
     remarks: tuple[str, ...]
     look: Look | None
 
@@ -144,6 +146,7 @@ def tightest_bound(
 def notes(found: Findings) -> tuple[str, ...]:
     """All that a person should be told, what matters most first."""
     told = (
+        _fails_at_end(found),
         _deviation(found),
         _changed(found),
         _overridden(found),
@@ -184,6 +187,8 @@ def _why_not_exact(found: Findings, asked: int) -> str:
             f"exact would take {share // micro} micro-batches of {micro} instead of "
             f"{found.plan.accumulate_grad_batches} of {found.plan.micro_batch_size}"
         )
+    if found.last_samples is not None and 1 in _refused_sizes(found):
+        return f"with {asked}, an epoch would end with a single sample, which the workload refused"
     return "no plan that gives it exactly was verified"
 
 
@@ -310,14 +315,29 @@ def _not_sought(found: Findings) -> str | None:
 
 
 def _refused(found: Findings) -> str | None:
-    sizes = [
+    sizes = _refused_sizes(found)
+    if not sizes or found.last_samples in sizes:
+        return None
+    return f"The workload itself refused batch_size={max(sizes)}; its own error, not memory, bounds it from below."
+
+
+def _fails_at_end(found: Findings) -> str | None:
+    """Where an epoch ends with a micro-batch that is known to be refused, and no plan avoids it."""
+    left = found.last_samples
+    if left not in _refused_sizes(found):
+        return None
+    return (
+        f"Training will fail at the end of an epoch: its last micro-batch has {left} sample{'s' if left != 1 else ''}, "
+        "which the workload itself refused. Leave it out, with drop_last=True of the loader."
+    )
+
+
+def _refused_sizes(found: Findings) -> list[int]:
+    return [
         trial.batch_size
         for trial in settled(found.trials)
         if trial.outcome is Outcome.REFUSED
     ]
-    if not sizes:
-        return None
-    return f"The workload itself refused batch_size={max(sizes)}; its own error, not memory, bounds it from below."
 
 
 def _uneven(found: Findings) -> str | None:

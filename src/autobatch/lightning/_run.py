@@ -31,7 +31,12 @@ from autobatch.lightning._schedules import schedules
 from autobatch.lightning._scratch import scratch
 from autobatch.lightning._splitting import Splits
 from autobatch.lightning._steps import Steps
-from autobatch.lightning._windows import batches_trained, check_repairable, told
+from autobatch.lightning._windows import (
+    batches_trained,
+    check_repairable,
+    last_samples,
+    told,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
@@ -145,6 +150,10 @@ def tune_training(
             accumulate=accumulate,
             samples_trained=counts.samples,
             update_at_most=loaders.samples,
+            # Ranks have to choose alike; where each has a data set of its own, their epochs may end differently
+            last_samples=partial(last_samples, trainer, loaders)
+            if trainer.world_size == 1 or loaders.shards[0] > 1
+            else None,
             remarks=lambda plan: (
                 *splits.told(plan),
                 *schedules(trainer, counts.before, plan, is_named=has_name),
@@ -386,6 +395,7 @@ def _evaluation_job(
         accumulate=1,
         samples_trained=None,
         update_at_most=None,
+        last_samples=None,
         remarks=lambda _: _about_rounds(loaders, settings),
         before=None,
         task=stage.name,
