@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -23,6 +24,12 @@ def pytest_addoption(parser):
     parser.addoption(
         "--overwrite", action="store_true", help="write text snapshots anew"
     )
+
+
+def pytest_collection_finish(session):
+    """Leave what imports made out of garbage collections: a search collects after each trial, and most would be that."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
