@@ -221,8 +221,8 @@ def test_the_report_with_everything_measured(snapshot):
     ("noise", "said"),
     [
         (
-            NoiseReading("settling", 80.4, windows=9, last_update=60),
-            "Noise scale not settled yet: it usually rises in the first hundred updates, and is at least 80.4 so far.",
+            NoiseReading("settling", 80.4, reason="the learning rate was still rising"),
+            "Noise scale not settled, and was at least 80.4 so far: the learning rate was still rising.",
         ),
         (
             NoiseReading("at_least", 1500.0, batch_size=32, last_update=900),

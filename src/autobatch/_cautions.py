@@ -13,7 +13,9 @@ __all__ = [
     "accumulation_costs",
     "batch_norm",
     "by_hand",
+    "ignores_accumulate",
     "last_window",
+    "never_stepped",
     "not_additive",
     "repeated_closures",
     "share",
@@ -108,6 +110,26 @@ def accumulation_costs(
     return (
         f"Accumulating more than ×{best:.0f} would likely cost time: all it saves is optimizer steps, "
         f"{share(optimizer_share)} of an update that does not accumulate."
+    )
+
+
+def never_stepped() -> str:
+    """What trials lack in which gradients were computed, and no optimizer of torch's stepped."""
+    return (
+        "Trials computed gradients, but no torch.optim optimizer stepped in them: what its state would hold is not in "
+        "the peak, and an update may take longer than was timed. Where something else changes the weights, all is well."
+    )
+
+
+def ignores_accumulate(plan: BatchPlan) -> str | None:
+    """What becomes of a plan in a loop whose optimizer stepped as often as there were backward passes."""
+    times = plan.accumulate_grad_batches
+    if times == 1:
+        return None
+    return (
+        f"Asked to accumulate, the loop still stepped its optimizer after every backward pass: an update would have "
+        f"{plan.effective_batch_size // times} samples instead of {plan.effective_batch_size}, and an epoch {times} "
+        "times as many updates. Step after `accumulate` of them."
     )
 
 

@@ -236,8 +236,9 @@ def _trust(report: TuningReport) -> str:
         case "ok":
             return f"{_likely(report)}Estimates, right within about 4×: they compare batches, not how long runs take."
         case "settling":
-            so_far = f", and is at least {known} so far" if known else ""
-            return f"Noise scale not settled yet: it usually rises in the first hundred updates{so_far}."
+            so_far = f", and was at least {known} so far" if known else ""
+            why = f": {noise.reason}" if noise.reason else ""
+            return f"Noise scale not settled{so_far}{why}."
         case "at_least":
             batch = f" of {noise.batch_size}" if noise.batch_size else ""
             return f"Noise scale at least {known}: updates{batch} are too small to measure more."

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from autobatch import _curve, sinks
+from autobatch._cautions import never_stepped
 from autobatch._doors import known_plan, versions
 from autobatch._learning_rate import common_rule
 from autobatch._optimizers import OptimizerWatch
@@ -146,6 +147,7 @@ def tune_training(
             samples_trained=counts.samples,
             update_at_most=loaders.samples,
             remarks=lambda plan: (
+                *((never_stepped(),) if bench.optimizers.never_stepped else ()),
                 *splits.told(plan),
                 *schedules(trainer, counts.before, plan, is_named=has_name),
                 *told(trainer, loaders, plan, repaired=asked.repairs),
@@ -165,6 +167,7 @@ def tune_training(
         )
         settings = asked.settings.model_copy(update={"dataset_size": loaders.samples})
         bench.optimizers.expected = True
+        bench.optimizers.look_at(module)
         report = _verified_or_searched(
             known_at(job, bench.here(trainer), settings), job, settings, bench
         )
