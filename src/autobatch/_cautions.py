@@ -17,6 +17,7 @@ __all__ = [
     "last_window",
     "never_stepped",
     "not_additive",
+    "not_tested",
     "repeated_closures",
     "share",
     "stretched_schedule",
@@ -70,6 +71,11 @@ def not_additive(splitting: Splitting, plan: BatchPlan) -> str:
         "samples with each other, or averages over something else, such as tokens. Accumulating does not reproduce a "
         f"batch of {whole}: use larger micro-batches, or divide sums by what all of an update holds."
     )
+
+
+def not_tested(seconds: float) -> str:
+    """That it is not known whether a batch can be split, since so many seconds were over."""
+    return f"time_limit={seconds:g} seconds left no time to test whether micro-batches give the gradient of one batch."
 
 
 def usual_learning_rate(rule: LearningRateRule, batches: float) -> str:

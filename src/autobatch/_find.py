@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from autobatch._deadline import Deadline
     from autobatch._learning_rate import LearningRateRule
     from autobatch._memory import MemoryProbe
     from autobatch._plan import BatchPlan
@@ -253,7 +254,7 @@ def _trainable(workload: Callable[..., Any]) -> list[Any]:
 
 
 def _remarks(
-    snapshot: Snapshot, optimizers: OptimizerWatch, plan: BatchPlan
+    snapshot: Snapshot, optimizers: OptimizerWatch, plan: BatchPlan, _: Deadline
 ) -> tuple[str, ...]:
     """What the loop and its layers do with a plan; a model that a workload makes for itself is gone by now."""
     told = (

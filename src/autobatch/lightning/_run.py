@@ -146,9 +146,9 @@ def tune_training(
             accumulate=accumulate,
             samples_trained=counts.samples,
             update_at_most=loaders.samples,
-            remarks=lambda plan: (
+            remarks=lambda plan, deadline: (
                 *((never_stepped(),) if bench.optimizers.never_stepped else ()),
-                *splits.told(plan),
+                *splits.told(plan, deadline),
                 *schedules(trainer, counts.before, plan, is_named=has_name),
                 *told(trainer, loaders, plan, repaired=asked.repairs),
                 *counts.remarks(plan),
@@ -296,7 +296,7 @@ def _noted(job: Job, note: str | None) -> Job:
     remarks = job.remarks
     if note is None or remarks is None:
         return job
-    return replace(job, remarks=lambda plan: (note, *remarks(plan)))
+    return replace(job, remarks=lambda *given: (note, *remarks(*given)))
 
 
 def _with_validation(
@@ -389,7 +389,7 @@ def _evaluation_job(
         accumulate=1,
         samples_trained=None,
         update_at_most=None,
-        remarks=lambda _: _about_rounds(loaders, settings),
+        remarks=lambda *_: _about_rounds(loaders, settings),
         before=None,
         task=stage.name,
         subject=_subject(module, stage.name, trainer.precision),
