@@ -597,6 +597,17 @@ def test_time_is_kept_for_the_trials_that_confirm_the_plan():
     assert report.plan.effective_batch_size == 720
 
 
+def test_timing_sizes_takes_no_time_from_the_trials_that_confirm_the_plan():
+    device = PaperDevice(100, per_sample=1, seconds_per_sample=0.01, seconds_per_step=0)
+
+    report = autobatch.find(
+        device.workload, device=device, target_batch_size=770, time_limit=12
+    )
+
+    assert report.search_seconds > 12
+    assert report.plan.effective_batch_size == 770
+
+
 def test_a_loader_that_runs_dry_sets_the_bound():
     data = torch.randn(100, 16)
     model, optimizer = perceptron()

@@ -286,7 +286,7 @@ def _verified_or_searched(
                 raise AutobatchError(known.refusal) from error
             if note is None:
                 raise
-            note = f"Searched anew, since a micro-batch of {known.plan.micro_batch_size} does not fit any more."
+            note = f"Searched anew, since a micro-batch of {known.plan.micro_batch_size:,} does not fit any more."
     if known.target is not None:
         settings = settings.model_copy(update={"target_batch_size": known.target})
     return bench.run(_noted(job, note), settings, known=None)
@@ -339,7 +339,7 @@ def _with_validation(
     report = tuned.report.model_copy(update={"validation_batch_size": size})
     if size == own:
         return replace(tuned, report=report)
-    note = f"Validation runs batches of {size} instead of {own}: more do not fit beside training."
+    note = f"Validation runs batches of {size:,} instead of {own:,}: more do not fit beside training."
     return replace(
         tuned, report=_told(report, note), validation_sizes=loaders.sizes_at(size)
     )
