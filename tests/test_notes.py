@@ -181,7 +181,7 @@ def test_where_nothing_is_noteworthy_nothing_is_said():
             ),
             (
                 {"target_batch_size": 1009, "plan": BatchPlan(56, 18)},
-                "Asked for 1009 samples per update, got 1008: exact would take 1009 micro-batches of 1 instead of 18 of 56.",
+                "Asked for 1,009 samples per update, got 1,008: exact would take 1,009 micro-batches of 1 instead of 18 of 56.",
             ),
             (
                 {"target_batch_size": 512},

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from autobatch import _curve
-from autobatch._cautions import batch_norm
+from autobatch._cautions import batch_norm, ignores_accumulate, never_stepped
 from autobatch._doors import checked_search, known_plan, versions
 from autobatch._equivalence import batch_norms
 from autobatch._learning_rate import common_rule
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from autobatch._deadline import Deadline
     from autobatch._learning_rate import LearningRateRule
     from autobatch._memory import MemoryProbe
     from autobatch._plan import BatchPlan
@@ -156,12 +157,14 @@ def find(
         if ranks.world_size > 1:
             _check_waits_for_none(*trainable)
         snapshot.capture(*things, *trainable)
+        if latency_limit is None:
+            optimizers.look_at(*things, *trainable)
         with snapshot.at_first_step(touched):
             report = tune(
                 replace(
                     job,
                     last_samples=partial(_last_samples, dataset_size, ranks),
-                    remarks=partial(_remarks, snapshot),
+                    remarks=partial(_remarks, snapshot, optimizers),
                     learning_rate=partial(_rule, snapshot),
                 ),
                 settings,
@@ -252,9 +255,16 @@ def _trainable(workload: Callable[..., Any]) -> list[Any]:
     return [thing for thing in _reachable(workload) if isinstance(thing, kinds)]
 
 
-def _remarks(snapshot: Snapshot, plan: BatchPlan) -> tuple[str, ...]:
-    """What its layers do with a plan; a model that a workload makes for itself is gone by now."""
-    return batch_norm(batch_norms(snapshot.alive), plan)
+def _remarks(
+    snapshot: Snapshot, optimizers: OptimizerWatch, plan: BatchPlan, _: Deadline
+) -> tuple[str, ...]:
+    """What the loop and its layers do with a plan; a model that a workload makes for itself is gone by now."""
+    told = (
+        never_stepped() if optimizers.never_stepped else None,
+        ignores_accumulate(plan) if optimizers.steps_every_pass else None,
+    )
+    norms = batch_norm(batch_norms(snapshot.alive), plan)
+    return (*(note for note in told if note), *norms)
 
 
 def _last_samples(
@@ -335,6 +345,7 @@ def _touched(
         return
     if trains and torch.is_grad_enabled():
         optimizers.expected |= any(p.requires_grad for p in thing.parameters())
+        optimizers.look_at(thing)
     if home is not None and parameter.device.type != home.type:
         raise ValueError(
             f"The model is on {parameter.device}, while the memory of {probe.name} is watched; pass "

@@ -60,7 +60,7 @@ def nothing_within(latencies: Sequence[Latency], limit: LatencyLimit) -> str:
     samples = (
         "a single sample"
         if least.batch_size == 1
-        else f"a batch of {least.batch_size}, the smallest that runs,"
+        else f"a batch of {least.batch_size:,}, the smallest that runs,"
     )
     took = quantity(least.at_percentile_seconds, SECONDS)
     middle = quantity(least.p50_seconds, SECONDS)
@@ -100,7 +100,7 @@ def _latency_fact(
     return Fact(
         "Latency",
         f"{middle}, {_name(limit.percentile)} {top}",
-        f"{spare}; {over} is over the limit" if over else spare,
+        f"{spare}; {over:,} is over the limit" if over else spare,
     )
 
 
@@ -108,7 +108,7 @@ def _speed_fact(latencies: Sequence[Latency], here: Latency) -> Fact:
     fastest = max(latencies, key=lambda each: each.samples_per_second)
     speed, most = (aligned([e.samples_per_second])[0] for e in (here, fastest))
     share = percent(here.samples_per_second / fastest.samples_per_second)
-    remark = f"{share} of the fastest measured ({most} at {fastest.batch_size})"
+    remark = f"{share} of the fastest measured ({most} at {fastest.batch_size:,})"
     if here == fastest:
         many = len(latencies)
         remark = f"the fastest of {many} sizes timed" if many > 1 else ""
@@ -122,7 +122,7 @@ def _knee_fact(latencies: Sequence[Latency], bend: Latency, here: Latency) -> Fa
     )
     return Fact(
         "Knee",
-        f"batches of {bend.batch_size}",
+        f"batches of {bend.batch_size:,}",
         f"{percent(bend.samples_per_second / most)} of the fastest, in {sooner} instead of {later}",
     )
 
@@ -133,7 +133,7 @@ def _streams_fact(
     """Streams with a sample in each span of the limit: cameras, where that is one frame."""
     rate = 1 / limit.seconds
     best = stream(latencies, rate, None).best
-    alone = f"; one alone: batches of {best.batch_size}" if best else ""
+    alone = f"; one alone: batches of {best.batch_size:,}" if best else ""
     return Fact(
         "Streams",
         f"{here.batch_size:,} of {_rounded(rate)}/s each",
@@ -154,7 +154,7 @@ def latency_table(
     over = [each.at_percentile_seconds > limit.seconds for each in shown]
     return table_of(
         [
-            Column("batch", tuple(str(each.batch_size) for each in shown)),
+            Column("batch", tuple(f"{each.batch_size:,}" for each in shown)),
             *_quantiles(shown, limit.percentile),
             numbers("samples/s", [each.samples_per_second for each in shown]),
             Column(
@@ -177,7 +177,7 @@ def _foot(
     latencies: Sequence[Latency], shown: Sequence[Latency], limit: LatencyLimit
 ) -> str:
     few = [each for each in shown if each.calls < enough_calls(limit.percentile)]
-    sizes = ", ".join(str(each.batch_size) for each in few)
+    sizes = ", ".join(f"{each.batch_size:,}" for each in few)
     told = []
     if few:
         told.append(f"Few calls at {sizes} ({min(each.calls for each in few)} or more)")
@@ -257,14 +257,12 @@ def _filling(
     filling = quantity(row.filling_seconds, SECONDS)
     told = (
         f"Waiting for a batch to fill comes on top: one stream of {_rounded(rate)} samples/s takes {filling} to fill "
-        f"{chosen}"
+        f"{chosen:,}"
     )
     if one.best is None or one.best.batch_size >= chosen:
         return f"{told}."
     soonest = quantity(one.best.worst_seconds, SECONDS)
-    return (
-        f"{told}; in batches of {one.best.batch_size} it is answered within {soonest}."
-    )
+    return f"{told}; in batches of {one.best.batch_size:,} it is answered within {soonest}."
 
 
 def _stopped(latencies: Sequence[Latency], seconds: float | None) -> str | None:
@@ -272,7 +270,7 @@ def _stopped(latencies: Sequence[Latency], seconds: float | None) -> str | None:
         return None
     return (
         f"Timing stopped after {seconds:g} seconds, all that it may take: sizes above "
-        f"{max((each.batch_size for each in latencies), default=0)}, or between those that were timed, may answer "
+        f"{max((each.batch_size for each in latencies), default=0):,}, or between those that were timed, may answer "
         "in time too."
     )
 
@@ -285,7 +283,7 @@ def _few_calls(
     if here is None or here.calls >= enough:
         return None
     return (
-        f"There was no time for {enough:,} calls at {chosen}: of {here.calls:,}, the {_ordinal(limit.percentile)} "
+        f"There was no time for {enough:,} calls at {chosen:,}: of {here.calls:,}, the {_ordinal(limit.percentile)} "
         "percentile is little more than the slowest."
     )
 
@@ -298,7 +296,7 @@ def _disturbed(
         return None
     times = here.at_percentile_seconds / here.p50_seconds
     return (
-        f"At {chosen} the {_ordinal(limit.percentile)} percentile is {times:,.0f} times the median: something disturbs "
+        f"At {chosen:,} the {_ordinal(limit.percentile)} percentile is {times:,.0f} times the median: something disturbs "
         "the calls, on a quiet machine larger batches may answer in time."
     )
 
@@ -307,7 +305,7 @@ def _not_monotone(latencies: Sequence[Latency], limit: LatencyLimit) -> str | No
     """A smaller size over the limit that a larger one meets: slow by itself, or disturbed."""
     best = largest_within(latencies, limit.seconds)
     odd = [
-        str(each.batch_size)
+        f"{each.batch_size:,}"
         for each in latencies
         if best
         and each.batch_size < best.batch_size

@@ -132,7 +132,7 @@ def tightest_bound(
     if target_batch_size is not None:
         share = target_batch_size // world_size
         what = f"target_batch_size={target_batch_size}{_on(world_size)}"
-        bounds.append(Bound(share, f"{what} needs no more than {share} at once"))
+        bounds.append(Bound(share, f"{what} needs no more than {share:,} at once"))
     if max_micro_batch_size is not None:
         what = f"max_micro_batch_size={max_micro_batch_size}"
         bounds.append(Bound(max_micro_batch_size, f"{what} allows no more"))
@@ -170,7 +170,7 @@ def _deviation(found: Findings) -> str | None:
     asked, got = found.target_batch_size, found.plan.effective_batch_size
     if asked is None or asked == got:
         return None
-    return f"Asked for {asked} samples per update, got {got}: {_why_not_exact(found, asked)}."
+    return f"Asked for {asked:,} samples per update, got {got:,}: {_why_not_exact(found, asked)}."
 
 
 def _why_not_exact(found: Findings, asked: int) -> str:
@@ -179,13 +179,13 @@ def _why_not_exact(found: Findings, asked: int) -> str:
         return f"an epoch has no more than {samples:,} samples"
     share, rest = divmod(asked, found.plan.world_size)
     if rest:
-        return f"{asked} does not divide by {found.plan.world_size} ranks"
+        return f"{asked:,} does not divide by {found.plan.world_size} ranks"
     largest = max(1, min(found.largest_fit, share))
     micro = next(size for size in range(largest, 0, -1) if share % size == 0)
     if share // micro > 2 * -(-share // largest):
         return (
-            f"exact would take {share // micro} micro-batches of {micro} instead of "
-            f"{found.plan.accumulate_grad_batches} of {found.plan.micro_batch_size}"
+            f"exact would take {share // micro:,} micro-batches of {micro:,} instead of "
+            f"{found.plan.accumulate_grad_batches:,} of {found.plan.micro_batch_size:,}"
         )
     if found.last_samples is not None and 1 in _refused_sizes(found):
         return f"with {asked}, an epoch would end with a single sample, which the workload refused"
@@ -199,7 +199,9 @@ def _changed(found: Findings) -> str | None:
     then, now = before.effective_batch_size, plan.effective_batch_size
     if samples is not None and min(then, now) >= samples:
         return None  # all of an epoch, then as now
-    told = [f"The effective batch goes from {then} to {now}{_updates(found, before)}."]
+    told = [
+        f"The effective batch goes from {then:,} to {now:,}{_updates(found, before)}."
+    ]
     if found.learning_rate is not None:
         most = max(then, now) if samples is None else samples
         batches = min(now, most) / min(then, most)
@@ -265,12 +267,12 @@ def _past_knee(found: Findings) -> str | None:
     fastest = max(smaller, key=lambda other: speeds[other])
     slower = 1 - here / speeds[fastest]
     if slower > _SPREAD:
-        return f"{size} fits, and is {share(slower)} slower than {fastest}."
+        return f"{size:,} fits, and is {share(slower)} slower than {fastest:,}."
     halves = [other for other in smaller if 2 * other <= size]
     enough = [other for other in halves if speeds[other] >= (1 - _SPREAD) * here]
     if not enough:
         return None
-    told = f"{size} fits, and is about as fast as {min(enough)}"
+    told = f"{size:,} fits, and is about as fast as {min(enough):,}"
     if found.task != "train":
         return f"{told}."
     return f"{told}, which makes more updates of the same samples."
@@ -302,7 +304,7 @@ def _out_of_time(found: Findings) -> str | None:
         return None
     return (
         f"The search stopped at time_limit={found.time_limit:g} seconds: "
-        f"{found.largest_fit} is the largest verified so far, more may fit."
+        f"{found.largest_fit:,} is the largest verified so far, more may fit."
     )
 
 

@@ -1,5 +1,7 @@
 """Numbers for people: units, digits, shares."""
 
+# Counts have a comma from 1,000 on, in every text and picture; what is spelled as code has it, batch_size=1024, has none
+
 from __future__ import annotations
 
 import math

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from pydantic import BaseModel, ValidationError
 
-from autobatch import _tradeoff
+from autobatch import _file, _tradeoff
 from autobatch._curve import CurvePoint  # noqa: TC001 -- pydantic reads it
 from autobatch._fields import (
     FROZEN,
@@ -46,6 +45,8 @@ from autobatch._trial import Outcome
 from autobatch.errors import AutobatchError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -223,8 +224,9 @@ class TuningReport(BaseModel):
     @classmethod
     def read(cls, path: str | Path) -> TuningReport:
         """The report in a file that `to_json` or a sink wrote."""
+        file = _file.named(path, "of a report")
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             why = getattr(error, "strerror", None) or "it is not UTF-8 text"
             raise ValueError(

@@ -58,7 +58,7 @@ def speed_fact(row: SpeedRow, rows: Sequence[SpeedRow]) -> Fact:
         here = f"{here} samples/s ±{percent(off)}"
     else:
         here = f"{here} samples/s"
-    remark = f"{percent(row.of_fastest)} of the fastest measured ({there} at {fastest.batch_size})"
+    remark = f"{percent(row.of_fastest)} of the fastest measured ({there} at {fastest.batch_size:,})"
     if row == fastest:
         remark = f"the fastest of {len(rows)} sizes timed" if len(rows) > 1 else ""
     return Fact("Speed", here, remark)
@@ -141,7 +141,7 @@ def speed_table(
     left_out = len(sizes) - len(shown)
     return table_of(
         [
-            Column("micro-batch", tuple(str(size.batch_size) for size in shown)),
+            Column("micro-batch", tuple(f"{size.batch_size:,}" for size in shown)),
             numbers(
                 "samples/s", [row.samples_per_second if row else None for row in lines]
             ),
@@ -156,7 +156,7 @@ def speed_table(
             measures("peak {}", [size.peak for size in shown], BYTES),
         ],
         chosen=[size.batch_size == plan.micro_batch_size for size in shown],
-        foot=f"{left_out} more; report.trials and report.curve have them all"
+        foot=f"{left_out:,} more; report.trials and report.curve have them all"
         if left_out
         else "",
     )
@@ -290,12 +290,10 @@ def _thinned(sizes: Sequence[_Size], keep: set[int]) -> list[_Size]:
 def product(plan: BatchPlan) -> str:
     """How an effective batch is made."""
     ranks = f" × {plan.world_size} ranks" if plan.world_size > 1 else ""
-    factors = (
-        f"{plan.micro_batch_size} × accumulate {plan.accumulate_grad_batches}{ranks}"
-    )
-    return f"Micro-batch {factors} = {plan.effective_batch_size} per update"
+    factors = f"{plan.micro_batch_size:,} × accumulate {plan.accumulate_grad_batches:,}{ranks}"
+    return f"Micro-batch {factors} = {plan.effective_batch_size:,} per update"
 
 
 def counted(trials: int) -> str:
     """So many trials."""
-    return "1 trial" if trials == 1 else f"{trials} trials"
+    return "1 trial" if trials == 1 else f"{trials:,} trials"

@@ -351,7 +351,8 @@ def _warm_up(run: _Run, watch: Watch | None, bench: Bench) -> None:
     for _ in range(_WARM_UP):
         if watch:
             watch.mark()
-        run.step()
+        with optimizers.watching(run.accumulate):
+            run.step()
         if optimizers.steps > stepped or not optimizers.expected:
             return
     optimizers.expected = optimizers.steps > 0

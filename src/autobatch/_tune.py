@@ -58,7 +58,8 @@ class Job:
         samples_trained: Samples that an epoch trains on with a plan, where it is not the whole data set.
         update_at_most: Samples that one update can have, where it can not go on into the next epoch.
         last_samples: Samples in the last micro-batch that each rank trains on in an epoch, at a size.
-        remarks: What a person should be told of a plan besides, where there may be something.
+        remarks: What a person should be told of a plan besides, where there may be something; given the time left
+            to find out.
         task: What a report says is done with the batches.
         subject: What a report calls it.
         environment: Versions, for the report.
@@ -75,7 +76,7 @@ class Job:
     samples_trained: Callable[[BatchPlan], int | None] | None
     update_at_most: int | None
     last_samples: Callable[[int], int | None] | None
-    remarks: Callable[[BatchPlan], tuple[str, ...]] | None
+    remarks: Callable[[BatchPlan, Deadline], tuple[str, ...]] | None
     task: Task
     subject: str
     environment: dict[str, str]
@@ -294,12 +295,13 @@ class _Tuning:
         """Time a few sizes in turns: the plan is chosen by that, and the report shows it."""
         if not self.record.fitting or not self._job.curve_seconds:
             return
-        target = self._target
+        target, began = self._target, self._deadline.spent
         self._speed.measure(
             None if target is None else per_rank(target, self._ranks.world_size),
             seconds=self._job.curve_seconds,
             trial_seconds=self._deadline.seconds_of(self.record.fitting[-1]),
         )
+        self._deadline.leave_out(self._deadline.spent - began)
 
     @cached_property
     def _speed(self) -> Speed:
@@ -458,7 +460,8 @@ class _Tuning:
         )
 
     def _remarks(self, plan: BatchPlan) -> tuple[str, ...]:
-        remarks = self._job.remarks(plan) if self._job.remarks else ()
+        told = self._job.remarks
+        remarks = told(plan, self._deadline) if told else ()
         answers = self._answers
         if answers is None:
             return remarks

@@ -360,7 +360,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         if self._first is None or self._trained is None:
             return
         target = self._first.plan.effective_batch_size
-        note = f"Tuned anew at epoch {trainer.current_epoch}, for the effective batch of {target}."
+        note = f"Tuned anew at epoch {trainer.current_epoch}, for the effective batch of {target:,}."
         known = Known(target=target, note=note)
         tuned = tune_training(trainer, module, self._asked, lambda *_: known, None)
         if tuned.report.plan != self._trained.plan:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from autobatch import _curve, sinks
+from autobatch._cautions import never_stepped
 from autobatch._doors import known_plan, versions
 from autobatch._learning_rate import common_rule
 from autobatch._optimizers import OptimizerWatch
@@ -154,8 +155,9 @@ def tune_training(
             last_samples=partial(last_samples, trainer, loaders)
             if trainer.world_size == 1 or loaders.shards[0] > 1
             else None,
-            remarks=lambda plan: (
-                *splits.told(plan),
+            remarks=lambda plan, deadline: (
+                *((never_stepped(),) if bench.optimizers.never_stepped else ()),
+                *splits.told(plan, deadline),
                 *schedules(trainer, counts.before, plan, is_named=has_name),
                 *told(trainer, loaders, plan, repaired=asked.repairs),
                 *counts.remarks(plan),
@@ -174,6 +176,7 @@ def tune_training(
         )
         settings = asked.settings.model_copy(update={"dataset_size": loaders.samples})
         bench.optimizers.expected = True
+        bench.optimizers.look_at(module)
         report = _verified_or_searched(
             known_at(job, bench.here(trainer), settings), job, settings, bench
         )
@@ -292,7 +295,7 @@ def _verified_or_searched(
                 raise AutobatchError(known.refusal) from error
             if note is None:
                 raise
-            note = f"Searched anew, since a micro-batch of {known.plan.micro_batch_size} does not fit any more."
+            note = f"Searched anew, since a micro-batch of {known.plan.micro_batch_size:,} does not fit any more."
     if known.target is not None:
         settings = settings.model_copy(update={"target_batch_size": known.target})
     return bench.run(_noted(job, note), settings, known=None)
@@ -302,7 +305,7 @@ def _noted(job: Job, note: str | None) -> Job:
     remarks = job.remarks
     if note is None or remarks is None:
         return job
-    return replace(job, remarks=lambda plan: (note, *remarks(plan)))
+    return replace(job, remarks=lambda *given: (note, *remarks(*given)))
 
 
 def _with_validation(
@@ -345,7 +348,7 @@ def _with_validation(
     report = tuned.report.model_copy(update={"validation_batch_size": size})
     if size == own:
         return replace(tuned, report=report)
-    note = f"Validation runs batches of {size} instead of {own}: more do not fit beside training."
+    note = f"Validation runs batches of {size:,} instead of {own:,}: more do not fit beside training."
     return replace(
         tuned, report=_told(report, note), validation_sizes=loaders.sizes_at(size)
     )
@@ -396,7 +399,7 @@ def _evaluation_job(
         samples_trained=None,
         update_at_most=None,
         last_samples=None,
-        remarks=lambda _: _about_rounds(loaders, settings),
+        remarks=lambda *_: _about_rounds(loaders, settings),
         before=None,
         task=stage.name,
         subject=_subject(module, stage.name, trainer.precision),
