@@ -55,6 +55,8 @@ def cuda_on_paper(monkeypatch):
 
 
 def real_cuda(monkeypatch):
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
     return Case(CudaProbe(0), lambda nbytes: tensor_on("cuda:0", nbytes))
 
 
@@ -67,7 +69,9 @@ PROBES = (
     host,
     simulated,
     cuda_on_paper,
-    pytest.param(real_cuda, marks=pytest.mark.gpu),
+    pytest.param(
+        real_cuda, marks=[pytest.mark.gpu, pytest.mark.filterwarnings("default")]
+    ),
 )
 
 
@@ -910,6 +914,8 @@ def test_a_device_of_another_kind_needs_a_probe_of_the_users(device):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.filterwarnings("default")
 def test_a_real_card_is_read_by_nvml_and_by_cuda_alike(monkeypatch):
     torch.ones(1, device="cuda:0")
     by_nvml = CudaProbe(0)
