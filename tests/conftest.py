@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import importlib.util
 import os
 from pathlib import Path
 
@@ -24,6 +26,8 @@ def pytest_addoption(parser):
     parser.addoption(
         "--overwrite", action="store_true", help="write text snapshots anew"
     )
+    if importlib.util.find_spec("pytest_timeout") is None:
+        parser.addini("timeout", "seconds of a test, where pytest-timeout watches them")
 
 
 def pytest_collection_finish(session):
@@ -37,6 +41,30 @@ def _without_curve(request, monkeypatch):
     """Time no sizes besides the trials, where that is not what a test is about: most tune many times over."""
     if request.node.get_closest_marker("curve") is None:
         monkeypatch.setattr("autobatch._curve.SECONDS", 0.0)
+
+
+@pytest.fixture(
+    params=[
+        "paper",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                # What a driver or a compiler warns of there is not known here
+                pytest.mark.filterwarnings("default"),
+            ],
+        ),
+    ]
+)
+def place(request, monkeypatch):
+    """A device for the claims about CUDA: see gpu_place.py."""
+    from gpu_place import on_cuda, on_paper
+
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+    with contextlib.ExitStack() as stack:
+        made = on_cuda() if request.param == "cuda" else on_paper(monkeypatch)
+        yield stack.enter_context(made)
 
 
 @pytest.fixture

@@ -1,27 +1,29 @@
-"""A machine with NVIDIA cards, on paper: what `pynvml` and `torch.cuda` would say of it."""
+"""A machine with NVIDIA cards, on paper: the driver's library beneath the real `pynvml`, and what `torch.cuda` would say."""
 
 from __future__ import annotations
 
 import contextlib
-import sys
+import ctypes
 import types
 from collections import Counter
+from ctypes import c_char_p, c_int, c_uint, c_void_p
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import pynvml
 import torch
 
+from autobatch._ledger import Ledger
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     import pytest
 
 GIB = 2**30
 CONTEXT = GIB // 2  # bytes of a CUDA context: this process's, outside torch's allocator
-
-
-class NVMLError(Exception):
-    """As pynvml raises it."""
+UNKNOWN = 2**64 - 1  # what the driver writes where it does not know a process's memory
+DRIVER = "580.159.04"
 
 
 @dataclass(eq=False)
@@ -33,18 +35,26 @@ class Card:
         total: Bytes, as NVML counts them.
         others: Bytes that other processes hold; may be set again at any time.
         instances: What MIG cut the card into; none where MIG is off.
+        processes: Bytes by process, as NVML tells them; None where it does not know.
+        is_integrated: Whether it has no memory but the host's.
+        context: Bytes of this process's context.
+        ledger: Counts real tensors in place of `reserved`, while `allocating`.
     """
 
     uuid: str
     total: int = 80 * GIB
     others: int = 0
     instances: tuple[Card, ...] = ()
+    processes: dict[int, int | None] = field(default_factory=dict)
+    is_integrated: bool = False
+    context: int = CONTEXT
     # This process's allocator
     reserved: int = 0
     peak: int = 0
     share: float = 1.0
     retries: int = 0
     ooms: int = 0
+    ledger: Ledger | None = None
 
     @property
     def seen_by_cuda(self) -> int:
@@ -52,26 +62,62 @@ class Card:
         return self.total - self.total // 150
 
     @property
+    def held(self) -> int:
+        """Bytes of the allocator; one that counts tensors keeps what was freed until it is told to let go."""
+        return self.ledger.peak if self.ledger else self.reserved
+
+    @property
     def free(self) -> int:
-        return self.total - self.others - CONTEXT - self.reserved
+        return self.total - self.others - self.context - self.held
+
+    def let_go(self) -> None:
+        """What emptying the cache does."""
+        if self.ledger:
+            self.ledger.peak = self.ledger.current
+
+    def reset_peak(self) -> None:
+        self.peak = self.held
+
+    def cap(self, share: float) -> None:
+        self.share = share
+        if self.ledger:
+            room = self.total - self.others - self.context
+            self.ledger._limit = min(room, int(share * self.seen_by_cuda))
+
+    def stats(self) -> dict[str, int]:
+        """What of torch.cuda.memory_stats is used here."""
+        current = self.ledger.current if self.ledger else self.reserved
+        return {
+            "num_alloc_retries": self.retries,
+            "num_ooms": self.ledger.failures if self.ledger else self.ooms,
+            "allocated_bytes.all.current": current,
+            "allocated_bytes.all.peak": max(self.peak, self.held),
+            "reserved_bytes.all.current": self.held,
+            "reserved_bytes.all.peak": max(self.peak, self.held),
+        }
 
 
 @dataclass(eq=False)
 class FakeGpu:
-    """A machine with cards, put in place of `pynvml` and `torch.cuda` by `install`.
+    """A machine with cards, put beneath `pynvml` and in place of `torch.cuda` by `install`.
 
     Args:
         cards: In NVML's order.
         visible: CUDA_VISIBLE_DEVICES; None leaves it unset.
         cuda_order: Position in `cards` of CUDA's device 0, 1, …: what CUDA_DEVICE_ORDER changes.
-        refusals: NVML function or "mem_get_info" by name, and what it says instead of answering; may change at any time.
-        calls: How often each NVML function was called.
+        refusals: Functions of the driver's library by name, and the code each returns instead of doing anything;
+            "mem_get_info", and what CUDA says instead; may change at any time.
+        lacks: Functions that this driver's library does not have.
+        has_library: Whether the driver's library can be loaded.
+        calls: How often each function of the library was called.
     """
 
     cards: tuple[Card, ...] = field(default_factory=lambda: (Card("aaaa-0"),))
     visible: str | None = None
     cuda_order: tuple[int, ...] | None = None
-    refusals: dict[str, str] = field(default_factory=dict)
+    refusals: dict[str, int | str] = field(default_factory=dict)
+    lacks: set[str] = field(default_factory=set)
+    has_library: bool = True
     calls: Counter[str] = field(default_factory=Counter)
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
@@ -80,10 +126,25 @@ class FakeGpu:
             monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         else:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", self.visible)
-        monkeypatch.setitem(sys.modules, "pynvml", self._pynvml())
+        # Where pynvml keeps what ctypes loaded; read from nvidia-ml-py 13.615
+        monkeypatch.setattr(pynvml, "CDLL", self._load)
+        monkeypatch.setattr(pynvml, "nvmlLib", None)
+        monkeypatch.setattr(pynvml, "_nvmlGetFunctionPointer_cache", {})
         for name, function in self._torch_cuda().items():
             monkeypatch.setattr(torch.cuda, name, function, raising=False)
         return self
+
+    def _load(self, name: str) -> Library:
+        assert name == "libnvidia-ml.so.1"
+        if not self.has_library:
+            raise OSError(f"{name}: cannot open shared object file")
+        return Library(self)
+
+    def lose(self) -> None:
+        """From now on the cards have fallen off their bus: neither the driver nor CUDA gets through."""
+        for name in ("nvmlDeviceGetMemoryInfo", "nvmlDeviceGetHandleByUUID"):
+            self.refusals[name] = pynvml.NVML_ERROR_GPU_IS_LOST
+        self.refusals["mem_get_info"] = "CUDA error: unspecified launch failure"
 
     @property
     def devices(self) -> list[Card]:
@@ -127,47 +188,15 @@ class FakeGpu:
         finally:
             self.devices[index].reserved -= nbytes
 
-    def _pynvml(self) -> types.ModuleType:
-        def asked(name: str) -> None:
-            self.calls[name] += 1
-            if name in self.refusals:
-                raise NVMLError(self.refusals[name])
-
-        def init() -> None:
-            asked("nvmlInit")
-
-        def handle(uuid: str) -> Card:
-            asked("nvmlDeviceGetHandleByUUID")
-            for card in self.cards:
-                known = {f"GPU-{card.uuid}": card} | {
-                    f"MIG-{part.uuid}": part for part in card.instances
-                }
-                if uuid in known:
-                    return known[uuid]
-            raise NVMLError("Not Found")
-
-        def mig_mode(card: Card) -> list[int]:
-            asked("nvmlDeviceGetMigMode")
-            cut = bool(card.instances) or card not in self.cards
-            return [int(cut), int(cut)]
-
-        def memory(card: Card, version: int | None = None) -> types.SimpleNamespace:
-            asked("nvmlDeviceGetMemoryInfo")
-            assert version is None, "the two versions count differently"
-            free = card.free - sum(part.total - part.free for part in card.instances)
-            return types.SimpleNamespace(
-                total=card.total, free=free, used=card.total - free
-            )
-
-        module = types.ModuleType("pynvml")
-        vars(module).update(
-            NVMLError=NVMLError,
-            nvmlInit=init,
-            nvmlDeviceGetHandleByUUID=handle,
-            nvmlDeviceGetMigMode=mig_mode,
-            nvmlDeviceGetMemoryInfo=memory,
-        )
-        return module
+    @contextlib.contextmanager
+    def allocating(self, index: int) -> Iterator[None]:
+        """Let the CPU's tensors of this thread be a card's: each is charged to it, and refused past its cap."""
+        card, ledger = self.devices[index], Ledger()
+        card.ledger = ledger
+        with ledger.watching(None, offset=0):
+            card.cap(card.share)
+            yield
+        card.ledger = None
 
     def _torch_cuda(self) -> dict[str, object]:
         def properties(index: int) -> types.SimpleNamespace:
@@ -177,7 +206,10 @@ class FakeGpu:
                 each for each in self.cards if card is each or card in each.instances
             )
             return types.SimpleNamespace(
-                name="Paper GPU", total_memory=card.seen_by_cuda, uuid=whole.uuid
+                name="Paper GPU",
+                total_memory=card.seen_by_cuda,
+                uuid=whole.uuid,
+                is_integrated=int(card.is_integrated),
             )
 
         def mem_get_info(index: int) -> tuple[int, int]:
@@ -186,31 +218,133 @@ class FakeGpu:
             card = self.devices[index]
             return card.free - (card.total - card.seen_by_cuda), card.seen_by_cuda
 
-        def reset_peak(index: int) -> None:
-            self.devices[index].peak = self.devices[index].reserved
-
         def set_share(share: float, index: int) -> None:
             assert isinstance(share, float)
             assert 0 <= share <= 1
-            self.devices[index].share = share
-
-        def stats(index: int) -> dict[str, int]:
-            return {
-                "num_alloc_retries": self.devices[index].retries,
-                "num_ooms": self.devices[index].ooms,
-            }
+            self.devices[index].cap(share)
 
         return {
             "device_count": lambda: len(self.devices),
             "current_device": lambda: 0,
             "get_device_properties": properties,
             "mem_get_info": mem_get_info,
-            "memory_reserved": lambda index: self.devices[index].reserved,
-            "max_memory_reserved": lambda index: self.devices[index].peak,
-            "memory_stats": stats,
-            "reset_peak_memory_stats": reset_peak,
+            "memory_stats": lambda index: self.devices[index].stats(),
+            "reset_peak_memory_stats": lambda index: self.devices[index].reset_peak(),
             "get_per_process_memory_fraction": lambda index: self.devices[index].share,
             "set_per_process_memory_fraction": set_share,
-            "empty_cache": lambda: None,
+            "empty_cache": lambda: [card.let_go() for card in self.devices],
             "synchronize": lambda index: None,
         }
+
+
+class Library:
+    """What ctypes would load from libnvidia-ml.so.1: functions that return codes, and fill the structures of nvml.h.
+
+    What is not here no one may call: the second version of the memory's structure counts differently, and an index
+    means another card to NVML than to CUDA.
+    """
+
+    def __init__(self, machine: FakeGpu) -> None:
+        self._machine = machine
+        self._is_open = False
+        self._handles: list[Card] = []
+        self._words: dict[
+            int, ctypes.Array
+        ] = {}  # kept, since C is given their addresses
+        offered = {
+            "nvmlInitWithFlags": (self._init, (c_uint,)),
+            "nvmlSystemGetDriverVersion": (self._driver_version, (c_void_p, c_uint)),
+            "nvmlDeviceGetHandleByUUID": (self._handle, (c_char_p, c_void_p)),
+            "nvmlDeviceGetMemoryInfo": (self._memory, (c_void_p,) * 2),
+            "nvmlDeviceGetMigMode": (self._mig_mode, (c_void_p,) * 3),
+            "nvmlDeviceGetComputeRunningProcesses_v3": (
+                self._processes,
+                (c_void_p,) * 3,
+            ),
+            "nvmlDeviceGetGraphicsRunningProcesses_v3": (
+                self._no_processes,
+                (c_void_p,) * 3,
+            ),
+        }
+        self._functions = {
+            name: ctypes.CFUNCTYPE(c_int, *arguments)(self._asked(name, function))
+            for name, (function, arguments) in offered.items()
+        }
+        self._functions["nvmlErrorString"] = ctypes.CFUNCTYPE(c_void_p, c_int)(
+            self._error_string
+        )
+
+    def __getattr__(self, name: str) -> object:
+        if name not in self._functions or name in self._machine.lacks:
+            raise AttributeError(f"undefined symbol: {name}")
+        return self._functions[name]
+
+    def _asked(self, name: str, function: Callable[..., int]) -> Callable[..., int]:
+        def answer(*arguments: object) -> int:
+            self._machine.calls[name] += 1
+            if name in self._machine.refusals:
+                return self._machine.refusals[name]
+            if not self._is_open and name != "nvmlInitWithFlags":
+                return pynvml.NVML_ERROR_UNINITIALIZED
+            return function(*arguments)
+
+        return answer
+
+    def _init(self, flags: int) -> int:
+        self._is_open = True
+        return pynvml.NVML_SUCCESS
+
+    def _driver_version(self, buffer: int, length: int) -> int:
+        if length <= len(DRIVER):
+            return pynvml.NVML_ERROR_INSUFFICIENT_SIZE
+        ctypes.memmove(buffer, DRIVER.encode() + b"\0", len(DRIVER) + 1)
+        return pynvml.NVML_SUCCESS
+
+    def _handle(self, uuid: bytes, handle: int) -> int:
+        for card in self._machine.cards:
+            known = {f"GPU-{card.uuid}": card} | {
+                f"MIG-{part.uuid}": part for part in card.instances
+            }
+            if uuid.decode() in known:
+                self._handles.append(known[uuid.decode()])
+                c_void_p.from_address(handle).value = len(self._handles)
+                return pynvml.NVML_SUCCESS
+        return pynvml.NVML_ERROR_NOT_FOUND
+
+    def _memory(self, handle: int, memory: int) -> int:
+        card = self._handles[handle - 1]
+        free = card.free - sum(part.total - part.free for part in card.instances)
+        filled = pynvml.c_nvmlMemory_t.from_address(memory)
+        filled.total, filled.free, filled.used = card.total, free, card.total - free
+        return pynvml.NVML_SUCCESS
+
+    def _mig_mode(self, handle: int, current: int, pending: int) -> int:
+        card = self._handles[handle - 1]
+        is_cut = bool(card.instances) or card not in self._machine.cards
+        for address in (current, pending):
+            c_uint.from_address(address).value = is_cut
+        return pynvml.NVML_SUCCESS
+
+    def _processes(self, handle: int, count: int, filled: int | None) -> int:
+        processes = self._handles[handle - 1].processes
+        room = c_uint.from_address(count)
+        fits = filled is not None and room.value >= len(processes)
+        room.value = len(processes)
+        if not processes:
+            return pynvml.NVML_SUCCESS
+        if not fits:
+            return pynvml.NVML_ERROR_INSUFFICIENT_SIZE
+        array = (pynvml.c_nvmlProcessInfo_v3_t * len(processes)).from_address(filled)
+        for entry, (pid, held) in zip(array, processes.items(), strict=True):
+            entry.pid, entry.usedGpuMemory = pid, UNKNOWN if held is None else held
+        return pynvml.NVML_SUCCESS
+
+    def _no_processes(self, handle: int, count: int, filled: int | None) -> int:
+        c_uint.from_address(count).value = 0
+        return pynvml.NVML_SUCCESS
+
+    def _error_string(self, code: int) -> int:
+        words = self._words.setdefault(
+            code, ctypes.create_string_buffer(f"error {code} of the driver".encode())
+        )
+        return ctypes.addressof(words)

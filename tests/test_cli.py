@@ -14,6 +14,7 @@ from autobatch import sinks
 from autobatch.__main__ import main
 from autobatch._page import completed
 from autobatch._text import UNICODE, terminal
+from nvml_standin import DRIVER, GIB, Card, FakeGpu
 from report_examples import example
 
 
@@ -151,6 +152,34 @@ def test_probe_says_which_devices_were_hidden(monkeypatch, capsys):
     main(["probe"])
 
     assert "CUDA_VISIBLE_DEVICES='3,1'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("processes", "told"),
+    [
+        ({41: 3 * GIB, 7: None}, "7: unknown, 41: 3 GiB"),
+        ({}, "none that NVML tells of"),
+    ],
+)
+def test_probe_tells_who_holds_a_gpus_memory(monkeypatch, capsys, processes, told):
+    FakeGpu((Card("aaaa", processes=processes),)).install(monkeypatch)
+
+    assert main(["probe"]) == 0
+
+    shown = capsys.readouterr().out
+    assert f"  processes          {told}\n" in shown
+    assert f"  NVML               driver {DRIVER}\n" in shown
+
+
+def test_probe_shows_a_gpu_that_can_not_be_read_by_the_sentence_that_says_so(
+    monkeypatch, capsys
+):
+    gpu = FakeGpu().install(monkeypatch)
+    gpu.lose()
+
+    assert main(["probe"]) == 0
+
+    assert "NVML said: GPU is lost. Pass device=" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -597,6 +597,7 @@ def test_time_is_kept_for_the_trials_that_confirm_the_plan():
     assert report.plan.effective_batch_size == 720
 
 
+@pytest.mark.curve
 def test_timing_sizes_takes_no_time_from_the_trials_that_confirm_the_plan():
     device = PaperDevice(100, per_sample=1, seconds_per_sample=0.01, seconds_per_step=0)
 

@@ -1,115 +1,516 @@
-"""The main path on a real CUDA device: run with `pytest -m gpu`."""
+"""What is claimed of CUDA: on a CUDA device with `pytest -m gpu`, and always on one of paper, to prove these tests."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
 import pytest
 import torch
-from torch import nn
 
 import autobatch
+from autobatch._memory import memory_budget
+from autobatch._probes import CudaProbe
+from gpu_cases import trained_on, training
+from networks import ResNet
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+NEEDS_CUDA = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="there is no CUDA device"
+)
+CASES = Path(__file__).parent / "gpu_cases.py"
+KINDS = [
+    pytest.param("paper", marks=pytest.mark.slow),
+    pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_CUDA]),
 ]
+SMALL, BAD, NEXT = 8, 64, 16  # sizes tried where one of them runs out of memory
 
-MIB = 2**20
+
+def fits(report):
+    return [trial for trial in report.trials if trial.fits]
 
 
-def network():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Linear(1024, 4096),
-        nn.BatchNorm1d(4096),
-        nn.ReLU(),
-        nn.Dropout(0.1),
-        nn.Linear(4096, 10),
+# The probe
+
+
+def test_another_process_is_counted_with_its_context_and_lessens_the_budget(place):
+    before = place.probe.read()
+
+    with place.neighbour(place.bytes(2)) as context:
+        during = place.probe.read()
+
+    slack = place.bytes(1 / 32)
+    assert context > 0
+    assert abs(during.foreign - before.foreign - place.bytes(2) - context) <= slack
+    lost = memory_budget(before, 0.9) - memory_budget(during, 0.9)
+    assert lost == during.foreign - before.foreign
+
+
+def test_what_another_process_takes_is_kept_out_of_the_search(place):
+    model = place.network()
+    train = training(place, model, torch.optim.AdamW(model.parameters()))
+    options = {"device": place.probe, "max_micro_batch_size": SMALL}
+
+    alone = autobatch.find(train, **options).budget
+    with place.neighbour(place.bytes(2)) as context:
+        beside = autobatch.find(train, **options).budget
+
+    assert alone - beside == pytest.approx(
+        place.bytes(2) + context, abs=place.bytes(1 / 16)
     )
 
 
-def training(model, optimizer):
+def test_the_cap_holds_while_the_device_has_room(place):
+    held = place.probe.read().reserved
+
+    with (
+        place.probe.limited(held + place.bytes(0.25)),
+        pytest.raises(torch.OutOfMemoryError),
+    ):
+        reading = place.probe.read()
+        assert reading.total - reading.used > place.bytes(0.5)
+        place.tensor(place.bytes(0.5))
+
+    assert place.tensor(place.bytes(0.5)).numel() == place.bytes(0.5)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_the_users_own_cap_holds_in_a_search_and_is_back_after_it(place, share):
+    torch.cuda.set_per_process_memory_fraction(share, 0)
+    model = place.network()
+    caps = []
+    plain = training(place, model, torch.optim.AdamW(model.parameters()))
+
     def train(batch_size, accumulate):
+        for _ in plain(batch_size, accumulate):
+            caps.append(torch.cuda.get_per_process_memory_fraction(0))
+            yield
+
+    try:
+        autobatch.find(train, device=place.probe, max_micro_batch_size=SMALL)
+        after = torch.cuda.get_per_process_memory_fraction(0)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, 0)
+
+    assert after == pytest.approx(share, rel=1e-6)
+    assert max(caps) <= min(share, 0.95) + 1e-6
+
+
+# Out of memory
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Tries these, and is content."""
+
+    sizes: tuple[int, ...]
+
+    def propose(self, trials, *, start, high, budget):
+        return self.sizes[len(trials)] if len(trials) < len(self.sizes) else None
+
+
+class Grows(torch.autograd.Function):
+    """A backward pass that takes so many bytes for itself."""
+
+    @staticmethod
+    def forward(ctx, x, nbytes):
+        ctx.nbytes = nbytes
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        scratch = torch.empty(ctx.nbytes, dtype=torch.uint8, device=gradient.device)
+        return gradient * (1 + 0 * len(scratch)), None
+
+
+def all_but(place, nbytes):
+    """Tensors that leave room for one of so many bytes, and for small ones."""
+    room = place.tensor(nbytes)
+    size, taken = place.bytes(1), []
+    while size >= nbytes // 8:
+        try:
+            taken.append(place.tensor(size))
+        except torch.OutOfMemoryError:
+            size //= 2
+    del room
+    return taken
+
+
+@pytest.mark.parametrize("where", ["forward", "backward", "optimizer"])
+def test_after_a_real_out_of_memory_all_is_given_back_and_the_next_trial_runs(
+    place, where
+):
+    model = place.network()
+    optimizer = torch.optim.AdamW(model.parameters())
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    largest = max(p.numel() * p.element_size() for p in model.parameters())
+    at_start, state = [], []
+
+    def train(batch_size):
+        at_start.append(place.held())
         while True:
-            for _ in range(accumulate):
-                x = torch.randn(batch_size, 1024, device="cuda")
-                (model(x).square().mean() / accumulate).backward()
-            optimizer.step()
+            rows = batch_size
+            if batch_size == BAD and where == "forward":
+                # The samples fit, and what the first layer makes of them does not
+                rows = place.bytes(1) // (2 * place.width)
+            loss = model(place.samples(rows)).square().mean()
+            if batch_size == BAD and where == "backward":
+                loss = Grows.apply(loss, place.bytes(2))
+            loss.backward()
+            ballast = None
+            if batch_size == BAD and where == "optimizer":
+                # Room for the first half of the first state, not for the second
+                ballast = all_but(place, largest * 3 // 2)
+            try:
+                optimizer.step()
+            except torch.OutOfMemoryError:
+                state.append(len(optimizer.state))
+                raise
+            del ballast
             optimizer.zero_grad()
             yield
 
-    return train
-
-
-def test_the_largest_that_fits_a_small_allowance_is_found_and_everything_is_given_back():
-    model = network().cuda()
-    optimizer = torch.optim.AdamW(model.parameters())
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    numbers, cap = (
-        torch.cuda.get_rng_state(),
-        torch.cuda.get_per_process_memory_fraction(0),
+    place.probe.release()
+    report = autobatch.find(
+        train,
+        device=place.probe,
+        memory_limit=place.probe.read().reserved + place.bytes(1),
+        search=Sizes((SMALL, BAD, NEXT)),
     )
 
-    report = autobatch.find(training(model, optimizer), memory_limit="2GiB")
-
-    fits = [trial for trial in report.trials if trial.fits]
-    assert report.plan.micro_batch_size == max(trial.batch_size for trial in fits)
-    assert all(trial.peak <= report.budget for trial in fits)
-    assert all(
-        torch.equal(before[name], value) for name, value in model.state_dict().items()
-    )
+    outcomes = [str(trial.outcome) for trial in report.trials]
+    assert outcomes == ["fit", "out_of_memory", "fit"]
+    before, after = at_start[-2:]
+    assert abs(after - before) <= place.bytes(1 / 1024)
+    assert bool(state) == (where == "optimizer")
     assert not optimizer.state
-    assert torch.equal(numbers, torch.cuda.get_rng_state())
-    assert torch.cuda.get_per_process_memory_fraction(0) == cap
+    assert all(
+        torch.equal(weights[n], value) for n, value in model.state_dict().items()
+    )
 
 
-def test_a_real_out_of_memory_leaves_nothing_on_the_device():
-    model = network().cuda()
-    optimizer = torch.optim.AdamW(model.parameters())
-    torch.cuda.empty_cache()
-    held = torch.cuda.memory_allocated()
+def test_a_search_that_runs_into_the_limit_leaves_nothing_on_the_device(place):
+    model = place.network()
+    train = training(place, model, torch.optim.AdamW(model.parameters()))
+    next(train(SMALL, 1))  # what the libraries keep for good
+    model.zero_grad()
+    held = place.held()
 
-    autobatch.find(
-        training(model, optimizer),
-        memory_limit="1GiB",
+    report = autobatch.find(
+        train,
+        device=place.probe,
+        memory_limit=place.probe.read().reserved + place.bytes(0.5),
         search=autobatch.Bisection(),
         steps_per_trial=2,
     )
 
-    assert torch.cuda.memory_allocated() - held <= MIB
+    assert any(not trial.fits for trial in report.trials)
+    assert place.held() - held <= place.bytes(1 / 512)
 
 
-def test_a_trainer_on_the_gpu_trains_with_what_was_found():
-    pl = pytest.importorskip("pytorch_lightning")
-    from torch.utils.data import DataLoader, TensorDataset
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_error_that_ends_the_context_stays_the_users(kind):
+    ran = alone("assertion", kind)
 
-    class Model(pl.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.net = network()
-            self.sizes = []
+    assert ran.returncode != 0
+    assert "autobatch was trying batch_size=8" in ran.stderr
+    if kind == "cuda":
+        assert "device-side assert" in ran.stderr
+        assert "autobatch could not give everything back" in ran.stderr
+    else:
+        assert "IndexError" in ran.stderr
 
-        def training_step(self, batch, _):
-            self.sizes.append(len(batch[0]))
-            return self.net(batch[0]).square().mean()
 
-        def configure_optimizers(self):
-            return torch.optim.AdamW(self.parameters())
+# What is found
 
-    model = Model()
-    callback = autobatch.AutoBatch(target_batch_size=4096, memory_limit="1GiB")
-    trainer = pl.Trainer(
-        max_epochs=1,
-        callbacks=[callback],
-        accelerator="gpu",
-        devices=1,
-        precision="bf16-mixed",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
+
+def largest_by_scan(place, budget):
+    """The largest size that fits, by trials alone: no peak is read to choose the next."""
+    model = place.network()
+    train = training(place, model, torch.optim.AdamW(model.parameters()))
+    search = autobatch.Bisection(resolution=0.002 if place.is_real else 0.02)
+    report = autobatch.find(
+        train, device=place.probe, memory_limit=budget, search=search
     )
-    trainer.fit(
-        model, DataLoader(TensorDataset(torch.randn(8192, 1024)), batch_size=16)
+    return max(trial.batch_size for trial in fits(report))
+
+
+@pytest.mark.parametrize("gib", [2, 8, 24])
+def test_the_size_found_is_the_largest_that_a_scan_finds_but_for_3_percent(place, gib):
+    if place.is_real:
+        free = torch.cuda.mem_get_info(0)[0]
+        if free < place.bytes(gib):
+            pytest.skip(f"less than {gib} GiB are free on this device")
+    budget = place.bytes(gib)
+    model = place.network()
+    train = training(place, model, torch.optim.AdamW(model.parameters()))
+
+    report = autobatch.find(train, device=place.probe, memory_limit=budget)
+
+    assert report.budget <= budget
+    assert all(trial.peak <= report.budget for trial in fits(report))
+    del model, train
+    truth = largest_by_scan(place, budget)
+    print(f"{gib} GiB: found {report.plan.micro_batch_size}, scan {truth}")
+    assert report.plan.micro_batch_size >= 0.97 * truth
+
+
+def in_float32(place, model, optimizer):
+    return training(place, model, optimizer), []
+
+
+def in_bf16(place, model, optimizer):
+    def train(batch_size, accumulate):
+        while True:
+            for _ in range(accumulate):
+                with torch.autocast(place.device.partition(":")[0], torch.bfloat16):
+                    loss = model(place.samples(batch_size)).square().mean()
+                (loss / accumulate).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            yield
+
+    return train, []
+
+
+def in_fp16(place, model, optimizer):
+    scaler = torch.amp.GradScaler("cuda")
+
+    def train(batch_size, accumulate):
+        while True:
+            for _ in range(accumulate):
+                with torch.autocast("cuda", torch.float16):
+                    loss = model(place.samples(batch_size)).square().mean()
+                scaler.scale(loss / accumulate).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            yield
+
+    return train, [scaler]
+
+
+def compiled(place, model, optimizer):
+    return training(place, torch.compile(model), optimizer), [model]
+
+
+def convolutions(place, model, optimizer):
+    """With cuDNN trying its algorithms, each with a workspace of its own."""
+    network = ResNet().to(place.device)
+    stepped = torch.optim.AdamW(network.parameters())
+
+    def train(batch_size, accumulate):
+        while True:
+            for _ in range(accumulate):
+                images = torch.randn(batch_size, 3, 32, 32, device=place.device)
+                (network(images).square().mean() / accumulate).backward()
+            stepped.step()
+            stepped.zero_grad()
+            yield
+
+    return train, []
+
+
+@pytest.mark.parametrize(
+    ("how", "accumulate"),
+    [
+        (in_float32, 1),
+        (in_float32, 4),
+        (in_bf16, 4),
+        (in_fp16, 1),
+        (in_fp16, 4),
+        (compiled, 1),
+        (convolutions, 1),
+    ],
+)
+def test_training_with_what_was_found_never_runs_out_of_memory(
+    place, monkeypatch, how, accumulate
+):
+    if not place.is_real and how in (in_fp16, compiled, convolutions):
+        pytest.skip("on paper only what the CPU does as a GPU would")
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", how is convolutions)
+    model = place.network()
+    optimizer = torch.optim.AdamW(model.parameters())
+    train, restore = how(place, model, optimizer)
+    place.probe.release()
+    limit = place.probe.read().reserved + place.bytes(1)
+    options = {"device": place.probe, "memory_limit": limit, "restore": restore}
+    largest = autobatch.find(train, **options).plan.micro_batch_size
+    report = autobatch.find(
+        train,
+        **options,
+        target_batch_size=None if accumulate == 1 else accumulate * largest,
     )
 
-    assert callback.report.plan.effective_batch_size == 4096
-    assert set(model.sizes) == {callback.report.plan.micro_batch_size}
+    failures = trained_on(place, train, report)
+
+    print(f"{how.__name__}: {report.plan}, {len(report.trials)} trials")
+    if how is compiled:
+        torch.compiler.reset()
+    assert report.plan.accumulate_grad_batches >= accumulate
+    assert failures == 0
+
+
+def test_a_cache_full_of_holes_is_counted_and_trains_as_found(place):
+    mib = place.bytes(1 / 1024)
+    # Of these allocations several share a segment, which can not be given back while one of them lives
+    blocks = [place.tensor((3 + k % 7) * mib) for k in range(256)]
+    del blocks[::2]
+    place.probe.release()
+    reading = place.probe.read()
+    model = place.network()
+    train = training(place, model, torch.optim.AdamW(model.parameters()))
+
+    report = autobatch.find(
+        train, device=place.probe, memory_limit=reading.reserved + place.bytes(1)
+    )
+
+    assert reading.reserved >= sum(block.numel() for block in blocks)
+    assert trained_on(place, train, report) == 0
+
+
+# No trace
+
+
+def test_weights_state_and_random_numbers_are_given_back(place):
+    model = place.network()
+    optimizer = torch.optim.AdamW(model.parameters())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    host = torch.get_rng_state()
+    device = torch.cuda.get_rng_state() if place.is_real else None
+
+    autobatch.find(
+        training(place, model, optimizer),
+        device=place.probe,
+        memory_limit=place.probe.read().reserved + place.bytes(1),
+    )
+
+    assert all(torch.equal(before[n], value) for n, value in model.state_dict().items())
+    assert not optimizer.state
+    assert torch.equal(host, torch.get_rng_state())
+    if place.is_real:
+        assert torch.equal(device, torch.cuda.get_rng_state())
+
+
+# Settings that a process reads once
+
+
+def alone(case, kind, **environment):
+    return subprocess.run(
+        [sys.executable, CASES, case, kind],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=False,
+        timeout=240,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+    )
+
+
+def told(ran):
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    return json.loads(ran.stdout.strip().splitlines()[-1])
+
+
+ALLOCATORS = {
+    "native": "",
+    "expandable": "expandable_segments:True",
+    "split": "max_split_size_mb:128",
+    "async": "backend:cudaMallocAsync",
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        pytest.param("paper", "", id="paper", marks=pytest.mark.slow),
+        *(
+            pytest.param("cuda", settings, id=name, marks=[pytest.mark.gpu, NEEDS_CUDA])
+            for name, settings in ALLOCATORS.items()
+        ),
+    ],
+)
+def test_every_allocator_of_torch_can_be_searched_and_trained_on(kind, settings):
+    # The first name is the newer one; each version of torch reads one of them
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    asked = dict.fromkeys(names, settings) if settings else {}
+
+    found = told(alone("allocator", kind, **asked))
+
+    print(found)
+    fitting = [size for size, outcome, _ in found["trials"] if outcome == "fit"]
+    assert found["found"] == max(fitting)
+    assert all(
+        peak <= found["budget"]
+        for _, outcome, peak in found["trials"]
+        if outcome == "fit"
+    )
+    assert found["failures"] == 0
+    assert found["share"] == 1.0
+    if "Async" in settings:
+        assert found["backend"] == "cudaMallocAsync"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_after_tuning_is_the_same_to_the_bit(kind):
+    needs_lightning()
+
+    # Without this cuBLAS is not deterministic, and torch refuses it
+    found = told(alone("identity", kind, CUBLAS_WORKSPACE_CONFIG=":4096:8"))
+
+    assert found["differs"] == []
+    assert found["effective"] == found["asked"] == 120
+    assert found["updates"] == 8
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_process_of_ddp_is_tuned_and_trains(kind):
+    needs_lightning()
+
+    found = told(alone("ddp", kind))
+
+    assert found["backend"] == ("nccl" if kind == "cuda" else "gloo")
+    assert found["wrapped"] == "DistributedDataParallel"
+    assert (found["effective"], found["ranks"]) == (120, 1)
+    assert found["steps"] > 0
+
+
+def needs_lightning():
+    import importlib.util
+
+    if not any(map(importlib.util.find_spec, ("lightning", "pytorch_lightning"))):
+        pytest.skip("needs Lightning")
+
+
+# Several devices, and parts of one: in test_probes.py on paper, here where there are any
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_each_of_several_devices_is_read_as_itself():
+    probes = [CudaProbe(0), CudaProbe(1)]
+    before = [probe.read() for probe in probes]
+    tensor = torch.empty(2**30, dtype=torch.uint8, device="cuda:1")
+
+    after = [probe.read() for probe in probes]
+
+    assert after[1].reserved - before[1].reserved >= tensor.numel()
+    assert after[0].reserved == before[0].reserved
+    assert after[1].used - before[1].used >= tensor.numel()
+    assert abs(after[0].used - before[0].used) < tensor.numel() // 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("MIG-"),
+    reason="needs CUDA_VISIBLE_DEVICES to name a MIG instance",
+)
+def test_a_real_mig_instance_is_read_as_itself():
+    probe = CudaProbe(0)
+
+    assert probe.source == "NVML"
+    total = torch.cuda.get_device_properties(0).total_memory
+    assert probe.read().total == pytest.approx(total, rel=0.05)

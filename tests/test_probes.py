@@ -6,9 +6,12 @@ import types
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import pynvml
 import pytest
 import torch
 
+import autobatch
+from autobatch._host import HostMemory
 from autobatch._memory import is_oom
 from autobatch._probes import CudaProbe, HostProbe, detect
 from autobatch.errors import ProbeError
@@ -52,6 +55,8 @@ def cuda_on_paper(monkeypatch):
 
 
 def real_cuda(monkeypatch):
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
     return Case(CudaProbe(0), lambda nbytes: tensor_on("cuda:0", nbytes))
 
 
@@ -64,7 +69,9 @@ PROBES = (
     host,
     simulated,
     cuda_on_paper,
-    pytest.param(real_cuda, marks=pytest.mark.gpu),
+    pytest.param(
+        real_cuda, marks=[pytest.mark.gpu, pytest.mark.filterwarnings("default")]
+    ),
 )
 
 
@@ -339,7 +346,9 @@ def test_statistics_that_do_not_exist_yet_are_no_failures(monkeypatch):
     FakeGpu().install(monkeypatch)
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda index: {})
 
-    assert CudaProbe(0).read().failures == 0
+    reading = CudaProbe(0).read()
+
+    assert (reading.reserved, reading.peak, reading.failures) == (0, 0, 0)
 
 
 def test_the_clock_waits_for_its_own_device(monkeypatch):
@@ -359,25 +368,39 @@ def test_nvml_is_opened_once_per_probe(monkeypatch):
     probe.read()
     probe.read()
 
-    assert gpu.calls["nvmlInit"] == 1
+    assert gpu.calls["nvmlInitWithFlags"] == 1
 
 
 # CUDA, where NVML is no help
 
 
 @pytest.mark.parametrize(
-    ("function", "said"),
+    ("function", "code", "said"),
     [
-        ("nvmlInit", "Driver/library version mismatch"),
-        ("nvmlInit", "NVML Shared Library Not Found"),
-        ("nvmlDeviceGetHandleByUUID", "Not Found"),
-        ("nvmlDeviceGetMemoryInfo", "Not Supported"),
+        (
+            "nvmlInitWithFlags",
+            pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH,
+            "RM has detected an NVML/RM version mismatch (the driver was updated while it ran; restart the machine)",
+        ),
+        ("nvmlInitWithFlags", pynvml.NVML_ERROR_DRIVER_NOT_LOADED, "Driver Not Loaded"),
+        ("nvmlInitWithFlags", 4321, "error 4321 of the driver"),
+        ("nvmlDeviceGetHandleByUUID", pynvml.NVML_ERROR_NOT_FOUND, "Not Found"),
+        (
+            "nvmlDeviceGetHandleByUUID",
+            pynvml.NVML_ERROR_NO_PERMISSION,
+            "Insufficient Permissions",
+        ),
+        (
+            "nvmlDeviceGetMemoryInfo",
+            pynvml.NVML_ERROR_NOT_SUPPORTED,
+            "Not Supported (the driver does not count the memory of this device)",
+        ),
     ],
 )
 def test_where_nvml_refuses_cuda_is_asked_and_the_source_says_why(
-    monkeypatch, function, said
+    monkeypatch, function, code, said
 ):
-    gpu = FakeGpu((Card("aaaa", others=6 * GIB),), refusals={function: said}).install(
+    gpu = FakeGpu((Card("aaaa", others=6 * GIB),), refusals={function: code}).install(
         monkeypatch
     )
 
@@ -388,8 +411,90 @@ def test_where_nvml_refuses_cuda_is_asked_and_the_source_says_why(
     assert others(probe) == 6 * GIB
 
 
+def test_without_the_drivers_library_cuda_is_asked(monkeypatch):
+    FakeGpu(has_library=False).install(monkeypatch)
+
+    assert CudaProbe(0).source == (
+        "torch.cuda.mem_get_info, because NVML said: NVML Shared Library Not Found (no libnvidia-ml.so.1 is installed)"
+    )
+
+
+def test_a_driver_that_is_too_old_to_know_a_function_is_not_asked_for_it(monkeypatch):
+    FakeGpu(lacks={"nvmlDeviceGetHandleByUUID"}).install(monkeypatch)
+
+    assert CudaProbe(0).source == (
+        "torch.cuda.mem_get_info, because NVML said: Function Not Found"
+    )
+
+
+def test_a_device_that_shares_the_hosts_memory_has_no_more_than_the_host_has_left(
+    monkeypatch,
+):
+    card = Card("aaaa", total=128 * GIB, others=4 * GIB, is_integrated=True)
+    refusals = {"nvmlDeviceGetMemoryInfo": pynvml.NVML_ERROR_NOT_SUPPORTED}
+    FakeGpu((card,), refusals=refusals).install(monkeypatch)
+    left = HostMemory(available=30 * GIB, shared=None)
+    monkeypatch.setattr(HostMemory, "here", lambda: left)
+
+    probe = CudaProbe(0)
+    reading = probe.read()
+
+    assert reading.total - reading.used == 30 * GIB
+    assert "Not Supported" in probe.source
+    assert probe.source.endswith("because they share one memory")
+
+
+def test_where_the_host_does_not_say_what_it_has_left_the_device_is_believed(
+    monkeypatch,
+):
+    card = Card("aaaa", total=128 * GIB, is_integrated=True)
+    FakeGpu((card,)).install(monkeypatch)
+    monkeypatch.setattr(HostMemory, "here", lambda: HostMemory(None, None))
+
+    assert others(CudaProbe(0)) == 0
+
+
+def test_the_processes_on_a_device_are_told_with_what_each_holds(monkeypatch):
+    card = Card("aaaa", processes={41: 3 * GIB, 42: None, 77: 5})
+    FakeGpu((card,)).install(monkeypatch)
+
+    assert CudaProbe(0).processes() == {41: 3 * GIB, 42: None, 77: 5}
+
+
+def test_a_device_without_processes_has_none(monkeypatch):
+    FakeGpu().install(monkeypatch)
+
+    assert CudaProbe(0).processes() == {}
+
+
+@pytest.mark.parametrize(
+    "machine",
+    [
+        FakeGpu(has_library=False),
+        FakeGpu(lacks={"nvmlDeviceGetComputeRunningProcesses_v3"}),
+        FakeGpu(
+            refusals={
+                "nvmlDeviceGetGraphicsRunningProcesses_v3": pynvml.NVML_ERROR_NO_PERMISSION
+            }
+        ),
+    ],
+    ids=["no library", "old driver", "no permission"],
+)
+def test_where_nvml_tells_of_no_processes_memory_is_read_all_the_same(
+    monkeypatch, machine
+):
+    machine.install(monkeypatch)
+    probe = CudaProbe(0)
+    before = probe.source
+
+    assert probe.processes() is None
+    assert probe.source == before
+    assert others(probe) == 0
+
+
 def test_where_mig_is_unknown_to_a_card_nvml_is_still_used(monkeypatch):
-    FakeGpu(refusals={"nvmlDeviceGetMigMode": "Not Supported"}).install(monkeypatch)
+    refusals = {"nvmlDeviceGetMigMode": pynvml.NVML_ERROR_NOT_SUPPORTED}
+    FakeGpu(refusals=refusals).install(monkeypatch)
 
     assert CudaProbe(0).source == "NVML"
 
@@ -399,7 +504,7 @@ def test_where_nvml_fails_later_cuda_is_asked_from_then_on(monkeypatch):
     probe = CudaProbe(0)
     assert probe.source == "NVML"
 
-    gpu.refusals["nvmlDeviceGetMemoryInfo"] = "GPU is lost"
+    gpu.refusals["nvmlDeviceGetMemoryInfo"] = pynvml.NVML_ERROR_GPU_IS_LOST
     probe.read()
     gpu.refusals.clear()
 
@@ -442,19 +547,106 @@ def test_a_module_that_only_has_pynvmls_name_is_not_used(monkeypatch):
     )
 
 
-def test_where_neither_can_be_read_the_error_says_the_way_out(monkeypatch):
+def test_where_neither_can_be_read_the_error_says_both_reasons_and_the_way_out(
+    monkeypatch,
+):
     FakeGpu(
         refusals={
-            "nvmlInit": "Driver Not Loaded",
-            "mem_get_info": "CUDA error: not permitted",
+            "nvmlInitWithFlags": pynvml.NVML_ERROR_DRIVER_NOT_LOADED,
+            "mem_get_info": "CUDA error: not permitted\nFor debugging consider passing CUDA_LAUNCH_BLOCKING=1",
         }
     ).install(monkeypatch)
 
     with pytest.raises(
         ProbeError,
-        match=r"cuda:0 can not be read: CUDA error: not permitted\. Pass device=",
+        match=r"cuda:0 can not be read: CUDA error: not permitted; NVML said: Driver Not Loaded\. Pass device=",
     ):
         CudaProbe(0)
+
+
+def test_a_gpu_that_disappears_is_told_as_what_it_is(monkeypatch):
+    gpu = FakeGpu().install(monkeypatch)
+    probe = CudaProbe(0)
+
+    gpu.lose()
+
+    with pytest.raises(
+        ProbeError, match=r"unspecified launch failure; NVML said: GPU is lost\."
+    ):
+        probe.read()
+
+
+def test_a_gpu_that_disappears_in_a_trial_ends_the_search_with_a_sentence(monkeypatch):
+    gpu = FakeGpu().install(monkeypatch)
+    sizes = []
+
+    def train(batch_size):
+        sizes.append(batch_size)
+        while True:
+            with gpu.holding(0, batch_size * GIB // 64):
+                if len(sizes) == 2:
+                    gpu.lose()
+            yield
+
+    with pytest.raises(ProbeError, match="GPU is lost"):
+        autobatch.find(train, device=CudaProbe(0))
+
+    assert gpu.cards[0].share == 1.0
+
+
+def test_an_error_of_the_device_is_not_hidden_by_a_cap_that_can_not_be_put_back(
+    monkeypatch,
+):
+    FakeGpu().install(monkeypatch)
+    probe = CudaProbe(0)
+
+    def fail(share, index):
+        raise RuntimeError("CUDA error: device-side assert triggered (again)")
+
+    with pytest.raises(RuntimeError, match=r"assert triggered$"), probe.limited(GIB):
+        monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fail)
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+
+def test_an_allocator_that_keeps_no_count_is_refused_with_the_way_out(monkeypatch):
+    FakeGpu().install(monkeypatch)
+
+    def refuse(index):
+        raise RuntimeError("CUDAPluggableAllocator does not yet support getDeviceStats")
+
+    monkeypatch.setattr(torch.cuda, "memory_stats", refuse)
+
+    with pytest.raises(
+        ProbeError, match=r"does not tell what it holds .* Pass device="
+    ):
+        CudaProbe(0)
+
+
+@pytest.mark.parametrize(
+    "told", [lambda index: 2.0**64 / (80 * GIB), "refuses"], ids=["async", "refuses"]
+)
+def test_an_allocator_that_knows_no_cap_is_left_without_one(monkeypatch, told):
+    card = FakeGpu().install(monkeypatch).cards[0]
+
+    def refuse(index):
+        raise RuntimeError("not supported")
+
+    name = "get_per_process_memory_fraction"
+    monkeypatch.setattr(torch.cuda, name, refuse if told == "refuses" else told)
+
+    with CudaProbe(0).limited(GIB):
+        assert card.share < 1.0
+
+    assert card.share == 1.0
+
+
+def test_an_allocation_that_is_refused_ahead_of_the_driver_is_a_failure(monkeypatch):
+    FakeGpu().install(monkeypatch)
+    monkeypatch.setattr(
+        torch.cuda, "memory_stats", lambda index: {"num_oom_rejections": 2}
+    )
+
+    assert CudaProbe(0).read().failures == 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
@@ -722,6 +914,8 @@ def test_a_device_of_another_kind_needs_a_probe_of_the_users(device):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.filterwarnings("default")
 def test_a_real_card_is_read_by_nvml_and_by_cuda_alike(monkeypatch):
     torch.ones(1, device="cuda:0")
     by_nvml = CudaProbe(0)

@@ -362,3 +362,21 @@ def test_a_helper_that_knows_its_own_state_is_given_back():
         model.average.shadow["w"].add_(1)
 
     assert model.average.shadow["w"].tolist() == [0, 0]
+
+
+def test_an_error_in_the_body_is_not_hidden_by_what_can_not_be_given_back():
+    class Refuses:
+        def state_dict(self):
+            return {}
+
+        def load_state_dict(self, state):
+            raise RuntimeError("CUDA error: device-side assert triggered")
+
+    thing = Refuses()
+
+    with pytest.raises(KeyError, match="user") as caught, Snapshot() as snapshot:
+        snapshot.capture(thing)
+        raise KeyError("user")
+
+    (note,) = caught.value.__notes__
+    assert note.startswith("autobatch could not give everything back: RuntimeError(")

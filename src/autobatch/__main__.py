@@ -183,7 +183,23 @@ def _seen(probe: MemoryProbe, limit: float) -> dict[str, str]:
         "this process": format_bytes(reading.reserved),
         "budget": f"{format_bytes(budget)} at a memory_limit of {shown}",
         "read from": probe.source,
+        **_processes(probe),
     }
+
+
+def _processes(probe: MemoryProbe) -> dict[str, str]:
+    """Who holds a GPU's memory, as far as NVML tells; in a container these may be the host's numbers, or none."""
+    from autobatch._memory import format_bytes
+    from autobatch._probes import CudaProbe
+
+    found = probe.processes() if isinstance(probe, CudaProbe) else None
+    if found is None:
+        return {}
+    told = [
+        f"{process}: {'unknown' if held is None else format_bytes(held)}"
+        for process, held in sorted(found.items())
+    ]
+    return {"processes": ", ".join(told) or "none that NVML tells of"}
 
 
 def _print(rows: dict[str, str]) -> None:

@@ -7,9 +7,15 @@ import ctypes
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-from autobatch._host import bytes_in, control_groups, machine_level, text_of
+from autobatch._host import (
+    HostMemory,
+    bytes_in,
+    control_groups,
+    machine_level,
+    text_of,
+)
 from autobatch._memory import MemoryReading, format_bytes
 from autobatch.errors import ProbeError
 
@@ -23,6 +29,9 @@ if TYPE_CHECKING:
 
 __all__ = ["CudaProbe", "HostProbe", "detect"]
 
+
+# Counts of the allocator that show a refused or repeated allocation; the last is torch 2.13's, before cudaMalloc is asked
+_FAILURES: Final = ("num_alloc_retries", "num_ooms", "num_oom_rejections")
 
 _WAY_OUT = "Pass device= a MemoryProbe of your own, or autobatch.testing.SimulatedAccelerator('8GiB')."
 
@@ -81,26 +90,44 @@ class CudaProbe:
             ) from error
         self.name = f"{properties.name} (cuda:{self._index})"
         self.device = f"cuda:{self._index}"
-        self.source = "NVML"
         self._total = properties.total_memory  # bytes; torch's caps are shares of this
+        self._is_integrated = bool(getattr(properties, "is_integrated", False))
+        self._refused = ""  # why NVML is not asked
         try:
             self._nvml = _NvmlDevice(self._index, properties.uuid, self._total)
         except Exception as error:
             self._fall_back(error)
-        self._free_and_total()  # can not be read: better known now than in the first trial
+        self.read()  # can not be read: better known now than in the first trial
+
+    @property
+    def source(self) -> str:
+        """Where the readings come from, and why from there."""
+        said = "NVML"
+        if self._nvml is None:
+            said = f"torch.cuda.mem_get_info, because {self._refused}"
+        if self._is_integrated:
+            said += "; no more than the host has left is counted as free, because they share one memory"
+        return said
 
     def read(self) -> MemoryReading:
         """Read the memory as it is now."""
         import torch
 
         free, total = self._free_and_total()
-        stats = torch.cuda.memory_stats(self._index)
+        try:
+            stats = torch.cuda.memory_stats(self._index)
+        except (
+            RuntimeError
+        ) as error:  # not every allocator that can be plugged in counts
+            raise ProbeError(
+                f"torch's allocator does not tell what it holds of cuda:{self._index}: {_first_line(error)}. {_WAY_OUT}"
+            ) from error
         return MemoryReading(
             total=total,
             used=total - free,
-            reserved=torch.cuda.memory_reserved(self._index),
-            peak=torch.cuda.max_memory_reserved(self._index),
-            failures=stats.get("num_alloc_retries", 0) + stats.get("num_ooms", 0),
+            reserved=stats.get("reserved_bytes.all.current", 0),
+            peak=stats.get("reserved_bytes.all.peak", 0),
+            failures=sum(stats.get(count, 0) for count in _FAILURES),
         )
 
     @contextlib.contextmanager
@@ -108,16 +135,32 @@ class CudaProbe:
         """Reset the peak, and cap torch's allocator at `budget` or at the user's own cap, whichever is lower."""
         import torch
 
-        # Older versions of torch set a cap but can not tell it: there a cap of the user's is lifted afterwards
-        ask = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)
-        own: float = ask(self._index)
+        own = self._own_share()
         share = min(own, max(budget, 0) / self._total)
         torch.cuda.reset_peak_memory_stats(self._index)
         torch.cuda.set_per_process_memory_fraction(share, self._index)
         try:
             yield
-        finally:
-            torch.cuda.set_per_process_memory_fraction(own, self._index)
+        except BaseException:
+            # A device that has failed for good refuses this as well, and what failed it is what has to be told
+            with contextlib.suppress(RuntimeError):
+                torch.cuda.set_per_process_memory_fraction(own, self._index)
+            raise
+        torch.cuda.set_per_process_memory_fraction(own, self._index)
+
+    def _own_share(self) -> float:
+        """The cap that the user has set, as a share; 1.0 is none."""
+        import torch
+
+        # Older versions of torch set a cap but can not tell it: there a cap of the user's is lifted afterwards
+        ask = getattr(torch.cuda, "get_per_process_memory_fraction", None)
+        if ask is None:
+            return 1.0
+        try:
+            own: float = ask(self._index)
+        except RuntimeError:  # an allocator that knows no caps
+            return 1.0
+        return min(1.0, own)  # cudaMallocAsync tells of far more where none is set
 
     def attach(self, *objects: Any) -> None:
         """Nothing: CUDA's allocator knows what lives on the device."""
@@ -135,7 +178,21 @@ class CudaProbe:
         torch.cuda.synchronize(self._index)
         return time.perf_counter()
 
+    def processes(self) -> dict[int, int | None] | None:
+        """Bytes that each process holds, by its id, or None where NVML does not know; None where it tells of none at all."""
+        if self._nvml is None:
+            return None
+        try:
+            return self._nvml.processes()
+        except Exception:
+            return None  # nothing depends on it, and memory may be told all the same
+
     def _free_and_total(self) -> tuple[int, int]:
+        free, total = self._from_driver()
+        available = HostMemory.here().available if self._is_integrated else None
+        return free if available is None else min(free, available), total
+
+    def _from_driver(self) -> tuple[int, int]:
         import torch
 
         if self._nvml is not None:
@@ -147,13 +204,13 @@ class CudaProbe:
             return torch.cuda.mem_get_info(self._index)
         except RuntimeError as error:
             raise ProbeError(
-                f"The memory of cuda:{self._index} can not be read: {error}. {_WAY_OUT}"
+                f"The memory of cuda:{self._index} can not be read: {_first_line(error)}; {self._refused}. {_WAY_OUT}"
             ) from error
 
     def _fall_back(self, error: Exception) -> None:
         """Read from CUDA from now on: the two count differently, so they are never mixed."""
         self._nvml = None
-        self.source = f"torch.cuda.mem_get_info, because {_why(error)}"
+        self._refused = _why(error)
 
 
 class _NvmlDevice:
@@ -182,6 +239,15 @@ class _NvmlDevice:
             )
         return memory.free, memory.total
 
+    def processes(self) -> dict[int, int | None]:
+        """Bytes by process; None where the driver does not know, as on Windows and in WSL."""
+        found: dict[int, int | None] = {}
+        for kind in ("Compute", "Graphics"):
+            ask = getattr(self._pynvml, f"nvmlDeviceGet{kind}RunningProcesses")
+            for process in ask(self._handle):
+                found[process.pid] = process.usedGpuMemory
+        return found
+
     def _mig_is_on(self) -> bool:
         try:
             current, _pending = self._pynvml.nvmlDeviceGetMigMode(self._handle)
@@ -201,6 +267,14 @@ def _mig_instance(index: int) -> str | None:
     return name if name.startswith("MIG-") else None
 
 
+# What NVML's words leave open, by the code of the error in nvml.h
+_MEANING: Final = {
+    3: "the driver does not count the memory of this device",  # NOT_SUPPORTED: unified memory, Jetson
+    12: "no libnvidia-ml.so.1 is installed",  # LIBRARY_NOT_FOUND
+    18: "the driver was updated while it ran; restart the machine",  # LIB_RM_VERSION_MISMATCH
+}
+
+
 def _why(error: Exception) -> str:
     if isinstance(error, ImportError):
         return "pynvml can not be imported"
@@ -208,7 +282,14 @@ def _why(error: Exception) -> str:
         return "the module pynvml is not the one from nvidia-ml-py"
     if isinstance(error, _NotThisDeviceError):
         return str(error)
-    return f"NVML said: {error}".rstrip(".")
+    said = f"NVML said: {error}".rstrip(".")
+    meaning = _MEANING.get(getattr(error, "value", 0))
+    return f"{said} ({meaning})" if meaning else said
+
+
+def _first_line(error: Exception) -> str:
+    """What CUDA says, without its advice on debugging."""
+    return str(error).partition("\n")[0].rstrip(".")
 
 
 class HostProbe:

@@ -73,6 +73,11 @@ class Snapshot:
     ) -> None:
         try:
             self.restore()
+        except Exception as refusal:
+            if error is None:
+                raise
+            # What came first is what has to be told: a GPU that failed for good takes nothing back
+            error.add_note(f"autobatch could not give everything back: {refusal!r}")
         finally:
             self.forget()
 

@@ -1,0 +1,216 @@
+"""What needs a process of its own on a GPU: settings that are read once, and errors that end a CUDA context.
+
+python gpu_cases.py allocator|identity|ddp|assertion cuda|paper     prints JSON in its last line
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import autobatch
+from autobatch import _curve
+from gpu_place import on_cuda, on_paper
+from sameness import same
+
+
+def training(place, model, optimizer):
+    def train(batch_size, accumulate):
+        while True:
+            for _ in range(accumulate):
+                loss = model(place.samples(batch_size)).square().mean()
+                (loss / accumulate).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            yield
+
+    return train
+
+
+def trained_on(place, train, report):
+    """Allocations that were refused or repeated in 200 steps of a plan within its budget; on paper in 20."""
+    probe = place.probe
+    before = probe.read().failures
+    plan = report.plan
+    loop = train(plan.micro_batch_size, plan.accumulate_grad_batches)
+    probe.release()
+    with probe.limited(report.budget), contextlib.closing(loop):
+        for _ in range(200 if place.is_real else 20):
+            next(loop)
+        probe.clock()
+    return probe.read().failures - before
+
+
+def allocator(place):
+    """A search and a training with whatever allocator the environment asked for."""
+    model = place.network()
+    train = training(place, model, torch.optim.AdamW(model.parameters()))
+    report = autobatch.find(train, device=place.probe, memory_limit=place.bytes(1))
+    return {
+        "backend": torch.cuda.get_allocator_backend() if place.is_real else "paper",
+        "found": report.plan.micro_batch_size,
+        "budget": report.budget,
+        "trials": [
+            (trial.batch_size, str(trial.outcome), trial.peak)
+            for trial in report.trials
+        ],
+        "failures": trained_on(place, train, report),
+        "share": place.probe._own_share(),
+    }
+
+
+def lightning():
+    for name in ("pytorch_lightning", "lightning.pytorch"):
+        with contextlib.suppress(ModuleNotFoundError):
+            return importlib.import_module(name)
+    raise SystemExit("needs Lightning")
+
+
+def lightning_model(pl):
+    class Model(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(
+                nn.Linear(16, 256),
+                nn.BatchNorm1d(256),
+                nn.ReLU(),
+                nn.Dropout(0.3),
+                nn.Linear(256, 4),
+            )
+            self.losses = []
+
+        def training_step(self, batch, _):
+            loss = F.cross_entropy(self.net(batch[0]), batch[1])
+            self.losses.append(loss.detach().cpu())
+            return loss
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters())
+
+    return Model()
+
+
+def fitted(place, plan, callback, **options):
+    pl = lightning()
+    pl.seed_everything(1, verbose=False)
+    model = lightning_model(pl)
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(480, 16, generator=generator)
+    data = TensorDataset(x, x[:, :4].argmax(1))
+    trainer = pl.Trainer(
+        **{
+            "max_epochs": 2,
+            "accelerator": "gpu" if place.is_real else "cpu",
+            "devices": 1,
+            "callbacks": [callback] if callback else [],
+            "accumulate_grad_batches": plan.accumulate_grad_batches,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            **options,
+        }
+    )
+    trainer.fit(model, DataLoader(data, plan.micro_batch_size, shuffle=True))
+    cuda = torch.cuda.get_rng_state() if place.is_real else None
+    weights = {name: value.cpu() for name, value in model.state_dict().items()}
+    return {
+        "losses": model.losses,
+        "weights": weights,
+        "numbers": torch.get_rng_state(),
+        "cuda numbers": cuda,
+    }
+
+
+def identity(place):
+    """A training after tuning beside the same with its two numbers written by hand."""
+    torch.use_deterministic_algorithms(mode=True)
+    plan = autobatch.BatchPlan(24, 5)
+    tuner = autobatch.AutoBatch(
+        target_batch_size=120, max_micro_batch_size=24, device=place.probe
+    )
+    options = {"deterministic": True}
+    tuned = fitted(place, autobatch.BatchPlan(4), tuner, **options)
+    found = tuner.report.plan
+    by_hand = fitted(place, found, None, **options)
+    return {
+        "differs": [name for name in tuned if not same(tuned[name], by_hand[name])],
+        "effective": found.effective_batch_size,
+        "asked": plan.effective_batch_size,
+        "updates": len(tuned["losses"]) // found.accumulate_grad_batches,
+    }
+
+
+def ddp(place):
+    """One process, wrapped as many would be: NCCL on a GPU."""
+    pl = lightning()
+    backend = "nccl" if place.is_real else "gloo"
+    strategy = importlib.import_module(f"{pl.__name__}.strategies").DDPStrategy(
+        process_group_backend=backend
+    )
+    tuner = autobatch.AutoBatch(
+        target_batch_size=120, max_micro_batch_size=24, device=place.probe
+    )
+    used = {}
+
+    class Watch(pl.Callback):
+        def on_train_start(self, trainer, module):
+            used["backend"] = torch.distributed.get_backend()
+            used["wrapped"] = type(trainer.model).__name__
+
+    result = fitted(
+        place,
+        autobatch.BatchPlan(4),
+        tuner,
+        strategy=strategy,
+        callbacks=[tuner, Watch()],
+    )
+    plan = tuner.report.plan
+    torch.distributed.destroy_process_group()
+    return {
+        **used,
+        "effective": plan.effective_batch_size,
+        "ranks": plan.world_size,
+    } | {"steps": len(result["losses"])}
+
+
+def assertion(place):
+    """A class that does not exist: on a GPU an assert in a kernel, after which its context takes nothing back."""
+    model = nn.Embedding(10, 4).to(place.device)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def train(batch_size):
+        while True:
+            names = torch.full((batch_size,), 10, device=place.device)
+            model(names).sum().backward()
+            optimizer.step()
+            yield
+
+    autobatch.find(train, device=place.probe)
+
+
+CASES = {case.__name__: case for case in (allocator, identity, ddp, assertion)}
+
+
+def main(case, kind):
+    warnings.simplefilter("ignore")
+    _curve.SECONDS = 0.0
+    with (
+        pytest.MonkeyPatch.context() as monkeypatch,
+        on_cuda() if kind == "cuda" else on_paper(monkeypatch) as place,
+    ):
+        told = CASES[case](place)
+    print(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,150 @@
+"""Where the claims about CUDA are tried: a CUDA device, or one on paper whose memory the CPU's real tensors are charged to.
+
+Both are read by the same `CudaProbe`, through the real `pynvml` and the names of `torch.cuda`. On paper the driver's library
+and torch's allocator are stand-ins, and a GiB is 256 KiB: what passes there has shown that the test runs, not that CUDA obeys.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from autobatch._probes import CudaProbe
+from nvml_standin import Card, FakeGpu
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import pytest
+
+GIB_ON_PAPER = 2**18  # bytes
+
+
+@dataclass(frozen=True)
+class Place:
+    """A device to try claims on.
+
+    Args:
+        device: Where its tensors are.
+        gib: Bytes of what is called a GiB there.
+        width: Of the network that fits it.
+        probe: What reads it.
+        neighbour: Another process that allocates so many bytes; gives the bytes of its context.
+        held: Bytes of live tensors.
+    """
+
+    device: str
+    gib: int
+    width: int
+    probe: CudaProbe
+    neighbour: Callable[[int], contextlib.AbstractContextManager[int]]
+    held: Callable[[], int]
+
+    @property
+    def is_real(self) -> bool:
+        return self.device != "cpu"
+
+    def bytes(self, gib: float) -> int:
+        return int(gib * self.gib)
+
+    def tensor(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+
+    def network(self) -> nn.Module:
+        """A perceptron with what a step may stumble over: BatchNorm and dropout."""
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Linear(self.width // 4, self.width),
+            nn.BatchNorm1d(self.width),
+            nn.ReLU(),
+            nn.Dropout(0.1),
+            nn.Linear(self.width, 10),
+        ).to(self.device)
+
+    def samples(self, count: int) -> torch.Tensor:
+        return torch.randn(count, self.width // 4, device=self.device)
+
+
+@contextlib.contextmanager
+def on_paper(monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    card = Card("aaaa-0", total=80 * GIB_ON_PAPER, context=GIB_ON_PAPER // 2)
+    gpu = FakeGpu((card,)).install(monkeypatch)
+
+    @contextlib.contextmanager
+    def neighbour(nbytes: int) -> Iterator[int]:
+        card.others += card.context + nbytes
+        yield card.context
+        card.others -= card.context + nbytes
+
+    with gpu.allocating(0):
+        yield Place(
+            "cpu",
+            GIB_ON_PAPER,
+            64,
+            CudaProbe(0),
+            neighbour,
+            held=lambda: card.ledger.current,
+        )
+
+
+@contextlib.contextmanager
+def on_cuda() -> Iterator[Place]:
+    device = "cuda:0"
+    _warm_up(device)
+    yield Place(
+        device,
+        2**30,
+        4096,
+        CudaProbe(0),
+        _process,
+        held=lambda: torch.cuda.memory_allocated(device),
+    )
+    torch.cuda.empty_cache()
+
+
+def _warm_up(device: str) -> None:
+    """Have what CUDA's libraries keep for good: handles and workspaces of this thread and of autograd's."""
+    x = torch.randn(64, 64, device=device, requires_grad=True)
+    (x @ x).sum().backward()
+    torch.cuda.synchronize()
+
+
+# What another process runs: its context, then so many bytes, until it is told to end.
+_NEIGHBOUR = """
+import sys, pynvml, torch
+pynvml.nvmlInit()
+handle = pynvml.nvmlDeviceGetHandleByUUID(sys.argv[1])
+free = pynvml.nvmlDeviceGetMemoryInfo(handle).free
+held = torch.empty(512, dtype=torch.uint8, device="cuda:0")
+torch.cuda.synchronize()
+taken = free - pynvml.nvmlDeviceGetMemoryInfo(handle).free
+context = taken - torch.cuda.memory_reserved()
+held = torch.empty(int(sys.argv[2]), dtype=torch.uint8, device="cuda:0")
+torch.cuda.synchronize()
+print(context + torch.cuda.memory_reserved() - held.numel(), flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def _process(nbytes: int) -> Iterator[int]:
+    uuid = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+    with subprocess.Popen(
+        [sys.executable, "-c", _NEIGHBOUR, uuid, str(nbytes)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ,
+    ) as process:
+        try:
+            yield int(process.stdout.readline())
+        finally:
+            process.stdin.close()
+            process.wait(60)
