@@ -188,7 +188,7 @@ def _why_not_exact(found: Findings, asked: int) -> str:
             f"{found.plan.accumulate_grad_batches:,} of {found.plan.micro_batch_size:,}"
         )
     if found.last_samples is not None and 1 in _refused_sizes(found):
-        return f"with {asked}, an epoch would end with a single sample, which the workload refused"
+        return f"with {asked:,}, an epoch would end with a single sample, which the workload refused"
     return "no plan that gives it exactly was verified"
 
 
