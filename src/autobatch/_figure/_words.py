@@ -148,7 +148,8 @@ def inference_foot(report: TuningReport) -> list[str]:
     facts = {fact.label: fact for fact in page(report).facts}
     what = f", {facts['Calls'].remark}" if "Calls" in facts else ""
     said = (
-        f"{many} timed calls of each size{what}; none is left out. Throughput: by the median call. "
+        f"{many} timed calls of each size{what}; left out are the first of each turn, of quick calls the first two, "
+        "and those that start the workload anew. Throughput: by the median call. "
         "Waiting for a batch to fill is not included."
     )
     return [said, _on_what(report)]
