@@ -237,7 +237,7 @@ def _quantiles(latencies: Sequence[Latency], percentile: float) -> list[Column]:
     if percentile not in _ALWAYS:
         del columns[90.0]
         columns[percentile] = [each.at_percentile_seconds for each in latencies]
-    unit = unit_for(columns[50.0], SECONDS)
+    unit = unit_for([each for column in columns.values() for each in column], SECONDS)
     return [
         numbers(
             f"{_name(percent)} {unit.name}",

@@ -447,6 +447,8 @@ class _Tuning:
             plan=plan,
             trials=tuple(self.record.trials),
             curve=self._speed.curve,
+            unreached=self._speed.unreached,
+            curve_seconds=self._job.curve_seconds,
             target_batch_size=settings.target_batch_size,
             latency_limit=settings.latency_limit,
             bound=self._bound_met(),

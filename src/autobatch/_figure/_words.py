@@ -70,6 +70,9 @@ def _measured(report: TuningReport) -> str:
         least, most = min(timed), max(timed)
         count = f"{least}" if least == most else f"{least}–{most}"
         how = f"Speed: median of {count} timed updates of each size, bars 10–90 %."
+        by_trial = [str(row.batch_size) for row in report.sizes if row.updates is None]
+        if by_trial:
+            how = f"{how[:-1]}; at {', '.join(by_trial)} of the steps of a trial alone."
     if report.fit is not None:
         how += " Line: a fixed time for each step, plus a time for each sample."
     return how
