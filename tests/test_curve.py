@@ -96,6 +96,14 @@ def test_sizes_are_visited_going_up_and_again_going_down():
     assert {size: len(each) for size, each in timings.items()} == {1: 2, 2: 2, 4: 2}
 
 
+def test_where_there_is_no_time_for_all_the_largest_are_visited_first():
+    order, timings, _ = visited({1: 0.1, 2: 0.2, 4: 0.4, 8: 0.8}, bound=6)
+
+    assert order[0] == 8
+    assert 8 in timings
+    assert set(timings) < {1, 2, 4, 8}
+
+
 @given(
     st.dictionaries(st.integers(1, 1000), st.floats(0, 0.05), min_size=1),
     st.floats(0.1, 20),
@@ -318,6 +326,7 @@ def test_the_curve_keeps_to_its_twenty_seconds():
 def slow_on_paper():
     """Steps of which twenty seconds hold only a few."""
     paper = on_paper(seconds_per_step=0.1, seconds_per_sample=0.06)
+    # Some of these are not affordable even once
     return autobatch.find(paper.workload, device=paper, target_batch_size=128)
 
 

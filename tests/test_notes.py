@@ -159,12 +159,12 @@ def test_where_nothing_is_noteworthy_nothing_is_said():
                 },
                 (
                     "The speed curve had 20 seconds, which did not reach 8 and 56: their speed is that of their trial "
-                    "alone; not run at all were 2 and 4."
+                    "alone; left out are 2 and 4."
                 ),
             ),
             (
                 {"unreached": (16,)},
-                "The speed curve had 20 seconds; not run at all was 16.",
+                "The speed curve had 20 seconds; left out is 16.",
             ),
             (
                 {"before": BatchPlan(64, 4)},

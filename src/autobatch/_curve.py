@@ -87,6 +87,8 @@ def in_turns(
 ) -> dict[int, list[Timing]]:
     """Visit all sizes going up, and all of them again going down, leaving out what there is no time for.
 
+    Where there is not even time to go up once, it goes down first: the large sizes are those that plans are made of.
+
     Args:
         sizes: To be timed.
         visit: Times one; None where that failed, and then it is left out.
@@ -96,7 +98,9 @@ def in_turns(
     upwards = sorted(sizes)
     timings: dict[int, list[Timing]] = {size: [] for size in upwards}
     failed: set[int] = set()
-    for turn in (upwards, upwards[::-1]):
+    once = sum(_expected(update_seconds(size)) for size in upwards)
+    turns = (upwards, upwards[::-1]) if affordable(once) else (upwards[::-1], upwards)
+    for turn in turns:
         for size in turn:
             if size in failed or not affordable(_expected(update_seconds(size))):
                 continue

@@ -307,7 +307,7 @@ def _unreached(found: Findings) -> str | None:
         )
         told += f", which did not reach {_listed(by_trial)}: {whose} trial alone"
     if not_run:
-        told += f"; not run at all {'was' if len(not_run) == 1 else 'were'} {_listed(not_run)}"
+        told += f"; left out {'is' if len(not_run) == 1 else 'are'} {_listed(not_run)}"
     return f"{told}."
 
 
