@@ -459,7 +459,7 @@ def test_steps_that_are_too_slow_bound_the_batch():
     report = callback.tune(trainer(), model, dataloaders=loader(2), method="predict")
 
     assert report.plan.micro_batch_size == 4
-    assert {8} <= {trial.batch_size for trial in report.trials}
+    assert max(trial.batch_size for trial in report.trials) > 4
     assert model.evaluated == []
 
 
