@@ -651,6 +651,18 @@ def test_calls_that_something_disturbs_are_told():
     assert not any("percentile" in note for note in quiet.notes)
 
 
+def test_a_next_size_that_only_disturbances_put_over_the_limit_is_told():
+    def seconds(size, at):
+        return 0.5 if size >= 16 and at % 10 == 0 else 1e-3
+
+    report = found(Paper(seconds), latency_limit=0.1, max_micro_batch_size=64)
+
+    assert report.plan.micro_batch_size == 15
+    assert noted(report, "Half of the calls at 16 take no longer than 1 ms, and some")
+    quiet = found(Paper(steady(1e-3, 1e-3)), latency_limit=0.1)
+    assert not any("Half of the calls" in note for note in quiet.notes)
+
+
 def test_a_smaller_size_that_is_slow_by_itself_is_told():
     report = found(
         Paper(lambda size, at: 0.2 if size == 2 and at > 20 else 1e-3),

@@ -282,6 +282,7 @@ def latency_notes(
         _left_out(unfinished),
         _over_by_trial(unfinished),
         _disturbed(latencies, limit, chosen),
+        _disturbed_above(latencies, limit, chosen),
         _not_monotone(latencies, limit),
     )
     return tuple(note for note in told if note)
@@ -361,6 +362,22 @@ def _disturbed(
     return (
         f"At {chosen} the {_ordinal(limit.percentile)} percentile is {times:,.0f} times the median: something disturbs "
         "the calls, on a quiet machine larger batches may answer in time."
+    )
+
+
+def _disturbed_above(
+    latencies: Sequence[Latency], limit: LatencyLimit, chosen: int
+) -> str | None:
+    """Where the next size is over the limit by some of its calls only, far from the others."""
+    above = [each for each in latencies if each.batch_size > chosen]
+    over = min(above, key=lambda each: each.batch_size, default=None)
+    if over is None or over.p50_seconds > limit.seconds:
+        return None
+    if over.at_percentile_seconds < _DISTURBED * over.p50_seconds:
+        return None
+    return (
+        f"Half of the calls at {over.batch_size} take no longer than {quantity(over.p50_seconds, SECONDS)}, and some "
+        f"{quantity(over.at_percentile_seconds, SECONDS)}: on a quiet machine larger batches may answer in time."
     )
 
 
