@@ -850,7 +850,7 @@ def tuned(device, *, world_size, **settings):
     asked = dict.fromkeys(Settings.model_fields) | {
         "memory_limit": 0.9,
         "steps_per_trial": 2,
-        "percentile": 99,
+        "percentile": None,
     }
     job = Job(
         device.workload,

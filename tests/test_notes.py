@@ -45,6 +45,8 @@ QUIET = Findings(
     foreign=2**30,
     before=None,
     curve=(),
+    unreached=(),
+    curve_seconds=20.0,
     learning_rate=None,
     dataset_size=None,
     last_samples=None,
@@ -150,6 +152,20 @@ def test_where_nothing_is_noteworthy_nothing_is_said():
             (
                 {"curve": (drifted(0.88), drifted(1.0), drifted(None), drifted(1.2))},
                 "Timings drifted by 12 % while sizes were timed; something else may use this device.",
+            ),
+            (
+                {
+                    "trials": (Trial(8, Outcome.FIT), *QUIET.trials),
+                    "unreached": (2, 4, 56, 8),
+                },
+                (
+                    "The speed curve had 20 seconds, which did not reach 8 and 56: their speed is that of their trial "
+                    "alone; left out are 2 and 4."
+                ),
+            ),
+            (
+                {"unreached": (16,)},
+                "The speed curve had 20 seconds; left out is 16.",
             ),
             (
                 {"before": BatchPlan(64, 4)},

@@ -58,7 +58,7 @@ def find(
     search: Search | None = None,
     device: str | MemoryProbe | None = None,
     latency_limit: float | None = None,
-    percentile: float = 99,
+    percentile: float | None = None,
     restore: Sequence[Any] = (),
     dataset_size: int | None = None,
 ) -> TuningReport:
@@ -86,7 +86,7 @@ def find(
         latency_limit: For inference: seconds within which a batch has to be answered. The workload then is
             `answer(batch_size)`, a function that answers one batch, or a generator function that yields after each;
             its calls are timed one by one, and the largest batch that is answered in time is taken.
-        percentile: So many percent of the calls have to be answered in time.
+        percentile: So many percent of the calls have to be answered in time; None: 99. Only with `latency_limit`.
         restore: Further objects to give back as they were: schedulers, scalers, generators, anything with
             `state_dict` and `load_state_dict`.
         dataset_size: Samples per epoch; bounds the search and gives updates per epoch.

@@ -73,6 +73,8 @@ class Findings:
         plan: What was chosen.
         trials: All trials, in the order they were run.
         curve: Sizes that were timed besides.
+        unreached: Sizes that were to be timed for the curve, and for which there was no time.
+        curve_seconds: That it may take.
         target_batch_size: The effective batch that was asked for, if one was.
         latency_limit: Seconds within which a batch has to be answered, if that was asked.
         bound: What kept the search from going higher, if anything did.
@@ -92,6 +94,8 @@ class Findings:
     plan: BatchPlan
     trials: tuple[Trial, ...]
     curve: tuple[CurvePoint, ...]
+    unreached: tuple[int, ...]
+    curve_seconds: float
     target_batch_size: int | None
     latency_limit: float | None
     bound: Bound | None
@@ -160,6 +164,7 @@ def notes(found: Findings) -> tuple[str, ...]:
         _refused(found),
         _uneven(found),
         _crowded(found),
+        _unreached(found),
         _drifted(found),
         _fallback(found),
     )
@@ -291,12 +296,45 @@ def _tight(found: Findings) -> str | None:
     )
 
 
+def _unreached(found: Findings) -> str | None:
+    """Where the time of the curve ran out, and which sizes that leaves with less than the others, or with nothing."""
+    if not found.unreached:
+        return None
+    tried = {trial.batch_size for trial in settled(found.trials) if trial.fits}
+    by_trial, not_run = (
+        [size for size in sorted(found.unreached) if (size in tried) is known]
+        for known in (True, False)
+    )
+    told = f"The speed curve had {found.curve_seconds:g} seconds"
+    if by_trial:
+        whose = (
+            "its speed is that of its"
+            if len(by_trial) == 1
+            else "their speed is that of their"
+        )
+        told += f", which did not reach {_listed(by_trial)}: {whose} trial alone"
+    if not_run:
+        told += f"; left out {'is' if len(not_run) == 1 else 'are'} {_listed(not_run)}"
+    return f"{told}."
+
+
+def _listed(sizes: list[int]) -> str:
+    *first, last = map(str, sizes)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
 def _drifted(found: Findings) -> str | None:
-    drifts = [abs(point.drift - 1) for point in found.curve if point.drift is not None]
+    drifts = [_clear_drift(point) for point in found.curve if point.drift is not None]
     drift = statistics.median(drifts) if drifts else 0.0
     if drift <= _SPREAD:
         return None
     return f"Timings drifted by {share(drift)} while sizes were timed; something else may use this device."
+
+
+def _clear_drift(point: CurvePoint) -> float:
+    """How far two visits to a size are apart; nothing, where chance may have done it."""
+    off = abs((point.drift or 1.0) - 1)
+    return off if off > (point.drift_error or 0.0) else 0.0
 
 
 def _out_of_time(found: Findings) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from autobatch._cautions import accumulation_costs
 from autobatch._latency_text import (
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from autobatch._report import TuningReport
 
 __all__ = ["completed", "page"]
+
+_FULL: Final = 0.95  # of the budget: a search for what fits does not end below
 
 
 def completed(report: TuningReport) -> Page:
@@ -112,14 +114,14 @@ def _answer(report: TuningReport) -> str:
 
 def _timed(report: TuningReport) -> str:
     timed = report.curve or report.latencies
-    return f", {len(timed)} sizes timed" if timed else ""
+    return f", {len(timed)} size{'s' if len(timed) > 1 else ''} timed" if timed else ""
 
 
 def _asked(report: TuningReport) -> str:
     target, got = report.settings.target_batch_size, report.plan.effective_batch_size
     limit = report.settings.limit_on_latency
     if limit is not None:
-        return percentile_told(limit)
+        return percentile_told(limit, report.latencies, report.plan.micro_batch_size)
     if target is None:
         return _among_sizes(report)
     if target == got:
@@ -136,11 +138,19 @@ def _among_sizes(report: TuningReport) -> str:
     if len(seen) == 1:
         return "the only size tried"
     largest, bound = report.largest_fit or 0, _bound(report)
-    if bound is not None and largest >= bound.batch_size:
+    if (bound and largest >= bound.batch_size) or _is_cut_short(report, largest):
         return "larger sizes not sought"
     if largest == report.plan.micro_batch_size:
         return "the largest found to fit"
     return f"{largest:,} is the largest found to fit"
+
+
+def _is_cut_short(report: TuningReport, size: int) -> bool:
+    """Whether the search for what fits ended at a size for another reason than memory: what calls take there."""
+    if report.settings.limit_on_latency is None or report.smallest_failing is not None:
+        return False
+    peaks = [t.peak or 0 for t in settled(report.trials) if t.batch_size == size]
+    return max(peaks, default=0) < _FULL * report.budget
 
 
 def _bound(report: TuningReport) -> Bound | None:

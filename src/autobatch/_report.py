@@ -190,16 +190,25 @@ class TuningReport(BaseModel):
     def stream(self, rate: float) -> Stream:
         """What a stream of samples, so many per second and one by one, gets at each size that was timed.
 
-        `.best` is the row of the size that answers it soonest.
+        `.best` is the row of the size that answers it soonest. `AutobatchError` where no calls were timed.
         """
-        return stream(self.latencies, rate, self.settings.latency_limit)
+        return stream(self._timed("stream"), rate, self.settings.latency_limit)
 
     def cameras(self, fps: float) -> int:
         """How many cameras of so many frames per second, all at the same time, are answered in one batch in time.
 
-        Of the sizes that were timed; 0 where not even one is.
+        Of the sizes that were timed; 0 where not even one is. `AutobatchError` where no calls were timed.
         """
-        return cameras(self.latencies, fps)
+        return cameras(self._timed("cameras"), fps)
+
+    def _timed(self, asked: str) -> tuple[ALatency, ...]:
+        """How long calls take, for those who ask."""
+        if not self.latencies:
+            raise AutobatchError(
+                f"report.{asked} goes by how long calls take, and this report (task {self.task!r}) has timed none; "
+                "ask one that was made with latency_limit."
+            )
+        return self.latencies
 
     def to_json(self) -> str:
         """The report as JSON, with units in its keys, and with the derived rows."""

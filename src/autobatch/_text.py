@@ -76,7 +76,7 @@ class Glyphs:
 
 
 UNICODE = Glyphs("utf-8")
-ASCII = Glyphs("ascii", str.maketrans("▶×·–−█▉▊▋▌▍▎▏±", ">x---#####   ~"))
+ASCII = Glyphs("ascii", str.maketrans("▶×·–−█▉▊▋▌▍▎▏±µ", ">x---#####   ~u"))
 
 
 def terminal(page: Page, glyphs: Glyphs) -> str:

@@ -7,7 +7,7 @@ from functools import cached_property
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Final
 
-from autobatch._answers import SECONDS_TIMED, Answers
+from autobatch._answers import Answers
 from autobatch._calls import Calls
 from autobatch._choice import CONFIRMATIONS, Choice
 from autobatch._deadline import Deadline
@@ -19,6 +19,7 @@ from autobatch._plan import BatchPlan, per_rank
 from autobatch._record import Record
 from autobatch._report import Device, TuningReport
 from autobatch._speed import Speed, Timed
+from autobatch._tradeoff import settled
 from autobatch._trial import Bench, Outcome, Trial, run_trial
 from autobatch.errors import AutobatchError, DoesNotFitError, ShortTrialError
 
@@ -186,8 +187,21 @@ class _Tuning:
             return None
         calls = Calls(self._job.workload, self.bench)
         return Answers(
-            self.limit, calls, self._fits, self._snapshot, self.record.everywhere
+            self.limit,
+            calls,
+            self._fits,
+            self._steps,
+            self._snapshot,
+            self.record.everywhere,
         )
+
+    def _steps(self) -> dict[int, float]:
+        """Seconds of a step in the trial of each size that fits."""
+        return {
+            trial.batch_size: trial.step_seconds or 0.0
+            for trial in settled(self.record.trials)
+            if trial.fits
+        }
 
     def begin(self, known: BatchPlan | None) -> None:
         """Refuse to start where a rank is past its budget already, or where ranks were asked different things."""
@@ -247,13 +261,10 @@ class _Tuning:
         """Where a limit on latency is beyond a size, go no higher: what fits there is of no use."""
         if self._answers is None or not trial.fits:
             return
-        if self._answers.is_beyond(trial.batch_size, trial.step_seconds or 0.0):
+        reason = self._answers.beyond(trial.batch_size)
+        if reason is not None:
             self._high = min(self._high, trial.batch_size)
-            self._bound = Bound(
-                self._high,
-                f"at {self._high} a call takes longer than latency_limit="
-                f"{self._answers.limit.seconds:g} seconds",
-            )
+            self._bound = Bound(self._high, reason)
 
     def _next_size(self, search: Search) -> int | None:
         """What the search proposes, as far as there is time for it and for confirming the plan."""
@@ -283,9 +294,7 @@ class _Tuning:
     def _proposal(self, search: Search, high: int) -> int | None:
         if self._answers is not None and self.record.fitting:
             # Memory may have room for sizes that are slow beyond all use
-            largest = self.record.fitting[-1]
-            seconds = self._last_trial_of(largest).step_seconds or 0.0
-            high = min(high, self._answers.reach(largest, seconds))
+            high = min(high, self._answers.reach)
         start = min(self._start, high)
         return search.propose(
             self.record.trials, start=start, high=high, budget=self.record.budget
@@ -354,16 +363,11 @@ class _Tuning:
         answers = self._answers
         if answers is None or not self.record.fitting:
             raise self._nothing_fits()
-        answers.measure(self.record.fitting[-1])
+        answers.measure()
         best = largest_within(answers.latencies, answers.limit.seconds)
         if best is None:
             raise DoesNotFitError(nothing_within(answers.latencies, answers.limit))
         return BatchPlan(best.batch_size, world_size=self._ranks.world_size)
-
-    def _last_trial_of(self, size: int) -> Trial:
-        return next(
-            trial for trial in reversed(self.record.trials) if trial.batch_size == size
-        )
 
     def _fits(self, size: int) -> bool:
         """Whether a trial has shown that a size fits, or shows it now."""
@@ -415,6 +419,8 @@ class _Tuning:
             plan=plan,
             trials=tuple(self.record.trials),
             curve=self._speed.curve,
+            unreached=self._speed.unreached,
+            curve_seconds=self._job.curve_seconds,
             target_batch_size=settings.target_batch_size,
             latency_limit=settings.latency_limit,
             bound=self._bound_met(),
@@ -470,7 +476,7 @@ class _Tuning:
                 answers.latencies,
                 answers.limit,
                 plan.micro_batch_size,
-                SECONDS_TIMED if answers.is_out_of_time else None,
+                answers.unfinished,
             ),
             *remarks,
         )
