@@ -597,7 +597,8 @@ def test_time_is_kept_for_the_trials_that_confirm_the_plan():
     assert report.plan.effective_batch_size == 720
 
 
-def test_timing_sizes_takes_no_time_from_the_trials_that_confirm_the_plan():
+def test_timing_sizes_takes_no_time_from_the_trials_that_confirm_the_plan(monkeypatch):
+    monkeypatch.setattr("autobatch._curve.SECONDS", 20.0)
     device = PaperDevice(100, per_sample=1, seconds_per_sample=0.01, seconds_per_step=0)
 
     report = autobatch.find(
@@ -856,6 +857,7 @@ def tuned(device, *, world_size, **settings):
         True,
         8,
         1,
+        None,
         None,
         None,
         None,

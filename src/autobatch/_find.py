@@ -131,6 +131,7 @@ def find(
         samples_trained=None,
         update_at_most=None,
         remarks=None,
+        doubts=None,
         look=None,
         curve_seconds=_curve.SECONDS,
         learning_rate=None,
@@ -162,7 +163,8 @@ def find(
             report = tune(
                 replace(
                     job,
-                    remarks=partial(_remarks, snapshot, optimizers),
+                    remarks=partial(_remarks, snapshot),
+                    doubts=partial(_doubts, optimizers),
                     learning_rate=partial(_rule, snapshot),
                 ),
                 settings,
@@ -253,16 +255,18 @@ def _trainable(workload: Callable[..., Any]) -> list[Any]:
     return [thing for thing in _reachable(workload) if isinstance(thing, kinds)]
 
 
-def _remarks(
-    snapshot: Snapshot, optimizers: OptimizerWatch, plan: BatchPlan, _: Deadline
-) -> tuple[str, ...]:
-    """What the loop and its layers do with a plan; a model that a workload makes for itself is gone by now."""
+def _remarks(snapshot: Snapshot, plan: BatchPlan, _: Deadline) -> tuple[str, ...]:
+    """What its layers do with a plan; a model that a workload makes for itself is gone by now."""
+    return batch_norm(batch_norms(snapshot.alive), plan)
+
+
+def _doubts(optimizers: OptimizerWatch, plan: BatchPlan) -> tuple[str, ...]:
+    """What its updates lack."""
     told = (
         never_stepped() if optimizers.never_stepped else None,
         ignores_accumulate(plan) if optimizers.steps_every_pass else None,
     )
-    norms = batch_norm(batch_norms(snapshot.alive), plan)
-    return (*(note for note in told if note), *norms)
+    return tuple(note for note in told if note)
 
 
 def _rule(snapshot: Snapshot) -> LearningRateRule | None:

@@ -61,6 +61,7 @@ class Job:
         update_at_most: Samples that one update can have, where it can not go on into the next epoch.
         remarks: What a person should be told of a plan besides, where there may be something; given the time left
             to find out.
+        doubts: What trials have shown that makes them another thing than training with a plan, asked once they have run.
         task: What a report says is done with the batches.
         subject: What a report calls it.
         environment: Versions, for the report.
@@ -77,6 +78,7 @@ class Job:
     samples_trained: Callable[[BatchPlan], int | None] | None
     update_at_most: int | None
     remarks: Callable[[BatchPlan, Deadline], tuple[str, ...]] | None
+    doubts: Callable[[BatchPlan], tuple[str, ...]] | None
     task: Task
     subject: str
     environment: dict[str, str]
@@ -457,6 +459,7 @@ class _Tuning:
             if self._job.learning_rate
             else None,
             dataset_size=samples,
+            doubts=self._job.doubts(plan) if self._job.doubts else (),
             remarks=self._remarks(plan),
             look=self._job.look() if self._job.look else None,
         )
