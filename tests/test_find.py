@@ -1090,6 +1090,22 @@ def test_nothing_is_said_of_a_loop_that_steps_once_per_update():
     assert remarks_about(train, plan=BatchPlan(8, 4)) == []
 
 
+def test_an_update_that_the_end_of_the_data_cuts_short_is_no_sign_of_that():
+    data = torch.randn(40, 16)
+    model, optimizer = perceptron()
+
+    def train(batch_size, accumulate):
+        batches = data.split(batch_size)
+        for i, x in enumerate(batches, 1):
+            model(x).square().mean().backward()
+            if i % accumulate == 0 or i == len(batches):
+                optimizer.step()
+                optimizer.zero_grad()
+                yield len(x) if len(batches) == 1 else None
+
+    assert remarks_about(train, target_batch_size=80) == []
+
+
 def test_an_optimizer_that_steps_more_often_than_another_is_no_matter():
     model, optimizer = perceptron()
     critic = torch.nn.Linear(4, 1)
