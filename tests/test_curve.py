@@ -42,6 +42,8 @@ FOUND = Findings(
     before=None,
     learning_rate=None,
     dataset_size=None,
+    doubts=(),
+    last_samples=None,
     remarks=(),
     look=None,
 )

@@ -853,21 +853,22 @@ def tuned(device, *, world_size, **settings):
         "percentile": None,
     }
     job = Job(
-        device.workload,
-        True,
-        8,
-        1,
-        None,
-        None,
-        None,
-        None,
-        None,
-        "train",
-        "paper",
-        {},
-        None,
-        0.0,
-        None,
+        workload=device.workload,
+        can_accumulate=True,
+        start=8,
+        accumulate=1,
+        before=None,
+        samples_trained=None,
+        update_at_most=None,
+        last_samples=None,
+        doubts=None,
+        remarks=None,
+        task="train",
+        subject="paper",
+        environment={},
+        look=None,
+        curve_seconds=0.0,
+        learning_rate=None,
     )
     with (
         Snapshot() as snapshot,
@@ -1088,6 +1089,22 @@ def test_nothing_is_said_of_a_loop_that_steps_once_per_update():
     train = loop(*perceptron(), step=last, after=last)
 
     assert remarks_about(train, plan=BatchPlan(8, 4)) == []
+
+
+def test_an_update_that_the_end_of_the_data_cuts_short_is_no_sign_of_that():
+    data = torch.randn(40, 16)
+    model, optimizer = perceptron()
+
+    def train(batch_size, accumulate):
+        batches = data.split(batch_size)
+        for i, x in enumerate(batches, 1):
+            model(x).square().mean().backward()
+            if i % accumulate == 0 or i == len(batches):
+                optimizer.step()
+                optimizer.zero_grad()
+                yield len(x) if len(batches) == 1 else None
+
+    assert remarks_about(train, target_batch_size=80) == []
 
 
 def test_an_optimizer_that_steps_more_often_than_another_is_no_matter():

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from autobatch._curve import CurvePoint
 from autobatch._learning_rate import LearningRateRule
-from autobatch._notes import Bound, Findings, notes, tightest_bound
+from autobatch._notes import Bound, Findings, Look, notes, tightest_bound
 from autobatch._plan import BatchPlan
 from autobatch._trial import Outcome, Trial
 
@@ -30,6 +30,7 @@ def drifted(drift):
 QUIET = Findings(
     task="train",
     latency_limit=None,
+    doubts=(),
     remarks=(),
     plan=BatchPlan(32, 8),
     trials=(
@@ -120,8 +121,8 @@ def test_where_nothing_is_noteworthy_nothing_is_said():
                 },
                 "The effective batch goes from 32 to 128: 1 update per epoch instead of 4.",
                 (
-                    "All 128 samples of an epoch fit at once: it makes one update. target_batch_size asks for smaller batches, "
-                    "and more updates."
+                    "All 128 samples of an epoch fit at once. target_batch_size asks for smaller batches, and more "
+                    "updates."
                 ),
             ),
             (
@@ -208,6 +209,63 @@ def test_where_nothing_is_noteworthy_nothing_is_said():
 )
 def test_each_note_has_its_trigger(changes, expected):
     assert notes(replace(QUIET, **changes)) == tuple(expected)
+
+
+def test_what_changes_the_answer_comes_before_what_only_explains_it():
+    found = replace(
+        QUIET,
+        doubts=("a doubt",),
+        remarks=("a remark",),
+        target_batch_size=257,
+        plan=BatchPlan(32, 4, 2),
+        time_limit=300.0,
+        before=BatchPlan(32, 2),
+        dataset_size=200,
+        trials=(
+            Trial(1, Outcome.REFUSED),
+            Trial(32, Outcome.FIT, peak=int(8.9 * 2**30)),
+            Trial(64, Outcome.OUT_OF_MEMORY),
+        ),
+        look=Look(100, 200, is_even=False),
+        foreign=3 * 2**30,
+        curve=(drifted(0.88),),
+        source="a file, because of it",
+    )
+
+    begins = [
+        "a doubt",
+        "Asked for",
+        "The search stopped",
+        "The effective batch",
+        "An epoch of",
+        "a remark",
+        "Only",
+        "Samples differ",
+        "Others hold",
+        "The workload itself",
+        "Timings drifted",
+        "Memory is read",
+    ]
+    told = notes(found)
+    assert len(told) == len(begins)
+    assert all(note.startswith(one) for note, one in zip(told, begins, strict=True))
+
+
+@pytest.mark.parametrize("bound", [56, 57])
+def test_what_others_hold_is_told_only_where_it_was_memory_that_set_the_bound(bound):
+    found = replace(QUIET, foreign=3 * 2**30, bound=Bound(bound, "there is no more"))
+
+    told = [note for note in notes(found) if note.startswith("Others hold")]
+
+    assert bool(told) == (bound > 56)
+
+
+def test_an_accumulation_that_gives_way_is_told_with_the_batch_that_changes():
+    (told,) = notes(replace(QUIET, before=BatchPlan(64, 2)))
+
+    assert told.endswith(
+        " to 256. accumulate_grad_batches=2 of the Trainer gives way to 8, for the target."
+    )
 
 
 @pytest.mark.parametrize(

@@ -385,10 +385,11 @@ def test_sizes_that_were_timed_besides_are_tried_too():
         trials=example().trials[5:6], settings=settings(target_batch_size=32)
     )
 
+    assert "1 trial, 8 sizes timed" in str(report)
     assert "only size tried" not in str(report)
-    assert "only size tried" in str(
-        report.model_copy(update={"curve": report.curve[5:6]})
-    )
+    one = report.model_copy(update={"curve": report.curve[5:6]})
+    assert "1 trial, 1 size timed" in str(one)
+    assert "only size tried" in str(one)
 
 
 def test_facts_keep_their_distance_from_their_remarks_however_long_they_are():

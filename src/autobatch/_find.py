@@ -132,6 +132,7 @@ def find(
         update_at_most=dataset_size,
         last_samples=None,
         remarks=None,
+        doubts=None,
         look=None,
         curve_seconds=_curve.SECONDS,
         learning_rate=None,
@@ -164,7 +165,8 @@ def find(
                 replace(
                     job,
                     last_samples=partial(_last_samples, dataset_size, ranks),
-                    remarks=partial(_remarks, snapshot, optimizers),
+                    remarks=partial(_remarks, snapshot),
+                    doubts=partial(_doubts, optimizers),
                     learning_rate=partial(_rule, snapshot),
                 ),
                 settings,
@@ -255,16 +257,18 @@ def _trainable(workload: Callable[..., Any]) -> list[Any]:
     return [thing for thing in _reachable(workload) if isinstance(thing, kinds)]
 
 
-def _remarks(
-    snapshot: Snapshot, optimizers: OptimizerWatch, plan: BatchPlan, _: Deadline
-) -> tuple[str, ...]:
-    """What the loop and its layers do with a plan; a model that a workload makes for itself is gone by now."""
+def _remarks(snapshot: Snapshot, plan: BatchPlan, _: Deadline) -> tuple[str, ...]:
+    """What its layers do with a plan; a model that a workload makes for itself is gone by now."""
+    return batch_norm(batch_norms(snapshot.alive), plan)
+
+
+def _doubts(optimizers: OptimizerWatch, plan: BatchPlan) -> tuple[str, ...]:
+    """What its updates lack."""
     told = (
         never_stepped() if optimizers.never_stepped else None,
         ignores_accumulate(plan) if optimizers.steps_every_pass else None,
     )
-    norms = batch_norm(batch_norms(snapshot.alive), plan)
-    return (*(note for note in told if note), *norms)
+    return tuple(note for note in told if note)
 
 
 def _last_samples(

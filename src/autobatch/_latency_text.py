@@ -374,7 +374,7 @@ def _disturbed_above(
     if over.at_percentile_seconds < _DISTURBED * over.p50_seconds:
         return None
     return (
-        f"Half of the calls at {over.batch_size} take no longer than {quantity(over.p50_seconds, SECONDS)}, and some "
+        f"Half of the calls at {over.batch_size:,} take no longer than {quantity(over.p50_seconds, SECONDS)}, and some "
         f"{quantity(over.at_percentile_seconds, SECONDS)}: on a quiet machine larger batches may answer in time."
     )
 

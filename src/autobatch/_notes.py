@@ -86,6 +86,7 @@ class Findings:
         learning_rate: How the learning rate usually goes with the batch, where a rule is known.
         dataset_size: Samples per epoch, where that is known.
         last_samples: Samples in the last micro-batch of an epoch, where that is known.
+        doubts: Sentences about what was tried, which may not be what will be trained.
         remarks: Sentences from where the tuning was asked for.
         look: How far was looked for the largest samples, where that was done.
     """
@@ -107,6 +108,7 @@ class Findings:
     learning_rate: LearningRateRule | None
     dataset_size: int | None
     last_samples: int | None
+    doubts: tuple[str, ...]
     remarks: tuple[str, ...]
     look: Look | None
 
@@ -148,23 +150,27 @@ def tightest_bound(
 
 
 def notes(found: Findings) -> tuple[str, ...]:
-    """All that a person should be told, what matters most first."""
+    """All that a person should be told, in the order of what it changes."""
     told = (
+        # The answer itself
         _fails_at_end(found),
+        *found.doubts,
         _deviation(found),
+        _out_of_time(found),
+        # Training with it
         _changed(found),
-        _overridden(found),
         _short_epoch(found),
         _all_at_once(found),
         *found.remarks,
+        # Whether another would do
         _past_knee(found),
         _tight(found),
-        _out_of_time(found),
-        _not_sought(found),
-        _refused(found),
         _uneven(found),
         _crowded(found),
         _unreached(found),
+        _not_sought(found),
+        _refused(found),
+        # How far to trust what was measured
         _drifted(found),
         _fallback(found),
     )
@@ -199,11 +205,12 @@ def _why_not_exact(found: Findings, asked: int) -> str:
 
 def _changed(found: Findings) -> str | None:
     before, plan, samples = found.before, found.plan, found.dataset_size
-    if before is None or before.effective_batch_size == plan.effective_batch_size:
+    if before is None:
         return None
     then, now = before.effective_batch_size, plan.effective_batch_size
-    if samples is not None and min(then, now) >= samples:
-        return None  # all of an epoch, then as now
+    # All of an epoch, then as now, is no change either
+    if then == now or (samples is not None and min(then, now) >= samples):
+        return _overridden(before, plan)
     told = [
         f"The effective batch goes from {then:,} to {now:,}{_updates(found, before)}."
     ]
@@ -211,6 +218,8 @@ def _changed(found: Findings) -> str | None:
         most = max(then, now) if samples is None else samples
         batches = min(now, most) / min(then, most)
         told.append(usual_learning_rate(found.learning_rate, batches))
+    if (gives_way := _overridden(before, plan)) is not None:
+        told.append(gives_way)
     return " ".join(told)
 
 
@@ -223,16 +232,12 @@ def _updates(found: Findings, before: BatchPlan) -> str:
     return f": {now:,} update{'s' if now > 1 else ''} per epoch instead of {then:,}"
 
 
-def _overridden(found: Findings) -> str | None:
-    before = found.before
-    if before is None or before.accumulate_grad_batches in (
-        1,
-        found.plan.accumulate_grad_batches,
-    ):
+def _overridden(before: BatchPlan, plan: BatchPlan) -> str | None:
+    if before.accumulate_grad_batches in (1, plan.accumulate_grad_batches):
         return None
     return (
         f"accumulate_grad_batches={before.accumulate_grad_batches} of the Trainer gives "
-        f"way to {found.plan.accumulate_grad_batches}, for the target."
+        f"way to {plan.accumulate_grad_batches}, for the target."
     )
 
 
@@ -253,10 +258,10 @@ def _all_at_once(found: Findings) -> str | None:
         return None
     if plan.effective_batch_size != samples or plan.accumulate_grad_batches > 1:
         return None
-    return (
-        f"All {samples:,} samples of an epoch fit at once: it makes one update. target_batch_size asks for smaller "
-        "batches, and more updates."
-    )
+    told = f"All {samples:,} samples of an epoch fit at once"
+    if _changed(found) is None:
+        told += ": it makes one update"
+    return f"{told}. target_batch_size asks for smaller batches, and more updates."
 
 
 def _past_knee(found: Findings) -> str | None:
@@ -394,8 +399,11 @@ def _uneven(found: Findings) -> str | None:
 
 
 def _crowded(found: Findings) -> str | None:
+    bound = found.bound
     if found.foreign <= _MUCH * found.total:
         return None
+    if bound is not None and found.largest_fit >= bound.batch_size:
+        return None  # it was not memory that kept the search from going higher
     return (
         f"Others hold {format_bytes(found.foreign)} of this device's {format_bytes(found.total)}; "
         "what fits changes when they come or go."

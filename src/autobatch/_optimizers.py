@@ -27,8 +27,6 @@ class OptimizerWatch:
         self.steps = 0
         # Whether a backward pass has reached a module that it was told of
         self.has_seen_gradients = False
-        # Whether the optimizer of an update of several micro-batches stepped after each backward pass
-        self.steps_every_pass = False
         # Whether the workload should step one: it trains something
         self.expected = False
         self._clock = clock
@@ -40,11 +38,21 @@ class OptimizerWatch:
         self._handles: dict[int, Any] | None = None  # of hooks on parameters, by id
         self._passes: Counter[int] = Counter()  # by parameter
         self._stepped: Counter[int] = Counter()  # by optimizer
+        # Whether it stepped after each backward pass, in each update that should have been of several micro-batches
+        self._at_each_pass: set[bool] = set()
 
     @property
     def never_stepped(self) -> bool:
         """Whether gradients were computed, and no optimizer of torch's has stepped."""
         return self.has_seen_gradients and not self.steps
+
+    @property
+    def steps_every_pass(self) -> bool:
+        """Whether no update of several micro-batches was one: optimizers stepped after each backward pass.
+
+        One that the end of the data cut short is no sign of that, where another was whole.
+        """
+        return self._at_each_pass == {True}
 
     def __enter__(self) -> Self:
         from torch.optim.optimizer import (
@@ -90,7 +98,8 @@ class OptimizerWatch:
             self.has_seen_gradients = self.expected = True
         # Of several optimizers the one that steps least: a critic may step more often than what it judges
         steps = min(self._stepped.values(), default=0)
-        self.steps_every_pass |= accumulate > 1 and 0 < passes == steps
+        if accumulate > 1 and min(passes, steps) > 0:
+            self._at_each_pass.add(passes == steps)
 
     def _hook(self, module: torch.nn.Module, handles: dict[int, Any]) -> None:
         from torch.nn.parameter import is_lazy

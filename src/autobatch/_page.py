@@ -113,8 +113,8 @@ def _answer(report: TuningReport) -> str:
 
 
 def _timed(report: TuningReport) -> str:
-    timed = report.curve or report.latencies
-    return f", {len(timed)} size{'s' if len(timed) > 1 else ''} timed" if timed else ""
+    sizes = len(report.curve or report.latencies)
+    return f", {sizes} size{'s' if sizes > 1 else ''} timed" if sizes else ""
 
 
 def _asked(report: TuningReport) -> str:

@@ -178,7 +178,7 @@ def _foot(rows: Iterable[SpeedRow | None], left_out: int) -> str:
     if any(row is not None and row.updates is None for row in rows):
         told.append("* from its trial alone, a few steps")
     if left_out:
-        told.append(f"{left_out} more; report.trials and report.curve have them all")
+        told.append(f"{left_out:,} more; report.trials and report.curve have them all")
     return ". ".join(told)
 
 

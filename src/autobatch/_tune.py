@@ -61,6 +61,7 @@ class Job:
         last_samples: Samples in the last micro-batch that each rank trains on in an epoch, at a size.
         remarks: What a person should be told of a plan besides, where there may be something; given the time left
             to find out.
+        doubts: What trials have shown that makes them another thing than training with a plan, asked once they have run.
         task: What a report says is done with the batches.
         subject: What a report calls it.
         environment: Versions, for the report.
@@ -78,6 +79,7 @@ class Job:
     update_at_most: int | None
     last_samples: Callable[[int], int | None] | None
     remarks: Callable[[BatchPlan, Deadline], tuple[str, ...]] | None
+    doubts: Callable[[BatchPlan], tuple[str, ...]] | None
     task: Task
     subject: str
     environment: dict[str, str]
@@ -436,6 +438,7 @@ class _Tuning:
             last_samples=self._job.last_samples(plan.micro_batch_size)
             if self._job.last_samples
             else None,
+            doubts=self._job.doubts(plan) if self._job.doubts else (),
             remarks=self._remarks(plan),
             look=self._job.look() if self._job.look else None,
         )

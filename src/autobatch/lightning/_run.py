@@ -156,12 +156,14 @@ def tune_training(
             if trainer.world_size == 1 or loaders.shards[0] > 1
             else None,
             remarks=lambda plan, deadline: (
-                *((never_stepped(),) if bench.optimizers.never_stepped else ()),
                 *splits.told(plan, deadline),
                 *schedules(trainer, counts.before, plan, is_named=has_name),
                 *told(trainer, loaders, plan, repaired=asked.repairs),
                 *counts.remarks(plan),
                 *_about_the_host(trainer, loaders, samples, bench, plan),
+            ),
+            doubts=lambda _: (
+                (never_stepped(),) if bench.optimizers.never_stepped else ()
             ),
             # By hand, updates are the module's affair
             before=counts.before if module.automatic_optimization else None,
@@ -176,7 +178,8 @@ def tune_training(
         )
         settings = asked.settings.model_copy(update={"dataset_size": loaders.samples})
         bench.optimizers.expected = True
-        bench.optimizers.look_at(module)
+        if not module.automatic_optimization:
+            bench.optimizers.look_at(module)  # Lightning steps, a user may not
         report = _verified_or_searched(
             known_at(job, bench.here(trainer), settings), job, settings, bench
         )
@@ -400,6 +403,7 @@ def _evaluation_job(
         update_at_most=None,
         last_samples=None,
         remarks=lambda *_: _about_rounds(loaders, settings),
+        doubts=None,
         before=None,
         task=stage.name,
         subject=_subject(module, stage.name, trainer.precision),
