@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Final
 
 from autobatch._cautions import share, usual_learning_rate
 from autobatch._memory import format_bytes
-from autobatch._tradeoff import settled, speed_rows, updates_per_epoch
+from autobatch._throughput import settled, speed_rows
+from autobatch._tradeoff import updates_per_epoch
 from autobatch._trial import Outcome
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from autobatch._learning_rate import LearningRateRule
     from autobatch._loading import Loading
     from autobatch._plan import BatchPlan
-    from autobatch._tradeoff import SpeedRow
+    from autobatch._throughput import SpeedRow
     from autobatch._trial import Trial
 
 __all__ = [

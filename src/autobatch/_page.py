@@ -28,7 +28,8 @@ from autobatch._tables import (
     update_fact,
 )
 from autobatch._text import Fact, Page, Table
-from autobatch._tradeoff import NoiseRange, is_of, settled
+from autobatch._throughput import settled
+from autobatch._tradeoff import NoiseRange, is_of
 
 if TYPE_CHECKING:
     from autobatch._latency import LatencyLimit

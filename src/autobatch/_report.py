@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from pydantic import BaseModel, ValidationError
 
-from autobatch import _file, _tradeoff
+from autobatch import _file, _throughput
 from autobatch._curve import CurvePoint  # noqa: TC001 -- pydantic reads it
 from autobatch._fields import (
     FROZEN,
@@ -28,18 +28,14 @@ from autobatch._pace import Pace
 from autobatch._settings import Count, Seconds, Settings  # noqa: TC001 -- pydantic reads it
 from autobatch._tables import counted, product
 from autobatch._text import UNICODE, Glyphs, terminal
+from autobatch._throughput import LineFit, SpeedRow, fit_line, settled, speed_rows
 from autobatch._tradeoff import (
     Costs,
     EffectiveRow,
-    LineFit,
     NoiseRange,
     Optimum,
-    SpeedRow,
     effective_rows,
-    fit_line,
     optimum,
-    settled,
-    speed_rows,
 )
 from autobatch._trial import Outcome
 from autobatch.errors import AutobatchError
@@ -185,7 +181,7 @@ class TuningReport(BaseModel):
         if self.latencies:
             found = knee(self.latencies)
             return found.batch_size if found else None
-        return _tradeoff.knee(self.sizes)
+        return _throughput.knee(self.sizes)
 
     def stream(self, rate: float) -> Stream:
         """What a stream of samples, so many per second and one by one, gets at each size that was timed.

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from autobatch._memory import format_bytes
 from autobatch._numbers import BYTES, SECONDS, aligned, percent, quantity, unit_for
 from autobatch._text import Column, Fact, Table
-from autobatch._tradeoff import is_of, settled
+from autobatch._throughput import settled
+from autobatch._tradeoff import is_of
 from autobatch._trial import Outcome
 
 if TYPE_CHECKING:
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from autobatch._notes import Look
     from autobatch._numbers import Unit
     from autobatch._plan import BatchPlan
-    from autobatch._tradeoff import EffectiveRow, SpeedRow
+    from autobatch._throughput import SpeedRow
+    from autobatch._tradeoff import EffectiveRow
     from autobatch._trial import Trial
 
 __all__ = [

@@ -19,7 +19,7 @@ from autobatch._plan import BatchPlan, per_rank
 from autobatch._record import Record
 from autobatch._report import Device, TuningReport
 from autobatch._speed import Speed, Timed
-from autobatch._tradeoff import settled
+from autobatch._throughput import settled
 from autobatch._trial import Bench, Outcome, Trial, run_trial
 from autobatch.errors import AutobatchError, DoesNotFitError, ShortTrialError
 
