@@ -160,13 +160,13 @@ def test_where_nothing_is_noteworthy_nothing_is_said():
                     "unreached": (2, 4, 56, 8),
                 },
                 (
-                    "The speed curve had 20 seconds, which did not reach 8 and 56: their speed is that of their trial "
-                    "alone; left out are 2 and 4."
+                    "20 seconds were too few to time all sizes: micro-batches of 8 and 56 were timed in their trial alone, "
+                    "micro-batches of 2 and 4 were left out."
                 ),
             ),
             (
                 {"unreached": (16,)},
-                "The speed curve had 20 seconds; left out is 16.",
+                "20 seconds were too few to time all sizes: micro-batches of 16 were left out.",
             ),
             (
                 {"before": BatchPlan(64, 4)},

@@ -311,17 +311,14 @@ def _unreached(found: Findings) -> str | None:
         [size for size in sorted(found.unreached) if (size in tried) is known]
         for known in (True, False)
     )
-    told = f"The speed curve had {found.curve_seconds:g} seconds"
+    told = []
     if by_trial:
-        whose = (
-            "its speed is that of its"
-            if len(by_trial) == 1
-            else "their speed is that of their"
+        told.append(
+            f"micro-batches of {_listed(by_trial)} were timed in their trial alone"
         )
-        told += f", which did not reach {_listed(by_trial)}: {whose} trial alone"
     if not_run:
-        told += f"; left out {'is' if len(not_run) == 1 else 'are'} {_listed(not_run)}"
-    return f"{told}."
+        told.append(f"micro-batches of {_listed(not_run)} were left out")
+    return f"{found.curve_seconds:g} seconds were too few to time all sizes: {', '.join(told)}."
 
 
 def _listed(sizes: list[int]) -> str:
