@@ -137,6 +137,7 @@ def test_a_search_is_recorded_and_played_back(tmp_path):
     assert report.plan.micro_batch_size >= 0.98 * device.largest
 
 
+@pytest.mark.timeout(600)
 def test_everything_for_a_gpu_is_one_command(tmp_path):
     needs_lightning()
     ran = subprocess.run(
