@@ -4,7 +4,7 @@
 #
 #     bash benchmarks/on_gpu.sh FOLDER [--device cpu]
 #
-# Needs autobatch, Lightning and pytest in the environment of `python`. Each part has a time of its own, and the next one runs
+# Needs autobatch, Lightning and pytest in the environment of `python3`. Each part has a time of its own, and the next one runs
 # whatever became of it. With `--device cpu` the same is run in little, without a GPU: that shows that it runs, nothing else.
 set -uo pipefail
 
@@ -34,11 +34,11 @@ part() { # seconds, name, command
 }
 
 all() {
-  part 30 "what autobatch sees" python -m autobatch probe
-  part 270 "tests" python -m pytest -m "$marked" -p no:cacheprovider -v -rfEs --durations=15 "${tests[@]}"
-  part 150 "benchmark" python benchmarks/gpu.py --device "$where" "${brief[@]}" \
+  part 20 "what autobatch sees" python3 -m autobatch probe
+  part 300 "tests" python3 -m pytest -m "$marked" -p no:cacheprovider -v -rfEs --durations=15 "${tests[@]}"
+  part 140 "benchmark" python3 benchmarks/gpu.py --device "$where" "${brief[@]}" \
     --json "$folder/gpu.json" --markdown "$folder/gpu.md"
-  part 75 "recordings" python benchmarks/record.py "$folder" --device "$where" "${brief[@]}"
+  part 60 "recordings" python3 benchmarks/record.py "$folder" --device "$where" "${brief[@]}"
   printf '\n=== in short\n'
   printf '%s\n' "${outcomes[@]}"
 }

@@ -46,7 +46,9 @@ def trainer(place, *callbacks, **options):
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_trial_peaks_where_the_same_steps_of_a_fit_do(place, accumulate, precision):
-    size = place.bytes(1) // (12 * place.width)  # of a GiB or two
+    size = place.bytes(1) // (
+        4 * place.width
+    )  # several GiB, of which a segment is little
     plan = autobatch.BatchPlan(size, accumulate)
     tuner = autobatch.AutoBatch(plan=plan, device=place.probe)
     options = {"precision": precision, "accumulate_grad_batches": accumulate}
