@@ -19,6 +19,7 @@ import torch
 
 torch.set_num_threads(1)
 
+TIMES_OUT = importlib.util.find_spec("pytest_timeout") is not None
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 
 
@@ -26,8 +27,13 @@ def pytest_addoption(parser):
     parser.addoption(
         "--overwrite", action="store_true", help="write text snapshots anew"
     )
-    if importlib.util.find_spec("pytest_timeout") is None:
+    if not TIMES_OUT:
         parser.addini("timeout", "seconds of a test, where pytest-timeout watches them")
+
+
+def pytest_configure(config):
+    if not TIMES_OUT:
+        config.addinivalue_line("markers", "timeout(seconds): see the setting timeout")
 
 
 def pytest_collection_finish(session):

@@ -7,6 +7,7 @@ and torch's allocator are stand-ins, and a GiB is 256 KiB: what passes there has
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import subprocess
 import sys
@@ -65,7 +66,7 @@ class Place:
             nn.BatchNorm1d(self.width),
             nn.ReLU(),
             nn.Dropout(0.1),
-            nn.Linear(self.width, 10),
+            nn.Linear(self.width, 16),
         ).to(self.device)
 
     def samples(self, count: int) -> torch.Tensor:
@@ -97,6 +98,8 @@ def on_paper(monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
 @contextlib.contextmanager
 def on_cuda() -> Iterator[Place]:
     device = "cuda:0"
+    gc.collect()  # a Trainer of the test before may still hold what it had there
+    torch.cuda.empty_cache()
     _warm_up(device)
     yield Place(
         device,

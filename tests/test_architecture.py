@@ -37,6 +37,7 @@ LAYERS = (
         "_latency",
         "_loading",
         "_equivalence",
+        "_recording",
     ),
     ("_curve", "_calls", "_gradients"),
     ("_pace", "_ranks"),

@@ -231,7 +231,7 @@ def largest_by_scan(place, budget):
     """The largest size that fits, by trials alone: no peak is read to choose the next."""
     model = place.network()
     train = training(place, model, torch.optim.AdamW(model.parameters()))
-    search = autobatch.Bisection(resolution=0.002 if place.is_real else 0.02)
+    search = autobatch.Bisection(resolution=0.01 if place.is_real else 0.02)
     report = autobatch.find(
         train, device=place.probe, memory_limit=budget, search=search
     )
@@ -338,20 +338,18 @@ def test_training_with_what_was_found_never_runs_out_of_memory(
     place.probe.release()
     limit = place.probe.read().reserved + place.bytes(1)
     options = {"device": place.probe, "memory_limit": limit, "restore": restore}
-    largest = autobatch.find(train, **options).plan.micro_batch_size
-    report = autobatch.find(
-        train,
-        **options,
-        target_batch_size=None if accumulate == 1 else accumulate * largest,
-    )
+    report = autobatch.find(train, **options)
+    if accumulate > 1:
+        target = accumulate * report.plan.micro_batch_size
+        report = autobatch.find(train, **options, target_batch_size=target)
 
-    failures = trained_on(place, train, report)
+    ooms = trained_on(place, train, report)
 
     print(f"{how.__name__}: {report.plan}, {len(report.trials)} trials")
     if how is compiled:
         torch.compiler.reset()
     assert report.plan.accumulate_grad_batches >= accumulate
-    assert failures == 0
+    assert ooms == 0
 
 
 def test_a_cache_full_of_holes_is_counted_and_trains_as_found(place):
@@ -448,7 +446,7 @@ def test_every_allocator_of_torch_can_be_searched_and_trained_on(kind, settings)
         for _, outcome, peak in found["trials"]
         if outcome == "fit"
     )
-    assert found["failures"] == 0
+    assert found["ooms"] == 0
     assert found["share"] == 1.0
     if "Async" in settings:
         assert found["backend"] == "cudaMallocAsync"
@@ -470,7 +468,8 @@ def test_training_after_tuning_is_the_same_to_the_bit(kind):
 def test_one_process_of_ddp_is_tuned_and_trains(kind):
     needs_lightning()
 
-    found = told(alone("ddp", kind))
+    # One process needs no network; a machine may have none
+    found = told(alone("ddp", kind, GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo"))
 
     assert found["backend"] == ("nccl" if kind == "cuda" else "gloo")
     assert found["wrapped"] == "DistributedDataParallel"

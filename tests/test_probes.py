@@ -492,6 +492,70 @@ def test_where_nvml_tells_of_no_processes_memory_is_read_all_the_same(
     assert others(probe) == 0
 
 
+def cut_without_an_instance():
+    return FakeGpu((Card("aaaa", instances=(Card("m1", total=79 * GIB),)),))
+
+
+NOT_SUPPORTED = {"nvmlDeviceGetMemoryInfo": pynvml.NVML_ERROR_NOT_SUPPORTED}
+
+
+@pytest.mark.parametrize(
+    ("machine", "word"),
+    [
+        (FakeGpu(has_library=False), "no libnvidia-ml.so.1 is installed"),
+        (
+            FakeGpu(
+                refusals={
+                    "nvmlInitWithFlags": pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH
+                }
+            ),
+            "the driver was updated while it ran; restart the machine",
+        ),
+        (FakeGpu(lacks={"nvmlDeviceGetHandleByUUID"}), "Function Not Found"),
+        (FakeGpu(refusals=NOT_SUPPORTED), "does not count the memory of this device"),
+        (
+            FakeGpu((Card("aaaa", is_integrated=True),), refusals=NOT_SUPPORTED),
+            "because they share one memory",
+        ),
+        (cut_without_an_instance(), "CUDA_VISIBLE_DEVICES names no instance"),
+    ],
+    ids=["library", "mismatch", "old", "Jetson", "unified", "MIG"],
+)
+def test_a_search_without_nvml_works_and_its_report_says_why(
+    monkeypatch, machine, word
+):
+    gpu = machine.install(monkeypatch)
+    monkeypatch.setattr(HostMemory, "here", lambda: HostMemory(60 * GIB, None))
+
+    def train(batch_size):
+        while True:
+            with gpu.holding(0, batch_size * GIB // 64):
+                yield
+
+    report = autobatch.find(train, device=CudaProbe(0), memory_limit="2GiB")
+
+    (note,) = (note for note in report.notes if note.startswith("Memory is read from"))
+    assert "torch.cuda.mem_get_info, because" in note
+    assert word in note
+    assert 125 <= report.plan.micro_batch_size <= 128
+    assert report.device.source in note
+
+
+def test_where_nvml_answers_the_report_has_no_need_to_say_so(monkeypatch):
+    gpu = FakeGpu(three_cards(), visible="GPU-bb", cuda_order=(2, 1, 0))
+    gpu.install(monkeypatch)
+
+    def train(batch_size):
+        while True:
+            with gpu.holding(0, batch_size * GIB // 64):
+                yield
+
+    report = autobatch.find(train, device=CudaProbe(0), memory_limit="2GiB")
+
+    assert report.device.source == "NVML"
+    assert not any("Memory is read from" in note for note in report.notes)
+
+
 def test_where_mig_is_unknown_to_a_card_nvml_is_still_used(monkeypatch):
     refusals = {"nvmlDeviceGetMigMode": pynvml.NVML_ERROR_NOT_SUPPORTED}
     FakeGpu(refusals=refusals).install(monkeypatch)

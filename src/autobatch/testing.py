@@ -9,13 +9,20 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from autobatch._memory import MemoryReading, format_bytes, parse_bytes
+from autobatch._recording import Recorder, Recording, ReplayedDevice
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Mapping
 
     from autobatch._memory import Watch
 
-__all__ = ["PaperDevice", "SimulatedAccelerator"]
+__all__ = [
+    "PaperDevice",
+    "Recorder",
+    "Recording",
+    "ReplayedDevice",
+    "SimulatedAccelerator",
+]
 
 
 class SimulatedAccelerator:

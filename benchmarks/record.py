@@ -1,0 +1,111 @@
+"""Record what a GPU says while batch sizes are searched on it, for tests that have none.
+
+    python benchmarks/record.py FOLDER [--device cuda] [--memory 8GiB] [--brief]
+
+Each of three networks is searched, and then run at sizes on the way up to the limit and around it, so that a search that
+asks for other sizes than this one finds what it needs between them. One file for each; those of a real GPU belong into
+tests/recordings, where every one is played back to the search.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from workloads import BRIEF, NETWORKS, Place, fresh, surroundings
+
+import autobatch
+from autobatch import _curve
+from autobatch.testing import Recorder
+
+AROUND = (0.8, 0.9, 0.95, 0.98, 0.99, 1.01, 1.02, 1.05, 1.1, 1.5)  # of the largest fit
+KEPT = (
+    "allocated_bytes.all.peak",
+    "active_bytes.all.peak",
+    "requested_bytes.all.peak",
+    "inactive_split_bytes.all.peak",
+    "segment.all.peak",
+    "num_alloc_retries",
+    "num_ooms",
+    "num_device_alloc",
+    "num_device_free",
+)
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A search that tries what it was told, and then is content."""
+
+    sizes: tuple[int, ...]
+
+    def propose(self, trials, *, start, high, budget):  # noqa: ARG002
+        return self.sizes[len(trials)] if len(trials) < len(self.sizes) else None
+
+
+def statistics():
+    told = torch.cuda.memory_stats(0) if torch.cuda.is_initialized() else {}
+    return {name: told[name] for name in KEPT if name in told}
+
+
+def ladder(tried, largest):
+    """Sizes not tried yet: powers of two on the way up, the last of them half of the largest, and around the largest."""
+    wanted = {2**power for power in range(1, largest.bit_length())}
+    wanted |= {round(largest * share) for share in AROUND}
+    return tuple(sorted(wanted - set(tried)))
+
+
+def record(place, name, build):
+    model, train = fresh(place, build)
+    recorder = Recorder(place.probe(), allocator=statistics)
+    options = {"device": recorder, "memory_limit": place.memory, "time_limit": 60}
+    watched = recorder.watching(train)
+    report = autobatch.find(watched, **options)
+    tried = [trial.batch_size for trial in report.trials]
+    largest = report.plan.micro_batch_size
+    for accumulating in (False, True):
+        sizes = ladder(() if accumulating else tried, largest)
+        if accumulating:  # gradients that live on are a burden of their own
+            sizes = tuple(size for size in sizes if size >= largest // 2)
+        target = 4 * max(sizes) if accumulating else None
+        autobatch.find(
+            watched, **options, search=Listed(sizes), target_batch_size=target
+        )
+    del model
+    return recorder.recording(
+        f"{name}, bf16, AdamW",
+        memory_limit=place.memory,
+        environment=surroundings(place),
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--memory", help="what may be held", default=None)
+    parser.add_argument("--only", help="one network, by its name")
+    parser.add_argument("--brief", action="store_true", help="small networks")
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    importlib.import_module("autobatch.sinks").console = lambda _: None
+    _curve.SECONDS = 0.0
+    memory = given.memory or ("12MiB" if given.brief else "8GiB")
+    place = Place.named(given.device, memory)
+    networks = BRIEF if given.brief else NETWORKS
+    for name in [given.only] if given.only else networks:
+        recording = record(place, name, networks[name])
+        path = given.folder / f"{name.lower()}.json"
+        recording.write(path)
+        fitting = [run.batch_size for run in recording.runs if run.fits]
+        print(
+            f"{path}: {len(recording.runs)} runs, {max(fitting)} is the largest that fits",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""What is claimed of CUDA in a Trainer: see test_gpu.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+import autobatch
+from lightning_here import pl, quiet_trainer
+
+MIB = 2**20
+
+
+class Numbers(Dataset):
+    """No data: each step makes its samples on the device, so that none are on the host."""
+
+    def __len__(self):
+        return 10_000_000
+
+    def __getitem__(self, index):
+        return index
+
+
+class Module(pl.LightningModule):
+    def __init__(self, place):
+        super().__init__()
+        self.place = place
+        self.net = place.network()
+        self.sizes = []
+
+    def training_step(self, batch, _):
+        self.sizes.append(len(batch))
+        return self.net(self.place.samples(len(batch))).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters())
+
+
+def trainer(place, *callbacks, **options):
+    kind = "gpu" if place.is_real else "cpu"
+    options = {"max_epochs": 1, "limit_train_batches": 12} | options
+    return quiet_trainer(*callbacks, accelerator=kind, devices=1, **options)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_trial_peaks_where_the_same_steps_of_a_fit_do(place, accumulate, precision):
+    size = place.bytes(1) // (
+        4 * place.width
+    )  # several GiB, of which a segment is little
+    plan = autobatch.BatchPlan(size, accumulate)
+    tuner = autobatch.AutoBatch(plan=plan, device=place.probe)
+    options = {"precision": precision, "accumulate_grad_batches": accumulate}
+    loader = DataLoader(Numbers(), size)
+    report = tuner.tune(trainer(place, **options), Module(place), loader)
+    place.probe.release()
+    held = place.probe.read().reserved
+
+    module = Module(place)
+    with place.probe.limited(report.budget):
+        trainer(place, **options).fit(module, loader)
+    peak = place.probe.read().peak
+
+    tried = report.trials[-1].peak
+    print(
+        f"tried {tried / MIB:.1f} MiB, in a fit {peak / MIB:.1f}, {held / MIB:.1f} held before"
+    )
+    assert set(module.sizes) == {size}
+    # On paper the loader's batches, which are on the host, are charged too
+    assert tried == pytest.approx(peak, rel=0.01 if place.is_real else 0.03)
+
+
+def test_a_trainer_trains_with_what_was_found(place):
+    module = Module(place)
+    largest = 64 * (place.width // 64)
+    callback = autobatch.AutoBatch(
+        target_batch_size=largest, memory_limit=place.bytes(1), device=place.probe
+    )
+    before = place.probe.read().failures
+
+    trainer(place, callback, precision="bf16-mixed").fit(
+        module, DataLoader(Numbers(), 16)
+    )
+
+    plan = callback.report.plan
+    assert plan.effective_batch_size == largest
+    assert set(module.sizes) == {plan.micro_batch_size}
+    refused = sum(not trial.fits for trial in callback.report.trials)
+    assert refused or place.probe.read().failures == before
