@@ -38,7 +38,7 @@ LAYERS = (
         "_loading",
         "_equivalence",
     ),
-    ("_curve", "_calls", "_gradients"),
+    ("_curve", "_calls", "_gradients", "_readings"),
     ("_pace", "_ranks"),
     ("_plan", "_record", "_answers"),
     ("_tradeoff", "_speed"),
