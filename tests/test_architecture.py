@@ -39,7 +39,7 @@ LAYERS = (
         "_equivalence",
         "_recording",
     ),
-    ("_curve", "_calls", "_gradients"),
+    ("_curve", "_calls", "_gradients", "_readings"),
     ("_pace", "_ranks"),
     ("_plan", "_record", "_answers"),
     ("_throughput", "_speed"),
