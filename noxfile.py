@@ -1,4 +1,4 @@
-"""Chores: `nox` runs the tests, the linters and the types; `nox -s readme` renews what README.md quotes."""
+"""Chores: `nox` runs the tests, the linters and the types; `nox -s readme` renews what README.md quotes, `nox -s benchmarks` two benchmarks."""
 
 from __future__ import annotations
 
@@ -82,6 +82,16 @@ def wheel(session: nox.Session) -> None:
     (file,) = Path(built).glob("*.whl")
     session.install(*_TESTED, f"{file}[test]")
     session.run("pytest", *_TWO_AT_A_TIME, *session.posargs)
+
+
+@nox.session
+def benchmarks(session: nox.Session) -> None:
+    """What searches find and cost, and what tuning costs: measured, and written into benchmarks/README.md."""
+    session.install(*_TESTED, "-e", ".[benchmarks]")
+    page = ("--markdown", "benchmarks/README.md")
+    picture = ("--figure", "benchmarks/search.png")
+    session.run("python", "benchmarks/search.py", *page, *picture, *session.posargs)
+    session.run("python", "benchmarks/overhead.py", *page)
 
 
 @nox.session(python=False)

@@ -321,7 +321,7 @@ def page(on_paper, real, seconds):
     if real:
         parts += [
             (
-                "Networks, each search by itself. Seconds are by the clock; timing the speed curve, which only autobatch "
+                "Networks, each search by itself. Seconds are CPU time; timing the speed curve, which only autobatch "
                 "does, is counted beside the search. Steps survived: of a new training, as many of "
                 f"{STEPS_AFTER} as took {SECONDS_AFTER:g} s, 3 at least."
             ),

@@ -167,3 +167,46 @@ def test_the_page_of_benchmarks_has_a_place_for_those_of_a_gpu():
     page = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
 
     assert page.count("<!-- gpu.py -->") == page.count("<!-- end of gpu.py -->") == 1
+
+
+def test_the_benchmark_of_searches_compares_all_on_the_same_work(tmp_path):
+    page, numbers, figure = (tmp_path / name for name in ("p.md", "n.json", "f.png"))
+    page.write_text("<!-- search.py -->old<!-- end of search.py -->\n", "utf-8")
+
+    printed = run(
+        "search.py",
+        "--quick",
+        "--json",
+        numbers,
+        "--markdown",
+        page,
+        "--figure",
+        figure,
+        needs=["accelerate", "matplotlib", "pytorch_lightning", "toma"],
+    )
+
+    found = json.loads(numbers.read_text(encoding="utf-8"))
+    assert figure.stat().st_size > 1000
+    assert "old" not in page.read_text(encoding="utf-8")
+    for cells in (found["curves"], found["networks"]):
+        by = {cell["contestant"] for cell in cells}
+        assert {"find", "AutoBatch in a Trainer", "Lightning, binsearch"} <= by
+        assert {"accelerate, from 128", "toma, from 512"} <= by
+        ours = [c for c in cells if c["contestant"] in {"find", "find, bare peaks"}]
+        assert not [c for c in ours if c["is_unsafe"]]
+        assert all(0.99 <= c["ratio"] <= 1 for c in ours if c["true"] and c["rises"])
+    # Others provoke what they look for
+    assert max(c["result"]["unfit"] for c in found["curves"]) > 10
+    assert re.search(r"(?m)^\| unsafe answers +\| +0 \| +0 \| +met \|$", printed)
+
+
+def test_the_benchmark_of_overhead_measures_every_part(tmp_path):
+    numbers = tmp_path / "numbers.json"
+
+    run("overhead.py", "--quick", "--json", numbers, needs=["pytorch_lightning"])
+
+    rows = json.loads(numbers.read_text(encoding="utf-8"))["rows"]
+    assert len(rows) >= 10
+    assert all(row["numbers"] for row in rows)
+    for row in rows[1:]:
+        assert min(row["numbers"]) >= 0, row["what"]

@@ -458,3 +458,48 @@ def test_a_slower_small_batch_is_seen_as_slower_per_sample():
 
     rates = {row.batch_size: row.samples_per_second for row in report.sizes}
     assert rates[64] > 2 * rates[8] > 4 * rates[1]
+
+
+def watched():
+    """A small real model on a simulated accelerator, and the sizes at which its training was started."""
+    model = torch.nn.Linear(64, 8)
+    optimizer = torch.optim.Adam(model.parameters())
+    started = []
+
+    def train(batch_size, accumulate):
+        started.append(batch_size)
+        while True:
+            for _ in range(accumulate):
+                model(torch.randn(batch_size, 64)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            yield
+
+    return train, started
+
+
+def test_a_trial_whose_memory_is_watched_is_not_run_again_where_a_curve_will_time_it():
+    train, started = watched()
+
+    report = autobatch.find(
+        train, device=SimulatedAccelerator("1MiB"), max_micro_batch_size=64
+    )
+
+    tried = [trial.batch_size for trial in report.trials]
+    assert started[: len(tried)] == tried
+    curve = {point.batch_size: point for point in report.curve}
+    for trial in report.trials:
+        assert trial.step_seconds == curve[trial.batch_size].step_seconds
+
+
+def test_without_a_curve_a_trial_times_itself(monkeypatch):
+    monkeypatch.setattr("autobatch._curve.SECONDS", 0.0)
+    train, started = watched()
+
+    report = autobatch.find(
+        train, device=SimulatedAccelerator("1MiB"), max_micro_batch_size=64
+    )
+
+    tried = [trial.batch_size for trial in report.trials]
+    assert started == [size for size in tried for _ in range(2)]
+    assert all(trial.step_seconds > 0 for trial in report.trials)

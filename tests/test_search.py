@@ -591,8 +591,8 @@ LIMITS = {
     humps: Cost(4, 9, 1),
     jumps: Cost(6, 9, 1),
     cliffs: Cost(11, 12, 7, 1.0),
-    plateaus: Cost(8, 12, 5, 0.5),
-    noises: Cost(6, 13, 4, 0.08),
+    plateaus: Cost(7, 12, 5, 0.4),
+    noises: Cost(6, 13, 4, 0.09),
 }
 
 

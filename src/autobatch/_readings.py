@@ -84,12 +84,13 @@ class Line(NamedTuple):
     points: int
     stray: float  # how far one of them lies off it at most, as a share of the room
     is_noisy: bool  # whether they lie on both sides of it
+    is_bent: bool  # whether they all lie below it: memory rises ever faster
 
     @classmethod
     def through(cls, fits: Sequence[Reading], tolerance: float) -> Line:
         """Through as many of the last ones, at least two, as lie on it but for so much, as a share of the room."""
         top = fits[-1]
-        line = cls(fits[-2], top, 2, 0.0, is_noisy=False)
+        line = cls(fits[-2], top, 2, 0.0, is_noisy=False, is_bent=False)
         for count in range(PROOF, len(fits) + 1):
             base, *between = fits[-count:-1]
             slope = (top.peak - base.peak) / (top.size - base.size)
@@ -97,7 +98,14 @@ class Line(NamedTuple):
             stray = max(map(abs, off)) / max(1, top.room)
             if stray > tolerance:
                 break
-            line = cls(base, top, count, stray, is_noisy=min(off) < 0 < max(off))
+            line = cls(
+                base,
+                top,
+                count,
+                stray,
+                is_noisy=min(off) < 0 < max(off),
+                is_bent=max(off) < 0,
+            )
         return line
 
     @property

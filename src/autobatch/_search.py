@@ -167,7 +167,9 @@ class GuidedBisection:
         # It takes more to end a search than to go on.
         straight = line.is_noisy or line.stray <= self.resolution / 2
         noise = 2 * line.stray if line.is_noisy else 0.0
-        return _Forecast(line.limit, min(aims), line.is_proven and straight, noise)
+        full = top.left <= self.resolution / 2 * top.room
+        sure = full or (line.is_proven and straight)
+        return _Forecast(line.limit, min(aims), sure, noise)
 
     def _line(self, fits: list[Reading]) -> Line:
         """The line to follow: an exact one, also one that goes on after a jump, or else a rough one."""
@@ -177,7 +179,8 @@ class GuidedBisection:
         before = self._before(fits)
         if before is not None and exact.is_parallel(before, self.resolution / 4):
             return exact._replace(points=PROOF)
-        return Line.through(fits, 2 * self.resolution)
+        rough = Line.through(fits, 2 * self.resolution)
+        return exact if rough.is_bent else rough
 
     def _before(self, fits: list[Reading]) -> Line | None:
         """The line that readings were on, where the last one or two have left it."""

@@ -59,7 +59,8 @@ class Trial:
         batch_size: Samples per forward pass.
         outcome: How it ended.
         peak: Most memory this process held during the trial, in bytes; None when it did not end.
-        step_seconds: Seconds per micro-batch, its share of the optimizer step included; None when not timed.
+        step_seconds: Seconds per micro-batch, its share of the optimizer step included; None when not timed. Of a size
+            that the speed curve had no time for they may be longer, since its memory was watched meanwhile.
         accumulate: Micro-batches per optimizer step in this trial.
         optimizer_seconds: Seconds of one optimizer step; None when not timed.
         resident: Bytes this process held when the trial began.
@@ -146,12 +147,14 @@ class Bench:
         budget: Reads how many bytes this process may hold now.
         optimizers: Counts and times optimizer steps.
         first_touch: Watches for modules that no one has seen yet.
+        times_later: Whether sizes are timed after all trials, so that a trial need not do it.
     """
 
     probe: MemoryProbe
     budget: Callable[[], int]
     optimizers: OptimizerWatch
     first_touch: Callable[[], contextlib.AbstractContextManager[None]]
+    times_later: bool = False
 
 
 def run_trial(
@@ -159,10 +162,10 @@ def run_trial(
 ) -> Trial:
     """Run one batch size for `steps` optimizer steps under a cap, and say how it went.
 
-    Where watching memory slows the steps down, they are run once more without, and those are timed. The budget is
-    read before and after, since others may take memory meanwhile. An error that is not about memory passes through
-    with a note; `ShortTrialError` when the workload ends early; `ValueError` when it runs more samples than it was
-    given.
+    Where watching memory slows the steps down, they are run once more without, and those are timed, unless that is
+    done later. The budget is read before and after, since others may take memory meanwhile. An error that is not about
+    memory passes through with a note; `ShortTrialError` when the workload ends early; `ValueError` when it runs more
+    samples than it was given.
     """
     trial = Trial(batch_size, Outcome.OUT_OF_MEMORY, accumulate=accumulate)
     ended = _survived(lambda: _try(trial, workload, steps, bench), batch_size, bench)
@@ -321,7 +324,7 @@ def _try(trial: Trial, workload: Workload, steps: int, bench: Bench) -> Trial:
     ran = replace(ran, outcome=Outcome.FIT).judged(bench.budget())
     if not ran.fits:
         return ran
-    if watch is not None:
+    if watch is not None and not bench.times_later:
         # Watching every operator slows a step down
         timing = _timed(workload, trial.batch_size, trial.accumulate, enough, bench)
     return replace(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Final
@@ -104,7 +104,10 @@ def tune(
     """Budget, trials, plan, report: the steps of a tuning run, in their order; every rank of a job calls it."""
     _check_target(settings, ranks.world_size)
     tuning = _Tuning(job, settings, probe, snapshot, shown, ranks)
-    tuning.bench = Bench(probe, tuning.record.read_budget, optimizers, first_touch)
+    times_later = bool(job.curve_seconds) and known is None and tuning.limit is None
+    tuning.bench = Bench(
+        probe, tuning.record.read_budget, optimizers, first_touch, times_later
+    )
     tuning.begin(known)
     if known is not None:
         plan = tuning.verify(known)
@@ -313,6 +316,26 @@ class _Tuning:
             trial_seconds=self._deadline.seconds_of(self.record.fitting[-1]),
         )
         self._deadline.leave_out(self._deadline.spent - began)
+        # Nothing times what is tried from now on
+        self.bench = replace(self.bench, times_later=False)
+
+    def _with_its_time(self, trial: Trial) -> Trial:
+        """A trial as the curve timed its size: while memory is watched, steps are slower."""
+        for timed in self._speed.curve:
+            if (timed.batch_size, timed.accumulate) == (
+                trial.batch_size,
+                trial.accumulate,
+            ):
+                return (
+                    replace(
+                        trial,
+                        step_seconds=timed.step_seconds,
+                        optimizer_seconds=timed.optimizer_seconds,
+                    )
+                    if trial.fits
+                    else trial
+                )
+        return trial
 
     @cached_property
     def _speed(self) -> Speed:
@@ -419,7 +442,7 @@ class _Tuning:
         findings = Findings(
             task=self._job.task,
             plan=plan,
-            trials=tuple(self.record.trials),
+            trials=tuple(map(self._with_its_time, self.record.trials)),
             curve=self._speed.curve,
             unreached=self._speed.unreached,
             curve_seconds=self._job.curve_seconds,

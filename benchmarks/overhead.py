@@ -1,0 +1,404 @@
+"""What autobatch costs besides its search: importing it, training after it, copying state, and how tuning grows.
+
+    python benchmarks/overhead.py [--quick] [--json PATH] [--markdown PATH]
+
+Every number is the median of several runs, in turns with what it is compared with, by CPU time where a process is
+alone with its work, so that a busy machine changes little. Networks train on an accelerator of which every tensor byte
+is counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import contestants
+import pytorch_lightning as pl
+import torch
+from contestants import trainer
+from pages import machine, renew, table
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+import autobatch
+from autobatch import _curve
+from autobatch._snapshot import Snapshot
+from autobatch.testing import SimulatedAccelerator
+
+MIB = 2**20
+IMPORT_GOAL = 0.050  # seconds
+TRAINING_GOAL = 0.01  # share
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of it is run."""
+
+    repeats: int
+    updates: int  # of a training that is timed
+    widths: tuple[int, ...]  # of networks that are copied
+    lengths: tuple[int, ...]  # of data sets
+    batches: tuple[int, ...]  # largest that fit
+
+
+FULL = Size(
+    9,
+    150,
+    (256, 512, 1024, 2048),
+    (10**3, 10**4, 10**5, 10**6, 10**7),
+    (10**2, 10**3, 10**4, 10**5),
+)
+QUICK = Size(3, 20, (256, 512), (10**3, 10**5), (10**2, 10**3))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number.
+
+    Args:
+        what: What was measured.
+        value: In words.
+        goal: What it should be; empty where there is none.
+        numbers: Every run of it.
+    """
+
+    what: str
+    value: str
+    goal: str
+    numbers: tuple[float, ...]
+
+
+# Importing
+
+
+def importing(size):
+    """Seconds that `import autobatch` adds to starting the interpreter."""
+
+    def seconds(code):
+        before = _children()
+        subprocess.run([sys.executable, "-c", code], check=True)  # noqa: S603 -- our own code
+        return _children() - before
+
+    pairs = [
+        (seconds("import autobatch"), seconds("pass")) for _ in range(size.repeats)
+    ]
+    added = [with_it - without for with_it, without in pairs]
+    met = statistics.median(added) <= IMPORT_GOAL
+    return Row(
+        "`import autobatch`, CPU time on top of the interpreter",
+        f"{statistics.median(added) * 1e3:.1f} ms",
+        f"≤ {IMPORT_GOAL * 1e3:.0f} ms: {'met' if met else 'missed'}",
+        tuple(added),
+    )
+
+
+def _children():
+    """CPU seconds of the processes that have ended."""
+    import resource
+
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+# Training afterwards
+
+
+class Network(pl.LightningModule):
+    def __init__(self, batch_size):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(
+            nn.Linear(64, 512),
+            nn.GELU(),
+            nn.Linear(512, 512),
+            nn.GELU(),
+            nn.Linear(512, 10),
+        )
+        self.batch_size = batch_size
+        self.seconds = []  # CPU time of each update
+        self._last = None
+
+    def training_step(self, batch):
+        inputs, labels = batch
+        return F.cross_entropy(self.layers(inputs), labels)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), 1e-3)
+
+    def on_train_batch_end(self, *_):
+        now = time.process_time()
+        if self._last is not None:
+            self.seconds.append(now - self._last)
+        self._last = now
+
+
+class Samples(Dataset):
+    """Made when they are read: as many as are asked for."""
+
+    def __init__(self, length):
+        self._length = length
+        self._inputs = torch.randn(64)
+
+    def __len__(self):
+        return self._length
+
+    def __getitem__(self, index):
+        return self._inputs, index % 10
+
+
+def _data(batch_size, count=20_000):
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(count, 64, generator=generator)
+    labels = torch.randint(10, (count,), generator=generator)
+    return DataLoader(TensorDataset(inputs, labels), batch_size)
+
+
+def training_after(size):
+    """CPU time of an update after AutoBatch, against the same plan written by hand."""
+    warm_up = 10
+    steps = size.updates + warm_up
+
+    def tuned():
+        module = Network(32)
+        callback = autobatch.AutoBatch(
+            target_batch_size=128, device=SimulatedAccelerator("1GiB")
+        )
+        trainer(max_epochs=-1, max_steps=steps, callbacks=[callback]).fit(
+            module, _data(32)
+        )
+        return module.seconds, callback.report.plan
+
+    def by_hand(plan):
+        module = Network(plan.micro_batch_size)
+        trainer(
+            max_epochs=-1,
+            max_steps=steps,
+            accumulate_grad_batches=plan.accumulate_grad_batches,
+        ).fit(module, _data(plan.micro_batch_size))
+        return module.seconds
+
+    ratios = []
+    _, plan = tuned()
+    for turn in range(size.repeats):
+        # Either goes first in every other turn, since machines warm up
+        own = by_hand(plan) if turn % 2 else []
+        after, plan = tuned()
+        own = own or by_hand(plan)
+        ratios.append(
+            statistics.median(after[warm_up:]) / statistics.median(own[warm_up:])
+        )
+    middle = statistics.median(ratios)
+    met = abs(middle - 1) <= TRAINING_GOAL
+    return Row(
+        "an update in training after `AutoBatch`, against the plan written by hand",
+        f"×{middle:.3f} ({min(ratios):.3f}–{max(ratios):.3f})",
+        f"1.00 ± {TRAINING_GOAL}: {'met' if met else 'missed'}",
+        tuple(ratios),
+    )
+
+
+def tuning_against_an_epoch(size):
+    """The whole of tuning, and its search alone, against one epoch with what was found."""
+    shares, searches = [], []
+    for _ in range(max(1, size.repeats // 3)):
+        module = Network(32)
+        loader = _data(32, count=60_000)
+        callback = autobatch.AutoBatch(
+            target_batch_size=128, device=SimulatedAccelerator("1GiB")
+        )
+        began = time.perf_counter()
+        report = callback.tune(trainer(), module, loader)
+        whole = time.perf_counter() - began
+        plan = report.plan
+        module = Network(plan.micro_batch_size)
+        began = time.perf_counter()
+        trainer(accumulate_grad_batches=plan.accumulate_grad_batches).fit(
+            module, _data(plan.micro_batch_size, count=60_000)
+        )
+        epoch = time.perf_counter() - began
+        shares.append(whole / epoch)
+        searches.append(_search_seconds(loader) / epoch)
+    return [
+        Row(
+            "all of tuning, with the speed curve, in epochs of 60,000 samples",
+            f"{statistics.median(shares):.2f}",
+            "",
+            tuple(shares),
+        ),
+        Row(
+            "a search for the largest batch alone, up to 4,096, likewise",
+            f"{statistics.median(searches):.2f}",
+            "",
+            tuple(searches),
+        ),
+    ]
+
+
+def _search_seconds(loader):
+    """Seconds of a search by itself, without the curve, to 4,096 samples at most."""
+    callback = autobatch.AutoBatch(
+        device=SimulatedAccelerator("1GiB"), max_micro_batch_size=4096
+    )
+    with without_the_curve():
+        began = time.perf_counter()
+        callback.tune(trainer(), Network(32), loader)
+        return time.perf_counter() - began
+
+
+class without_the_curve:  # noqa: N801 -- reads as what it does
+    """Time no sizes besides the trials, where that is not what is measured."""
+
+    def __enter__(self):
+        self._seconds = _curve.SECONDS
+        _curve.SECONDS = 0.0
+
+    def __exit__(self, *_):
+        _curve.SECONDS = self._seconds
+
+
+# Copies
+
+
+def copying(size):
+    """Snapshot and restore, against the bytes of a model with AdamW's state."""
+    rows = []
+    for width in size.widths:
+        model = nn.Sequential(*(nn.Linear(width, width) for _ in range(4)))
+        optimizer = torch.optim.AdamW(model.parameters())
+        model(torch.randn(2, width)).sum().backward()
+        optimizer.step()
+        nbytes = Snapshot.bytes_of(model, optimizer)
+        taken, given = [], []
+        for _ in range(size.repeats):
+            with Snapshot() as snapshot:
+                began = time.process_time()
+                snapshot.capture(model, optimizer)
+                taken.append(time.process_time() - began)
+                began = time.process_time()
+                snapshot.restore()
+                given.append(time.process_time() - began)
+        rows.append(
+            Row(
+                f"snapshot and restore of {nbytes / MIB:.0f} MiB",
+                f"{statistics.median(taken) * 1e3:.1f} and {statistics.median(given) * 1e3:.1f} ms",
+                "",
+                (*taken, *given),
+            )
+        )
+    return rows
+
+
+# How tuning grows
+
+
+def against_the_data(size):
+    """Seconds of a search, up to 256 samples, over the length of the data set."""
+    rows = []
+    for length in size.lengths:
+        seconds = []
+        for _ in range(max(1, size.repeats // 3)):
+            loader = DataLoader(Samples(length), 32, shuffle=True)
+            callback = autobatch.AutoBatch(
+                device=SimulatedAccelerator("1GiB"), max_micro_batch_size=256
+            )
+            with without_the_curve():
+                began = time.process_time()
+                callback.tune(trainer(), Network(32), loader)
+                seconds.append(time.process_time() - began)
+        rows.append(
+            Row(
+                f"a search with {length:,} samples in the data set, CPU time",
+                f"{statistics.median(seconds):.2f} s",
+                "",
+                tuple(seconds),
+            )
+        )
+    return rows
+
+
+def against_the_batch(size):
+    """Seconds of a search, over the largest batch, without the steps themselves."""
+    rows = []
+    for largest in size.batches:
+        seconds = []
+        for _ in range(max(1, size.repeats // 3)):
+            loader = DataLoader(Samples(10**6), 8)
+            module = Still(8, largest)
+            callback = autobatch.AutoBatch(
+                device=SimulatedAccelerator("1GiB"), max_micro_batch_size=largest
+            )
+            with without_the_curve():
+                began = time.process_time()
+                callback.tune(trainer(), module, loader)
+                seconds.append(time.process_time() - began)
+        rows.append(
+            Row(
+                f"a search up to a batch of {largest:,}, whose steps take no time, CPU time",
+                f"{statistics.median(seconds):.2f} s",
+                "",
+                tuple(seconds),
+            )
+        )
+    return rows
+
+
+class Still(Network):
+    """Its step costs next to nothing at any size."""
+
+    def __init__(self, batch_size, largest):
+        super().__init__(batch_size)
+        self.layers = nn.Linear(64, 10)
+        self.largest = largest
+
+    def training_step(self, batch):
+        inputs, _ = batch
+        return (self.layers(inputs[:2]).sum() + inputs.expand(1, -1, -1)[0, 0, 0]) * 0
+
+
+def page(rows):
+    """All of it as text."""
+    lines = [[row.what, row.value, row.goal] for row in rows]
+    return f"Measured on {machine()}.\n\n{table(['what', 'measured', 'goal'], lines)}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="little of everything")
+    parser.add_argument("--json", type=Path, help="write all numbers to this file")
+    parser.add_argument("--markdown", type=Path, help="write the table into this page")
+    given = parser.parse_args()
+    size = QUICK if given.quick else FULL
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    contestants.quiet()
+    rows = []
+    for part in (
+        importing,
+        training_after,
+        tuning_against_an_epoch,
+        copying,
+        against_the_data,
+        against_the_batch,
+    ):
+        measured = part(size)
+        rows += measured if isinstance(measured, list) else [measured]
+        print(f"{rows[-1].what}: {rows[-1].value}", flush=True)
+    text = page(rows)
+    print(f"\n{text}")
+    if given.json:
+        numbers = {"machine": machine(), "rows": [asdict(row) for row in rows]}
+        given.json.write_text(json.dumps(numbers, indent=1), encoding="utf-8")
+    if given.markdown:
+        renew(given.markdown, "overhead.py", text)
+
+
+if __name__ == "__main__":
+    main()
