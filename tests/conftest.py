@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import os
 from pathlib import Path
@@ -33,6 +34,12 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if not TIMES_OUT:
         config.addinivalue_line("markers", "timeout(seconds): see the setting timeout")
+
+
+def pytest_collection_finish(session):
+    """Leave what imports made out of garbage collections: a search collects after each trial, and most would be that."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ torchrun --nproc-per-node 2 ddp_cases.py DIRECTORY CASE …
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 import os
@@ -415,6 +416,7 @@ CASES = {
 def main(directory, *cases):
     warnings.simplefilter("ignore")
     _curve.SECONDS = 0.5  # enough for a few visits
+    gc.freeze()  # a search collects after each trial: not what imports made
     for package in ("pytorch_lightning", "lightning.pytorch"):
         logging.getLogger(package).setLevel(logging.ERROR)
     cases_of = CASES | {"everything": lambda: everything(directory)}

@@ -6,6 +6,7 @@ python lightning_cases.py by-hand results.pt plans.json
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import random
@@ -411,6 +412,7 @@ def run(case, plan):
 def main(mode, results, plans, *cases):
     warnings.simplefilter("ignore")
     _curve.SECONDS = 0.5  # enough for a few visits
+    gc.freeze()  # a search collects after each trial: not what imports made
     known = (
         json.loads(Path(plans).read_text())
         if mode == "by-hand"

@@ -68,3 +68,21 @@ def test_what_is_affordable_takes_half_of_the_time_left():
 def test_the_largest_is_the_largest_that_ran():
     assert after(0).largest is None
     assert after(0, trials={8: 1.0, 32: 2.0, 16: 1.0}).largest == 32
+
+
+def test_seconds_that_have_a_bound_of_their_own_are_spent_and_do_not_count():
+    deadline = after(50, trials={16: 20.0})
+    assert not deadline.allows(16, 16, 0)
+
+    deadline.leave_out(20)
+
+    assert deadline.spent == 50
+    assert deadline.allows(16, 16, 10)
+    assert not deadline.allows(16, 16, 11)
+    assert deadline.affordable(16, 0) == 12
+
+
+@pytest.mark.parametrize(("size", "nearest"), [(3, 4), (4, 4), (5, 16), (17, 16)])
+def test_the_nearest_size_that_ran_is_no_smaller_where_there_is_one(size, nearest):
+    assert after(0, trials={16: 1.0, 4: 1.0}).nearest(size) == nearest
+    assert after(0).nearest(size) is None

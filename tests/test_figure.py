@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import re
 import subprocess
 import sys
 from functools import cache
@@ -427,6 +428,14 @@ def test_another_suffix_is_refused(tmp_path, name, monkeypatch):
         example().plot(name)
 
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("path", [3, b"a.png", ["a.png"]])
+def test_what_is_no_path_is_refused_in_one_sentence(path):
+    sentence = rf"path={re.escape(repr(path))} is not a path; give a str or a pathlib\.Path that ends in .*, or None\.$"
+
+    with pytest.raises(ValueError, match=sentence):
+        example().plot(path)
 
 
 def test_a_directory_is_refused(tmp_path):

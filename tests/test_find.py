@@ -597,6 +597,18 @@ def test_time_is_kept_for_the_trials_that_confirm_the_plan():
     assert report.plan.effective_batch_size == 720
 
 
+@pytest.mark.curve
+def test_timing_sizes_takes_no_time_from_the_trials_that_confirm_the_plan():
+    device = PaperDevice(100, per_sample=1, seconds_per_sample=0.01, seconds_per_step=0)
+
+    report = autobatch.find(
+        device.workload, device=device, target_batch_size=770, time_limit=12
+    )
+
+    assert report.search_seconds > 12
+    assert report.plan.effective_batch_size == 770
+
+
 def test_a_loader_that_runs_dry_sets_the_bound():
     data = torch.randn(100, 16)
     model, optimizer = perceptron()
@@ -838,23 +850,25 @@ def tuned(device, *, world_size, **settings):
     asked = dict.fromkeys(Settings.model_fields) | {
         "memory_limit": 0.9,
         "steps_per_trial": 2,
-        "percentile": 99,
+        "percentile": None,
     }
     job = Job(
-        device.workload,
-        True,
-        8,
-        1,
-        None,
-        None,
-        None,
-        None,
-        "train",
-        "paper",
-        {},
-        None,
-        0.0,
-        None,
+        workload=device.workload,
+        can_accumulate=True,
+        start=8,
+        accumulate=1,
+        before=None,
+        samples_trained=None,
+        update_at_most=None,
+        last_samples=None,
+        doubts=None,
+        remarks=None,
+        task="train",
+        subject="paper",
+        environment={},
+        look=None,
+        curve_seconds=0.0,
+        learning_rate=None,
     )
     with (
         Snapshot() as snapshot,
@@ -1013,3 +1027,125 @@ def test_find_tells_of_batch_norm_where_it_accumulates():
     assert told(BatchPlan(64, 1)) == []
     (note,) = told(BatchPlan(8, 8))
     assert note.startswith("1 BatchNorm layer uses the statistics of 8 samples, not 64")
+
+
+def loop(model, optimizer, *, step, after):
+    """A training loop with a say in when its optimizer steps, and when it yields."""
+
+    def train(batch_size, accumulate):
+        for i in itertools.count(1):
+            (model.loss(batch_size) / accumulate).backward()
+            if step(i, accumulate):
+                optimizer.step()
+            if after(i, accumulate):
+                optimizer.zero_grad()
+                yield
+
+    return train
+
+
+def each(i, accumulate):
+    return True
+
+
+def last(i, accumulate):
+    return i % accumulate == 0
+
+
+def never(i, accumulate):
+    return False
+
+
+def remarks_about(train, **options):
+    report = autobatch.find(
+        train, device=SimulatedAccelerator("100MiB"), memory_limit=1.0, **options
+    )
+    about = ("Trials computed gradients", "Asked to accumulate")
+    return [note for note in report.notes if note.startswith(about)]
+
+
+@pytest.mark.parametrize("plan", [BatchPlan(8), BatchPlan(8, 4)])
+def test_a_loop_whose_optimizer_never_steps_is_told_so(plan):
+    model, optimizer = perceptron()
+
+    (note,) = remarks_about(loop(model, optimizer, step=never, after=last), plan=plan)
+
+    assert "no torch.optim optimizer stepped in them" in note
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(parameter._backward_hooks for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("after", [each, last])
+def test_a_loop_that_steps_after_every_micro_batch_of_an_update_is_told_so(after):
+    train = loop(*perceptron(), step=each, after=after)
+
+    (note,) = remarks_about(train, plan=BatchPlan(8, 4))
+
+    assert "8 samples instead of 32, and an epoch 4 times as many updates" in note
+    assert remarks_about(train, plan=BatchPlan(8)) == []
+
+
+def test_nothing_is_said_of_a_loop_that_steps_once_per_update():
+    train = loop(*perceptron(), step=last, after=last)
+
+    assert remarks_about(train, plan=BatchPlan(8, 4)) == []
+
+
+def test_an_update_that_the_end_of_the_data_cuts_short_is_no_sign_of_that():
+    data = torch.randn(40, 16)
+    model, optimizer = perceptron()
+
+    def train(batch_size, accumulate):
+        batches = data.split(batch_size)
+        for i, x in enumerate(batches, 1):
+            model(x).square().mean().backward()
+            if i % accumulate == 0 or i == len(batches):
+                optimizer.step()
+                optimizer.zero_grad()
+                yield len(x) if len(batches) == 1 else None
+
+    assert remarks_about(train, target_batch_size=80) == []
+
+
+def test_an_optimizer_that_steps_more_often_than_another_is_no_matter():
+    model, optimizer = perceptron()
+    critic = torch.nn.Linear(4, 1)
+    often = torch.optim.SGD(critic.parameters())
+
+    def train(batch_size, accumulate):
+        while True:
+            for _ in range(accumulate):
+                critic(torch.randn(batch_size, 4)).mean().backward()
+                often.step()
+                model.loss(batch_size).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            yield
+
+    assert remarks_about(train, plan=BatchPlan(8, 4)) == []
+
+
+def test_a_loop_that_computes_no_gradient_owes_no_step():
+    model, _ = perceptron()
+
+    def forward(batch_size):
+        model.loss(batch_size)
+
+    def answer(batch_size):
+        with torch.inference_mode():
+            model.loss(batch_size)
+
+    assert remarks_about(forward, plan=BatchPlan(8)) == []
+    assert remarks_about(answer, latency_limit=10.0, max_micro_batch_size=2) == []
+
+
+def test_a_model_made_by_the_loop_itself_is_seen_too():
+    def train(batch_size, accumulate):
+        model, optimizer = perceptron()
+        yield from loop(model, optimizer, step=never, after=last)(
+            batch_size, accumulate
+        )
+
+    (note,) = remarks_about(train, plan=BatchPlan(8, 4))
+
+    assert note.startswith("Trials computed gradients")

@@ -14,6 +14,13 @@ from lightning_here import pl
 from sameness import same
 
 SIZE, WHOLE = 8, 4  # samples of a micro-batch, micro-batches of an update
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 
 
 def data(length):
@@ -63,16 +70,8 @@ def fit(model, loader, *, repair=True, size=SIZE, whole=WHOLE, resume=None, **op
         repair_last_window=repair,
         steps_per_trial=1,
     )
-    quiet = {
-        "max_epochs": 2,
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
     torch.manual_seed(1)
-    pl.Trainer(callbacks=[callback], **{**quiet, **options}).fit(
+    pl.Trainer(callbacks=[callback], **{"max_epochs": 2, **QUIET, **options}).fit(
         model, loader, ckpt_path=resume
     )
     return callback.report
@@ -233,6 +232,32 @@ def test_nothing_is_said_of_a_stream_whose_length_is_not_known():
     report = fit(Model(), DataLoader(Stream(45), 4), repair=False)
 
     assert not any("repair_last_window" in note for note in report.notes)
+
+
+class Normalised(Model):
+    """Its layer needs two samples for a variance."""
+
+    def __init__(self):
+        super().__init__()
+        norm = nn.BatchNorm1d(5)
+        self.net = nn.Sequential(nn.Linear(6, 5), norm, nn.Linear(5, 3)).double()
+
+
+@pytest.mark.parametrize(
+    ("target", "drop_last"), [(16, False), (None, False), (16, True)]
+)
+def test_an_epoch_does_not_end_with_a_sample_that_a_layer_refuses(target, drop_last):
+    callback = autobatch.AutoBatch(
+        target_batch_size=target,
+        max_micro_batch_size=16,
+        device=SimulatedAccelerator("64MiB"),
+    )
+    trainer = pl.Trainer(callbacks=[callback], max_epochs=2, **QUIET)
+
+    trainer.fit(Normalised(), DataLoader(data(401), 8, drop_last=drop_last))
+
+    assert trainer.current_epoch == 2
+    assert drop_last or 401 % callback.report.plan.micro_batch_size != 1
 
 
 @pytest.mark.parametrize(("length", "whole"), [(64, WHOLE), (45, 1)])

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import autobatch
 from autobatch._gradients import NoiseRecord
-from autobatch._noise_scale import NoiseReading, Window, read
+from autobatch._noise_scale import Window, read
 from sameness import same
 
 # The estimate, on paper
@@ -152,7 +152,9 @@ def test_a_factor_that_all_windows_share_changes_nothing(factor):
 
 
 def test_nothing_is_said_before_anything_is_measured():
-    assert read([], updates=0, is_warming_up=False) == NoiseReading("settling")
+    reading = read([], updates=0, is_warming_up=False)
+
+    assert (reading.state, reading.samples) == ("settling", None)
 
 
 def test_gradients_that_are_never_finite_are_told_once_a_run_would_have_settled():
@@ -167,19 +169,24 @@ def test_gradients_that_are_never_finite_are_told_once_a_run_would_have_settled(
 
 
 @pytest.mark.parametrize(
-    ("windows", "updates", "is_warming_up"),
+    ("windows", "updates", "is_warming_up", "reason"),
     [
-        (gaussian(99), 99, False),  # the first hundred updates
-        (gaussian(200), 200, True),  # while the learning rate rises
-        (gaussian(200)[193:], 200, False),  # seven windows
+        (gaussian(99), 99, False, "it takes 100 updates or more, and there were 99"),
+        (gaussian(200), 200, True, "the learning rate was still rising"),
+        (
+            gaussian(200)[193:],
+            200,
+            False,
+            "it takes 8 measured updates in the later half of a run, and there were 7",
+        ),
     ],
 )
-def test_a_reading_too_early_is_settling_and_says_what_it_is_at_least(
-    windows, updates, is_warming_up
+def test_a_reading_too_early_is_settling_and_says_what_it_is_at_least_and_why(
+    windows, updates, is_warming_up, reason
 ):
     reading = read(windows, updates=updates, is_warming_up=is_warming_up)
 
-    assert reading.state == "settling"
+    assert (reading.state, reading.reason) == ("settling", reason)
     assert reading.samples == reading.low > 0
     assert reading.high is None
 
@@ -361,7 +368,7 @@ def test_it_can_be_read_in_the_middle_of_training():
         train(model, optimizer, updates=150, seed=1)
         late = noise.reading
 
-    assert first == NoiseReading("settling")
+    assert (first.state, first.samples) == ("settling", None)
     assert early.state == "settling"
     assert late.state == "ok"
     assert noise.reading == late
@@ -684,6 +691,32 @@ def test_a_compiled_model_is_not_compiled_anew():
 def test_an_argument_that_can_not_be_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         autobatch.noise_scale(**{"model": Linear(), **options})
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (False, "no torch.optim optimizer of the model's parameters stepped"),
+        (True, "the optimizer that was given never stepped"),
+    ],
+)
+def test_a_loop_that_ends_without_a_step_has_no_updates_to_measure(given, reason):
+    model = Linear()
+    own = torch.optim.SGD(model.parameters(), 0.0)
+    other = torch.optim.SGD(Linear().parameters(), 0.0)
+    noise = autobatch.noise_scale(
+        model, micro_batch_size=8, every=1, optimizer=own if given else None
+    )
+
+    with noise:
+        model(samples(8, torch.Generator())).backward()
+        other.step()
+        assert noise.reading.state == "settling"  # it may step yet
+
+    assert reason in reason_of(noise.reading)
+    with noise:
+        train(model, own)
+    assert noise.reading.state == "ok"
 
 
 def test_it_is_entered_once_at_a_time():

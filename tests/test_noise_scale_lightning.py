@@ -340,7 +340,7 @@ def test_a_run_that_resumes_goes_on_with_its_windows(tmp_path):
     assert second.reading.state == "ok"
     assert second.reading.windows == whole.reading.windows
     assert second.reading.last_update == whole.reading.last_update
-    assert second.state_dict()["windows"][:40] == first.state_dict()["windows"]
+    assert kept(second)[:40] == kept(first)
 
 
 def test_a_second_fit_begins_anew():
@@ -542,6 +542,20 @@ def test_a_batch_that_can_not_be_cut_is_said_to_be_one(batch, reason):
         _halves._samples(batch)
 
 
+def kept(noise):
+    """The windows that a checkpoint would hold."""
+    checkpoint = {}
+    noise.on_save_checkpoint(None, None, checkpoint)
+    return checkpoint["autobatch.NoiseScale"]["windows"]
+
+
+def test_a_trainer_takes_one_of_them_and_says_so():
+    trainer = quiet_trainer(autobatch.NoiseScale(), autobatch.NoiseScale(every=2))
+
+    with pytest.raises(autobatch.AutobatchError, match="callbacks holds 2 NoiseScale"):
+        trainer.fit(Model(), loader())
+
+
 # Beside AutoBatch
 
 
@@ -572,6 +586,17 @@ def test_the_report_of_autobatch_is_completed_when_training_ends(tmp_path, capsy
     printed = capsys.readouterr().out
     assert printed.count("= 60 per update") == 1
     assert printed.count("what training showed") == 1
+
+
+def test_a_run_too_short_for_a_noise_scale_says_so_and_repeats_no_table(capsys):
+    callback, noise = tuner(), autobatch.NoiseScale()
+
+    quiet_trainer(noise, callback).fit(Wide(), loader())
+
+    _, showed = capsys.readouterr().out.split("what training showed")
+    assert "it takes 100 updates or more, and there were 8" in " ".join(showed.split())
+    assert "per update" not in showed
+    assert len(showed.strip().splitlines()) <= 3
 
 
 def test_a_logger_gets_the_numbers_of_the_plan_once():
@@ -605,21 +630,22 @@ def test_trials_are_not_measured():
     callback = tuner(120, retune_at_epochs=[1])
     noise, started = autobatch.NoiseScale(every=1), []
 
+    def per_epoch():  # which plan each tuning takes, a clock says
+        return math.ceil(240 / callback.report.plan.micro_batch_size)
+
     class Starts(pl.Callback):
         def on_train_start(self, trainer, module):
-            started.append(len(Watched.seen))
+            started.append((len(Watched.seen), per_epoch()))
 
     trainer = quiet_trainer(noise, callback, Starts(), max_epochs=2)
     trainer.fit(Watched(), loader())
 
-    trials = started[0]
+    ((trials, first),) = started
     assert trials > 3
     assert not any(Watched.seen[:trials])
-    micro = callback.report.plan.micro_batch_size
-    per_epoch = math.ceil(240 / micro)
-    assert all(Watched.seen[trials : trials + per_epoch])
+    assert all(Watched.seen[trials : trials + first])
     assert not all(Watched.seen[trials:])  # the trials of epoch 1
-    assert all(Watched.seen[-per_epoch:])
+    assert all(Watched.seen[-per_epoch() :])
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from autobatch._curve import CurvePoint
 from autobatch._learning_rate import LearningRateRule
-from autobatch._notes import Bound, Findings, notes, tightest_bound
+from autobatch._notes import Bound, Findings, Look, notes, tightest_bound
 from autobatch._plan import BatchPlan
 from autobatch._trial import Outcome, Trial
 
@@ -30,6 +30,7 @@ def drifted(drift):
 QUIET = Findings(
     task="train",
     latency_limit=None,
+    doubts=(),
     remarks=(),
     plan=BatchPlan(32, 8),
     trials=(
@@ -45,8 +46,11 @@ QUIET = Findings(
     foreign=2**30,
     before=None,
     curve=(),
+    unreached=(),
+    curve_seconds=20.0,
     learning_rate=None,
     dataset_size=None,
+    last_samples=None,
     look=None,
 )
 NO_BOUND = {
@@ -117,8 +121,8 @@ def test_where_nothing_is_noteworthy_nothing_is_said():
                 },
                 "The effective batch goes from 32 to 128: 1 update per epoch instead of 4.",
                 (
-                    "All 128 samples of an epoch fit at once: it makes one update. target_batch_size asks for smaller batches, "
-                    "and more updates."
+                    "All 128 samples of an epoch fit at once. target_batch_size asks for smaller batches, and more "
+                    "updates."
                 ),
             ),
             (
@@ -151,6 +155,20 @@ def test_where_nothing_is_noteworthy_nothing_is_said():
                 "Timings drifted by 12 % while sizes were timed; something else may use this device.",
             ),
             (
+                {
+                    "trials": (Trial(8, Outcome.FIT), *QUIET.trials),
+                    "unreached": (2, 4, 56, 8),
+                },
+                (
+                    "20 seconds were too few to time all sizes: micro-batches of 8 and 56 were timed in their trial alone, "
+                    "micro-batches of 2 and 4 were left out."
+                ),
+            ),
+            (
+                {"unreached": (16,)},
+                "20 seconds were too few to time all sizes: micro-batches of 16 were left out.",
+            ),
+            (
                 {"before": BatchPlan(64, 4)},
                 "accumulate_grad_batches=4 of the Trainer gives way to 8, for the target.",
             ),
@@ -180,7 +198,7 @@ def test_where_nothing_is_noteworthy_nothing_is_said():
             ),
             (
                 {"target_batch_size": 1009, "plan": BatchPlan(56, 18)},
-                "Asked for 1009 samples per update, got 1008: exact would take 1009 micro-batches of 1 instead of 18 of 56.",
+                "Asked for 1,009 samples per update, got 1,008: exact would take 1,009 micro-batches of 1 instead of 18 of 56.",
             ),
             (
                 {"target_batch_size": 512},
@@ -191,6 +209,63 @@ def test_where_nothing_is_noteworthy_nothing_is_said():
 )
 def test_each_note_has_its_trigger(changes, expected):
     assert notes(replace(QUIET, **changes)) == tuple(expected)
+
+
+def test_what_changes_the_answer_comes_before_what_only_explains_it():
+    found = replace(
+        QUIET,
+        doubts=("a doubt",),
+        remarks=("a remark",),
+        target_batch_size=257,
+        plan=BatchPlan(32, 4, 2),
+        time_limit=300.0,
+        before=BatchPlan(32, 2),
+        dataset_size=200,
+        trials=(
+            Trial(1, Outcome.REFUSED),
+            Trial(32, Outcome.FIT, peak=int(8.9 * 2**30)),
+            Trial(64, Outcome.OUT_OF_MEMORY),
+        ),
+        look=Look(100, 200, is_even=False),
+        foreign=3 * 2**30,
+        curve=(drifted(0.88),),
+        source="a file, because of it",
+    )
+
+    begins = [
+        "a doubt",
+        "Asked for",
+        "The search stopped",
+        "The effective batch",
+        "An epoch of",
+        "a remark",
+        "Only",
+        "Samples differ",
+        "Others hold",
+        "The workload itself",
+        "Timings drifted",
+        "Memory is read",
+    ]
+    told = notes(found)
+    assert len(told) == len(begins)
+    assert all(note.startswith(one) for note, one in zip(told, begins, strict=True))
+
+
+@pytest.mark.parametrize("bound", [56, 57])
+def test_what_others_hold_is_told_only_where_it_was_memory_that_set_the_bound(bound):
+    found = replace(QUIET, foreign=3 * 2**30, bound=Bound(bound, "there is no more"))
+
+    told = [note for note in notes(found) if note.startswith("Others hold")]
+
+    assert bool(told) == (bound > 56)
+
+
+def test_an_accumulation_that_gives_way_is_told_with_the_batch_that_changes():
+    (told,) = notes(replace(QUIET, before=BatchPlan(64, 2)))
+
+    assert told.endswith(
+        " to 256. accumulate_grad_batches=2 of the Trainer gives way to 8, for the target."
+    )
 
 
 @pytest.mark.parametrize(

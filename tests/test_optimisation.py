@@ -146,6 +146,7 @@ def test_a_module_that_never_steps_is_not_waited_for_without_end():
     report = tuner(plan=autobatch.BatchPlan(60, 2)).tune(trainer(), Idle(), loader())
 
     assert report.plan.micro_batch_size == 60
+    assert report.notes[0].startswith("Trials computed gradients, but no torch.optim")
 
 
 def fails(model, error):

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autobatch import _plan
 from autobatch._pace import Pace
-from autobatch._plan import BatchPlan, candidates, nearest, per_rank
+from autobatch._plan import BatchPlan, nearest, per_rank
 from autobatch._trial import Outcome, Trial
 
 counts = st.integers(1, 5000)
@@ -20,6 +21,10 @@ def pace(seconds_by_size, optimizer_seconds=0.0):
 
 
 NO_PACE = pace({})
+
+
+def candidates(target, world_size, largest, seconds, usable=lambda _: True):
+    return _plan.candidates(target, world_size, largest, seconds, usable)
 
 
 def test_the_effective_batch_is_micro_times_accumulation_times_ranks():

@@ -9,11 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autobatch._noise_scale import NoiseReading
+from autobatch._notes import Look
 from autobatch._numbers import BYTES, SECONDS, aligned, percent, quantity
+from autobatch._page import completed
 from autobatch._plan import BatchPlan
 from autobatch._report import TuningReport
-from autobatch._text import ASCII
+from autobatch._text import ASCII, UNICODE, terminal
 from autobatch._trial import Outcome, Trial
+from autobatch.sinks import json_file, markdown_file, to_markdown
 from report_examples import GIB, example, full_example, reports, settings
 
 WIDTH = 86
@@ -186,6 +189,12 @@ def test_a_report_is_read_from_a_file(tmp_path):
     assert TuningReport.read(path) == example()
 
 
+@pytest.mark.parametrize("act", [TuningReport.read, json_file, markdown_file])
+def test_what_is_no_path_is_refused_in_one_sentence(act):
+    with pytest.raises(ValueError, match=r"^path=3 is not a path; give a str or .*\.$"):
+        act(3)
+
+
 def test_a_file_that_can_not_be_read_is_named(tmp_path):
     missing, picture, other = (tmp_path / n for n in ("missing", "picture", "other"))
     picture.write_bytes(b"\xff\xd8")
@@ -221,8 +230,8 @@ def test_the_report_with_everything_measured(snapshot):
     ("noise", "said"),
     [
         (
-            NoiseReading("settling", 80.4, windows=9, last_update=60),
-            "Noise scale not settled yet: it usually rises in the first hundred updates, and is at least 80.4 so far.",
+            NoiseReading("settling", 80.4, reason="the learning rate was still rising"),
+            "Noise scale not settled, and was at least 80.4 so far: the learning rate was still rising.",
         ),
         (
             NoiseReading("at_least", 1500.0, batch_size=32, last_update=900),
@@ -371,6 +380,71 @@ def test_a_plan_that_was_only_verified_claims_no_more():
     assert "4 GiB to spare; the only size tried" in str(report)
 
 
+def test_sizes_that_were_timed_besides_are_tried_too():
+    report = full_example(
+        trials=example().trials[5:6], settings=settings(target_batch_size=32)
+    )
+
+    assert "1 trial, 8 sizes timed" in str(report)
+    assert "only size tried" not in str(report)
+    one = report.model_copy(update={"curve": report.curve[5:6]})
+    assert "1 trial, 1 size timed" in str(one)
+    assert "only size tried" in str(one)
+
+
+def test_facts_keep_their_distance_from_their_remarks_however_long_they_are():
+    report = example(dataset_size=10**9, look=Look(123_456_789, 10**9, is_even=True))
+    lines = str(report).splitlines()
+    facts = [line for line in lines if line.startswith(("  Memory", "  Data"))]
+
+    values = ("123,456,789 samples read", "7.6 of 11.6 GiB")
+    assert all(f"{value}  " in "\n".join(facts) for value in values)
+    assert (
+        len(
+            {
+                line.index(of)
+                for line, of in zip(facts, ("4 GiB", "of 1,0"), strict=True)
+            }
+        )
+        == 1
+    )
+
+
+def test_counts_have_their_commas_everywhere_a_person_reads_them():
+    report = full_example(
+        plan=BatchPlan(2048, 2),
+        settings=settings(target_batch_size=4096),
+        trials=(
+            Trial(2048, Outcome.FIT, 2**30, 0.5, 2),
+            Trial(4096, Outcome.OVER_BUDGET),
+        ),
+        curve=(),
+        noise=NoiseReading("at_least", 1500.0, batch_size=4096),
+    )
+
+    for text in (
+        str(report),
+        to_markdown(report),
+        terminal(completed(report), UNICODE),
+        repr(report),
+    ):
+        counts = text.replace("RTX 3060", "")
+        assert re.findall(r"(?<![\d.,])[1-9]\d{3,}(?!\d|\.\d)", counts) == []
+        assert "2,048" in text or "1,500" in text
+
+
+def test_what_training_showed_is_a_table_only_where_a_noise_scale_is_known():
+    short = terminal(
+        completed(full_example(noise=NoiseReading("settling", reason="why"))), UNICODE
+    )
+    full = terminal(completed(full_example()), UNICODE)
+
+    assert "Noise scale not settled: why." in short
+    assert "per update" not in short
+    assert "Data loading took" in short
+    assert "time to same loss" in full
+
+
 def test_repr_is_short():
     assert repr(example()) == (
         "<TuningReport: Micro-batch 32 × accumulate 8 = 256 per update, 9 trials>"
@@ -384,7 +458,8 @@ def test_repr_is_short():
     ("seconds", "said"),
     [
         (0, "0 ms"),
-        (2.5e-5, "0.025 ms"),
+        (3e-8, "30 ns"),
+        (2.5e-5, "25 µs"),
         (0.0716, "71.6 ms"),
         (0.716, "716 ms"),
         (1.92, "1.92 s"),

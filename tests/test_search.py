@@ -4,7 +4,7 @@ import math
 import random
 from bisect import bisect_right
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import pairwise, product
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -296,9 +296,17 @@ def test_guided_finds_the_largest_fit_or_fills_the_budget(
 
     size = found(trials)
     unused = (BUDGET - peak(size)) / ROOM if size else 1
-    assert close(size, truth(peak, high), search.resolution) or unused <= max(
-        search.resolution, 1 / size
-    )
+    # Where readings lie on both sides of a line they count as noise
+    near = search.resolution * (1 if smooth(peak, trials) else 5)
+    assert close(size, truth(peak, high), near) or unused <= max(near, 1 / size)
+
+
+def smooth(peak, trials):
+    """Whether the sizes that fit bend one way only."""
+    fits = sorted(t.batch_size for t in trials if t.fits)
+    slopes = [(peak(b) - peak(a)) / (b - a) for a, b in pairwise(fits)]
+    bends = {b > a for a, b in pairwise(slopes) if b != a}
+    return len(bends) < 2
 
 
 @modest
@@ -577,14 +585,14 @@ def cost(curves):
 # jumps over the budget, or leaves a plateau, or which of two noisy sizes fits, shows in no reading below it.
 LIMITS = {
     profiles: Cost(4, 4, 0),
-    lines: Cost(4, 7, 0),
-    states: Cost(4, 7, 0),
-    grains: Cost(4, 7, 0),
+    lines: Cost(4, 6, 0),
+    states: Cost(5, 6, 0),
+    grains: Cost(4, 6, 0),
     humps: Cost(4, 9, 1),
-    jumps: Cost(6, 12, 2, 0.05),
-    cliffs: Cost(11, 13, 7, 1.0),
-    plateaus: Cost(7.5, 14, 4, 0.4),
-    noises: Cost(6, 16, 5, 0.3),
+    jumps: Cost(6, 9, 1),
+    cliffs: Cost(11, 12, 7, 1.0),
+    plateaus: Cost(8, 12, 5, 0.5),
+    noises: Cost(6, 13, 4, 0.08),
 }
 
 

@@ -122,11 +122,21 @@ class Tokens(Points):
         return F.cross_entropy(scores, batch[:, 1:], ignore_index=0)
 
 
-def fit(module, loader=None, *, size=16, whole=4, capacity="64MiB", **options):
+def fit(
+    module,
+    loader=None,
+    *,
+    size=16,
+    whole=4,
+    capacity="64MiB",
+    time_limit=None,
+    **options,
+):
     callback = autobatch.AutoBatch(
         plan=autobatch.BatchPlan(size, whole),
         device=SimulatedAccelerator(capacity),
         steps_per_trial=1,
+        time_limit=time_limit,
     )
     loader = loader or DataLoader(points(), 8, shuffle=True)
     quiet_trainer(callback, **{"max_epochs": 1, **options}).fit(module, loader)
@@ -228,6 +238,22 @@ def test_batch_norm_is_told_where_a_module_optimises_by_hand_as_well():
 # Where it can not be tested
 
 
+@pytest.mark.parametrize(("seconds", "tested"), [(1e-3, False), (600, True)])
+def test_the_test_is_left_out_where_time_is_up_and_that_is_told(seconds, tested):
+    module = Contrastive()
+
+    notes = fit(module, time_limit=seconds)
+
+    assert is_told(notes) == tested
+    assert any("left no time to test" in note for note in notes) != tested
+    assert module.batches == 6 * [16], "training is what it was"
+
+
+@pytest.mark.parametrize("module", [ByHand(), Points(nn.BatchNorm1d(12))])
+def test_nothing_is_said_of_time_where_there_is_nothing_to_test(module):
+    assert not any("left no time" in note for note in fit(module, time_limit=1e-3))
+
+
 @pytest.fixture
 def why(caplog):
     caplog.set_level(logging.DEBUG, "autobatch")
@@ -240,7 +266,6 @@ def why(caplog):
         (Random, {}, "the same batch gave gradients"),
         (Stubborn, {}, "a batch has 16 samples"),
         (Silent, {"size": 24, "whole": 2}, "returned no loss"),
-        (Contrastive, {"size": 1, "whole": 4}, "too few samples"),
     ],
 )
 def test_where_it_can_not_tell_it_is_silent_and_training_goes_on(

@@ -12,18 +12,15 @@ from autobatch._learning_rate import LearningRateRule
 from autobatch._noise_scale import NoiseReading
 from autobatch._pace import Pace
 from autobatch._plan import BatchPlan
+from autobatch._throughput import fit_line, knee, settled, speed_rows
 from autobatch._tradeoff import (
     Costs,
     NoiseRange,
     best_accumulation,
     best_batch,
     effective_rows,
-    fit_line,
     is_of,
-    knee,
     optimum,
-    settled,
-    speed_rows,
 )
 from autobatch._trial import Outcome, Trial
 

@@ -226,16 +226,6 @@ def count_allocations(workload):
     return probe.ledger.allocations
 
 
-@pytest.fixture
-def quick_collection():
-    """A failed trial collects garbage: without the rest of the test run in it that takes no time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.mark.usefixtures("quick_collection")
 @pytest.mark.parametrize("autograd_branches", [False, True])
 def test_memory_running_out_at_any_allocation_leaves_nothing_behind(autograd_branches):
     """Refuse every single allocation of a trial in turn: it is a failed trial, no tensor is left, the next one runs."""

@@ -1,22 +1,31 @@
-"""The largest batch that answers within a limit: sizes timed up to where they take too long, and then between."""
+"""The largest batch that answers within a limit: sought where trials show the limit to lie, before others are timed."""
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
+from autobatch._calls import turn_seconds
 from autobatch._latency import (
     Latency,
-    between,
+    Unfinished,
+    crossing,
     enough_calls,
     ladder,
     largest_within,
+    may_be_over,
+    next_size,
+    promising,
     slowest,
+    smallest_over,
 )
+from autobatch._numbers import SECONDS, quantity
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from autobatch._calls import Calls
     from autobatch._latency import LatencyLimit
@@ -25,11 +34,20 @@ if TYPE_CHECKING:
 __all__ = ["SECONDS_TIMED", "Answers"]
 
 SECONDS_TIMED: Final = 20.0  # that all timing may take
-_CLIMBING: Final = 0.6  # share of it for the powers of two
-_REFINEMENTS: Final = 6  # sizes timed between two of those
+# Of it, what may be spent by the time that the largest in time is found, and that it has calls enough
+_SEEKING: Final = 0.6
+_SETTLING: Final = 0.85
+_STEPS: Final = (
+    24  # sizes that are asked about in one go: a doubt of 1 : 100,000 is gone by then
+)
 _GROWTH: Final = 16  # times a size, for the next to try, where that is fast
 _BEYOND: Final = 4  # times the limit, that the next may take
+_DOUBT: Final = (
+    2.0  # seconds, for the calls of a size that are over the limit only in part
+)
 _HICCUP: Final = 0.5  # seconds; no disturbance takes so long as to be taken for a step
+_TICK: Final = 1e-9  # seconds; a clock may not have moved at all
+_MISS: Final = 1 / 16  # of a size that is foretold to take as long as the limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +56,8 @@ class _Told:
 
     latencies: tuple[Latency, ...]
     too_slow: frozenset[int]  # sizes of which even the fastest call is over the limit
-    affords: bool  # whether there is time for what comes next
+    spent: float  # seconds
+    agrees: bool  # to what it was asked
 
 
 class Answers:
@@ -48,6 +67,7 @@ class Answers:
         limit: What a call may take.
         calls: Times them, on this rank.
         fits: Whether a size was run by a trial and fits, or is run now and does.
+        steps: Seconds of a step in the trial of each size that fits, as they are known now.
         snapshot: Puts everything back.
         everywhere: What something gives on each of the ranks that time together.
     """
@@ -57,85 +77,274 @@ class Answers:
         limit: LatencyLimit,
         calls: Calls,
         fits: Callable[[int], bool],
+        steps: Callable[[], Mapping[int, float]],
         snapshot: Snapshot,
         everywhere: Callable[[Callable[[], _Told]], Sequence[_Told]],
     ) -> None:
         self.latencies: tuple[Latency, ...] = ()
-        self.is_out_of_time = False
         self.limit = limit
         self._calls = calls
         self._fits = fits
+        self._tried = steps
         self._snapshot = snapshot
         self._everywhere = everywhere
         self._enough = enough_calls(limit.percentile)
         self._too_slow: frozenset[int] = frozenset()
+        self._refused: frozenset[int] = frozenset()  # by memory, once they were timed
+        self._spent = 0.0  # seconds, by the rank that spent most
+        self._is_out_of_time = False
+        self._lacks_trials = False
 
-    def reach(self, size: int, seconds: float) -> int:
-        """How far to go up from a size whose step takes so many seconds: it may turn out slow beyond all use."""
-        most = _BEYOND * self.limit.seconds / seconds if seconds else _GROWTH
+    @property
+    def _steps(self) -> Mapping[int, float]:
+        """Seconds of a step of each size that fits; of what memory refused since, beyond any limit."""
+        return {**self._tried(), **dict.fromkeys(self._refused, math.inf)}
+
+    # How far trials go
+
+    @property
+    def reach(self) -> int:
+        """How far to go up from the largest size that fits: where steps are slow, one too many is dear."""
+        steps = self._steps
+        size = max(steps)
+        if steps[size] > _HICCUP:
+            aim = (1 + _MISS) * self._foretold(steps)
+            return max(size + 1, int(min(2 * size, aim)))
+        slack = _BEYOND if self._longest <= _HICCUP else 1 + _MISS
+        most = slack * self._longest / steps[size] if steps[size] else _GROWTH
         return int(size * max(2, min(_GROWTH, most)))
 
-    def is_beyond(self, size: int, seconds: float) -> bool:
-        """Whether nothing above a size that fits, whose step took so many seconds, can be within the limit."""
-        if seconds <= self.limit.seconds:
-            return False
-        if seconds > _HICCUP:
-            return seconds > 2 * self.limit.seconds
-        # A few quick steps arouse suspicion, no more
-        return self._is_too_slow(size)
+    def beyond(self, size: int) -> str | None:
+        """Why nothing above a size that fits is of use; None where a larger one may be within the limit."""
+        step = self._steps[size]
+        if step <= self._longest:
+            return None
+        limit = f"latency_limit={self.limit.seconds:g} seconds"
+        if step <= _HICCUP:
+            # A few quick steps arouse suspicion, no more
+            over = self._is_too_slow(size)
+            return f"at {size} every call takes longer than {limit}" if over else None
+        took = quantity(step, SECONDS)
+        if step > self.limit.seconds:
+            return f"at {size} a step of its trial took {took}, longer than {limit}"
+        return (
+            f"at {size} a step of its trial took {took}, too long to be timed again and again in "
+            f"{SECONDS_TIMED:g} seconds"
+        )
 
-    def measure(self, largest: int) -> None:
-        """Time powers of two up to the largest size that fits, in turns; then sizes between, where the limit lies."""
-        until = _CLIMBING * SECONDS_TIMED
-        self._climb(largest, until)
-        hopeful = [size for size in self._timed if size not in self._too_slow]
-        self._rounds(hopeful, until)
-        self._refine()
-        self._make_sure()
+    @property
+    def _longest(self) -> float:
+        """Seconds of a call that is of use: one is left out before the first that is timed."""
+        return min(self.limit.seconds, SECONDS_TIMED / 2)
 
-    def _refine(self) -> None:
-        """One turn for each size between, which is enough to see where to go on."""
-        for _ in range(_REFINEMENTS):
-            size = between(self.latencies, self.limit.seconds)
-            if size is None or not self._has_time(size, SECONDS_TIMED):
-                return
-            if not self._fits(size):
-                return
-            self._together(partial(self._calls.turn, size))
-
-    def _make_sure(self) -> None:
-        """As many calls as it takes for the largest size that seems to be within the limit, or for the next."""
-        while best := largest_within(self.latencies, self.limit.seconds):
-            size = best.batch_size
-            if best.calls >= self._enough or not self._has_time(size, SECONDS_TIMED):
-                return
-            self._rounds([size], SECONDS_TIMED)
+    def _foretold(self, steps: Mapping[int, float]) -> float:
+        """The size whose step should take as long as a call may."""
+        *_, small, size = 0, *sorted(steps)
+        lower = (small, steps.get(small, 0.0))
+        return max(0.0, crossing(lower, (size, steps[size]), self._longest))
 
     def _is_too_slow(self, size: int) -> bool:
         """Whether it is over the limit with the fastest of its first calls."""
-        if size not in self._timed:
-            self._together(partial(self._calls.turn, size))
+        if size not in self._timed and self._has_time(size, SECONDS_TIMED):
+            self._turn(size, SECONDS_TIMED)
         return size in self._too_slow
+
+    # What is timed
+
+    def measure(self) -> None:
+        """Find the largest size that answers in time, make sure of it, and time smaller ones, in this order.
+
+        Where there is time for enough calls of all of them, they take turns.
+        """
+        self._seek(_SEEKING * SECONDS_TIMED)
+        self._take_turns()
+        self._settle(_SETTLING * SECONDS_TIMED)
+        self._survey()
+        self._settle(SECONDS_TIMED)
+        if not self.latencies:
+            # A single call takes longer than all timing should: two of them are better than no answer
+            steps, seconds = self._tried(), self.limit.seconds
+            in_time = [size for size, step in steps.items() if step <= seconds]
+            self._stay(max(in_time, default=min(steps)), 1, math.inf)
+
+    @property
+    def unfinished(self) -> Unfinished:
+        """What there was no time for, or no trial."""
+        seconds, steps = self.limit.seconds, self._steps
+        best = largest_within(self.latencies, seconds)
+        over = smallest_over(self.latencies, self._tried(), seconds)
+        timed = set(self._timed)
+        below = ladder(best.batch_size) if best else []
+        is_cut = self._is_out_of_time and not self._lacks_trials
+        return Unfinished(
+            seconds=SECONDS_TIMED if is_cut else None,
+            is_open=next_size(self.latencies, steps, seconds, math.inf) is not None,
+            over=over,
+            by_trial=over is not None and over not in timed,
+            left_out=tuple(size for size in below if size not in timed),
+        )
+
+    def _seek(self, until: float) -> None:
+        """Time what tells most about where the limit lies: one turn each, and more where that leaves a doubt."""
+        for _ in range(_STEPS):
+            affordable = max(0.0, until - self._spent) / 2
+            size = next_size(
+                self.latencies, self._steps, self.limit.seconds, affordable
+            )
+            if size is None:
+                break
+            if size not in self._steps:
+                if not (self._has_time(size, until) and self._is_run(size)):
+                    self._settle_for_less(affordable, until)
+                    break
+            elif not self._look_at(size, until):
+                break
+        unasked = next_size(self.latencies, self._steps, self.limit.seconds, math.inf)
+        if unasked is not None:
+            self._is_out_of_time |= not self._affords(unasked, until)
+
+    def _is_run(self, size: int) -> bool:
+        """Whether a trial shows that it fits; else none is to come that would say where the limit lies."""
+        fits = self._fits(size)
+        self._lacks_trials |= not fits
+        return fits
+
+    def _settle_for_less(self, affordable: float, until: float) -> None:
+        """Time the largest size that its trial shows to be in time, where there are to be no more trials."""
+        limit = self.limit.seconds
+        aim = min(limit, affordable)
+        size = promising(self.latencies, self._steps, limit, aim)
+        if size is not None:
+            self._look_at(size, until)
+
+    def _look_at(self, size: int, until: float) -> bool:
+        """Time a turn; where only some of its calls are over the limit, as many as it takes; False without time.
+
+        Of slow calls trials have told where to look: it is the one, and the first call, left out, is paid for once.
+        """
+        if not self._has_time(size, until):
+            return False
+        if self._steps[size] > _HICCUP:
+            return self._stay(size, self._enough, _SETTLING * SECONDS_TIMED)
+        if not self._turn(size, until):
+            return False
+        here = self._latency(size)
+        if (
+            here is not None
+            and here.p50_seconds <= self.limit.seconds < here.at_percentile_seconds
+            and self._enough * here.p50_seconds < _DOUBT
+        ):
+            # Of the calls of one turn, a single one that was disturbed decides
+            self._rounds([size], until)
+        return True
+
+    def _take_turns(self) -> None:
+        """Calls enough for powers of two up to the largest in time, if there is time for all of them."""
+        best = largest_within(self.latencies, self.limit.seconds)
+        if best is None:
+            return
+        sizes = ladder(best.batch_size)
+        needed = sum(self._seconds_for(size) for size in sizes)
+        if self._spent + needed > _SETTLING * SECONDS_TIMED:
+            return
+        self._rounds([size for size in sizes if self._fits(size)], SECONDS_TIMED)
+
+    def _seconds_for(self, size: int) -> float:
+        """What the calls would take that a size still lacks, with those that are left out."""
+        known = self._latency(size)
+        lacking = max(0, self._enough - (known.calls if known else 0))
+        return lacking / 10 * turn_seconds(self._expected(size))
+
+    def _settle(self, until: float) -> None:
+        """As many calls as it takes for the largest size that seems to be within the limit, or for the next."""
+        while True:
+            self._seek(until)
+            best = largest_within(self.latencies, self.limit.seconds)
+            if best is None or best.calls >= self._enough:
+                return
+            size, lacking = best.batch_size, self._enough - best.calls
+            if not self._has_time(size, until):
+                return
+            self._stay(size, lacking, until)
+
+    def _survey(self) -> None:
+        """Smaller sizes, for what they give: a single sample first, and then from the slowest on."""
+        best = largest_within(self.latencies, self.limit.seconds)
+        first, *others = ladder(best.batch_size) if best else [min(self._tried())]
+        sizes = [first, *reversed(others)]
+        for size in sizes:
+            if size in self._timed or not self._affords(size, SECONDS_TIMED):
+                continue
+            if self._fits(size):
+                self._turn(size, SECONDS_TIMED)
+        self._rounds([s for s in sizes if s in self._timed], SECONDS_TIMED)
+
+    # How long things take, and whether there is time for them
 
     @property
     def _timed(self) -> list[int]:
         return [each.batch_size for each in self.latencies]
 
-    def _climb(self, largest: int, until: float) -> None:
-        """One turn for each, as far as a call can be within the limit."""
-        for size in ladder(largest):
-            if not self._has_time(size, until):
-                return
-            if self._fits(size) and self._is_too_slow(size):
-                return
+    def _latency(self, size: int) -> Latency | None:
+        return next((e for e in self.latencies if e.batch_size == size), None)
+
+    def _expected(self, size: int) -> float:
+        """Seconds of a call: as timed, as in its trial, or as the sizes around it tell."""
+        known = {
+            **self._tried(),
+            **{e.batch_size: e.p50_seconds for e in self.latencies},
+        }
+        if size in known:
+            return known[size]
+        sizes = sorted(known)
+        above = bisect_left(sizes, size)
+        if above == 0:
+            return known[sizes[0]]
+        low = sizes[above - 1]
+        if above == len(sizes):
+            return known[low] * size / low
+        high = sizes[above]
+        share = (size - low) / (high - low)
+        return (1 - share) * known[low] + share * known[high]
 
     def _has_time(self, size: int, until: float) -> bool:
-        affords = self._together(partial(self._calls.affords, size, until))
-        self.is_out_of_time |= not affords
+        affords = self._affords(size, until)
+        self._is_out_of_time |= not affords
         return affords
 
+    def _affords(self, size: int, until: float) -> bool:
+        return self._together(partial(self._calls.affords, self._expected(size), until))
+
+    def _turn(self, size: int, until: float) -> bool:
+        expected = self._expected(size)
+        return self._ran(size, partial(self._calls.turn, size, expected, until))
+
+    def _stay(self, size: int, calls: int, until: float) -> bool:
+        """Time so many calls in one go, fewer where more are over the limit than the percentile allows."""
+        expected = self._expected(size)
+        known = self._calls.seconds.get(size, [])
+        room = (until - self._calls.spent) / max(expected, _TICK)
+        many = len(known) + int(min(calls, max(1.0, room)))
+        spare = may_be_over(many, self.limit.percentile)
+
+        def is_done(seconds: Sequence[float]) -> bool:
+            late = sum(each > self.limit.seconds for each in (*known, *seconds))
+            return len(seconds) >= calls or late > spare
+
+        return self._ran(
+            size, partial(self._calls.stay, size, expected, is_done, until)
+        )
+
+    def _ran(self, size: int, act: Callable[[], bool]) -> bool:
+        """Whether a size was timed: others may have taken the memory since its trial."""
+        ran = self._together(act)
+        if not ran:
+            self._refused |= {size}
+        return ran
+
     def _rounds(self, sizes: list[int], until: float) -> None:
-        self._together(lambda: self._calls.rounds(sizes, self._is_known, until))
+        expected = {size: self._expected(size) for size in sizes}
+        self._together(lambda: self._calls.rounds(expected, self._is_known, until))
 
     def _is_known(self, seconds: Sequence[float]) -> bool:
         """Whether the calls of a size are enough, or show that it is too slow in any case."""
@@ -150,7 +359,7 @@ class Answers:
         def told() -> _Told:
             agreed = act()
             self._snapshot.restore()
-            return self._told(affords=bool(agreed))
+            return self._told(agrees=bool(agreed))
 
         said = self._everywhere(told)
         everywhere = frozenset.intersection(
@@ -162,9 +371,10 @@ class Answers:
             if each.batch_size in everywhere
         )
         self._too_slow = frozenset.union(*(told.too_slow for told in said))
-        return all(told.affords for told in said)
+        self._spent = max(told.spent for told in said)
+        return all(told.agrees for told in said)
 
-    def _told(self, *, affords: bool) -> _Told:
+    def _told(self, *, agrees: bool) -> _Told:
         timed = {size: each for size, each in self._calls.seconds.items() if each}
         return _Told(
             latencies=tuple(
@@ -174,5 +384,6 @@ class Answers:
             too_slow=frozenset(
                 size for size, seconds in timed.items() if self._is_over(seconds)
             ),
-            affords=affords,
+            spent=self._calls.spent,
+            agrees=agrees,
         )

@@ -13,8 +13,11 @@ __all__ = [
     "accumulation_costs",
     "batch_norm",
     "by_hand",
+    "ignores_accumulate",
     "last_window",
+    "never_stepped",
     "not_additive",
+    "not_tested",
     "repeated_closures",
     "share",
     "stretched_schedule",
@@ -46,11 +49,11 @@ def batch_norm(norms: BatchNorms, plan: BatchPlan) -> tuple[str, ...]:
 def _statistics(layers: int, kind: str, seen: int, plan: BatchPlan) -> str:
     use = "layer uses" if layers == 1 else "layers use"
     samples = "sample" if seen == 1 else "samples"
-    told = f"{layers} {kind} {use} the statistics of {seen} {samples}, not {plan.effective_batch_size}"
+    told = f"{layers} {kind} {use} the statistics of {seen:,} {samples}, not {plan.effective_batch_size:,}"
     if seen >= _STEADY:
         return f"{told}."
     return (
-        f"{told}, and {'its' if layers == 1 else 'their'} running averages move {plan.accumulate_grad_batches} times "
+        f"{told}, and {'its' if layers == 1 else 'their'} running averages move {plan.accumulate_grad_batches:,} times "
         f"per update. Micro-batches of {_STEADY} or more, or GroupNorm, are steadier."
     )
 
@@ -60,20 +63,25 @@ def not_additive(splitting: Splitting, plan: BatchPlan) -> str:
     whole, parts = plan.effective_batch_size, plan.accumulate_grad_batches
     if splitting.is_sum:
         return (
-            f"The loss adds its samples up instead of averaging them: accumulated over {parts} micro-batches, its "
-            f"gradient is 1/{parts} of that of one batch of {whole}."
+            f"The loss adds its samples up instead of averaging them: accumulated over {parts:,} micro-batches, its "
+            f"gradient is 1/{parts:,} of that of one batch of {whole:,}."
         )
     return (
         f"Splitting a batch of {splitting.samples} changed its gradient by {share(splitting.change)}: the loss compares "
         "samples with each other, or averages over something else, such as tokens. Accumulating does not reproduce a "
-        f"batch of {whole}: use larger micro-batches, or divide sums by what all of an update holds."
+        f"batch of {whole:,}: use larger micro-batches, or divide sums by what all of an update holds."
     )
+
+
+def not_tested(seconds: float) -> str:
+    """That it is not known whether a batch can be split, since so many seconds were over."""
+    return f"time_limit={seconds:g} seconds left no time to test whether micro-batches give the gradient of one batch."
 
 
 def usual_learning_rate(rule: LearningRateRule, batches: float) -> str:
     """What an optimizer usually wants where the effective batch is multiplied by so much."""
     factor = rule.factor(batches)
-    times = f"{factor:.0f}" if factor >= 10 else f"{factor:.2g}"  # noqa: PLR2004 -- two digits at least
+    times = f"{factor:,.0f}" if factor >= 10 else f"{factor:.2g}"  # noqa: PLR2004 -- two digits at least
     return f"{rule.optimizer} usually wants about ×{times} the learning rate for that ({rule.rule} rule)."
 
 
@@ -111,13 +119,33 @@ def accumulation_costs(
     )
 
 
+def never_stepped() -> str:
+    """What trials lack in which gradients were computed, and no optimizer of torch's stepped."""
+    return (
+        "Trials computed gradients, but no torch.optim optimizer stepped in them: what its state would hold is not in "
+        "the peak, and an update may take longer than was timed. Where something else changes the weights, all is well."
+    )
+
+
+def ignores_accumulate(plan: BatchPlan) -> str | None:
+    """What becomes of a plan in a loop whose optimizer stepped as often as there were backward passes."""
+    times = plan.accumulate_grad_batches
+    if times == 1:
+        return None
+    return (
+        f"Asked to accumulate, the loop still stepped its optimizer after every backward pass: an update would have "
+        f"{plan.effective_batch_size // times:,} samples instead of {plan.effective_batch_size:,}, and an epoch {times:,} "
+        "times as many updates. Step after `accumulate` of them."
+    )
+
+
 def by_hand(plan: BatchPlan) -> str | None:
     """What is left to a module that optimises by hand."""
     if plan.accumulate_grad_batches == 1:
         return None
     return (
-        f"This module optimises by hand: to reach {plan.effective_batch_size} samples per update its training_step "
-        f"has to step every {plan.accumulate_grad_batches} micro-batches. It was tried as it steps now."
+        f"This module optimises by hand: to reach {plan.effective_batch_size:,} samples per update its training_step "
+        f"has to step every {plan.accumulate_grad_batches:,} micro-batches. It was tried as it steps now."
     )
 
 
@@ -136,14 +164,14 @@ def last_window(plan: BatchPlan, micro_batches: int, samples: int) -> str | None
     whole, size = plan.accumulate_grad_batches, plan.micro_batch_size
     told = []
     if micro_batches < whole:
-        made = f"{micro_batches} micro-batch{'es' if micro_batches > 1 else ''}"
+        made = f"{micro_batches:,} micro-batch{'es' if micro_batches > 1 else ''}"
         told.append(
-            f"The last update of an epoch is made of {made} instead of {whole}, and Lightning still divides by "
-            f"{whole}: its gradient is {100 * micro_batches / whole:.3g} % of what it should be"
+            f"The last update of an epoch is made of {made} instead of {whole:,}, and Lightning still divides by "
+            f"{whole:,}: its gradient is {100 * micro_batches / whole:.3g} % of what it should be"
         )
     if samples < size and micro_batches > 1:
         told.append(
-            f"The last micro-batch of an epoch has {samples} of {size} samples, and Lightning counts it as a full one: "
+            f"The last micro-batch of an epoch has {samples:,} of {size:,} samples, and Lightning counts it as a full one: "
             f"its samples weigh {size / samples:.3g} times as much as others"
         )
     return f"{'. '.join(told)}; repair_last_window=True corrects it." if told else None

@@ -22,6 +22,7 @@ class Deadline:
         self._clock = clock
         self._began = clock()
         self._seconds: dict[int, float] = {}  # of each trial, by its size
+        self._left_out = 0.0  # seconds that have a bound of their own
 
     @property
     def spent(self) -> float:
@@ -29,9 +30,23 @@ class Deadline:
         return self._clock() - self._began
 
     @property
+    def limit(self) -> float | None:
+        """Seconds that there are in all, as they were asked."""
+        return self._limit
+
+    def leave_out(self, seconds: float) -> None:
+        """Count so many of those spent for nothing: they have a bound of their own."""
+        self._left_out += seconds
+
+    @property
     def largest(self) -> int | None:
         """The largest size that was run, however it ended."""
         return max(self._seconds, default=None)
+
+    def nearest(self, batch_size: int) -> int | None:
+        """The smallest size that was run and is no smaller than this; the largest, where there is none."""
+        above = (size for size in self._seconds if size >= batch_size)
+        return min(above, default=self.largest)
 
     def record(self, batch_size: int, seconds: float) -> None:
         """Remember how long the trial of a size took."""
@@ -46,11 +61,15 @@ class Deadline:
         if self._limit is None or yardstick is None:
             return True
         expected = self._seconds[yardstick] * max(1.0, batch_size / yardstick)
-        return self.spent + expected + reserve <= self._limit
+        return self._counted + expected + reserve <= self._limit
 
     def affordable(self, yardstick: int | None, reserve: float) -> int | None:
         """The largest size sure to be over in half of the time left; None where nothing limits it."""
         if self._limit is None or yardstick is None:
             return None
-        spare = (self._limit - self.spent - reserve) / 2
+        spare = (self._limit - self._counted - reserve) / 2
         return max(1, int(yardstick * spare / max(self._seconds[yardstick], 1e-9)))
+
+    @property
+    def _counted(self) -> float:
+        return self.spent - self._left_out

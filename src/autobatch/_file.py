@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
 from uuid import uuid4
 
-if TYPE_CHECKING:
-    from pathlib import Path
+__all__ = ["named", "write"]
 
-__all__ = ["write"]
+
+def named(path: object, which: str) -> Path:
+    """A path as it was given, refused where it is none; `which` says what it has to be."""
+    try:
+        return Path(path)  # type: ignore[arg-type]  # that it may not be one is the point
+    except TypeError:
+        raise ValueError(
+            f"path={path!r} is not a path; give a str or a pathlib.Path {which}."
+        ) from None
 
 
 def write(path: Path, content: bytes) -> None:

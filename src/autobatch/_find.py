@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from autobatch import _curve
-from autobatch._cautions import batch_norm
+from autobatch._cautions import batch_norm, ignores_accumulate, never_stepped
 from autobatch._doors import checked_search, known_plan, versions
 from autobatch._equivalence import batch_norms
 from autobatch._learning_rate import common_rule
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from autobatch._deadline import Deadline
     from autobatch._learning_rate import LearningRateRule
     from autobatch._memory import MemoryProbe
     from autobatch._plan import BatchPlan
@@ -57,7 +58,7 @@ def find(
     search: Search | None = None,
     device: str | MemoryProbe | None = None,
     latency_limit: float | None = None,
-    percentile: float = 99,
+    percentile: float | None = None,
     restore: Sequence[Any] = (),
     dataset_size: int | None = None,
 ) -> TuningReport:
@@ -85,7 +86,7 @@ def find(
         latency_limit: For inference: seconds within which a batch has to be answered. The workload then is
             `answer(batch_size)`, a function that answers one batch, or a generator function that yields after each;
             its calls are timed one by one, and the largest batch that is answered in time is taken.
-        percentile: So many percent of the calls have to be answered in time.
+        percentile: So many percent of the calls have to be answered in time; None: 99. Only with `latency_limit`.
         restore: Further objects to give back as they were: schedulers, scalers, generators, anything with
             `state_dict` and `load_state_dict`.
         dataset_size: Samples per epoch; bounds the search and gives updates per epoch.
@@ -128,8 +129,10 @@ def find(
         accumulate=1,
         before=None,
         samples_trained=None,
-        update_at_most=None,
+        update_at_most=dataset_size,
+        last_samples=None,
         remarks=None,
+        doubts=None,
         look=None,
         curve_seconds=_curve.SECONDS,
         learning_rate=None,
@@ -155,11 +158,15 @@ def find(
         if ranks.world_size > 1:
             _check_waits_for_none(*trainable)
         snapshot.capture(*things, *trainable)
+        if latency_limit is None:
+            optimizers.look_at(*things, *trainable)
         with snapshot.at_first_step(touched):
             report = tune(
                 replace(
                     job,
+                    last_samples=partial(_last_samples, dataset_size, ranks),
                     remarks=partial(_remarks, snapshot),
+                    doubts=partial(_doubts, optimizers),
                     learning_rate=partial(_rule, snapshot),
                 ),
                 settings,
@@ -250,9 +257,27 @@ def _trainable(workload: Callable[..., Any]) -> list[Any]:
     return [thing for thing in _reachable(workload) if isinstance(thing, kinds)]
 
 
-def _remarks(snapshot: Snapshot, plan: BatchPlan) -> tuple[str, ...]:
+def _remarks(snapshot: Snapshot, plan: BatchPlan, _: Deadline) -> tuple[str, ...]:
     """What its layers do with a plan; a model that a workload makes for itself is gone by now."""
     return batch_norm(batch_norms(snapshot.alive), plan)
+
+
+def _doubts(optimizers: OptimizerWatch, plan: BatchPlan) -> tuple[str, ...]:
+    """What its updates lack."""
+    told = (
+        never_stepped() if optimizers.never_stepped else None,
+        ignores_accumulate(plan) if optimizers.steps_every_pass else None,
+    )
+    return tuple(note for note in told if note)
+
+
+def _last_samples(
+    dataset_size: int | None, ranks: Ranks, batch_size: int
+) -> int | None:
+    """What is left for the last micro-batch of an epoch; how it is dealt out among ranks is the loop's affair."""
+    if dataset_size is None or ranks.world_size > 1:
+        return None
+    return dataset_size % batch_size or batch_size
 
 
 def _rule(snapshot: Snapshot) -> LearningRateRule | None:
@@ -324,6 +349,7 @@ def _touched(
         return
     if trains and torch.is_grad_enabled():
         optimizers.expected |= any(p.requires_grad for p in thing.parameters())
+        optimizers.look_at(thing)
     if home is not None and parameter.device.type != home.type:
         raise ValueError(
             f"The model is on {parameter.device}, while the memory of {probe.name} is watched; pass "

@@ -9,21 +9,27 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 __all__ = [
     "Latency",
     "LatencyLimit",
     "Stream",
     "StreamRow",
-    "between",
+    "Unfinished",
     "cameras",
+    "crossing",
     "enough_calls",
     "knee",
     "ladder",
     "largest_within",
+    "may_be_over",
+    "next_size",
+    "promising",
     "slowest",
+    "smallest_over",
     "stream",
+    "tells_percentile",
 ]
 
 # Of the fastest: above the knee a larger batch buys next to nothing
@@ -32,6 +38,9 @@ _CALLS_LEAST: Final = 100  # that are timed at each size, whatever the percentil
 _TICK: Final = 1e-9  # seconds; a clock may not have moved at all
 # Between a size within the limit and one over it, this share of the size is close enough
 _CLOSE: Final = 1 / 32
+# What is tried between two sizes stays so far from either, as a share of the distance: the doubt shrinks each time
+_APART: Final = 1 / 4
+_HICCUP: Final = 0.5  # seconds; no disturbance takes so long as to be taken for a step
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +66,7 @@ class Latency:
         p90_seconds: 90 % of the calls take no longer.
         p99_seconds: 99 % of the calls take no longer.
         at_percentile_seconds: The same for the percentile that was asked for.
-        calls: How many were timed; none is left out.
+        calls: How many were timed; none of them is left out.
     """
 
     batch_size: int
@@ -90,7 +99,7 @@ class Latency:
 
 def _quantile(ordered: Sequence[float], percent: float) -> float:
     """A call that was made, such that so many of all took no longer: of few calls, the slowest."""
-    return ordered[max(0, math.ceil(percent * len(ordered) / 100) - 1)]
+    return ordered[_rank(len(ordered), percent) - 1]
 
 
 def enough_calls(percentile: float) -> int:
@@ -98,6 +107,21 @@ def enough_calls(percentile: float) -> int:
     if percentile >= 100:  # noqa: PLR2004 -- the slowest of any number of calls
         return _CALLS_LEAST
     return max(_CALLS_LEAST, round(100 / (100 - percentile)))
+
+
+def tells_percentile(calls: int, percentile: float) -> bool:
+    """Whether so many calls tell the percentile apart from the slowest of them."""
+    return _rank(calls, percentile) < calls
+
+
+def may_be_over(calls: int, percentile: float) -> int:
+    """How many of so many calls may be over the limit, and the percentile within."""
+    return calls - _rank(calls, percentile)
+
+
+def _rank(calls: int, percentile: float) -> int:
+    """The how-manieth call, in ascending order, the percentile is."""
+    return max(1, math.ceil(percentile * calls / 100))
 
 
 def slowest(of_ranks: Iterable[Sequence[Latency]]) -> tuple[Latency, ...]:
@@ -133,14 +157,97 @@ def largest_within(latencies: Iterable[Latency], seconds: float) -> Latency | No
     return max(within, key=attrgetter("batch_size"), default=None)
 
 
-def between(latencies: Sequence[Latency], seconds: float) -> int | None:
-    """A size between the largest that answers in time and the next, which does not; None where these are close."""
+def smallest_over(
+    latencies: Sequence[Latency], steps: Mapping[int, float], seconds: float
+) -> int | None:
+    """The smallest size above the largest that answers in time which does not, by its calls or else by its trial."""
+    best = largest_within(latencies, seconds)
+    return min(_over(latencies, steps, best, seconds, seconds), default=None)
+
+
+def next_size(
+    latencies: Sequence[Latency],
+    steps: Mapping[int, float],
+    seconds: float,
+    affordable: float,
+) -> int | None:
+    """The size whose calls tell most about the largest that answers in time; None where nothing is left to ask.
+
+    First the largest that its trial shows to be in time; then between the largest that answers in time and the next
+    that does not. Of slow steps the trial is believed where it says that a size is over the limit.
+
+    Args:
+        latencies: Of sizes that were timed.
+        steps: Seconds of a step in its trial, by size, of all sizes that fit.
+        seconds: The limit.
+        affordable: Seconds of a call for which there is time.
+    """
+    timed = {each.batch_size for each in latencies}
+    aim = min(seconds, affordable)
+    best = largest_within(latencies, seconds)
+    low, took = (best.batch_size, best.at_percentile_seconds) if best else (0, 0.0)
+    soon = promising(latencies, steps, seconds, aim)
+    if soon is not None:
+        if steps[soon] <= _HICCUP:
+            return soon
+        # Slow as it is, whether it is the largest is asked of trials first
+        low, took = soon, steps[soon]
+    over = {
+        size: each
+        for size, each in _over(latencies, steps, best, seconds, aim).items()
+        if size > low
+    }
+    if not over or took > aim:
+        return soon
+    high = min(over)
+    if high - low > max(1, _CLOSE * low):
+        return _inside(low, high, crossing((low, took), (high, over[high]), aim))
+    if soon is not None:
+        return soon
+    return high if high not in timed and over[high] <= _HICCUP else None
+
+
+def promising(
+    latencies: Sequence[Latency], steps: Mapping[int, float], seconds: float, aim: float
+) -> int | None:
+    """The largest size above all that answer in time that was not timed, but took no longer than `aim` in its trial."""
     best = largest_within(latencies, seconds)
     low = best.batch_size if best else 0
-    high = min(
-        (each.batch_size for each in latencies if each.batch_size > low), default=low
+    timed = {each.batch_size for each in latencies}
+    return max(
+        (s for s, step in steps.items() if s > low and s not in timed and step <= aim),
+        default=None,
     )
-    return (low + high) // 2 if high - low > max(1, _CLOSE * low) else None
+
+
+def _over(
+    latencies: Iterable[Latency],
+    steps: Mapping[int, float],
+    best: Latency | None,
+    seconds: float,
+    aim: float,
+) -> dict[int, float]:
+    """Sizes above the best that are over the limit, with what they take; by their trials where they were not timed."""
+    timed = {each.batch_size: each.at_percentile_seconds for each in latencies}
+    over = {size: took for size, took in timed.items() if took > seconds}
+    over |= {s: step for s, step in steps.items() if s not in timed and step > aim}
+    low = best.batch_size if best else 0
+    return {size: took for size, took in over.items() if size > low}
+
+
+def crossing(
+    lower: tuple[int, float], upper: tuple[int, float], seconds: float
+) -> float:
+    """The size at which a line through two sizes and their seconds takes so many; infinity where it does not rise."""
+    rise = (upper[1] - lower[1]) / (upper[0] - lower[0])
+    return lower[0] + (seconds - lower[1]) / rise if rise > 0 else math.inf
+
+
+def _inside(low: int, high: int, size: float) -> int:
+    """The size, kept away from both ends."""
+    apart = _APART * (high - low)
+    kept = min(max(size, low + apart), high - apart)
+    return min(max(int(kept), low + 1), high - 1)
 
 
 def knee(latencies: Iterable[Latency]) -> Latency | None:
@@ -149,6 +256,25 @@ def knee(latencies: Iterable[Latency]) -> Latency | None:
     fastest = max((each.samples_per_second for each in ascending), default=0.0)
     fast = (e for e in ascending if e.samples_per_second >= _FAST_ENOUGH * fastest)
     return next(fast, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Unfinished:
+    """What timing did not come to.
+
+    Args:
+        seconds: That timing may take, where they ran out; None where something else ended it.
+        is_open: Whether a larger size than the one that was found may answer in time as well.
+        over: The smallest size that is known to be over the limit; None where none is.
+        by_trial: Whether that one is known by its trial only.
+        left_out: Smaller sizes that were not timed.
+    """
+
+    seconds: float | None
+    is_open: bool
+    over: int | None
+    by_trial: bool
+    left_out: tuple[int, ...]
 
 
 # What comes in
@@ -226,6 +352,7 @@ def cameras(latencies: Iterable[Latency], fps: float) -> int:
 
 
 def _positive(name: str, rate: float) -> float:
-    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not rate > 0:
+    is_number = isinstance(rate, (int, float)) and not isinstance(rate, bool)
+    if not is_number or not 0 < rate < math.inf:
         raise ValueError(f"{name}={rate!r} is not a rate; give a number per second.")
     return rate

@@ -9,6 +9,7 @@ from autobatch._latency import (
     knee,
     largest_within,
     stream,
+    tells_percentile,
 )
 from autobatch._numbers import BYTES, SECONDS, aligned, percent, quantity, unit_for
 from autobatch._tables import bar, measures, numbers, table_of
@@ -17,7 +18,7 @@ from autobatch._text import Column, Fact
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from autobatch._latency import Latency, LatencyLimit
+    from autobatch._latency import Latency, LatencyLimit, Unfinished
     from autobatch._text import Table
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 _SIZES: Final = 12  # rows of the table: the whole report is one screen
+_SIZES_TOLD: Final = 6  # one by one, how many calls each had
 _ALWAYS: Final = (50, 90, 99)  # percentiles that are shown
 # What was timed: at most 51 characters, for one line of the page
 _IN_A_CALL: Final = "with all that the workload does in a call"
@@ -44,11 +46,24 @@ def within(limit: LatencyLimit) -> str:
     return f"within {quantity(limit.seconds, SECONDS)}"
 
 
-def percentile_told(limit: LatencyLimit) -> str:
-    """How many of the calls are to meet it."""
+def percentile_told(
+    limit: LatencyLimit, latencies: Sequence[Latency], chosen: int
+) -> str:
+    """How many of the calls are to meet it; of few calls, that those have."""
+    here = _row(latencies, chosen)
+    if here is not None and not tells_percentile(here.calls, limit.percentile):
+        return f"{_calls(here.calls)} timed, asked for {limit.percentile:g} %"
     if limit.percentile >= 100:  # noqa: PLR2004 -- all of them
         return "every call that was timed"
     return f"{limit.percentile:g} % of calls"
+
+
+def _row(latencies: Sequence[Latency], size: int) -> Latency | None:
+    return next((each for each in latencies if each.batch_size == size), None)
+
+
+def _calls(count: int) -> str:
+    return f"{count:,} call{'s' if count > 1 else ''}"
 
 
 def nothing_within(latencies: Sequence[Latency], limit: LatencyLimit) -> str:
@@ -60,12 +75,15 @@ def nothing_within(latencies: Sequence[Latency], limit: LatencyLimit) -> str:
     samples = (
         "a single sample"
         if least.batch_size == 1
-        else f"a batch of {least.batch_size}, the smallest that runs,"
+        else f"a batch of {least.batch_size:,}, the smallest that was timed,"
     )
     took = quantity(least.at_percentile_seconds, SECONDS)
     middle = quantity(least.p50_seconds, SECONDS)
+    at = f"at the {_ordinal(limit.percentile)} percentile"
+    if not tells_percentile(least.calls, limit.percentile):
+        at = f"in the slowest of {_calls(least.calls)}"
     return (
-        f"{told}: {samples} takes {took} at the {_ordinal(limit.percentile)} percentile, {middle} at the median. "
+        f"{told}: {samples} takes {took} {at}, {middle} at the median. "
         "Raise latency_limit, lower percentile, or make the model faster."
     )
 
@@ -74,7 +92,7 @@ def latency_facts(
     latencies: Sequence[Latency], limit: LatencyLimit, chosen: int, task: str
 ) -> list[Fact]:
     """What the chosen size means; nothing where it was not timed."""
-    here = next((each for each in latencies if each.batch_size == chosen), None)
+    here = _row(latencies, chosen)
     if here is None:
         return []
     facts = [_latency_fact(latencies, here, limit), _speed_fact(latencies, here)]
@@ -82,7 +100,7 @@ def latency_facts(
     if bend is not None and bend.batch_size <= _SMALLER * chosen:
         facts.append(_knee_fact(latencies, bend, here))
     facts.append(_streams_fact(latencies, here, limit))
-    many = f"{here.calls:,} call{'s' if here.calls > 1 else ''} timed"
+    many = f"{_calls(here.calls)} timed"
     facts.append(Fact("Calls", many, _IN_A_CALL if task == "answer" else _IN_A_STEP))
     return facts
 
@@ -92,6 +110,9 @@ def _latency_fact(
 ) -> Fact:
     middle = quantity(here.p50_seconds, SECONDS)
     top = quantity(here.at_percentile_seconds, SECONDS)
+    name = _name(limit.percentile)
+    if not tells_percentile(here.calls, limit.percentile):
+        name = "max"
     over = min(
         (e.batch_size for e in latencies if e.batch_size > here.batch_size),
         default=None,
@@ -99,8 +120,8 @@ def _latency_fact(
     spare = f"{quantity(max(0.0, limit.seconds - here.at_percentile_seconds), SECONDS)} to spare"
     return Fact(
         "Latency",
-        f"{middle}, {_name(limit.percentile)} {top}",
-        f"{spare}; {over} is over the limit" if over else spare,
+        f"{middle}, {name} {top}",
+        f"{spare}; {over:,} is over the limit" if over else spare,
     )
 
 
@@ -108,7 +129,7 @@ def _speed_fact(latencies: Sequence[Latency], here: Latency) -> Fact:
     fastest = max(latencies, key=lambda each: each.samples_per_second)
     speed, most = (aligned([e.samples_per_second])[0] for e in (here, fastest))
     share = percent(here.samples_per_second / fastest.samples_per_second)
-    remark = f"{share} of the fastest measured ({most} at {fastest.batch_size})"
+    remark = f"{share} of the fastest measured ({most} at {fastest.batch_size:,})"
     if here == fastest:
         many = len(latencies)
         remark = f"the fastest of {many} sizes timed" if many > 1 else ""
@@ -122,7 +143,7 @@ def _knee_fact(latencies: Sequence[Latency], bend: Latency, here: Latency) -> Fa
     )
     return Fact(
         "Knee",
-        f"batches of {bend.batch_size}",
+        f"batches of {bend.batch_size:,}",
         f"{percent(bend.samples_per_second / most)} of the fastest, in {sooner} instead of {later}",
     )
 
@@ -133,11 +154,11 @@ def _streams_fact(
     """Streams with a sample in each span of the limit: cameras, where that is one frame."""
     rate = 1 / limit.seconds
     best = stream(latencies, rate, None).best
-    alone = f"; one alone: batches of {best.batch_size}" if best else ""
+    alone = f"; alone: batches of {best.batch_size:,}" if best else ""
     return Fact(
         "Streams",
-        f"{here.batch_size:,} of {_rounded(rate)}/s each",
-        f"where they come together{alone}",
+        f"{here.batch_size:,} at {_rounded(rate)} samples/s",
+        f"a sample of each per batch{alone}",
     )
 
 
@@ -154,7 +175,7 @@ def latency_table(
     over = [each.at_percentile_seconds > limit.seconds for each in shown]
     return table_of(
         [
-            Column("batch", tuple(str(each.batch_size) for each in shown)),
+            Column("batch", tuple(f"{each.batch_size:,}" for each in shown)),
             *_quantiles(shown, limit.percentile),
             numbers("samples/s", [each.samples_per_second for each in shown]),
             Column(
@@ -176,16 +197,34 @@ def latency_table(
 def _foot(
     latencies: Sequence[Latency], shown: Sequence[Latency], limit: LatencyLimit
 ) -> str:
-    few = [each for each in shown if each.calls < enough_calls(limit.percentile)]
-    sizes = ", ".join(str(each.batch_size) for each in few)
-    told = []
-    if few:
-        told.append(f"Few calls at {sizes} ({min(each.calls for each in few)} or more)")
+    told = [_counts(shown, limit)]
     if len(shown) < len(latencies):
         told.append(
             f"{len(latencies) - len(shown)} more timed; report.latencies has them all"
         )
-    return ". ".join(told)
+    return ". ".join(each for each in told if each)
+
+
+def _counts(shown: Sequence[Latency], limit: LatencyLimit) -> str:
+    """How many calls stand behind the sizes with few, and what that does to the percentiles."""
+    few = [each for each in shown if each.calls < enough_calls(limit.percentile)]
+    if not few:
+        return ""
+    blind = [e for e in few if not tells_percentile(e.calls, limit.percentile)]
+    what = f"; there {_name(limit.percentile)} is the slowest" if blind == few else ""
+    return f"Timed: {_by_count(few)}{what}"
+
+
+def _by_count(latencies: Sequence[Latency]) -> str:
+    """Calls and their sizes, "2 calls at 16; 1 call at 1, 2"; of many, between what and what."""
+    sizes: dict[int, list[str]] = {}
+    for each in latencies:
+        sizes.setdefault(each.calls, []).append(str(each.batch_size))
+    if len(latencies) > _SIZES_TOLD:
+        least, most = min(sizes), max(sizes)
+        between = _calls(most) if least == most else f"{least:,} to {_calls(most)}"
+        return f"{between} at {len(latencies)} sizes"
+    return "; ".join(f"{_calls(n)} at {', '.join(each)}" for n, each in sizes.items())
 
 
 def _quantiles(latencies: Sequence[Latency], percentile: float) -> list[Column]:
@@ -198,7 +237,7 @@ def _quantiles(latencies: Sequence[Latency], percentile: float) -> list[Column]:
     if percentile not in _ALWAYS:
         del columns[90.0]
         columns[percentile] = [each.at_percentile_seconds for each in latencies]
-    unit = unit_for(columns[50.0], SECONDS)
+    unit = unit_for([each for column in columns.values() for each in column], SECONDS)
     return [
         numbers(
             f"{_name(percent)} {unit.name}",
@@ -233,14 +272,17 @@ def latency_notes(
     latencies: Sequence[Latency],
     limit: LatencyLimit,
     chosen: int,
-    stopped: float | None,
+    unfinished: Unfinished,
 ) -> tuple[str, ...]:
-    """All that there is to say of it; `stopped` is how many seconds of timing were all there was time for."""
+    """All that there is to say of it."""
     told = (
         _filling(latencies, limit, chosen),
-        _stopped(latencies, stopped),
+        _open(chosen, unfinished),
         _few_calls(latencies, limit, chosen),
+        _left_out(unfinished),
+        _over_by_trial(unfinished),
         _disturbed(latencies, limit, chosen),
+        _disturbed_above(latencies, limit, chosen),
         _not_monotone(latencies, limit),
     )
     return tuple(note for note in told if note)
@@ -257,23 +299,26 @@ def _filling(
     filling = quantity(row.filling_seconds, SECONDS)
     told = (
         f"Waiting for a batch to fill comes on top: one stream of {_rounded(rate)} samples/s takes {filling} to fill "
-        f"{chosen}"
+        f"{chosen:,}"
     )
     if one.best is None or one.best.batch_size >= chosen:
         return f"{told}."
     soonest = quantity(one.best.worst_seconds, SECONDS)
-    return (
-        f"{told}; in batches of {one.best.batch_size} it is answered within {soonest}."
-    )
+    return f"{told}; in batches of {one.best.batch_size:,} it is answered within {soonest}."
 
 
-def _stopped(latencies: Sequence[Latency], seconds: float | None) -> str | None:
-    if seconds is None:
+def _open(chosen: int, unfinished: Unfinished) -> str | None:
+    """Where a larger size may be in time as well, and was not asked."""
+    if not unfinished.is_open:
         return None
+    where = f"sizes above {chosen:,}"
+    if unfinished.over is not None:
+        where = f"sizes between {chosen:,} and {unfinished.over:,}"
+    if unfinished.seconds is None:
+        return f"Not timed were {where}: they may answer in time too."
     return (
-        f"Timing stopped after {seconds:g} seconds, all that it may take: sizes above "
-        f"{max((each.batch_size for each in latencies), default=0)}, or between those that were timed, may answer "
-        "in time too."
+        f"Timing stopped after {unfinished.seconds:g} seconds, all that it may take: {where} may answer in time "
+        "too."
     )
 
 
@@ -281,25 +326,56 @@ def _few_calls(
     latencies: Sequence[Latency], limit: LatencyLimit, chosen: int
 ) -> str | None:
     enough = enough_calls(limit.percentile)
-    here = next((each for each in latencies if each.batch_size == chosen), None)
+    here = _row(latencies, chosen)
     if here is None or here.calls >= enough:
         return None
-    return (
-        f"There was no time for {enough:,} calls at {chosen}: of {here.calls:,}, the {_ordinal(limit.percentile)} "
-        "percentile is little more than the slowest."
+    told = (
+        f"There was no time for {enough:,} calls at {chosen:,}, only for {here.calls:,}"
     )
+    if tells_percentile(here.calls, limit.percentile):
+        return f"{told}."
+    return f"{told}: what stands for the {_ordinal(limit.percentile)} percentile is the slowest of them."
+
+
+def _left_out(unfinished: Unfinished) -> str | None:
+    if not unfinished.left_out:
+        return None
+    sizes = ", ".join(f"{size:,}" for size in unfinished.left_out)
+    return f"Smaller sizes that were not timed, {sizes}, may suit a single stream better, or be as fast."
+
+
+def _over_by_trial(unfinished: Unfinished) -> str | None:
+    if unfinished.over is None or not unfinished.by_trial:
+        return None
+    return f"That {unfinished.over:,} is over the limit was seen in its trial; its calls were not timed."
 
 
 def _disturbed(
     latencies: Sequence[Latency], limit: LatencyLimit, chosen: int
 ) -> str | None:
-    here = next((each for each in latencies if each.batch_size == chosen), None)
+    here = _row(latencies, chosen)
     if here is None or here.at_percentile_seconds < _DISTURBED * here.p50_seconds:
         return None
     times = here.at_percentile_seconds / here.p50_seconds
     return (
-        f"At {chosen} the {_ordinal(limit.percentile)} percentile is {times:,.0f} times the median: something disturbs "
+        f"At {chosen:,} the {_ordinal(limit.percentile)} percentile is {times:,.0f} times the median: something disturbs "
         "the calls, on a quiet machine larger batches may answer in time."
+    )
+
+
+def _disturbed_above(
+    latencies: Sequence[Latency], limit: LatencyLimit, chosen: int
+) -> str | None:
+    """Where the next size is over the limit by some of its calls only, far from the others."""
+    above = [each for each in latencies if each.batch_size > chosen]
+    over = min(above, key=lambda each: each.batch_size, default=None)
+    if over is None or over.p50_seconds > limit.seconds:
+        return None
+    if over.at_percentile_seconds < _DISTURBED * over.p50_seconds:
+        return None
+    return (
+        f"Half of the calls at {over.batch_size:,} take no longer than {quantity(over.p50_seconds, SECONDS)}, and some "
+        f"{quantity(over.at_percentile_seconds, SECONDS)}: on a quiet machine larger batches may answer in time."
     )
 
 
@@ -307,7 +383,7 @@ def _not_monotone(latencies: Sequence[Latency], limit: LatencyLimit) -> str | No
     """A smaller size over the limit that a larger one meets: slow by itself, or disturbed."""
     best = largest_within(latencies, limit.seconds)
     odd = [
-        str(each.batch_size)
+        f"{each.batch_size:,}"
         for each in latencies
         if best
         and each.batch_size < best.batch_size
@@ -323,7 +399,8 @@ def _not_monotone(latencies: Sequence[Latency], limit: LatencyLimit) -> str | No
 
 def _rounded(rate: float) -> str:
     """A rate to three digits, "30": that of a limit is seldom round."""
-    return f"{float(f'{rate:.3g}'):,g}"
+    value = float(f"{rate:.3g}")
+    return f"{value:,.0f}" if value >= 1000 else f"{value:g}"  # noqa: PLR2004 -- no exponent
 
 
 def _name(percentile: float) -> str:

@@ -52,9 +52,13 @@ class Ledger:
     Charged is each new storage that an operator returns while `watching`, and what was attached. Views and in-place
     results share a storage and count once. Memory that a kernel takes and gives back inside one operator is not seen,
     nor are tensors made in another process. `current` and `peak` are bytes, `failures` counts refused allocations.
+
+    Args:
+        says: How its errors begin, by which others know what they are about.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, says: str = "out of memory") -> None:
+        self._says = says
         self.current = 0
         self.peak = 0
         self.failures = 0
@@ -164,11 +168,11 @@ class Ledger:
         self.failures += 1
         if self._limit is None:
             return torch.OutOfMemoryError(
-                f"out of memory. Tried to allocate {format_bytes(wanted)}."
+                f"{self._says}. Tried to allocate {format_bytes(wanted)}."
             )
         free = max(self._limit - self.current, 0)
         return torch.OutOfMemoryError(
-            f"out of memory. Tried to allocate {format_bytes(wanted)}, of a limit of {format_bytes(self._limit)} "
+            f"{self._says}. Tried to allocate {format_bytes(wanted)}, of a limit of {format_bytes(self._limit)} "
             f"{format_bytes(free)} is free."
         )
 

@@ -39,7 +39,7 @@ class NoiseReading:
         first_update: The first of them that counts, from 1.
         last_update: The last of them.
         batch_size: Samples per update while it was measured, over all ranks.
-        reason: Why it is unavailable.
+        reason: Why it is unavailable, or settling still.
     """
 
     state: NoiseState
@@ -108,15 +108,15 @@ def read(
     if updates >= _SETTLED and windows and not any(w.is_finite for w in windows):
         why = "no gradient that was measured is finite"
         return NoiseReading("unavailable", last_update=last, reason=why)
+    unsettled = _unsettled(updates, len(counted), is_warming_up=is_warming_up)
     if not counted:
-        return NoiseReading("settling", last_update=last)
+        return NoiseReading("settling", last_update=last, reason=unsettled)
     low, high = _interval(counted)
     if math.isinf(low):
         low = _detectable(counted)
     estimate = _ratio(counted)
-    is_settling = updates < _SETTLED or len(counted) < _ENOUGH or is_warming_up
     is_vague = math.isinf(estimate) or high > _SPREAD * low
-    state: NoiseState = "settling" if is_settling else "at_least" if is_vague else "ok"
+    state: NoiseState = "settling" if unsettled else "at_least" if is_vague else "ok"
     return NoiseReading(
         state,
         samples=estimate if state == "ok" else _finite(low),
@@ -126,7 +126,17 @@ def read(
         first_update=counted[0].update,
         last_update=counted[-1].update,
         batch_size=counted[-1].batch_size,
+        reason=unsettled,
     )
+
+
+def _unsettled(updates: int, counted: int, *, is_warming_up: bool) -> str | None:
+    """What a run still lacks, of which so many updates were seen, and so many of its later half measured."""
+    if updates < _SETTLED:
+        return f"it takes {_SETTLED} updates or more, and there were {updates}"
+    if counted < _ENOUGH:
+        return f"it takes {_ENOUGH} measured updates in the later half of a run, and there were {counted}"
+    return "the learning rate was still rising" if is_warming_up else None
 
 
 def _finite(number: float) -> float | None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Final
 
 from autobatch._cautions import share, usual_learning_rate
 from autobatch._memory import format_bytes
-from autobatch._tradeoff import settled, speed_rows, updates_per_epoch
+from autobatch._throughput import settled, speed_rows
+from autobatch._tradeoff import updates_per_epoch
 from autobatch._trial import Outcome
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from autobatch._learning_rate import LearningRateRule
     from autobatch._loading import Loading
     from autobatch._plan import BatchPlan
-    from autobatch._tradeoff import SpeedRow
+    from autobatch._throughput import SpeedRow
     from autobatch._trial import Trial
 
 __all__ = [
@@ -73,6 +74,8 @@ class Findings:
         plan: What was chosen.
         trials: All trials, in the order they were run.
         curve: Sizes that were timed besides.
+        unreached: Sizes that were to be timed for the curve, and for which there was no time.
+        curve_seconds: That it may take.
         target_batch_size: The effective batch that was asked for, if one was.
         latency_limit: Seconds within which a batch has to be answered, if that was asked.
         bound: What kept the search from going higher, if anything did.
@@ -83,6 +86,8 @@ class Findings:
         before: What was trained with until now, where that is known.
         learning_rate: How the learning rate usually goes with the batch, where a rule is known.
         dataset_size: Samples per epoch, where that is known.
+        last_samples: Samples in the last micro-batch of an epoch, where that is known.
+        doubts: Sentences about what was tried, which may not be what will be trained.
         remarks: Sentences from where the tuning was asked for.
         look: How far was looked for the largest samples, where that was done.
     """
@@ -91,6 +96,8 @@ class Findings:
     plan: BatchPlan
     trials: tuple[Trial, ...]
     curve: tuple[CurvePoint, ...]
+    unreached: tuple[int, ...]
+    curve_seconds: float
     target_batch_size: int | None
     latency_limit: float | None
     bound: Bound | None
@@ -101,6 +108,8 @@ class Findings:
     before: BatchPlan | None
     learning_rate: LearningRateRule | None
     dataset_size: int | None
+    last_samples: int | None
+    doubts: tuple[str, ...]
     remarks: tuple[str, ...]
     look: Look | None
 
@@ -130,7 +139,7 @@ def tightest_bound(
     if target_batch_size is not None:
         share = target_batch_size // world_size
         what = f"target_batch_size={target_batch_size}{_on(world_size)}"
-        bounds.append(Bound(share, f"{what} needs no more than {share} at once"))
+        bounds.append(Bound(share, f"{what} needs no more than {share:,} at once"))
     if max_micro_batch_size is not None:
         what = f"max_micro_batch_size={max_micro_batch_size}"
         bounds.append(Bound(max_micro_batch_size, f"{what} allows no more"))
@@ -142,21 +151,27 @@ def tightest_bound(
 
 
 def notes(found: Findings) -> tuple[str, ...]:
-    """All that a person should be told, what matters most first."""
+    """All that a person should be told, in the order of what it changes."""
     told = (
+        # The answer itself
+        _fails_at_end(found),
+        *found.doubts,
         _deviation(found),
+        _out_of_time(found),
+        # Training with it
         _changed(found),
-        _overridden(found),
         _short_epoch(found),
         _all_at_once(found),
         *found.remarks,
+        # Whether another would do
         _past_knee(found),
         _tight(found),
-        _out_of_time(found),
-        _not_sought(found),
-        _refused(found),
         _uneven(found),
         _crowded(found),
+        _unreached(found),
+        _not_sought(found),
+        _refused(found),
+        # How far to trust what was measured
         _drifted(found),
         _fallback(found),
     )
@@ -167,7 +182,7 @@ def _deviation(found: Findings) -> str | None:
     asked, got = found.target_batch_size, found.plan.effective_batch_size
     if asked is None or asked == got:
         return None
-    return f"Asked for {asked} samples per update, got {got}: {_why_not_exact(found, asked)}."
+    return f"Asked for {asked:,} samples per update, got {got:,}: {_why_not_exact(found, asked)}."
 
 
 def _why_not_exact(found: Findings, asked: int) -> str:
@@ -176,29 +191,36 @@ def _why_not_exact(found: Findings, asked: int) -> str:
         return f"an epoch has no more than {samples:,} samples"
     share, rest = divmod(asked, found.plan.world_size)
     if rest:
-        return f"{asked} does not divide by {found.plan.world_size} ranks"
+        return f"{asked:,} does not divide by {found.plan.world_size} ranks"
     largest = max(1, min(found.largest_fit, share))
     micro = next(size for size in range(largest, 0, -1) if share % size == 0)
     if share // micro > 2 * -(-share // largest):
         return (
-            f"exact would take {share // micro} micro-batches of {micro} instead of "
-            f"{found.plan.accumulate_grad_batches} of {found.plan.micro_batch_size}"
+            f"exact would take {share // micro:,} micro-batches of {micro:,} instead of "
+            f"{found.plan.accumulate_grad_batches:,} of {found.plan.micro_batch_size:,}"
         )
+    if found.last_samples is not None and 1 in _refused_sizes(found):
+        return f"with {asked:,}, an epoch would end with a single sample, which the workload refused"
     return "no plan that gives it exactly was verified"
 
 
 def _changed(found: Findings) -> str | None:
     before, plan, samples = found.before, found.plan, found.dataset_size
-    if before is None or before.effective_batch_size == plan.effective_batch_size:
+    if before is None:
         return None
     then, now = before.effective_batch_size, plan.effective_batch_size
-    if samples is not None and min(then, now) >= samples:
-        return None  # all of an epoch, then as now
-    told = [f"The effective batch goes from {then} to {now}{_updates(found, before)}."]
+    # All of an epoch, then as now, is no change either
+    if then == now or (samples is not None and min(then, now) >= samples):
+        return _overridden(before, plan)
+    told = [
+        f"The effective batch goes from {then:,} to {now:,}{_updates(found, before)}."
+    ]
     if found.learning_rate is not None:
         most = max(then, now) if samples is None else samples
         batches = min(now, most) / min(then, most)
         told.append(usual_learning_rate(found.learning_rate, batches))
+    if (gives_way := _overridden(before, plan)) is not None:
+        told.append(gives_way)
     return " ".join(told)
 
 
@@ -211,16 +233,12 @@ def _updates(found: Findings, before: BatchPlan) -> str:
     return f": {now:,} update{'s' if now > 1 else ''} per epoch instead of {then:,}"
 
 
-def _overridden(found: Findings) -> str | None:
-    before = found.before
-    if before is None or before.accumulate_grad_batches in (
-        1,
-        found.plan.accumulate_grad_batches,
-    ):
+def _overridden(before: BatchPlan, plan: BatchPlan) -> str | None:
+    if before.accumulate_grad_batches in (1, plan.accumulate_grad_batches):
         return None
     return (
         f"accumulate_grad_batches={before.accumulate_grad_batches} of the Trainer gives "
-        f"way to {found.plan.accumulate_grad_batches}, for the target."
+        f"way to {plan.accumulate_grad_batches}, for the target."
     )
 
 
@@ -241,10 +259,10 @@ def _all_at_once(found: Findings) -> str | None:
         return None
     if plan.effective_batch_size != samples or plan.accumulate_grad_batches > 1:
         return None
-    return (
-        f"All {samples:,} samples of an epoch fit at once: it makes one update. target_batch_size asks for smaller "
-        "batches, and more updates."
-    )
+    told = f"All {samples:,} samples of an epoch fit at once"
+    if _changed(found) is None:
+        told += ": it makes one update"
+    return f"{told}. target_batch_size asks for smaller batches, and more updates."
 
 
 def _past_knee(found: Findings) -> str | None:
@@ -260,12 +278,12 @@ def _past_knee(found: Findings) -> str | None:
     fastest = max(smaller, key=lambda other: speeds[other])
     slower = 1 - here / speeds[fastest]
     if slower > _SPREAD:
-        return f"{size} fits, and is {share(slower)} slower than {fastest}."
+        return f"{size:,} fits, and is {share(slower)} slower than {fastest:,}."
     halves = [other for other in smaller if 2 * other <= size]
     enough = [other for other in halves if speeds[other] >= (1 - _SPREAD) * here]
     if not enough:
         return None
-    told = f"{size} fits, and is about as fast as {min(enough)}"
+    told = f"{size:,} fits, and is about as fast as {min(enough):,}"
     if found.task != "train":
         return f"{told}."
     return f"{told}, which makes more updates of the same samples."
@@ -284,12 +302,42 @@ def _tight(found: Findings) -> str | None:
     )
 
 
+def _unreached(found: Findings) -> str | None:
+    """Where the time of the curve ran out, and which sizes that leaves with less than the others, or with nothing."""
+    if not found.unreached:
+        return None
+    tried = {trial.batch_size for trial in settled(found.trials) if trial.fits}
+    by_trial, not_run = (
+        [size for size in sorted(found.unreached) if (size in tried) is known]
+        for known in (True, False)
+    )
+    told = []
+    if by_trial:
+        told.append(
+            f"micro-batches of {_listed(by_trial)} were timed in their trial alone"
+        )
+    if not_run:
+        told.append(f"micro-batches of {_listed(not_run)} were left out")
+    return f"{found.curve_seconds:g} seconds were too few to time all sizes: {', '.join(told)}."
+
+
+def _listed(sizes: list[int]) -> str:
+    *first, last = map(str, sizes)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
 def _drifted(found: Findings) -> str | None:
-    drifts = [abs(point.drift - 1) for point in found.curve if point.drift is not None]
+    drifts = [_clear_drift(point) for point in found.curve if point.drift is not None]
     drift = statistics.median(drifts) if drifts else 0.0
     if drift <= _SPREAD:
         return None
     return f"Timings drifted by {share(drift)} while sizes were timed; something else may use this device."
+
+
+def _clear_drift(point: CurvePoint) -> float:
+    """How far two visits to a size are apart; nothing, where chance may have done it."""
+    off = abs((point.drift or 1.0) - 1)
+    return off if off > (point.drift_error or 0.0) else 0.0
 
 
 def _out_of_time(found: Findings) -> str | None:
@@ -297,7 +345,7 @@ def _out_of_time(found: Findings) -> str | None:
         return None
     return (
         f"The search stopped at time_limit={found.time_limit:g} seconds: "
-        f"{found.largest_fit} is the largest verified so far, more may fit."
+        f"{found.largest_fit:,} is the largest verified so far, more may fit."
     )
 
 
@@ -310,14 +358,29 @@ def _not_sought(found: Findings) -> str | None:
 
 
 def _refused(found: Findings) -> str | None:
-    sizes = [
+    sizes = _refused_sizes(found)
+    if not sizes or found.last_samples in sizes:
+        return None
+    return f"The workload itself refused batch_size={max(sizes)}; its own error, not memory, bounds it from below."
+
+
+def _fails_at_end(found: Findings) -> str | None:
+    """Where an epoch ends with a micro-batch that is known to be refused, and no plan avoids it."""
+    left = found.last_samples
+    if left not in _refused_sizes(found):
+        return None
+    return (
+        f"Training will fail at the end of an epoch: its last micro-batch has {left} sample{'s' if left != 1 else ''}, "
+        "which the workload itself refused. Leave it out, with drop_last=True of the loader."
+    )
+
+
+def _refused_sizes(found: Findings) -> list[int]:
+    return [
         trial.batch_size
         for trial in settled(found.trials)
         if trial.outcome is Outcome.REFUSED
     ]
-    if not sizes:
-        return None
-    return f"The workload itself refused batch_size={max(sizes)}; its own error, not memory, bounds it from below."
 
 
 def _uneven(found: Findings) -> str | None:
@@ -334,8 +397,11 @@ def _uneven(found: Findings) -> str | None:
 
 
 def _crowded(found: Findings) -> str | None:
+    bound = found.bound
     if found.foreign <= _MUCH * found.total:
         return None
+    if bound is not None and found.largest_fit >= bound.batch_size:
+        return None  # it was not memory that kept the search from going higher
     return (
         f"Others hold {format_bytes(found.foreign)} of this device's {format_bytes(found.total)}; "
         "what fits changes when they come or go."

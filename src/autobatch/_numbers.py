@@ -1,5 +1,7 @@
 """Numbers for people: units, digits, shares."""
 
+# Counts have a comma from 1,000 on, in every text and picture; what is spelled as code has it, batch_size=1024, has none
+
 from __future__ import annotations
 
 import math
@@ -22,6 +24,7 @@ __all__ = [
 
 _DIGITS = 3  # significant ones of the largest number in a column
 _DIGITS_LEAST = 2  # and of the smallest
+_LONGEST = 1e5  # a number that no column shows, as long as there is a larger unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,10 @@ SECONDS = (
     Unit("h", 3600, 7200),
     Unit("min", 60, 120),
     Unit("s", 1, 1),
-    Unit("ms", 1e-3, 0),
+    Unit("ms", 1e-3, 1e-4),
+    Unit("µs", 1e-6, 1e-6),
+    Unit("ns", 1e-9, 1e-15),
+    Unit("ms", 1e-3, 0),  # nothing at all
 )
 BYTES = (
     Unit("GiB", 2**30, 2**29),
@@ -48,8 +54,14 @@ BYTES = (
 
 def unit_for(values: Iterable[float], units: Sequence[Unit]) -> Unit:
     """The one unit in which all of these are shown."""
-    least = min(values, default=0)
-    return next((unit for unit in units if least >= unit.since), units[-1])
+    known = list(values)
+    least, most = min(known, default=0), max(known, default=0)
+    fine = [unit for unit in units if least >= unit.since] or [units[-1]]
+    larger = units[: units.index(fine[0])]
+    short = [
+        unit for unit in (fine[0], *reversed(larger)) if most < _LONGEST * unit.factor
+    ]
+    return next(iter(short), fine[0])
 
 
 def aligned(values: Sequence[float]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from autobatch._cautions import accumulation_costs
 from autobatch._latency_text import (
@@ -28,7 +28,8 @@ from autobatch._tables import (
     update_fact,
 )
 from autobatch._text import Fact, Page, Table
-from autobatch._tradeoff import NoiseRange, is_of, settled
+from autobatch._throughput import settled
+from autobatch._tradeoff import NoiseRange, is_of
 
 if TYPE_CHECKING:
     from autobatch._latency import LatencyLimit
@@ -37,15 +38,21 @@ if TYPE_CHECKING:
 
 __all__ = ["completed", "page"]
 
+_FULL: Final = 0.95  # of the budget: a search for what fits does not end below
+
 
 def completed(report: TuningReport) -> Page:
-    """What training has added to a report that was shown when it began."""
+    """What training has added to a report that was shown when it began.
+
+    The effective batches are shown again only where a noise scale has made something new of them.
+    """
+    is_new = NoiseRange.of(report.noise) is not None
     return Page(
         header=("autobatch", plain(report.subject), "what training showed"),
-        answer="",
+        answer="" if is_new else _trust(report),
         asked="",
         facts=(),
-        tables=_effective(report),
+        tables=_effective(report) if is_new else (),
         notes=tuple(plain(note) for note in _since_training(report)),
     )
 
@@ -98,7 +105,7 @@ def _answer(report: TuningReport) -> str:
         return product(report.plan)
     ranks, limit = report.plan.world_size, report.settings.limit_on_latency
     share = f" on each of {ranks} ranks" if ranks > 1 else ""
-    batches = f"Batches of {report.plan.micro_batch_size}{share}"
+    batches = f"Batches of {report.plan.micro_batch_size:,}{share}"
     if limit is None:
         return f"{batches} to {report.task}"
     if report.task == "answer":
@@ -107,33 +114,44 @@ def _answer(report: TuningReport) -> str:
 
 
 def _timed(report: TuningReport) -> str:
-    timed = report.curve or report.latencies
-    return f", {len(timed)} sizes timed" if timed else ""
+    sizes = len(report.curve or report.latencies)
+    return f", {sizes} size{'s' if sizes > 1 else ''} timed" if sizes else ""
 
 
 def _asked(report: TuningReport) -> str:
     target, got = report.settings.target_batch_size, report.plan.effective_batch_size
     limit = report.settings.limit_on_latency
     if limit is not None:
-        return percentile_told(limit)
+        return percentile_told(limit, report.latencies, report.plan.micro_batch_size)
     if target is None:
         return _among_sizes(report)
     if target == got:
-        return f"asked for {target}, exact"
-    off = f"{abs(got - target)} {'more' if got > target else 'fewer'}"
-    return f"asked for {target}, {off} ({percent(abs(got / target - 1))})"
+        return f"asked for {target:,}, exact"
+    off = f"{abs(got - target):,} {'more' if got > target else 'fewer'}"
+    return f"asked for {target:,}, {off} ({percent(abs(got / target - 1))})"
 
 
 def _among_sizes(report: TuningReport) -> str:
     """Where the chosen micro-batch stands among those that fit."""
-    if len(settled(report.trials)) == 1:
+    seen = {trial.batch_size for trial in report.trials}
+    seen |= {point.batch_size for point in report.curve}
+    seen |= {latency.batch_size for latency in report.latencies}
+    if len(seen) == 1:
         return "the only size tried"
     largest, bound = report.largest_fit or 0, _bound(report)
-    if bound is not None and largest >= bound.batch_size:
+    if (bound and largest >= bound.batch_size) or _is_cut_short(report, largest):
         return "larger sizes not sought"
     if largest == report.plan.micro_batch_size:
         return "the largest found to fit"
-    return f"{largest} is the largest found to fit"
+    return f"{largest:,} is the largest found to fit"
+
+
+def _is_cut_short(report: TuningReport, size: int) -> bool:
+    """Whether the search for what fits ended at a size for another reason than memory: what calls take there."""
+    if report.settings.limit_on_latency is None or report.smallest_failing is not None:
+        return False
+    peaks = [t.peak or 0 for t in settled(report.trials) if t.batch_size == size]
+    return max(peaks, default=0) < _FULL * report.budget
 
 
 def _bound(report: TuningReport) -> Bound | None:
@@ -209,7 +227,7 @@ def _effective_title(report: TuningReport) -> str:
     noise = NoiseRange.of(report.noise)
     title = "Effective batch"
     if noise and report.noise:
-        between = f"{report.noise.first_update}–{report.noise.last_update}"
+        between = f"{report.noise.first_update:,}–{report.noise.last_update:,}"
         title += f", compared with {report.plan.effective_batch_size:,}; noise scale {aligned([noise.samples])[0]}, updates {between}"
     elif report.dataset_size:
         title += f", over an epoch of {report.dataset_size:,} samples"
@@ -236,10 +254,11 @@ def _trust(report: TuningReport) -> str:
         case "ok":
             return f"{_likely(report)}Estimates, right within about 4×: they compare batches, not how long runs take."
         case "settling":
-            so_far = f", and is at least {known} so far" if known else ""
-            return f"Noise scale not settled yet: it usually rises in the first hundred updates{so_far}."
+            so_far = f", and was at least {known} so far" if known else ""
+            why = f": {noise.reason}" if noise.reason else ""
+            return f"Noise scale not settled{so_far}{why}."
         case "at_least":
-            batch = f" of {noise.batch_size}" if noise.batch_size else ""
+            batch = f" of {noise.batch_size:,}" if noise.batch_size else ""
             return f"Noise scale at least {known}: updates{batch} are too small to measure more."
         case _:
             return f"Noise scale not measured: {noise.reason}."

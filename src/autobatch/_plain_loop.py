@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -10,9 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from autobatch._gradients import Gauge, NoiseRecord, Taken, obstacle
-
-if TYPE_CHECKING:
-    from autobatch._noise_scale import NoiseReading
+from autobatch._noise_scale import NoiseReading
 
 __all__ = ["NoiseWatch", "checked_every", "noise_scale"]
 
@@ -96,17 +94,30 @@ class NoiseWatch:
         )
         self._is_partial = False
         self._axis: int | None = None  # of the samples in what the model is given
+        self._is_left = False
 
     @property
     def reading(self) -> NoiseReading:
         """The noise scale by what was measured so far."""
-        return self._record.reading
+        reading = self._record.reading
+        # Before the end, an update may still be on its way
+        if reading.state == "settling" and self._is_left and not self._record.updates:
+            return NoiseReading("unavailable", reason=self._without_updates())
+        return reading
+
+    def _without_updates(self) -> str:
+        if self._optimizer is not None:
+            return (
+                "the optimizer that was given never stepped, and its steps end updates"
+            )
+        return "no torch.optim optimizer of the model's parameters stepped, and its steps end updates"
 
     def __enter__(self) -> Self:
         if self._handles:
             raise RuntimeError(
                 "This noise_scale() is entered already; call noise_scale() for another."
             )
+        self._is_left = False
         self._find_ranks()
         why = obstacle(self._model, self._optimizer)
         if why is not None:
@@ -120,6 +131,7 @@ class NoiseWatch:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._is_left = True
         self._gauge.close()
         while self._handles:
             self._handles.pop().remove()

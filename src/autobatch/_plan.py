@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from autobatch._pace import Pace
 
@@ -49,9 +49,13 @@ def per_rank(target: int, world_size: int) -> int:
 
 
 def candidates(
-    target: int, world_size: int, largest: int, pace: Pace
+    target: int,
+    world_size: int,
+    largest: int,
+    pace: Pace,
+    usable: Callable[[int], bool],
 ) -> tuple[BatchPlan, ...]:
-    """Plans that reach the target with micro-batches up to the largest, the one to take first.
+    """Plans that reach the target with usable micro-batches up to the largest, the one to take first.
 
     Exact ones where exactness is cheap: with a micro-batch within 5 % of the fastest of all sizes, the smallest such
     one first, or in few passes. Else the nearest effective batch in few passes.
@@ -62,7 +66,7 @@ def candidates(
     exact = [
         BatchPlan(size, samples // size, world_size)
         for size in range(largest, 0, -1)
-        if samples % size == 0
+        if samples % size == 0 and usable(size)
     ]
     fast = _as_fast_as_any(exact, samples, pace)
     cheap = [plan for plan in exact if plan.accumulate_grad_batches <= most]
@@ -72,7 +76,9 @@ def candidates(
         return _by_speed(cheap, pace)
     sizes = range(largest, math.ceil(samples / most) - 1, -1)
     near = (
-        BatchPlan(size, max(1, round(samples / size)), world_size) for size in sizes
+        BatchPlan(size, max(1, round(samples / size)), world_size)
+        for size in sizes
+        if usable(size)
     )
     return tuple(
         sorted(

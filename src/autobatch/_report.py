@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from pydantic import BaseModel, ValidationError
 
-from autobatch import _tradeoff
+from autobatch import _file, _throughput
 from autobatch._curve import CurvePoint  # noqa: TC001 -- pydantic reads it
 from autobatch._fields import (
     FROZEN,
@@ -29,23 +28,21 @@ from autobatch._pace import Pace
 from autobatch._settings import Count, Seconds, Settings  # noqa: TC001 -- pydantic reads it
 from autobatch._tables import counted, product
 from autobatch._text import UNICODE, Glyphs, terminal
+from autobatch._throughput import LineFit, SpeedRow, fit_line, settled, speed_rows
 from autobatch._tradeoff import (
     Costs,
     EffectiveRow,
-    LineFit,
     NoiseRange,
     Optimum,
-    SpeedRow,
     effective_rows,
-    fit_line,
     optimum,
-    settled,
-    speed_rows,
 )
 from autobatch._trial import Outcome
 from autobatch.errors import AutobatchError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -184,21 +181,30 @@ class TuningReport(BaseModel):
         if self.latencies:
             found = knee(self.latencies)
             return found.batch_size if found else None
-        return _tradeoff.knee(self.sizes)
+        return _throughput.knee(self.sizes)
 
     def stream(self, rate: float) -> Stream:
         """What a stream of samples, so many per second and one by one, gets at each size that was timed.
 
-        `.best` is the row of the size that answers it soonest.
+        `.best` is the row of the size that answers it soonest. `AutobatchError` where no calls were timed.
         """
-        return stream(self.latencies, rate, self.settings.latency_limit)
+        return stream(self._timed("stream"), rate, self.settings.latency_limit)
 
     def cameras(self, fps: float) -> int:
         """How many cameras of so many frames per second, all at the same time, are answered in one batch in time.
 
-        Of the sizes that were timed; 0 where not even one is.
+        Of the sizes that were timed; 0 where not even one is. `AutobatchError` where no calls were timed.
         """
-        return cameras(self.latencies, fps)
+        return cameras(self._timed("cameras"), fps)
+
+    def _timed(self, asked: str) -> tuple[ALatency, ...]:
+        """How long calls take, for those who ask."""
+        if not self.latencies:
+            raise AutobatchError(
+                f"report.{asked} goes by how long calls take, and this report (task {self.task!r}) has timed none; "
+                "ask one that was made with latency_limit."
+            )
+        return self.latencies
 
     def to_json(self) -> str:
         """The report as JSON, with units in its keys, and with the derived rows."""
@@ -223,8 +229,9 @@ class TuningReport(BaseModel):
     @classmethod
     def read(cls, path: str | Path) -> TuningReport:
         """The report in a file that `to_json` or a sink wrote."""
+        file = _file.named(path, "of a report")
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             why = getattr(error, "strerror", None) or "it is not UTF-8 text"
             raise ValueError(

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from autobatch._readings import (
+    NO_LIMIT,
+    PROOF,
+    Line,
+    Reading,
+    limit_of,
+    profile_limit,
+    profiled,
+    readings_of,
+)
 from autobatch._trial import Outcome
 
 if TYPE_CHECKING:
@@ -18,9 +27,9 @@ __all__ = ["Bisection", "GuidedBisection", "Search"]
 
 _NEAR = 1.5  # headroom under which a step down teaches more than a step up
 _SHORT = 0.75  # of the headroom: the second trial leaves room for a third, that proves the line
-_LINE = 3  # points that prove a line
-_NO_LIMIT = sys.maxsize  # where memory does not grow with the size
-_MISBELIEF = 0.01  # of a measured peak: profiles that miss one by more are not believed
+_FLAT = 64  # times the size: a limit so far away says that memory does not grow yet
+_FAR = 4  # times a failed size: a line that promises so much says nothing of where it fails
+_STEP = 1.24  # how much larger the next size is where memory must jump: next to no jump is passed unseen
 
 
 class Search(Protocol):
@@ -65,17 +74,19 @@ class GuidedBisection:
     """Bisection with a better pivot than the middle: the size at which memory should reach the budget.
 
     Where trials carry profiles, two small sizes give one straight line per allocation, and the first line to reach
-    the budget names the largest size. Bare peaks give one line, followed as far as it has proved right. Without
-    either it is `Bisection`.
+    the budget names the largest size. Bare peaks give one line, followed as far as it has proved right; where a size
+    fails that it promised, memory jumps in between, and small steps look for where. Without either it is `Bisection`.
 
     The law, wherever memory never falls as the size grows: the size found is within `resolution` of the largest that
     fits (at least one sample), or it leaves unused at most `resolution` of the bytes between what was resident and
-    the budget (at least one sample's share of them). The first holds, and no trial fails unless the very first does,
-    on straight lines below which a few sizes fit, and on maxima of straight lines whose profiles are true.
+    the budget (at least one sample's share of them); where peaks scatter about a line by up to twice that, five times
+    `resolution`. The first holds, and no trial fails unless the very first does, on straight lines below which a few
+    sizes fit, and on maxima of straight lines whose profiles are true.
 
     Args:
         resolution: How close is close enough, as a share.
-        growth: How many times larger the next size may be on the word of the peaks so far.
+        growth: How many times larger the next size may be on the word of the peaks so far; twice that where memory
+            does not grow with the size yet.
     """
 
     resolution: float = 0.01
@@ -95,7 +106,7 @@ class GuidedBisection:
         bracket = _Bracket.of(trials, high)
         if bracket.closed(self.resolution):
             return None
-        readings = _readings(trials, budget)
+        readings = readings_of(trials, budget)
         fits = [r for r in readings if r.fits]
         over = [r for r in readings if r.size == bracket.bad]
         if not bracket.good:
@@ -106,56 +117,124 @@ class GuidedBisection:
         if small > bracket.refused and all(small != t.batch_size for t in trials):
             return small
         forecast = self._from_profiles(readings, fits, bracket)
-        forecast = forecast or self._from_peaks(fits, over)
-        if forecast.sure and self._spent(fits[-1], forecast.limit):
+        forecast = forecast or self._from_peaks(fits, over, bracket)
+        near = self.resolution + forecast.noise
+        if bracket.closed(near):
+            return None
+        if forecast.sure and self._spent(fits[-1], forecast.limit, near):
             return None
         return self._step(trials, bracket, forecast)
 
     def _from_profiles(
-        self, readings: list[_Reading], fits: list[_Reading], bracket: _Bracket
+        self, readings: list[Reading], fits: list[Reading], bracket: _Bracket
     ) -> _Forecast | None:
         """Follow one line per allocation; None where profiles are missing or do not tell the truth."""
         top = fits[-1]
-        limit = _profile_limit(readings)
+        limit = profile_limit(readings)
         if limit is None or (bracket.bad is not None and limit >= bracket.bad):
             return None
-        if limit == _NO_LIMIT:
+        if limit == NO_LIMIT:
             return _Forecast(limit, self.growth * top.size, sure=False)
-        if len(fits) >= _LINE:
+        if len(fits) >= PROOF:
             # Peaks read further up know better.
-            limit = min(limit, _limit(fits[-2], top))
+            limit = min(limit, limit_of(fits[-2], top))
         elif limit > self.growth * top.size:
             # A long way: see whether half of it is as foretold.
             return _Forecast(limit, limit // 2, sure=True)
         return _Forecast(limit, limit, sure=True)
 
-    def _from_peaks(self, fits: list[_Reading], over: list[_Reading]) -> _Forecast:
+    def _from_peaks(
+        self, fits: list[Reading], over: list[Reading], bracket: _Bracket
+    ) -> _Forecast:
         """Follow the line through the last fits, as far as it has proved right."""
-        top = fits[-1]
-        careful = min(self.growth, max(2, top.headroom))
+        top, bad = fits[-1], bracket.bad
         if len(fits) == 1:
             aim = top.size * min(self.growth, _SHORT * top.headroom)
-            return _Forecast(_NO_LIMIT, aim, sure=False)
-        miss = _miss(fits)
-        steady = abs(miss) <= self.resolution
-        base = fits[-_LINE] if steady else fits[-2]
-        limit = _limit(base, top)
-        aims: list[float] = [_limit(top, r) for r in over]
+            return _Forecast(NO_LIMIT, aim, sure=False)
+        line = self._line(fits)
+        if line.limit > _FLAT * top.size and top.size >= 2 * line.base.size:
+            return _Forecast(NO_LIMIT, self._along(top, bad), sure=False)
+        trusted = line.is_proven or fits == [line.base, top]
+        if bad is not None and trusted and self._promises(line, bad):
+            return _Forecast(line.limit, self._before_a_jump(line, bad), sure=False)
         # Half the resolution stays free, since nothing is quite straight.
-        aims += [limit - int(self.resolution / 2 * limit)]
-        aims += [top.size * (self.growth if steady else careful)]
+        spare = max(int(self.resolution / 2 * line.limit), line.doubt)
+        aims = [line.limit - spare] if line.is_proven else self._doubted(line, fits)
+        aims += [limit_of(top, r) for r in over]
         # A short line says little about far away.
-        aims += [top.size + self.growth * (top.size - base.size)]
-        if self.resolution < miss < math.inf:
-            # It bends upwards, where lines promise too much.
-            aims += [top.in_proportion]
+        apart = top.size - line.base.size
+        aims += [top.size * self.growth, top.size + self.growth * apart]
         # It takes more to end a search than to go on.
-        return _Forecast(limit, min(aims), sure=abs(miss) <= self.resolution / 2)
+        straight = line.is_noisy or line.stray <= self.resolution / 2
+        noise = 2 * line.stray if line.is_noisy else 0.0
+        return _Forecast(line.limit, min(aims), line.is_proven and straight, noise)
 
-    def _spent(self, top: _Reading, limit: int) -> bool:
+    def _line(self, fits: list[Reading]) -> Line:
+        """The line to follow: an exact one, also one that goes on after a jump, or else a rough one."""
+        exact = Line.through(fits, self.resolution / 4)
+        if exact.is_proven:
+            return exact
+        before = self._before(fits)
+        if before is not None and exact.is_parallel(before, self.resolution / 4):
+            return exact._replace(points=PROOF)
+        return Line.through(fits, 2 * self.resolution)
+
+    def _before(self, fits: list[Reading]) -> Line | None:
+        """The line that readings were on, where the last one or two have left it."""
+        for count in (1, 2):
+            if len(fits) - count < PROOF:
+                return None
+            before = Line.through(fits[:-count], self.resolution)
+            if before.is_proven and before.limit < _FLAT * before.top.size:
+                return before
+        return None
+
+    def _doubted(self, line: Line, fits: list[Reading]) -> list[float]:
+        """How far to follow two readings that no third one confirms."""
+        top = line.top
+        aim = line.limit - int(self.resolution / 2 * line.limit)
+        if len(fits) < PROOF:
+            return [aim, top.size * min(self.growth, max(2, top.headroom))]
+        if line.limit < top.in_proportion:
+            # It has jumped, and may go on as before
+            before = self._before(fits)
+            if before is None:
+                return [top.in_proportion]
+            further = top.left / before.slope
+            return [(top.size + further) * (1 - self.resolution / 2)]
+        if Line.through(fits[:-1], 2 * self.resolution).limit > line.limit:
+            # It bends upwards, where lines promise too much
+            return [aim, top.in_proportion]
+        return [aim]
+
+    def _promises(self, line: Line, bad: int) -> bool:
+        """Whether a size that fails is foretold to fit, well above the largest that does."""
+        well_above = bad > (1 + 2 * (self.resolution + line.stray)) * line.top.size
+        return well_above and line.limit >= (1 - self.resolution) * bad
+
+    def _before_a_jump(self, line: Line, bad: int) -> float:
+        """In small steps, not to fail again: where they meet the jump, memory past it can be foretold."""
+        good = line.top.size
+        if line.limit > _FAR * bad:
+            return math.sqrt(good * bad)
+        if _STEP * good < bad:
+            return max(bad / 2, _STEP * good)
+        if line.limit <= (1 + 2 * self.resolution) * bad:
+            # Rather noise than a jump
+            return (1 - 2 * self.resolution) * bad
+        return math.sqrt(good * bad)
+
+    def _along(self, top: Reading, bad: int | None) -> float:
+        """How far to go where memory does not grow yet: it may begin to right here, in proportion to the size."""
+        if bad is None:
+            return 2 * self.growth * top.size
+        sure = max(top.size, min(top.in_proportion, bad))
+        return math.sqrt(sure * bad)
+
+    def _spent(self, top: Reading, limit: int, near: float) -> bool:
         """Whether the next size is foretold not to fit, and an error about it would waste next to nothing."""
-        gap = max(1, int(self.resolution * (limit + 1)))
-        share = max(self.resolution, 1 / top.size)
+        gap = max(1, int(near * (limit + 1)))
+        share = max(near, 1 / top.size)
         return limit + 1 - top.size <= gap and top.left <= share * top.room
 
     def _step(
@@ -167,8 +246,9 @@ class GuidedBisection:
         aim = max(forecast.aim, good + max(1, int(self.resolution * good)))
         before = _Bracket.of(trials[:-3], bracket.high)
         if bad is None:
-            slow = good < 2 * before.good and not forecast.sure
-            return bracket.clip(max(aim, 2 * good - before.good) if slow else aim)
+            if good < 2 * before.good and not forecast.sure:
+                aim = max(aim, min(2 * good - before.good, forecast.limit))
+            return bracket.clip(aim)
         slow = before.bad is not None and before.low * bad**2 > before.bad * good**2
         return bracket.clip(math.isqrt(good * bad) if slow or aim >= bad else aim)
 
@@ -177,6 +257,7 @@ class _Forecast(NamedTuple):
     limit: int  # largest size foretold to fit
     aim: float  # how far to follow it in one step
     sure: bool  # whether it may end the search
+    noise: float = 0.0  # share of a size within which readings do not tell sizes apart
 
 
 class _Bracket(NamedTuple):
@@ -217,101 +298,21 @@ class _Bracket(NamedTuple):
         return self.bad - self.low <= gap
 
 
-class _Reading(NamedTuple):
-    size: int
-    fits: bool
-    peak: int
-    left: int  # bytes between the peak and the budget
-    room: int  # bytes between what was resident and the budget
-    profile: tuple[int, ...]
-
-    @property
-    def headroom(self) -> float:
-        """How many times what the trial took would fill the room."""
-        return self.room / max(1, self.room - self.left)
-
-    @property
-    def in_proportion(self) -> int:
-        """A size that fits if memory is a maximum of straight lines that start at or above what was resident."""
-        return int(self.size * self.headroom)
-
-
-def _readings(trials: Sequence[Trial], budget: int) -> list[_Reading]:
-    """Every size whose peak was read, smallest first."""
-    read = {
-        t.batch_size: _Reading(
-            size=t.batch_size,
-            fits=t.fits,
-            peak=t.peak,
-            left=budget - t.peak,
-            room=budget - t.resident,
-            profile=t.profile,
-        )
-        for t in trials
-        if t.peak is not None
-    }
-    return [read[size] for size in sorted(read)]
-
-
-def _profiled(readings: list[_Reading]) -> list[_Reading]:
-    """Leave out size 1: a single sample takes other paths through the code."""
-    return [r for r in readings if r.size > 1 and len(r.profile) > 1]
-
-
-def _small_size(
-    readings: list[_Reading], fits: list[_Reading], bracket: _Bracket
-) -> int:
+def _small_size(readings: list[Reading], fits: list[Reading], bracket: _Bracket) -> int:
     """Name a size that teaches how memory grows, and is safe; 0 where none is wanted."""
-    top, profiled = fits[-1], _profiled(readings)
+    top, seen = fits[-1], profiled(readings)
     if top.size == 1 and len(top.profile) > 1:
         return bracket.clip(2)
-    if profiled == [top]:
+    if seen == [top]:
         up = min(2 * top.size, bracket.high)
         free = bracket.bad is None or up < bracket.bad
         return up if free and up <= top.in_proportion else max(2, top.size // 2)
     if len(fits) == 1 and top.headroom < _NEAR:
         return top.size // 2
-    if not profiled and len(fits) == _LINE - 1 and _limit(*fits) <= top.size:
+    if not seen and len(fits) == PROOF - 1 and limit_of(*fits) <= top.size:
         # The limit already, if the line is one: a point between them shows it.
         return (fits[0].size + top.size) // 2
     return 0
-
-
-def _limit(a: _Reading, b: _Reading) -> int:
-    """Size at which the line through two readings reaches the budget."""
-    rise = b.peak - a.peak
-    return b.size + b.left * (b.size - a.size) // rise if rise > 0 else _NO_LIMIT
-
-
-def _miss(fits: list[_Reading]) -> float:
-    """How far the top lies above the line through the two before it: a share of the room, less if it lies far off."""
-    if len(fits) < _LINE:
-        return math.inf
-    a, b, top = fits[-_LINE:]
-    distance = (top.size - b.size) / (b.size - a.size)
-    foretold = b.peak + (b.peak - a.peak) * distance
-    return (top.peak - foretold) / (1 + distance) / max(1, top.room)
-
-
-def _profile_limit(readings: list[_Reading]) -> int | None:
-    """Size at which the first allocation of a step would reach the budget; None where the lines miss a peak."""
-    if len(profiled := _profiled(readings)) <= 1:
-        return None
-    a, b = profiled[:2]
-    count = min(len(a.profile), len(b.profile))
-    if abs(len(a.profile) - len(b.profile)) > count:
-        return None
-    # Aligned from the end: loading the data, at the start, may take one allocation per sample.
-    lines = list(zip(a.profile[-count:], b.profile[-count:], strict=True))
-    apart = b.size - a.size
-    for r in readings:
-        steps = (r.size - a.size) / apart
-        foretold = max(low + (high - low) * steps for low, high in lines)
-        if r.size > 1 and abs(foretold - r.peak) > _MISBELIEF * r.peak:
-            return None
-    budget = a.peak + a.left
-    reach = (a.size + (budget - x) * apart // (y - x) for x, y in lines if y > x)
-    return min(reach, default=_NO_LIMIT)
 
 
 def _check_resolution(resolution: float) -> None:

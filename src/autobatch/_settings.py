@@ -25,7 +25,7 @@ _ALLOWED: Final = {
     "time_limit": "a time; give seconds, more than 0, or None for no limit",
     "dataset_size": "a count; give a whole number of samples, 1 or more, or None",
     "latency_limit": "a time; give seconds, more than 0, or None for no limit",
-    "percentile": "a percentile; give a number above 0 and up to 100",
+    "percentile": "a percentile; give a number above 0 and up to 100, or None for 99",
 }
 
 
@@ -91,10 +91,19 @@ class Settings(BaseModel):
     @classmethod
     def checked(cls, **values: Any) -> Settings:
         """The settings, or a ValueError with one sentence about the first that is wrong."""
+        given = values.get("percentile")
+        if given is None:
+            values.pop("percentile", None)
         try:
-            return cls(**values)
+            settings = cls(**values)
         except ValidationError as error:
             raise ValueError(_complaint(error)) from None
+        if given is not None and settings.latency_limit is None:
+            raise ValueError(
+                f"percentile={given!r} says how many calls have to meet latency_limit, which was not given; give "
+                "latency_limit as well, or leave percentile out."
+            )
+        return settings
 
 
 def _complaint(error: ValidationError) -> str:

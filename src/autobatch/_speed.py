@@ -49,10 +49,12 @@ class Speed:
 
     def __init__(self, timed: Timed) -> None:
         self.curve: tuple[CurvePoint, ...] = ()
+        self.unreached: tuple[int, ...] = ()  # sizes that there was no time for
         # What every rank saw of sizes that were tried for the curve only
         self.aside: dict[int, Sequence[Trial]] = {}
         self._timed = timed
         self._waited = Loading(0.0, 0.0, 0)
+        self._failed: set[int] = set()  # sizes that memory has no room for any more
 
     @property
     def loading(self) -> Loading | None:
@@ -90,6 +92,10 @@ class Speed:
                 (tried[size].step_seconds or 0.0) * tried[size].accumulate
             ),
         )
+        failed = {size for size, trial in tried.items() if not trial.fits}
+        self.unreached = tuple(
+            size for size in sizes if size not in {*timings, *failed, *self._failed}
+        )
         self.curve = tuple(
             point(size, self._timed.pattern(size), visits, tried[size].peak)
             for size, visits in timings.items()
@@ -103,6 +109,8 @@ class Speed:
         timed.restore()
         if all(trial.batch_size == size for trial in trials):
             self.aside[size] = trials
+        else:
+            self._failed.add(size)  # the workload can not fill it
 
     def _visit(self, size: int) -> Timing | None:
         """Time some updates of a size, as the slowest rank takes them; None where one of them ran out of memory."""
@@ -112,6 +120,7 @@ class Speed:
         timed.restore()
         known = [visit for visit in visits if visit is not None]
         if len(known) < len(visits):
+            self._failed.add(size)
             return None
         slowest = max(known, key=lambda visit: median(visit.timing.update_seconds))
         self._waited = _added(self._waited, slowest.loading)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from autobatch._memory import format_bytes
 from autobatch._numbers import BYTES, SECONDS, aligned, percent, quantity, unit_for
 from autobatch._text import Column, Fact, Table
-from autobatch._tradeoff import is_of, settled
+from autobatch._throughput import settled
+from autobatch._tradeoff import is_of
 from autobatch._trial import Outcome
 
 if TYPE_CHECKING:
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from autobatch._notes import Look
     from autobatch._numbers import Unit
     from autobatch._plan import BatchPlan
-    from autobatch._tradeoff import EffectiveRow, SpeedRow
+    from autobatch._throughput import SpeedRow
+    from autobatch._tradeoff import EffectiveRow
     from autobatch._trial import Trial
 
 __all__ = [
@@ -58,10 +60,21 @@ def speed_fact(row: SpeedRow, rows: Sequence[SpeedRow]) -> Fact:
         here = f"{here} samples/s ±{percent(off)}"
     else:
         here = f"{here} samples/s"
-    remark = f"{percent(row.of_fastest)} of the fastest measured ({there} at {fastest.batch_size})"
+    remark = f"{percent(row.of_fastest)} of the fastest measured ({there} at {fastest.batch_size:,})"
     if row == fastest:
-        remark = f"the fastest of {len(rows)} sizes timed" if len(rows) > 1 else ""
+        remark = _fastest_of(row, rows)
     return Fact("Speed", here, remark)
+
+
+def _fastest_of(row: SpeedRow, rows: Sequence[SpeedRow]) -> str:
+    timed = [each for each in rows if each.updates is not None] or rows
+    if len(rows) == 1:
+        return ""
+    if row not in timed:
+        return f"by its trial alone; {len(timed)} others were timed"
+    if len(timed) < len(rows):
+        return f"the fastest of {len(timed)} sizes timed, {len(rows) - len(timed)} by trial"
+    return f"the fastest of {len(timed)} sizes timed"
 
 
 def memory_fact(peak: int, budget: int, remark: str) -> Fact:
@@ -112,10 +125,11 @@ class _Size:
     def fits(self) -> bool:
         return self.speed is not None or (self.trial is not None and self.trial.fits)
 
-    @property
-    def said(self) -> str:
+    def said(self, *, marks: bool) -> str:
+        """Its speed as a bar, marked where it was not timed as the others were; else what became of it."""
         if self.speed is not None:
-            return bar(self.speed.of_fastest)
+            mark = " *" if marks and self.speed.updates is None else ""
+            return f"{bar(self.speed.of_fastest)}{mark}"
         return _SAID[self.trial.outcome] if self.trial else ""
 
     @property
@@ -138,14 +152,14 @@ def speed_table(
     fastest = max(speeds, key=lambda size: speeds[size].of_fastest, default=0)
     shown = _thinned(sizes, keep={plan.micro_batch_size, fastest})
     lines = [size.speed for size in shown]
-    left_out = len(sizes) - len(shown)
+    marks = any(row.updates is not None for row in speeds.values())
     return table_of(
         [
-            Column("micro-batch", tuple(str(size.batch_size) for size in shown)),
+            Column("micro-batch", tuple(f"{size.batch_size:,}" for size in shown)),
             numbers(
                 "samples/s", [row.samples_per_second if row else None for row in lines]
             ),
-            Column("", tuple(size.said for size in shown), align="<"),
+            Column("", tuple(size.said(marks=marks) for size in shown), align="<"),
             Column(
                 "of fastest",
                 tuple(percent(row.of_fastest) if row else "" for row in lines),
@@ -156,10 +170,18 @@ def speed_table(
             measures("peak {}", [size.peak for size in shown], BYTES),
         ],
         chosen=[size.batch_size == plan.micro_batch_size for size in shown],
-        foot=f"{left_out} more; report.trials and report.curve have them all"
-        if left_out
-        else "",
+        foot=_foot(lines if marks else (), len(sizes) - len(shown)),
     )
+
+
+def _foot(rows: Iterable[SpeedRow | None], left_out: int) -> str:
+    """What a mark means, and how many sizes are not shown."""
+    told = []
+    if any(row is not None and row.updates is None for row in rows):
+        told.append("* from its trial alone, a few steps")
+    if left_out:
+        told.append(f"{left_out:,} more; report.trials and report.curve have them all")
+    return ". ".join(told)
 
 
 def effective_table(
@@ -290,12 +312,10 @@ def _thinned(sizes: Sequence[_Size], keep: set[int]) -> list[_Size]:
 def product(plan: BatchPlan) -> str:
     """How an effective batch is made."""
     ranks = f" × {plan.world_size} ranks" if plan.world_size > 1 else ""
-    factors = (
-        f"{plan.micro_batch_size} × accumulate {plan.accumulate_grad_batches}{ranks}"
-    )
-    return f"Micro-batch {factors} = {plan.effective_batch_size} per update"
+    factors = f"{plan.micro_batch_size:,} × accumulate {plan.accumulate_grad_batches:,}{ranks}"
+    return f"Micro-batch {factors} = {plan.effective_batch_size:,} per update"
 
 
 def counted(trials: int) -> str:
     """So many trials."""
-    return "1 trial" if trials == 1 else f"{trials} trials"
+    return "1 trial" if trials == 1 else f"{trials:,} trials"

@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
 __all__ = ["ASCII", "UNICODE", "Column", "Fact", "Glyphs", "Page", "Table", "terminal"]
 
 _WIDTH = 86
+# Of the columns of facts, unless something in them is longer
+_LABELS = 9
+_VALUES = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +76,7 @@ class Glyphs:
 
 
 UNICODE = Glyphs("utf-8")
-ASCII = Glyphs("ascii", str.maketrans("▶×·–−█▉▊▋▌▍▎▏±", ">x---#####   ~"))
+ASCII = Glyphs("ascii", str.maketrans("▶×·–−█▉▊▋▌▍▎▏±µ", ">x---#####   ~u"))
 
 
 def terminal(page: Page, glyphs: Glyphs) -> str:
@@ -81,12 +84,22 @@ def terminal(page: Page, glyphs: Glyphs) -> str:
     blocks = [
         _joined(page.header),
         _ends(page.answer, page.asked),
-        [f"  {fact.label:<9}{fact.value:<23} {fact.remark}" for fact in page.facts],
+        _facts(page.facts),
         *(_rows(table) for table in page.tables),
         [line for note in page.notes for line in _note(note)],
     ]
     lines = "\n\n".join("\n".join(block) for block in blocks if block).splitlines()
     return glyphs.spell("\n".join(part for line in lines for part in _narrow(line)))
+
+
+def _facts(facts: Sequence[Fact]) -> list[str]:
+    """A line each, the remarks below each other."""
+    labels = max((len(fact.label) for fact in facts), default=0)
+    values = max((len(fact.value) for fact in facts if fact.remark), default=0)
+    first, second = max(_LABELS, labels + 2), max(_VALUES, values + 2)
+    return [
+        f"  {fact.label:<{first}}{fact.value:<{second}}{fact.remark}" for fact in facts
+    ]
 
 
 def _joined(parts: Iterable[str]) -> list[str]:
@@ -104,6 +117,8 @@ def _ends(left: str, right: str) -> list[str]:
     """The answer, and beside it, or below where there is no room, what was asked."""
     if not left:
         return []
+    if not right:
+        return [f"  {left}"]
     start = min(59, _WIDTH - len(right))
     beside = len(left) + 4 <= start
     return [f"  {left}".ljust(start) + right] if beside else [f"  {left}", f"  {right}"]
@@ -133,7 +148,7 @@ def _note(note: str) -> list[str]:
 
 
 def _narrow(line: str) -> list[str]:
-    """The line itself, or, with numbers beyond reason, as many as it takes."""
+    """The line itself, or, where it is a sentence or has numbers beyond reason, as many as it takes."""
     line = line.rstrip()
     return (
         textwrap.wrap(line, _WIDTH, subsequent_indent="    ")

@@ -38,9 +38,6 @@ T = TypeVar("T")
 # (batch size, accumulation) -> a training loop that yields after every optimizer step
 Workload: TypeAlias = Callable[[int, int], Iterator[Any]]
 
-# Calls before those that are timed, which find the device as another size left it
-_CALLS_BEFORE: Final = 2
-
 # Steps granted until an optimizer has really stepped: a GradScaler may skip the first dozen while its scale settles.
 _WARM_UP: Final = 20
 
@@ -201,21 +198,25 @@ def time_calls(
     workload: Workload,
     batch_size: int,
     *,
+    before: int,
     is_new: bool,
     enough: Callable[[Sequence[float]], bool],
     bench: Bench,
 ) -> Sequence[float] | None:
     """Time calls of a size one by one, under the cap where watching does not slow them down, until there are enough.
 
-    The device is waited for each time, as a caller would. Calls that had to start the workload anew are left out.
-    `is_new` tells whether modules that no one has seen yet may come up. None where it ran out of memory. An error
+    The device is waited for each time, as a caller would. Calls that had to start the workload anew are left out, and
+    so many `before` those that are timed, at least one, which find the device as another size left it. `is_new` tells
+    whether modules that no one has seen yet may come up. None where it ran out of memory. An error
     that is not about memory passes through with a note.
     """
     looks = is_new and not _compiles()
     looking = bench.first_touch if looks else contextlib.nullcontext
     ended = _survived(
         lambda: _capped(
-            lambda: _called(_Run(workload, batch_size, 1), looking, enough, bench),
+            lambda: _called(
+                _Run(workload, batch_size, 1), before, looking, enough, bench
+            ),
             bench,
         ),
         batch_size,
@@ -226,6 +227,7 @@ def time_calls(
 
 def _called(
     run: _Run,
+    before: int,
     looking: Callable[[], contextlib.AbstractContextManager[None]],
     enough: Callable[[Sequence[float]], bool],
     bench: Bench,
@@ -236,7 +238,7 @@ def _called(
     with contextlib.closing(run):
         with looking():
             run.step()
-        for _ in range(1, _CALLS_BEFORE):
+        for _ in range(1, before):
             run.step()
         # A workload may never get further than one call
         while not enough(steady) and not (anew and not steady and enough(anew)):
@@ -351,7 +353,8 @@ def _warm_up(run: _Run, watch: Watch | None, bench: Bench) -> None:
     for _ in range(_WARM_UP):
         if watch:
             watch.mark()
-        run.step()
+        with optimizers.watching(run.accumulate):
+            run.step()
         if optimizers.steps > stepped or not optimizers.expected:
             return
     optimizers.expected = optimizers.steps > 0

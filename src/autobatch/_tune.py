@@ -7,18 +7,19 @@ from functools import cached_property
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Final
 
-from autobatch._answers import SECONDS_TIMED, Answers
+from autobatch._answers import Answers
 from autobatch._calls import Calls
+from autobatch._choice import CONFIRMATIONS, Choice
 from autobatch._deadline import Deadline
 from autobatch._latency import largest_within
 from autobatch._latency_text import latency_notes, nothing_within
 from autobatch._memory import format_bytes
 from autobatch._notes import Bound, Findings, notes, tightest_bound
-from autobatch._pace import Pace
-from autobatch._plan import BatchPlan, candidates, nearest, per_rank
+from autobatch._plan import BatchPlan, per_rank
 from autobatch._record import Record
 from autobatch._report import Device, TuningReport
 from autobatch._speed import Speed, Timed
+from autobatch._throughput import settled
 from autobatch._trial import Bench, Outcome, Trial, run_trial
 from autobatch.errors import AutobatchError, DoesNotFitError, ShortTrialError
 
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
 __all__ = ["Job", "tune"]
 
 _CEILING: Final = 2**20  # a workload that never meets a limit has to stop somewhere
-# Trials at most for plans whose micro-batch the search did not run
-_CONFIRMATIONS: Final = 2
 # Times the batch with the very same allocations: the workload does not use it
 _IGNORED: Final = 16
 
@@ -59,7 +58,10 @@ class Job:
         before: What was trained with until now, where that is known.
         samples_trained: Samples that an epoch trains on with a plan, where it is not the whole data set.
         update_at_most: Samples that one update can have, where it can not go on into the next epoch.
-        remarks: What a person should be told of a plan besides, where there may be something.
+        last_samples: Samples in the last micro-batch that each rank trains on in an epoch, at a size.
+        remarks: What a person should be told of a plan besides, where there may be something; given the time left
+            to find out.
+        doubts: What trials have shown that makes them another thing than training with a plan, asked once they have run.
         task: What a report says is done with the batches.
         subject: What a report calls it.
         environment: Versions, for the report.
@@ -75,7 +77,9 @@ class Job:
     before: BatchPlan | None
     samples_trained: Callable[[BatchPlan], int | None] | None
     update_at_most: int | None
-    remarks: Callable[[BatchPlan], tuple[str, ...]] | None
+    last_samples: Callable[[int], int | None] | None
+    remarks: Callable[[BatchPlan, Deadline], tuple[str, ...]] | None
+    doubts: Callable[[BatchPlan], tuple[str, ...]] | None
     task: Task
     subject: str
     environment: dict[str, str]
@@ -185,8 +189,21 @@ class _Tuning:
             return None
         calls = Calls(self._job.workload, self.bench)
         return Answers(
-            self.limit, calls, self._fits, self._snapshot, self.record.everywhere
+            self.limit,
+            calls,
+            self._fits,
+            self._steps,
+            self._snapshot,
+            self.record.everywhere,
         )
+
+    def _steps(self) -> dict[int, float]:
+        """Seconds of a step in the trial of each size that fits."""
+        return {
+            trial.batch_size: trial.step_seconds or 0.0
+            for trial in settled(self.record.trials)
+            if trial.fits
+        }
 
     def begin(self, known: BatchPlan | None) -> None:
         """Refuse to start where a rank is past its budget already, or where ranks were asked different things."""
@@ -246,13 +263,10 @@ class _Tuning:
         """Where a limit on latency is beyond a size, go no higher: what fits there is of no use."""
         if self._answers is None or not trial.fits:
             return
-        if self._answers.is_beyond(trial.batch_size, trial.step_seconds or 0.0):
+        reason = self._answers.beyond(trial.batch_size)
+        if reason is not None:
             self._high = min(self._high, trial.batch_size)
-            self._bound = Bound(
-                self._high,
-                f"at {self._high} a call takes longer than latency_limit="
-                f"{self._answers.limit.seconds:g} seconds",
-            )
+            self._bound = Bound(self._high, reason)
 
     def _next_size(self, search: Search) -> int | None:
         """What the search proposes, as far as there is time for it and for confirming the plan."""
@@ -277,14 +291,12 @@ class _Tuning:
         """Seconds for the trials that may have to confirm a plan, none of them larger than what ran."""
         if self._target is None or not self.record.fitting:
             return 0.0
-        return _CONFIRMATIONS * self._deadline.seconds_of(self.record.fitting[-1])
+        return CONFIRMATIONS * self._deadline.seconds_of(self.record.fitting[-1])
 
     def _proposal(self, search: Search, high: int) -> int | None:
         if self._answers is not None and self.record.fitting:
             # Memory may have room for sizes that are slow beyond all use
-            largest = self.record.fitting[-1]
-            seconds = self._last_trial_of(largest).step_seconds or 0.0
-            high = min(high, self._answers.reach(largest, seconds))
+            high = min(high, self._answers.reach)
         start = min(self._start, high)
         return search.propose(
             self.record.trials, start=start, high=high, budget=self.record.budget
@@ -294,12 +306,13 @@ class _Tuning:
         """Time a few sizes in turns: the plan is chosen by that, and the report shows it."""
         if not self.record.fitting or not self._job.curve_seconds:
             return
-        target = self._target
+        target, began = self._target, self._deadline.spent
         self._speed.measure(
             None if target is None else per_rank(target, self._ranks.world_size),
             seconds=self._job.curve_seconds,
             trial_seconds=self._deadline.seconds_of(self.record.fitting[-1]),
         )
+        self._deadline.leave_out(self._deadline.spent - began)
 
     @cached_property
     def _speed(self) -> Speed:
@@ -323,83 +336,48 @@ class _Tuning:
 
     def choose(self) -> BatchPlan:
         """The plan to take: one whose micro-batch was run, and the best of those."""
-        if not self.record.fitting:
+        choice = Choice(
+            record=self.record,
+            speed=self._speed,
+            world_size=self._ranks.world_size,
+            in_time=self._takes_its_time,
+            attempt=lambda size, accumulate: self.attempt(size, accumulate=accumulate),
+            check=self._check_can_accumulate,
+            last_samples=self._job.last_samples or (lambda _: None),
+        )
+        plan = (
+            choice.largest(self._job.accumulate)
+            if self._target is None
+            else choice.towards(self._target)
+        )
+        if plan is None:
             raise self._nothing_fits()
-        target = self._target
-        if target is None:
-            return BatchPlan(
-                self.record.fitting[-1], self._job.accumulate, self._ranks.world_size
-            )
-        self._confirm(target)
-        if not self.record.fitting:
-            raise self._nothing_fits()
-        verified = [plan for plan in self._candidates(target) if self._verified(plan)]
-        plan = verified[0] if verified else self._nearest(target)
-        self._check_can_accumulate(plan)
         return plan
+
+    def _takes_its_time(self, size: int) -> bool:
+        """Whether there is time for one more trial; where there is not, the report tells."""
+        allowed = self._deadline.allows(size, self._yardstick, 0.0)
+        self._out_of_time = self._out_of_time or not allowed
+        return allowed
 
     def choose_within(self) -> BatchPlan:
         """The largest size that fits and answers within the limit on latency."""
         answers = self._answers
         if answers is None or not self.record.fitting:
             raise self._nothing_fits()
-        answers.measure(self.record.fitting[-1])
+        answers.measure()
         best = largest_within(answers.latencies, answers.limit.seconds)
         if best is None:
             raise DoesNotFitError(nothing_within(answers.latencies, answers.limit))
         return BatchPlan(best.batch_size, world_size=self._ranks.world_size)
 
-    def _last_trial_of(self, size: int) -> Trial:
-        return next(
-            trial for trial in reversed(self.record.trials) if trial.batch_size == size
-        )
-
     def _fits(self, size: int) -> bool:
         """Whether a trial has shown that a size fits, or shows it now."""
         if all(size != trial.batch_size for trial in self.record.trials):
-            if not self._deadline.allows(size, self._yardstick, 0.0):
-                self._out_of_time = True
+            if not self._takes_its_time(size):
                 return False
             self.attempt(size)
         return size in self.record.fitting
-
-    def _confirm(self, target: int) -> None:
-        """Run the micro-batch of the best plan, where the search did not; then look which is the best now."""
-        for _ in range(_CONFIRMATIONS):
-            failed = {
-                trial.batch_size for trial in self.record.trials if not trial.fits
-            }
-            plans = [
-                plan
-                for plan in (self._candidates(target) if self.record.fitting else ())
-                if plan.micro_batch_size not in failed
-            ]
-            if not plans or self._verified(plans[0]):
-                return
-            best = plans[0]
-            self._check_can_accumulate(best)
-            if best.micro_batch_size in self._speed.aside:
-                self.record.keep(self._speed.aside.pop(best.micro_batch_size))
-                continue
-            if not self._deadline.allows(best.micro_batch_size, self._yardstick, 0.0):
-                self._out_of_time = True
-                return
-            self.attempt(
-                best.micro_batch_size, accumulate=min(2, best.accumulate_grad_batches)
-            )
-
-    def _nearest(self, target: int) -> BatchPlan:
-        world_size = self._ranks.world_size
-        plan = nearest(target, world_size, self.record.fitting)
-        if self._verified(plan):
-            return plan
-        # Run without accumulation alone, where gradients do not outlive their micro-batch
-        accumulated = [
-            trial.batch_size
-            for trial in self.record.trials
-            if trial.fits and trial.accumulate > 1
-        ]
-        return nearest(target, world_size, accumulated or self.record.fitting)
 
     def verify(self, plan: BatchPlan) -> BatchPlan:
         """Take a known plan, if one trial shows that it fits."""
@@ -443,6 +421,8 @@ class _Tuning:
             plan=plan,
             trials=tuple(self.record.trials),
             curve=self._speed.curve,
+            unreached=self._speed.unreached,
+            curve_seconds=self._job.curve_seconds,
             target_batch_size=settings.target_batch_size,
             latency_limit=settings.latency_limit,
             bound=self._bound_met(),
@@ -455,6 +435,10 @@ class _Tuning:
             if self._job.learning_rate
             else None,
             dataset_size=samples,
+            last_samples=self._job.last_samples(plan.micro_batch_size)
+            if self._job.last_samples
+            else None,
+            doubts=self._job.doubts(plan) if self._job.doubts else (),
             remarks=self._remarks(plan),
             look=self._job.look() if self._job.look else None,
         )
@@ -485,7 +469,8 @@ class _Tuning:
         )
 
     def _remarks(self, plan: BatchPlan) -> tuple[str, ...]:
-        remarks = self._job.remarks(plan) if self._job.remarks else ()
+        told = self._job.remarks
+        remarks = told(plan, self._deadline) if told else ()
         answers = self._answers
         if answers is None:
             return remarks
@@ -494,7 +479,7 @@ class _Tuning:
                 answers.latencies,
                 answers.limit,
                 plan.micro_batch_size,
-                SECONDS_TIMED if answers.is_out_of_time else None,
+                answers.unfinished,
             ),
             *remarks,
         )
@@ -527,24 +512,6 @@ class _Tuning:
         if target is None:
             return min(2, self._job.accumulate)
         return 1 if size * self._ranks.world_size >= target else 2
-
-    def _candidates(self, target: int) -> tuple[BatchPlan, ...]:
-        return candidates(
-            target,
-            self._ranks.world_size,
-            self.record.fitting[-1],
-            Pace.of(self.record.trials, self._speed.curve),
-        )
-
-    def _verified(self, plan: BatchPlan) -> bool:
-        """Whether its micro-batch was run, and in the pattern that training will use."""
-        pattern = min(2, plan.accumulate_grad_batches)
-        return any(
-            trial.fits
-            and trial.batch_size == plan.micro_batch_size
-            and trial.accumulate >= pattern
-            for trial in self.record.trials
-        )
 
     def _check_can_accumulate(self, plan: BatchPlan) -> None:
         if plan.accumulate_grad_batches == 1 or self._job.can_accumulate:

@@ -7,7 +7,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from autobatch import _file
@@ -19,6 +18,8 @@ from autobatch._text import ASCII, UNICODE, Glyphs, terminal
 from autobatch._trial import Outcome, Trial
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.live import Live
 
     from autobatch._text import Page, Table
@@ -70,12 +71,14 @@ def log(report: TuningReport) -> None:
 
 def json_file(path: str | Path) -> Sink:
     """A sink that writes the report as JSON; `TuningReport.read` gives it back."""
-    return lambda report: _write(Path(path), report.to_json() + "\n")
+    file = _file.named(path, "to write to")
+    return lambda report: _write(file, report.to_json() + "\n")
 
 
 def markdown_file(path: str | Path) -> Sink:
     """A sink that writes the report as Markdown."""
-    return lambda report: _write(Path(path), to_markdown(report))
+    file = _file.named(path, "to write to")
+    return lambda report: _write(file, to_markdown(report))
 
 
 def figure_file(path: str | Path) -> Sink:
@@ -183,8 +186,8 @@ class _Shown:
         self._best: int | None = None
 
     def trying(self, batch_size: int) -> None:
-        so_far = f" · largest that fits so far {self._best}" if self._best else ""
-        self._show(f"autobatch · trying {batch_size}{so_far}")
+        so_far = f" · largest that fits so far {self._best:,}" if self._best else ""
+        self._show(f"autobatch · trying {batch_size:,}{so_far}")
 
     def tried(self, trial: Trial, *, best: int | None, budget: int) -> None:
         self._best = best

@@ -55,7 +55,8 @@ class SimulatedAccelerator:
         self.capacity = parse_bytes("capacity", capacity)
         self.foreign = foreign
         self.name = name
-        self.ledger = Ledger()
+        # Other tools know an out-of-memory error by these words
+        self.ledger = Ledger("CUDA out of memory")
 
     @property
     def foreign(self) -> int:
@@ -230,7 +231,7 @@ class PaperDevice:
         if self._limit is not None and nbytes > self._limit:
             self._failures += 1
             raise torch.OutOfMemoryError(
-                f"out of memory on paper: {format_bytes(nbytes)}, of {format_bytes(self._limit)}."
+                f"CUDA out of memory. On paper a step takes {format_bytes(nbytes)}, of {format_bytes(self._limit)}."
             )
         self._held = nbytes
         self._peak = max(self._peak, nbytes)

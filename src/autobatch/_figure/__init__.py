@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import textwrap
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 from matplotlib import style
@@ -26,6 +25,7 @@ from autobatch._figure._words import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from autobatch._report import TuningReport
 
@@ -66,7 +66,7 @@ def draw(report: TuningReport, path: str | Path | None, ax: Axes | None) -> Figu
 
 
 def _checked(path: str | Path) -> Path:
-    file = Path(path)
+    file = _file.named(path, "that ends in .png, .svg or .pdf, or None")
     if file.suffix.lower() not in _KINDS:
         raise ValueError(
             f"path={str(path)!r} has no suffix that says what to write; give a file that ends in .png, .svg or .pdf."

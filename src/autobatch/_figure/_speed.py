@@ -25,7 +25,7 @@ from autobatch._figure._axes import (
 )
 from autobatch._figure._labels import Labels, count, short
 from autobatch._numbers import BYTES, percent, unit_for
-from autobatch._tradeoff import settled
+from autobatch._throughput import settled
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from autobatch._report import TuningReport
-    from autobatch._tradeoff import SpeedRow
+    from autobatch._throughput import SpeedRow
 
 __all__ = ["memory_panel", "peaks", "speed_panel"]
 

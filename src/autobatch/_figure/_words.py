@@ -70,6 +70,9 @@ def _measured(report: TuningReport) -> str:
         least, most = min(timed), max(timed)
         count = f"{least}" if least == most else f"{least}–{most}"
         how = f"Speed: median of {count} timed updates of each size, bars 10–90 %."
+        by_trial = [str(row.batch_size) for row in report.sizes if row.updates is None]
+        if by_trial:
+            how = f"{how[:-1]}; at {', '.join(by_trial)} of the steps of a trial alone."
     if report.fit is not None:
         how += " Line: a fixed time for each step, plus a time for each sample."
     return how
@@ -148,7 +151,8 @@ def inference_foot(report: TuningReport) -> list[str]:
     facts = {fact.label: fact for fact in page(report).facts}
     what = f", {facts['Calls'].remark}" if "Calls" in facts else ""
     said = (
-        f"{many} timed calls of each size{what}; none is left out. Throughput: by the median call. "
+        f"{many} timed calls of each size{what}; left out are the first of each turn, of quick calls the first two, "
+        "and those that start the workload anew. Throughput: by the median call. "
         "Waiting for a batch to fill is not included."
     )
     return [said, _on_what(report)]

@@ -91,7 +91,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         latency_limit: For `validate`, `test` and `predict`: seconds within which a step has to answer a batch, the
             copy to the device included. The steps are timed one by one, and the largest batch that is answered in
             time is taken.
-        percentile: So many percent of the steps have to be answered in time.
+        percentile: So many percent of the steps have to be answered in time; None: 99. Only with `latency_limit`.
         batch_arg_name: The attribute or hyperparameter of the module or datamodule that names the batch size, if any.
         repair_last_window: Whether the last update of an epoch, which may be of fewer samples than the others, gets
             the gradient of the mean loss over its samples; Lightning by itself makes it too small. For losses that
@@ -127,7 +127,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         search: Search | None = None,
         device: str | MemoryProbe | None = None,
         latency_limit: float | None = None,
-        percentile: float = 99,
+        percentile: float | None = None,
         batch_arg_name: str = "batch_size",
         repair_last_window: bool = False,
         worst_case: Callable[[int], Any] | None = None,
@@ -360,7 +360,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         if self._first is None or self._trained is None:
             return
         target = self._first.plan.effective_batch_size
-        note = f"Tuned anew at epoch {trainer.current_epoch}, for the effective batch of {target}."
+        note = f"Tuned anew at epoch {trainer.current_epoch}, for the effective batch of {target:,}."
         known = Known(target=target, note=note)
         tuned = tune_training(trainer, module, self._asked, lambda *_: known, None)
         if tuned.report.plan != self._trained.plan:

@@ -56,7 +56,7 @@ def ahead(
     host = HostMemory.here()
     on_ranks = f" on each of {ranks} ranks" if ranks > 1 else ""
     made = (
-        f"num_workers={loader.num_workers} × prefetch_factor={factor} × batches of {batch_size} "
+        f"num_workers={loader.num_workers} × prefetch_factor={factor} × batches of {batch_size:,} "
         f"({format_bytes(each)} each) would need {format_bytes(needed)} of"
     )
     if host.shared is not None and needed * ranks > host.shared:

@@ -156,7 +156,7 @@ def _of_checkpoint(checkpoint: Checkpoint, here: Here, settings: Settings) -> Kn
     if not checkpoint.was_on(here) or not _allowed(plan, settings):
         return Known(
             target=effective,
-            note=f"Tuned anew for the checkpoint's effective batch of {effective}: it was trained with "
+            note=f"Tuned anew for the checkpoint's effective batch of {effective:,}: it was trained with "
             f"{_told(plan)}{_where(checkpoint, here)}.",
         )
     return Known(
@@ -217,7 +217,9 @@ def _allowed(plan: BatchPlan, settings: Settings) -> bool:
 
 
 def _told(plan: BatchPlan) -> str:
-    return f"micro-batches of {plan.micro_batch_size} × {plan.accumulate_grad_batches}"
+    return (
+        f"micro-batches of {plan.micro_batch_size:,} × {plan.accumulate_grad_batches:,}"
+    )
 
 
 def _where(checkpoint: Checkpoint, here: Here) -> str:

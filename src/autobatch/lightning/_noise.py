@@ -12,6 +12,7 @@ from autobatch._gradients import Gauge, NoiseRecord, Taken, obstacle
 from autobatch._memory import is_oom
 from autobatch._numbers import plain
 from autobatch._plain_loop import checked_every
+from autobatch.errors import AutobatchError
 from autobatch.lightning._halves import Halves, NotDividedError, rows_in
 from autobatch.lightning._package import callback_class
 
@@ -27,6 +28,8 @@ _PRIVATE: Final = (
     "fit_loop.epoch_loop._build_kwargs",
     "fit_loop.epoch_loop._should_accumulate",
 )
+
+_KEY: Final = "autobatch.NoiseScale"  # in a checkpoint
 
 if TYPE_CHECKING:
     _Callback: type = object
@@ -88,18 +91,29 @@ class NoiseScale(_Callback):  # type: ignore[misc]  # a class made at run time
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Begin anew with every fit."""
+        alike = [each for each in trainer.callbacks if isinstance(each, NoiseScale)]
+        if len(alike) > 1:
+            raise AutobatchError(
+                f"callbacks holds {len(alike)} NoiseScale, and a Trainer takes one: their readings would be the same."
+            )
         if stage == "fit":
             self._record = NoiseRecord()
             self._reset()
 
-    def state_dict(self) -> dict[str, Any]:
-        """The windows measured, in plain numbers."""
-        return self._record.state_dict()
+    # Not by `state_dict`: of two callbacks that have one, Lightning 2.6 speaks before `setup` can say what is wrong
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep the windows measured, in plain numbers."""
+        checkpoint[_KEY] = self._record.state_dict()
+
+    def on_load_checkpoint(
+        self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]
+    ) -> None:
         """Go on with them."""
-        if state_dict:
-            self._record.load_state_dict(state_dict)
+        if _KEY in checkpoint:
+            self._record.load_state_dict(checkpoint[_KEY])
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Look whether anything can be measured; all ranks find the same."""

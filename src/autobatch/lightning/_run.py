@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from autobatch import _curve, sinks
+from autobatch._cautions import never_stepped
 from autobatch._doors import known_plan, versions
 from autobatch._learning_rate import common_rule
 from autobatch._optimizers import OptimizerWatch
@@ -31,7 +32,12 @@ from autobatch.lightning._schedules import schedules
 from autobatch.lightning._scratch import scratch
 from autobatch.lightning._splitting import Splits
 from autobatch.lightning._steps import Steps
-from autobatch.lightning._windows import batches_trained, check_repairable, told
+from autobatch.lightning._windows import (
+    batches_trained,
+    check_repairable,
+    last_samples,
+    told,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
@@ -145,12 +151,19 @@ def tune_training(
             accumulate=accumulate,
             samples_trained=counts.samples,
             update_at_most=loaders.samples,
-            remarks=lambda plan: (
-                *splits.told(plan),
+            # Ranks have to choose alike; where each has a data set of its own, their epochs may end differently
+            last_samples=partial(last_samples, trainer, loaders)
+            if trainer.world_size == 1 or loaders.shards[0] > 1
+            else None,
+            remarks=lambda plan, deadline: (
+                *splits.told(plan, deadline),
                 *schedules(trainer, counts.before, plan, is_named=has_name),
                 *told(trainer, loaders, plan, repaired=asked.repairs),
                 *counts.remarks(plan),
                 *_about_the_host(trainer, loaders, samples, bench, plan),
+            ),
+            doubts=lambda _: (
+                (never_stepped(),) if bench.optimizers.never_stepped else ()
             ),
             # By hand, updates are the module's affair
             before=counts.before if module.automatic_optimization else None,
@@ -165,6 +178,8 @@ def tune_training(
         )
         settings = asked.settings.model_copy(update={"dataset_size": loaders.samples})
         bench.optimizers.expected = True
+        if not module.automatic_optimization:
+            bench.optimizers.look_at(module)  # Lightning steps, a user may not
         report = _verified_or_searched(
             known_at(job, bench.here(trainer), settings), job, settings, bench
         )
@@ -283,7 +298,7 @@ def _verified_or_searched(
                 raise AutobatchError(known.refusal) from error
             if note is None:
                 raise
-            note = f"Searched anew, since a micro-batch of {known.plan.micro_batch_size} does not fit any more."
+            note = f"Searched anew, since a micro-batch of {known.plan.micro_batch_size:,} does not fit any more."
     if known.target is not None:
         settings = settings.model_copy(update={"target_batch_size": known.target})
     return bench.run(_noted(job, note), settings, known=None)
@@ -293,7 +308,7 @@ def _noted(job: Job, note: str | None) -> Job:
     remarks = job.remarks
     if note is None or remarks is None:
         return job
-    return replace(job, remarks=lambda plan: (note, *remarks(plan)))
+    return replace(job, remarks=lambda *given: (note, *remarks(*given)))
 
 
 def _with_validation(
@@ -336,7 +351,7 @@ def _with_validation(
     report = tuned.report.model_copy(update={"validation_batch_size": size})
     if size == own:
         return replace(tuned, report=report)
-    note = f"Validation runs batches of {size} instead of {own}: more do not fit beside training."
+    note = f"Validation runs batches of {size:,} instead of {own:,}: more do not fit beside training."
     return replace(
         tuned, report=_told(report, note), validation_sizes=loaders.sizes_at(size)
     )
@@ -386,7 +401,9 @@ def _evaluation_job(
         accumulate=1,
         samples_trained=None,
         update_at_most=None,
-        remarks=lambda _: _about_rounds(loaders, settings),
+        last_samples=None,
+        remarks=lambda *_: _about_rounds(loaders, settings),
+        doubts=None,
         before=None,
         task=stage.name,
         subject=_subject(module, stage.name, trainer.precision),

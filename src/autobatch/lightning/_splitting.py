@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from autobatch._cautions import batch_norm, not_additive
+from autobatch._cautions import batch_norm, not_additive, not_tested
 from autobatch._equivalence import (
     Splitting,
     UndecidedError,
@@ -24,6 +24,7 @@ from autobatch.lightning._steps import on_device
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from autobatch._deadline import Deadline
     from autobatch._memory import MemoryProbe
     from autobatch._plan import BatchPlan
     from autobatch._ranks import Ranks
@@ -75,23 +76,29 @@ class Splits:
     snapshot: Snapshot
     ranks: Ranks
 
-    def told(self, plan: BatchPlan) -> tuple[str, ...]:
-        """What a person should know of the gradients of a plan that accumulates; every rank of a job asks."""
+    def told(self, plan: BatchPlan, deadline: Deadline) -> tuple[str, ...]:
+        """What a person should know of the gradients of a plan that accumulates; every rank of a job asks.
+
+        The test runs a few training steps: it is left out where they would not be over in time.
+        """
         if plan.accumulate_grad_batches == 1:
             return ()
         norms = batch_norms(self.module.modules())
-        is_tested = self.module.automatic_optimization and not norms
+        size = _samples_of(plan)
+        is_tested = self.module.automatic_optimization and not norms and size > 0
+        if is_tested and not deadline.allows(size, deadline.nearest(size), 0.0):
+            return (not_tested(deadline.limit or 0.0),)
         # Also where there is nothing to test: no rank may wait for another. Each has data of its own, one speaks
         found, *_ = self.ranks.everywhere(
-            lambda: self._tested(plan.micro_batch_size) if is_tested else None
+            lambda: self._tested(size) if is_tested else None
         )
         notes = (not_additive(found, plan),) if found else ()
         return (*batch_norm(norms, plan), *notes)
 
-    def _tested(self, micro_batch_size: int) -> Splitting | None:
+    def _tested(self, size: int) -> Splitting | None:
         """What the test found; None also where it could not be made, which must not keep anyone from training."""
         try:
-            return self._measured(min(micro_batch_size, _MOST) // 2 * 2)
+            return self._measured(size)
         except Exception as error:
             _log.debug("Whether a batch can be split was not tested: %r", error)
             recover(error, self.probe)
@@ -103,7 +110,7 @@ class Splits:
         precision = self.trainer.precision
         if precision not in _THRESHOLDS:
             raise UndecidedError(f"precision={precision!r} rounds too much")
-        host = self.samples.ordinary(size) if size else None
+        host = self.samples.ordinary(size)
         if host is None:
             raise UndecidedError("there are too few samples")
         self.named(size)
@@ -128,3 +135,8 @@ class Splits:
         weights = [each for each in self.module.parameters() if each.requires_grad]
         scale = _SCALE if self.trainer.precision.startswith("16") else 1.0
         return torch.autograd.grad(scale * loss, weights, allow_unused=True)
+
+
+def _samples_of(plan: BatchPlan) -> int:
+    """How many samples the test takes, an even number; 0 where a micro-batch has no two."""
+    return min(plan.micro_batch_size, _MOST) // 2 * 2

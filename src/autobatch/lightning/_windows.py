@@ -21,6 +21,7 @@ __all__ = [
     "batches_trained",
     "check_repairable",
     "check_switch",
+    "last_samples",
     "told",
 ]
 
@@ -54,6 +55,15 @@ def batches_trained(trainer: Any, loaders: Loaders, batch_size: int) -> int | No
     return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
 
+def last_samples(trainer: Any, loaders: Loaders, batch_size: int) -> int | None:
+    """Samples in the last batch that each rank trains on in an epoch; None where that is not known."""
+    batches = batches_trained(trainer, loaders, batch_size)
+    samples = _samples_counted(loaders.each[0], loaders.shards[0])
+    if not batches or samples is None:
+        return None
+    return _left(samples, batches - 1, batch_size)
+
+
 def told(
     trainer: Any, loaders: Loaders, plan: BatchPlan, *, repaired: bool
 ) -> tuple[str, ...]:
@@ -70,10 +80,9 @@ def told(
 def _last_window(trainer: Any, loaders: Loaders, plan: BatchPlan) -> str | None:
     size, whole = plan.micro_batch_size, plan.accumulate_grad_batches
     batches = batches_trained(trainer, loaders, size)
-    samples = _samples_counted(loaders.each[0], loaders.shards[0])
     if not batches or whole == 1:
         return None
-    left = size if samples is None else _left(samples, batches - 1, size)
+    left = last_samples(trainer, loaders, size) or size
     return last_window(plan, (batches - 1) % whole + 1, left)
 
 

@@ -1,0 +1,264 @@
+"""Who searches, each by its public entry point and as its users run it, and what that costs."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import tempfile
+from dataclasses import dataclass, field
+
+import pytorch_lightning as pl
+from accelerate.utils import find_executable_batch_size
+from pytorch_lightning.tuner import Tuner
+from toma import toma
+
+import autobatch
+
+STEPS = 3  # of a trial; the default of autobatch and of Lightning's finder
+START = 8  # what the user's loader makes; find() starts there by itself
+
+
+@dataclass
+class Log:
+    """What was run: how often it was begun, with which sizes steps ended or failed, and the samples of it all."""
+
+    begun: int = 0
+    failures: int = 0
+    samples: int = 0
+    ran: set = field(default_factory=set)
+    failed: set = field(default_factory=set)
+
+    @contextlib.contextmanager
+    def step(self, size, passes=1):
+        self.samples += size * passes
+        try:
+            yield
+        except RuntimeError:
+            self.failures += 1
+            self.failed.add(size)
+            raise
+        self.ran.add(size)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a search came to.
+
+    Args:
+        found: The size it names; None where it names none.
+        trials: Sizes it began.
+        unfit: Trials that were out of memory or over the budget.
+        samples: In all steps of the search.
+        seconds: Of the search.
+        further_samples: In what follows the search: timing the speed curve.
+        further_seconds: Of it.
+        is_tested: Whether the size it names ran a step, and none of its steps failed.
+        error: What it raised instead.
+    """
+
+    found: int | None
+    trials: int
+    unfit: int
+    samples: int
+    seconds: float
+    further_samples: int = 0
+    further_seconds: float = 0.0
+    is_tested: bool = False
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A way to search.
+
+    Args:
+        name: What tables call it.
+        search: Given a work it names a size, or raises.
+        budget_share: Of its device, that it may use: what it leaves free by its own default.
+        has_trainer: Whether it searches in a Trainer.
+    """
+
+    name: str
+    search: object
+    budget_share: float = 1.0
+    has_trainer: bool = False
+
+    def run(self, work):
+        """The result, whatever happens."""
+        with _Marks(work) as marks:
+            found, error = None, ""
+            began = work.clock()
+            try:
+                answer = self.search(work)
+            except Exception as raised:  # what a user would see
+                answer, error = None, f"{type(raised).__name__}: {raised}"[:120]
+            seconds = work.clock() - began
+        log = work.log
+        if isinstance(answer, autobatch.TuningReport) or marks.trials:
+            searched, at = marks.last
+            found = answer and answer.plan.micro_batch_size
+            return Result(
+                found,
+                marks.trials,
+                marks.unfit,
+                searched,
+                at - began,
+                log.samples - searched,
+                seconds - (at - began),
+                found is not None and found <= max(log.ran),
+                error,
+            )
+        found = answer
+        # A larger size that ran will do, as where a share is taken off
+        tested = found is not None and any(
+            size >= min(found, work.ends) for size in log.ran - log.failed
+        )
+        return Result(
+            found,
+            log.begun,
+            log.failures,
+            log.samples,
+            seconds,
+            is_tested=tested,
+            error=error,
+        )
+
+
+class _Marks(logging.Handler):
+    """Reads autobatch's log, which has a line for every trial of a search as it ends."""
+
+    def __init__(self, work):
+        super().__init__(logging.INFO)
+        self._work = work
+        self._logger = logging.getLogger("autobatch")
+        self.trials = self.unfit = 0
+        self.last = (0, 0.0)
+
+    def emit(self, record):
+        line = record.getMessage()
+        if line.startswith("batch_size="):
+            self.trials += 1
+            self.unfit += " fits" not in line
+            self.last = (self._work.log.samples, self._work.clock())
+
+    def __enter__(self):
+        self._logger.addHandler(self)
+        self._logger.setLevel(logging.INFO)
+        return self
+
+    def __exit__(self, *_):
+        self._logger.removeHandler(self)
+
+
+# autobatch
+
+
+def _find(work, **options):
+    return autobatch.find(
+        work.train, device=work.probe, dataset_size=work.ends, **options
+    )
+
+
+def guided(work):
+    return _find(work)
+
+
+def guided_to_the_rim(work):
+    return _find(work, memory_limit=1.0)
+
+
+def bisection(work):
+    return _find(work, search=autobatch.Bisection())
+
+
+def in_a_trainer(work):
+    tuner = autobatch.AutoBatch(device=work.probe)
+    return tuner.tune(trainer(), work.module(), work.loader(START))
+
+
+def trainer(**options):
+    """A Trainer that says and writes nothing."""
+    return pl.Trainer(
+        **{"max_epochs": 1, **options},
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tempfile.gettempdir(),
+    )
+
+
+# The others
+
+
+def _lightning(mode, **options):
+    def search(work):
+        module = work.module()
+        with work.as_a_device():
+            return Tuner(trainer()).scale_batch_size(module, mode=mode, **options)
+
+    return search
+
+
+def _steps(work, batch_size):
+    work.start()
+    steps = work.train(batch_size)
+    for _ in range(STEPS):
+        next(steps)
+    return batch_size
+
+
+def _accelerate(starting):
+    def search(work):
+        train = find_executable_batch_size(starting_batch_size=starting)(
+            lambda batch_size: _steps(work, batch_size)
+        )
+        with work.as_a_device():
+            return train()
+
+    return search
+
+
+def _toma(starting):
+    def search(work):
+        # Given anew each time, since it remembers what it found by the caller
+        train = toma.batch(
+            lambda batchsize: _steps(work, batchsize),
+            initial_batchsize=starting,
+            context=object(),
+        )
+        with work.as_a_device():
+            return train()
+
+    return search
+
+
+SHARE = 0.9
+OURS = (
+    Contestant("find", guided, SHARE),
+    Contestant("find, memory_limit=1.0", guided_to_the_rim),
+    Contestant("find, Bisection()", bisection, SHARE),
+    Contestant("AutoBatch in a Trainer", in_a_trainer, SHARE, has_trainer=True),
+)
+THEIRS = (
+    Contestant("Lightning, power", _lightning("power"), has_trainer=True),
+    Contestant("Lightning, binsearch", _lightning("binsearch"), has_trainer=True),
+    Contestant(
+        "Lightning, binsearch, max_val=100,000",
+        _lightning("binsearch", max_val=100_000),
+        has_trainer=True,
+    ),
+    Contestant("accelerate, from 128", _accelerate(128)),
+    Contestant("accelerate, from 16,384", _accelerate(16_384)),
+    Contestant("toma, from 512", _toma(512)),
+    Contestant("toma, from 16,384", _toma(16_384)),
+)
+
+
+def quiet():
+    """Keep what is printed while a search runs off the terminal."""
+    importlib.import_module("autobatch.sinks").console = lambda _: None
+    for name in ("pytorch_lightning", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.ERROR)

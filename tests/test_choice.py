@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import pytest
+
+import autobatch
+from autobatch import BatchPlan, Outcome
+from autobatch.testing import PaperDevice
+
+
+def found(device, *, needs=1, **options):
+    """A search with a workload that refuses fewer samples than it needs, as layers that take a variance do."""
+
+    def train(batch_size, accumulate):
+        if batch_size < needs:
+            raise ValueError("Expected more than 1 value per channel when training")
+        yield from device.workload(batch_size, accumulate)
+
+    return autobatch.find(train, device=device, memory_limit=1.0, **options)
+
+
+@pytest.mark.parametrize("target", [None, 8, 50, 64, 128])
+def test_no_epoch_ends_with_a_single_sample_that_the_workload_refuses(target):
+    device = PaperDevice(1000, fixed=200, per_sample=8)  # 100 samples fit
+
+    report = found(device, needs=2, target_batch_size=target, dataset_size=401)
+
+    assert 401 % report.plan.micro_batch_size != 1
+    assert not any("will fail" in note for note in report.notes)
+    assert report.plan.micro_batch_size in {
+        trial.batch_size for trial in report.trials if trial.fits
+    }
+
+
+def test_the_largest_is_one_less_where_that_ends_well():
+    device = PaperDevice(1000, fixed=200, per_sample=8)
+
+    assert found(device, dataset_size=401).plan == BatchPlan(100)
+    assert found(device, needs=2, dataset_size=401).plan == BatchPlan(99)
+
+
+def test_a_single_sample_that_is_trained_on_changes_nothing():
+    device = PaperDevice(1000, fixed=200, per_sample=8)
+
+    here = found(device, target_batch_size=64, dataset_size=401)
+    elsewhere = found(device, target_batch_size=64, dataset_size=400)
+
+    assert here.plan == elsewhere.plan
+
+
+def test_only_where_an_epoch_ends_with_one_sample_is_one_tried():
+    device = PaperDevice(1000, fixed=200, per_sample=8)
+
+    def tried(samples):
+        report = found(device, dataset_size=samples)
+        return 1 in {trial.batch_size for trial in report.trials}
+
+    assert tried(401)
+    assert not tried(402)
+
+
+def test_where_no_size_ends_well_that_is_told_first():
+    device = PaperDevice(1000, fixed=200, per_sample=8)
+
+    report = found(device, needs=2, max_micro_batch_size=2, dataset_size=401)
+
+    assert report.plan == BatchPlan(2)
+    assert report.trials[-1].outcome is Outcome.REFUSED
+    assert report.notes[0].startswith(
+        "Training will fail at the end of an epoch: its last micro-batch has 1 sample,"
+    )
+
+
+def test_a_target_that_can_not_be_met_because_of_it_says_so():
+    device = PaperDevice(1000, fixed=200, per_sample=8)
+
+    report = found(device, needs=2, target_batch_size=8, dataset_size=401)
+
+    assert report.notes[0] == (
+        "Asked for 8 samples per update, got 7: with 8, an epoch would end with a single sample, which the workload refused."
+    )
+
+
+@pytest.mark.parametrize(("target", "samples"), [(512, 300), (4, 3), (100, 99)])
+def test_an_update_has_no_more_samples_than_an_epoch(target, samples):
+    device = PaperDevice(1000, fixed=200, per_sample=8)
+
+    report = found(device, target_batch_size=target, dataset_size=samples)
+
+    assert report.plan.effective_batch_size == samples
+    assert report.notes[0] == (
+        f"Asked for {target} samples per update, got {samples}: an epoch has no more than {samples} samples."
+    )
+    assert [row.updates_per_epoch for row in report.effective][-1] == 1
