@@ -35,7 +35,7 @@ part() { # seconds, name, command
 
 all() {
   part 20 "what autobatch sees" python3 -m autobatch probe
-  part 300 "tests" python3 -m pytest -m "$marked" -p no:cacheprovider -v -rfEs --durations=15 "${tests[@]}"
+  part 300 "tests" python3 -m pytest -m "$marked" -p no:cacheprovider -W default -v -rPfEs --durations=15 "${tests[@]}"
   part 140 "benchmark" python3 benchmarks/gpu.py --device "$where" "${brief[@]}" \
     --json "$folder/gpu.json" --markdown "$folder/gpu.md"
   part 60 "recordings" python3 benchmarks/record.py "$folder" --device "$where" "${brief[@]}"

@@ -15,6 +15,7 @@ import torch
 import autobatch
 from autobatch._memory import memory_budget
 from autobatch._probes import CudaProbe
+from autobatch.testing import Recorder, ReplayedDevice
 from gpu_cases import trained_on, training
 from networks import ResNet
 
@@ -256,6 +257,28 @@ def test_the_size_found_is_the_largest_that_a_scan_finds_but_for_3_percent(place
     truth = largest_by_scan(place, budget)
     print(f"{gib} GiB: found {report.plan.micro_batch_size}, scan {truth}")
     assert report.plan.micro_batch_size >= 0.97 * truth
+
+
+def test_a_search_is_recorded_and_played_back_without_the_device(place, tmp_path):
+    model = place.network()
+    train = training(place, model, torch.optim.AdamW(model.parameters()))
+    recorder = Recorder(place.probe, allocator=lambda: {"kept": place.held()})
+    limit = place.probe.read().reserved + place.bytes(1)
+    watched = recorder.watching(train)
+    found = autobatch.find(watched, device=recorder, memory_limit=limit)
+    path = tmp_path / "search.json"
+    recorder.recording("perceptron", memory_limit=limit).write(path)
+
+    device = ReplayedDevice(path)
+    again = autobatch.find(device.workload, device=device, memory_limit=limit)
+
+    assert again.budget == pytest.approx(found.budget, rel=0.01)
+    assert again.plan.micro_batch_size == pytest.approx(
+        found.plan.micro_batch_size, rel=0.02
+    )
+    assert [run.batch_size for run in device.recording.runs] == [
+        trial.batch_size for trial in found.trials
+    ]
 
 
 def in_float32(place, model, optimizer):

@@ -175,6 +175,16 @@ def test_an_amount_is_an_allowance_as_far_as_others_leave_it():
     assert memory_budget(reading(total=1000, used=900, reserved=100), 500) == 200
 
 
+@pytest.mark.parametrize(("cap", "budget"), [(None, 700), (900, 700), (400, 400)])
+def test_a_budget_goes_no_further_than_what_the_user_lets_the_process_hold(cap, budget):
+    capped = MemoryReading(
+        total=1000, used=300, reserved=100, peak=0, failures=0, cap=cap
+    )
+
+    assert memory_budget(capped, 0.9) == budget
+    assert memory_budget(capped, 10_000) == min(800, cap or 800)
+
+
 def test_a_budget_may_be_nothing_or_less():
     assert memory_budget(reading(total=1000, used=950, reserved=0), 0.5) == -450
     assert memory_budget(reading(total=1000, used=1100, reserved=0), 500) == -100

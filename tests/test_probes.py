@@ -321,6 +321,37 @@ def test_a_cap_of_the_users_is_kept_and_put_back(monkeypatch, budget, error):
     assert card.share == 0.5
 
 
+def test_a_cap_of_the_users_is_read_also_while_a_trial_has_one_of_its_own(monkeypatch):
+    card = FakeGpu().install(monkeypatch).cards[0]
+    probe = CudaProbe(0)
+    uncapped = probe.read().cap
+    card.share = 0.5
+
+    before = probe.read().cap
+    with probe.limited(GIB):
+        during = probe.read().cap
+    after = probe.read().cap
+
+    assert uncapped is None
+    assert before == during == after == pytest.approx(card.seen_by_cuda / 2, abs=1)
+
+
+def test_a_search_stays_within_the_users_cap_without_running_into_it(monkeypatch):
+    gpu = FakeGpu().install(monkeypatch)
+    gpu.cards[0].share = 0.125
+
+    def train(batch_size):
+        while True:
+            with gpu.holding(0, batch_size * GIB // 64):
+                yield
+
+    report = autobatch.find(train, device=CudaProbe(0))
+
+    assert report.budget == int(0.125 * gpu.cards[0].seen_by_cuda)
+    assert all(trial.outcome != "out_of_memory" for trial in report.trials)
+    assert report.plan.micro_batch_size >= 0.97 * report.budget * 64 / GIB
+
+
 def test_a_torch_that_can_not_tell_its_cap_is_left_without_one(monkeypatch):
     card = FakeGpu().install(monkeypatch).cards[0]
     monkeypatch.delattr(torch.cuda, "get_per_process_memory_fraction")

@@ -68,6 +68,7 @@ class MemoryReading:
         reserved: What this process holds and could give back.
         peak: The most this process has held since the trial began.
         failures: Allocations that were refused, or had to be retried, so far.
+        cap: What the user lets this process hold at most; None where nothing was said.
     """
 
     total: int
@@ -75,6 +76,7 @@ class MemoryReading:
     reserved: int
     peak: int
     failures: int
+    cap: int | None = None
 
     @property
     def foreign(self) -> int:
@@ -165,8 +167,10 @@ def format_bytes(n: int) -> str:
 def memory_budget(reading: MemoryReading, limit: float) -> int:
     """Bytes this process may hold under a parsed limit; zero or less where others hold too much."""
     if isinstance(limit, float):
-        return int(limit * reading.total) - reading.foreign
-    return min(limit, reading.total - reading.foreign)
+        budget = int(limit * reading.total) - reading.foreign
+    else:
+        budget = min(limit, reading.total - reading.foreign)
+    return budget if reading.cap is None else min(budget, reading.cap)
 
 
 def is_oom(error: BaseException) -> bool:

@@ -93,6 +93,7 @@ class CudaProbe:
         self._total = properties.total_memory  # bytes; torch's caps are shares of this
         self._is_integrated = bool(getattr(properties, "is_integrated", False))
         self._refused = ""  # why NVML is not asked
+        self._own: float | None = None  # the user's cap, while that of a trial is there
         try:
             self._nvml = _NvmlDevice(self._index, properties.uuid, self._total)
         except Exception as error:
@@ -116,9 +117,8 @@ class CudaProbe:
         free, total = self._free_and_total()
         try:
             stats = torch.cuda.memory_stats(self._index)
-        except (
-            RuntimeError
-        ) as error:  # not every allocator that can be plugged in counts
+        except RuntimeError as error:
+            # Not every allocator that can be plugged in counts
             raise ProbeError(
                 f"torch's allocator does not tell what it holds of cuda:{self._index}: {_first_line(error)}. {_WAY_OUT}"
             ) from error
@@ -128,6 +128,7 @@ class CudaProbe:
             reserved=stats.get("reserved_bytes.all.current", 0),
             peak=stats.get("reserved_bytes.all.peak", 0),
             failures=sum(stats.get(count, 0) for count in _FAILURES),
+            cap=self._own_cap(),
         )
 
     @contextlib.contextmanager
@@ -135,7 +136,7 @@ class CudaProbe:
         """Reset the peak, and cap torch's allocator at `budget` or at the user's own cap, whichever is lower."""
         import torch
 
-        own = self._own_share()
+        self._own = own = self._own_share()
         share = min(own, max(budget, 0) / self._total)
         torch.cuda.reset_peak_memory_stats(self._index)
         torch.cuda.set_per_process_memory_fraction(share, self._index)
@@ -146,7 +147,15 @@ class CudaProbe:
             with contextlib.suppress(RuntimeError):
                 torch.cuda.set_per_process_memory_fraction(own, self._index)
             raise
-        torch.cuda.set_per_process_memory_fraction(own, self._index)
+        else:
+            torch.cuda.set_per_process_memory_fraction(own, self._index)
+        finally:
+            self._own = None
+
+    def _own_cap(self) -> int | None:
+        """The cap that the user has set, in bytes."""
+        share = self._own_share() if self._own is None else self._own
+        return None if share >= 1.0 else int(share * self._total)
 
     def _own_share(self) -> float:
         """The cap that the user has set, as a share; 1.0 is none."""
