@@ -340,9 +340,8 @@ def test_sizes_that_the_time_of_the_curve_did_not_reach_are_named():
     not_run = {1, 2, 4, 8, 16, 32} - timed - by_trial
     assert timed
     assert by_trial
-    (note,) = (note for note in report.notes if note.startswith("The speed curve"))
-    first, _, second = note.partition(";")
-    assert "20 seconds" in first
+    (note,) = (n for n in report.notes if n.startswith("20 seconds were too few"))
+    first, _, second = note.partition(",")
     assert by_trial == {int(word) for word in numbers_of(first)} - {20}
     assert not_run <= {int(word) for word in numbers_of(second)}
 
