@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from pages import renew, table
 from torch.utils.data import DataLoader, Dataset
 from workloads import BRIEF, NETWORKS, Place, fresh, surroundings
 
@@ -367,11 +368,6 @@ def clean(place):
 # Tables
 
 
-def table(header, rows):
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def page(told, memory, results):
     where = ", ".join(f"{name} {version}" for name, version in told.items())
     parts = [
@@ -437,15 +433,6 @@ def plan_cells(result):
     return [*told, f"{result.plan['ratio']:.2f}", extra]
 
 
-def renew(path, text):
-    """Put the text between the marks of a page, or make a page of it."""
-    begin, end = "<!-- gpu.py -->", "<!-- end of gpu.py -->"
-    whole = path.read_text(encoding="utf-8") if path.exists() else f"{begin}{end}\n"
-    before, _, rest = whole.partition(begin)
-    after = rest.partition(end)[2]
-    path.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
-
-
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -481,7 +468,11 @@ def main():
             }
             given.json.write_text(json.dumps(numbers, indent=1), encoding="utf-8")
         if given.markdown:
-            renew(given.markdown, page(told, place.memory, list(results.values())))
+            renew(
+                given.markdown,
+                "gpu.py",
+                page(told, place.memory, list(results.values())),
+            )
 
     for name in [given.only] if given.only else size.networks:
         benchmark(place, name, size, keep)

@@ -130,7 +130,7 @@ def test_the_benchmark_of_a_gpu_compares_ways_to_find_a_batch_size(on_gpu):
     assert rows["accelerate"]["found"] or "not installed" in rows["accelerate"]["said"]
     assert result["plan"]["ratio"] > 0
     assert result["noise_scale"]["extra_time"] > -1
-    assert "| U-Net, Lightning, binsearch |" in text
+    assert re.search(r"(?m)^\| U-Net, Lightning, binsearch +\|", text)
     assert "\nGoal, 97% of the memory used" in text
 
 
@@ -146,21 +146,6 @@ def test_a_search_is_recorded_and_played_back(on_gpu):
     assert {run.accumulate for run in recording.runs} == {1, 2}
     assert any(run.ran_out for run in recording.runs)
     assert report.plan.micro_batch_size >= 0.98 * device.largest
-
-
-def test_a_page_is_renewed_between_its_marks_alone(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    renew = importlib.import_module("gpu").renew
-    page = tmp_path / "page.md"
-    page.write_text("Before.\n<!-- gpu.py -->old<!-- end of gpu.py -->\nAfter.\n")
-
-    renew(page, "new")
-
-    text = page.read_text(encoding="utf-8")
-    assert text.startswith("Before.\n<!-- gpu.py -->")
-    assert text.endswith("<!-- end of gpu.py -->\nAfter.\n")
-    assert "new" in text
-    assert "old" not in text
 
 
 def test_the_page_of_benchmarks_has_a_place_for_those_of_a_gpu():
