@@ -188,7 +188,13 @@ def test_the_benchmark_of_searches_compares_all_on_the_same_work(tmp_path):
 def test_the_benchmark_of_overhead_measures_every_part(tmp_path):
     numbers = tmp_path / "numbers.json"
 
-    run("overhead.py", "--quick", "--json", numbers, needs=["pytorch_lightning"])
+    run(
+        "overhead.py",
+        "--quick",
+        "--json",
+        numbers,
+        needs=["accelerate", "pytorch_lightning", "toma"],
+    )
 
     rows = json.loads(numbers.read_text(encoding="utf-8"))["rows"]
     assert len(rows) >= 10
