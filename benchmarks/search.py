@@ -351,8 +351,15 @@ def draw(on_paper, real, path):
     sets = {"curves": on_paper, "networks": real}
     sets = {title: cells for title, cells in sets.items() if cells}
     figure, axes = plt.subplots(
-        1, len(sets), figsize=(6 * len(sets), 4.5), squeeze=False, sharey=True
+        1,
+        len(sets),
+        figsize=(6 * len(sets), 4.5),
+        squeeze=False,
+        sharey=True,
+        layout="constrained",
     )
+    names = list(dict.fromkeys(c.contestant for c in (*on_paper, *real)))
+    colours = {name: mpl.colormaps["tab20"](at) for at, name in enumerate(names)}
     for axis, (title, cells) in zip(axes[0], sets.items(), strict=True):
         for name in dict.fromkeys(c.contestant for c in cells):
             of = [c for c in cells if c.contestant == name and c.true >= 30 and c.rises]
@@ -363,6 +370,7 @@ def draw(on_paper, real, path):
                 yerr=_spread([c.ratio for c in of]),
                 fmt="o" if name in _OURS else "s",
                 label=name,
+                color=colours[name],
                 alpha=0.8,
                 linewidth=0.7,
             )
@@ -372,8 +380,13 @@ def draw(on_paper, real, path):
         axis.set_title(title)
         axis.axhline(1, color="grey", linewidth=0.5)
     axes[0][0].set_ylabel("found / true")
-    axes[0][-1].legend(fontsize=7)
-    figure.tight_layout()
+    seen = [axis.get_legend_handles_labels() for axis in axes[0]]
+    shown = {
+        label: dot
+        for dots, labels in seen
+        for dot, label in zip(dots, labels, strict=True)
+    }
+    figure.legend(shown.values(), shown, fontsize=7, loc="outside right center")
     figure.savefig(path, dpi=120)
 
 
