@@ -76,8 +76,50 @@ def test_a_target_that_can_not_be_met_because_of_it_says_so():
     report = found(device, needs=2, target_batch_size=8, dataset_size=401)
 
     assert report.notes[0] == (
-        "Asked for 8 samples per update, got 7: with 8, an epoch would end with a single sample, which the workload refused."
+        "Asked for 8 samples per update, got 7: with 8, an epoch would end with a single sample, which the workload refused; drop_last=True "
+        "of the loader leaves it out."
     )
+
+
+@pytest.mark.curve
+def test_a_size_that_is_chosen_late_is_timed_as_the_others_are():
+    device = PaperDevice(1000, fixed=200, per_sample=8)
+
+    report = found(device, needs=2, target_batch_size=64, dataset_size=513)
+
+    size = report.plan.micro_batch_size
+    assert size < 64
+    assert size in {point.batch_size for point in report.curve}
+    assert report.curve == tuple(sorted(report.curve, key=lambda p: p.batch_size))
+
+
+def test_no_row_is_offered_with_which_training_would_fail():
+    device = PaperDevice(1000, fixed=200, per_sample=8)
+
+    refusing = found(device, needs=2, target_batch_size=64, dataset_size=513)
+    other = found(device, target_batch_size=64, dataset_size=513)
+
+    def ending_with_one(report):
+        sizes = {row.micro_batch_size for row in report.effective}
+        return {size for size in sizes if 513 % size == 1}
+
+    assert ending_with_one(other)
+    assert not ending_with_one(refusing)
+
+
+@pytest.mark.curve
+def test_speed_is_no_reason_to_accumulate_for_a_loop_that_can_not():
+    # Small micro-batches are as fast, and the smallest within 5 % of the fastest is taken
+    device = PaperDevice(1000, fixed=200, per_sample=8, seconds_per_step=0)
+
+    def train(batch_size):
+        yield from device.workload(batch_size, 1)
+
+    either = autobatch.find(device.workload, device=device, target_batch_size=64)
+    alone = autobatch.find(train, device=device, target_batch_size=64)
+
+    assert either.plan.accumulate_grad_batches > 1
+    assert alone.plan == BatchPlan(64)
 
 
 @pytest.mark.parametrize(("target", "samples"), [(512, 300), (4, 3), (100, 99)])

@@ -27,6 +27,17 @@ def drifted(drift):
     )
 
 
+def scattered(size, low, high):
+    """Timed at a second per micro-batch in the middle, and at so many at the ends."""
+    return replace(
+        drifted(None),
+        batch_size=size,
+        step_seconds=1.0,
+        step_seconds_low=low,
+        step_seconds_high=high,
+    )
+
+
 QUIET = Findings(
     task="train",
     latency_limit=None,
@@ -153,6 +164,13 @@ def test_where_nothing_is_noteworthy_nothing_is_said():
             (
                 {"curve": (drifted(0.88), drifted(1.0), drifted(None), drifted(1.2))},
                 "Timings drifted by 12 % while sizes were timed; something else may use this device.",
+            ),
+            (
+                {"curve": (scattered(32, 0.5, 2.0),)},
+                (
+                    "Single updates of 32 ran at 16 to 64 samples/s; on a quieter machine another size may be the "
+                    "fastest."
+                ),
             ),
             (
                 {

@@ -133,9 +133,9 @@ def ignores_accumulate(plan: BatchPlan) -> str | None:
     if times == 1:
         return None
     return (
-        f"Asked to accumulate, the loop still stepped its optimizer after every backward pass: an update would have "
-        f"{plan.effective_batch_size // times:,} samples instead of {plan.effective_batch_size:,}, and an epoch {times:,} "
-        "times as many updates. Step after `accumulate` of them."
+        f"Asked to accumulate, the loop still stepped its optimizer after every backward pass: where each is one "
+        f"micro-batch, an update has {plan.effective_batch_size // times:,} samples instead of "
+        f"{plan.effective_batch_size:,}, and an epoch {times:,} times as many updates. Step after `accumulate` of them."
     )
 
 

@@ -33,6 +33,7 @@ class Choice:
         in_time: Whether there is time for a trial of a size.
         attempt: Runs a trial of a size, with so many micro-batches per update, for the record.
         check: Refuses a plan that the workload can not train with.
+        can_accumulate: Whether the workload takes an accumulation; where it does not, speed is no reason for one.
         last_samples: Samples in the last micro-batch that each rank trains on in an epoch; None where not known.
     """
 
@@ -42,6 +43,7 @@ class Choice:
     in_time: Callable[[int], bool]
     attempt: Callable[[int, int], Trial]
     check: Callable[[BatchPlan], None]
+    can_accumulate: bool
     last_samples: Callable[[int], int | None]
 
     def largest(self, accumulate: int) -> BatchPlan | None:
@@ -99,7 +101,10 @@ class Choice:
             return ()
         pace = Pace.of(self._trials, self.speed.curve)
         largest = self.record.fitting[-1]
-        return candidates(target, self.world_size, largest, pace, self._ends_well)
+        plans = candidates(target, self.world_size, largest, pace, self._ends_well)
+        if self.can_accumulate:
+            return plans
+        return tuple(p for p in plans if p.accumulate_grad_batches == 1) or plans
 
     def _nearest(self, target: int) -> BatchPlan:
         sound = self._sound

@@ -281,7 +281,7 @@ def latency_notes(
         _few_calls(latencies, limit, chosen),
         _left_out(unfinished),
         _over_by_trial(unfinished),
-        _disturbed(latencies, limit, chosen),
+        _disturbed(latencies, limit, chosen, unfinished),
         _disturbed_above(latencies, limit, chosen),
         _not_monotone(latencies, limit),
     )
@@ -312,7 +312,9 @@ def _open(chosen: int, unfinished: Unfinished) -> str | None:
     if not unfinished.is_open:
         return None
     where = f"sizes above {chosen:,}"
-    if unfinished.over is not None:
+    if unfinished.over == chosen + 2:
+        where = f"batches of {chosen + 1:,}"
+    elif unfinished.over is not None:
         where = f"sizes between {chosen:,} and {unfinished.over:,}"
     if unfinished.seconds is None:
         return f"Not timed were {where}: they may answer in time too."
@@ -347,15 +349,22 @@ def _left_out(unfinished: Unfinished) -> str | None:
 def _over_by_trial(unfinished: Unfinished) -> str | None:
     if unfinished.over is None or not unfinished.by_trial:
         return None
-    return f"That {unfinished.over:,} is over the limit was seen in its trial; its calls were not timed."
+    return f"{unfinished.over:,} took longer than the limit in the few steps of its trial; its calls were not timed."
 
 
 def _disturbed(
-    latencies: Sequence[Latency], limit: LatencyLimit, chosen: int
+    latencies: Sequence[Latency],
+    limit: LatencyLimit,
+    chosen: int,
+    unfinished: Unfinished,
 ) -> str | None:
+    """Where few calls take much longer than the others, and a larger size was over the limit."""
     here = _row(latencies, chosen)
     if here is None or here.at_percentile_seconds < _DISTURBED * here.p50_seconds:
         return None
+    slower = (e.at_percentile_seconds for e in latencies if e.batch_size > chosen)
+    if unfinished.over is None and all(taken <= limit.seconds for taken in slower):
+        return None  # something else than the limit ends it here
     times = here.at_percentile_seconds / here.p50_seconds
     return (
         f"At {chosen:,} the {_ordinal(limit.percentile)} percentile is {times:,.0f} times the median: something disturbs "

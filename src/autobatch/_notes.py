@@ -36,6 +36,9 @@ _TIGHT: Final = (
     0.05  # share of what others leave of a device below which little more fits
 )
 _SPREAD: Final = 0.05  # speeds no further apart are alike: timings tell no more
+_WILD: Final = (
+    0.3  # of its median, that a speed reaches up and down: others of it are noise
+)
 _WAITING: Final = (
     0.1  # share of the time beyond which more workers help more than a larger batch
 )
@@ -172,6 +175,7 @@ def notes(found: Findings) -> tuple[str, ...]:
         _not_sought(found),
         _refused(found),
         # How far to trust what was measured
+        _scattered(found),
         _drifted(found),
         _fallback(found),
     )
@@ -200,7 +204,10 @@ def _why_not_exact(found: Findings, asked: int) -> str:
             f"{found.plan.accumulate_grad_batches:,} of {found.plan.micro_batch_size:,}"
         )
     if found.last_samples is not None and 1 in _refused_sizes(found):
-        return f"with {asked:,}, an epoch would end with a single sample, which the workload refused"
+        return (
+            f"with {asked:,}, an epoch would end with a single sample, which the workload refused; "
+            "drop_last=True of the loader leaves it out"
+        )
     return "no plan that gives it exactly was verified"
 
 
@@ -326,6 +333,23 @@ def _listed(sizes: list[int]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
+def _scattered(found: Findings) -> str | None:
+    """Where single updates of the chosen size differ so much that sizes can hardly be compared."""
+    chosen = found.plan.micro_batch_size
+    here = next((row for row in found.sizes if row.batch_size == chosen), None)
+    if here is None:
+        return None
+    low, high = here.samples_per_second_low, here.samples_per_second_high
+    if low is None or high is None:
+        return None
+    if (high - low) / 2 <= _WILD * here.samples_per_second:
+        return None
+    return (
+        f"Single updates of {chosen:,} ran at {low:,.0f} to {high:,.0f} samples/s; on a quieter machine another size may "
+        "be the fastest."
+    )
+
+
 def _drifted(found: Findings) -> str | None:
     drifts = [_clear_drift(point) for point in found.curve if point.drift is not None]
     drift = statistics.median(drifts) if drifts else 0.0
@@ -343,6 +367,8 @@ def _clear_drift(point: CurvePoint) -> float:
 def _out_of_time(found: Findings) -> str | None:
     if found.time_limit is None:
         return None
+    if found.latency_limit is not None:
+        return f"The search stopped at time_limit={found.time_limit:g} seconds: larger sizes may answer in time too."
     return (
         f"The search stopped at time_limit={found.time_limit:g} seconds: "
         f"{found.largest_fit:,} is the largest verified so far, more may fit."

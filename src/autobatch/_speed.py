@@ -55,6 +55,7 @@ class Speed:
         self._timed = timed
         self._waited = Loading(0.0, 0.0, 0)
         self._failed: set[int] = set()  # sizes that memory has no room for any more
+        self._seconds = 0.0  # that timing may take, and has not
 
     @property
     def loading(self) -> Loading | None:
@@ -100,6 +101,29 @@ class Speed:
             point(size, self._timed.pattern(size), visits, tried[size].peak)
             for size, visits in timings.items()
         )
+        self._seconds = seconds - (record.now - began)
+
+    def add(self, size: int) -> None:
+        """Time one more, which was run since, as far as there is time left."""
+        reached = {each.batch_size for each in self.curve}
+        if not reached or size in {*reached, *self.unreached}:
+            return
+        record = self._timed.record
+        began = record.now
+        trial = next(t for t in reversed(record.trials) if t.batch_size == size)
+        visits = in_turns(
+            [size],
+            visit=self._visit,
+            affordable=lambda taken: record.now - began + taken <= self._seconds,
+            update_seconds=lambda _: (trial.step_seconds or 0.0) * trial.accumulate,
+        ).get(size)
+        if visits:
+            added = point(size, self._timed.pattern(size), visits, trial.peak)
+            self.curve = tuple(
+                sorted((*self.curve, added), key=lambda each: each.batch_size)
+            )
+        else:
+            self.unreached = (*self.unreached, size)
 
     def _try_aside(self, size: int) -> None:
         """Run a trial that the search did not ask for."""

@@ -69,7 +69,7 @@ def speed_fact(row: SpeedRow, rows: Sequence[SpeedRow]) -> Fact:
 def _fastest_of(row: SpeedRow, rows: Sequence[SpeedRow]) -> str:
     timed = [each for each in rows if each.updates is not None] or rows
     if len(rows) == 1:
-        return ""
+        return "by one trial, a few steps" if row.updates is None else ""
     if row not in timed:
         return f"by its trial alone; {len(timed)} others were timed"
     if len(timed) < len(rows):

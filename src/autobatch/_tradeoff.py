@@ -8,6 +8,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from autobatch._throughput import fit_line, settled
+from autobatch._trial import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -140,6 +141,13 @@ class Costs:
             row = replace(row, learning_rate_factor=factor)
         return row if self.noise is None else self._compared(row, self.noise)
 
+    def last_samples(self, rung: BatchPlan) -> int | None:
+        """Samples in the last micro-batch of an epoch, where that is known."""
+        if self.dataset_size is None:
+            return None
+        of_rank = -(-self.dataset_size // rung.world_size)
+        return of_rank % rung.micro_batch_size or rung.micro_batch_size
+
     @property
     def _chosen(self) -> int:
         samples, effective = self.dataset_size, self.plan.effective_batch_size
@@ -197,9 +205,17 @@ def effective_rows(
     costs: Costs, trials: Sequence[Trial], curve: Sequence[CurvePoint]
 ) -> tuple[EffectiveRow, ...]:
     """A ladder of effective batches, about a factor of two apart: the plan's own among them, all of the data at its end."""
-    run = {trial.batch_size for trial in settled(trials) if trial.fits}
+    tried = settled(trials)
+    run = {trial.batch_size for trial in tried if trial.fits}
     run |= {point.batch_size for point in curve}
-    rows = map(costs.row, _ladder(costs.plan, run, costs.dataset_size))
+    refused = {t.batch_size for t in tried if t.outcome is Outcome.REFUSED}
+    rungs = _ladder(costs.plan, run, costs.dataset_size)
+    rows = [
+        costs.row(rung)
+        for rung in rungs
+        # Training with it would fail at the end of an epoch
+        if rung == costs.plan or costs.last_samples(rung) not in refused
+    ]
     chosen = costs.row(costs.plan)
     return tuple(
         row

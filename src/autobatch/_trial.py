@@ -319,7 +319,7 @@ def _try(trial: Trial, workload: Workload, steps: int, bench: Bench) -> Trial:
     if watch and not watch.profile:
         raise ValueError(
             f"The workload allocated no memory at all in a step at batch_size={trial.batch_size}; "
-            "it must run a training step each time it yields."
+            "it must run a step each time it yields: train on a batch, or answer one."
         )
     ran = replace(ran, outcome=Outcome.FIT).judged(bench.budget())
     if not ran.fits:

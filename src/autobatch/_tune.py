@@ -116,6 +116,7 @@ def tune(
         if tuning.limit is None:
             tuning.time_sizes()
             plan = tuning.choose()
+            tuning.time_chosen(plan)
         else:
             plan = tuning.choose_within()
     tuning.check_agreement(plan)
@@ -319,6 +320,12 @@ class _Tuning:
         # Nothing times what is tried from now on
         self.bench = replace(self.bench, times_later=False)
 
+    def time_chosen(self, plan: BatchPlan) -> None:
+        """Time the size that was chosen, where that was run after the others were timed."""
+        began = self._deadline.spent
+        self._speed.add(plan.micro_batch_size)
+        self._deadline.leave_out(self._deadline.spent - began)
+
     def _with_its_time(self, trial: Trial) -> Trial:
         """A trial as the curve timed its size: while memory is watched, steps are slower."""
         for timed in self._speed.curve:
@@ -366,6 +373,7 @@ class _Tuning:
             in_time=self._takes_its_time,
             attempt=lambda size, accumulate: self.attempt(size, accumulate=accumulate),
             check=self._check_can_accumulate,
+            can_accumulate=self._job.can_accumulate,
             last_samples=self._job.last_samples or (lambda _: None),
         )
         plan = (
