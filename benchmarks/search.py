@@ -342,60 +342,86 @@ def page(on_paper, real, seconds):
 
 
 def draw(on_paper, real, path):
-    """Found / true against how many trials did not fit."""
+    """Found / true against how many trials did not fit, in the look of the report's own pictures."""
     import matplotlib as mpl
 
     mpl.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
-    sets = {"curves": on_paper, "networks": real}
+    from autobatch._figure._axes import GREY, INK, STYLE
+
+    sets = {"Curves, on paper": on_paper, "Networks, real tensors": real}
     sets = {title: cells for title, cells in sets.items() if cells}
-    figure, axes = plt.subplots(
-        1,
-        len(sets),
-        figsize=(6 * len(sets), 4.5),
-        squeeze=False,
-        sharey=True,
-        layout="constrained",
-    )
-    names = list(dict.fromkeys(c.contestant for c in (*on_paper, *real)))
-    colours = {name: mpl.colormaps["tab20"](at) for at, name in enumerate(names)}
-    for axis, (title, cells) in zip(axes[0], sets.items(), strict=True):
-        for name in dict.fromkeys(c.contestant for c in cells):
-            of = [c for c in cells if c.contestant == name and c.true >= 30 and c.rises]
-            axis.errorbar(
-                statistics.fmean(c.result.unfit for c in of),
-                statistics.fmean(c.ratio for c in of),
-                xerr=_spread([c.result.unfit for c in of]),
-                yerr=_spread([c.ratio for c in of]),
-                fmt="o" if name in _OURS else "s",
-                label=name,
-                color=colours[name],
-                alpha=0.8,
-                linewidth=0.7,
-            )
-        axis.set_xscale("symlog", linthresh=1)
-        axis.set_xlim(left=-0.2)
-        axis.set_xlabel("trials that did not fit: mean, least and most")
-        axis.set_title(title)
-        axis.axhline(1, color="grey", linewidth=0.5)
-    axes[0][0].set_ylabel("found / true")
-    seen = [axis.get_legend_handles_labels() for axis in axes[0]]
-    shown = {
-        label: dot
-        for dots, labels in seen
-        for dot, label in zip(dots, labels, strict=True)
-    }
-    figure.legend(shown.values(), shown, fontsize=7, loc="outside right center")
-    figure.savefig(path, dpi=120)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(6.1 * len(sets), 5.2), dpi=120, layout="constrained")
+        axes = figure.subplots(1, len(sets), squeeze=False, sharey=True)[0]
+        for axis, title in zip(axes, sets, strict=True):
+            axis.set_title(title, loc="left", fontweight="bold", fontsize=11)
+            axis.set_xscale("symlog", linthresh=1)
+            axis.set_xlim(-0.25, 100)
+            axis.set_ylim(0, 1.2)
+            ticks = (0, 1, 3, 10, 30, 100)
+            axis.set_xticks(ticks, map(str, ticks))
+            axis.set_xlabel("trials that did not fit", color=GREY)
+            axis.axhline(1, color=INK, linewidth=0.8)
+        axes[0].set_ylabel("found / true", color=GREY)
+        figure.suptitle(
+            "What each search finds, and how often it tries what does not fit",
+            x=0.01,
+            ha="left",
+            fontweight="bold",
+            fontsize=15,
+        )
+        figure.supxlabel(
+            "Each point is the mean of all curves or networks with a true maximum of 30 or more, lines are from the "
+            "least to the most; above 1 is more than fits.",
+            x=0.01,
+            ha="left",
+            fontsize=8.5,
+            color=GREY,
+        )
+        figure.draw_without_rendering()
+        for axis, cells in zip(axes, sets.values(), strict=True):
+            _points(axis, cells)
+        figure.savefig(path)
+
+
+def _points(axis, cells):
+    """Who found what: those at the same place share a point and a label."""
+    from autobatch._figure._axes import ACCENT, BAR, GREY, INK
+    from autobatch._figure._labels import Labels
+
+    labels = Labels(axis)
+    places = {}
+    for name in dict.fromkeys(c.contestant for c in cells):
+        of = [c for c in cells if c.contestant == name and c.true >= 30 and c.rises]
+        unfit, ratios = [c.result.unfit for c in of], [c.ratio for c in of]
+        at = statistics.fmean(unfit), statistics.fmean(ratios)
+        where = (round(at[0], 1), round(at[1], 2), name in _OURS)
+        places.setdefault(where, (at, unfit, ratios, []))[-1].append(name)
+    for (_, _, is_ours), ((x, y), unfit, ratios, _) in places.items():
+        ink = ACCENT if is_ours else BAR
+        axis.plot([min(unfit), max(unfit)], [y, y], color=ink, linewidth=0.9)
+        axis.plot([x, x], [min(ratios), max(ratios)], color=ink, linewidth=0.9)
+        axis.plot(x, y, "o", ms=8, color=ACCENT if is_ours else GREY, zorder=5)
+        labels.avoid([x], [y])
+    for (_, _, is_ours), (at, *_, names) in sorted(
+        places.items(), key=lambda each: not each[0][2]
+    ):
+        labels.put(
+            ",\n".join(names),
+            [at],
+            distances=(7, 14, 26, 40),
+            needed=True,
+            fontsize=8.5,
+            color=ACCENT if is_ours else INK,
+            fontweight="bold" if is_ours else "normal",
+            linespacing=1.15,
+            zorder=6,
+        )
 
 
 _OURS = {c.name for c in contestants.OURS} | {"find, bare peaks"}
-
-
-def _spread(values):
-    mean = statistics.fmean(values)
-    return [[mean - min(values)], [max(values) - mean]]
 
 
 def arguments():
