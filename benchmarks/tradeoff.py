@@ -14,8 +14,6 @@ import argparse
 import importlib
 import itertools
 import json
-import os
-import platform
 import statistics
 import time
 import warnings
@@ -24,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pages import machine, renew, table
 from scipy.stats import kendalltau
 from sklearn.datasets import load_digits
 from torch import nn
@@ -412,22 +411,6 @@ def verdicts(size, paces, seconds, reached, noises):
 # Tables
 
 
-def table(header, rows):
-    """Lines of a table that reads as well in a terminal as on a page."""
-    cells = [header, *rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-
-    def line(row):
-        first, *others = (
-            c.ljust(w) if not i else c.rjust(w)
-            for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        )
-        return f"| {' | '.join([first, *others])} |"
-
-    rule = [("-" * widths[0]), *("-" * (w - 1) + ":" for w in widths[1:])]
-    return "\n".join([line(header), f"| {' | '.join(rule)} |", *map(line, rows)])
-
-
 def updates_table(size, reached):
     """Of each batch and target: the median updates, and the learning rate they took."""
     rows = []
@@ -508,19 +491,6 @@ def summary_table(found):
         ],
         rows,
     )
-
-
-def machine():
-    return f"{os.cpu_count()} cores ({platform.machine()}), one thread; Python {platform.python_version()}, torch {torch.__version__}"
-
-
-def renew(path, text):
-    """Put the text between the marks of a page, or make a page of it."""
-    begin, end = "<!-- tradeoff.py -->", "<!-- end of tradeoff.py -->"
-    page = path.read_text(encoding="utf-8") if path.exists() else f"{begin}{end}\n"
-    before, _, rest = page.partition(begin)
-    after = rest.partition(end)[2]
-    path.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
 
 
 def page(size, paces, seconds, reached, noises, found):
@@ -610,7 +580,7 @@ def main():
             encoding="utf-8",
         )
     if given.markdown:
-        renew(given.markdown, text)
+        renew(given.markdown, "tradeoff.py", text)
 
 
 def _numbers(size, paces, seconds, reached, noises, found):
