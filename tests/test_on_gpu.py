@@ -1,0 +1,92 @@
+"""What benchmarks/on_gpu.sh does on a GPU, run in little on a simulated one."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import autobatch
+from autobatch.testing import ReplayedDevice
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def on_gpu(tmp_path_factory):
+    """The folder that everything for a GPU was written to, run in little on a simulated one."""
+    if not any(map(importlib.util.find_spec, ("pytorch_lightning", "lightning"))):
+        pytest.skip("needs Lightning")
+    folder = tmp_path_factory.mktemp("on_gpu")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    ran = subprocess.run(
+        ["bash", BENCHMARKS / "on_gpu.sh", folder, "--device", "cpu"],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=False,
+        env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"},
+    )
+    assert ran.returncode == 0, ran.stdout[-4000:]
+    assert (folder / "log.txt").read_text(encoding="utf-8") == ran.stdout
+    return folder
+
+
+@pytest.mark.timeout(600)
+def test_everything_for_a_gpu_is_one_command(on_gpu):
+    _, _, short = (
+        (on_gpu / "log.txt").read_text(encoding="utf-8").partition("=== in short\n")
+    )
+
+    parts = ["what autobatch sees", "tests", "benchmark", "recordings"]
+    assert [line.partition(":")[0] for line in short.splitlines()] == parts
+    assert all(": went well, " in line for line in short.splitlines())
+
+
+@pytest.mark.timeout(600)
+def test_the_benchmark_of_a_gpu_compares_ways_to_find_a_batch_size(on_gpu):
+    told = json.loads((on_gpu / "gpu.json").read_text(encoding="utf-8"))
+    text = (on_gpu / "gpu.md").read_text(encoding="utf-8")
+
+    assert told["surroundings"]["device"] == "simulated accelerator"
+    (result,) = told["results"]
+    rows = {row["method"]: row for row in result["rows"]}
+    own = rows["autobatch"]
+    assert own["found"] >= max(row["found"] or 0 for row in rows.values()) * 0.97
+    assert own["ooms"] == own["ooms_in_steps"] == 0
+    assert own["steps"] == 5
+    assert 0.9 < own["used"] <= 1
+    assert rows["Lightning, power"]["ooms"] > 0
+    assert rows["accelerate"]["found"] or "not installed" in rows["accelerate"]["said"]
+    assert result["plan"]["ratio"] > 0
+    assert result["noise_scale"]["extra_time"] > -1
+    assert re.search(r"(?m)^\| U-Net, Lightning, binsearch +\|", text)
+    assert "\nGoal, 97% of the memory used" in text
+
+
+@pytest.mark.timeout(600)
+def test_a_search_is_recorded_and_played_back(on_gpu):
+    device = ReplayedDevice(on_gpu / "u-net.json")
+    recording = device.recording
+
+    report = autobatch.find(
+        device.workload, device=device, memory_limit=recording.memory_limit
+    )
+
+    assert {run.accumulate for run in recording.runs} == {1, 2}
+    assert any(run.ran_out for run in recording.runs)
+    assert report.plan.micro_batch_size >= 0.98 * device.largest
+
+
+def test_the_page_of_benchmarks_has_a_place_for_those_of_a_gpu():
+    page = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
+
+    assert page.count("<!-- gpu.py -->") == page.count("<!-- end of gpu.py -->") == 1
