@@ -262,9 +262,11 @@ def _storages(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
     elif torch.nn.parameter.is_lazy(tensor):
         return  # no memory yet
     elif tensor.layout is torch.strided:
-        # functorch wrappers and opaque tensors have no storage to show: there is nothing to count, and no error in it
-        with contextlib.suppress(NotImplementedError, RuntimeError):
-            yield tensor.untyped_storage()
+        try:
+            storage = tensor.untyped_storage()
+        except (NotImplementedError, RuntimeError):
+            return  # functorch wrappers and opaque tensors have none to show: there is nothing to count
+        yield storage
     elif tensor.layout is torch.sparse_coo:
         yield from _storages(tensor._indices())
         yield from _storages(tensor._values())
