@@ -107,6 +107,14 @@ def test_no_row_is_offered_with_which_training_would_fail():
     assert not ending_with_one(refusing)
 
 
+def test_the_speed_of_a_known_plan_is_told_to_be_that_of_one_trial():
+    device = PaperDevice(1000, fixed=200, per_sample=8)
+
+    known = found(device, plan=BatchPlan(64))
+
+    assert "samples/s        by one trial, a few steps" in str(known)
+
+
 @pytest.mark.curve
 def test_speed_is_no_reason_to_accumulate_for_a_loop_that_can_not():
     # Small micro-batches are as fast, and the smallest within 5 % of the fastest is taken

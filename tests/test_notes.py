@@ -166,6 +166,10 @@ def test_where_nothing_is_noteworthy_nothing_is_said():
                 "Timings drifted by 12 % while sizes were timed; something else may use this device.",
             ),
             (
+                {"time_limit": 40.0, "latency_limit": 1.0, "task": "answer"},
+                "The search stopped at time_limit=40 seconds: larger sizes may answer in time too.",
+            ),
+            (
                 {"curve": (scattered(32, 0.5, 2.0),)},
                 (
                     "Single updates of 32 ran at 16 to 64 samples/s; on a quieter machine another size may be the "
