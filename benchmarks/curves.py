@@ -179,6 +179,21 @@ def profiled(maxima):
         yield Curve("with profiles", name, truth(peak), peak, profile=profile)
 
 
+def pairs(maxima):
+    """A matrix of all pairs of samples, as a contrastive loss makes: memory grows with the square of the size."""
+    for largest, share, is_seen in itertools.product(maxima, (0.1, 0.6), (True, False)):
+
+        def profile(size, of=1 / (largest + 0.5), share=share):
+            linear, square = (1 - share) * of * size, share * (of * size) ** 2
+            held = (linear / 3, linear, linear + square, square)
+            return tuple(RESIDENT + int(ROOM * each) for each in held)
+
+        peak = lambda size, profile=profile: max(profile(size))  # noqa: E731
+        kind = "all pairs, with profiles" if is_seen else "all pairs"
+        seen = profile if is_seen else None
+        yield Curve(kind, f"{share:.0%}", truth(peak), peak, profile=seen)
+
+
 def stepwise(maxima):
     """An allocator that hands out 20 MiB at a time."""
     grain = 20 * MIB
@@ -257,6 +272,6 @@ def extremes(_):
 
 def curves(maxima=MAXIMA):
     """Every one of them."""
-    kinds = (straight, profiled, stepwise, late_state, jumping, cliffs, plateaus)
+    kinds = (straight, profiled, pairs, stepwise, late_state, jumping, cliffs, plateaus)
     kinds = (*kinds, humps, noises, neighbours, extremes)
     return [curve for kind in kinds for curve in kind(maxima)]

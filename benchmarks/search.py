@@ -238,8 +238,8 @@ def goals_table(on_paper, real):
     plain = [c for c in ours if c.kind in PLAIN]
     rough = [c for c in ours if c.kind in ROUGH]
     sized = [c for c in ours if c.true >= 30 and c.kind != "all of it fits"]
-    seen = [c for c in sized if c.kind == "with profiles"] + net
-    bare = [c for c in sized if c.kind not in ("with profiles", "cliff")]
+    seen = [c for c in sized if "with profiles" in c.kind] + net
+    bare = [c for c in sized if "with profiles" not in c.kind and c.kind != "cliff"]
     rows = [
         _goal("unsafe answers", "0", [c.is_unsafe for c in (*ours, *net)], sum, 0),
         _goal(

@@ -239,3 +239,36 @@ def test_a_plain_list_is_a_data_set():
 
     assert report.look.read == 64
     assert (report.plan.micro_batch_size, 16) in model.shapes
+
+
+def _labelled():
+    tensor = torch.ones(3)
+    tensor.label = 7
+    return tensor
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.ones(3),
+        _labelled(),
+        torch.ones(3, requires_grad=True),
+        torch.nn.Parameter(torch.ones(3)),
+        torch.ones(3, dtype=torch.complex64).conj(),
+    ],
+    ids=["plain", "with an attribute", "with a gradient", "parameter", "conjugated"],
+)
+def test_a_collate_function_may_reshape_a_sample_and_the_next_batch_has_it_as_it_was(
+    tensor,
+):
+    with torch.no_grad():
+        alias = _samples._unshared(tensor)
+
+    assert type(alias) is type(tensor)
+    assert vars(alias) == vars(tensor)
+    assert alias.requires_grad == tensor.requires_grad
+    assert alias.data_ptr() == tensor.data_ptr()
+    assert torch.equal(alias, tensor)
+    shape = tensor.shape
+    alias.detach_().unsqueeze_(0)
+    assert tensor.shape == shape

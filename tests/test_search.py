@@ -455,6 +455,26 @@ def test_a_peak_over_the_budget_says_how_far_to_go_down():
 LARGEST = (30, 37, 64, 100, 150, 256, 500, 1000, 2000, 3333, 5000, 7777, 10_000)
 
 
+PAIRS = (0.02, 0.1, 0.3, 0.6, 0.9)  # of the room, when it is full
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Activations, and then a matrix of all pairs besides, which is what is left in the end."""
+
+    largest: int
+    share: float
+
+    def profile(self, size):
+        linear = (1 - self.share) * size / (self.largest + 0.5)
+        square = self.share * (size / (self.largest + 0.5)) ** 2
+        held = (linear / 3, linear, linear + square, square)
+        return tuple(RESIDENT + int(ROOM * each) for each in held)
+
+    def peak(self, size):
+        return max(self.profile(size))
+
+
 @dataclass(frozen=True)
 class Curve:
     peak: Callable
@@ -544,6 +564,16 @@ def humps():
     return [Curve(hump(*each)) for each in product(LARGEST, (0, 0.3))]
 
 
+def pairs():
+    """Besides a straight line something for every pair of samples, as a loss that contrasts them has."""
+    return [Curve(Pairs(n, share).peak) for n in LARGEST for share in PAIRS]
+
+
+def profiled_pairs():
+    models = [Pairs(n, share) for n in LARGEST for share in PAIRS]
+    return [Curve(model.peak, profile=model.profile) for model in models]
+
+
 def profiles():
     models = [Model(n, plateau) for n in LARGEST for plateau in (0, 0.3, 0.7)]
     return [Curve(model.peak, profile=model.profile) for model in models]
@@ -582,17 +612,20 @@ def cost(curves):
 
 # The aim: 4 trials and at most 6 with profiles, 6 and at most 9 without; nothing failing on lines, states and grains, at
 # most one failure on jumps and noise. Where more is allowed here, the aim is not reached: the size at which memory
-# jumps over the budget, or leaves a plateau, or which of two noisy sizes fits, shows in no reading below it.
+# jumps over the budget, or leaves a plateau, or which of two noisy sizes fits, shows in no reading below it, and that
+# it bends, in no two.
 LIMITS = {
     profiles: Cost(4, 4, 0),
+    profiled_pairs: Cost(4, 7, 2, 0.02),
     lines: Cost(4, 6, 0),
     states: Cost(5, 6, 0),
-    grains: Cost(4, 6, 0),
+    grains: Cost(4, 7, 0),
+    pairs: Cost(5, 7, 3, 0.12),
     humps: Cost(4, 9, 1),
     jumps: Cost(6, 9, 1),
-    cliffs: Cost(11, 12, 7, 1.0),
-    plateaus: Cost(7, 12, 5, 0.4),
-    noises: Cost(6, 13, 4, 0.09),
+    cliffs: Cost(11, 13, 7, 1.0),
+    plateaus: Cost(7, 12, 5, 0.38),
+    noises: Cost(6, 12, 4, 0.07),
 }
 
 
@@ -607,7 +640,18 @@ def test_a_search_costs_no_more_than(family):
 
 
 @pytest.mark.parametrize(
-    "family", [lines, states, grains, jumps, cliffs, plateaus, profiles]
+    "family",
+    [
+        lines,
+        states,
+        grains,
+        jumps,
+        cliffs,
+        plateaus,
+        pairs,
+        profiles,
+        profiled_pairs,
+    ],
 )
 def test_on_curves_that_never_fall_99_percent_are_found(family):
     for curve, start in product(family(), (8, 32)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 __all__ = [
     "NO_LIMIT",
     "PROOF",
+    "Curve",
     "Line",
     "Reading",
     "limit_of",
@@ -25,6 +27,9 @@ PROOF: Final = 3  # points that prove a line
 NO_LIMIT: Final = sys.maxsize  # where memory does not grow with the size
 # Of a measured peak: profiles that miss one by more are not believed
 _MISBELIEF: Final = 0.01
+# Of a line, from its base: points that are nearer say little of where it goes
+_APART: Final = 0.1
+_ROUNDING: Final = 2  # bytes by which a point may miss a line that it is on
 
 
 class Reading(NamedTuple):
@@ -82,6 +87,7 @@ class Line(NamedTuple):
     base: Reading
     top: Reading
     points: int
+    witnesses: int  # of the points between its ends, those that are far enough from the first to say anything
     stray: float  # how far one of them lies off it at most, as a share of the room
     is_noisy: bool  # whether they lie on both sides of it
     is_bent: bool  # whether they all lie below it: memory rises ever faster
@@ -90,7 +96,7 @@ class Line(NamedTuple):
     def through(cls, fits: Sequence[Reading], tolerance: float) -> Line:
         """Through as many of the last ones, at least two, as lie on it but for so much, as a share of the room."""
         top = fits[-1]
-        line = cls(fits[-2], top, 2, 0.0, is_noisy=False, is_bent=False)
+        line = cls(fits[-2], top, 2, 0, 0.0, is_noisy=False, is_bent=False)
         for count in range(PROOF, len(fits) + 1):
             base, *between = fits[-count:-1]
             slope = (top.peak - base.peak) / (top.size - base.size)
@@ -98,10 +104,12 @@ class Line(NamedTuple):
             stray = max(map(abs, off)) / max(1, top.room)
             if stray > tolerance:
                 break
+            apart = (top.size - base.size) * _APART
             line = cls(
                 base,
                 top,
                 count,
+                sum(r.size - base.size >= apart for r in between),
                 stray,
                 is_noisy=min(off) < 0 < max(off),
                 is_bent=max(off) < 0,
@@ -110,8 +118,8 @@ class Line(NamedTuple):
 
     @property
     def is_proven(self) -> bool:
-        """Whether enough of them lie on it."""
-        return self.points >= PROOF
+        """Whether others than its ends show that it is one."""
+        return self.witnesses > 0
 
     @property
     def slope(self) -> float:
@@ -138,22 +146,65 @@ class Line(NamedTuple):
         return abs(self.slope - other.slope) * apart <= tolerance * self.top.room
 
 
+class Curve(NamedTuple):
+    """Bytes over the size: a straight line, or where they rise ever faster, a parabola."""
+
+    size: int
+    held: int  # bytes at that size
+    rise: int  # bytes, from an earlier size to it
+    apart: int  # how far below it that one was
+    bend: float  # bytes per sample and sample: how it leaves the line through these two
+
+    @classmethod
+    def through(cls, sizes: Sequence[int], held: Sequence[int]) -> Curve:
+        """Through the first and the last of two or three points, and through the middle one if that lies below."""
+        (a, b), c = sizes[:2], sizes[-1]
+        rise, apart = held[-1] - held[0], c - a
+        below = rise * (b - a) // apart - (held[1] - held[0])
+        if below < -_ROUNDING:
+            # It may go on as it last did, and no flatter
+            return cls(c, held[-1], held[-1] - held[1], c - b, 0.0)
+        bend = below / ((b - a) * (c - b)) if below > _ROUNDING else 0.0
+        return cls(c, held[-1], rise, apart, bend)
+
+    def at(self, size: int) -> float:
+        """Bytes held at a size."""
+        further = size - self.size
+        straight = self.held + self.rise * further / self.apart
+        return straight + self.bend * further * (further + self.apart)
+
+    def limit(self, budget: int) -> int:
+        """The largest size at which it does not pass the budget."""
+        left = budget - self.held
+        if self.bend:
+            steep = self.rise / self.apart + self.bend * self.apart
+            root = math.sqrt(max(0.0, steep**2 + 4 * self.bend * left))
+            return self.size + math.floor((root - steep) / (2 * self.bend))
+        if self.rise > 0:
+            return self.size + left * self.apart // self.rise
+        return NO_LIMIT
+
+
 def profile_limit(readings: list[Reading]) -> int | None:
-    """Size at which the first allocation of a step would reach the budget; None where the lines miss a peak."""
+    """Size at which the first allocation of a step would reach the budget; None where profiles miss a peak."""
     if len(seen := profiled(readings)) <= 1:
         return None
-    a, b = seen[:2]
-    count = min(len(a.profile), len(b.profile))
-    if abs(len(a.profile) - len(b.profile)) > count:
+    read = [*seen[:2], *seen[2:][-1:]]
+    counts = [len(r.profile) for r in read]
+    count = min(counts)
+    if max(counts) > 2 * count:
         return None
+    sizes = [r.size for r in read]
     # Aligned from the end: loading the data, at the start, may take one allocation per sample.
-    lines = list(zip(a.profile[-count:], b.profile[-count:], strict=True))
-    apart = b.size - a.size
+    held = zip(*(r.profile[-count:] for r in read), strict=True)
+    curves = [Curve.through(sizes, each) for each in held]
     for r in readings:
-        steps = (r.size - a.size) / apart
-        foretold = max(low + (high - low) * steps for low, high in lines)
+        foretold = (
+            max(r.profile[-count:])
+            if r in read
+            else max(curve.at(r.size) for curve in curves)
+        )
         if r.size > 1 and abs(foretold - r.peak) > _MISBELIEF * r.peak:
             return None
-    budget = a.peak + a.left
-    reach = (a.size + (budget - x) * apart // (y - x) for x, y in lines if y > x)
-    return min(reach, default=NO_LIMIT)
+    budget = seen[0].peak + seen[0].left
+    return min(curve.limit(budget) for curve in curves)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from autobatch._readings import (
     NO_LIMIT,
     PROOF,
+    Curve,
     Line,
     Reading,
     limit_of,
@@ -74,8 +75,10 @@ class GuidedBisection:
     """Bisection with a better pivot than the middle: the size at which memory should reach the budget.
 
     Where trials carry profiles, two small sizes give one straight line per allocation, and the first line to reach
-    the budget names the largest size. Bare peaks give one line, followed as far as it has proved right; where a size
-    fails that it promised, memory jumps in between, and small steps look for where. Without either it is `Bisection`.
+    the budget names the largest size; a third size turns them into parabolas where memory grows with the square of the
+    batch, as that of all pairs of samples does. Bare peaks give one line, followed as far as it has proved right, or
+    one parabola; where a size fails that it promised, memory jumps in between, and small steps look for where. Without
+    either it is `Bisection`.
 
     The law, wherever memory never falls as the size grows: the size found is within `resolution` of the largest that
     fits (at least one sample), or it leaves unused at most `resolution` of the bytes between what was resident and
@@ -139,8 +142,8 @@ class GuidedBisection:
             # Peaks read further up know better.
             limit = min(limit, limit_of(fits[-2], top))
         elif limit > self.growth * top.size:
-            # A long way: see whether half of it is as foretold.
-            return _Forecast(limit, limit // 2, sure=True)
+            # A long way: see whether the middle of it, in proportion, is as foretold.
+            return _Forecast(limit, math.isqrt(limit * top.size), sure=True)
         return _Forecast(limit, limit, sure=True)
 
     def _from_peaks(
@@ -154,6 +157,8 @@ class GuidedBisection:
         line = self._line(fits)
         if line.limit > _FLAT * top.size and top.size >= 2 * line.base.size:
             return _Forecast(NO_LIMIT, self._along(top, bad), sure=False)
+        if bent := self._along_a_bend(fits, bad):
+            return bent
         trusted = line.is_proven or fits == [line.base, top]
         if bad is not None and trusted and self._promises(line, bad):
             return _Forecast(line.limit, self._before_a_jump(line, bad), sure=False)
@@ -171,6 +176,27 @@ class GuidedBisection:
         sure = full or (line.is_proven and straight)
         return _Forecast(line.limit, min(aims), sure, noise)
 
+    def _along_a_bend(self, fits: list[Reading], bad: int | None) -> _Forecast | None:
+        """Follow a parabola, where readings lie on one rather than on a line, and a failure does not deny it."""
+        if len(fits) < PROOF:
+            return None
+        *before, a, b, top = fits
+        parabola = _parabola(a, b, top)
+        limit = parabola.limit(top.peak + top.left)
+        near = self.resolution * top.room
+        off = parabola.bend * (b.size - a.size) * (top.size - b.size)
+        # Where a line has promised what failed, less of a bend is enough
+        is_bent = off > (2 * near if bad is None else near / 32)
+        is_denied = bad is not None and limit >= bad
+        if not is_bent or is_denied:
+            return None
+        if any(abs(parabola.at(r.size) - r.peak) > near for r in before):
+            return None
+        aim = limit - int(self.resolution / 2 * limit)
+        last = [_parabola(r, a, b).at(top.size) for r in before[-1:]]
+        sure = any(abs(foretold - top.peak) <= near for foretold in last)
+        return _Forecast(limit, aim, sure)
+
     def _line(self, fits: list[Reading]) -> Line:
         """The line to follow: an exact one, also one that goes on after a jump, or else a rough one."""
         exact = Line.through(fits, self.resolution / 4)
@@ -178,7 +204,7 @@ class GuidedBisection:
             return exact
         before = self._before(fits)
         if before is not None and exact.is_parallel(before, self.resolution / 4):
-            return exact._replace(points=PROOF)
+            return exact._replace(witnesses=1)
         rough = Line.through(fits, 2 * self.resolution)
         return exact if rough.is_bent else rough
 
@@ -188,7 +214,7 @@ class GuidedBisection:
             if len(fits) - count < PROOF:
                 return None
             before = Line.through(fits[:-count], self.resolution)
-            if before.is_proven and before.limit < _FLAT * before.top.size:
+            if before.points >= PROOF and before.limit < _FLAT * before.top.size:
                 return before
         return None
 
@@ -299,6 +325,11 @@ class _Bracket(NamedTuple):
             return False
         gap = max(1, int(resolution * self.bad)) if self.good else 1
         return self.bad - self.low <= gap
+
+
+def _parabola(a: Reading, b: Reading, top: Reading) -> Curve:
+    """The curve through three peaks."""
+    return Curve.through((a.size, b.size, top.size), (a.peak, b.peak, top.peak))
 
 
 def _small_size(readings: list[Reading], fits: list[Reading], bracket: _Bracket) -> int:

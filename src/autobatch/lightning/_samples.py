@@ -293,8 +293,24 @@ def _size(sample: Any, depth: int) -> int:
     return 1
 
 
+def _alias(tensor: torch.Tensor) -> torch.Tensor:
+    """Another tensor of the same storage; copying one costs ten times as much, and large batches are many samples."""
+    is_plain = type(tensor) is torch.Tensor and tensor.layout is torch.strided
+    has_more = (
+        tensor.requires_grad
+        or tensor.__dict__
+        or tensor.is_quantized
+        or tensor.is_conj()
+        or tensor.is_neg()
+    )
+    if is_plain and not has_more:
+        where = tensor.storage_offset(), tensor.size(), tensor.stride()
+        return tensor.new_empty(0).set_(tensor.untyped_storage(), *where)
+    return copy.copy(tensor)
+
+
 def _unshared(
-    sample: Any, copied: Callable[[torch.Tensor], torch.Tensor] = copy.copy
+    sample: Any, copied: Callable[[torch.Tensor], torch.Tensor] = _alias
 ) -> Any:
     """A sample in containers of its own; what they contain is shared, but for tensors as `copied` has it."""
     if isinstance(sample, dict):
