@@ -317,6 +317,15 @@ def _against_binsearch(real):
                     _met(max(shares) <= most),
                 ]
             )
+        least = [contestants.STEPS * a.found / b.samples for a, b in pairs if a.found]
+        rows.append(
+            [
+                f"samples of its {contestants.STEPS} steps at the answer alone, {name}, against binsearch",
+                "",
+                _range(least, lambda share: f"{share:.2f}"),
+                "",
+            ]
+        )
     return rows
 
 
