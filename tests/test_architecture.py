@@ -31,7 +31,7 @@ LAYERS = (
     ("_ledger", "_kept"),
     (
         "_snapshot",
-        "_trial",
+        "_workload",
         "_noise_scale",
         "_learning_rate",
         "_latency",
@@ -39,6 +39,8 @@ LAYERS = (
         "_equivalence",
         "_recording",
     ),
+    ("_timing",),
+    ("_trial",),
     ("_curve", "_calls", "_gradients", "_readings"),
     ("_pace", "_ranks"),
     ("_plan", "_record", "_answers"),

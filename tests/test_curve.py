@@ -13,7 +13,7 @@ import autobatch
 from autobatch._curve import curve_sizes, enough, in_turns, point
 from autobatch._notes import Findings, notes
 from autobatch._plan import BatchPlan
-from autobatch._trial import Timing
+from autobatch._timing import Timing
 from autobatch.testing import PaperDevice, SimulatedAccelerator
 
 pytestmark = pytest.mark.curve

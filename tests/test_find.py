@@ -17,8 +17,9 @@ from autobatch._memory import memory_budget
 from autobatch._optimizers import OptimizerWatch
 from autobatch._settings import Settings
 from autobatch._snapshot import Snapshot
-from autobatch._trial import Bench, run_trial
+from autobatch._trial import run_trial
 from autobatch._tune import Job, tune
+from autobatch._workload import Bench
 from autobatch.sinks import progress
 from autobatch.testing import PaperDevice, SimulatedAccelerator
 from networks import Perceptron, ResNet, Transformer, training

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from autobatch._optimizers import OptimizerWatch
-from autobatch._trial import Bench, Outcome, Trial, run_trial
+from autobatch._trial import Outcome, Trial, run_trial
+from autobatch._workload import Bench
 from autobatch.errors import ShortTrialError
 from autobatch.testing import PaperDevice, SimulatedAccelerator
 from networks import Perceptron, training

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from autobatch._trial import time_calls
+from autobatch._timing import time_calls
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from autobatch._trial import Bench, Workload
+    from autobatch._workload import Bench, Workload
 
 __all__ = ["Calls", "turn_seconds"]
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from autobatch._trial import Timing
+    from autobatch._timing import Timing
 
 __all__ = ["SECONDS", "CurvePoint", "curve_sizes", "enough", "in_turns", "point"]
 

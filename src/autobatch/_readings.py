@@ -1,4 +1,4 @@
-"""What trials held, and where the straight lines through it reach the budget."""
+"""What trials held, and where lines and parabolas through it reach the budget."""
 
 from __future__ import annotations
 

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING
 
 from autobatch._curve import curve_sizes, enough, in_turns, point
 from autobatch._loading import Loading, loading_watch
-from autobatch._trial import time_updates
+from autobatch._timing import time_updates
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from autobatch._curve import CurvePoint
     from autobatch._record import Record
-    from autobatch._trial import Bench, Timing, Trial, Workload
+    from autobatch._timing import Timing
+    from autobatch._trial import Trial
+    from autobatch._workload import Bench, Workload
 
 __all__ = ["Speed", "Timed"]
 

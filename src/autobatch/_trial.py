@@ -3,40 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import gc
-import operator
 import statistics
-import sys
-import traceback
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from functools import partial
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Final
 
-from autobatch._memory import is_oom
-from autobatch.errors import ShortTrialError
+from autobatch._timing import pace, timed
+from autobatch._workload import OutOfMemory, Running, compiles, survived
 
 if TYPE_CHECKING:
-    from autobatch._memory import MemoryProbe, Watch
-    from autobatch._optimizers import OptimizerWatch
+    from collections.abc import Sequence
 
-__all__ = [
-    "Bench",
-    "Outcome",
-    "Timing",
-    "Trial",
-    "Workload",
-    "recover",
-    "run_trial",
-    "time_calls",
-    "time_updates",
-]
+    from autobatch._memory import Watch
+    from autobatch._workload import Bench, Workload
 
-T = TypeVar("T")
-
-# (batch size, accumulation) -> a training loop that yields after every optimizer step
-Workload: TypeAlias = Callable[[int, int], Iterator[Any]]
+__all__ = ["Outcome", "Trial", "run_trial"]
 
 # Steps granted until an optimizer has really stepped: a GradScaler may skip the first dozen while its scale settles.
 _WARM_UP: Final = 20
@@ -97,66 +78,6 @@ class Trial:
         )
 
 
-class _Run:
-    """A running workload: its steps counted, started again when it ends after at least one of them."""
-
-    def __init__(self, workload: Workload, batch_size: int, accumulate: int) -> None:
-        self.steps = 0
-        self.starts = 1
-        self.counts: list[int] = []  # samples of its micro-batches, where it says
-        self.accumulate = accumulate
-        self._start: Callable[[], Iterator[Any]] = partial(
-            workload, batch_size, accumulate
-        )
-        self._batch_size = batch_size
-        self._steps = self._start()
-
-    def step(self) -> None:
-        try:
-            said = next(self._steps)
-        except StopIteration:
-            self._steps = self._start()
-            self.starts += 1
-            try:
-                said = next(self._steps)
-            except StopIteration:
-                raise self._too_short() from None
-        self.steps += 1
-        count = _count(said)
-        if count is not None:
-            self.counts.append(count)
-
-    def close(self) -> None:
-        if hasattr(self._steps, "close"):
-            self._steps.close()
-
-    def _too_short(self) -> ShortTrialError:
-        return ShortTrialError(
-            f"The workload ended after {self.steps} optimizer steps at batch_size={self._batch_size}, without "
-            "yielding again when it was started anew. A trial that runs no step proves nothing: yield after every "
-            "optimizer step, or after every answer."
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Bench:
-    """What trials run on.
-
-    Args:
-        probe: The device.
-        budget: Reads how many bytes this process may hold now.
-        optimizers: Counts and times optimizer steps.
-        first_touch: Watches for modules that no one has seen yet.
-        times_later: Whether sizes are timed after all trials, so that a trial need not do it.
-    """
-
-    probe: MemoryProbe
-    budget: Callable[[], int]
-    optimizers: OptimizerWatch
-    first_touch: Callable[[], contextlib.AbstractContextManager[None]]
-    times_later: bool = False
-
-
 def run_trial(
     workload: Workload, batch_size: int, *, accumulate: int, steps: int, bench: Bench
 ) -> Trial:
@@ -168,121 +89,8 @@ def run_trial(
     samples than it was given.
     """
     trial = Trial(batch_size, Outcome.OUT_OF_MEMORY, accumulate=accumulate)
-    ended = _survived(lambda: _try(trial, workload, steps, bench), batch_size, bench)
-    return (
-        replace(trial, error=ended.said) if isinstance(ended, _OutOfMemory) else ended
-    )
-
-
-def time_updates(
-    workload: Workload,
-    batch_size: int,
-    *,
-    accumulate: int,
-    enough: Callable[[Sequence[float]], bool],
-    bench: Bench,
-) -> Timing | None:
-    """Time optimizer updates of a size, under the cap where watching does not slow them down, until there are enough.
-
-    `enough` is asked after each, with the seconds of all so far. None where it ran out of memory. An error that is
-    not about memory passes through with a note.
-    """
-    ended = _survived(
-        lambda: _capped(
-            lambda: _timed(workload, batch_size, accumulate, enough, bench), bench
-        ),
-        batch_size,
-        bench,
-    )
-    return None if isinstance(ended, _OutOfMemory) else ended
-
-
-def time_calls(
-    workload: Workload,
-    batch_size: int,
-    *,
-    before: int,
-    is_new: bool,
-    enough: Callable[[Sequence[float]], bool],
-    bench: Bench,
-) -> Sequence[float] | None:
-    """Time calls of a size one by one, under the cap where watching does not slow them down, until there are enough.
-
-    The device is waited for each time, as a caller would. Calls that had to start the workload anew are left out, and
-    so many `before` those that are timed, at least one, which find the device as another size left it. `is_new` tells
-    whether modules that no one has seen yet may come up. None where it ran out of memory. An error
-    that is not about memory passes through with a note.
-    """
-    looks = is_new and not _compiles()
-    looking = bench.first_touch if looks else contextlib.nullcontext
-    ended = _survived(
-        lambda: _capped(
-            lambda: _called(
-                _Run(workload, batch_size, 1), before, looking, enough, bench
-            ),
-            bench,
-        ),
-        batch_size,
-        bench,
-    )
-    return None if isinstance(ended, _OutOfMemory) else ended
-
-
-def _called(
-    run: _Run,
-    before: int,
-    looking: Callable[[], contextlib.AbstractContextManager[None]],
-    enough: Callable[[Sequence[float]], bool],
-    bench: Bench,
-) -> Sequence[float]:
-    clock = bench.probe.clock
-    steady: list[float] = []
-    anew: list[float] = []
-    with contextlib.closing(run):
-        with looking():
-            run.step()
-        for _ in range(1, before):
-            run.step()
-        # A workload may never get further than one call
-        while not enough(steady) and not (anew and not steady and enough(anew)):
-            starts, began = run.starts, clock()
-            run.step()
-            seconds = clock() - began
-            (steady if run.starts == starts else anew).append(seconds)
-    return steady or anew
-
-
-@dataclass(frozen=True, slots=True)
-class _OutOfMemory:
-    said: str
-
-
-def _survived(act: Callable[[], T], batch_size: int, bench: Bench) -> T | _OutOfMemory:
-    """What it gives; where that ran out of memory, nothing of it is left."""
-    try:
-        return act()
-    except Exception as error:
-        if not is_oom(error):
-            error.add_note(f"autobatch was trying batch_size={batch_size}")
-            raise
-        ended = _OutOfMemory(_first_line(error))
-        _forget(error)
-    except BaseException as error:
-        error.add_note(f"autobatch was trying batch_size={batch_size}")
-        raise
-    _empty_autograd(bench.probe)
-    gc.collect()
-    bench.probe.release()
-    return ended
-
-
-def _capped(act: Callable[[], T], bench: Bench) -> T:
-    """What it gives, under the cap of an allocator; a ledger would slow it down."""
-    bench.probe.release()
-    with bench.probe.limited(bench.budget()) as watch:
-        if watch is None:
-            return act()
-    return act()
+    ended = survived(lambda: _try(trial, workload, steps, bench), batch_size, bench)
+    return replace(trial, error=ended.said) if isinstance(ended, OutOfMemory) else ended
 
 
 def _try(trial: Trial, workload: Workload, steps: int, bench: Bench) -> Trial:
@@ -296,16 +104,16 @@ def _try(trial: Trial, workload: Workload, steps: int, bench: Bench) -> Trial:
     probe.release()
     allowed = bench.budget()
     before = probe.read()
-    run = _Run(workload, trial.batch_size, trial.accumulate)
+    run = Running(workload, trial.batch_size, trial.accumulate)
     # A generator must be closed under the modes it was started under
     with probe.limited(allowed) as watch, contextlib.closing(run):
         with bench.first_touch():
             _warm_up(run, watch, bench)
-            if watch or not _compiles():
-                timing = _pace(run, enough, watch, bench)
-        if not watch and _compiles():
+            if watch or not compiles():
+                timing = pace(run, enough, watch, bench)
+        if not watch and compiles():
             run.step()  # kept eager while they were looked at, modules compile now
-            timing = _pace(run, enough, watch, bench)
+            timing = pace(run, enough, watch, bench)
     after = probe.read()
     ran = replace(
         _really_ran(trial, run),
@@ -326,7 +134,7 @@ def _try(trial: Trial, workload: Workload, steps: int, bench: Bench) -> Trial:
         return ran
     if watch is not None and not bench.times_later:
         # Watching every operator slows a step down
-        timing = _timed(workload, trial.batch_size, trial.accumulate, enough, bench)
+        timing = timed(workload, trial.batch_size, trial.accumulate, enough, bench)
     return replace(
         ran,
         step_seconds=statistics.median(timing.update_seconds) / trial.accumulate,
@@ -334,22 +142,7 @@ def _try(trial: Trial, workload: Workload, steps: int, bench: Bench) -> Trial:
     )
 
 
-def _timed(
-    workload: Workload,
-    batch_size: int,
-    accumulate: int,
-    enough: Callable[[Sequence[float]], bool],
-    bench: Bench,
-) -> Timing:
-    """Updates of a fresh start, timed after the first, which allocates what the others find there."""
-    looking = contextlib.nullcontext if _compiles() else bench.first_touch
-    run = _Run(workload, batch_size, accumulate)
-    with looking(), contextlib.closing(run):
-        run.step()
-        return _pace(run, enough, None, bench)
-
-
-def _warm_up(run: _Run, watch: Watch | None, bench: Bench) -> None:
+def _warm_up(run: Running, watch: Watch | None, bench: Bench) -> None:
     """Take the first step, and go on until optimizer state exists: the first real optimizer step allocates it."""
     optimizers = bench.optimizers
     stepped = optimizers.steps
@@ -363,55 +156,7 @@ def _warm_up(run: _Run, watch: Watch | None, bench: Bench) -> None:
     optimizers.expected = optimizers.steps > 0
 
 
-def _compiles() -> bool:
-    """Whether torch.compile is in use: a hook that looks at modules would then break graphs."""
-    return "torch._dynamo" in sys.modules
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """Optimizer updates, timed one by one.
-
-    Args:
-        update_seconds: Seconds of each.
-        optimizer_seconds: Seconds of the optimizer in each; empty where none stepped.
-    """
-
-    update_seconds: tuple[float, ...]
-    optimizer_seconds: tuple[float, ...]
-
-    @property
-    def optimizer_median(self) -> float | None:
-        """Median seconds of an optimizer step; None where none stepped."""
-        seconds = self.optimizer_seconds
-        return statistics.median(seconds) if seconds else None
-
-
-def _pace(
-    run: _Run,
-    enough: Callable[[Sequence[float]], bool],
-    watch: Watch | None,
-    bench: Bench,
-) -> Timing:
-    """Take further steps until there are enough, each timed, and the optimizers within it."""
-    clock, optimizers = bench.probe.clock, bench.optimizers
-    stepped = optimizers.steps
-    whole: list[float] = []
-    inside: list[float] = []
-    with optimizers.timing() as optimizer_seconds:
-        while not enough(whole):
-            if watch:
-                watch.mark()
-            began = clock()
-            run.step()
-            whole.append(clock() - began)
-            inside.append(optimizer_seconds())
-    if watch:
-        watch.mark()
-    return Timing(tuple(whole), tuple(inside) if optimizers.steps > stepped else ())
-
-
-def _really_ran(trial: Trial, run: _Run) -> Trial:
+def _really_ran(trial: Trial, run: Running) -> Trial:
     """The trial under the size that the workload really reached, where it says so."""
     counts = set(run.counts)
     most = max(counts, default=trial.batch_size)
@@ -428,51 +173,3 @@ def _really_ran(trial: Trial, run: _Run) -> Trial:
 def _listed(counts: set[int]) -> str:
     first = [str(count) for count in sorted(counts)[:3]]
     return ", ".join(first) + (", …" if len(counts) > len(first) else "")
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0]
-
-
-def _count(said: Any) -> int | None:
-    """What was yielded, where it is a count: an int, also one of numpy's."""
-    if isinstance(said, bool) or not hasattr(said, "__index__"):
-        return None
-    try:
-        return operator.index(said)
-    except TypeError:  # a tensor of a loss
-        return None
-
-
-def recover(error: Exception, probe: MemoryProbe) -> None:
-    """Let go of what a failed step holds, and give its memory back."""
-    _forget(error)
-    _empty_autograd(probe)
-    gc.collect()
-    probe.release()
-
-
-def _forget(error: BaseException) -> None:
-    """Let go of what the failed step left in its frames, along the whole chain of causes."""
-    pending: list[BaseException | None] = [error]
-    seen: set[int] = set()
-    while pending:
-        one = pending.pop()
-        if one is None or id(one) in seen:
-            continue
-        seen.add(id(one))
-        traceback.clear_frames(one.__traceback__)
-        pending += [one.__cause__, one.__context__, *getattr(one, "exceptions", ())]
-
-
-def _empty_autograd(probe: MemoryProbe) -> None:
-    """Run a tiny backward: one that failed leaves activations in autograd's queue until the next on its thread."""
-    import torch
-
-    from autobatch._ledger import unobserved
-
-    # On the CPU that is this thread; a CUDA device has one of its own
-    ours = [getattr(probe, "device", "cpu")] if torch.cuda.is_initialized() else []
-    with unobserved(), torch.enable_grad():
-        for device in {"cpu", *ours}:
-            torch.ones(1, device=device, requires_grad=True).sum().backward()

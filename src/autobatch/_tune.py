@@ -20,7 +20,8 @@ from autobatch._record import Record
 from autobatch._report import Device, TuningReport
 from autobatch._speed import Speed, Timed
 from autobatch._throughput import settled
-from autobatch._trial import Bench, Outcome, Trial, run_trial
+from autobatch._trial import Outcome, Trial, run_trial
+from autobatch._workload import Bench
 from autobatch.errors import AutobatchError, DoesNotFitError, ShortTrialError
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from autobatch._search import Search
     from autobatch._settings import Settings
     from autobatch._snapshot import Snapshot
-    from autobatch._trial import Workload
+    from autobatch._workload import Workload
     from autobatch.sinks import Progress
 
 __all__ = ["Job", "tune"]

@@ -18,7 +18,7 @@ from autobatch._equivalence import (
 )
 from autobatch._ledger import eager
 from autobatch._memory import memory_budget, parse_memory_limit
-from autobatch._trial import recover
+from autobatch._workload import recover
 from autobatch.lightning._steps import on_device
 
 if TYPE_CHECKING:
