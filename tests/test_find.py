@@ -12,13 +12,14 @@ from torch import nn
 
 import autobatch
 from autobatch import BatchPlan, Outcome
+from autobatch._job import Job
 from autobatch._learning_rate import LearningRateRule
 from autobatch._memory import memory_budget
 from autobatch._optimizers import OptimizerWatch
 from autobatch._settings import Settings
 from autobatch._snapshot import Snapshot
 from autobatch._trial import run_trial
-from autobatch._tune import Job, tune
+from autobatch._tune import tune
 from autobatch._workload import Bench
 from autobatch.sinks import progress
 from autobatch.testing import PaperDevice, SimulatedAccelerator

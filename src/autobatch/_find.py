@@ -14,13 +14,14 @@ from autobatch import _curve
 from autobatch._cautions import batch_norm, ignores_accumulate, never_stepped
 from autobatch._doors import checked_search, known_plan, versions
 from autobatch._equivalence import batch_norms
+from autobatch._job import Job
 from autobatch._learning_rate import common_rule
 from autobatch._optimizers import OptimizerWatch
 from autobatch._probes import detect
 from autobatch._ranks import ranks_here
 from autobatch._settings import Settings
 from autobatch._snapshot import Snapshot, restorable
-from autobatch._tune import Job, tune
+from autobatch._tune import tune
 from autobatch.errors import AutobatchError
 from autobatch.sinks import log, progress
 

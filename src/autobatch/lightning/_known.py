@@ -10,9 +10,9 @@ from autobatch._plan import BatchPlan
 from autobatch.errors import AutobatchError
 
 if TYPE_CHECKING:
+    from autobatch._job import Job
     from autobatch._report import TuningReport
     from autobatch._settings import Settings
-    from autobatch._tune import Job
 
 __all__ = ["Checkpoint", "Here", "Known", "known_at_start"]
 

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from autobatch import _curve, sinks
 from autobatch._cautions import never_stepped
 from autobatch._doors import known_plan, versions
+from autobatch._job import Job
 from autobatch._learning_rate import common_rule
 from autobatch._optimizers import OptimizerWatch
 from autobatch._plan import BatchPlan
 from autobatch._probes import detect
 from autobatch._ranks import ranks_here
 from autobatch._snapshot import Snapshot
-from autobatch._tune import Job, tune
+from autobatch._tune import tune
 from autobatch.errors import AutobatchError, DoesNotFitError
 from autobatch.lightning._apart import apart
 from autobatch.lightning._apply import is_named, name_batch_size
