@@ -7,10 +7,10 @@ import dataclasses
 from hypothesis import strategies as st
 
 from autobatch._curve import CurvePoint
+from autobatch._findings import Look
 from autobatch._learning_rate import LearningRateRule
 from autobatch._loading import Loading
 from autobatch._noise_scale import NoiseReading
-from autobatch._notes import Look
 from autobatch._plan import BatchPlan
 from autobatch._report import Device, TuningReport
 from autobatch._settings import Settings

@@ -46,7 +46,7 @@ LAYERS = (
     ("_plan", "_record", "_answers"),
     ("_throughput", "_speed"),
     ("_tradeoff",),
-    ("_cautions", "_choice"),
+    ("_cautions", "_choice", "_findings"),
     ("_notes",),
     ("_tables",),
     ("_latency_text", "_fields"),

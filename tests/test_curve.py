@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 import autobatch
 from autobatch._curve import curve_sizes, enough, in_turns, point
-from autobatch._notes import Findings, notes
+from autobatch._findings import Findings
+from autobatch._notes import notes
 from autobatch._plan import BatchPlan
 from autobatch._timing import Timing
 from autobatch.testing import PaperDevice, SimulatedAccelerator

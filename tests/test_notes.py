@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autobatch._curve import CurvePoint
+from autobatch._findings import Bound, Findings, Look, tightest_bound
 from autobatch._learning_rate import LearningRateRule
-from autobatch._notes import Bound, Findings, Look, notes, tightest_bound
+from autobatch._notes import notes
 from autobatch._plan import BatchPlan
 from autobatch._trial import Outcome, Trial
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autobatch._findings import Look
 from autobatch._noise_scale import NoiseReading
-from autobatch._notes import Look
 from autobatch._numbers import BYTES, SECONDS, aligned, percent, quantity
 from autobatch._page import completed
 from autobatch._plan import BatchPlan

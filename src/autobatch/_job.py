@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from autobatch._deadline import Deadline
+    from autobatch._findings import Look
     from autobatch._learning_rate import LearningRateRule
-    from autobatch._notes import Look
     from autobatch._plan import BatchPlan
     from autobatch._report import Task
     from autobatch._workload import Workload

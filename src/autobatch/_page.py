@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Final
 
 from autobatch._cautions import accumulation_costs
+from autobatch._findings import tightest_bound
 from autobatch._latency_text import (
     latency_facts,
     latency_table,
@@ -13,7 +14,7 @@ from autobatch._latency_text import (
     within,
 )
 from autobatch._memory import format_bytes
-from autobatch._notes import tightest_bound, waiting
+from autobatch._notes import waiting
 from autobatch._numbers import SECONDS, aligned, percent, plain, quantity
 from autobatch._tables import (
     counted,
@@ -32,8 +33,8 @@ from autobatch._throughput import settled
 from autobatch._tradeoff import NoiseRange, is_of
 
 if TYPE_CHECKING:
+    from autobatch._findings import Bound
     from autobatch._latency import LatencyLimit
-    from autobatch._notes import Bound
     from autobatch._report import TuningReport
 
 __all__ = ["completed", "page"]

@@ -19,11 +19,11 @@ from autobatch._fields import (
     row_written,
     written,
 )
+from autobatch._findings import Look  # noqa: TC001 -- pydantic reads it
 from autobatch._latency import Stream, cameras, knee, stream
 from autobatch._learning_rate import LearningRateRule  # noqa: TC001 -- pydantic reads it
 from autobatch._loading import Loading  # noqa: TC001 -- pydantic reads it
 from autobatch._noise_scale import NoiseReading  # noqa: TC001 -- pydantic reads it
-from autobatch._notes import Look  # noqa: TC001 -- pydantic reads it
 from autobatch._pace import Pace
 from autobatch._settings import Count, Seconds, Settings  # noqa: TC001 -- pydantic reads it
 from autobatch._tables import counted, product

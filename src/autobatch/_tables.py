@@ -15,7 +15,7 @@ from autobatch._trial import Outcome
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from autobatch._notes import Look
+    from autobatch._findings import Look
     from autobatch._numbers import Unit
     from autobatch._plan import BatchPlan
     from autobatch._throughput import SpeedRow

@@ -11,9 +11,10 @@ from autobatch._answers import Answers
 from autobatch._attempts import Attempts
 from autobatch._calls import Calls
 from autobatch._choice import Choice
+from autobatch._findings import Bound, Findings, tightest_bound
 from autobatch._latency import largest_within
 from autobatch._latency_text import latency_notes, nothing_within
-from autobatch._notes import Bound, Findings, notes, tightest_bound
+from autobatch._notes import notes
 from autobatch._plan import BatchPlan, per_rank
 from autobatch._record import Record
 from autobatch._refusals import (

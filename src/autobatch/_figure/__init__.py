@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from autobatch import _file
 from autobatch._figure._axes import GREY, INK, STYLE
 from autobatch._figure._calls import latency_panel, throughput_panel
-from autobatch._figure._cost import comparable, compared_panel, cost_panel, write_table
+from autobatch._figure._cost import comparable, compared_panel, cost_panel
 from autobatch._figure._speed import memory_panel, peaks, speed_panel
+from autobatch._figure._table import write_table
 from autobatch._figure._words import (
     answer,
     foot,

@@ -30,13 +30,13 @@ from autobatch.lightning._checks import (
 )
 from autobatch.lightning._evaluations import STAGES, before_data, loaders_for
 from autobatch.lightning._known import Checkpoint, Known, known_at_start
-from autobatch.lightning._loaders import (
+from autobatch.lightning._loader import (
     FixedBatchSizeError,
-    Rebatched,
     capture_order,
     checked_setter,
     is_empty,
 )
+from autobatch.lightning._loaders import Rebatched
 from autobatch.lightning._loggers import log_report, refresh_report
 from autobatch.lightning._milestones import Milestones, checked_epochs
 from autobatch.lightning._noise import NoiseScale

@@ -10,13 +10,14 @@ from torch.utils.data import DataLoader
 
 from autobatch._snapshot import Snapshot
 from autobatch.errors import AutobatchError
-from autobatch.lightning._loaders import Loaders, Rebatched, capture_order
+from autobatch.lightning._loader import capture_order
+from autobatch.lightning._loaders import Loaders, Rebatched
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from autobatch._plan import BatchPlan
-    from autobatch.lightning._loaders import SetBatchSize
+    from autobatch.lightning._loader import SetBatchSize
 
 __all__ = [
     "BeforeOptimizers",

@@ -26,7 +26,8 @@ from autobatch.lightning._counts import Counts
 from autobatch.lightning._evaluations import VALIDATION, Evaluations
 from autobatch.lightning._host import ahead, copied, room_for_copy
 from autobatch.lightning._known import Here, Known
-from autobatch.lightning._loaders import FixedBatchSizeError, Loaders
+from autobatch.lightning._loader import FixedBatchSizeError
+from autobatch.lightning._loaders import Loaders
 from autobatch.lightning._package import package_of
 from autobatch.lightning._samples import Samples
 from autobatch.lightning._schedules import schedules
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
     from autobatch._search import Search
     from autobatch._settings import Settings
     from autobatch.lightning._evaluations import Stage
-    from autobatch.lightning._loaders import SetBatchSize
+    from autobatch.lightning._loader import SetBatchSize
 
 __all__ = ["Asked", "KnownAt", "Tuned", "tune_evaluation", "tune_training"]
 

@@ -20,9 +20,9 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
+from autobatch._findings import Look
 from autobatch._ledger import unobserved
-from autobatch._notes import Look
-from autobatch.lightning._loaders import capture_order, sampler_of
+from autobatch.lightning._loader import capture_order, sampler_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence

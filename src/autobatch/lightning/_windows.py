@@ -10,7 +10,7 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from autobatch._cautions import by_hand, last_window, repeated_closures
 from autobatch.errors import AutobatchError
-from autobatch.lightning._loaders import samples_of
+from autobatch.lightning._loader import samples_of
 
 if TYPE_CHECKING:
     from autobatch._plan import BatchPlan
