@@ -320,5 +320,8 @@ def surroundings(place):
         pynvml.nvmlInit()
         told["cuda"] = str(torch.version.cuda)
         told["driver"] = str(pynvml.nvmlSystemGetDriverVersion())
-        told["allocator"] = os.environ.get("PYTORCH_ALLOC_CONF") or "default"
+        # The first is the newer name
+        names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+        settings = (os.environ.get(name) for name in names)
+        told["allocator"] = next(filter(None, settings), "default")
     return told
