@@ -62,6 +62,7 @@ def allocator(place):
     report = autobatch.find(train, device=place.probe, memory_limit=place.bytes(1))
     return {
         "backend": torch.cuda.get_allocator_backend() if place.is_real else "paper",
+        "expandable": has_expandable_segments(place),
         "found": report.plan.micro_batch_size,
         "budget": report.budget,
         "trials": [
@@ -71,6 +72,14 @@ def allocator(place):
         "ooms": trained_on(place, train, report),
         "share": place.probe._own_share(),
     }
+
+
+def has_expandable_segments(place):
+    """Whether torch's allocator makes them: it does without where the platform has none."""
+    if not place.is_real or torch.cuda.get_allocator_backend() != "native":
+        return False
+    segments = torch.cuda.memory_snapshot()
+    return any(segment.get("is_expandable") for segment in segments)
 
 
 def lightning():
