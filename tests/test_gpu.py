@@ -237,10 +237,8 @@ def test_an_error_that_ends_the_context_stays_the_users(kind):
 # What is found
 
 
-def largest_by_scan(place, budget):
+def largest_by_scan(place, train, budget):
     """The largest size that fits, by trials alone: no peak is read to choose the next."""
-    model = place.network()
-    train = training(place, model, torch.optim.AdamW(model.parameters()))
     search = autobatch.Bisection(resolution=0.01 if place.is_real else 0.02)
     report = autobatch.find(
         train, device=place.probe, memory_limit=budget, search=search
@@ -263,9 +261,9 @@ def test_the_size_found_is_the_largest_that_a_scan_finds_but_for_3_percent(place
 
     assert report.budget <= budget
     assert all(trial.peak <= report.budget for trial in fits(report))
-    del model, train
     print(told_of(report))
-    truth = largest_by_scan(place, budget)
+    # The same model, which is where it was: what a cache can be used for depends on where others lie in it
+    truth = largest_by_scan(place, train, budget)
     print(f"{gib} GiB: found {report.plan.micro_batch_size}, scan {truth}")
     assert report.plan.micro_batch_size >= 0.97 * truth
 
@@ -395,7 +393,7 @@ def test_a_cache_full_of_holes_is_counted_and_trains_as_found(place):
     blocks = [place.tensor((3 + k % 7) * mib) for k in range(256)]
     del blocks[::2]
     place.probe.release()
-    reading = place.probe.read()
+    reading, held = place.probe.read(), place.held()
     model = place.network()
     train = training(place, model, torch.optim.AdamW(model.parameters()))
 
@@ -403,9 +401,10 @@ def test_a_cache_full_of_holes_is_counted_and_trains_as_found(place):
         train, device=place.probe, memory_limit=reading.reserved + place.bytes(1)
     )
 
+    print(f"{reading.reserved - held} bytes between {held}")
     assert reading.reserved >= sum(block.numel() for block in blocks)
-    if place.is_real:  # what lies between them stays with this process: one segment of 20 MiB in the least
-        assert reading.reserved - place.held() >= 20 * mib
+    # What lies between them stays with this process: far more than the one segment asked for
+    assert reading.reserved - held >= 20 * mib
     assert trained_on(place, train, report) == 0
 
 
