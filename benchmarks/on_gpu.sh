@@ -2,15 +2,27 @@
 # All that proves autobatch on a GPU, in under ten minutes, with the results in one folder: what it sees there, the tests
 # that need a GPU, the comparison with other ways to find a batch size, and recordings of searches.
 #
-#     bash benchmarks/on_gpu.sh FOLDER [--device cpu]
+#     bash benchmarks/on_gpu.sh FOLDER [--device cpu] [--part tests|benchmark|recordings]
 #
 # Needs autobatch, Lightning and pytest in the environment of `python3`. No part takes the time of those after it, which have
 # what it leaves as well, and the next one runs whatever became of it. With `--device cpu` the same is run in little, without
-# a GPU: that shows that it runs, nothing else.
+# a GPU: that shows that it runs, nothing else. With `--part` one part has all the time.
 set -uo pipefail
 
 folder=${1:?where do the results go: bash benchmarks/on_gpu.sh FOLDER}
-where=${3:-cuda}
+where=cuda only=
+shift
+while (($#)); do
+  case "$1 ${2:-}" in
+  "--device cuda" | "--device cpu") where=$2 ;;
+  "--part tests" | "--part benchmark" | "--part recordings") only=$2 ;;
+  *)
+    echo "$* is none of: --device cuda|cpu, --part tests|benchmark|recordings" >&2
+    exit 2
+    ;;
+  esac
+  shift 2
+done
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -30,6 +42,8 @@ outcomes=()
 
 part() { # seconds, name, command
   local seconds=$1 name=$2 began=$SECONDS
+  [ -n "$only" ] && [ "$only" != "$name" ] && return
+  [ -n "$only" ] && seconds=$(left 10)
   printf '\n=== %s: %s\n' "$name" "${*:3}"
   # Interrupted, pytest still tells of what has failed until then
   timeout --signal=INT --kill-after=10 "$seconds" "${@:3}"
@@ -57,6 +71,7 @@ all() {
   printf '%s\n' "${outcomes[@]}"
 }
 
-all 2>&1 | tee "$folder/log.txt"
-grep -qE '^(tests|benchmark|recordings|what autobatch sees): (stopped|ended)' "$folder/log.txt" && exit 1
+log=$folder/log${only:+-$only}.txt
+all 2>&1 | tee "$log"
+grep -qE '^(tests|benchmark|recordings|what autobatch sees): (stopped|ended)' "$log" && exit 1
 exit 0

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from autobatch._probes import CudaProbe
+from autobatch._probes import CudaProbe, _mig_instance
 from nvml_standin import Card, FakeGpu
 
 if TYPE_CHECKING:
@@ -139,7 +139,8 @@ sys.stdin.read()
 
 @contextlib.contextmanager
 def _process(nbytes: int) -> Iterator[int]:
-    uuid = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+    whole = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+    uuid = _mig_instance(0) or whole
     with subprocess.Popen(
         [sys.executable, "-c", _NEIGHBOUR, uuid, str(nbytes)],
         stdin=subprocess.PIPE,
