@@ -50,8 +50,10 @@ def trained_on(place, train, report):
         probe.clock()
     after = torch.cuda.memory_stats(0)
     more = {name: after[name] - before[name] for name in ("num_ooms", RETRIES)}
-    if more[RETRIES]:
-        print(f"{more[RETRIES]} allocations were repeated in training with {plan}")
+    print(
+        f"trained with {plan}: {probe.read().peak / report.budget:.1%} of the budget, "
+        f"{more[RETRIES]} allocations repeated"
+    )
     return more["num_ooms"]
 
 
