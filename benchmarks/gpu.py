@@ -17,6 +17,7 @@ import importlib.util
 import json
 import logging
 import statistics
+import tempfile
 import time
 import warnings
 from dataclasses import asdict, dataclass, field
@@ -135,6 +136,8 @@ def trainer(pl, place, **options):
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        # Lightning's finder keeps a checkpoint of the model there while it searches
+        default_root_dir=tempfile.gettempdir(),
         **options,
     )
 
@@ -221,6 +224,7 @@ def searched(place, build, method, at_most):
 def run(place, build, row, steps):
     """Train at the size found, in the same memory, and as the method would: in a Trainer, or in a plain loop."""
     plain = row.method == "accelerate"
+    clean(place)  # the search's own model is not to take room of the training
     with place.capped() as usage:
         try:
             if plain:
@@ -451,6 +455,7 @@ def main():
     size = QUICK if given.brief else FULL
     place = Place.named(given.device, given.memory or size.memory)
     warnings.simplefilter("ignore")
+    lightning()  # which sets its logger's level when it is imported
     for package in ("pytorch_lightning", "lightning.pytorch"):
         logging.getLogger(package).setLevel(logging.ERROR)
     importlib.import_module("autobatch.sinks").console = lambda _: None

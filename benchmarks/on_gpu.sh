@@ -1,20 +1,39 @@
 #!/usr/bin/env bash
-# All that proves autobatch on a GPU, in under nine minutes, with the results in one folder: what it sees there, the tests
+# All that proves autobatch on a GPU, in under ten minutes, with the results in one folder: what it sees there, the tests
 # that need a GPU, the comparison with other ways to find a batch size, and recordings of searches.
 #
-#     bash benchmarks/on_gpu.sh FOLDER [--device cpu]
+#     bash benchmarks/on_gpu.sh FOLDER [--device cpu] [--part tests|benchmark|recordings]
 #
-# Needs autobatch, Lightning and pytest in the environment of `python3`. Each part has a time of its own, and the next one runs
-# whatever became of it. With `--device cpu` the same is run in little, without a GPU: that shows that it runs, nothing else.
+# Needs autobatch, Lightning and pytest in the environment of `python3`. No part takes the time of those after it, which have
+# what it leaves as well, and the next one runs whatever became of it. With `--device cpu` the same is run in little, without
+# a GPU: that shows that it runs, nothing else. With `--part` one part has all the time.
 set -uo pipefail
 
 folder=${1:?where do the results go: bash benchmarks/on_gpu.sh FOLDER}
-where=${3:-cuda}
+where=cuda only=
+shift
+while (($#)); do
+  case "$1 ${2:-}" in
+  "--device cuda" | "--device cpu") where=$2 ;;
+  "--part tests" | "--part benchmark" | "--part recordings") only=$2 ;;
+  *)
+    echo "$* is none of: --device cuda|cpu, --part tests|benchmark|recordings" >&2
+    exit 2
+    ;;
+  esac
+  shift 2
+done
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONUNBUFFERED=1 PYTHONIOENCODING=utf-8
-tests=(tests/test_gpu.py tests/test_gpu_lightning.py tests/test_probes.py)
+if ! python3 -c 'import importlib.metadata as m, pydantic, pynvml, pytest, rich, autobatch; m.version("lightning-autobatch")'; then
+  echo "$(command -v python3) lacks what is named above: install autobatch, with what it depends on, and pytest there." >&2
+  exit 2
+fi
+whole=575 # seconds
+# The quick ones first: those that start processes of their own, and compile, are the last of test_gpu.py
+tests=(tests/test_probes.py tests/test_gpu_lightning.py tests/test_gpu.py)
 marked=gpu brief=()
 if [ "$where" = cpu ]; then
   marked="not gpu and not slow" brief=(--brief --only U-Net)
@@ -23,8 +42,11 @@ outcomes=()
 
 part() { # seconds, name, command
   local seconds=$1 name=$2 began=$SECONDS
+  [ -n "$only" ] && [ "$only" != "$name" ] && return
+  [ -n "$only" ] && seconds=$(left 10)
   printf '\n=== %s: %s\n' "$name" "${*:3}"
-  timeout --kill-after=5 "$seconds" "${@:3}"
+  # Interrupted, pytest still tells of what has failed until then
+  timeout --signal=INT --kill-after=10 "$seconds" "${@:3}"
   local status=$?
   case $status in
   0) outcomes+=("$name: went well, $((SECONDS - began)) s") ;;
@@ -33,16 +55,23 @@ part() { # seconds, name, command
   esac
 }
 
+left() { # seconds, where so many are kept for what comes after
+  echo $((whole - SECONDS - $1))
+}
+
 all() {
-  part 20 "what autobatch sees" python3 -m autobatch probe
-  part 300 "tests" python3 -m pytest -m "$marked" -p no:cacheprovider -W default -v -rPfEs --durations=15 "${tests[@]}"
-  part 140 "benchmark" python3 benchmarks/gpu.py --device "$where" "${brief[@]}" \
+  # The first import of torch on a machine may read gigabytes from its disk
+  part 50 "what autobatch sees" python3 -m autobatch probe
+  part 300 "tests" python3 -m pytest -m "$marked" -p no:cacheprovider -W default -o timeout=150 -v -rPfEs --durations=15 \
+    "${tests[@]}"
+  part "$(left 80)" "benchmark" python3 benchmarks/gpu.py --device "$where" "${brief[@]}" \
     --json "$folder/gpu.json" --markdown "$folder/gpu.md"
-  part 60 "recordings" python3 benchmarks/record.py "$folder" --device "$where" "${brief[@]}"
+  part "$(left 10)" "recordings" python3 benchmarks/record.py "$folder" --device "$where" "${brief[@]}"
   printf '\n=== in short\n'
   printf '%s\n' "${outcomes[@]}"
 }
 
-all 2>&1 | tee "$folder/log.txt"
-grep -qE '^(tests|benchmark|recordings|what autobatch sees): (stopped|ended)' "$folder/log.txt" && exit 1
+log=$folder/log${only:+-$only}.txt
+all 2>&1 | tee "$log"
+grep -qE '^(tests|benchmark|recordings|what autobatch sees): (stopped|ended)' "$log" && exit 1
 exit 0

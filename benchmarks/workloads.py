@@ -11,6 +11,7 @@ import os
 import platform
 import time
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 
 import pynvml
 import torch
@@ -98,9 +99,12 @@ class Block(nn.Module):
 
 
 class Gpt(nn.Module):
-    """A causal transformer; of the size of GPT-2's smallest with 12 layers of width 768."""
+    """A causal transformer; of the size of GPT-2's smallest with 12 layers of width 768.
 
-    def __init__(self, layers=12, width=768, heads=12, vocabulary=50_257, length=512):
+    Its samples are short, so that one is little of the memory, and a search is not judged by what no whole sample fits in.
+    """
+
+    def __init__(self, layers=12, width=768, heads=12, vocabulary=50_257, length=128):
         super().__init__()
         self.length, self.vocabulary = length, vocabulary
         self.tokens = nn.Embedding(vocabulary, width)
@@ -316,9 +320,16 @@ def surroundings(place):
         "torch": str(torch.__version__),
         "python": platform.python_version(),
     }
+    for package in ("pytorch-lightning", "lightning", "accelerate"):
+        with contextlib.suppress(PackageNotFoundError):
+            told[package] = version(package)
     if place.is_cuda:
         pynvml.nvmlInit()
         told["cuda"] = str(torch.version.cuda)
+        told["cudnn"] = str(torch.backends.cudnn.version())
         told["driver"] = str(pynvml.nvmlSystemGetDriverVersion())
-        told["allocator"] = os.environ.get("PYTORCH_ALLOC_CONF") or "default"
+        # The first is the newer name
+        names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+        settings = (os.environ.get(name) for name in names)
+        told["allocator"] = next(filter(None, settings), "default")
     return told

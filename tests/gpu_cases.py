@@ -50,8 +50,10 @@ def trained_on(place, train, report):
         probe.clock()
     after = torch.cuda.memory_stats(0)
     more = {name: after[name] - before[name] for name in ("num_ooms", RETRIES)}
-    if more[RETRIES]:
-        print(f"{more[RETRIES]} allocations were repeated in training with {plan}")
+    print(
+        f"trained with {plan}: {probe.read().peak / report.budget:.1%} of the budget, "
+        f"{more[RETRIES]} allocations repeated"
+    )
     return more["num_ooms"]
 
 
@@ -62,6 +64,7 @@ def allocator(place):
     report = autobatch.find(train, device=place.probe, memory_limit=place.bytes(1))
     return {
         "backend": torch.cuda.get_allocator_backend() if place.is_real else "paper",
+        "expandable": has_expandable_segments(place),
         "found": report.plan.micro_batch_size,
         "budget": report.budget,
         "trials": [
@@ -71,6 +74,14 @@ def allocator(place):
         "ooms": trained_on(place, train, report),
         "share": place.probe._own_share(),
     }
+
+
+def has_expandable_segments(place):
+    """Whether torch's allocator makes them: it does without where the platform has none."""
+    if not place.is_real or torch.cuda.get_allocator_backend() != "native":
+        return False
+    segments = torch.cuda.memory_snapshot()
+    return any(segment.get("is_expandable") for segment in segments)
 
 
 def lightning():

@@ -1,7 +1,8 @@
 """Where the claims about CUDA are tried: a CUDA device, or one on paper whose memory the CPU's real tensors are charged to.
 
 Both are read by the same `CudaProbe`, through the real `pynvml` and the names of `torch.cuda`. On paper the driver's library
-and torch's allocator are stand-ins, and a GiB is 256 KiB: what passes there has shown that the test runs, not that CUDA obeys.
+and torch's allocator are stand-ins, the second with torch's own rules of segments and of a cache, and a GiB is 256 KiB: what passes there
+has shown that the test runs, not that CUDA obeys.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from autobatch._probes import CudaProbe
+from autobatch._probes import CudaProbe, _mig_instance
 from nvml_standin import Card, FakeGpu
 
 if TYPE_CHECKING:
@@ -84,14 +85,14 @@ def on_paper(monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
         yield card.context
         card.others -= card.context + nbytes
 
-    with gpu.allocating(0):
+    with gpu.allocating(0, mib=GIB_ON_PAPER // 1024):
         yield Place(
             "cpu",
             GIB_ON_PAPER,
             64,
             CudaProbe(0),
             neighbour,
-            held=lambda: card.ledger.current,
+            held=card.allocated,
         )
 
 
@@ -138,7 +139,8 @@ sys.stdin.read()
 
 @contextlib.contextmanager
 def _process(nbytes: int) -> Iterator[int]:
-    uuid = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+    whole = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+    uuid = _mig_instance(0) or whole
     with subprocess.Popen(
         [sys.executable, "-c", _NEIGHBOUR, uuid, str(nbytes)],
         stdin=subprocess.PIPE,

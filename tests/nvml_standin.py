@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pynvml
 import torch
 
-from autobatch._ledger import Ledger
+from caching_allocator import CachingAllocator, CachingLedger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -38,7 +38,7 @@ class Card:
         processes: Bytes by process, as NVML tells them; None where it does not know.
         is_integrated: Whether it has no memory but the host's.
         context: Bytes of this process's context.
-        ledger: Counts real tensors in place of `reserved`, while `allocating`.
+        allocator: Reserves in place of `reserved`, for real tensors, while `allocating`.
     """
 
     uuid: str
@@ -54,7 +54,10 @@ class Card:
     share: float = 1.0
     retries: int = 0
     ooms: int = 0
-    ledger: Ledger | None = None
+    allocator: CachingAllocator | None = None
+    allocated: Callable[[], int] = lambda: (
+        0
+    )  # bytes of live tensors, while `allocating`
 
     @property
     def seen_by_cuda(self) -> int:
@@ -63,37 +66,42 @@ class Card:
 
     @property
     def held(self) -> int:
-        """Bytes of the allocator; one that counts tensors keeps what was freed until it is told to let go."""
-        return self.ledger.peak if self.ledger else self.reserved
+        """Bytes of the allocator."""
+        return self.allocator.reserved if self.allocator else self.reserved
 
     @property
     def free(self) -> int:
         return self.total - self.others - self.context - self.held
 
+    @property
+    def room(self) -> int:
+        """Bytes that the allocator may have, by its cap and by what there is."""
+        there = self.total - self.others - self.context
+        return min(there, int(self.share * self.seen_by_cuda))
+
     def let_go(self) -> None:
         """What emptying the cache does."""
-        if self.ledger:
-            self.ledger.peak = self.ledger.current
+        if self.allocator:
+            self.allocator.empty()
 
     def reset_peak(self) -> None:
         self.peak = self.held
-
-    def cap(self, share: float) -> None:
-        self.share = share
-        if self.ledger:
-            room = self.total - self.others - self.context
-            self.ledger._limit = min(room, int(share * self.seen_by_cuda))
+        if self.allocator:
+            self.allocator.peak = self.held
 
     def stats(self) -> dict[str, int]:
         """What of torch.cuda.memory_stats is used here."""
-        current = self.ledger.current if self.ledger else self.reserved
+        allocator = self.allocator
         return {
-            "num_alloc_retries": self.retries,
-            "num_ooms": self.ledger.failures if self.ledger else self.ooms,
-            "allocated_bytes.all.current": current,
-            "allocated_bytes.all.peak": max(self.peak, self.held),
+            "num_alloc_retries": allocator.repeated if allocator else self.retries,
+            "num_ooms": allocator.refused if allocator else self.ooms,
+            "allocated_bytes.all.current": self.allocated()
+            if allocator
+            else self.reserved,
             "reserved_bytes.all.current": self.held,
-            "reserved_bytes.all.peak": max(self.peak, self.held),
+            "reserved_bytes.all.peak": allocator.peak
+            if allocator
+            else max(self.peak, self.held),
         }
 
 
@@ -189,14 +197,15 @@ class FakeGpu:
             self.devices[index].reserved -= nbytes
 
     @contextlib.contextmanager
-    def allocating(self, index: int) -> Iterator[None]:
-        """Let the CPU's tensors of this thread be a card's: each is charged to it, and refused past its cap."""
-        card, ledger = self.devices[index], Ledger()
-        card.ledger = ledger
+    def allocating(self, index: int, mib: int) -> Iterator[None]:
+        """Let the CPU's tensors of this thread be a card's, by torch's rules; `mib` is what is called a MiB there."""
+        card = self.devices[index]
+        card.allocator = CachingAllocator(mib, lambda: card.room)
+        ledger = CachingLedger(card.allocator)
+        card.allocated = lambda: ledger.current
         with ledger.watching(None, offset=0):
-            card.cap(card.share)
             yield
-        card.ledger = None
+        card.allocator = None
 
     def _torch_cuda(self) -> dict[str, object]:
         def properties(index: int) -> types.SimpleNamespace:
@@ -221,7 +230,7 @@ class FakeGpu:
         def set_share(share: float, index: int) -> None:
             assert isinstance(share, float)
             assert 0 <= share <= 1
-            self.devices[index].cap(share)
+            self.devices[index].share = share
 
         return {
             "device_count": lambda: len(self.devices),

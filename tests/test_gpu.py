@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -32,6 +33,14 @@ SMALL, BAD, NEXT = 8, 64, 16  # sizes tried where one of them runs out of memory
 
 def fits(report):
     return [trial for trial in report.trials if trial.fits]
+
+
+def told_of(report):
+    """What a person would want to see where a claim fails: MiB at the peak of each size, and how it ended."""
+    return "\n".join(
+        f"  {trial.batch_size}: {trial.outcome}, {(trial.peak or 0) / 2**20:.1f}"
+        for trial in report.trials
+    )
 
 
 # The probe
@@ -228,14 +237,13 @@ def test_an_error_that_ends_the_context_stays_the_users(kind):
 # What is found
 
 
-def largest_by_scan(place, budget):
+def largest_by_scan(place, train, budget):
     """The largest size that fits, by trials alone: no peak is read to choose the next."""
-    model = place.network()
-    train = training(place, model, torch.optim.AdamW(model.parameters()))
     search = autobatch.Bisection(resolution=0.01 if place.is_real else 0.02)
     report = autobatch.find(
         train, device=place.probe, memory_limit=budget, search=search
     )
+    print(f"scan of {budget / 2**20:.1f} MiB\n{told_of(report)}")
     return max(trial.batch_size for trial in fits(report))
 
 
@@ -253,8 +261,9 @@ def test_the_size_found_is_the_largest_that_a_scan_finds_but_for_3_percent(place
 
     assert report.budget <= budget
     assert all(trial.peak <= report.budget for trial in fits(report))
-    del model, train
-    truth = largest_by_scan(place, budget)
+    print(told_of(report))
+    # The same model, which is where it was: what a cache can be used for depends on where others lie in it
+    truth = largest_by_scan(place, train, budget)
     print(f"{gib} GiB: found {report.plan.micro_batch_size}, scan {truth}")
     assert report.plan.micro_batch_size >= 0.97 * truth
 
@@ -317,12 +326,15 @@ def in_fp16(place, model, optimizer):
 
 
 def compiled(place, model, optimizer):
+    if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+        pytest.skip("torch.compile needs a C compiler")
     return training(place, torch.compile(model), optimizer), [model]
 
 
 def convolutions(place, model, optimizer):
     """With cuDNN trying its algorithms, each with a workspace of its own."""
-    network = ResNet().to(place.device)
+    # Two of its blocks: every kind of convolution is tried anew at every size
+    network = ResNet().stem[:2].to(place.device)
     stepped = torch.optim.AdamW(network.parameters())
 
     def train(batch_size, accumulate):
@@ -368,7 +380,7 @@ def test_training_with_what_was_found_never_runs_out_of_memory(
 
     ooms = trained_on(place, train, report)
 
-    print(f"{how.__name__}: {report.plan}, {len(report.trials)} trials")
+    print(f"{how.__name__}: {report.plan}\n{told_of(report)}")
     if how is compiled:
         torch.compiler.reset()
     assert report.plan.accumulate_grad_batches >= accumulate
@@ -381,7 +393,7 @@ def test_a_cache_full_of_holes_is_counted_and_trains_as_found(place):
     blocks = [place.tensor((3 + k % 7) * mib) for k in range(256)]
     del blocks[::2]
     place.probe.release()
-    reading = place.probe.read()
+    reading, held = place.probe.read(), place.held()
     model = place.network()
     train = training(place, model, torch.optim.AdamW(model.parameters()))
 
@@ -389,7 +401,10 @@ def test_a_cache_full_of_holes_is_counted_and_trains_as_found(place):
         train, device=place.probe, memory_limit=reading.reserved + place.bytes(1)
     )
 
+    print(f"{reading.reserved - held} bytes between {held}")
     assert reading.reserved >= sum(block.numel() for block in blocks)
+    # What lies between them stays with this process: far more than the one segment asked for
+    assert reading.reserved - held >= 20 * mib
     assert trained_on(place, train, report) == 0
 
 
@@ -426,7 +441,7 @@ def alone(case, kind, **environment):
         text=True,
         encoding="utf-8",
         check=False,
-        timeout=240,
+        timeout=120,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
     )
 
@@ -437,7 +452,7 @@ def told(ran):
 
 
 ALLOCATORS = {
-    "native": "",
+    "native": "expandable_segments:False",
     "expandable": "expandable_segments:True",
     "split": "max_split_size_mb:128",
     "async": "backend:cudaMallocAsync",
@@ -471,8 +486,13 @@ def test_every_allocator_of_torch_can_be_searched_and_trained_on(kind, settings)
     )
     assert found["ooms"] == 0
     assert found["share"] == 1.0
-    if "Async" in settings:
-        assert found["backend"] == "cudaMallocAsync"
+    if kind == "cuda":
+        asked_for = "cudaMallocAsync" if "Async" in settings else "native"
+        assert found["backend"] == asked_for
+    is_asked = "segments:True" in settings
+    if is_asked and not found["expandable"]:
+        pytest.skip("here torch has no expandable segments, and does without")
+    assert found["expandable"] == is_asked
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -51,6 +51,59 @@ def test_everything_for_a_gpu_is_one_command(on_gpu):
     assert all(": went well, " in line for line in short.splitlines())
 
 
+@pytest.mark.parametrize("given", ["--device", "--device tpu", "--part all", "cpu"])
+def test_what_is_asked_for_wrongly_is_told_before_anything_runs(tmp_path, given):
+    ran = subprocess.run(
+        ["bash", BENCHMARKS / "on_gpu.sh", tmp_path / "results", *given.split()],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert ran.returncode == 2
+    assert f"{given} is none of: --device cuda|cpu, --part tests|" in ran.stderr
+    assert not ran.stdout
+
+
+def test_one_part_can_be_run_alone(tmp_path):
+    asked = "--device cpu --part recordings"
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+
+    ran = subprocess.run(
+        ["bash", BENCHMARKS / "on_gpu.sh", tmp_path, *asked.split()],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"},
+    )
+
+    assert ran.returncode == 0, ran.stdout[-4000:]
+    assert sorted(each.name for each in tmp_path.iterdir()) == [
+        "log-recordings.txt",
+        "u-net.json",
+    ]
+    _, _, short = ran.stdout.partition("=== in short\n")
+    assert re.fullmatch(r"recordings: went well, \d+ s\n", short)
+
+
+def test_an_environment_that_lacks_something_is_told_before_anything_runs(tmp_path):
+    python = tmp_path / "python3"
+    python.write_text("#!/bin/sh\necho no module named rich >&2\nexit 1\n")
+    python.chmod(0o755)
+
+    ran = subprocess.run(
+        ["bash", BENCHMARKS / "on_gpu.sh", tmp_path / "results"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    )
+
+    assert ran.returncode == 2
+    assert f"{python} lacks what is named above: install autobatch" in ran.stderr
+    assert not ran.stdout
+
+
 @pytest.mark.timeout(600)
 def test_the_benchmark_of_a_gpu_compares_ways_to_find_a_batch_size(on_gpu):
     told = json.loads((on_gpu / "gpu.json").read_text(encoding="utf-8"))

@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from autobatch._optimizers import OptimizerWatch
+from autobatch._probes import CudaProbe
 from autobatch._trial import Outcome, Trial, run_trial
 from autobatch._workload import Bench
 from autobatch.errors import ShortTrialError
 from autobatch.testing import PaperDevice, SimulatedAccelerator
 from networks import Perceptron, training
+from nvml_standin import GIB, FakeGpu
 
 
 @contextlib.contextmanager
@@ -134,6 +136,66 @@ def test_out_of_memory_that_a_loop_swallows_is_not_a_fit():
     trial = attempt(train, 1000, SimulatedAccelerator("1KiB"))
 
     assert trial.outcome is Outcome.OUT_OF_MEMORY
+
+
+def convolution(gpu, chosen):
+    """What cuDNN does that tries its algorithms: once for each size it asks for more than there is, then for less."""
+
+    def train(batch_size, accumulate):
+        while True:
+            if batch_size not in chosen:
+                chosen.add(batch_size)
+                with contextlib.suppress(torch.OutOfMemoryError):
+                    gpu.allocate(0, 10 * GIB)
+                with gpu.holding(0, 5 * GIB):
+                    pass
+            with gpu.holding(0, GIB):
+                yield
+
+    return train
+
+
+@pytest.mark.parametrize("tries", [True, False])
+def test_what_cudnn_takes_to_choose_is_no_part_of_a_size(monkeypatch, tries):
+    gpu, chosen = FakeGpu().install(monkeypatch), set()
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", tries)
+
+    trial = attempt(convolution(gpu, chosen), 8, CudaProbe(0), budget=6 * GIB)
+
+    assert chosen == {8}
+    assert trial.outcome is (Outcome.FIT if tries else Outcome.OUT_OF_MEMORY)
+    assert trial.peak == (GIB if tries else None)
+
+
+def test_memory_that_is_refused_beside_what_cudnn_tries_is_not_a_fit(monkeypatch):
+    gpu = FakeGpu().install(monkeypatch)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+
+    def train(batch_size, accumulate):
+        while True:
+            with contextlib.suppress(torch.OutOfMemoryError):
+                gpu.allocate(0, 10 * GIB)
+            yield
+
+    trial = attempt(train, 8, CudaProbe(0), budget=6 * GIB)
+
+    assert trial.outcome is Outcome.OUT_OF_MEMORY
+
+
+def test_a_size_for_which_cudnn_has_nothing_to_choose_from_is_out_of_memory(
+    monkeypatch,
+):
+    gpu = FakeGpu().install(monkeypatch)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+
+    def train(batch_size, accumulate):
+        gpu.allocate(0, 10 * GIB)
+        yield
+
+    trial = attempt(train, 8, CudaProbe(0), budget=6 * GIB)
+
+    assert trial.outcome is Outcome.OUT_OF_MEMORY
+    assert gpu.cards[0].share == 1.0
 
 
 def test_a_size_that_was_not_reached_is_not_verified():

@@ -14,7 +14,7 @@ from autobatch._workload import OutOfMemory, Running, compiles, survived
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from autobatch._memory import Watch
+    from autobatch._memory import MemoryProbe, Watch
     from autobatch._workload import Bench, Workload
 
 __all__ = ["Outcome", "Trial", "run_trial"]
@@ -101,6 +101,8 @@ def _try(trial: Trial, workload: Workload, steps: int, bench: Bench) -> Trial:
     def enough(taken: Sequence[float]) -> bool:
         return len(taken) == further
 
+    if _tries_algorithms(probe):
+        _settle(trial, workload, bench)
     probe.release()
     allowed = bench.budget()
     before = probe.read()
@@ -140,6 +142,30 @@ def _try(trial: Trial, workload: Workload, steps: int, bench: Bench) -> Trial:
         step_seconds=statistics.median(timing.update_seconds) / trial.accumulate,
         optimizer_seconds=timing.optimizer_median,
     )
+
+
+def _tries_algorithms(probe: MemoryProbe) -> bool:
+    """Whether cuDNN tries its algorithms on every size that is new to it, to keep the fastest."""
+    import torch
+
+    on_cuda = str(getattr(probe, "device", "")).startswith("cuda")
+    return on_cuda and bool(torch.backends.cudnn.benchmark)
+
+
+def _settle(trial: Trial, workload: Workload, bench: Bench) -> None:
+    """Let cuDNN choose, ahead of the steps that are judged.
+
+    It asks for the workspace of each algorithm, by what the device has free and not by any cap, and for less where
+    that is refused; then it empties the cache (torch 2.13, Conv_v8.cpp). In training that happens once for each size:
+    neither these refusals nor that peak say anything of whether a size fits.
+    """
+    bench.probe.release()
+    run = Running(workload, trial.batch_size, trial.accumulate)
+    with bench.probe.limited(bench.budget()), contextlib.closing(run):
+        with bench.first_touch():
+            run.step()
+        if compiles():
+            run.step()  # compiled, a convolution may be another one
 
 
 def _warm_up(run: Running, watch: Watch | None, bench: Bench) -> None:
