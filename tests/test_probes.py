@@ -370,7 +370,8 @@ def test_an_allocator_that_had_to_retry_shows_as_failures(monkeypatch):
     gpu.cards[0].retries += 2
     gpu.cards[0].ooms += 1
 
-    assert probe.read().failures == 3
+    reading = probe.read()
+    assert (reading.failures, reading.retries, reading.refused) == (3, 2, 1)
 
 
 def test_statistics_that_do_not_exist_yet_are_no_failures(monkeypatch):

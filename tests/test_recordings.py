@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import autobatch
+from autobatch._probes import CudaProbe
 from autobatch.errors import AutobatchError
 from autobatch.testing import (
     PaperDevice,
@@ -18,6 +19,7 @@ from autobatch.testing import (
     SimulatedAccelerator,
 )
 from networks import Perceptron, training
+from nvml_standin import GIB, FakeGpu
 
 RECORDINGS = sorted((Path(__file__).parent / "recordings").glob("*.json"))
 
@@ -95,6 +97,28 @@ def test_a_run_that_ran_out_of_memory_is_kept_as_one_that_failed():
     failed = [run for run in recording.runs if not run.fits]
     assert failed
     assert all(run.after.failures > run.before.failures for run in failed)
+
+
+@pytest.mark.parametrize(("steps", "fits"), [({0}, True), ({1}, False)])
+def test_a_run_whose_allocator_made_room_in_the_first_step_alone_came_through(
+    monkeypatch, tmp_path, steps, fits
+):
+    gpu = FakeGpu().install(monkeypatch)
+    recorder = Recorder(CudaProbe(0))
+
+    def train(batch_size, accumulate):
+        for step in range(3):
+            gpu.cards[0].retries += step in steps
+            with gpu.holding(0, GIB):
+                yield
+
+    with recorder.limited(6 * GIB):
+        assert len(list(recorder.watching(train)(8, 1))) == 3
+    recorder.recording("steps", memory_limit=1.0).write(tmp_path / "steps.json")
+    (run,) = Recording.read(tmp_path / "steps.json").runs
+
+    assert run.fits is fits
+    assert run.ran_out is not fits
 
 
 def test_what_others_hold_is_kept_as_it_was_in_each_run():

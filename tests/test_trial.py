@@ -138,6 +138,36 @@ def test_out_of_memory_that_a_loop_swallows_is_not_a_fit():
     assert trial.outcome is Outcome.OUT_OF_MEMORY
 
 
+def making_room(gpu, steps):
+    """Steps of 1 GiB, of which some have the allocator empty its cache."""
+
+    def train(batch_size, accumulate):
+        for step in itertools.count():
+            gpu.cards[0].retries += step in steps
+            with gpu.holding(0, GIB):
+                yield
+
+    return train
+
+
+@pytest.mark.parametrize(
+    ("steps", "outcome"),
+    [
+        ({0}, Outcome.FIT),
+        ({2}, Outcome.OUT_OF_MEMORY),
+        ({0, 1, 2}, Outcome.OUT_OF_MEMORY),
+    ],
+)
+def test_an_allocator_may_make_room_once_in_the_first_step_but_not_time_and_again(
+    monkeypatch, steps, outcome
+):
+    gpu = FakeGpu().install(monkeypatch)
+
+    trial = attempt(making_room(gpu, steps), 8, CudaProbe(0), budget=6 * GIB)
+
+    assert trial.outcome is outcome
+
+
 def convolution(gpu, chosen):
     """What cuDNN does that tries its algorithms: once for each size it asks for more than there is, then for less."""
 

@@ -60,7 +60,7 @@ _TOO_LARGE = re.compile("|".join(_MESSAGES), re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class MemoryReading:
-    """What a device's memory looks like at one moment; all in bytes but `failures`.
+    """What a device's memory looks like at one moment; all in bytes but `failures` and `retries`.
 
     Args:
         total: What the device has.
@@ -69,6 +69,7 @@ class MemoryReading:
         peak: The most this process has held since the trial began.
         failures: Allocations that were refused, or had to be retried, so far.
         cap: What the user lets this process hold at most; None where nothing was said.
+        retries: How many of the failures were retries, once the allocator had emptied its cache.
     """
 
     total: int
@@ -77,6 +78,12 @@ class MemoryReading:
     peak: int
     failures: int
     cap: int | None = None
+    retries: int = 0
+
+    @property
+    def refused(self) -> int:
+        """Allocations that were refused for good, so far."""
+        return self.failures - self.retries
 
     @property
     def foreign(self) -> int:

@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 __all__ = ["CudaProbe", "HostProbe", "detect"]
 
 
-# Counts of the allocator that show a refused or repeated allocation; the last is torch 2.13's, before cudaMalloc is asked
-_FAILURES: Final = ("num_alloc_retries", "num_ooms", "num_oom_rejections")
+# Counts of torch's allocator: allocations tried again with the cache emptied, and those refused; the last of these is
+# torch 2.13's, before cudaMalloc is asked
+_RETRIES: Final = "num_alloc_retries"
+_REFUSALS: Final = ("num_ooms", "num_oom_rejections")
 
 _WAY_OUT = "Pass device= a MemoryProbe of your own, or autobatch.testing.SimulatedAccelerator('8GiB')."
 
@@ -127,8 +129,9 @@ class CudaProbe:
             used=total - free,
             reserved=stats.get("reserved_bytes.all.current", 0),
             peak=stats.get("reserved_bytes.all.peak", 0),
-            failures=sum(stats.get(count, 0) for count in _FAILURES),
+            failures=sum(stats.get(count, 0) for count in (_RETRIES, *_REFUSALS)),
             cap=self._own_cap(),
+            retries=stats.get(_RETRIES, 0),
         )
 
     @contextlib.contextmanager

@@ -38,6 +38,7 @@ class Run:
         steps: Optimizer steps that it came through.
         step_seconds: Median seconds of a micro-batch, the first step left out; None where there was no second.
         allocator: Statistics of the allocator when it had ended, under the allocator's own names.
+        first: The reading when its first step had ended; None where that did not.
     """
 
     batch_size: int
@@ -48,6 +49,7 @@ class Run:
     steps: int
     step_seconds: float | None
     allocator: Mapping[str, int] = field(default_factory=dict)
+    first: MemoryReading | None = None
 
     @property
     def fits(self) -> bool:
@@ -56,9 +58,12 @@ class Run:
 
     @property
     def ran_out(self) -> bool:
-        """Whether memory was refused or had to be asked for again, or the budget was passed."""
+        """Whether memory was refused, or asked for again after the first step, or the budget was passed."""
+        start = self.first or self.before
         return (
-            self.after.failures > self.before.failures or self.after.peak > self.budget
+            self.after.refused > self.before.refused
+            or self.after.retries > start.retries
+            or self.after.peak > self.budget
         )
 
 
@@ -104,6 +109,8 @@ class Recording:
 
 def _run_of(told: dict[str, Any]) -> Run:
     readings = {name: MemoryReading(**told[name]) for name in ("before", "after")}
+    if told.get("first") is not None:
+        readings["first"] = MemoryReading(**told["first"])
     return Run(**{**told, **readings})
 
 
@@ -134,6 +141,7 @@ class Recorder:
         self._allocator = allocator
         self._size, self._accumulate = 0, 1
         self._seconds: list[float] = []
+        self._first: MemoryReading | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._probe, name)  # name, source, and what else there may be
@@ -158,7 +166,7 @@ class Recorder:
     def limited(self, budget: int) -> Iterator[Watch | None]:
         """Cap the device, and keep what it says before and after."""
         before = self._probe.read()
-        self._size, self._seconds = 0, []
+        self._size, self._seconds, self._first = 0, [], None
         try:
             with self._probe.limited(budget) as watch:
                 yield watch
@@ -183,6 +191,7 @@ class Recorder:
                     except StopIteration:
                         return
                     self._seconds.append(self.clock() - began)
+                    self._first = self._first or self._probe.read()
                     yield said
 
         return watched
@@ -215,6 +224,7 @@ class Recorder:
             steps=len(self._seconds),
             step_seconds=statistics.median(later) / self._accumulate if later else None,
             allocator=dict(self._allocator()),
+            first=self._first,
         )
 
 

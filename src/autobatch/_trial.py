@@ -111,6 +111,7 @@ def _try(trial: Trial, workload: Workload, steps: int, bench: Bench) -> Trial:
     with probe.limited(allowed) as watch, contextlib.closing(run):
         with bench.first_touch():
             _warm_up(run, watch, bench)
+            warm = probe.read()
             if watch or not compiles():
                 timing = pace(run, enough, watch, bench)
         if not watch and compiles():
@@ -123,8 +124,9 @@ def _try(trial: Trial, workload: Workload, steps: int, bench: Bench) -> Trial:
         resident=before.reserved,
         profile=watch.profile if watch else (),
     )
-    if after.failures > before.failures:
-        # The workload swallowed an error, or the allocator had to retry: not a fit
+    # The workload swallowed an error, or the allocator has to empty its cache time and again. Once, in the first
+    # steps, it may: blocks of sizes that are new to it have to find their place
+    if after.refused > before.refused or after.retries > warm.retries:
         return replace(ran, outcome=Outcome.OUT_OF_MEMORY, peak=None)
     if watch and not watch.profile:
         raise ValueError(
