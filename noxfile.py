@@ -86,11 +86,11 @@ def wheel(session: nox.Session) -> None:
 
 @nox.session
 def benchmarks(session: nox.Session) -> None:
-    """What searches find and cost, and what tuning costs: measured, and written into benchmarks/README.md."""
+    """What searches find and cost, and what tuning costs: measured, and written into the pages that tell of it."""
     session.install(*_TESTED, "-e", ".[benchmarks]")
     page = ("--markdown", "benchmarks/README.md")
-    picture = ("--figure", "benchmarks/search.png")
-    session.run("python", "benchmarks/search.py", *page, *picture, *session.posargs)
+    more = ("--figure", "benchmarks/search.png", "--summary", "README.md")
+    session.run("python", "benchmarks/search.py", *page, *more, *session.posargs)
     session.run("python", "benchmarks/overhead.py", *page)
 
 

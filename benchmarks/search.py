@@ -1,6 +1,7 @@
 """Searches side by side: how close to the largest size, in how many trials, with how many that did not fit, and how safe.
 
-    python benchmarks/search.py [--quick] [--json PATH] [--markdown PATH] [--figure PATH] [--only curves|networks]
+    python benchmarks/search.py [--quick] [--json PATH] [--markdown PATH] [--figure PATH] [--summary PATH]
+        [--only curves|networks]
 
 Given to each are the same memory curves, on paper, and the same real networks, on an accelerator of which every tensor
 byte is counted. Each is run by its public entry point and with its defaults, and once more with a higher cap where its
@@ -329,6 +330,27 @@ def _against_binsearch(real):
     return rows
 
 
+def summary(on_paper, real):
+    """The same in little: each search on all networks, and how often a curve made it unsafe."""
+    rows = []
+    for name in dict.fromkeys(cell.contestant for cell in real):
+        of = [c for c in real if c.contestant == name]
+        paper = [c for c in on_paper if c.contestant == name]
+        rows.append(
+            [
+                name,
+                _range([c.ratio for c in of], lambda share: f"{share:.2f}"),
+                _range([c.result.trials for c in of], _count),
+                _range([c.result.unfit for c in of], _count),
+                _range([c.result.samples for c in of], _count),
+                f"{sum(c.is_unsafe for c in paper)} of {len(paper)}" if paper else "",
+            ]
+        )
+    kinds = len({cell.kind for cell in real})
+    header = [f"{kinds} networks", "found / true", "trials", "did not fit", "samples"]
+    return f"Measured on {machine()}.\n\n{table([*header, 'unsafe curves'], rows)}"
+
+
 def page(on_paper, real, seconds):
     """All of it as text."""
     parts = [f"Measured on {machine()}; {seconds:.0f} s in all."]
@@ -447,6 +469,7 @@ def arguments():
     parser.add_argument("--only", choices=["curves", "networks"])
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
     parser.add_argument("--markdown", type=Path, help="write the tables into this page")
+    parser.add_argument("--summary", type=Path, help="write a short one into this page")
     parser.add_argument("--figure", type=Path, help="draw the picture into this file")
     return parser.parse_args()
 
@@ -485,6 +508,8 @@ def main():
         given.json.write_text(json.dumps(numbers, indent=1), encoding="utf-8")
     if given.markdown:
         renew(given.markdown, "search.py", text)
+    if given.summary:
+        renew(given.summary, "search.py", summary(on_paper, real))
     if given.figure:
         draw(on_paper, real, given.figure)
 

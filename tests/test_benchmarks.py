@@ -81,8 +81,11 @@ def test_the_benchmark_of_the_noise_scale_prints_a_ratio_of_each_kind():
 
 @pytest.mark.timeout(600)
 def test_the_benchmark_of_searches_compares_all_on_the_same_work(tmp_path):
-    page, numbers, figure = (tmp_path / name for name in ("p.md", "n.json", "f.png"))
-    page.write_text("<!-- search.py -->old<!-- end of search.py -->\n", "utf-8")
+    page, short, numbers, figure = (
+        tmp_path / name for name in ("p.md", "s.md", "n.json", "f.png")
+    )
+    for each in (page, short):
+        each.write_text("<!-- search.py -->old<!-- end of search.py -->\n", "utf-8")
 
     printed = run(
         "search.py",
@@ -91,6 +94,8 @@ def test_the_benchmark_of_searches_compares_all_on_the_same_work(tmp_path):
         numbers,
         "--markdown",
         page,
+        "--summary",
+        short,
         "--figure",
         figure,
         needs=["accelerate", "matplotlib", "pytorch_lightning", "toma"],
@@ -99,6 +104,7 @@ def test_the_benchmark_of_searches_compares_all_on_the_same_work(tmp_path):
     found = json.loads(numbers.read_text(encoding="utf-8"))
     assert figure.stat().st_size > 1000
     assert "old" not in page.read_text(encoding="utf-8")
+    assert "| Lightning, binsearch" in short.read_text(encoding="utf-8")
     for cells in (found["curves"], found["networks"]):
         by = {cell["contestant"] for cell in cells}
         assert {"find", "AutoBatch in a Trainer", "Lightning, binsearch"} <= by
