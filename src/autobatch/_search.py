@@ -131,7 +131,7 @@ class GuidedBisection:
     def _from_profiles(
         self, readings: list[Reading], fits: list[Reading], bracket: _Bracket
     ) -> _Forecast | None:
-        """Follow one line per allocation; None where profiles are missing or do not tell the truth."""
+        """Follow one line per allocation, or parabola; None where profiles are missing or do not tell the truth."""
         top = fits[-1]
         limit = profile_limit(readings)
         if limit is None or (bracket.bad is not None and limit >= bracket.bad):

@@ -41,11 +41,12 @@ from autobatch.lightning._loggers import log_report, refresh_report
 from autobatch.lightning._milestones import Milestones, checked_epochs
 from autobatch.lightning._noise import NoiseScale
 from autobatch.lightning._package import callback_class, package_of
-from autobatch.lightning._run import Asked, tune_evaluation, tune_training
+from autobatch.lightning._run import tune_evaluation, tune_training
 from autobatch.lightning._samples import checked_worst_case
 from autobatch.lightning._scratch import silenced
 from autobatch.lightning._waiting import LoaderWait
 from autobatch.lightning._windows import WindowRepair, check_switch
+from autobatch.lightning._workbench import Asked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

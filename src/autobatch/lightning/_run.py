@@ -3,35 +3,26 @@
 from __future__ import annotations
 
 import importlib
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from autobatch import _curve, sinks
+from autobatch import _curve
 from autobatch._cautions import never_stepped
-from autobatch._doors import known_plan, versions
+from autobatch._doors import versions
 from autobatch._job import Job
 from autobatch._learning_rate import common_rule
-from autobatch._optimizers import OptimizerWatch
 from autobatch._plan import BatchPlan
-from autobatch._probes import detect
-from autobatch._ranks import ranks_here
-from autobatch._snapshot import Snapshot
-from autobatch._tune import tune
-from autobatch.errors import AutobatchError, DoesNotFitError
-from autobatch.lightning._apart import apart
+from autobatch.errors import DoesNotFitError
 from autobatch.lightning._apply import is_named, name_batch_size
 from autobatch.lightning._counts import Counts
 from autobatch.lightning._evaluations import VALIDATION, Evaluations
-from autobatch.lightning._host import ahead, copied, room_for_copy
-from autobatch.lightning._known import Here, Known
+from autobatch.lightning._host import ahead, copied
 from autobatch.lightning._loader import FixedBatchSizeError
 from autobatch.lightning._loaders import Loaders
 from autobatch.lightning._package import package_of
 from autobatch.lightning._samples import Samples
 from autobatch.lightning._schedules import schedules
-from autobatch.lightning._scratch import scratch
 from autobatch.lightning._splitting import Splits
 from autobatch.lightning._steps import Steps
 from autobatch.lightning._windows import (
@@ -40,45 +31,25 @@ from autobatch.lightning._windows import (
     last_samples,
     told,
 )
+from autobatch.lightning._workbench import (
+    Asked,
+    Workbench,
+    verified_or_searched,
+    workbench,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator
+    from collections.abc import Callable, Generator
 
-    from autobatch._memory import MemoryProbe
-    from autobatch._ranks import Ranks
     from autobatch._report import TuningReport
-    from autobatch._search import Search
     from autobatch._settings import Settings
     from autobatch.lightning._evaluations import Stage
-    from autobatch.lightning._loader import SetBatchSize
+    from autobatch.lightning._known import Here, Known
 
-__all__ = ["Asked", "KnownAt", "Tuned", "tune_evaluation", "tune_training"]
+__all__ = ["KnownAt", "Tuned", "tune_evaluation", "tune_training"]
 
 # (job, where it runs, settings) -> what is known before a search
 KnownAt: TypeAlias = "Callable[[Job, Here, Settings], Known]"
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What a callback was asked for.
-
-    Args:
-        settings: As checked at the door.
-        search: Which size to try next.
-        device: Where memory is read; None: where the model is.
-        worst_case: Makes the largest batch of a size, where the user knows it.
-        repairs: Whether the last window of an epoch is repaired.
-        batch_arg_name: What the module or its datamodule calls the batch size.
-        set_batch_size: Gives a loader another batch size, where the user has a way of their own.
-    """
-
-    settings: Settings
-    search: Search
-    device: str | MemoryProbe | None
-    worst_case: Callable[[int], Any] | None
-    repairs: bool
-    batch_arg_name: str
-    set_batch_size: SetBatchSize | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +88,7 @@ def tune_training(
     validates = trainer.enable_validation
     validation = trainer.fit_loop.epoch_loop.val_loop._data_source
     counted = partial(Counts, trainer, trainer.max_steps, validates=validates)
-    with _bench(trainer, module, asked) as bench:
+    with workbench(trainer, module, asked) as bench:
         loaders = Loaders(
             trainer,
             trainer.fit_loop._data_source,
@@ -182,7 +153,7 @@ def tune_training(
         bench.optimizers.expected = True
         if not module.automatic_optimization:
             bench.optimizers.look_at(module)  # Lightning steps, a user may not
-        report = _verified_or_searched(
+        report = verified_or_searched(
             known_at(job, bench.here(trainer), settings), job, settings, bench
         )
         counts.check(report.plan)
@@ -203,7 +174,7 @@ def tune_evaluation(trainer: Any, module: Any, asked: Asked, stage: Stage) -> Tu
         AutobatchError: A loader's batch size can not be changed.
         DoesNotFitError: No batch size fits.
     """
-    with _bench(trainer, module, asked) as bench:
+    with workbench(trainer, module, asked) as bench:
         source = getattr(trainer, stage.loop)._data_source
         loaders = Loaders(trainer, source, mode="sequential")
         settings = _without_target(asked.settings, loaders.samples)
@@ -225,100 +196,12 @@ def tune_evaluation(trainer: Any, module: Any, asked: Asked, stage: Stage) -> Tu
         return Tuned(report, sizes)
 
 
-@dataclass(frozen=True, slots=True)
-class _Bench:
-    """What trials of one run share."""
-
-    snapshot: Snapshot
-    optimizers: OptimizerWatch
-    probe: MemoryProbe
-    ranks: Ranks
-    search: Search
-    shown: sinks.Progress
-    copied: int  # bytes on the host
-
-    def run(
-        self, job: Job, settings: Settings, *, known: BatchPlan | None
-    ) -> TuningReport:
-        return tune(
-            job,
-            settings,
-            known=known,
-            probe=self.probe,
-            search=self.search,
-            snapshot=self.snapshot,
-            optimizers=self.optimizers,
-            first_touch=nullcontext,  # the module and its optimizers are known
-            shown=self.shown,
-            ranks=self.ranks,
-        )
-
-    def here(self, trainer: Any) -> Here:
-        """Where this runs, in the words of rank 0: all of them have to decide alike."""
-        total = self.probe.read().total
-        here = Here.of(self.probe.name, total, trainer.world_size)
-        return self.ranks.everywhere(lambda: here)[0]
-
-
-@contextmanager
-def _bench(trainer: Any, module: Any, asked: Asked) -> Iterator[_Bench]:
-    probe = detect(asked.device, module.device)
-    with (
-        ranks_here() as ranks,
-        apart(trainer),
-        Snapshot() as snapshot,
-        OptimizerWatch(probe.clock) as optimizers,
-        sinks.progress() as shown,
-        scratch(trainer),
-    ):
-        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        scalers = [] if scaler is None else [scaler]
-        captured = (module, *trainer.optimizers, *schedulers, *scalers)
-        room = partial(room_for_copy, captured, trainer.num_devices)
-        copied_here, *_ = ranks.everywhere(room)
-        snapshot.capture(*captured)
-        # Hooks that make the loaders may change the module and the datamodule
-        snapshot.capture_light(trainer.datamodule)
-        yield _Bench(
-            snapshot, optimizers, probe, ranks, asked.search, shown, copied_here
-        )
-
-
-def _verified_or_searched(
-    known: Known, job: Job, settings: Settings, bench: _Bench
-) -> TuningReport:
-    """The report about a plan that is known, where one trial verifies it; else about one that a search found."""
-    note = known.note
-    if note is None:  # the user's own
-        known_plan(known.plan, settings, world_size=bench.ranks.world_size)
-    if known.plan is not None:
-        try:
-            return bench.run(_noted(job, note), settings, known=known.plan)
-        except DoesNotFitError as error:
-            if known.refusal is not None:
-                raise AutobatchError(known.refusal) from error
-            if note is None:
-                raise
-            note = f"Searched anew, since a micro-batch of {known.plan.micro_batch_size:,} does not fit any more."
-    if known.target is not None:
-        settings = settings.model_copy(update={"target_batch_size": known.target})
-    return bench.run(_noted(job, note), settings, known=None)
-
-
-def _noted(job: Job, note: str | None) -> Job:
-    remarks = job.remarks
-    if note is None or remarks is None:
-        return job
-    return replace(job, remarks=lambda *given: (note, *remarks(*given)))
-
-
 def _with_validation(
     tuned: Tuned,
     trainer: Any,
     module: Any,
     asked: Asked,
-    bench: _Bench,
+    bench: Workbench,
     source: Any,
     steps: Steps,
 ) -> Tuned:
@@ -360,7 +243,7 @@ def _with_validation(
 
 
 def _own_or_smaller(
-    job: Job, settings: Settings, loaders: Loaders, bench: _Bench
+    job: Job, settings: Settings, loaders: Loaders, bench: Workbench
 ) -> TuningReport:
     """The report about the loaders' own size, where one trial shows that it fits; else about the largest below."""
     own = loaders.largest_batch
@@ -388,7 +271,7 @@ def _evaluation_job(
     trainer: Any,
     module: Any,
     loaders: Loaders,
-    bench: _Bench,
+    bench: Workbench,
     stage: Stage,
     *,
     settings: Settings,
@@ -447,7 +330,7 @@ def _samples_trained(trainer: Any, loaders: Loaders, plan: BatchPlan) -> int | N
 
 
 def _about_the_host(
-    trainer: Any, loaders: Loaders, samples: Samples, bench: _Bench, plan: BatchPlan
+    trainer: Any, loaders: Loaders, samples: Samples, bench: Workbench, plan: BatchPlan
 ) -> tuple[str, ...]:
     """What a person should know of the host's memory with a plan."""
     sizes = loaders.sizes_at(plan.micro_batch_size)
