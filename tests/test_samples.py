@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import importlib
+from collections import UserDict
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    TensorDataset,
+    default_collate,
+)
 
 import autobatch
+from autobatch._snapshot import Snapshot
 from autobatch.testing import SimulatedAccelerator
 from lightning_here import pl
 
 _samples = importlib.import_module("autobatch.lightning._samples")
+tiled = importlib.import_module("autobatch.lightning._tiling").tiled
 
 LONG = 20  # times as long as the others
 
@@ -272,3 +283,81 @@ def test_a_collate_function_may_reshape_a_sample_and_the_next_batch_has_it_as_it
     shape = tensor.shape
     alias.detach_().unsqueeze_(0)
     assert tensor.shape == shape
+
+
+class Pair(NamedTuple):
+    image: Any
+    label: Any
+
+
+class Record(UserDict):
+    pass
+
+
+def told(part):
+    """A batch as something that can be compared, types and all."""
+    if isinstance(part, torch.Tensor):
+        return part.dtype, part.tolist()
+    if isinstance(part, (dict, UserDict)):
+        return type(part), {name: told(one) for name, one in part.items()}
+    if isinstance(part, (list, tuple)):
+        return type(part), [told(one) for one in part]
+    return part
+
+
+@pytest.mark.parametrize("size", [4, 10])
+@pytest.mark.parametrize(
+    "sample",
+    [
+        lambda i: torch.full((2, 3), float(i)),
+        lambda i: (torch.full((2,), i), i, float(i), f"sample {i}"),
+        lambda i: {"image": torch.full((2,), i), "more": {"name": b"ab", "n": [i, i]}},
+        lambda i: Pair(np.full((2,), i), np.float32(i)),
+        lambda i: Record(image=torch.full((2,), i)),
+        lambda i: f"sample {i}",
+        lambda i: [f"{i}", f"{i}"],
+        lambda i: torch.full((), i),
+    ],
+)
+def test_a_batch_that_is_repeated_is_what_collating_its_samples_again_would_give(
+    sample, size
+):
+    samples = [sample(i) for i in range(4)]
+
+    repeated = tiled(default_collate(samples), 4, size)
+
+    expected = default_collate([samples[i % 4] for i in range(size)])
+    assert told(repeated) == told(expected)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        torch.ones(3, 2),
+        torch.tensor(1.0),
+        torch.eye(4).to_sparse(),
+        {"image": torch.ones(4), "count": 4},
+        ["a", "b"],
+        object(),
+    ],
+)
+def test_what_is_not_one_entry_for_each_sample_is_not_repeated(batch):
+    assert tiled(batch, 4, 10) is None
+
+
+def test_a_large_batch_of_few_samples_is_collated_once(monkeypatch):
+    collated = []
+
+    def counted(samples):
+        collated.append(len(samples))
+        return default_collate(samples)
+
+    monkeypatch.setattr(_samples, "default_collate", counted)
+    data = TensorDataset(torch.arange(5000.0))
+    source = _samples._Source(DataLoader(data, 8, collate_fn=counted), Snapshot())
+
+    (batch,) = source.batch(1000)
+
+    assert collated == [64]
+    (samples,) = default_collate(source._largest.samples)
+    assert torch.equal(batch, samples[torch.arange(1000) % 64])

@@ -18,11 +18,13 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
+    default_collate,
 )
 
 from autobatch._findings import Look
 from autobatch._ledger import unobserved
 from autobatch.lightning._loader import capture_order, sampler_of
+from autobatch.lightning._tiling import tiled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -146,7 +148,12 @@ class _Source:
 
     def batch(self, batch_size: int) -> Any:
         """The largest samples, as the loader would collate them."""
-        return self._collated(islice(cycle(self._largest.samples), batch_size))
+        samples = self._largest.samples
+        if batch_size > len(samples) and self._loader.collate_fn is default_collate:
+            batch = tiled(self._collated(samples), len(samples), batch_size)
+            if batch is not None:
+                return batch
+        return self._collated(islice(cycle(samples), batch_size))
 
     def ordinary(self, batch_size: int) -> Any:
         """Samples as they were read; None where those were fewer."""
