@@ -261,19 +261,13 @@ class _Tuning:
 
     def _with_its_time(self, trial: Trial) -> Trial:
         """A trial as the curve timed its size: while memory is watched, steps are slower."""
+        pattern = trial.batch_size, trial.accumulate
         for timed in self._speed.curve:
-            if (timed.batch_size, timed.accumulate) == (
-                trial.batch_size,
-                trial.accumulate,
-            ):
-                return (
-                    replace(
-                        trial,
-                        step_seconds=timed.step_seconds,
-                        optimizer_seconds=timed.optimizer_seconds,
-                    )
-                    if trial.fits
-                    else trial
+            if trial.fits and (timed.batch_size, timed.accumulate) == pattern:
+                return replace(
+                    trial,
+                    step_seconds=timed.step_seconds,
+                    optimizer_seconds=timed.optimizer_seconds,
                 )
         return trial
 
@@ -350,17 +344,46 @@ class _Tuning:
 
     def report(self, plan: BatchPlan) -> TuningReport:
         """What was asked, found and chosen."""
-        settings, reading = self._settings, self._record.reading
-        samples = settings.dataset_size
-        if self._job.samples_trained is not None:
-            samples = self._job.samples_trained(plan)
-        findings = Findings(
+        found = self._findings(plan)
+        return TuningReport(
+            autobatch_version=version("lightning-autobatch"),
+            settings=self._settings,
+            subject=self._job.subject,
+            device=Device(
+                name=self._probe.name,
+                source=self._probe.source,
+                total=found.total,
+                foreign=found.foreign,
+            ),
+            budget=self._record.budget,
+            trials=found.trials,
+            plan=plan,
             task=self._job.task,
+            latencies=self._answers.latencies if self._answers else (),
+            can_accumulate=self._job.can_accumulate,
+            dataset_size=found.dataset_size,
+            look=found.look,
+            curve=found.curve,
+            loading=self._speed.loading,
+            learning_rate=found.learning_rate,
+            search_seconds=self._tries.deadline.spent,
+            notes=notes(found),
+            environment=self._job.environment,
+        )
+
+    def _findings(self, plan: BatchPlan) -> Findings:
+        job, settings, reading = self._job, self._settings, self._record.reading
+        samples = settings.dataset_size
+        if job.samples_trained is not None:
+            samples = job.samples_trained(plan)
+        size = plan.micro_batch_size
+        return Findings(
+            task=job.task,
             plan=plan,
             trials=tuple(map(self._with_its_time, self._record.trials)),
             curve=self._speed.curve,
             unreached=self._speed.unreached,
-            curve_seconds=self._job.curve_seconds,
+            curve_seconds=job.curve_seconds,
             target_batch_size=settings.target_batch_size,
             latency_limit=settings.latency_limit,
             bound=self._bound_met(),
@@ -368,42 +391,13 @@ class _Tuning:
             source=self._probe.source,
             total=reading.total,
             foreign=reading.foreign,
-            before=self._job.before,
-            learning_rate=self._job.learning_rate()
-            if self._job.learning_rate
-            else None,
+            before=job.before,
+            learning_rate=job.learning_rate() if job.learning_rate else None,
             dataset_size=samples,
-            last_samples=self._job.last_samples(plan.micro_batch_size)
-            if self._job.last_samples
-            else None,
-            doubts=self._job.doubts(plan) if self._job.doubts else (),
+            last_samples=job.last_samples(size) if job.last_samples else None,
+            doubts=job.doubts(plan) if job.doubts else (),
             remarks=self._remarks(plan),
-            look=self._job.look() if self._job.look else None,
-        )
-        return TuningReport(
-            autobatch_version=version("lightning-autobatch"),
-            settings=settings,
-            subject=self._job.subject,
-            device=Device(
-                name=self._probe.name,
-                source=self._probe.source,
-                total=reading.total,
-                foreign=reading.foreign,
-            ),
-            budget=self._record.budget,
-            trials=findings.trials,
-            plan=plan,
-            task=self._job.task,
-            latencies=self._answers.latencies if self._answers else (),
-            can_accumulate=self._job.can_accumulate,
-            dataset_size=samples,
-            look=findings.look,
-            curve=self._speed.curve,
-            loading=self._speed.loading,
-            learning_rate=findings.learning_rate,
-            search_seconds=self._tries.deadline.spent,
-            notes=notes(findings),
-            environment=self._job.environment,
+            look=job.look() if job.look else None,
         )
 
     def _remarks(self, plan: BatchPlan) -> tuple[str, ...]:
