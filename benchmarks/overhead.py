@@ -295,7 +295,7 @@ class Turns:
 
 
 def tuning_against_an_epoch(size):
-    """The whole of tuning, and its search alone, against one epoch with what was found."""
+    """Tuning for a target, and a search that has none, against one epoch with what the first found."""
     shares, searches = [], []
     for _ in range(max(1, size.repeats // 3)):
         module = Network(32)
@@ -317,13 +317,13 @@ def tuning_against_an_epoch(size):
         searches.append(_search_seconds(loader) / epoch)
     return [
         Row(
-            "all of tuning, with the speed curve, in epochs of 60,000 samples",
+            "tuning for 128 per update, with the speed curve, in epochs of 60,000 samples",
             f"{statistics.median(shares):.2f}",
             "",
             tuple(shares),
         ),
         Row(
-            "a search for the largest batch alone, up to 4,096, likewise",
+            "a search with no target, up to 4,096, without the curve, in the same epochs",
             f"{statistics.median(searches):.2f}",
             "",
             tuple(searches),

@@ -508,6 +508,13 @@ def grains():
     return [Curve(round_up(line(n, f))) for n in LARGEST for f in (0, 0.1, 0.5)]
 
 
+def brims():
+    """Next to nothing is left whatever the size, handed out 20 MiB at a time: a reading says little of the next."""
+    grain = 20 * 2**20
+    round_up = lambda peak: lambda size: -(-peak(size) // grain) * grain  # noqa: E731
+    return [Curve(round_up(line(n, f))) for n in LARGEST for f in (0.97, 0.98, 0.99)]
+
+
 def jumps():
     """A tenth or a third of the room, all at once."""
 
@@ -620,6 +627,7 @@ LIMITS = {
     lines: Cost(4, 6, 0),
     states: Cost(5, 6, 0),
     grains: Cost(4, 7, 0),
+    brims: Cost(13, 39, 5, 0.6),
     pairs: Cost(5, 7, 3, 0.12),
     humps: Cost(4, 9, 1),
     jumps: Cost(6, 9, 1),

@@ -275,7 +275,9 @@ class GuidedBisection:
         aim = max(forecast.aim, good + max(1, int(self.resolution * good)))
         before = _Bracket.of(trials[:-3], bracket.high)
         if bad is None:
-            if good < 2 * before.good and not forecast.sure:
+            # In doubt it goes on in steps that grow, as long as none has failed
+            in_doubt = not forecast.sure or forecast.aim <= good
+            if good < 2 * before.good and in_doubt:
                 aim = max(aim, min(2 * good - before.good, forecast.limit))
             return bracket.clip(aim)
         slow = before.bad is not None and before.low * bad**2 > before.bad * good**2
