@@ -442,6 +442,22 @@ def test_profiles_that_miss_a_peak_are_no_longer_believed():
     assert failures(trials) == 0
 
 
+def test_a_limit_that_recedes_as_it_is_come_near_is_no_longer_followed():
+    """More allocations from some size on, so that those which are compared are not the same."""
+
+    def profile(size):
+        square, line = 0.475 * (size / 333.5) ** 2, 0.87 + 0.13 * size / 333.5
+        shares = (square, line, line, line) if size >= 100 else (square, line)
+        return tuple(RESIDENT + int(ROOM * share) for share in shares)
+
+    peak = lambda size: max(profile(size))  # noqa: E731
+
+    trials = run(GuidedBisection(), peak, profile=profile, start=32)
+
+    assert close(found(trials), truth(peak), 0.01)
+    assert len(trials) < 10
+
+
 def test_a_peak_over_the_budget_says_how_far_to_go_down():
     blind = run(GuidedBisection(), line(30), start=8000)
     told = run(GuidedBisection(), line(30), start=8000, read="all")

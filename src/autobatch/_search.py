@@ -136,6 +136,10 @@ class GuidedBisection:
         limit = profile_limit(readings)
         if limit is None or (bracket.bad is not None and limit >= bracket.bad):
             return None
+        before = profile_limit([r for r in readings if r is not top])
+        if before is not None and limit > (1 + self.resolution) * before + 1:
+            # A limit that recedes as it is come near: allocations that do not match, say
+            return None
         if limit == NO_LIMIT:
             return _Forecast(limit, self.growth * top.size, sure=False)
         if len(fits) >= PROOF:
