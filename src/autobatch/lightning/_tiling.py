@@ -18,7 +18,7 @@ __all__ = ["tiled"]
 def tiled(batch: Any, samples: int, batch_size: int) -> Any:
     """What collating its samples over and over again, up to a batch size, would give; None where that is not known.
 
-    Collating a hundred thousand samples takes seconds; repeating a batch of them does not.
+    Collating takes time for each sample; repeating what was collated takes next to none.
 
     Args:
         batch: What `torch.utils.data.default_collate` (torch 2.13) made of them.
@@ -28,6 +28,7 @@ def tiled(batch: Any, samples: int, batch_size: int) -> Any:
     try:
         return _tiled(batch, samples, batch_size)
     except _UnknownError:
+        # However deep it was met, the loader's own function has to do all of it
         return None
 
 
