@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -104,12 +102,5 @@ def readme(session: nox.Session) -> None:
     page = Path("README.md")
     above, _, rest = page.read_text(encoding="utf-8").partition(begin)
     _, _, below = rest.partition(end)
-    rows = re.compile(r"(\| \[`\S+`\]\((\S+\.py)\) \| ).*( \|)")
-    below = rows.sub(lambda row: row[1] + _sentence(row[2]) + row[3], below)
     shown = f"{begin}```text\n{report.strip()}\n```\n{end}"
     page.write_text(above + shown + below, encoding="utf-8")
-
-
-def _sentence(module: str) -> str:
-    tree = ast.parse(Path(module).read_text(encoding="utf-8"))
-    return (ast.get_docstring(tree) or "").partition("\n")[0]

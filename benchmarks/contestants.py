@@ -155,9 +155,7 @@ class _Marks(logging.Handler):
 
 
 def _find(work, **options):
-    return autobatch.find(
-        work.train, device=work.probe, dataset_size=work.ends, **options
-    )
+    return autobatch.find(work.train, device=work.probe, dataset_size=work.ends, **options)
 
 
 def guided(work):

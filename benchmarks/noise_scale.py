@@ -219,9 +219,7 @@ def main():
                     pairs=pairs,
                 ),
             )
-    print(
-        f"Training after AutoBatch, {MICRO_BATCH} × accumulate 2, against the same by hand"
-    )
+    print(f"Training after AutoBatch, {MICRO_BATCH} × accumulate 2, against the same by hand")
     for name, kind in models.items():
         told(
             name,

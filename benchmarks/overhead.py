@@ -33,8 +33,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import autobatch
-from autobatch import _curve
-from autobatch._snapshot import Snapshot
+from autobatch._throughput import curve
+from autobatch._trials.snapshot import Snapshot
 from autobatch.testing import SimulatedAccelerator
 
 MIB = 2**20
@@ -91,9 +91,7 @@ def importing(size):
         subprocess.run([sys.executable, "-c", code], check=True)  # noqa: S603 -- our own code
         return _children() - before
 
-    pairs = [
-        (seconds("import autobatch"), seconds("pass")) for _ in range(size.repeats)
-    ]
+    pairs = [(seconds("import autobatch"), seconds("pass")) for _ in range(size.repeats)]
     added = [with_it - without for with_it, without in pairs]
     met = statistics.median(added) <= IMPORT_GOAL
     return Row(
@@ -218,9 +216,7 @@ def _in_turns(kind, updates):
         tuned, by_hand = kind(32), kind(128)
         # Both train one network: where its memory happens to lie is then the same for both
         by_hand.layers = tuned.layers
-        callback = autobatch.AutoBatch(
-            target_batch_size=128, device=SimulatedAccelerator("1GiB")
-        )
+        callback = autobatch.AutoBatch(target_batch_size=128, device=SimulatedAccelerator("1GiB"))
 
         def after():
             tuned.wait = turns.of(0)
@@ -255,9 +251,7 @@ class on_one_core:  # noqa: N801 -- reads as what it does
     """Keep threads that start meanwhile on one core, where the system can."""
 
     def __enter__(self):
-        self._cores = (
-            os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
-        )
+        self._cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
         if self._cores:
             os.sched_setaffinity(0, {max(self._cores)})
 
@@ -300,9 +294,7 @@ def tuning_against_an_epoch(size):
     for _ in range(max(1, size.repeats // 3)):
         module = Network(32)
         loader = _data(32, count=60_000)
-        callback = autobatch.AutoBatch(
-            target_batch_size=128, device=SimulatedAccelerator("1GiB")
-        )
+        callback = autobatch.AutoBatch(target_batch_size=128, device=SimulatedAccelerator("1GiB"))
         began = time.perf_counter()
         report = callback.tune(trainer(), module, loader)
         whole = time.perf_counter() - began
@@ -333,9 +325,7 @@ def tuning_against_an_epoch(size):
 
 def _search_seconds(loader):
     """Seconds of a search by itself, without the curve, to 4,096 samples at most."""
-    callback = autobatch.AutoBatch(
-        device=SimulatedAccelerator("1GiB"), max_micro_batch_size=4096
-    )
+    callback = autobatch.AutoBatch(device=SimulatedAccelerator("1GiB"), max_micro_batch_size=4096)
     with without_the_curve():
         began = time.perf_counter()
         callback.tune(trainer(), Network(32), loader)
@@ -346,11 +336,11 @@ class without_the_curve:  # noqa: N801 -- reads as what it does
     """Time no sizes besides the trials, where that is not what is measured."""
 
     def __enter__(self):
-        self._seconds = _curve.SECONDS
-        _curve.SECONDS = 0.0
+        self._seconds = curve.SECONDS
+        curve.SECONDS = 0.0
 
     def __exit__(self, *_):
-        _curve.SECONDS = self._seconds
+        curve.SECONDS = self._seconds
 
 
 # Copies

@@ -19,7 +19,7 @@ import torch
 from workloads import BRIEF, NETWORKS, Place, fresh, surroundings
 
 import autobatch
-from autobatch import _curve
+from autobatch._throughput import curve
 from autobatch.testing import Recorder
 
 AROUND = (0.8, 0.9, 0.95, 0.98, 0.99, 1.01, 1.02, 1.05, 1.1, 1.5)  # of the largest fit
@@ -71,9 +71,7 @@ def record(place, name, build):
         if accumulating:  # gradients that live on are a burden of their own
             sizes = tuple(size for size in sizes if size >= largest // 2)
         target = 4 * max(sizes) if accumulating else None
-        autobatch.find(
-            watched, **options, search=Listed(sizes), target_batch_size=target
-        )
+        autobatch.find(watched, **options, search=Listed(sizes), target_batch_size=target)
     del model
     return recorder.recording(
         f"{name}, bf16, AdamW",
@@ -92,7 +90,7 @@ def main():
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     importlib.import_module("autobatch.sinks").console = lambda _: None
-    _curve.SECONDS = 0.0
+    curve.SECONDS = 0.0
     memory = given.memory or ("12MiB" if given.brief else "8GiB")
     place = Place.named(given.device, memory)
     networks = BRIEF if given.brief else NETWORKS

@@ -28,7 +28,7 @@ from pages import machine, renew, table
 from paper import STEPS_AFTER, OnPaper
 
 import networks
-from autobatch import _curve
+from autobatch._throughput import curve
 
 SECONDS_AFTER = 3.0  # for the further steps of a real network
 BINSEARCH = "Lightning, binsearch"
@@ -91,13 +91,13 @@ def one_of_each():
 def on_curves(given):
     """Every contestant on every one of the curves."""
     cells = []
-    for curve in given:
+    for one in given:
         for contestant in (*contestants.OURS, *contestants.THEIRS):
-            work = OnPaper(curve, contestant.budget_share)
+            work = OnPaper(one, contestant.budget_share)
             result = contestant.run(work)
             survived = work.survives(result.found) if result.found else None
             died = survived is not None and survived < STEPS_AFTER
-            who = (curve.kind, curve.name, curve.true, curve.rises, curve.ends)
+            who = (one.kind, one.name, one.true, one.rises, one.ends)
             cells.append(Cell(*who, contestant.name, result, survived, died))
     return cells
 
@@ -132,9 +132,7 @@ def on_networks(kinds):
                 survived[key] = work.survives(result.found, SECONDS_AFTER)
             steps = survived.get(key)
             who = (kind.name, "", kind.true, True, work.ends, contestant.name)
-            cells.append(
-                Cell(*who, result, steps and abs(steps), bool(steps and steps < 0))
-            )
+            cells.append(Cell(*who, result, steps and abs(steps), bool(steps and steps < 0)))
             print(_line(cells[-1]), flush=True)
             del work
             gc.collect()
@@ -258,9 +256,7 @@ def goals_table(on_paper, real):
             max,
             0,
         ),
-        _goal(
-            "did not fit: jump, noise", "≤ 1", [c.result.unfit for c in rough], max, 1
-        ),
+        _goal("did not fit: jump, noise", "≤ 1", [c.result.unfit for c in rough], max, 1),
     ]
     for what, of, middle, worst in (
         ("trials, with profiles", seen, 4, 6),
@@ -385,7 +381,7 @@ def draw(on_paper, real, path):
     mpl.use("Agg")
     from matplotlib.figure import Figure
 
-    from autobatch._figure._axes import GREY, INK, STYLE
+    from autobatch._report.figure.style import GREY, INK, STYLE
 
     sets = {"Curves, on paper": on_paper, "Networks, real tensors": real}
     sets = {title: cells for title, cells in sets.items() if cells}
@@ -425,8 +421,7 @@ def draw(on_paper, real, path):
 
 def _points(axis, cells):
     """Who found what: those at the same place share a point and a label."""
-    from autobatch._figure._axes import ACCENT, BAR, GREY, INK
-    from autobatch._figure._labels import Labels
+    from autobatch._report.figure.style import ACCENT, BAR, GREY, INK, Labels
 
     labels = Labels(axis)
     places = {}
@@ -442,9 +437,7 @@ def _points(axis, cells):
         axis.plot([x, x], [min(ratios), max(ratios)], color=ink, linewidth=0.9)
         axis.plot(x, y, "o", ms=8, color=ACCENT if is_ours else GREY, zorder=5)
         labels.avoid([x], [y])
-    for (_, _, is_ours), (at, *_, names) in sorted(
-        places.items(), key=lambda each: not each[0][2]
-    ):
+    for (_, _, is_ours), (at, *_, names) in sorted(places.items(), key=lambda each: not each[0][2]):
         labels.put(
             ",\n".join(names),
             [at],
@@ -482,12 +475,10 @@ def main():
     gc.freeze()  # what was imported is not looked through after every failure
     began = time.perf_counter()
     if given.quick:
-        _curve.SECONDS = 1.0  # nothing is said of it then
+        curve.SECONDS = 1.0  # nothing is said of it then
     on_paper, real = [], []
     if given.only != "networks":
-        on_paper = on_curves(
-            one_of_each() if given.quick else list(curves.curves(curves.MAXIMA))
-        )
+        on_paper = on_curves(one_of_each() if given.quick else list(curves.curves(curves.MAXIMA)))
     if given.only != "curves":
         kinds = networks.KINDS[2:3] if given.quick else networks.KINDS
         real = on_networks(kinds)
@@ -498,10 +489,7 @@ def main():
         numbers = {
             "machine": machine(),
             **{
-                where: [
-                    {**asdict(c), "ratio": c.ratio, "is_unsafe": c.is_unsafe}
-                    for c in of
-                ]
+                where: [{**asdict(c), "ratio": c.ratio, "is_unsafe": c.is_unsafe} for c in of]
                 for where, of in cells.items()
             },
         }

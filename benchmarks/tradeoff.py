@@ -29,8 +29,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import autobatch
-from autobatch._probes import HostProbe
-from autobatch._tradeoff import Costs, NoiseRange
+from autobatch._memory.host import HostProbe
+from autobatch._report.tradeoff import Costs, NoiseRange
 
 WIDTHS = (64, 96, 96, 10)
 TRAINED = 1257  # originals; the rest is held out
@@ -62,9 +62,7 @@ class Size:
         return [middle * 2 ** (step / 2) for step in range(-half, self.rates - half)]
 
 
-FULL = Size(
-    tuple(2**k for k in range(3, 11)), (0.8, 0.65, 0.55), 5, 7, 200_000, 400, 100
-)
+FULL = Size(tuple(2**k for k in range(3, 11)), (0.8, 0.65, 0.55), 5, 7, 200_000, 400, 100)
 QUICK = Size(tuple(2**k for k in range(4, 9)), (0.8,), 2, 3, 20_000, 400, 20)
 
 # Samples at once: all of a batch, or 32 at most and the rest by accumulating
@@ -153,9 +151,7 @@ class Networks:
         self.shape = (seeds, len(rates))
         self.rates = torch.tensor(rates).repeat(seeds).view(-1, 1, 1)
         self.parameters = []
-        for of_seeds in zip(
-            *(network(s).parameters() for s in range(seeds)), strict=True
-        ):
+        for of_seeds in zip(*(network(s).parameters() for s in range(seeds)), strict=True):
             each = torch.stack([p.detach() for p in of_seeds])
             each = each.repeat_interleave(len(rates), 0)
             each = each.transpose(1, 2) if each.ndim == 3 else each.unsqueeze(1)
@@ -167,9 +163,7 @@ class Networks:
         """Of each network, the mean; of (seeds, batch, ...), or of the same samples for all."""
         of_each = self.shape[1] if len(x) > 1 else self.shape[0] * self.shape[1]
         x, y = x.repeat_interleave(of_each, 0), y.repeat_interleave(of_each, 0)
-        *hidden, (weight, bias) = zip(
-            self.parameters[::2], self.parameters[1::2], strict=True
-        )
+        *hidden, (weight, bias) = zip(self.parameters[::2], self.parameters[1::2], strict=True)
         for w, b in hidden:
             x = torch.baddbmm(b, x, w).relu()
         logits = torch.baddbmm(bias, x, weight)
@@ -181,9 +175,7 @@ class Networks:
         self.updates += 1
         rates = self.rates * min(1.0, self.updates / WARM_UP)
         with torch.no_grad():
-            for p, momentum, g in zip(
-                self.parameters, self.momenta, gradients, strict=True
-            ):
+            for p, momentum, g in zip(self.parameters, self.momenta, gradients, strict=True):
                 momentum.mul_(MOMENTUM).add_(g)
                 p.sub_(rates * momentum)
 
@@ -318,9 +310,7 @@ def first_windows(watch):
 def noise(size, data, rate, seed):
     model = network(seed)
     plan = NOISE_PLAN
-    loop = training(data, model, rate, seed)(
-        plan.micro_batch_size, plan.accumulate_grad_batches
-    )
+    loop = training(data, model, rate, seed)(plan.micro_batch_size, plan.accumulate_grad_batches)
     with autobatch.noise_scale(model, micro_batch_size=MICRO) as watch:
         for _ in range(50):
             next(loop)
@@ -392,10 +382,7 @@ def verdicts(size, paces, seconds, reached, noises):
                         target,
                         choice,
                         [size.batches[pick] for pick in picks],
-                        [
-                            t[pick] / min(t) - 1
-                            for t, pick in zip(times, picks, strict=True)
-                        ],
+                        [t[pick] / min(t) - 1 for t, pick in zip(times, picks, strict=True)],
                         [float(middle[pick] / min(middle) - 1) for pick in picks],
                         [
                             float(kendalltau(*each).statistic)
@@ -432,9 +419,7 @@ def seconds_table(size, paces, seconds):
         row = [str(batch)]
         for layout in LAYOUTS:
             plan = plan_of(layout, batch)
-            told = paces[layout].update(
-                plan.micro_batch_size, plan.accumulate_grad_batches
-            )
+            told = paces[layout].update(plan.micro_batch_size, plan.accumulate_grad_batches)
             row += [f"{seconds[plan] * 1e3:.2f}", f"{told * 1e3:.2f}"]
         rows.append(row)
     columns = [f"{layout}: {what}" for layout in LAYOUTS for what in ("ms", "report")]
@@ -566,9 +551,7 @@ def main():
     reached = {}
     for batch in size.batches:
         reached[batch] = updates_to(size, data, batch)
-        print(
-            f"batch {batch}: {time.process_time():.0f} s of CPU time so far", flush=True
-        )
+        print(f"batch {batch}: {time.process_time():.0f} s of CPU time so far", flush=True)
     rate = reached[NOISE_PLAN.effective_batch_size][size.targets[-1]].rate
     noises = [noise(size, data, rate, seed) for seed in range(size.seeds)]
     found = verdicts(size, told, seconds, reached, noises)
@@ -597,17 +580,13 @@ def _numbers(size, paces, seconds, reached, noises, found):
                 "layout": layout,
                 **asdict(plan),
                 "measured": seconds[plan],
-                "report": paces[layout].update(
-                    plan.micro_batch_size, plan.accumulate_grad_batches
-                ),
+                "report": paces[layout].update(plan.micro_batch_size, plan.accumulate_grad_batches),
             }
             for layout in LAYOUTS
             for plan in (plan_of(layout, batch) for batch in size.batches)
         ],
         "noise": [asdict(each) for each in noises],
-        "verdicts": [
-            {**asdict(v), "extra_time": v.extra_time, "tau": v.tau} for v in found
-        ],
+        "verdicts": [{**asdict(v), "extra_time": v.extra_time, "tau": v.tau} for v in found],
     }
 
 

@@ -19,9 +19,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import autobatch
-from autobatch._ledger import Ledger
 from autobatch._memory import parse_bytes
-from autobatch._probes import CudaProbe
+from autobatch._memory.cuda import CudaProbe
+from autobatch._memory.ledger import Ledger
 from autobatch.testing import SimulatedAccelerator
 
 # Networks
@@ -90,9 +90,7 @@ class Block(nn.Module):
 
     def forward(self, x):
         parts = self.attention(self.norms[0](x)).chunk(3, -1)
-        query, key, value = (
-            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts
-        )
+        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
         seen = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.mixed(seen.transpose(1, 2).flatten(2))
         return x + self.narrow(F.gelu(self.wide(self.norms[1](x))))
@@ -113,9 +111,7 @@ class Gpt(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def loss(self, count, device):
-        tokens = torch.randint(
-            0, self.vocabulary, (count, self.length + 1), device=device
-        )
+        tokens = torch.randint(0, self.vocabulary, (count, self.length + 1), device=device)
         hidden = self.norm(self.body(self.tokens(tokens[:, :-1]) + self.places))
         logits = F.linear(hidden, self.tokens.weight)
         return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
@@ -140,16 +136,12 @@ class UNet(nn.Module):
         self.side = side
         widths = [width << level for level in range(depth + 1)]
         self.down = nn.ModuleList(
-            convolved_twice(inside, outside)
-            for inside, outside in itertools.pairwise([3, *widths])
+            convolved_twice(inside, outside) for inside, outside in itertools.pairwise([3, *widths])
         )
         self.rise = nn.ModuleList(
-            nn.ConvTranspose2d(wide, narrow, 2, 2)
-            for narrow, wide in itertools.pairwise(widths)
+            nn.ConvTranspose2d(wide, narrow, 2, 2) for narrow, wide in itertools.pairwise(widths)
         )
-        self.up = nn.ModuleList(
-            convolved_twice(2 * narrow, narrow) for narrow in widths[:-1]
-        )
+        self.up = nn.ModuleList(convolved_twice(2 * narrow, narrow) for narrow in widths[:-1])
         self.head = nn.Conv2d(width, 2, 1)
 
     def loss(self, count, device):
@@ -161,9 +153,7 @@ class UNet(nn.Module):
             seen.append(x)
             x = F.max_pool2d(x, 2)
         x = self.down[-1](x)
-        for rise, up, beside in reversed(
-            list(zip(self.rise, self.up, seen, strict=True))
-        ):
+        for rise, up, beside in reversed(list(zip(self.rise, self.up, seen, strict=True))):
             x = up(torch.cat([rise(x), beside], 1))
         return F.cross_entropy(self.head(x), labels)
 
@@ -203,9 +193,7 @@ class Place:
     def named(cls, device, memory):
         place = cls(device, parse_bytes("--memory", memory))
         if place.is_cuda and not torch.cuda.is_available():
-            raise SystemExit(
-                "--device cuda: there is no CUDA device; see --device cpu."
-            )
+            raise SystemExit("--device cuda: there is no CUDA device; see --device cpu.")
         return place
 
     @property

@@ -24,15 +24,11 @@ class Digits(pl.LightningModule):
 
     def configure_optimizers(self):
         # Built from the batch size: AutoBatch makes the optimizer anew with the one it found.
-        return torch.optim.AdamW(
-            self.parameters(), lr=1e-4 * self.hparams.batch_size**0.5
-        )
+        return torch.optim.AdamW(self.parameters(), lr=1e-4 * self.hparams.batch_size**0.5)
 
     def train_dataloader(self):
         digits = load_digits()
-        data = TensorDataset(
-            torch.tensor(digits.data).float() / 16, torch.tensor(digits.target)
-        )
+        data = TensorDataset(torch.tensor(digits.data).float() / 16, torch.tensor(digits.target))
         return DataLoader(data, batch_size=self.hparams.batch_size, shuffle=True)
 
 

@@ -13,9 +13,7 @@ import autobatch
 from autobatch.testing import SimulatedAccelerator
 
 digits = load_digits()
-data = TensorDataset(
-    torch.tensor(digits.data).float() / 16, torch.tensor(digits.target)
-)
+data = TensorDataset(torch.tensor(digits.data).float() / 16, torch.tensor(digits.target))
 model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10))
 optimizer = torch.optim.AdamW(model.parameters())
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from autobatch._ledger import Ledger
+from autobatch._memory.ledger import Ledger
 
 if TYPE_CHECKING:
     import weakref
@@ -80,9 +80,7 @@ class CachingAllocator:
             for segment in self._segments
             if not (len(segment.blocks) == 1 and segment.blocks[0].is_free)
         ]
-        self.reserved = sum(
-            block.size for segment in self._segments for block in segment.blocks
-        )
+        self.reserved = sum(block.size for segment in self._segments for block in segment.blocks)
 
     def _cached(self, size: int, is_small: bool) -> Block | None:
         """The smallest free block that is large enough."""

@@ -24,9 +24,7 @@ SNAPSHOTS = Path(__file__).parent / "snapshots"
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--overwrite", action="store_true", help="write text snapshots anew"
-    )
+    parser.addoption("--overwrite", action="store_true", help="write text snapshots anew")
     if not TIMES_OUT:
         parser.addini("timeout", "seconds of a test, where pytest-timeout watches them")
 
@@ -46,7 +44,7 @@ def pytest_collection_finish(session):
 def _without_curve(request, monkeypatch):
     """Time no sizes besides the trials, where that is not what a test is about: most tune many times over."""
     if request.node.get_closest_marker("curve") is None:
-        monkeypatch.setattr("autobatch._curve.SECONDS", 0.0)
+        monkeypatch.setattr("autobatch._throughput.curve.SECONDS", 0.0)
 
 
 @pytest.fixture(

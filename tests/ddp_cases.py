@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import autobatch
-from autobatch import _curve
+from autobatch._throughput import curve
 from autobatch.testing import PaperDevice, SimulatedAccelerator
 
 try:
@@ -67,9 +67,7 @@ class Model(pl.LightningModule):
         return loss
 
     def configure_optimizers(self):
-        optimizer = torch.optim.AdamW(
-            self.parameters(), lr=1e-4 * self.hparams.batch_size
-        )
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-4 * self.hparams.batch_size)
         total = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total)
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
@@ -162,9 +160,7 @@ def trained(model, callback=None, plan=None):
         "record": model.record,
         "weights": {name: value.clone() for name, value in model.state_dict().items()},
         "optimizer": fitted.optimizers[0].state_dict(),
-        "metrics": {
-            name: value.item() for name, value in fitted.callback_metrics.items()
-        },
+        "metrics": {name: value.item() for name, value in fitted.callback_metrics.items()},
         "global_step": fitted.global_step,
         "random": torch.get_rng_state(),
     }
@@ -185,9 +181,7 @@ def found(callback):
     plan = callback.report.plan
     return {
         "plan": (plan.micro_batch_size, plan.accumulate_grad_batches, plan.world_size),
-        "trials": [
-            (trial.batch_size, str(trial.outcome)) for trial in callback.report.trials
-        ],
+        "trials": [(trial.batch_size, str(trial.outcome)) for trial in callback.report.trials],
         "budget": callback.report.budget,
     }
 
@@ -216,9 +210,7 @@ def everything(directory):
         pl.seed_everything(1, verbose=False)
         model = Validated(*sizes)
         logger = pl.loggers.CSVLogger(directory, version=len(callbacks))
-        fitted = trainer(
-            *callbacks, logger=logger, enable_checkpointing=True, **options
-        )
+        fitted = trainer(*callbacks, logger=logger, enable_checkpointing=True, **options)
         fitted.fit(model, loader(model.hparams.batch_size))
         weights = {name: value.clone() for name, value in model.state_dict().items()}
         return fitted, {
@@ -285,10 +277,7 @@ def exploding():
     try:
         tuner().tune(trainer(), model, loader())
     except (ZeroDivisionError, autobatch.AutobatchError) as error:
-        same = all(
-            torch.equal(state[name], value)
-            for name, value in model.state_dict().items()
-        )
+        same = all(torch.equal(state[name], value) for name, value in model.state_dict().items())
         return {"error": f"{type(error).__name__}: {error}", "unchanged": same}
     return {"error": None}
 
@@ -338,7 +327,7 @@ def standalone():
     }
 
 
-class Known(pl.LightningModule):
+class PriorPlan(pl.LightningModule):
     """The loss -w·x has the gradient -x: the noise scale of this data is 6 / (6 * 0.25) = 4."""
 
     def __init__(self):
@@ -363,12 +352,12 @@ def noise():
         pl.seed_everything(1, verbose=False)
         callback = autobatch.NoiseScale(every=1)
         watching = [] if name == "unwatched" else [callback]
-        model = Known()
+        model = PriorPlan()
         batches = DataLoader(TensorDataset(x), 8, shuffle=True)
         trainer(*watching, accumulate_grad_batches=accumulate).fit(model, batches)
         readings[name] = callback.reading
         weights[name] = model.w.detach().clone()
-    model = nn.parallel.DistributedDataParallel(Known())
+    model = nn.parallel.DistributedDataParallel(PriorPlan())
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
     generator = torch.Generator().manual_seed(RANK)
     with autobatch.noise_scale(model, micro_batch_size=8, every=1) as watch:
@@ -415,7 +404,7 @@ CASES = {
 
 def main(directory, *cases):
     warnings.simplefilter("ignore")
-    _curve.SECONDS = 0.5  # enough for a few visits
+    curve.SECONDS = 0.5  # enough for a few visits
     gc.freeze()  # a search collects after each trial: not what imports made
     for package in ("pytorch_lightning", "lightning.pytorch"):
         logging.getLogger(package).setLevel(logging.ERROR)

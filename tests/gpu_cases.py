@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import autobatch
-from autobatch import _curve
+from autobatch._throughput import curve
 from gpu_place import on_cuda, on_paper
 from sameness import same
 
@@ -67,10 +67,7 @@ def allocator(place):
         "expandable": has_expandable_segments(place),
         "found": report.plan.micro_batch_size,
         "budget": report.budget,
-        "trials": [
-            (trial.batch_size, str(trial.outcome), trial.peak)
-            for trial in report.trials
-        ],
+        "trials": [(trial.batch_size, str(trial.outcome), trial.peak) for trial in report.trials],
         "ooms": trained_on(place, train, report),
         "share": place.probe._own_share(),
     }
@@ -151,9 +148,7 @@ def identity(place):
     """A training after tuning beside the same with its two numbers written by hand."""
     torch.use_deterministic_algorithms(mode=True)
     plan = autobatch.BatchPlan(24, 5)
-    tuner = autobatch.AutoBatch(
-        target_batch_size=120, max_micro_batch_size=24, device=place.probe
-    )
+    tuner = autobatch.AutoBatch(target_batch_size=120, max_micro_batch_size=24, device=place.probe)
     options = {"deterministic": True}
     tuned = fitted(place, autobatch.BatchPlan(4), tuner, **options)
     found = tuner.report.plan
@@ -173,9 +168,7 @@ def ddp(place):
     strategy = importlib.import_module(f"{pl.__name__}.strategies").DDPStrategy(
         process_group_backend=backend
     )
-    tuner = autobatch.AutoBatch(
-        target_batch_size=120, max_micro_batch_size=24, device=place.probe
-    )
+    tuner = autobatch.AutoBatch(target_batch_size=120, max_micro_batch_size=24, device=place.probe)
     used = {}
 
     class Watch(pl.Callback):
@@ -219,7 +212,7 @@ CASES = {case.__name__: case for case in (allocator, identity, ddp, assertion)}
 
 def main(case, kind):
     warnings.simplefilter("ignore")
-    _curve.SECONDS = 0.0
+    curve.SECONDS = 0.0
     with (
         pytest.MonkeyPatch.context() as monkeypatch,
         on_cuda() if kind == "cuda" else on_paper(monkeypatch) as place,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from autobatch._probes import CudaProbe, _mig_instance
+from autobatch._memory.cuda import CudaProbe, _mig_instance
 from nvml_standin import Card, FakeGpu
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from torch.utils.data import (
     random_split,
 )
 
-from autobatch import _curve
+from autobatch._throughput import curve
 
 try:
     pl = importlib.import_module("pytorch_lightning")
@@ -77,41 +77,25 @@ class Model(pl.LightningModule):
     def training_step(self, batch, batch_idx):
         x, y, index = batch
         self.seen = self.seen + len(x)
-        x = (
-            x
-            + 0.1 * torch.rand(x.shape, generator=self.noise)
-            + 0.01 * np.random.rand()
-        )
+        x = x + 0.1 * torch.rand(x.shape, generator=self.noise) + 0.01 * np.random.rand()
         loss = F.cross_entropy(self.net(x), y)
         self.log("loss", loss, on_step=True, on_epoch=True)
         rate = self.optimizers().param_groups[0]["lr"]
-        self.record.append(
-            (len(x), index.tolist(), loss.item(), rate, batch_idx, self.global_step)
-        )
+        self.record.append((len(x), index.tolist(), loss.item(), rate, batch_idx, self.global_step))
         return loss
 
     def configure_optimizers(self):
-        optimizer = torch.optim.AdamW(
-            self.parameters(), lr=1e-4 * self.hparams.batch_size
-        )
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-4 * self.hparams.batch_size)
         if self.hparams.schedule == "step":
             schedule = torch.optim.lr_scheduler.StepLR(optimizer, 3)
         else:
             total = self.trainer.estimated_stepping_batches
-            schedule = torch.optim.lr_scheduler.OneCycleLR(
-                optimizer, 1e-2, total_steps=int(total)
-            )
+            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=int(total))
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     def train_dataloader(self):
-        size = (
-            self.hard_coded
-            if self.hparams.source == "hook without"
-            else self.hparams.batch_size
-        )
-        return DataLoader(
-            self.data, size, shuffle=True, num_workers=self.hparams.workers
-        )
+        size = self.hard_coded if self.hparams.source == "hook without" else self.hparams.batch_size
+        return DataLoader(self.data, size, shuffle=True, num_workers=self.hparams.workers)
 
     def on_train_start(self):
         self.hooks.append("train start")
@@ -208,14 +192,10 @@ class ByHand(Model):
             self.lr_schedulers()[1].step()
         self.log("loss", loss, on_step=True, on_epoch=True)
         rate = critic.param_groups[0]["lr"]
-        self.record.append(
-            (len(x), index.tolist(), loss.item(), rate, batch_idx, self.global_step)
-        )
+        self.record.append((len(x), index.tolist(), loss.item(), rate, batch_idx, self.global_step))
 
     def configure_optimizers(self):
-        critic = torch.optim.AdamW(
-            self.net.parameters(), 1e-4 * self.hparams.batch_size
-        )
+        critic = torch.optim.AdamW(self.net.parameters(), 1e-4 * self.hparams.batch_size)
         maker = torch.optim.SGD(self.maker.parameters(), 1e-2, momentum=0.9)
         rates = torch.optim.lr_scheduler
         return [critic, maker], [
@@ -301,9 +281,7 @@ CASES = {
     "one cycle, datamodule": {"schedule": "one cycle", "source": "datamodule"},
     "clipped": {"trainer": {"gradient_clip_val": 0.5}},
     "bf16": {"trainer": {"precision": "bf16-mixed"}},
-    "limited": {
-        "trainer": {"limit_train_batches": 0.5, "reload_dataloaders_every_n_epochs": 1}
-    },
+    "limited": {"trainer": {"limit_train_batches": 0.5, "reload_dataloaders_every_n_epochs": 1}},
     "by hand": {"model": ByHand, "by hand": True},
     "lbfgs": {"model": Quasi},
     "plateau": {"model": Plateau, "trainer": {"max_epochs": 4}},
@@ -343,9 +321,7 @@ def run(case, plan):
         callbacks = [tuner]
     micro, accumulate = plan or (4, 1)
     pl.seed_everything(1, verbose=False)
-    model = options["model"](
-        micro, options["schedule"], options["source"], options["workers"]
-    )
+    model = options["model"](micro, options["schedule"], options["source"], options["workers"])
     model.hard_coded = micro
     trainer = pl.Trainer(
         **{
@@ -365,9 +341,7 @@ def run(case, plan):
     if options["source"] == "datamodule":
         trainer.fit(model, datamodule=Data(micro))
     elif options["source"] == "batch sampler":
-        trainer.fit(
-            model, DataLoader(model.data, batch_sampler=Blocks(len(model.data), micro))
-        )
+        trainer.fit(model, DataLoader(model.data, batch_sampler=Blocks(len(model.data), micro)))
     elif options["source"] == "stream":
         trainer.fit(model, DataLoader(Stream(model.data), micro))
     elif options["source"] == "passed":
@@ -385,17 +359,13 @@ def run(case, plan):
         "hooks": model.hooks,
         "weights": {name: value.clone() for name, value in model.state_dict().items()},
         "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
-        "schedules": [
-            config.scheduler.state_dict() for config in trainer.lr_scheduler_configs
-        ],
+        "schedules": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
         "precision": trainer.precision_plugin.state_dict(),
         "seen": model.seen,
         "noise": model.noise.get_state(),
         "reads": model.data.reads,
         "global_step": trainer.global_step,
-        "metrics": {
-            name: value.item() for name, value in trainer.callback_metrics.items()
-        },
+        "metrics": {name: value.item() for name, value in trainer.callback_metrics.items()},
         "torch": torch.get_rng_state(),
         "numpy": np.random.get_state()[1].tolist(),
         "python": list(random.getstate()[1]),
@@ -403,27 +373,21 @@ def run(case, plan):
     if plan is not None:
         return result, plan
     found = tuner.report.plan
-    result["trials"] = [
-        (trial.batch_size, str(trial.outcome)) for trial in tuner.report.trials
-    ]
+    result["trials"] = [(trial.batch_size, str(trial.outcome)) for trial in tuner.report.trials]
     return result, (found.micro_batch_size, found.accumulate_grad_batches)
 
 
 def main(mode, results, plans, *cases):
     warnings.simplefilter("ignore")
-    _curve.SECONDS = 0.5  # enough for a few visits
+    curve.SECONDS = 0.5  # enough for a few visits
     gc.freeze()  # a search collects after each trial: not what imports made
     known = (
-        json.loads(Path(plans).read_text())
-        if mode == "by-hand"
-        else dict.fromkeys(cases or CASES)
+        json.loads(Path(plans).read_text()) if mode == "by-hand" else dict.fromkeys(cases or CASES)
     )
     done = {case: run(case, plan) for case, plan in known.items()}
     torch.save({case: result for case, (result, _) in done.items()}, results)
     if mode == "tuned":
-        Path(plans).write_text(
-            json.dumps({case: plan for case, (_, plan) in done.items()})
-        )
+        Path(plans).write_text(json.dumps({case: plan for case, (_, plan) in done.items()}))
 
 
 if __name__ == "__main__":

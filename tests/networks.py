@@ -56,9 +56,7 @@ class ResNet(nn.Module):
         self.stem = nn.Sequential(
             *(
                 block
-                for inside, outside, stride in zip(
-                    widths, widths[1:], strides, strict=False
-                )
+                for inside, outside, stride in zip(widths, widths[1:], strides, strict=False)
                 for block in (
                     Residual(inside, outside, stride),
                     Residual(outside, outside, 1),

@@ -55,9 +55,7 @@ class Card:
     retries: int = 0
     ooms: int = 0
     allocator: CachingAllocator | None = None
-    allocated: Callable[[], int] = lambda: (
-        0
-    )  # bytes of live tensors, while `allocating`
+    allocated: Callable[[], int] = lambda: 0  # bytes of live tensors, while `allocating`
 
     @property
     def seen_by_cuda(self) -> int:
@@ -95,13 +93,9 @@ class Card:
         return {
             "num_alloc_retries": allocator.repeated if allocator else self.retries,
             "num_ooms": allocator.refused if allocator else self.ooms,
-            "allocated_bytes.all.current": self.allocated()
-            if allocator
-            else self.reserved,
+            "allocated_bytes.all.current": self.allocated() if allocator else self.reserved,
             "reserved_bytes.all.current": self.held,
-            "reserved_bytes.all.peak": allocator.peak
-            if allocator
-            else max(self.peak, self.held),
+            "reserved_bytes.all.peak": allocator.peak if allocator else max(self.peak, self.held),
         }
 
 
@@ -162,9 +156,7 @@ class FakeGpu:
         if self.visible is None:
             return in_cuda_order
         named = {f"GPU-{card.uuid}": card for card in self.cards}
-        named |= {
-            f"MIG-{part.uuid}": part for card in self.cards for part in card.instances
-        }
+        named |= {f"MIG-{part.uuid}": part for card in self.cards for part in card.instances}
         return [
             in_cuda_order[int(entry)]
             if entry.isdecimal()
@@ -175,15 +167,10 @@ class FakeGpu:
     def allocate(self, index: int, nbytes: int) -> None:
         """What torch's allocator does: refuse what passes the cap or the card, having retried once."""
         card = self.devices[index]
-        if (
-            card.reserved + nbytes > card.share * card.seen_by_cuda
-            or nbytes > card.free
-        ):
+        if card.reserved + nbytes > card.share * card.seen_by_cuda or nbytes > card.free:
             card.retries += 1
             card.ooms += 1
-            raise torch.OutOfMemoryError(
-                f"CUDA out of memory. Tried to allocate {nbytes} bytes."
-            )
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {nbytes} bytes.")
         card.reserved += nbytes
         card.peak = max(card.peak, card.reserved)
 
@@ -211,9 +198,7 @@ class FakeGpu:
         def properties(index: int) -> types.SimpleNamespace:
             card = self.devices[index]
             # torch tells the UUID of the whole card, also for an instance of it
-            whole = next(
-                each for each in self.cards if card is each or card in each.instances
-            )
+            whole = next(each for each in self.cards if card is each or card in each.instances)
             return types.SimpleNamespace(
                 name="Paper GPU",
                 total_memory=card.seen_by_cuda,
@@ -257,9 +242,7 @@ class Library:
         self._machine = machine
         self._is_open = False
         self._handles: list[Card] = []
-        self._words: dict[
-            int, ctypes.Array
-        ] = {}  # kept, since C is given their addresses
+        self._words: dict[int, ctypes.Array] = {}  # kept, since C is given their addresses
         offered = {
             "nvmlInitWithFlags": (self._init, (c_uint,)),
             "nvmlSystemGetDriverVersion": (self._driver_version, (c_void_p, c_uint)),
@@ -279,9 +262,7 @@ class Library:
             name: ctypes.CFUNCTYPE(c_int, *arguments)(self._asked(name, function))
             for name, (function, arguments) in offered.items()
         }
-        self._functions["nvmlErrorString"] = ctypes.CFUNCTYPE(c_void_p, c_int)(
-            self._error_string
-        )
+        self._functions["nvmlErrorString"] = ctypes.CFUNCTYPE(c_void_p, c_int)(self._error_string)
 
     def __getattr__(self, name: str) -> object:
         if name not in self._functions or name in self._machine.lacks:

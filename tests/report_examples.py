@@ -6,15 +6,15 @@ import dataclasses
 
 from hypothesis import strategies as st
 
-from autobatch._curve import CurvePoint
-from autobatch._findings import Look
-from autobatch._learning_rate import LearningRateRule
-from autobatch._loading import Loading
-from autobatch._noise_scale import NoiseReading
+from autobatch._noise import NoiseReading
 from autobatch._plan import BatchPlan
 from autobatch._report import Device, TuningReport
+from autobatch._report.notes import Look
+from autobatch._report.tradeoff import LearningRateRule
 from autobatch._settings import Settings
-from autobatch._trial import Outcome, Trial
+from autobatch._throughput import CurvePoint
+from autobatch._throughput.loading import Loading
+from autobatch._trials import Outcome, Trial
 
 GIB = 2**30
 
@@ -59,9 +59,7 @@ def full_example(**changes) -> TuningReport:
         )
         for size, speed, gib in _MEASURED
     )
-    tried = tuple(
-        trial for trial in example().trials if trial.batch_size in (8, 16, 56, 64, 32)
-    )
+    tried = tuple(trial for trial in example().trials if trial.batch_size in (8, 16, 56, 64, 32))
     more = {
         "trials": tried,
         "curve": curve,
@@ -160,9 +158,7 @@ curve_points = st.builds(
     drift=st.none() | amounts,
 )
 noises = st.builds(
-    lambda span, **given: NoiseReading(
-        low=span[0], samples=span[1], high=span[2], **given
-    ),
+    lambda span, **given: NoiseReading(low=span[0], samples=span[1], high=span[2], **given),
     spans,
     state=st.sampled_from(["settling", "ok", "at_least", "unavailable"]),
     windows=counts,
@@ -172,9 +168,7 @@ noises = st.builds(
     reason=st.none() | texts,
 )
 rules = st.builds(LearningRateRule, texts, st.sampled_from(["linear", "square-root"]))
-loadings = st.builds(
-    Loading, wait_seconds=amounts, step_seconds=amounts, batches=counts
-)
+loadings = st.builds(Loading, wait_seconds=amounts, step_seconds=amounts, batches=counts)
 
 
 @st.composite
@@ -189,9 +183,7 @@ def reports(draw) -> TuningReport:
         autobatch_version=draw(texts),
         settings=Settings(
             target_batch_size=draw(st.none() | counts),
-            memory_limit=draw(
-                st.floats(1e-300, 1) | st.integers(2, 2**50) | st.just("10GiB")
-            ),
+            memory_limit=draw(st.floats(1e-300, 1) | st.integers(2, 2**50) | st.just("10GiB")),
             max_micro_batch_size=draw(st.none() | counts),
             steps_per_trial=draw(counts),
             time_limit=draw(st.none() | st.floats(1e-300, 1e300)),
@@ -214,9 +206,7 @@ def reports(draw) -> TuningReport:
         validation_batch_size=draw(st.none() | counts),
         dataset_size=draw(st.none() | counts),
         look=draw(st.none() | looks),
-        curve=tuple(
-            draw(st.lists(curve_points, max_size=20, unique_by=lambda p: p.batch_size))
-        ),
+        curve=tuple(draw(st.lists(curve_points, max_size=20, unique_by=lambda p: p.batch_size))),
         noise=draw(st.none() | noises),
         learning_rate=draw(st.none() | rules),
         loading=draw(st.none() | loadings),

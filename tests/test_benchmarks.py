@@ -73,17 +73,13 @@ def test_the_benchmark_of_the_noise_scale_prints_a_ratio_of_each_kind():
 
     printed = run("noise_scale.py", "--quick", needs=[])
 
-    ratios = re.findall(
-        r"(?m)^  MLP +[+-]\d+\.\d% +[+-]\d+\.\d% to +[+-]\d+\.\d%$", printed
-    )
+    ratios = re.findall(r"(?m)^  MLP +[+-]\d+\.\d% +[+-]\d+\.\d% to +[+-]\d+\.\d%$", printed)
     assert len(ratios) == 4, printed
 
 
 @pytest.mark.timeout(600)
 def test_the_benchmark_of_searches_compares_all_on_the_same_work(tmp_path):
-    page, short, numbers, figure = (
-        tmp_path / name for name in ("p.md", "s.md", "n.json", "f.png")
-    )
+    page, short, numbers, figure = (tmp_path / name for name in ("p.md", "s.md", "n.json", "f.png"))
     for each in (page, short):
         each.write_text("<!-- search.py -->old<!-- end of search.py -->\n", "utf-8")
 

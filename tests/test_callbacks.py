@@ -71,9 +71,7 @@ def fit(path, *others, size=4, accumulate=1, **options):
         "steps": fitted.global_step,
         "epochs": fitted.current_epoch,
         "lr": model.lr,
-        "metrics": {
-            name: each.item() for name, each in fitted.callback_metrics.items()
-        },
+        "metrics": {name: each.item() for name, each in fitted.callback_metrics.items()},
     }
 
 
@@ -88,9 +86,7 @@ CASES = {
     "rich bar": callbacks.RichProgressBar,
     "bar": callbacks.TQDMProgressBar,
     "rate monitor": callbacks.LearningRateMonitor,
-    "checkpoint": lambda: callbacks.ModelCheckpoint(
-        every_n_train_steps=4, save_top_k=-1
-    ),
+    "checkpoint": lambda: callbacks.ModelCheckpoint(every_n_train_steps=4, save_top_k=-1),
     "throughput": lambda: callbacks.ThroughputMonitor(
         batch_size_fn=lambda batch: len(batch[0]), window_size=3
     ),
@@ -103,14 +99,10 @@ NEEDS = {
 LOGS = {"rate monitor", "throughput"}
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.*does not have a `forward`", "ignore:Swapping scheduler"
-)
+@pytest.mark.filterwarnings("ignore:.*does not have a `forward`", "ignore:Swapping scheduler")
 @pytest.mark.parametrize("first", [True, False], ids=["first", "last"])
 @pytest.mark.parametrize("case", CASES)
-def test_with_another_callback_training_is_the_same_to_the_bit(
-    case, first, tmp_path, capsys
-):
+def test_with_another_callback_training_is_the_same_to_the_bit(case, first, tmp_path, capsys):
     def run(*ours, **options):
         path = tmp_path / ("tuned" if ours else "by hand")
         logger = pl.loggers.CSVLogger(path) if case in LOGS else False
@@ -122,9 +114,7 @@ def test_with_another_callback_training_is_the_same_to_the_bit(
     callback = tuner()
     tuned, _ = run(callback)
     plan = callback.report.plan
-    by_hand, _ = run(
-        size=plan.micro_batch_size, accumulate=plan.accumulate_grad_batches
-    )
+    by_hand, _ = run(size=plan.micro_batch_size, accumulate=plan.accumulate_grad_batches)
 
     different = [name for name in by_hand if not same(tuned[name], by_hand[name])]
     assert different == []
@@ -249,9 +239,7 @@ def finetuned(callback, *others, epochs=3, source=None, **options):
     model = Frozen()
     fitted = trainer(callback, *others, max_epochs=epochs, **options)
     passed = loader() if source is None else None
-    fitted.fit(source or model, passed) if source is None else fitted.fit(
-        model, datamodule=source
-    )
+    fitted.fit(source or model, passed) if source is None else fitted.fit(model, datamodule=source)
     return model, fitted
 
 
@@ -340,8 +328,8 @@ def test_training_goes_on_as_if_the_numbers_had_been_changed_by_hand(own, monkey
     plans = [autobatch.BatchPlan(60, 2), autobatch.BatchPlan(20, 6)]
     device = SimulatedAccelerator("2MiB")
     callback = tuner(plan=plans[0], retune_at_epochs=[1], device=device)
-    door = importlib.import_module("autobatch.lightning")
-    tune = door.tune_training
+    _autobatch = importlib.import_module("autobatch.lightning._autobatch")
+    tune = _autobatch.tune_training
 
     def second(fitted, *arguments):
         tuned = tune(fitted, *arguments)
@@ -350,7 +338,7 @@ def test_training_goes_on_as_if_the_numbers_had_been_changed_by_hand(own, monkey
         report = tuned.report.model_copy(update={"plan": plans[1]})
         return replace(tuned, report=report, batch_sizes=(20,))
 
-    monkeypatch.setattr(door, "tune_training", second)
+    monkeypatch.setattr(_autobatch, "tune_training", second)
     tuned = run(lambda _: callback)
     by_hand = run(
         lambda data_loader: BySwitch(plans[1], data_loader),
@@ -385,9 +373,7 @@ def test_at_a_milestone_the_loader_of_a_hook_follows_and_validation_too(options)
     class Look(pl.Callback):
         def on_validation_start(self, fitted, *_):
             if not fitted.sanity_checking:
-                validations.append(
-                    (fitted.current_epoch, fitted.fit_loop.batch_idx + 1)
-                )
+                validations.append((fitted.current_epoch, fitted.fit_loop.batch_idx + 1))
 
     callback, source = wide(), Drawn()
     model, _ = finetuned(callback, finetuning(), Look(), source=source, **options)
@@ -458,9 +444,7 @@ def test_a_milestone_leaves_no_trace_where_the_plan_stays():
     plan = callback.report.plan
     by_hand = run(size=plan.micro_batch_size, accumulate=plan.accumulate_grad_batches)
 
-    assert "Tuned anew at epoch 2, for the effective batch of 59." in (
-        callback.report.notes
-    )
+    assert "Tuned anew at epoch 2, for the effective batch of 59." in (callback.report.notes)
     assert callback._first.plan == plan
     assert same(tuned, by_hand)
 

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from autobatch._cautions import (
+from autobatch._accumulation import BatchNorms, Splitting
+from autobatch._plan import BatchPlan
+from autobatch._report.notes import (
     accumulation_costs,
     batch_norm,
     not_additive,
@@ -10,9 +12,7 @@ from autobatch._cautions import (
     stretched_schedule,
     usual_learning_rate,
 )
-from autobatch._equivalence import BatchNorms, Splitting
-from autobatch._learning_rate import LearningRateRule, common_rule
-from autobatch._plan import BatchPlan
+from autobatch._report.tradeoff import LearningRateRule, common_rule
 
 
 @pytest.mark.parametrize(
@@ -104,9 +104,7 @@ def test_a_schedule_whose_length_is_not_known_is_told_without_it():
 
 
 def test_with_the_same_effective_batch_a_schedule_is_what_it_was():
-    assert (
-        stretched_schedule("LinearLR", 1000, BatchPlan(256), BatchPlan(32, 8)) is None
-    )
+    assert stretched_schedule("LinearLR", 1000, BatchPlan(256), BatchPlan(32, 8)) is None
 
 
 @pytest.mark.parametrize(

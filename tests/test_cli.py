@@ -12,8 +12,8 @@ import pytest
 import autobatch
 from autobatch import sinks
 from autobatch.__main__ import main
-from autobatch._page import completed
-from autobatch._text import UNICODE, terminal
+from autobatch._report.layout import UNICODE, terminal
+from autobatch._report.text import completed
 from nvml_standin import DRIVER, GIB, Card, FakeGpu
 from report_examples import example
 
@@ -68,9 +68,7 @@ def test_version(capsys):
 # demo
 
 
-def test_a_directory_that_can_not_be_made_is_refused_before_the_demo_runs(
-    tmp_path, capsys
-):
+def test_a_directory_that_can_not_be_made_is_refused_before_the_demo_runs(tmp_path, capsys):
     pytest.importorskip("pytorch_lightning")
     pytest.importorskip("sklearn")
     (tmp_path / "file").touch()
@@ -121,9 +119,7 @@ def test_the_demo_says_where_it_could_not_write(tmp_path, monkeypatch, capsys):
     from autobatch import _demo
 
     (tmp_path / "taken").touch()
-    monkeypatch.setattr(
-        _demo, "run", lambda: _demo.DemoResult(example(), accuracy=0.9, updates=96)
-    )
+    monkeypatch.setattr(_demo, "run", lambda: _demo.DemoResult(example(), accuracy=0.9, updates=96))
 
     assert main(["demo", "--directory", str(tmp_path / "taken")]) == 2
 
@@ -171,9 +167,7 @@ def test_probe_tells_who_holds_a_gpus_memory(monkeypatch, capsys, processes, tol
     assert f"  NVML               driver {DRIVER}\n" in shown
 
 
-def test_probe_shows_a_gpu_that_can_not_be_read_by_the_sentence_that_says_so(
-    monkeypatch, capsys
-):
+def test_probe_shows_a_gpu_that_can_not_be_read_by_the_sentence_that_says_so(monkeypatch, capsys):
     gpu = FakeGpu().install(monkeypatch)
     gpu.lose()
 

@@ -10,11 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import autobatch
-from autobatch._curve import curve_sizes, enough, in_turns, point
-from autobatch._findings import Findings
-from autobatch._notes import notes
 from autobatch._plan import BatchPlan
-from autobatch._timing import Timing
+from autobatch._report.notes import TuningResult, notes
+from autobatch._throughput.curve import curve_sizes, enough, in_turns, point
+from autobatch._trials.timing import Timing
 from autobatch.testing import PaperDevice, SimulatedAccelerator
 
 pytestmark = pytest.mark.curve
@@ -26,7 +25,7 @@ def timing(*seconds, optimizer=()):
     return Timing(tuple(seconds), tuple(optimizer))
 
 
-FOUND = Findings(
+FOUND = TuningResult(
     task="train",
     plan=BatchPlan(8),
     trials=(),
@@ -132,9 +131,7 @@ def test_a_size_that_failed_is_not_visited_again_and_left_out():
         order.append(size)
         return None if size == 2 else timing(1, 1, 1)
 
-    timings = in_turns(
-        [1, 2], visit=visit, affordable=lambda _: True, update_seconds=lambda _: 1.0
-    )
+    timings = in_turns([1, 2], visit=visit, affordable=lambda _: True, update_seconds=lambda _: 1.0)
 
     assert order == [1, 2, 1]
     assert set(timings) == {1}
@@ -235,11 +232,7 @@ def told_of_drift(points):
     return any("drifted" in note for note in notes(replace(FOUND, curve=tuple(points))))
 
 
-@given(
-    st.lists(
-        st.lists(st.floats(1e-6, 1e3), min_size=3, max_size=10), min_size=1, max_size=2
-    )
-)
+@given(st.lists(st.lists(st.floats(1e-6, 1e3), min_size=3, max_size=10), min_size=1, max_size=2))
 def test_the_spread_contains_the_median(visits):
     got = point(1, 1, [timing(*each) for each in visits], None)
 
@@ -278,18 +271,14 @@ def test_the_smallest_micro_batch_within_five_percent_of_the_fastest_is_recommen
 
     report = autobatch.find(paper.workload, device=paper, target_batch_size=512)
 
-    assert report.plan == autobatch.BatchPlan(
-        16, 32
-    ) or report.plan.micro_batch_size in (
+    assert report.plan == autobatch.BatchPlan(16, 32) or report.plan.micro_batch_size in (
         16,
         32,
     )
     rates = {row.batch_size: row.of_fastest for row in report.sizes}
     chosen = report.plan.micro_batch_size
     assert rates[chosen] >= 0.95
-    assert all(
-        rates[size] < 0.95 for size in rates if size < chosen and 512 % size == 0
-    )
+    assert all(rates[size] < 0.95 for size in rates if size < chosen and 512 % size == 0)
 
 
 def test_what_is_chosen_was_run_as_a_trial():
@@ -425,16 +414,12 @@ def test_timing_leaves_no_trace():
     def train(batch_size, accumulate):
         while True:
             for _ in range(accumulate):
-                (
-                    model(torch.randn(batch_size, 8)).square().mean() / accumulate
-                ).backward()
+                (model(torch.randn(batch_size, 8)).square().mean() / accumulate).backward()
             optimizer.step()
             optimizer.zero_grad()
             yield
 
-    report = autobatch.find(
-        train, device=SimulatedAccelerator("2MiB"), target_batch_size=256
-    )
+    report = autobatch.find(train, device=SimulatedAccelerator("2MiB"), target_batch_size=256)
 
     assert len(report.curve) > 4
     assert all(map(torch.equal, model.state_dict().values(), before))
@@ -452,9 +437,7 @@ def test_a_slower_small_batch_is_seen_as_slower_per_sample():
             torch.ones(batch_size, 1000).sum()
             yield
 
-    report = autobatch.find(
-        train, device=SimulatedAccelerator("1MiB"), max_micro_batch_size=64
-    )
+    report = autobatch.find(train, device=SimulatedAccelerator("1MiB"), max_micro_batch_size=64)
 
     rates = {row.batch_size: row.samples_per_second for row in report.sizes}
     assert rates[64] > 2 * rates[8] > 4 * rates[1]
@@ -481,9 +464,7 @@ def watched():
 def test_a_trial_whose_memory_is_watched_is_not_run_again_where_a_curve_will_time_it():
     train, started = watched()
 
-    report = autobatch.find(
-        train, device=SimulatedAccelerator("1MiB"), max_micro_batch_size=64
-    )
+    report = autobatch.find(train, device=SimulatedAccelerator("1MiB"), max_micro_batch_size=64)
 
     tried = [trial.batch_size for trial in report.trials]
     assert started[: len(tried)] == tried
@@ -493,12 +474,10 @@ def test_a_trial_whose_memory_is_watched_is_not_run_again_where_a_curve_will_tim
 
 
 def test_without_a_curve_a_trial_times_itself(monkeypatch):
-    monkeypatch.setattr("autobatch._curve.SECONDS", 0.0)
+    monkeypatch.setattr("autobatch._throughput.curve.SECONDS", 0.0)
     train, started = watched()
 
-    report = autobatch.find(
-        train, device=SimulatedAccelerator("1MiB"), max_micro_batch_size=64
-    )
+    report = autobatch.find(train, device=SimulatedAccelerator("1MiB"), max_micro_batch_size=64)
 
     tried = [trial.batch_size for trial in report.trials]
     assert started == [size for size in tried for _ in range(2)]

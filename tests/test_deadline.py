@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from autobatch._deadline import Deadline
+from autobatch._trials.runner import TimeLimit
 
 
 class Clock:
@@ -16,7 +16,7 @@ class Clock:
 def after(seconds, *, limit=60.0, trials=None):
     """A deadline so many seconds on its way, with what the trials of some sizes took."""
     clock = Clock()
-    deadline = Deadline(limit, clock)
+    deadline = TimeLimit(limit, clock)
     for size, took in (trials or {}).items():
         deadline.record(size, took)
     clock.now += seconds

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from autobatch._equivalence import (
+from autobatch._accumulation import (
     BatchNorms,
     Splitting,
     UndecidedError,
@@ -59,9 +59,7 @@ def noisy(net, x, y):
 
 def gradient_of(loss, net):
     weights = list(net.parameters())
-    return lambda batch: torch.autograd.grad(
-        loss(net, *batch), weights, allow_unused=True
-    )
+    return lambda batch: torch.autograd.grad(loss(net, *batch), weights, allow_unused=True)
 
 
 def split(loss, net, *, threshold):
@@ -171,9 +169,7 @@ def test_batches_are_split_in_all_their_containers(wrapped):
     x, y = batch_of()
     whole = wrapped(x, y)
 
-    split_gradient(
-        lambda batch: seen.append(batch) or [torch.ones(1)], whole, SAMPLES, 0.01
-    )
+    split_gradient(lambda batch: seen.append(batch) or [torch.ones(1)], whole, SAMPLES, 0.01)
 
     rows = (slice(0, 8), slice(8, 16), slice(0, 16))
     for part, these in zip(seen, rows, strict=True):

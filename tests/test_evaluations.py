@@ -100,9 +100,7 @@ def test_validation_that_does_not_fit_is_shrunk_and_does_not_crash():
     size = callback.report.validation_batch_size
     assert 1 < size < 60
     assert max(model.sizes) == size
-    assert (
-        f"Validation runs batches of {size} instead of 60" in callback.report.notes[-1]
-    )
+    assert f"Validation runs batches of {size} instead of 60" in callback.report.notes[-1]
     assert passed.batch_size == passed.batch_sampler.batch_size == 60
     # What it was shrunk to is about what fits: half as much again does not
     held = 3 * sum(p.numel() * 4 for p in model.parameters())
@@ -156,9 +154,7 @@ def test_each_of_several_validation_loaders_is_tried():
 
     trainer(callback).fit(model, loader(4), [loader(40), loader(80)])
 
-    first, second = (
-        max(size for at, size in model.evaluated if at == which) for which in (0, 1)
-    )
+    first, second = (max(size for at, size in model.evaluated if at == which) for which in (0, 1))
     assert second < 80
     assert second == 2 * first
 
@@ -199,9 +195,7 @@ def test_validation_that_grows_in_training_is_shrunk_again_where_it_is_tuned_ane
     model, passed = Growing(kib=4), loader(100)
     callback = tuner("256KiB", retune_at_epochs=[1, 2])
 
-    trainer(callback, max_epochs=3, num_sanity_val_steps=0).fit(
-        model, loader(4), passed
-    )
+    trainer(callback, max_epochs=3, num_sanity_val_steps=0).fit(model, loader(4), passed)
 
     first, second, third = (max(sizes) for sizes in model.evaluated)
     assert 100 > first > second > third == callback.report.validation_batch_size
@@ -257,9 +251,7 @@ def test_training_with_validation_is_the_same_to_the_bit_as_by_hand():
         fitted = trainer(*callbacks, **options)
         passed = DataLoader(data(), size, shuffle=True)
         fitted.fit(model, passed, loader(validation))
-        metrics = {
-            name: value.item() for name, value in fitted.callback_metrics.items()
-        }
+        metrics = {name: value.item() for name, value in fitted.callback_metrics.items()}
         return [
             model.trained,
             model.evaluated,
@@ -380,9 +372,7 @@ def test_testing_after_training_leaves_the_plan_of_the_training_in_the_checkpoin
 
     assert callback.report.task == "test"
     assert callback.state_dict()["micro_batch_size"] == plan.micro_batch_size
-    assert (
-        callback.state_dict()["accumulate_grad_batches"] == plan.accumulate_grad_batches
-    )
+    assert callback.state_dict()["accumulate_grad_batches"] == plan.accumulate_grad_batches
 
 
 @pytest.mark.parametrize("target", [None, 24])
@@ -417,9 +407,7 @@ def test_several_loaders_keep_their_proportion():
 
     trainer(callback).test(model, [loader(4), loader(8)])
 
-    first, second = (
-        max(size for at, size in model.evaluated if at == which) for which in (0, 1)
-    )
+    first, second = (max(size for at, size in model.evaluated if at == which) for which in (0, 1))
     assert first > 4
     assert second == 2 * first
 
@@ -469,15 +457,15 @@ def test_a_call_is_a_batch_of_each_loader_in_turn():
 
     report = callback.tune(trainer(), Model(), dataloaders=loaders, method="predict")
 
-    assert any(
-        "A call is one batch of each of the 2 loaders" in note for note in report.notes
-    )
+    assert any("A call is one batch of each of the 2 loaders" in note for note in report.notes)
 
 
 def test_a_limit_on_latency_is_refused_where_fit_trains():
     model, passed = Model(), loader(4)
     callback = autobatch.AutoBatch(latency_limit=0.1)
-    sentence = "^latency_limit=0.1 is for validate, test and predict, which answer batches; fit trains"
+    sentence = (
+        "^latency_limit=0.1 is for validate, test and predict, which answer batches; fit trains"
+    )
 
     with pytest.raises(autobatch.AutobatchError, match=sentence):
         trainer(callback).fit(model, passed)

@@ -16,12 +16,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 def packages_of(script: Path) -> set[str]:
     tree = ast.parse(script.read_text(encoding="utf-8"))
     nodes = list(ast.walk(tree))
-    plain = {
-        alias.name
-        for node in nodes
-        if isinstance(node, ast.Import)
-        for alias in node.names
-    }
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     chosen = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
     return {name.partition(".")[0] for name in plain | chosen}
 

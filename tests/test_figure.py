@@ -18,15 +18,15 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 
 from autobatch import sinks
-from autobatch._curve import CurvePoint
-from autobatch._figure import _axes
-from autobatch._figure._labels import count, factor, short
 from autobatch._latency import Latency
-from autobatch._learning_rate import LearningRateRule
-from autobatch._noise_scale import NoiseReading
+from autobatch._noise import NoiseReading
 from autobatch._plan import BatchPlan
 from autobatch._report import Device
-from autobatch._trial import Outcome, Trial
+from autobatch._report.figure import style
+from autobatch._report.figure.style import count, factor, short
+from autobatch._report.tradeoff import LearningRateRule
+from autobatch._throughput import CurvePoint
+from autobatch._trials import Outcome, Trial
 from autobatch.errors import AutobatchError
 from report_examples import GIB, example, settings, with_noise
 
@@ -85,9 +85,7 @@ REPORTS = {
     "with a noise scale": with_noise,
     "without": example,
     "several ranks": lambda: with_noise(plan=BatchPlan(32, 2, 4)),
-    "settling": lambda: example(
-        noise=NoiseReading("settling", 80.0, windows=8, last_update=20)
-    ),
+    "settling": lambda: example(noise=NoiseReading("settling", 80.0, windows=8, last_update=20)),
     "a lower bound": lambda: example(noise=NoiseReading("at_least", 1500.0)),
     "no noise scale to be had": lambda: example(
         noise=NoiseReading("unavailable", reason="gradients are sharded")
@@ -127,8 +125,7 @@ REPORTS = {
     "from one to a million": lambda: with_noise(
         curve=(),
         trials=tuple(
-            trial(4**i, 2e6 * 4**i / (4**i + 1000), 0.01 + 4**i * 1e-5)
-            for i in range(11)
+            trial(4**i, 2e6 * 4**i / (4**i + 1000), 0.01 + 4**i * 1e-5) for i in range(11)
         ),
         plan=BatchPlan(4**10, 4, 64),
         dataset_size=10**9,
@@ -144,9 +141,7 @@ REPORTS = {
         plan=BatchPlan(64, 4),
     ),
     "latency": answers,
-    "latency of one size": lambda: answers(
-        latencies=LATENCIES[:1], plan=BatchPlan(1, 1)
-    ),
+    "latency of one size": lambda: answers(latencies=LATENCIES[:1], plan=BatchPlan(1, 1)),
     "latency over the limit": lambda: answers(0.0001),
     "latency far below the limit": lambda: answers(60, plan=BatchPlan(64, 1)),
     "latency of others than the chosen": lambda: answers(plan=BatchPlan(24, 1)),
@@ -250,9 +245,7 @@ def test_the_time_to_the_same_loss_is_shown_with_how_far_to_trust_it():
     assert "64 per update" in said
     assert "(0.6–1.0×)" in said
     assert "within 10 % of the shortest time" in said
-    assert "noise scale of about 900 (updates 150–400); band: for one of 225–3,600" in (
-        said
-    )
+    assert "noise scale of about 900 (updates 150–400); band: for one of 225–3,600" in (said)
     assert "do not predict how long a run takes" in said
     assert "×0.71" in said
 
@@ -312,9 +305,7 @@ def test_inference_shows_latency_and_throughput():
 
 def test_the_points_are_those_that_were_measured():
     (axes,) = (
-        axes
-        for axes in picture("without").axes
-        if axes.get_title(loc="left").startswith("Speed")
+        axes for axes in picture("without").axes if axes.get_title(loc="left").startswith("Speed")
     )
 
     measured = [[row.batch_size, row.samples_per_second] for row in example().sizes]
@@ -346,16 +337,14 @@ def seen_without_green(color: str) -> np.ndarray:
 
 @pytest.mark.parametrize("other", ["BLUE", "GREEN", "BAR", "GREY"])
 def test_the_choice_is_told_apart_without_seeing_green(other):
-    accent, color = (
-        seen_without_green(getattr(_axes, name)) for name in ("ACCENT", other)
-    )
+    accent, color = (seen_without_green(getattr(style, name)) for name in ("ACCENT", other))
 
     assert np.linalg.norm(accent - color) > 0.15
 
 
 @pytest.mark.parametrize("name", ["INK", "GREY", "GREEN_INK", "BLUE"])
 def test_small_words_are_dark_enough_on_white(name):
-    value = np.array(mpl.colors.to_rgb(getattr(_axes, name)))
+    value = np.array(mpl.colors.to_rgb(getattr(style, name)))
     linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
     luminance = linear @ [0.2126, 0.7152, 0.0722]
 
@@ -372,9 +361,7 @@ def pixels(figure: Figure) -> np.ndarray:
     return imread(into, format="png")[..., :3].astype(float)
 
 
-@pytest.mark.parametrize(
-    "name", ["with a noise scale", "without", "validation", "latency"]
-)
+@pytest.mark.parametrize("name", ["with a noise scale", "without", "validation", "latency"])
 def test_a_picture_looks_as_it_did(name, request):
     path = REFERENCES / f"{name.replace(' ', '_')}.png"
     if request.config.getoption("--overwrite"):
@@ -524,7 +511,7 @@ assert "matplotlib.pyplot" not in sys.modules
 
 
 def test_without_matplotlib_it_says_what_to_install(monkeypatch, tmp_path):
-    for name in [name for name in sys.modules if name.startswith("autobatch._figure")]:
+    for name in [name for name in sys.modules if name.startswith("autobatch._report.figure")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
 

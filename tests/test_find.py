@@ -12,15 +12,15 @@ from torch import nn
 
 import autobatch
 from autobatch import BatchPlan, Outcome
-from autobatch._job import Job
-from autobatch._learning_rate import LearningRateRule
 from autobatch._memory import memory_budget
-from autobatch._optimizers import OptimizerWatch
+from autobatch._report.tradeoff import LearningRateRule
 from autobatch._settings import Settings
-from autobatch._snapshot import Snapshot
-from autobatch._trial import run_trial
+from autobatch._subject import Subject
+from autobatch._trials import run_trial
+from autobatch._trials.optimizers import OptimizerWatch
+from autobatch._trials.snapshot import Snapshot
+from autobatch._trials.workload import Bench
 from autobatch._tune import tune
-from autobatch._workload import Bench
 from autobatch.sinks import progress
 from autobatch.testing import PaperDevice, SimulatedAccelerator
 from networks import Perceptron, ResNet, Transformer, training
@@ -134,14 +134,10 @@ def test_the_smallest_budget_seen_is_the_one_that_holds():
     device = PaperDevice(1000, per_sample=10)
 
     def train(batch_size, accumulate):
-        device.foreign = (
-            400 if batch_size == 16 else 0
-        )  # another process comes, and goes again
+        device.foreign = 400 if batch_size == 16 else 0  # another process comes, and goes again
         yield from device.workload(batch_size, accumulate)
 
-    report = autobatch.find(
-        train, device=device, memory_limit=1.0, search=autobatch.Bisection()
-    )
+    report = autobatch.find(train, device=device, memory_limit=1.0, search=autobatch.Bisection())
 
     assert report.budget == 600
     assert report.plan.micro_batch_size == 60
@@ -151,9 +147,7 @@ class OneGpu:
     """A stand-in for one GPU of 10 GiB, where a training step holds so much of it per sample."""
 
     def __init__(self, monkeypatch, others=0):
-        card = Card(
-            "4b2f8c1e-0000-0000-0000-000000000000", total=10 * GIB, others=others
-        )
+        card = Card("4b2f8c1e-0000-0000-0000-000000000000", total=10 * GIB, others=others)
         self.gpu = FakeGpu(cards=(card,)).install(monkeypatch)
 
     def train(self, batch_size):
@@ -173,11 +167,7 @@ def test_others_on_the_gpu_as_nvml_sees_them_shrink_the_budget_and_the_batch(
 
     assert alone.budget - crowded.budget == 6 * GIB
     assert alone.plan.micro_batch_size * 10 * MIB <= alone.budget
-    assert (
-        0.98 * crowded.budget
-        <= crowded.plan.micro_batch_size * 10 * MIB
-        <= crowded.budget
-    )
+    assert 0.98 * crowded.budget <= crowded.plan.micro_batch_size * 10 * MIB <= crowded.budget
     assert alone.plan.micro_batch_size > 2 * crowded.plan.micro_batch_size
 
 
@@ -201,9 +191,7 @@ def test_a_known_plan_that_does_not_fit_any_more_is_an_error():
 
 
 def test_no_trial_is_started_that_would_overrun_the_time_limit():
-    device = PaperDevice(
-        10**6, per_sample=10, seconds_per_sample=1.0, seconds_per_step=0
-    )
+    device = PaperDevice(10**6, per_sample=10, seconds_per_sample=1.0, seconds_per_step=0)
 
     report = autobatch.find(device.workload, device=device, time_limit=100)
 
@@ -227,11 +215,7 @@ def test_size_one_is_not_a_memory_problem_for_a_batchnorm():
     class LookingDown:
         def propose(self, trials, *, start, high, budget):
             return next(
-                (
-                    size
-                    for size in (4, 1, 8)
-                    if size not in {t.batch_size for t in trials}
-                ),
+                (size for size in (4, 1, 8) if size not in {t.batch_size for t in trials}),
                 None,
             )
 
@@ -254,9 +238,7 @@ def test_size_one_is_not_a_memory_problem_for_a_batchnorm():
 
 def test_a_function_that_runs_one_step_will_do():
     steps = []
-    report = autobatch.find(
-        steps.append, device=PaperDevice(10), max_micro_batch_size=16
-    )
+    report = autobatch.find(steps.append, device=PaperDevice(10), max_micro_batch_size=16)
 
     assert report.plan.micro_batch_size == 16
     assert set(steps) >= {8, 16}
@@ -267,12 +249,8 @@ def test_a_function_that_runs_one_step_will_do():
     [
         lambda f: f,
         functools.partial,
-        lambda f: type(
-            "Loop", (), {"__call__": lambda self, batch_size: f(batch_size)}
-        )(),
-        lambda f: (
-            type("Loop", (), {"train": lambda self, batch_size: f(batch_size)})().train
-        ),
+        lambda f: type("Loop", (), {"__call__": lambda self, batch_size: f(batch_size)})(),
+        lambda f: type("Loop", (), {"train": lambda self, batch_size: f(batch_size)})().train,
     ],
     ids=["function", "partial", "callable object", "method"],
 )
@@ -281,9 +259,7 @@ def test_a_workload_may_be_any_callable(wrap):
         while True:
             yield
 
-    report = autobatch.find(
-        wrap(train), device=PaperDevice(10), max_micro_batch_size=16
-    )
+    report = autobatch.find(wrap(train), device=PaperDevice(10), max_micro_batch_size=16)
 
     assert report.plan.micro_batch_size == 16
 
@@ -336,9 +312,7 @@ def test_the_log_holds_a_line_per_trial_and_the_report(caplog):
     with caplog.at_level("INFO", logger="autobatch"):
         report = autobatch.find(device.workload, device=device)
 
-    *lines, last = [
-        record.getMessage() for record in caplog.records if record.name == "autobatch"
-    ]
+    *lines, last = [record.getMessage() for record in caplog.records if record.name == "autobatch"]
     assert len(lines) == len(report.trials)
     assert all(line.startswith("batch_size=") for line in lines)
     assert str(report) in last
@@ -355,9 +329,7 @@ def test_modules_optimizers_and_random_state_are_given_back():
         random.getstate(),
     )
 
-    report = autobatch.find(
-        training(model, optimizer), device=SimulatedAccelerator("1MiB")
-    )
+    report = autobatch.find(training(model, optimizer), device=SimulatedAccelerator("1MiB"))
 
     assert any(not trial.fits for trial in report.trials) or len(report.trials) > 2
     assert unchanged(before, state_of(model, optimizer))
@@ -369,9 +341,7 @@ def test_training_after_tuning_is_what_it_would_have_been():
     def losses(tuned):
         model, optimizer = perceptron()
         if tuned:
-            autobatch.find(
-                training(model, optimizer), device=SimulatedAccelerator("1MiB")
-            )
+            autobatch.find(training(model, optimizer), device=SimulatedAccelerator("1MiB"))
         steps = training(model, optimizer)(16, 2)
         for _ in range(5):
             next(steps)
@@ -480,9 +450,7 @@ def test_memory_that_runs_out_anywhere_in_a_trial_is_survived():
         )
 
         assert report.trials[0].outcome is Outcome.OUT_OF_MEMORY
-        assert report.plan.micro_batch_size in {
-            t.batch_size for t in report.trials if t.fits
-        }
+        assert report.plan.micro_batch_size in {t.batch_size for t in report.trials if t.fits}
         assert unchanged(before, state_of(model, optimizer))
         device.attach(model)  # `seen` is bound anew at each restore
         assert device.read().reserved == at_rest
@@ -502,9 +470,7 @@ def test_what_first_steps_late_is_given_back_too():
     one, other = nn.Linear(4, 1), nn.Linear(4, 1)
     optimizers = {id(net): torch.optim.AdamW(net.parameters()) for net in (one, other)}
     nets = {"one": one, "other": other}  # out of sight of the workload's own variables
-    before = [
-        parameter.clone() for net in nets.values() for parameter in net.parameters()
-    ]
+    before = [parameter.clone() for net in nets.values() for parameter in net.parameters()]
 
     def train(batch_size):
         for step in itertools.count():
@@ -535,9 +501,7 @@ def test_parameters_outside_of_any_module_train_as_if_nothing_had_been():
                 yield
 
         if tuned:
-            autobatch.find(
-                train, device=SimulatedAccelerator("1MiB"), max_micro_batch_size=32
-            )
+            autobatch.find(train, device=SimulatedAccelerator("1MiB"), max_micro_batch_size=32)
         steps = train(8)
         for _ in range(3):
             next(steps)
@@ -570,9 +534,7 @@ def test_every_trial_starts_from_the_same_state():
 def test_a_confirming_trial_that_is_slow_does_not_win():
     """Between two fast sizes one is slow: it looked fast, was run, and is not taken."""
     seconds = {100: 0.1, 50: 5.0}
-    device = PaperDevice(
-        10_000, per_sample=1, fixed=0, seconds_per_step=0, seconds_per_sample=0
-    )
+    device = PaperDevice(10_000, per_sample=1, fixed=0, seconds_per_step=0, seconds_per_sample=0)
 
     def train(batch_size, accumulate):
         for _ in device.workload(batch_size, accumulate):
@@ -603,9 +565,7 @@ def test_time_is_kept_for_the_trials_that_confirm_the_plan():
 def test_timing_sizes_takes_no_time_from_the_trials_that_confirm_the_plan():
     device = PaperDevice(100, per_sample=1, seconds_per_sample=0.01, seconds_per_step=0)
 
-    report = autobatch.find(
-        device.workload, device=device, target_batch_size=770, time_limit=12
-    )
+    report = autobatch.find(device.workload, device=device, target_batch_size=770, time_limit=12)
 
     assert report.search_seconds > 12
     assert report.plan.effective_batch_size == 770
@@ -740,9 +700,7 @@ def test_a_plan_that_a_workload_can_not_follow_is_refused_with_everything_restor
         yield from training(model, optimizer)(batch_size, 1)
 
     with pytest.raises(ValueError, match=r"def train\(batch_size, accumulate\)"):
-        autobatch.find(
-            train, device=SimulatedAccelerator("256KiB"), target_batch_size=4096
-        )
+        autobatch.find(train, device=SimulatedAccelerator("256KiB"), target_batch_size=4096)
 
     assert unchanged(before, state_of(model, optimizer))
 
@@ -827,9 +785,7 @@ def test_a_target_below_one_sample_per_rank_is_refused():
 
 
 def test_ranks_share_the_effective_batch():
-    report = tuned(
-        PaperDevice(1000, per_sample=10), world_size=4, target_batch_size=1000
-    )
+    report = tuned(PaperDevice(1000, per_sample=10), world_size=4, target_batch_size=1000)
 
     assert report.plan == BatchPlan(50, 5, 4)
     assert report.plan.effective_batch_size == 1000
@@ -854,7 +810,7 @@ def tuned(device, *, world_size, **settings):
         "steps_per_trial": 2,
         "percentile": None,
     }
-    job = Job(
+    job = Subject(
         workload=device.workload,
         can_accumulate=True,
         start=8,
@@ -920,16 +876,12 @@ def test_a_compiled_model_is_captured_eager_and_timed_compiled():
             optimizer.zero_grad()
             yield
 
-    report = autobatch.find(
-        train, device=SimulatedAccelerator("1MiB"), max_micro_batch_size=32
-    )
+    report = autobatch.find(train, device=SimulatedAccelerator("1MiB"), max_micro_batch_size=32)
 
     assert report.plan.micro_batch_size == 32
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     assert not torch._dynamo.utils.counters["graph_break"]
-    assert all(
-        torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 # On the host, and on real networks
@@ -949,9 +901,7 @@ def brute_force(workload, device, high):
     good, bad = 0, high
     while bad - good > 1:
         middle = (good + bad) // 2
-        good, bad = (
-            (middle, bad) if accepted(workload, middle, device) else (good, middle)
-        )
+        good, bad = (middle, bad) if accepted(workload, middle, device) else (good, middle)
     return good
 
 
@@ -967,9 +917,7 @@ def brute_force(workload, device, high):
         (ResNet, "240MiB"),
     ],
 )
-def test_the_size_found_is_the_largest_that_the_accelerator_accepts(
-    network, capacity, capsys
-):
+def test_the_size_found_is_the_largest_that_the_accelerator_accepts(network, capacity, capsys):
     torch.manual_seed(0)
     model = network()
     workload = training(model, torch.optim.AdamW(model.parameters()))
@@ -1003,9 +951,7 @@ def test_find_sees_the_optimizers_that_step():
             optimizer.zero_grad()
             yield
 
-    report = autobatch.find(
-        train, target_batch_size=8, device=SimulatedAccelerator("1MiB")
-    )
+    report = autobatch.find(train, target_batch_size=8, device=SimulatedAccelerator("1MiB"))
 
     assert report.learning_rate == LearningRateRule("SGD", "linear")
 
@@ -1144,9 +1090,7 @@ def test_a_loop_that_computes_no_gradient_owes_no_step():
 def test_a_model_made_by_the_loop_itself_is_seen_too():
     def train(batch_size, accumulate):
         model, optimizer = perceptron()
-        yield from loop(model, optimizer, step=never, after=last)(
-            batch_size, accumulate
-        )
+        yield from loop(model, optimizer, step=never, after=last)(batch_size, accumulate)
 
     (note,) = remarks_about(train, plan=BatchPlan(8, 4))
 

@@ -142,9 +142,7 @@ def test_the_size_found_is_written_wherever_it_is_named_and_the_datamodules_load
 @pytest.mark.parametrize("most", [7, 8, 64])
 def test_with_room_everywhere_the_result_is_the_bound_exactly(most):
     """2. There are neither modes nor margins that a result would follow from: the bound is what remains."""
-    report = tuner("1GiB", max_micro_batch_size=most).tune(
-        trainer(), Everything(), loader()
-    )
+    report = tuner("1GiB", max_micro_batch_size=most).tune(trainer(), Everything(), loader())
 
     assert report.plan.micro_batch_size == most
 
@@ -154,9 +152,7 @@ def test_after_tuning_the_trainer_is_what_it_was(method, tmp_path, monkeypatch):
     """3."""
     monkeypatch.chdir(tmp_path)
     model = Everything()
-    limits = {
-        f"limit_{stage}_batches": 3 for stage in ("train", "val", "test", "predict")
-    }
+    limits = {f"limit_{stage}_batches": 3 for stage in ("train", "val", "test", "predict")}
     fitted = trainer(
         pl.callbacks.LambdaCallback(),
         max_steps=9,
@@ -170,9 +166,7 @@ def test_after_tuning_the_trainer_is_what_it_was(method, tmp_path, monkeypatch):
             "steps": (fitted.global_step, fitted.max_steps, fitted.current_epoch),
             "limits": [getattr(fitted, limit) for limit in limits],
             "loop": fitted.fit_loop.state_dict(),
-            "evaluations": [
-                getattr(fitted, f"{each}_loop").state_dict() for each in EVALUATIONS
-            ],
+            "evaluations": [getattr(fitted, f"{each}_loop").state_dict() for each in EVALUATIONS],
             "metrics": dict(fitted.callback_metrics),
             "objects": [id(each) for each in (*fitted.loggers, *fitted.callbacks)],
             "accumulation": fitted.accumulate_grad_batches,
@@ -382,9 +376,7 @@ def test_validation_is_not_limited_in_the_real_run():
     """17."""
     model = Everything()
 
-    trainer(tuner(), max_epochs=1, num_sanity_val_steps=0).fit(
-        model, loader(), loader(4, 80)
-    )
+    trainer(tuner(), max_epochs=1, num_sanity_val_steps=0).fit(model, loader(), loader(4, 80))
 
     assert model.validated == [4] * 20
 
@@ -402,17 +394,13 @@ def test_a_lower_memory_limit_leaves_a_margin():
 
 def test_the_bound_holds_where_more_would_fit():
     """18."""
-    report = tuner("1GiB", max_micro_batch_size=31).tune(
-        trainer(), Everything(), loader()
-    )
+    report = tuner("1GiB", max_micro_batch_size=31).tune(trainer(), Everything(), loader())
 
     assert max(trial.batch_size for trial in report.trials) == 31
 
 
 @pytest.mark.parametrize("method", ALL)
-def test_an_error_in_a_trial_passes_through_and_leaves_no_file(
-    method, tmp_path, monkeypatch
-):
+def test_an_error_in_a_trial_passes_through_and_leaves_no_file(method, tmp_path, monkeypatch):
     """19."""
     monkeypatch.chdir(tmp_path)
     model, callback = Everything(), tuner()
@@ -446,9 +434,7 @@ def test_a_search_out_of_time_returns_the_last_size_that_fitted():
 @pytest.mark.parametrize("method", ALL)
 @pytest.mark.parametrize("own", [3, 8])
 def test_the_first_size_that_is_run_is_the_loaders_own(method, own):
-    report = tuner().tune(
-        trainer(), Everything(), method=method, **passed(method, loader(own))
-    )
+    report = tuner().tune(trainer(), Everything(), method=method, **passed(method, loader(own)))
 
     assert report.trials[0].batch_size == own
 

@@ -15,14 +15,12 @@ import torch
 
 import autobatch
 from autobatch._memory import memory_budget
-from autobatch._probes import CudaProbe
+from autobatch._memory.cuda import CudaProbe
 from autobatch.testing import Recorder, ReplayedDevice
 from gpu_cases import trained_on, training
 from networks import ResNet
 
-NEEDS_CUDA = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="there is no CUDA device"
-)
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 CASES = Path(__file__).parent / "gpu_cases.py"
 KINDS = [
     pytest.param("paper", marks=pytest.mark.slow),
@@ -68,9 +66,7 @@ def test_what_another_process_takes_is_kept_out_of_the_search(place):
     with place.neighbour(place.bytes(2)) as context:
         beside = autobatch.find(train, **options).budget
 
-    assert alone - beside == pytest.approx(
-        place.bytes(2) + context, abs=place.bytes(1 / 16)
-    )
+    assert alone - beside == pytest.approx(place.bytes(2) + context, abs=place.bytes(1 / 16))
 
 
 def test_the_cap_holds_while_the_device_has_room(place):
@@ -150,9 +146,7 @@ def all_but(place, nbytes):
 
 
 @pytest.mark.parametrize("where", ["forward", "backward", "optimizer"])
-def test_after_a_real_out_of_memory_all_is_given_back_and_the_next_trial_runs(
-    place, where
-):
+def test_after_a_real_out_of_memory_all_is_given_back_and_the_next_trial_runs(place, where):
     model = place.network()
     optimizer = torch.optim.AdamW(model.parameters())
     weights = {name: value.clone() for name, value in model.state_dict().items()}
@@ -197,9 +191,7 @@ def test_after_a_real_out_of_memory_all_is_given_back_and_the_next_trial_runs(
     assert abs(after - before) <= place.bytes(1 / 1024)
     assert bool(state) == (where == "optimizer")
     assert not optimizer.state
-    assert all(
-        torch.equal(weights[n], value) for n, value in model.state_dict().items()
-    )
+    assert all(torch.equal(weights[n], value) for n, value in model.state_dict().items())
 
 
 def test_a_search_that_runs_into_the_limit_leaves_nothing_on_the_device(place):
@@ -240,9 +232,7 @@ def test_an_error_that_ends_the_context_stays_the_users(kind):
 def largest_by_scan(place, train, budget):
     """The largest size that fits, by trials alone: no peak is read to choose the next."""
     search = autobatch.Bisection(resolution=0.01 if place.is_real else 0.02)
-    report = autobatch.find(
-        train, device=place.probe, memory_limit=budget, search=search
-    )
+    report = autobatch.find(train, device=place.probe, memory_limit=budget, search=search)
     print(f"scan of {budget / 2**20:.1f} MiB\n{told_of(report)}")
     return max(trial.batch_size for trial in fits(report))
 
@@ -282,9 +272,7 @@ def test_a_search_is_recorded_and_played_back_without_the_device(place, tmp_path
     again = autobatch.find(device.workload, device=device, memory_limit=limit)
 
     assert again.budget == pytest.approx(found.budget, rel=0.01)
-    assert again.plan.micro_batch_size == pytest.approx(
-        found.plan.micro_batch_size, rel=0.02
-    )
+    assert again.plan.micro_batch_size == pytest.approx(found.plan.micro_batch_size, rel=0.02)
     assert [run.batch_size for run in device.recording.runs] == [
         trial.batch_size for trial in found.trials
     ]
@@ -361,9 +349,7 @@ def convolutions(place, model, optimizer):
         (convolutions, 1),
     ],
 )
-def test_training_with_what_was_found_never_runs_out_of_memory(
-    place, monkeypatch, how, accumulate
-):
+def test_training_with_what_was_found_never_runs_out_of_memory(place, monkeypatch, how, accumulate):
     if not place.is_real and how in (in_fp16, compiled, convolutions):
         pytest.skip("on paper only what the CPU does as a GPU would")
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", how is convolutions)
@@ -479,11 +465,7 @@ def test_every_allocator_of_torch_can_be_searched_and_trained_on(kind, settings)
     print(found)
     fitting = [size for size, outcome, _ in found["trials"] if outcome == "fit"]
     assert found["found"] == max(fitting)
-    assert all(
-        peak <= found["budget"]
-        for _, outcome, peak in found["trials"]
-        if outcome == "fit"
-    )
+    assert all(peak <= found["budget"] for _, outcome, peak in found["trials"] if outcome == "fit")
     assert found["ooms"] == 0
     assert found["share"] == 1.0
     if kind == "cuda":

@@ -48,9 +48,7 @@ def trainer(place, *callbacks, **options):
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_trial_peaks_where_the_same_steps_of_a_fit_do(place, accumulate, precision):
-    size = place.bytes(1) // (
-        4 * place.width
-    )  # several GiB, of which a segment is little
+    size = place.bytes(1) // (4 * place.width)  # several GiB, of which a segment is little
     plan = autobatch.BatchPlan(size, accumulate)
     tuner = autobatch.AutoBatch(plan=plan, device=place.probe)
     options = {"precision": precision, "accumulate_grad_batches": accumulate}
@@ -66,9 +64,7 @@ def test_a_trial_peaks_where_the_same_steps_of_a_fit_do(place, accumulate, preci
     peak = place.probe.read().peak
 
     tried = report.trials[-1].peak
-    print(
-        f"tried {tried / MIB:.3f} MiB, in a fit {peak / MIB:.3f}, {held / MIB:.3f} held before"
-    )
+    print(f"tried {tried / MIB:.3f} MiB, in a fit {peak / MIB:.3f}, {held / MIB:.3f} held before")
     assert set(module.sizes) == {size}
     # On paper the loader's batches, which are on the host, are charged too
     assert tried == pytest.approx(peak, rel=0.01 if place.is_real else 0.03)
@@ -82,9 +78,7 @@ def test_a_trainer_trains_with_what_was_found(place):
     )
     before = place.probe.read().failures
 
-    trainer(place, callback, precision="bf16-mixed").fit(
-        module, DataLoader(Numbers(), 16)
-    )
+    trainer(place, callback, precision="bf16-mixed").fit(module, DataLoader(Numbers(), 16))
 
     plan = callback.report.plan
     assert plan.effective_batch_size == largest

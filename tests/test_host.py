@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import autobatch
-from autobatch._host import HostMemory
-from autobatch._snapshot import Snapshot
+from autobatch._memory.host import HostMemory
+from autobatch._trials.snapshot import Snapshot
 from sameness import same
 from test_probes import group, machine, old_group
 
@@ -79,7 +79,7 @@ def test_what_holds_no_memory_counts_nothing():
 # In a Trainer
 
 lightning = pytest.importorskip("test_lightning")
-loaders = pytest.importorskip("autobatch.lightning._host")
+loaders = pytest.importorskip("autobatch.lightning._trainer_notes")
 
 
 @pytest.fixture

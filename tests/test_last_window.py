@@ -110,12 +110,8 @@ WINDOWS = {
 
 
 @pytest.mark.parametrize("case", WINDOWS)
-@pytest.mark.parametrize(
-    "kind", ["loader", "stream", "batch sampler", "sampler beneath"]
-)
-def test_the_last_update_of_every_epoch_has_the_gradient_of_its_samples_at_once(
-    case, kind
-):
+@pytest.mark.parametrize("kind", ["loader", "stream", "batch sampler", "sampler beneath"])
+def test_the_last_update_of_every_epoch_has_the_gradient_of_its_samples_at_once(case, kind):
     length, expected = WINDOWS[case]
     loader = {
         "loader": DataLoader(data(length), 4, shuffle=True),
@@ -243,9 +239,7 @@ class Normalised(Model):
         self.net = nn.Sequential(nn.Linear(6, 5), norm, nn.Linear(5, 3)).double()
 
 
-@pytest.mark.parametrize(
-    ("target", "drop_last"), [(16, False), (None, False), (16, True)]
-)
+@pytest.mark.parametrize(("target", "drop_last"), [(16, False), (None, False), (16, True)])
 def test_an_epoch_does_not_end_with_a_sample_that_a_layer_refuses(target, drop_last):
     callback = autobatch.AutoBatch(
         target_batch_size=target,
@@ -311,9 +305,7 @@ def test_it_holds_under_a_scaler_whose_gradients_are_unscaled_in_between():
 
     assert samples(model) == 2 * [32, 13]
     for gradient, window in model.updates:
-        torch.testing.assert_close(
-            gradient, in_one_batch(model, window), rtol=1e-4, atol=1e-6
-        )
+        torch.testing.assert_close(gradient, in_one_batch(model, window), rtol=1e-4, atol=1e-6)
 
 
 class Skips(Model):
@@ -398,9 +390,7 @@ class ByHand(Model):
     ("model", "sentence"),
     [(Quasi, "LBFGS evaluates one several times"), (ByHand, "optimises by hand")],
 )
-def test_what_can_not_be_repaired_is_refused_before_anything_is_touched(
-    model, sentence
-):
+def test_what_can_not_be_repaired_is_refused_before_anything_is_touched(model, sentence):
     made, loader = model(), DataLoader(data(45), 4)
     before = {name: value.clone() for name, value in made.state_dict().items()}
 

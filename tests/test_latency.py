@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import autobatch
-from autobatch import TuningReport, _answers
+from autobatch import TuningReport
 from autobatch._latency import (
     Latency,
     cameras,
@@ -22,12 +22,13 @@ from autobatch._latency import (
     ladder,
     largest_within,
     next_size,
+    search,
     slowest,
     stream,
 )
 from autobatch._plan import BatchPlan
-from autobatch._text import ASCII
-from autobatch._trial import Outcome, Trial
+from autobatch._report.layout import ASCII
+from autobatch._trials import Outcome, Trial
 from autobatch.sinks import to_markdown
 from autobatch.testing import PaperDevice, SimulatedAccelerator
 from report_examples import GIB, example, reports
@@ -69,17 +70,13 @@ def test_a_percentile_is_a_call_than_which_so_many_took_no_longer(seconds, perce
 
 def test_no_call_is_left_out():
     """One of a hundred may be slow at the 99th percentile; two are seen."""
-    one, two = (
-        Latency.of(1, [1.0] * (100 - slow) + [9.0] * slow, 99) for slow in (1, 2)
-    )
+    one, two = (Latency.of(1, [1.0] * (100 - slow) + [9.0] * slow, 99) for slow in (1, 2))
 
     assert (one.p50_seconds, one.p99_seconds, one.calls) == (1.0, 1.0, 100)
     assert (two.p50_seconds, two.p99_seconds, two.calls) == (1.0, 9.0, 100)
 
 
-@pytest.mark.parametrize(
-    ("percentile", "calls"), [(50, 100), (99, 100), (99.9, 1000), (100, 100)]
-)
+@pytest.mark.parametrize(("percentile", "calls"), [(50, 100), (99, 100), (99.9, 1000), (100, 100)])
 def test_rare_calls_take_many_to_be_seen(percentile, calls):
     assert enough_calls(percentile) == calls
 
@@ -89,9 +86,7 @@ def test_ranks_together_are_as_slow_as_the_slowest(of_ranks):
     together = slowest(of_ranks)
 
     every = [each for told in of_ranks for each in told]
-    assert [one.batch_size for one in together] == sorted(
-        {each.batch_size for each in every}
-    )
+    assert [one.batch_size for one in together] == sorted({each.batch_size for each in every})
     for one in together:
         alike = [each for each in every if each.batch_size == one.batch_size]
         assert one.p99_seconds == max(each.p99_seconds for each in alike)
@@ -152,9 +147,7 @@ def test_what_is_timed_next_may_move_the_answer(latencies, steps, limit, afforda
     st.floats(0, 0.5),
     st.sets(st.integers(1, 4096), min_size=1, max_size=5),
 )
-def test_asking_ends_at_the_largest_in_time_and_calls_only_it(
-    true, limit, fixed, tried
-):
+def test_asking_ends_at_the_largest_in_time_and_calls_only_it(true, limit, fixed, tried):
     """Where steps are slow, trials alone narrow the doubt, and one size is left to be timed."""
     per_sample = (limit - fixed * limit) / (true + 0.5)
     seconds = {s: fixed * limit + per_sample * s for s in range(1, 4097)}
@@ -199,9 +192,7 @@ def test_the_knee_is_the_smallest_that_is_nearly_as_fast_as_the_fastest(latencie
 
 
 @given(measured(), spans)
-def test_a_size_keeps_up_with_a_stream_if_its_throughput_is_above_the_rate(
-    latencies, rate
-):
+def test_a_size_keeps_up_with_a_stream_if_its_throughput_is_above_the_rate(latencies, rate):
     for row, each in zip(stream(latencies, rate, None).rows, latencies, strict=True):
         ratio = each.samples_per_second / rate
         if not math.isclose(ratio, 1):
@@ -210,18 +201,14 @@ def test_a_size_keeps_up_with_a_stream_if_its_throughput_is_above_the_rate(
 
 
 @given(measured(), st.floats(1, 240))
-def test_one_camera_wants_batches_of_one_where_a_frame_is_answered_before_the_next(
-    latencies, fps
-):
+def test_one_camera_wants_batches_of_one_where_a_frame_is_answered_before_the_next(latencies, fps):
     latencies = (latency(1, 0.9 / fps), *(e for e in latencies if e.batch_size > 1))
 
     assert stream(latencies, fps, None).best.batch_size == 1
 
 
 @given(measured(), spans, st.none() | spans)
-def test_the_best_size_for_a_stream_is_the_one_with_the_soonest_answers(
-    latencies, rate, limit
-):
+def test_the_best_size_for_a_stream_is_the_one_with_the_soonest_answers(latencies, rate, limit):
     one = stream(latencies, rate, limit)
     fine = [
         row.worst_seconds
@@ -258,8 +245,7 @@ class Paper(PaperDevice):
 
     def __init__(self, seconds, **options):
         super().__init__(
-            **{"capacity": 10**9, "seconds_per_step": 0, "seconds_per_sample": 0}
-            | options
+            **{"capacity": 10**9, "seconds_per_step": 0, "seconds_per_sample": 0} | options
         )
         self.calls = {}
         self._seconds = seconds
@@ -272,9 +258,7 @@ class Paper(PaperDevice):
 
 
 def found(paper, **options):
-    return autobatch.find(
-        paper.answer, device=paper, **{"latency_limit": 1.0, **options}
-    )
+    return autobatch.find(paper.answer, device=paper, **{"latency_limit": 1.0, **options})
 
 
 def steady(base, per_sample, step=1, jump=0.0):
@@ -290,9 +274,7 @@ def steady(base, per_sample, step=1, jump=0.0):
     st.integers(1, 3000),
 )
 @settings(max_examples=60, deadline=None)
-def test_the_largest_batch_that_answers_in_time_is_found(
-    base, per_sample, step, jump, most
-):
+def test_the_largest_batch_that_answers_in_time_is_found(base, per_sample, step, jump, most):
     """To within one thirty-second of it, and exactly up to 63, however slow calls are."""
     seconds = steady(base, per_sample, step, jump)
     sizes = range(1, most + 1)
@@ -432,7 +414,7 @@ def test_timing_has_its_own_bound_and_too_few_calls_are_told(base):
     # A trial is three steps on a device that no ledger watches, one more where modules may be compiled
     sizes = [trial.batch_size for trial in report.trials]
     by_trials = sum(4 * (base + base / 50 * size) for size in sizes)
-    assert paper._now <= by_trials + _answers.SECONDS_TIMED + 1e-6
+    assert paper._now <= by_trials + search.SECONDS_TIMED + 1e-6
     told = any("There was no time for 100 calls" in note for note in report.notes)
     assert told == (base > 1e-3)
 
@@ -526,9 +508,7 @@ def test_few_calls_that_tell_their_percentile_are_not_said_to_be_the_slowest():
     text = str(report)
     assert "50 % of calls" in text
     assert "slowest" not in text
-    assert noted(report, "There was no time").endswith(
-        f"only for {report.latencies[-1].calls}."
-    )
+    assert noted(report, "There was no time").endswith(f"only for {report.latencies[-1].calls}.")
 
 
 def test_a_size_whose_trial_alone_is_over_the_limit_is_told_so():
@@ -537,9 +517,7 @@ def test_a_size_whose_trial_alone_is_over_the_limit_is_told_so():
     over = report.plan.micro_batch_size + 1
     assert over not in {each.batch_size for each in report.latencies}
     assert over in {trial.batch_size for trial in report.trials}
-    assert noted(
-        report, f"{over} took longer than the limit in the few steps of its trial"
-    )
+    assert noted(report, f"{over} took longer than the limit in the few steps of its trial")
 
 
 def test_where_time_leaves_out_smaller_sizes_they_are_named():
@@ -630,9 +608,7 @@ def test_where_not_even_one_sample_answers_in_time_it_is_told_how_long_it_takes(
 def test_where_nothing_fits_that_is_what_is_told():
     paper = Paper(steady(1e-3, 0), capacity=10, memory=lambda _: 100)
 
-    with pytest.raises(
-        autobatch.DoesNotFitError, match="No batch size fits the budget"
-    ):
+    with pytest.raises(autobatch.DoesNotFitError, match="No batch size fits the budget"):
         found(paper)
 
 
@@ -693,14 +669,10 @@ def test_a_smaller_size_that_is_slow_by_itself_is_told():
     ],
 )
 def test_that_a_batch_has_to_fill_first_is_told(most, said):
-    report = found(
-        Paper(steady(1e-3, 1e-4)), latency_limit=0.1, max_micro_batch_size=most
-    )
+    report = found(Paper(steady(1e-3, 1e-4)), latency_limit=0.1, max_micro_batch_size=most)
 
     told = [note for note in report.notes if note.startswith("Waiting")]
-    assert told == (
-        [f"Waiting for a batch to fill comes on top: {said}"] if said else []
-    )
+    assert told == ([f"Waiting for a batch to fill comes on top: {said}"] if said else [])
 
 
 # On a real network
@@ -730,9 +702,7 @@ def test_a_real_network_answers_and_is_left_as_it_was():
     assert report.plan == BatchPlan(20)
     assert [each.batch_size for each in report.latencies] == [1, 2, 4, 8, 16, 20]
     assert all(each.calls == 100 for each in report.latencies)
-    assert all(
-        0 < e.p50_seconds <= e.p90_seconds <= e.p99_seconds for e in report.latencies
-    )
+    assert all(0 < e.p50_seconds <= e.p90_seconds <= e.p99_seconds for e in report.latencies)
     assert report.cameras(1 / 30) == 20
     assert report.task == "answer"
     assert same(before, dict(model.state_dict()))
@@ -872,9 +842,7 @@ def test_the_report_of_what_answers_in_time_in_markdown(snapshot):
 
 
 def test_json_holds_latencies_with_units_and_what_is_derived(snapshot):
-    report = answered(
-        latencies=answered().latencies[5:8], trials=answered().trials[5:8]
-    )
+    report = answered(latencies=answered().latencies[5:8], trials=answered().trials[5:8])
 
     snapshot(report.to_json() + "\n", "latency.json")
     assert TuningReport.from_json(report.to_json()) == report
@@ -895,9 +863,7 @@ def test_the_report_of_a_rare_percentile_and_a_step_of_lightning(snapshot):
 def test_a_report_with_latencies_is_never_wider_than_its_columns(
     report, latencies, limit, percentile
 ):
-    told = report.settings.model_copy(
-        update={"latency_limit": limit, "percentile": percentile}
-    )
+    told = report.settings.model_copy(update={"latency_limit": limit, "percentile": percentile})
     report = report.model_copy(update={"latencies": latencies, "settings": told})
 
     for text in (report.text(), report.text(ASCII)):
@@ -906,9 +872,7 @@ def test_a_report_with_latencies_is_never_wider_than_its_columns(
 
 @given(measured(), spans, st.integers(0, 29))
 @settings(deadline=None)
-def test_a_report_with_latencies_marks_its_choice_and_is_one_screen(
-    latencies, limit, which
-):
+def test_a_report_with_latencies_marks_its_choice_and_is_one_screen(latencies, limit, which):
     chosen = latencies[which % len(latencies)].batch_size
     told = asked(target_batch_size=None, latency_limit=limit)
     report = answered(latencies=latencies, settings=told, plan=BatchPlan(chosen))
@@ -919,9 +883,7 @@ def test_a_report_with_latencies_marks_its_choice_and_is_one_screen(
     assert len(text.splitlines()) <= 40
 
 
-@pytest.mark.parametrize(
-    "changed", [{"batch_size": 0}, {"p50_seconds": 0}, {"p99_seconds": -1}]
-)
+@pytest.mark.parametrize("changed", [{"batch_size": 0}, {"p50_seconds": 0}, {"p99_seconds": -1}])
 def test_latencies_that_can_not_be_are_refused(changed):
     import json
 

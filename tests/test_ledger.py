@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from autobatch._ledger import Ledger, unobserved
+from autobatch._memory.ledger import Ledger, unobserved
 from networks import Perceptron
 
 KIB = 1024  # bytes: 256 floats

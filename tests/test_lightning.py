@@ -99,9 +99,7 @@ def runs(tmp_path_factory):
         mode: {
             case: result
             for where in folders
-            for case, result in torch.load(
-                where / f"{mode}.pt", weights_only=False
-            ).items()
+            for case, result in torch.load(where / f"{mode}.pt", weights_only=False).items()
         }
         for mode in ("tuned", "by-hand")
     }
@@ -190,9 +188,7 @@ def test_an_error_in_a_trial_leaves_everything_as_it_was(error):
     with pytest.raises(expected):
         fitted.fit(model, loader)
 
-    assert all(
-        torch.equal(before[name], value) for name, value in model.state_dict().items()
-    )
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert model.sizes == []
     assert loader.batch_size == 4
     assert fitted.accumulate_grad_batches == 1
@@ -224,9 +220,7 @@ def test_a_changed_effective_batch_is_told():
 def test_an_accumulation_that_is_overridden_is_told():
     callback = tuner()
 
-    trainer(callback, accumulate_grad_batches=5).fit(
-        Model(), DataLoader(data(), batch_size=4)
-    )
+    trainer(callback, accumulate_grad_batches=5).fit(Model(), DataLoader(data(), batch_size=4))
 
     assert any("accumulate_grad_batches=5" in note for note in callback.report.notes)
 
@@ -266,8 +260,7 @@ def test_trials_fire_no_hooks_of_the_users_callbacks_and_log_nothing(tmp_path):
     )
 
     steps = [
-        row.split(",")
-        for row in (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
+        row.split(",") for row in (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
     ]
     assert len(steps) - 1 == 10  # two epochs of five updates
 
@@ -292,9 +285,7 @@ def test_an_epoch_is_counted_as_it_is_trained():
         )
         fitted.callbacks.append(callback)
         fitted.fit(Model(), DataLoader(data(size), batch_size=4, drop_last=drop_last))
-        (row,) = (
-            row for row in callback.report.effective if row.effective_batch_size == 48
-        )
+        (row,) = (row for row in callback.report.effective if row.effective_batch_size == 48)
         return row.updates_per_epoch, fitted.global_step
 
     for case in ({}, {"drop_last": True}, {"limit": 0.5}, {"limit": 3}):
@@ -321,9 +312,7 @@ class Prepared(Model):
     ["on_fit_start", "on_train_start", "on_train_epoch_start", "on_train_batch_start"],
 )
 def test_what_a_start_hook_makes_is_there_in_a_trial(hook, tmp_path):
-    kind = type(
-        "Hooked", (Prepared,), {hook: lambda self, *_: setattr(self, "outputs", [])}
-    )
+    kind = type("Hooked", (Prepared,), {hook: lambda self, *_: setattr(self, "outputs", [])})
     model, callback = kind.__new__(kind), tuner()
     Model.__init__(model)
 
@@ -347,9 +336,7 @@ def test_a_collate_function_may_take_its_samples_apart():
         return torch.stack([sample.pop("x") for sample in samples]), labels
 
     callback = tuner(target_batch_size=100)
-    trainer(callback).fit(
-        Model(), DataLoader(Dicts(), batch_size=4, collate_fn=collate)
-    )
+    trainer(callback).fit(Model(), DataLoader(Dicts(), batch_size=4, collate_fn=collate))
 
     assert callback.report.plan.effective_batch_size == 100
 
@@ -373,17 +360,13 @@ def test_only_samples_that_the_sampler_names_are_read():
 
 
 def test_what_counts_is_the_sampler_beneath_a_batch_sampler():
-    sampler = BatchSampler(
-        torch.utils.data.SubsetRandomSampler(range(60)), 8, drop_last=True
-    )
+    sampler = BatchSampler(torch.utils.data.SubsetRandomSampler(range(60)), 8, drop_last=True)
     callback, fitted = tuner(target_batch_size=24), trainer(max_epochs=1)
     fitted.callbacks.append(callback)
 
     fitted.fit(Model(), DataLoader(data(), batch_sampler=sampler))
 
-    (row,) = (
-        row for row in callback.report.effective if row.effective_batch_size == 24
-    )
+    (row,) = (row for row in callback.report.effective if row.effective_batch_size == 24)
     assert row.updates_per_epoch == fitted.global_step
     assert callback.report.dataset_size <= 60
 
@@ -420,14 +403,10 @@ def test_a_datamodule_that_draws_its_data_is_asked_as_if_for_the_first_time():
             def train_dataloader(self):
                 chosen = torch.randperm(600, generator=self.random)[:240].tolist()
                 self.drawn.append(chosen[:5])
-                return DataLoader(
-                    torch.utils.data.Subset(data(), chosen), batch_size=size
-                )
+                return DataLoader(torch.utils.data.Subset(data(), chosen), batch_size=size)
 
         module, model = Draws(), Model()
-        trainer(*callbacks, accumulate_grad_batches=accumulate).fit(
-            model, datamodule=module
-        )
+        trainer(*callbacks, accumulate_grad_batches=accumulate).fit(model, datamodule=module)
         return module.drawn
 
     assert drawn(tuner()) == drawn()
@@ -456,9 +435,7 @@ def test_tune_changes_nothing_and_trains_nothing():
 
     assert report.plan.effective_batch_size == 120
     assert callback.report is report
-    assert all(
-        torch.equal(before[name], value) for name, value in model.state_dict().items()
-    )
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert model.sizes == []
     assert model.hparams.batch_size == loader.batch_size == 4
     assert fitted.callbacks == callbacks
@@ -559,9 +536,7 @@ def test_an_update_has_no_more_than_an_epoch(samples, own, drop_last):
 
     plan = callback.report.plan
     assert plan.effective_batch_size == samples
-    whole = (
-        plan.accumulate_grad_batches
-    )  # which of the exact plans is the fastest, a clock says
+    whole = plan.accumulate_grad_batches  # which of the exact plans is the fastest, a clock says
     assert model.sizes == [plan.micro_batch_size] * whole * 2
     assert callback.report.notes[0] == (
         f"Asked for 64 samples per update, got {samples}: an epoch has no more than {samples} samples."
@@ -619,9 +594,7 @@ def test_a_resumed_run_goes_on_with_the_plan_of_its_checkpoint(tmp_path, stop):
         model = Model()
 
         def configure_optimizers():
-            optimizer = torch.optim.AdamW(
-                model.parameters(), lr=1e-4 * model.hparams.batch_size
-            )
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4 * model.hparams.batch_size)
             return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
 
         model.configure_optimizers = configure_optimizers
@@ -699,9 +672,7 @@ def test_a_trial_is_the_real_thing():
     callback = tuner(device=device)
     trainer(callback).fit(Model(), DataLoader(data(), batch_size=4))
     plan = callback.report.plan
-    measured = next(
-        t for t in callback.report.trials if t.batch_size == plan.micro_batch_size
-    )
+    measured = next(t for t in callback.report.trials if t.batch_size == plan.micro_batch_size)
 
     class Watch(pl.Callback):
         def on_train_start(self, fitted, module):
@@ -737,9 +708,7 @@ def test_memory_that_runs_out_anywhere_in_a_trial_is_survived(allocation):
 
     plan = callback.report.plan
     assert callback.report.trials[0].outcome is autobatch.Outcome.OUT_OF_MEMORY
-    by_hand = fit(
-        size=plan.micro_batch_size, accumulate_grad_batches=plan.accumulate_grad_batches
-    )
+    by_hand = fit(size=plan.micro_batch_size, accumulate_grad_batches=plan.accumulate_grad_batches)
     assert same(dict(tuned.state_dict()), dict(by_hand.state_dict()))
 
 
@@ -772,9 +741,7 @@ trainer.fit(Model(), DataLoader(TensorDataset(torch.zeros(64, 8)), batch_size=4)
 assert callback.report.plan.effective_batch_size == 32
 assert {package.partition(".")[0]!r} in callback.report.environment
 """
-    subprocess.run(
-        [sys.executable, "-c", code], check=True, timeout=120, capture_output=True
-    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, capture_output=True)
 
 
 # What is refused
@@ -791,8 +758,7 @@ class Precomputed(Sampler):
     def __init__(self, batch_size):
         self.batch_size = batch_size
         self.batches = [
-            list(range(start, start + batch_size))
-            for start in range(0, 600, batch_size)
+            list(range(start, start + batch_size)) for start in range(0, 600, batch_size)
         ]
 
     def __iter__(self):
@@ -888,9 +854,7 @@ def test_what_is_not_handled_is_refused_before_anything_is_touched(make, sentenc
         fitted.fit(model, loader)
 
     assert "\n" not in str(caught.value)
-    assert all(
-        torch.equal(state[name], value) for name, value in model.state_dict().items()
-    )
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
     assert torch.equal(random_state, torch.get_rng_state())
     assert model.sizes == []
     assert fitted.accumulate_grad_batches == 1
@@ -915,12 +879,8 @@ def test_resuming_with_another_target_is_refused(tmp_path):
     first.fit(Model(), plain())
     first.save_checkpoint(tmp_path / "last.ckpt")
 
-    with pytest.raises(
-        autobatch.AutobatchError, match="target_batch_size=60 asks for another"
-    ):
-        trainer(tuner(target_batch_size=60)).fit(
-            Model(), plain(), ckpt_path=tmp_path / "last.ckpt"
-        )
+    with pytest.raises(autobatch.AutobatchError, match="target_batch_size=60 asks for another"):
+        trainer(tuner(target_batch_size=60)).fit(Model(), plain(), ckpt_path=tmp_path / "last.ckpt")
 
 
 def test_a_strategy_whose_steps_wait_for_other_ranks_is_refused(monkeypatch):
@@ -996,6 +956,4 @@ except ImportError as error:
 else:
     raise SystemExit("no error")
 """
-    subprocess.run(
-        [sys.executable, "-c", code], check=True, timeout=60, capture_output=True
-    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True)

@@ -62,9 +62,7 @@ class Model(pl.LightningModule):
     @property
     def sizes(self):
         """Per epoch and batch, the number of samples from each loader."""
-        return [
-            [[len(part) for part in batch] for batch in epoch] for epoch in self.epochs
-        ]
+        return [[[len(part) for part in batch] for batch in epoch] for epoch in self.epochs]
 
 
 def parts_of(batch):
@@ -156,9 +154,7 @@ PASSED = {
     "plain": plain,
     "shuffled": lambda: plain(shuffle=True),
     "drop_last": lambda: plain(shuffle=True, drop_last=True),
-    "own generator": lambda: plain(
-        shuffle=True, generator=torch.Generator().manual_seed(3)
-    ),
+    "own generator": lambda: plain(shuffle=True, generator=torch.Generator().manual_seed(3)),
     "weighted": lambda: plain(sampler=WeightedRandomSampler([1.0] * 240, 240)),
     "subset": lambda: plain(sampler=SubsetRandomSampler(range(0, 240, 2))),
     "distributed sampler": lambda: plain(
@@ -167,15 +163,11 @@ PASSED = {
     "batch sampler of torch": lambda: DataLoader(
         data(), batch_sampler=BatchSampler(RandomSampler(data()), 4, drop_last=False)
     ),
-    "batch sampler of one's own": lambda: DataLoader(
-        data(), batch_sampler=Blocks(240, 4)
-    ),
+    "batch sampler of one's own": lambda: DataLoader(data(), batch_sampler=Blocks(240, 4)),
     "subclass": lambda: Own(samples=data(), name="mine"),
     "stream": lambda: DataLoader(Stream(), 4),
     "workers": lambda: plain(shuffle=True, num_workers=1),
-    "persistent workers": lambda: plain(
-        shuffle=True, num_workers=1, persistent_workers=True
-    ),
+    "persistent workers": lambda: plain(shuffle=True, num_workers=1, persistent_workers=True),
     "list of one": lambda: [plain(shuffle=True)],
     "list": lambda: [plain(4, shuffle=True), plain(2)],
     "dict": lambda: {"a": plain(4, shuffle=True), "b": plain(8)},
@@ -263,8 +255,7 @@ def test_the_sampler_stays_the_same_and_the_order_is_shuffled_where_it_was(row):
     assert [type(sampler_of(loader)) for loader in flat(passed)] == before
     for at, loader in enumerate(flat(passed)):
         first, second = (
-            [index for batch in epoch for index in batch[at]][:60]
-            for epoch in model.epochs
+            [index for batch in epoch for index in batch[at]][:60] for epoch in model.epochs
         )
         is_own = isinstance(loader.batch_sampler, Blocks)
         is_shuffled = is_own or not isinstance(sampler_of(loader), IN_ORDER)
@@ -297,9 +288,7 @@ def test_a_loader_that_lightning_makes_anew_at_its_own_size_is_told_before_train
             return Renamed(data(), size=4, shuffle=True)
 
     model = FromHook()
-    tuner = autobatch.AutoBatch(
-        target_batch_size=24, device=SimulatedAccelerator("1MiB")
-    )
+    tuner = autobatch.AutoBatch(target_batch_size=24, device=SimulatedAccelerator("1MiB"))
     trainer = pl.Trainer(
         max_epochs=1,
         callbacks=[tuner],
@@ -312,9 +301,7 @@ def test_a_loader_that_lightning_makes_anew_at_its_own_size_is_told_before_train
 
     with (
         pytest.warns(UserWarning, match="overfit"),
-        pytest.raises(
-            autobatch.AutobatchError, match="a Renamed, anew with batches of 4"
-        ),
+        pytest.raises(autobatch.AutobatchError, match="a Renamed, anew with batches of 4"),
     ):
         trainer.fit(model)
 

@@ -7,8 +7,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-from autobatch._loading import Loading, loading_watch
-from autobatch._notes import waiting
+from autobatch._report.notes import waiting
+from autobatch._throughput.loading import Loading, loading_watch
 from autobatch.sinks import to_markdown
 from report_examples import example
 

@@ -233,26 +233,22 @@ def test_who_wants_no_hyperparameters_logged_gets_the_files_alone(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["CSVLogger", Draws])
-def test_the_metrics_are_those_of_a_run_with_the_numbers_written_by_hand(
-    kind, tmp_path
-):
+def test_the_metrics_are_those_of_a_run_with_the_numbers_written_by_hand(kind, tmp_path):
     def rows(callbacks, where, size, accumulate):
         watching = pl.loggers.CSVLogger(where)
         other = [kind()] if kind is Draws else []
         pl.seed_everything(1, verbose=False)
         model = Named(size)
         loader = DataLoader(data(), batch_size=size, shuffle=True)
-        trainer(
-            *callbacks, logger=[*other, watching], accumulate_grad_batches=accumulate
-        ).fit(model, loader)
+        trainer(*callbacks, logger=[*other, watching], accumulate_grad_batches=accumulate).fit(
+            model, loader
+        )
         return (Path(watching.log_dir) / "metrics.csv").read_text()
 
     callback = tuner()
     tuned = rows([callback], tmp_path / "tuned", 4, 1)
     plan = callback.report.plan
-    by_hand = rows(
-        [], tmp_path / "by hand", plan.micro_batch_size, plan.accumulate_grad_batches
-    )
+    by_hand = rows([], tmp_path / "by hand", plan.micro_batch_size, plan.accumulate_grad_batches)
 
     assert tuned == by_hand
     header, *steps = csv.reader(tuned.splitlines())
@@ -260,9 +256,7 @@ def test_the_metrics_are_those_of_a_run_with_the_numbers_written_by_hand(
     assert len(steps) == 8
 
 
-def test_a_logger_that_fails_is_told_in_one_line_and_the_others_get_theirs(
-    tmp_path, caplog
-):
+def test_a_logger_that_fails_is_told_in_one_line_and_the_others_get_theirs(tmp_path, caplog):
     failing, working = Fails(str(tmp_path / "failing")), Mine()
 
     with caplog.at_level(logging.WARNING, logger="autobatch"):
@@ -282,9 +276,7 @@ def test_files_that_can_not_be_written_are_told(tmp_path, caplog):
 
     report = fit(logger)
 
-    (line,) = (
-        record.getMessage() for record in caplog.records if record.name == "autobatch"
-    )
+    (line,) = (record.getMessage() for record in caplog.records if record.name == "autobatch")
     assert "Mine did not take all of the report: OSError: " in line
     assert "The report could not be written to" in line
     assert values(report).items() <= logger.hyperparameters.items()
@@ -320,9 +312,7 @@ def test_a_fast_run_for_developers_is_left_alone(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_logger_of_a_fast_run_takes_a_report_and_keeps_nothing(
-    tmp_path, monkeypatch, caplog
-):
+def test_the_logger_of_a_fast_run_takes_a_report_and_keeps_nothing(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     fitted = trainer(logger=pl.loggers.CSVLogger(tmp_path), fast_dev_run=True)
 
@@ -367,9 +357,7 @@ def tensorboard(directory, **options):
 
 
 def events(logger):
-    accumulators = importlib.import_module(
-        "tensorboard.backend.event_processing.event_accumulator"
-    )
+    accumulators = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
     everything = {"scalars": 0, "tensors": 0}
     read = accumulators.EventAccumulator(logger.log_dir, everything)
     return read.Reload()
@@ -392,10 +380,7 @@ def test_tensorboard_gets_the_report_as_text_and_the_speed_curve(tmp_path):
     read = events(logger)
     *_, text = read.Tensors("autobatch/report/text_summary")  # the last is complete
     assert text.tensor_proto.string_val[0].decode() == sinks.to_markdown(report)
-    speed = {
-        event.step: event.value
-        for event in read.Scalars("autobatch/samples_per_second")
-    }
+    speed = {event.step: event.value for event in read.Scalars("autobatch/samples_per_second")}
     peak = {event.step: event.value for event in read.Scalars("autobatch/peak_bytes")}
     assert len(speed) > 1
     assert speed == pytest.approx(speeds(report))
@@ -468,7 +453,7 @@ def wandb(tmp_path, monkeypatch):
 
 def records(path):
     """What a run that is kept offline holds: records of protobuf, in blocks of 32 KiB as LevelDB has them."""
-    record = importlib.import_module("wandb.proto.wandb_internal_pb2").Record
+    record = importlib.import_module("wandb.proto.wandb_internal_pb2").TrialHistory
     content, at, parts = path.read_bytes(), 7, []
     while at + 7 <= len(content):
         if (left := 2**15 - at % 2**15) < 7:
@@ -483,19 +468,16 @@ def records(path):
 
 
 def items(update):
-    return {
-        item.key or "/".join(item.nested_key): json.loads(item.value_json)
-        for item in update
-    }
+    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in update}
 
 
 @pytest.mark.slow
 def test_wandb_gets_hyperparameters_a_table_a_summary_and_files(tmp_path, wandb):
-    class Steps(Named):
+    class TrainingSteps(Named):
         def on_train_start(self):
             self.logger.experiment.log({"mine": 5}, step=0)
 
-    report = fit(wandb, model=Steps())
+    report = fit(wandb, model=TrainingSteps())
 
     directory = Path(wandb.experiment.dir)
     # Unlike `finish`, it waits for the process that writes the run to end
@@ -507,21 +489,15 @@ def test_wandb_gets_hyperparameters_a_table_a_summary_and_files(tmp_path, wandb)
         if record.history.item:
             history.append(items(record.history.item))
     size = report.plan.micro_batch_size
-    assert (
-        config.items() >= {"batch_size": size, "width": 256, **values(report)}.items()
-    )
-    assert summary["autobatch/samples_per_second"] == pytest.approx(
-        speeds(report)[size]
-    )
+    assert config.items() >= {"batch_size": size, "width": 256, **values(report)}.items()
+    assert summary["autobatch/samples_per_second"] == pytest.approx(speeds(report)[size])
     assert summary["autobatch/peak_bytes"] == peaks(report)[size]
     assert summary["autobatch/largest_fit"] == report.largest_fit
     # What the user logs at step 0 is neither lost nor moved
     assert history[0].items() >= {"mine": 5, "_step": 0}.items()
     table = json.loads((directory / history[0]["autobatch/sizes/path"]).read_text())
     sizes = json.loads(report.to_json())["sizes"]
-    assert [
-        dict(zip(table["columns"], row, strict=True)) for row in table["data"]
-    ] == sizes
+    assert [dict(zip(table["columns"], row, strict=True)) for row in table["data"]] == sizes
     assert sum("loss" in row for row in history) == 8
     assert_files(directory, report)
 
@@ -544,14 +520,10 @@ def test_mlflow_gets_hyperparameters_the_speed_curve_and_files(tmp_path, mlflow)
     client, run = mlflow.experiment, mlflow.run_id
     size = report.plan.micro_batch_size
     expected = {"batch_size": size, "width": 256, **values(report)}
-    assert client.get_run(run).data.params == {
-        name: str(value) for name, value in expected.items()
-    }
+    assert client.get_run(run).data.params == {name: str(value) for name, value in expected.items()}
 
     def curve(name):
-        return {
-            point.step: point.value for point in client.get_metric_history(run, name)
-        }
+        return {point.step: point.value for point in client.get_metric_history(run, name)}
 
     assert curve("autobatch/samples_per_second") == pytest.approx(speeds(report))
     assert curve("autobatch/peak_bytes") == peaks(report)
@@ -561,9 +533,7 @@ def test_mlflow_gets_hyperparameters_the_speed_curve_and_files(tmp_path, mlflow)
 
 
 @pytest.mark.slow
-def test_mlflow_takes_the_same_hyperparameters_twice_and_tells_of_others(
-    mlflow, caplog
-):
+def test_mlflow_takes_the_same_hyperparameters_twice_and_tells_of_others(mlflow, caplog):
     """Another fit in the same run may find another size."""
     report, fitted = example(), trainer(logger=mlflow)
     other = report.model_copy(update={"plan": autobatch.BatchPlan(16, 16)})

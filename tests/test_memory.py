@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from autobatch._memory import (
     MemoryReading,
     format_bytes,
-    is_oom,
     memory_budget,
     parse_bytes,
     parse_memory_limit,
 )
+from autobatch._memory.oom import is_oom
 
 GIB = 2**30
 
@@ -98,9 +98,7 @@ def test_a_bad_limit_is_refused_in_one_sentence_that_names_it(value):
     assert ". " not in message
 
 
-@pytest.mark.parametrize(
-    ("value", "limit"), [(np.float32(0.5), 0.5), (np.int64(4096), 4096)]
-)
+@pytest.mark.parametrize(("value", "limit"), [(np.float32(0.5), 0.5), (np.int64(4096), 4096)])
 def test_numbers_of_numpy_are_numbers(value, limit):
     assert parse_memory_limit(value) == limit
     assert type(parse_memory_limit(value)) is type(limit)
@@ -152,18 +150,14 @@ def test_amounts_are_written_in_binary_units_with_about_three_digits(nbytes, tex
 @given(st.integers(min_value=1, max_value=2**50))
 @example(GIB - 2**18)
 def test_what_is_written_can_be_read_back(nbytes):
-    assert parse_bytes("capacity", format_bytes(nbytes)) == pytest.approx(
-        nbytes, rel=0.05
-    )
+    assert parse_bytes("capacity", format_bytes(nbytes)) == pytest.approx(nbytes, rel=0.05)
 
 
 # Budgets
 
 
 def reading(*, total: int, used: int, reserved: int) -> MemoryReading:
-    return MemoryReading(
-        total=total, used=used, reserved=reserved, peak=reserved, failures=0
-    )
+    return MemoryReading(total=total, used=used, reserved=reserved, peak=reserved, failures=0)
 
 
 def test_a_share_is_of_the_whole_device_less_what_others_hold():
@@ -177,9 +171,7 @@ def test_an_amount_is_an_allowance_as_far_as_others_leave_it():
 
 @pytest.mark.parametrize(("cap", "budget"), [(None, 700), (900, 700), (400, 400)])
 def test_a_budget_goes_no_further_than_what_the_user_lets_the_process_hold(cap, budget):
-    capped = MemoryReading(
-        total=1000, used=300, reserved=100, peak=0, failures=0, cap=cap
-    )
+    capped = MemoryReading(total=1000, used=300, reserved=100, peak=0, failures=0, cap=cap)
 
     assert memory_budget(capped, 0.9) == budget
     assert memory_budget(capped, 10_000) == min(800, cap or 800)
@@ -194,9 +186,7 @@ sizes = st.integers(min_value=0, max_value=2**45)
 
 
 @given(sizes, sizes, sizes, st.floats(0.001, 1.0) | st.integers(2, 2**45))
-def test_within_the_budget_nobody_is_pushed_off_the_device(
-    total, used, reserved, limit
-):
+def test_within_the_budget_nobody_is_pushed_off_the_device(total, used, reserved, limit):
     seen = reading(total=total, used=used, reserved=reserved)
 
     assert memory_budget(seen, limit) + seen.foreign <= total
@@ -225,8 +215,12 @@ def in_a_circle(first, second):
     return first
 
 
-CUDA_OOM = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.10 GiB"
-ASSERT = "CUDA error: device-side assert triggered\nCUDA kernel errors might be asynchronously reported"
+CUDA_OOM = (
+    "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.10 GiB"
+)
+ASSERT = (
+    "CUDA error: device-side assert triggered\nCUDA kernel errors might be asynchronously reported"
+)
 SHAPES = "mat1 and mat2 shapes cannot be multiplied (8x5 and 6x7)"
 
 
@@ -247,9 +241,7 @@ TOO_LARGE = {
     "its old name": torch.cuda.OutOfMemoryError("whatever it says"),
     "host, from Python": MemoryError(),
     "cuda": RuntimeError(CUDA_OOM),
-    "cuda driver": RuntimeError(
-        "CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`"
-    ),
+    "cuda driver": RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`"),
     "hip": RuntimeError("HIP out of memory. Tried to allocate 2.00 GiB."),
     "xpu": RuntimeError("XPU out of memory. Tried to allocate 2.00 GiB."),
     "mps": RuntimeError(
@@ -270,15 +262,11 @@ TOO_LARGE = {
     "cudnn, workspace": RuntimeError(
         "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in a non-contiguous input."
     ),
-    "cudnn 8": RuntimeError(
-        "GET was unable to find an engine to execute this computation"
-    ),
+    "cudnn 8": RuntimeError("GET was unable to find an engine to execute this computation"),
     "cudnn 8, searching": RuntimeError(
         "FIND was unable to find an engine to execute this computation"
     ),
-    "cudnn 7": RuntimeError(
-        "Unable to find a valid cuDNN algorithm to run convolution"
-    ),
+    "cudnn 7": RuntimeError("Unable to find a valid cuDNN algorithm to run convolution"),
     "host": RuntimeError(
         "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: "
         "you tried to allocate 4000000000000 bytes. Error code 12 (Cannot allocate memory)"
@@ -306,20 +294,14 @@ TOO_LARGE = {
         KeyError("x"), cause=raised(ValueError("step failed"), cause=oom())
     ),
     "while handling": raised(ValueError("step failed"), inside=oom()),
-    "in a group": ExceptionGroup(
-        "ranks", [ValueError("other"), ExceptionGroup("inner", [oom()])]
-    ),
-    "because of a group": raised(
-        ValueError("step failed"), cause=ExceptionGroup("ranks", [oom()])
-    ),
+    "in a group": ExceptionGroup("ranks", [ValueError("other"), ExceptionGroup("inner", [oom()])]),
+    "because of a group": raised(ValueError("step failed"), cause=ExceptionGroup("ranks", [oom()])),
     "in a circle": in_a_circle(ValueError("a"), oom()),
 }
 
 SOMETHING_ELSE = {
     "device-side assert": RuntimeError(ASSERT),
-    "illegal access": RuntimeError(
-        "CUDA error: an illegal memory access was encountered"
-    ),
+    "illegal access": RuntimeError("CUDA error: an illegal memory access was encountered"),
     "shapes": RuntimeError(SHAPES),
     "shared memory": OutOfResources(
         "out of resource: shared memory, Required: 131072, Hardware limit: 101376."
@@ -340,9 +322,7 @@ SOMETHING_ELSE = {
     "interrupt": KeyboardInterrupt(CUDA_OOM),
     "interrupt while handling": raised(KeyboardInterrupt(), inside=oom()),
     "exit because of": raised(SystemExit(1), cause=oom()),
-    "interrupt in a group": BaseExceptionGroup(
-        "ranks", [KeyboardInterrupt(), ValueError("other")]
-    ),
+    "interrupt in a group": BaseExceptionGroup("ranks", [KeyboardInterrupt(), ValueError("other")]),
     "context denied": raised(
         raised(ValueError("bad value"), cause=ValueError("reason")), inside=oom()
     ),
@@ -381,7 +361,7 @@ def test_an_error_of_a_real_allocation_is_out_of_memory():
 
 def test_telling_errors_apart_does_not_import_torch():
     code = (
-        "import sys; from autobatch._memory import is_oom; "
+        "import sys; from autobatch._memory.oom import is_oom; "
         "assert is_oom(MemoryError()) and is_oom(RuntimeError('CUDA out of memory.')) and not is_oom(KeyError('x')); "
         "assert 'torch' not in sys.modules"
     )

@@ -230,9 +230,7 @@ class Run:
         self.loader = DataLoader(data(), 4, shuffle=True, generator=self.generator)
         self.datamodule = Data()
         self.watcher = hooked(pl.Callback, self.callback_hooks)()
-        self.profiler = pl.profilers.SimpleProfiler(
-            dirpath=self.folder, filename="profile"
-        )
+        self.profiler = pl.profilers.SimpleProfiler(dirpath=self.folder, filename="profile")
         self.logger = Recording()
         self.trainer = trainer(
             self.watcher,
@@ -253,9 +251,7 @@ class Run:
     def tune(self, method="fit"):
         loaders = "train_dataloaders" if method == "fit" else "dataloaders"
         given = (
-            {loaders: self.loader}
-            if self.source == "passed"
-            else {"datamodule": self.datamodule}
+            {loaders: self.loader} if self.source == "passed" else {"datamodule": self.datamodule}
         )
         return self.tuner.tune(self.trainer, self.model, method=method, **given)
 
@@ -378,9 +374,7 @@ INVENTORY = {
     "callback_metrics": lambda run: frozen(dict(run.trainer.callback_metrics)),
     "logged_metrics": lambda run: frozen(dict(run.trainer.logged_metrics)),
     "callbacks": lambda run: [Same(each) for each in run.trainer.callbacks],
-    "attributes of callbacks": lambda run: [
-        frozen(vars(each)) for each in run.trainer.callbacks
-    ],
+    "attributes of callbacks": lambda run: [frozen(vars(each)) for each in run.trainer.callbacks],
     "loggers": lambda run: [Same(each) for each in run.trainer.loggers],
     "what was logged": lambda run: list(run.logger.calls),
     "profiler": lambda run: [
@@ -603,8 +597,8 @@ MUTATIONS = {
     "progress": lambda run: setattr(run.trainer, "should_stop", True),
     "restart flags": lambda run: setattr(run.trainer.fit_loop, "_restarting", True),
     "arguments": lambda run: setattr(run.trainer, "accumulate_grad_batches", 1),
-    "callback_metrics": lambda run: (
-        run.trainer._logger_connector._callback_metrics.update(a=torch.ones(()))
+    "callback_metrics": lambda run: run.trainer._logger_connector._callback_metrics.update(
+        a=torch.ones(())
     ),
     "logged_metrics": lambda run: run.trainer._logger_connector._logged_metrics.update(
         a=torch.ones(())
@@ -614,9 +608,7 @@ MUTATIONS = {
     "loggers": lambda run: run.trainer.loggers.append(Recording()),
     "what was logged": lambda run: run.logger.log_metrics({}),
     "profiler": lambda run: run.profiler.start("something"),
-    "hidden methods": lambda run: setattr(
-        run.trainer.strategy, "barrier", lambda *_: None
-    ),
+    "hidden methods": lambda run: setattr(run.trainer.strategy, "barrier", lambda *_: None),
     "DataLoader.__init__": lambda run: assign(DataLoader, "__init__", lambda *_: None),
     "datamodule": lambda run: run.datamodule.random.random(),
     "loader": lambda run: object.__setattr__(run.loader, "batch_size", 5),
@@ -629,9 +621,7 @@ MUTATIONS = {
     "environment": lambda run: call(
         lambda: os.environ.update(MINE="1"), lambda: os.environ.pop("MINE")
     ),
-    "signal handlers": lambda run: call(
-        lambda: signal.signal(signal.SIGINT, signal.SIG_IGN), None
-    ),
+    "signal handlers": lambda run: call(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN), None),
     "threads": lambda run: thread(),
     "processes": lambda run: process(),
     "gradients enabled": lambda run: mode(torch.no_grad),

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import autobatch
-from autobatch._gradients import NoiseRecord
-from autobatch._noise_scale import Window, read
+from autobatch._noise import Window, read
+from autobatch._noise.hooks import NoiseRecord
 from sameness import same
 
 # The estimate, on paper
@@ -28,9 +28,7 @@ def square(vector):
 
 
 def mean(vectors):
-    return [
-        sum(column) / Fraction(len(vectors)) for column in zip(*vectors, strict=True)
-    ]
+    return [sum(column) / Fraction(len(vectors)) for column in zip(*vectors, strict=True)]
 
 
 def window_of(parts, update=1):
@@ -70,9 +68,7 @@ def exact(part, parts):
 
 
 @pytest.mark.parametrize(("part", "parts"), [(1, 2), (1, 4), (2, 2), (3, 2), (2, 3)])
-def test_both_estimates_are_unbiased_over_every_update_that_chance_could_make(
-    part, parts
-):
+def test_both_estimates_are_unbiased_over_every_update_that_chance_could_make(part, parts):
     signal, noise = exact(part, parts)
 
     assert signal == truth(POPULATION)[0]
@@ -81,8 +77,7 @@ def test_both_estimates_are_unbiased_over_every_update_that_chance_could_make(
 
 def test_the_mean_of_ratios_is_another_number():
     windows = [
-        window_of([drawn[:2], drawn[2:]])
-        for drawn in itertools.product(POPULATION, repeat=4)
+        window_of([drawn[:2], drawn[2:]]) for drawn in itertools.product(POPULATION, repeat=4)
     ]
     signal, noise = truth(POPULATION)
 
@@ -105,9 +100,7 @@ def gaussian(count, *, signal=1.0, noise=40.0, part=8, parts=4, width=50, seed=0
     big = drawn.mean(1).square().sum(-1)
     return [
         Window(update, *norms, part, part * parts)
-        for update, *norms in zip(
-            range(1, count + 1), small.tolist(), big.tolist(), strict=True
-        )
+        for update, *norms in zip(range(1, count + 1), small.tolist(), big.tolist(), strict=True)
     ]
 
 
@@ -125,8 +118,7 @@ def test_a_settled_reading_is_a_number_with_its_interval():
 
 def test_nine_intervals_in_ten_hold_the_truth():
     readings = [
-        read(gaussian(200, seed=seed), updates=200, is_warming_up=False)
-        for seed in range(100)
+        read(gaussian(200, seed=seed), updates=200, is_warming_up=False) for seed in range(100)
     ]
 
     held = sum(each.low <= 40 <= each.high for each in readings)
@@ -139,10 +131,7 @@ def test_nine_intervals_in_ten_hold_the_truth():
 @given(st.floats(1e-20, 1e20))
 def test_a_factor_that_all_windows_share_changes_nothing(factor):
     windows = gaussian(120)
-    scaled = [
-        dataclasses.replace(w, small=w.small * factor, big=w.big * factor)
-        for w in windows
-    ]
+    scaled = [dataclasses.replace(w, small=w.small * factor, big=w.big * factor) for w in windows]
 
     reading = read(windows, updates=120, is_warming_up=False)
     other = read(scaled, updates=120, is_warming_up=False)
@@ -420,9 +409,7 @@ def hooks_of(model):
 
 
 def steppers():
-    return dict(
-        importlib.import_module("torch.optim.optimizer")._global_optimizer_pre_hooks
-    )
+    return dict(importlib.import_module("torch.optim.optimizer")._global_optimizer_pre_hooks)
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -528,15 +515,13 @@ class Checkpointed(Linear):
     def forward(self, x):
         x.requires_grad_()
         x = checkpoint(self.first, x, use_reentrant=self.use_reentrant)
-        return super().forward(
-            checkpoint(self.first, x, use_reentrant=self.use_reentrant)
-        ) + (self.w.square().sum() + self.w.sum())
+        return super().forward(checkpoint(self.first, x, use_reentrant=self.use_reentrant)) + (
+            self.w.square().sum() + self.w.sum()
+        )
 
 
 def test_a_reentrant_checkpoint_is_noticed_and_another_is_not_in_the_way():
-    assert "use_reentrant=False" in reason_of(
-        measured(Checkpointed(use_reentrant=True), updates=5)
-    )
+    assert "use_reentrant=False" in reason_of(measured(Checkpointed(use_reentrant=True), updates=5))
     assert measured(Checkpointed(use_reentrant=False)).windows == 60
 
 

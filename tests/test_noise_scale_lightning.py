@@ -19,7 +19,7 @@ from autobatch.testing import SimulatedAccelerator
 from lightning_here import pl, quiet_trainer
 from sameness import same
 
-_halves = importlib.import_module("autobatch.lightning._halves")
+_halves = importlib.import_module("autobatch.lightning._noise_scale")
 torchmetrics = importlib.import_module("torchmetrics")
 
 
@@ -120,9 +120,7 @@ def fitted(callback, *, kind=Busy, batches=None, **options):
         "optimizer": trainer.optimizers[0].state_dict(),
         "metrics": dict(trainer.callback_metrics),
         "logged": [
-            (step, values)
-            for step, values in logger.logged
-            if "noise_scale_low" not in values
+            (step, values) for step, values in logger.logged if "noise_scale_low" not in values
         ],
         "random": (
             torch.get_rng_state(),
@@ -176,17 +174,17 @@ def test_the_scale_of_a_loss_does_not_matter(accumulate):
     options = {"accumulate_grad_batches": accumulate, "max_epochs": accumulate}
     plain, under = (autobatch.NoiseScale(every=1, split_every=1) for _ in range(2))
 
-    read(plain, Known(), **options)
-    read(under, Known(), plugins=[scaled()], **options)
+    read(plain, PriorPlan(), **options)
+    read(under, PriorPlan(), plugins=[scaled()], **options)
 
     assert under.reading.samples == pytest.approx(plain.reading.samples, rel=0.05)
 
 
 def test_a_lightning_that_lacks_what_is_needed_is_said_to(monkeypatch):
-    noise = importlib.import_module("autobatch.lightning._noise")
+    noise = importlib.import_module("autobatch.lightning._noise_scale")
     monkeypatch.setattr(noise, "_PRIVATE", ("fit_loop.no_more",))
 
-    reading = read(autobatch.NoiseScale(), Known(), limit_train_batches=3)
+    reading = read(autobatch.NoiseScale(), PriorPlan(), limit_train_batches=3)
 
     assert "has no fit_loop.no_more" in reason_of(reading)
 
@@ -208,7 +206,7 @@ def test_more_than_a_thousand_entries_of_a_list_are_given_back():
 # The number
 
 
-class Known(pl.LightningModule):
+class PriorPlan(pl.LightningModule):
     """The loss -w·x has the gradient -x: its noise scale is that of the data."""
 
     def __init__(self, extra=None, total=False):
@@ -242,10 +240,10 @@ def read(callback, model, batches=None, **options):
 @pytest.mark.parametrize(
     ("model", "options"),
     [
-        (Known(), {"max_epochs": 5, "accumulate_grad_batches": 4}),
-        (Known(), {}),
-        (Known(total=True), {}),
-        pytest.param(Known(), {"gradient_clip_val": 1e-3}, marks=pytest.mark.slow),
+        (PriorPlan(), {"max_epochs": 5, "accumulate_grad_batches": 4}),
+        (PriorPlan(), {}),
+        (PriorPlan(total=True), {}),
+        pytest.param(PriorPlan(), {"gradient_clip_val": 1e-3}, marks=pytest.mark.slow),
     ],
     ids=["accumulated", "split", "a sum", "clipped"],
 )
@@ -259,7 +257,7 @@ def test_the_noise_scale_of_known_data_is_found(model, options):
 
 def test_dropout_is_noise_that_both_halves_have():
     """The variance of a dropped x is (1 + 0.25) / 0.5 - 0.25 = 2.25: a noise scale of 9."""
-    model = Known(nn.Dropout(0.5))
+    model = PriorPlan(nn.Dropout(0.5))
 
     reading = read(autobatch.NoiseScale(split_every=1), model, max_epochs=2)
 
@@ -267,16 +265,14 @@ def test_dropout_is_noise_that_both_halves_have():
 
 
 def test_a_batch_of_an_odd_size_is_split_too():
-    reading = read(
-        autobatch.NoiseScale(split_every=1), Known(), known_loader(5), max_epochs=1
-    )
+    reading = read(autobatch.NoiseScale(split_every=1), PriorPlan(), known_loader(5), max_epochs=1)
 
     assert reading.batch_size == 5
     assert reading.samples == pytest.approx(4, rel=0.3)
 
 
 def test_one_half_is_enough_where_it_tells_the_other():
-    class Counted(Known):
+    class Counted(PriorPlan):
         calls = ()
 
         def training_step(self, batch, batch_idx):
@@ -296,7 +292,7 @@ def test_the_last_update_of_an_epoch_is_left_out_where_it_is_of_less():
 
     # 7 micro-batches of 8: one whole update of four, and one of three
     reading = read(
-        callback, Known(), known_loader(8, 56), max_epochs=8, accumulate_grad_batches=4
+        callback, PriorPlan(), known_loader(8, 56), max_epochs=8, accumulate_grad_batches=4
     )
 
     assert reading.windows == 4  # of the later 8 updates
@@ -306,7 +302,7 @@ def test_the_last_update_of_an_epoch_is_left_out_where_it_is_of_less():
 def test_updates_of_batches_of_several_sizes_are_left_out():
     reading = read(
         autobatch.NoiseScale(every=1),
-        Known(),
+        PriorPlan(),
         known_loader(8, 60),
         max_epochs=8,
         accumulate_grad_batches=4,
@@ -317,7 +313,7 @@ def test_updates_of_batches_of_several_sizes_are_left_out():
 
 
 def test_it_is_settling_at_first():
-    reading = read(autobatch.NoiseScale(every=1), Known(), accumulate_grad_batches=4)
+    reading = read(autobatch.NoiseScale(every=1), PriorPlan(), accumulate_grad_batches=4)
 
     assert reading.state == "settling"
     assert reading.samples == reading.low
@@ -326,16 +322,14 @@ def test_it_is_settling_at_first():
 def test_a_run_that_resumes_goes_on_with_its_windows(tmp_path):
     whole, first, second = (autobatch.NoiseScale(every=2) for _ in range(3))
     options = {"accumulate_grad_batches": 4}
-    read(whole, Known(), max_epochs=4, **options)
+    read(whole, PriorPlan(), max_epochs=4, **options)
 
     pl.seed_everything(2, verbose=False)
     trainer = quiet_trainer(first, max_epochs=2, **options)
-    trainer.fit(Known(), known_loader())
+    trainer.fit(PriorPlan(), known_loader())
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     again = quiet_trainer(second, max_epochs=4, **options)
-    again.fit(
-        Known(), known_loader(), ckpt_path=tmp_path / "last.ckpt", weights_only=True
-    )
+    again.fit(PriorPlan(), known_loader(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
 
     assert second.reading.state == "ok"
     assert second.reading.windows == whole.reading.windows
@@ -345,9 +339,9 @@ def test_a_run_that_resumes_goes_on_with_its_windows(tmp_path):
 
 def test_a_second_fit_begins_anew():
     callback = autobatch.NoiseScale(every=1)
-    read(callback, Known(), accumulate_grad_batches=4, max_epochs=2)
+    read(callback, PriorPlan(), accumulate_grad_batches=4, max_epochs=2)
 
-    reading = read(callback, Known(), accumulate_grad_batches=4, limit_train_batches=40)
+    reading = read(callback, PriorPlan(), accumulate_grad_batches=4, limit_train_batches=40)
 
     assert reading.state == "settling"
     assert reading.last_update == 10
@@ -358,7 +352,7 @@ def test_loggers_get_the_reading():
 
     read(
         callback,
-        Known(),
+        PriorPlan(),
         accumulate_grad_batches=4,
         max_epochs=3,
         logger=logger,
@@ -379,7 +373,7 @@ def hooks_of(model):
 @pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 4}], ids=str)
 @pytest.mark.parametrize("fails_at", [None, 6])
 def test_no_hook_is_left(options, fails_at):
-    class Fails(Known):
+    class Fails(PriorPlan):
         def training_step(self, batch, batch_idx):
             if batch_idx == fails_at:
                 raise ZeroDivisionError
@@ -405,7 +399,7 @@ def reason_of(reading):
     return reading.reason
 
 
-class ByHand(Known):
+class ByHand(PriorPlan):
     def __init__(self):
         super().__init__()
         self.automatic_optimization = False
@@ -417,13 +411,13 @@ class ByHand(Known):
         optimizer.zero_grad()
 
 
-class Iterated(Known):
+class Iterated(PriorPlan):
     def training_step(self, dataloader_iter):
         batch, *_ = next(dataloader_iter)
         return super().training_step(batch, 0)
 
 
-class Particular(Known):
+class Particular(PriorPlan):
     """Takes whole batches only."""
 
     def training_step(self, batch, batch_idx):
@@ -431,7 +425,7 @@ class Particular(Known):
         return super().training_step(batch, batch_idx)
 
 
-class Changing(Known):
+class Changing(PriorPlan):
     """Moves a teacher within the step."""
 
     def __init__(self):
@@ -444,13 +438,13 @@ class Changing(Known):
         return super().training_step(batch, batch_idx)
 
 
-class Checkpointed(Known):
+class Checkpointed(PriorPlan):
     def training_step(self, batch, batch_idx):
         x = batch[0].requires_grad_()
         return checkpoint(lambda x: -(x @ self.w).mean(), x, use_reentrant=True)
 
 
-class Compiled(Known):
+class Compiled(PriorPlan):
     def __init__(self):
         super().__init__(nn.Linear(6, 6))
         self.extra.compile(backend="eager")
@@ -466,12 +460,10 @@ class Compiled(Known):
         (Changing, 8, "training_step changes parameters itself"),
         (Checkpointed, 8, "use_reentrant=False"),
         (Compiled, 8, "torch.compile"),
-        (Known, 1, "of one sample"),
+        (PriorPlan, 1, "of one sample"),
     ],
 )
-def test_a_module_that_can_not_be_measured_trains_on_and_it_is_said_why(
-    kind, batch_size, reason
-):
+def test_a_module_that_can_not_be_measured_trains_on_and_it_is_said_why(kind, batch_size, reason):
     callback = autobatch.NoiseScale()
     model = kind()
 
@@ -483,15 +475,13 @@ def test_a_module_that_can_not_be_measured_trains_on_and_it_is_said_why(
 
 
 def test_a_half_that_runs_out_of_memory_is_no_error():
-    class Full(Known):
+    class Full(PriorPlan):
         def training_step(self, batch, batch_idx):
             if len(batch[0]) < 8:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return super().training_step(batch, batch_idx)
 
-    assert "(memory)" in reason_of(
-        read(autobatch.NoiseScale(), Full(), limit_train_batches=30)
-    )
+    assert "(memory)" in reason_of(read(autobatch.NoiseScale(), Full(), limit_train_batches=30))
 
 
 @pytest.mark.parametrize(
@@ -539,7 +529,7 @@ def test_a_batch_is_cut_in_all_its_parts():
 )
 def test_a_batch_that_can_not_be_cut_is_said_to_be_one(batch, reason):
     with pytest.raises(_halves.NotDividedError, match=reason):
-        _halves._samples(batch)
+        _halves._samples_of_batch(batch)
 
 
 def kept(noise):

@@ -32,7 +32,7 @@ class Page(HTMLParser):
 
 
 def without_matplotlib(monkeypatch):
-    for name in [name for name in sys.modules if name.startswith("autobatch._figure")]:
+    for name in [name for name in sys.modules if name.startswith("autobatch._report.figure")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
 

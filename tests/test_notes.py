@@ -6,12 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autobatch._curve import CurvePoint
-from autobatch._findings import Bound, Findings, Look, tightest_bound
-from autobatch._learning_rate import LearningRateRule
-from autobatch._notes import notes
 from autobatch._plan import BatchPlan
-from autobatch._trial import Outcome, Trial
+from autobatch._report.notes import Bound, Look, TuningResult, notes, tightest_bound
+from autobatch._report.tradeoff import LearningRateRule
+from autobatch._throughput import CurvePoint
+from autobatch._trials import Outcome, Trial
 
 
 def drifted(drift):
@@ -39,7 +38,7 @@ def scattered(size, low, high):
     )
 
 
-QUIET = Findings(
+QUIET = TuningResult(
     task="train",
     latency_limit=None,
     doubts=(),
@@ -75,8 +74,7 @@ NO_BOUND = {
 
 def test_where_nothing_trains_nothing_is_said_of_updates():
     sizes = (
-        Trial(size, Outcome.FIT, step_seconds=size / speed)
-        for size, speed in ((16, 96), (64, 100))
+        Trial(size, Outcome.FIT, step_seconds=size / speed) for size, speed in ((16, 96), (64, 100))
     )
     found = replace(
         QUIET,
@@ -88,9 +86,7 @@ def test_where_nothing_trains_nothing_is_said_of_updates():
     )
 
     assert any("update" in note for note in notes(found))
-    assert notes(replace(found, task="predict")) == (
-        "64 fits, and is about as fast as 16.",
-    )
+    assert notes(replace(found, task="predict")) == ("64 fits, and is about as fast as 16.",)
     assert notes(replace(found, task="answer", latency_limit=0.1)) == ()
 
 
@@ -356,8 +352,7 @@ LARGEST = replace(QUIET, target_batch_size=None, plan=BatchPlan(64), bound=None)
 )  # fmt: skip
 def test_the_largest_that_fits_is_compared_with_smaller_ones(speeds, expected):
     trials = tuple(
-        Trial(size, Outcome.FIT, step_seconds=size / speed)
-        for size, speed in speeds.items()
+        Trial(size, Outcome.FIT, step_seconds=size / speed) for size, speed in speeds.items()
     )
 
     assert notes(replace(LARGEST, trials=trials)) == expected

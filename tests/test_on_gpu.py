@@ -42,9 +42,7 @@ def on_gpu(tmp_path_factory):
 
 @pytest.mark.timeout(600)
 def test_everything_for_a_gpu_is_one_command(on_gpu):
-    _, _, short = (
-        (on_gpu / "log.txt").read_text(encoding="utf-8").partition("=== in short\n")
-    )
+    _, _, short = (on_gpu / "log.txt").read_text(encoding="utf-8").partition("=== in short\n")
 
     parts = ["what autobatch sees", "tests", "benchmark", "recordings"]
     assert [line.partition(":")[0] for line in short.splitlines()] == parts
@@ -130,9 +128,7 @@ def test_a_search_is_recorded_and_played_back(on_gpu):
     device = ReplayedDevice(on_gpu / "u-net.json")
     recording = device.recording
 
-    report = autobatch.find(
-        device.workload, device=device, memory_limit=recording.memory_limit
-    )
+    report = autobatch.find(device.workload, device=device, memory_limit=recording.memory_limit)
 
     assert {run.accumulate for run in recording.runs} == {1, 2}
     assert any(run.ran_out for run in recording.runs)

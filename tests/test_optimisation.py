@@ -229,9 +229,7 @@ def test_a_schedule_has_as_many_steps_as_training_makes(target, options, limits)
         def configure_optimizers(self):
             optimizer = torch.optim.AdamW(self.parameters())
             lengths.append(int(self.trainer.estimated_stepping_batches))
-            schedule = torch.optim.lr_scheduler.OneCycleLR(
-                optimizer, 1e-2, total_steps=lengths[-1]
-            )
+            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=lengths[-1])
             return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     fitted = trainer(tuner(target_batch_size=target), **limits)
@@ -380,7 +378,7 @@ def test_whoever_else_sets_the_accumulation_is_named_with_the_way_out(options, p
 
 
 def test_tuned_anew_a_module_by_hand_is_left_to_accumulate_by_itself():
-    class Alone(Model):
+    class SingleProcess(Model):
         def __init__(self):
             super().__init__()
             self.automatic_optimization = False
@@ -403,7 +401,7 @@ def test_tuned_anew_a_module_by_hand_is_left_to_accumulate_by_itself():
     callback = tuner(retune_at_epochs=[1])
     fitted = trainer(callback, max_epochs=2)
 
-    fitted.fit(Alone(), loader())
+    fitted.fit(SingleProcess(), loader())
 
     assert callback.report.plan.accumulate_grad_batches > 1
     assert fitted.accumulate_grad_batches == 1

@@ -7,17 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autobatch import _plan
-from autobatch._pace import Pace
 from autobatch._plan import BatchPlan, nearest, per_rank
-from autobatch._trial import Outcome, Trial
+from autobatch._throughput import StepTimes
+from autobatch._trials import Outcome, Trial
 
 counts = st.integers(1, 5000)
 
 
 def pace(seconds_by_size, optimizer_seconds=0.0):
-    return Pace(
-        tuple(seconds_by_size), tuple(seconds_by_size.values()), optimizer_seconds
-    )
+    return StepTimes(tuple(seconds_by_size), tuple(seconds_by_size.values()), optimizer_seconds)
 
 
 NO_PACE = pace({})
@@ -57,9 +55,7 @@ def test_the_target_is_met_exactly_wherever_that_is_cheap(target, largest, world
 
 
 @given(target=counts, largest=counts, world_size=st.integers(1, 8))
-def test_exactness_never_costs_more_than_twice_the_fewest_passes(
-    target, largest, world_size
-):
+def test_exactness_never_costs_more_than_twice_the_fewest_passes(target, largest, world_size):
     fewest = math.ceil(per_rank(target, world_size) / largest)
 
     for plan in candidates(target, world_size, largest, NO_PACE):
@@ -109,9 +105,7 @@ def test_few_passes_are_no_aim_where_small_micro_batches_are_as_fast():
     largest=st.integers(1, 500),
     data=st.dictionaries(st.integers(1, 500), st.floats(1e-3, 1), min_size=1),
 )
-def test_a_plan_of_many_passes_is_within_five_percent_of_the_fastest_timed(
-    target, largest, data
-):
+def test_a_plan_of_many_passes_is_within_five_percent_of_the_fastest_timed(target, largest, data):
     timed = {size: data[size] for size in sorted(data)}
     fewest = math.ceil(target / min(largest, target))
 
@@ -134,12 +128,8 @@ def test_the_optimizer_step_counts_for_the_speed_of_a_plan():
     seconds = {64: 0.1, 128: 0.2}
 
     assert candidates(128, 1, 128, pace(seconds, 0.0))[0] == BatchPlan(64, 2)
-    assert candidates(128, 1, 128, pace({64: 0.11, 128: 0.2}, 0.0))[0] == BatchPlan(
-        128, 1
-    )
-    assert candidates(128, 1, 128, pace({64: 0.11, 128: 0.2}, 2.0))[0] == BatchPlan(
-        64, 2
-    )
+    assert candidates(128, 1, 128, pace({64: 0.11, 128: 0.2}, 0.0))[0] == BatchPlan(128, 1)
+    assert candidates(128, 1, 128, pace({64: 0.11, 128: 0.2}, 2.0))[0] == BatchPlan(64, 2)
 
 
 def test_ranks_share_the_target():
@@ -159,12 +149,10 @@ def test_the_nearest_verified_plan_uses_a_verified_size(target, sizes):
 
 def test_pace_is_read_off_between_timed_sizes_and_never_beyond():
     slow = Trial(10, Outcome.FIT, 1, step_seconds=1.0)
-    fast = Trial(
-        20, Outcome.FIT, 1, step_seconds=3.5, accumulate=2, optimizer_seconds=1.0
-    )
+    fast = Trial(20, Outcome.FIT, 1, step_seconds=3.5, accumulate=2, optimizer_seconds=1.0)
     failed = Trial(40, Outcome.OUT_OF_MEMORY)
 
-    between = Pace.of([slow, fast, failed], ())
+    between = StepTimes.of([slow, fast, failed], ())
 
     assert between.sizes == (10, 20)
     assert between.micro(20) == 3.0  # without its share of the optimizer

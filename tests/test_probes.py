@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import autobatch
-from autobatch._host import HostMemory
-from autobatch._memory import is_oom
-from autobatch._probes import CudaProbe, HostProbe, detect
+from autobatch._memory.cuda import CudaProbe
+from autobatch._memory.detect import detect
+from autobatch._memory.host import HostMemory, HostProbe
+from autobatch._memory.oom import is_oom
 from autobatch.errors import ProbeError
 from autobatch.testing import SimulatedAccelerator
 from nvml_standin import CONTEXT, GIB, Card, FakeGpu
@@ -69,9 +70,7 @@ PROBES = (
     host,
     simulated,
     cuda_on_paper,
-    pytest.param(
-        real_cuda, marks=[pytest.mark.gpu, pytest.mark.filterwarnings("default")]
-    ),
+    pytest.param(real_cuda, marks=[pytest.mark.gpu, pytest.mark.filterwarnings("default")]),
 )
 
 
@@ -230,9 +229,7 @@ def others(probe: CudaProbe) -> int:
         "both",
     ],
 )
-def test_the_card_that_is_read_is_the_one_torch_uses(
-    monkeypatch, visible, order, expected
-):
+def test_the_card_that_is_read_is_the_one_torch_uses(monkeypatch, visible, order, expected):
     FakeGpu(three_cards(), visible=visible, cuda_order=order).install(monkeypatch)
 
     probes = [CudaProbe(index) for index in range(len(expected))]
@@ -256,9 +253,7 @@ def test_a_mig_instance_is_read_by_its_own_uuid(monkeypatch):
 
 
 def test_a_card_cut_by_mig_is_not_trusted_where_no_instance_is_named(monkeypatch):
-    gpu = FakeGpu((Card("aaaa", instances=(Card("m1", total=79 * GIB),)),)).install(
-        monkeypatch
-    )
+    gpu = FakeGpu((Card("aaaa", instances=(Card("m1", total=79 * GIB),)),)).install(monkeypatch)
     monkeypatch.setattr(FakeGpu, "devices", [gpu.cards[0].instances[0]])
 
     probe = CudaProbe(0)
@@ -432,9 +427,7 @@ def test_nvml_is_opened_once_per_probe(monkeypatch):
 def test_where_nvml_refuses_cuda_is_asked_and_the_source_says_why(
     monkeypatch, function, code, said
 ):
-    gpu = FakeGpu((Card("aaaa", others=6 * GIB),), refusals={function: code}).install(
-        monkeypatch
-    )
+    gpu = FakeGpu((Card("aaaa", others=6 * GIB),), refusals={function: code}).install(monkeypatch)
 
     probe = CudaProbe(0)
 
@@ -454,9 +447,7 @@ def test_without_the_drivers_library_cuda_is_asked(monkeypatch):
 def test_a_driver_that_is_too_old_to_know_a_function_is_not_asked_for_it(monkeypatch):
     FakeGpu(lacks={"nvmlDeviceGetHandleByUUID"}).install(monkeypatch)
 
-    assert CudaProbe(0).source == (
-        "torch.cuda.mem_get_info, because NVML said: Function Not Found"
-    )
+    assert CudaProbe(0).source == ("torch.cuda.mem_get_info, because NVML said: Function Not Found")
 
 
 def test_a_device_that_shares_the_hosts_memory_has_no_more_than_the_host_has_left(
@@ -505,16 +496,12 @@ def test_a_device_without_processes_has_none(monkeypatch):
         FakeGpu(has_library=False),
         FakeGpu(lacks={"nvmlDeviceGetComputeRunningProcesses_v3"}),
         FakeGpu(
-            refusals={
-                "nvmlDeviceGetGraphicsRunningProcesses_v3": pynvml.NVML_ERROR_NO_PERMISSION
-            }
+            refusals={"nvmlDeviceGetGraphicsRunningProcesses_v3": pynvml.NVML_ERROR_NO_PERMISSION}
         ),
     ],
     ids=["no library", "old driver", "no permission"],
 )
-def test_where_nvml_tells_of_no_processes_memory_is_read_all_the_same(
-    monkeypatch, machine
-):
+def test_where_nvml_tells_of_no_processes_memory_is_read_all_the_same(monkeypatch, machine):
     machine.install(monkeypatch)
     probe = CudaProbe(0)
     before = probe.source
@@ -536,11 +523,7 @@ NOT_SUPPORTED = {"nvmlDeviceGetMemoryInfo": pynvml.NVML_ERROR_NOT_SUPPORTED}
     [
         (FakeGpu(has_library=False), "no libnvidia-ml.so.1 is installed"),
         (
-            FakeGpu(
-                refusals={
-                    "nvmlInitWithFlags": pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH
-                }
-            ),
+            FakeGpu(refusals={"nvmlInitWithFlags": pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH}),
             "the driver was updated while it ran; restart the machine",
         ),
         (FakeGpu(lacks={"nvmlDeviceGetHandleByUUID"}), "Function Not Found"),
@@ -553,9 +536,7 @@ NOT_SUPPORTED = {"nvmlDeviceGetMemoryInfo": pynvml.NVML_ERROR_NOT_SUPPORTED}
     ],
     ids=["library", "mismatch", "old", "Jetson", "unified", "MIG"],
 )
-def test_a_search_without_nvml_works_and_its_report_says_why(
-    monkeypatch, machine, word
-):
+def test_a_search_without_nvml_works_and_its_report_says_why(monkeypatch, machine, word):
     gpu = machine.install(monkeypatch)
     monkeypatch.setattr(HostMemory, "here", lambda: HostMemory(60 * GIB, None))
 
@@ -625,10 +606,7 @@ def test_where_pynvml_is_missing_cuda_is_asked(monkeypatch):
     FakeGpu().install(monkeypatch)
     monkeypatch.setitem(sys.modules, "pynvml", None)
 
-    assert (
-        CudaProbe(0).source
-        == "torch.cuda.mem_get_info, because pynvml can not be imported"
-    )
+    assert CudaProbe(0).source == "torch.cuda.mem_get_info, because pynvml can not be imported"
 
 
 def test_a_module_that_only_has_pynvmls_name_is_not_used(monkeypatch):
@@ -666,9 +644,7 @@ def test_a_gpu_that_disappears_is_told_as_what_it_is(monkeypatch):
 
     gpu.lose()
 
-    with pytest.raises(
-        ProbeError, match=r"unspecified launch failure; NVML said: GPU is lost\."
-    ):
+    with pytest.raises(ProbeError, match=r"unspecified launch failure; NVML said: GPU is lost\."):
         probe.read()
 
 
@@ -712,9 +688,7 @@ def test_an_allocator_that_keeps_no_count_is_refused_with_the_way_out(monkeypatc
 
     monkeypatch.setattr(torch.cuda, "memory_stats", refuse)
 
-    with pytest.raises(
-        ProbeError, match=r"does not tell what it holds .* Pass device="
-    ):
+    with pytest.raises(ProbeError, match=r"does not tell what it holds .* Pass device="):
         CudaProbe(0)
 
 
@@ -738,9 +712,7 @@ def test_an_allocator_that_knows_no_cap_is_left_without_one(monkeypatch, told):
 
 def test_an_allocation_that_is_refused_ahead_of_the_driver_is_a_failure(monkeypatch):
     FakeGpu().install(monkeypatch)
-    monkeypatch.setattr(
-        torch.cuda, "memory_stats", lambda index: {"num_oom_rejections": 2}
-    )
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda index: {"num_oom_rejections": 2})
 
     assert CudaProbe(0).read().failures == 2
 
@@ -754,9 +726,7 @@ def test_a_machine_without_cuda_has_no_cuda_probe():
 # The host
 
 
-def machine(
-    root, *, total=1000, available=600, anonymous=50, shared=10, groups="", files=()
-):
+def machine(root, *, total=1000, available=600, anonymous=50, shared=10, groups="", files=()):
     """A made-up tree of kernel files; amounts in KiB, as the kernel writes them there."""
     contents = {
         "proc/meminfo": f"MemTotal: {total} kB\nMemFree: 5 kB\nMemAvailable:    {available} kB\n",
@@ -810,13 +780,11 @@ def test_without_control_groups_the_host_is_what_the_kernel_says(tmp_path):
         ("0::/box/job\n", group("box/job", limit=300, usage=200, cache=80)),
         (
             "0::/box/job\n",
-            group("box", limit=300, usage=200, cache=80)
-            | group("box/job", limit="max", usage=90),
+            group("box", limit=300, usage=200, cache=80) | group("box/job", limit="max", usage=90),
         ),
         (
             "0::/box/job\n",
-            group("box", limit=300, usage=200, cache=80)
-            | group("box/job", limit=900, usage=90),
+            group("box", limit=300, usage=200, cache=80) | group("box/job", limit=900, usage=90),
         ),
         ("0::/\n", group("", limit=300, usage=200, cache=80)),
         ("0::/../../box\n", group("box", limit=300, usage=200, cache=80)),
@@ -968,9 +936,7 @@ def test_a_name_or_the_default_decides_the_device(monkeypatch, device, index):
 
     probe = detect(device, torch.device("cuda", 1))
 
-    assert probe.name == (
-        "host memory" if index is None else f"Paper GPU (cuda:{index})"
-    )
+    assert probe.name == ("host memory" if index is None else f"Paper GPU (cuda:{index})")
 
 
 @pytest.mark.parametrize(
@@ -986,9 +952,7 @@ def test_a_device_that_does_not_exist_is_refused_with_what_does(monkeypatch, dev
     ) as caught:
         detect(device, CPU)
 
-    assert (str(device) if isinstance(device, torch.device) else repr(device)) in str(
-        caught.value
-    )
+    assert (str(device) if isinstance(device, torch.device) else repr(device)) in str(caught.value)
 
 
 def test_without_a_gpu_cuda_does_not_exist(monkeypatch):

@@ -11,17 +11,15 @@ import pytest
 import torch
 
 from autobatch import Outcome, Trial
-from autobatch._ranks import Alone, merged
+from autobatch._distributed import SingleProcess
+from autobatch._trials.runner import merged
 from sameness import same
 
 CASES = Path(__file__).with_name("ddp_cases.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 needs_lightning = pytest.mark.skipif(
-    not (
-        importlib.util.find_spec("pytorch_lightning")
-        or importlib.util.find_spec("lightning")
-    ),
+    not (importlib.util.find_spec("pytorch_lightning") or importlib.util.find_spec("lightning")),
     reason="Lightning is not installed",
 )
 
@@ -30,9 +28,7 @@ needs_lightning = pytest.mark.skipif(
 
 
 def trial(peak=100, seconds=1.0, **options):
-    return Trial(
-        8, Outcome.FIT, peak, seconds, resident=40, profile=(40, peak), **options
-    )
+    return Trial(8, Outcome.FIT, peak, seconds, resident=40, profile=(40, peak), **options)
 
 
 def test_ranks_alike_are_as_slow_as_the_slowest():
@@ -51,9 +47,7 @@ def test_the_rank_that_is_closest_to_its_budget_speaks_for_all_on_the_scale_of_t
 
 @pytest.mark.parametrize("budgets", [[90, 500], [500, 90]])
 def test_a_size_fits_only_if_it_fits_every_rank(budgets):
-    assert (
-        merged([trial(100), trial(100)], budgets=budgets).outcome is Outcome.OVER_BUDGET
-    )
+    assert merged([trial(100), trial(100)], budgets=budgets).outcome is Outcome.OVER_BUDGET
 
 
 def test_the_worst_outcome_is_that_of_all():
@@ -70,9 +64,9 @@ def test_a_rank_that_ran_fewer_samples_bounds_the_size():
 
 
 def test_alone_there_is_nothing_to_agree_on():
-    assert list(Alone().everywhere(lambda: 7)) == [7]
+    assert list(SingleProcess().everywhere(lambda: 7)) == [7]
     with pytest.raises(ZeroDivisionError):
-        Alone().everywhere(lambda: 1 / 0)
+        SingleProcess().everywhere(lambda: 1 / 0)
 
 
 # Two real processes
@@ -94,9 +88,7 @@ def finish(*processes):
             for each in processes:
                 each.kill()
             raise
-    assert [process.returncode for process in processes] == [0] * len(processes), (
-        outputs
-    )
+    assert [process.returncode for process in processes] == [0] * len(processes), outputs
 
 
 def start(*command):
@@ -115,9 +107,7 @@ def start(*command):
 
 
 def results(directory):
-    return [
-        torch.load(directory / f"rank-{rank}.pt", weights_only=False) for rank in (0, 1)
-    ]
+    return [torch.load(directory / f"rank-{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -156,9 +146,7 @@ def assert_as_by_hand(ranks):
 
 @needs_lightning
 @pytest.mark.parametrize("case", ["passed", "hook", "less memory"])
-def test_training_by_two_ranks_after_tuning_is_the_same_to_the_bit_as_by_hand(
-    job, case
-):
+def test_training_by_two_ranks_after_tuning_is_the_same_to_the_bit_as_by_hand(job, case):
     ranks = [rank[case] for rank in job]
 
     assert_as_by_hand(ranks)
@@ -213,8 +201,7 @@ def test_one_rank_says_for_all_whether_a_batch_can_be_split(job):
 
     assert first == second
     assert [
-        any("Splitting a batch of 16" in note for note in first[unable])
-        for unable in (0, 1)
+        any("Splitting a batch of 16" in note for note in first[unable]) for unable in (0, 1)
     ] == [False, True]
 
 

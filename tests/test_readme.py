@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import ast
 import inspect
 import re
 import subprocess
@@ -12,13 +11,14 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import autobatch
-from autobatch import _probes, sinks
-from autobatch._learning_rate import LearningRateRule
-from autobatch._page import completed
-from autobatch._text import UNICODE, terminal
+from autobatch import sinks
+from autobatch._memory import detect
+from autobatch._report.layout import UNICODE, terminal
+from autobatch._report.text import completed
+from autobatch._report.tradeoff import LearningRateRule
 from autobatch.testing import SimulatedAccelerator
 from report_examples import example, full_example
-from test_architecture import ARROWS, UPWARD
+from test_architecture import LAYER
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -53,7 +53,7 @@ def names(monkeypatch, tmp_path):
     """What the README leaves to its reader, and 1 MiB wherever the host's memory would be read."""
     monkeypatch.chdir(tmp_path)
     device = SimulatedAccelerator("1MiB")
-    monkeypatch.setitem(_probes._PROBES, "cpu", lambda _: device)
+    monkeypatch.setitem(detect._PROBES, "cpu", lambda _: device)
     data = TensorDataset(torch.randn(1000, 64), torch.randint(0, 10, (1000,)))
     model = Digits()
     return {
@@ -112,9 +112,7 @@ def test_the_other_blocks_run_one_after_the_other(names, capsys):
 
 def test_the_two_commands_are_the_ones_that_ci_runs():
     script = (ROOT / ".ci/run").read_text(encoding="utf-8")
-    extract = re.search(
-        r"^readme_command\(\) {.*?^}$", script, re.MULTILINE | re.DOTALL
-    )[0]
+    extract = re.search(r"^readme_command\(\) {.*?^}$", script, re.MULTILINE | re.DOTALL)[0]
 
     commands = [
         subprocess.check_output(
@@ -169,35 +167,23 @@ def test_the_report_is_one_that_the_demo_prints_now():
 # The map, and the rest
 
 
-def test_the_map_holds_every_module_with_its_own_sentence():
-    rows = re.findall(
-        r"^\| \[`(\S+\.py)`\]\(src/autobatch/(\S+)\) \| (.*) \|$", README, re.MULTILINE
+def test_the_map_names_every_folder_and_module_of_the_top():
+    map_of_folders = README.partition("## Map")[2].partition("\n## ")[0]
+
+    named = re.findall(r"\[`(\S+)`\]\(src/autobatch/\S+\)", map_of_folders)
+
+    assert sorted(name.rstrip("/").removesuffix(".py") for name in named) == sorted(
+        set(LAYER) - {"_subject", "_demo", "__main__"}
     )
 
-    told = {name: sentence for name, _, sentence in rows}
 
-    assert all(name == link for name, link, _ in rows)
-    assert len(told) == len(rows)
-    assert told == {
-        path.relative_to(PACKAGE).as_posix(): ast.get_docstring(
-            ast.parse(path.read_text(encoding="utf-8"))
-        ).splitlines()[0]
-        for path in PACKAGE.rglob("*.py")
-    }
+def test_the_map_goes_from_the_entry_points_down():
+    map_of_folders = README.partition("## Map")[2].partition("\n## ")[0]
+    rows = re.findall(r"src/autobatch/(\w+)", map_of_folders)
 
+    heights = [LAYER[name.removesuffix(".py")] for name in rows]
 
-def test_the_map_goes_from_the_doors_down_to_the_facts():
-    listed = re.findall(r"^\| \[`(\S+)\.py`\]", README, re.MULTILINE)
-
-    order = [name.replace("/", ".").removesuffix(".__init__") for name in listed]
-
-    upward = [
-        f"{name} -> {other}"
-        for name, others in ARROWS.items()
-        for other in others
-        if order.index(name) > order.index(other) and f"{name} -> {other}" not in UPWARD
-    ]
-    assert upward == []
+    assert heights == sorted(heights, reverse=True)
 
 
 def test_every_link_leads_somewhere():
@@ -210,15 +196,11 @@ def test_every_link_leads_somewhere():
 
 
 def test_every_file_that_is_named_exists():
-    named = re.findall(
-        r"`((?:lightning/|tests/|\.ci/)?_?[a-z_]+(?:\.py|/run))`", README
-    )
+    named = re.findall(r"`((?:lightning/|tests/|\.ci/)?_?[a-z_]+(?:\.py|/run))`", README)
     places = (PACKAGE, ROOT)
 
     assert named
-    assert [
-        name for name in named if not any((place / name).exists() for place in places)
-    ] == []
+    assert [name for name in named if not any((place / name).exists() for place in places)] == []
 
 
 def test_the_keywords_are_those_of_the_two_doors_with_their_defaults():
@@ -231,9 +213,7 @@ def test_the_keywords_are_those_of_the_two_doors_with_their_defaults():
     assert {name: rows[name] for name in common} == {
         name: repr(default).replace("'", '"') for name, default in common.items()
     }
-    autobatchs = pytest.importorskip(
-        "autobatch.lightning", exc_type=ImportError
-    ).AutoBatch
+    autobatchs = pytest.importorskip("autobatch.lightning", exc_type=ImportError).AutoBatch
     parameters = inspect.signature(autobatchs).parameters
     assert tunes == {
         name: repr(parameters[name].default).replace("'", '"')

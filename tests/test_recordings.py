@@ -9,15 +9,9 @@ import pytest
 import torch
 
 import autobatch
-from autobatch._probes import CudaProbe
+from autobatch._memory.cuda import CudaProbe
 from autobatch.errors import AutobatchError
-from autobatch.testing import (
-    PaperDevice,
-    Recorder,
-    Recording,
-    ReplayedDevice,
-    SimulatedAccelerator,
-)
+from autobatch.testing import PaperDevice, Recorder, Recording, ReplayedDevice, SimulatedAccelerator
 from networks import Perceptron, training
 from nvml_standin import GIB, FakeGpu
 
@@ -42,7 +36,7 @@ def perceptron():
 def simulated():
     """A search on real tensors, and its recording."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("autobatch._curve.SECONDS", 0.0)
+        monkeypatch.setattr("autobatch._throughput.curve.SECONDS", 0.0)
         return recorded(SimulatedAccelerator("600KiB"), perceptron(), memory_limit=1.0)
 
 
@@ -76,8 +70,7 @@ def test_every_trial_is_kept_with_what_the_device_said_of_it(simulated):
     report, recording = simulated
 
     assert [
-        (run.batch_size, run.fits, run.after.peak if run.fits else None)
-        for run in recording.runs
+        (run.batch_size, run.fits, run.after.peak if run.fits else None) for run in recording.runs
     ] == [(trial.batch_size, trial.fits, trial.peak) for trial in report.trials]
     assert all(run.budget == report.budget for run in recording.runs)
     assert all(run.step_seconds > 0 for run in recording.runs if run.fits)
@@ -177,9 +170,7 @@ def test_a_recording_is_the_same_after_it_was_kept(simulated, tmp_path):
     assert path.stat().st_size < 64 * 2**10
 
 
-@pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"schema_version": 2, "runs": []}', "not JSON"]
-)
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema_version": 2, "runs": []}', "not JSON"])
 def test_a_file_that_holds_none_is_refused(tmp_path, text):
     path = tmp_path / "other.json"
     path.write_text(text)
@@ -216,9 +207,7 @@ def test_a_search_on_a_recording_finds_what_was_found_on_the_device(simulated):
 
     again = replayed(recording)
 
-    assert again.plan.micro_batch_size == pytest.approx(
-        report.plan.micro_batch_size, rel=0.02
-    )
+    assert again.plan.micro_batch_size == pytest.approx(report.plan.micro_batch_size, rel=0.02)
     assert again.budget == report.budget
     assert again.device.name == "replay of simulated accelerator"
 
@@ -281,9 +270,7 @@ def test_what_others_took_meanwhile_they_take_again():
     assert again.plan.micro_batch_size <= report.plan.micro_batch_size * 1.02
 
 
-@pytest.mark.parametrize(
-    "search", [autobatch.GuidedBisection(), autobatch.Bisection()], ids=repr
-)
+@pytest.mark.parametrize("search", [autobatch.GuidedBisection(), autobatch.Bisection()], ids=repr)
 @pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.stem)
 def test_on_what_was_recorded_of_real_devices_the_largest_fit_is_found(path, search):
     recording = Recording.read(path)

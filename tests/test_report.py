@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autobatch._findings import Look
-from autobatch._noise_scale import NoiseReading
-from autobatch._numbers import BYTES, SECONDS, aligned, percent, quantity
-from autobatch._page import completed
+from autobatch._noise import NoiseReading
 from autobatch._plan import BatchPlan
 from autobatch._report import TuningReport
-from autobatch._text import ASCII, UNICODE, terminal
-from autobatch._trial import Outcome, Trial
+from autobatch._report.layout import ASCII, UNICODE, terminal
+from autobatch._report.notes import Look
+from autobatch._report.text import completed
+from autobatch._report.units import BYTES, SECONDS, aligned, percent, quantity
+from autobatch._trials import Outcome, Trial
 from autobatch.sinks import json_file, markdown_file, to_markdown
 from report_examples import GIB, example, full_example, reports, settings
 
@@ -25,12 +25,12 @@ WIDTH = 86
 # Settings
 
 
-@pytest.mark.parametrize(
-    "name", ["target_batch_size", "max_micro_batch_size", "dataset_size"]
-)
+@pytest.mark.parametrize("name", ["target_batch_size", "max_micro_batch_size", "dataset_size"])
 @pytest.mark.parametrize("value", [-3, 0, True, 2.0, "32", float("nan"), [1]])
 def test_a_count_is_a_whole_number_above_zero(name, value):
-    sentence = f"{name}={value!r} is not a count; give a whole number of samples, 1 or more, or None."
+    sentence = (
+        f"{name}={value!r} is not a count; give a whole number of samples, 1 or more, or None."
+    )
 
     with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
         settings(**{name: value})
@@ -46,7 +46,9 @@ def test_a_trial_has_at_least_one_step(value):
 
 @pytest.mark.parametrize("value", [0, -1.0, True, "300", float("inf"), float("nan")])
 def test_a_time_limit_is_a_time(value):
-    sentence = f"time_limit={value!r} is not a time; give seconds, more than 0, or None for no limit."
+    sentence = (
+        f"time_limit={value!r} is not a time; give seconds, more than 0, or None for no limit."
+    )
 
     with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
         settings(time_limit=value)
@@ -176,9 +178,7 @@ def test_what_is_not_a_report_is_refused_in_one_sentence(text, sentence):
 def test_numbers_that_can_not_be_are_refused(where, value):
     stored = json.loads(example().to_json()) | {where: value}
 
-    with pytest.raises(
-        ValueError, match=rf"^The text is not a complete report \({where}"
-    ):
+    with pytest.raises(ValueError, match=rf"^The text is not a complete report \({where}"):
         TuningReport.from_json(json.dumps(stored))
 
 
@@ -200,17 +200,11 @@ def test_a_file_that_can_not_be_read_is_named(tmp_path):
     picture.write_bytes(b"\xff\xd8")
     other.write_text("{}")
 
-    with pytest.raises(
-        ValueError, match=r"missing can not be read \(No such file .+\); "
-    ):
+    with pytest.raises(ValueError, match=r"missing can not be read \(No such file .+\); "):
         TuningReport.read(missing)
-    with pytest.raises(
-        ValueError, match=r"picture can not be read \(it is not UTF-8 text\); "
-    ):
+    with pytest.raises(ValueError, match=r"picture can not be read \(it is not UTF-8 text\); "):
         TuningReport.read(picture)
-    with pytest.raises(
-        ValueError, match="other is JSON, but not a report of autobatch; "
-    ):
+    with pytest.raises(ValueError, match="other is JSON, but not a report of autobatch; "):
         TuningReport.read(other)
 
 
@@ -323,9 +317,7 @@ def test_a_report_is_never_wider_than_its_columns(report):
 @given(reports())
 def test_the_chosen_size_is_marked_in_each_table_that_holds_it(report):
     chosen = report.plan.micro_batch_size
-    sizes = {t.batch_size for t in report.trials} | {
-        row.batch_size for row in report.sizes
-    }
+    sizes = {t.batch_size for t in report.trials} | {row.batch_size for row in report.sizes}
     tables = (chosen in sizes) + bool(
         report.effective
         and (report.dataset_size or any(row.update_seconds for row in report.effective))
@@ -381,9 +373,7 @@ def test_a_plan_that_was_only_verified_claims_no_more():
 
 
 def test_sizes_that_were_timed_besides_are_tried_too():
-    report = full_example(
-        trials=example().trials[5:6], settings=settings(target_batch_size=32)
-    )
+    report = full_example(trials=example().trials[5:6], settings=settings(target_batch_size=32))
 
     assert "1 trial, 8 sizes timed" in str(report)
     assert "only size tried" not in str(report)
@@ -399,15 +389,7 @@ def test_facts_keep_their_distance_from_their_remarks_however_long_they_are():
 
     values = ("123,456,789 samples read", "7.6 of 11.6 GiB")
     assert all(f"{value}  " in "\n".join(facts) for value in values)
-    assert (
-        len(
-            {
-                line.index(of)
-                for line, of in zip(facts, ("4 GiB", "of 1,0"), strict=True)
-            }
-        )
-        == 1
-    )
+    assert len({line.index(of) for line, of in zip(facts, ("4 GiB", "of 1,0"), strict=True)}) == 1
 
 
 def test_counts_have_their_commas_everywhere_a_person_reads_them():
@@ -434,9 +416,7 @@ def test_counts_have_their_commas_everywhere_a_person_reads_them():
 
 
 def test_what_training_showed_is_a_table_only_where_a_noise_scale_is_known():
-    short = terminal(
-        completed(full_example(noise=NoiseReading("settling", reason="why"))), UNICODE
-    )
+    short = terminal(completed(full_example(noise=NoiseReading("settling", reason="why"))), UNICODE)
     full = terminal(completed(full_example()), UNICODE)
 
     assert "Noise scale not settled: why." in short

@@ -120,9 +120,7 @@ def test_a_plan_that_fits_no_more_is_replaced_between_epochs(tmp_path):
 
     assert again.report.plan.effective_batch_size == 120
     assert len(again.report.trials) > 1
-    assert "Searched anew, since a micro-batch of 60 does not fit any more." in (
-        again.report.notes
-    )
+    assert "Searched anew, since a micro-batch of 60 does not fit any more." in (again.report.notes)
 
 
 def test_a_limit_below_the_plan_of_the_checkpoint_leads_to_another(tmp_path):
@@ -151,9 +149,7 @@ def test_within_an_epoch_a_plan_that_does_not_fit_is_refused(tmp_path):
         loader(),
     )
 
-    with pytest.raises(
-        autobatch.AutobatchError, match="written within an epoch"
-    ) as caught:
+    with pytest.raises(autobatch.AutobatchError, match="written within an epoch") as caught:
         trainer(callback).fit(model, data_loader, ckpt_path=path)
 
     assert "\n" not in str(caught.value)

@@ -20,12 +20,12 @@ from torch.utils.data import (
 )
 
 import autobatch
-from autobatch._snapshot import Snapshot
+from autobatch._trials.snapshot import Snapshot
 from autobatch.testing import SimulatedAccelerator
 from lightning_here import pl
 
-_samples = importlib.import_module("autobatch.lightning._samples")
-tiled = importlib.import_module("autobatch.lightning._tiling").tiled
+_samples = importlib.import_module("autobatch.lightning._trial_data")
+tiled = importlib.import_module("autobatch.lightning._trial_data").tiled
 
 LONG = 20  # times as long as the others
 
@@ -213,9 +213,7 @@ def test_the_user_may_say_what_is_largest():
     assert report.look is None
     assert report.plan.micro_batch_size in asked
     _, seen = fit(Sequences(1000, long_at=3), device)
-    assert report.plan.micro_batch_size == pytest.approx(
-        seen.plan.micro_batch_size, rel=0.1
-    )
+    assert report.plan.micro_batch_size == pytest.approx(seen.plan.micro_batch_size, rel=0.1)
 
 
 def test_a_worst_case_that_can_not_be_called_is_refused():
@@ -290,7 +288,7 @@ class Pair(NamedTuple):
     label: Any
 
 
-class Record(UserDict):
+class TrialHistory(UserDict):
     pass
 
 
@@ -313,15 +311,13 @@ def told(part):
         lambda i: (torch.full((2,), i), i, float(i), f"sample {i}"),
         lambda i: {"image": torch.full((2,), i), "more": {"name": b"ab", "n": [i, i]}},
         lambda i: Pair(np.full((2,), i), np.float32(i)),
-        lambda i: Record(image=torch.full((2,), i)),
+        lambda i: TrialHistory(image=torch.full((2,), i)),
         lambda i: f"sample {i}",
         lambda i: [f"{i}", f"{i}"],
         lambda i: torch.full((), i),
     ],
 )
-def test_a_batch_that_is_repeated_is_what_collating_its_samples_again_would_give(
-    sample, size
-):
+def test_a_batch_that_is_repeated_is_what_collating_its_samples_again_would_give(sample, size):
     samples = [sample(i) for i in range(4)]
 
     repeated = tiled(default_collate(samples), 4, size)

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autobatch._search import Bisection, GuidedBisection
-from autobatch._trial import Outcome, Trial
+from autobatch._search import Bisection
+from autobatch._search.guided import GuidedBisection
+from autobatch._trials import Outcome, Trial
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -137,9 +138,7 @@ def test_it_never_goes_at_or_below_a_size_the_workload_refused(search):
         Trial(2, Outcome.REFUSED),
     ]
 
-    while (
-        size := search.propose(history, start=64, high=HIGH, budget=BUDGET)
-    ) is not None:
+    while (size := search.propose(history, start=64, high=HIGH, budget=BUDGET)) is not None:
         assert 2 < size < 64
         history.append(Trial(size, Outcome.OUT_OF_MEMORY))
 
@@ -149,9 +148,7 @@ def test_it_never_goes_at_or_below_a_size_the_workload_refused(search):
 @each_search
 def test_it_does_not_look_down_to_a_size_the_workload_refused(search):
     history = [
-        Trial(
-            3, Outcome.FIT, peak=BUDGET - ROOM // 10, resident=RESIDENT, profile=(1, 2)
-        ),
+        Trial(3, Outcome.FIT, peak=BUDGET - ROOM // 10, resident=RESIDENT, profile=(1, 2)),
         Trial(1, Outcome.REFUSED),
     ]
 
@@ -166,9 +163,7 @@ def test_whatever_happens_it_ends_and_repeats_nothing(search, data):
     high = data.draw(st.integers(1, 5000))
     budget, trials = BUDGET, []
     start = data.draw(st.integers(1, 5000))
-    while (
-        size := search.propose(trials, start=start, high=high, budget=budget)
-    ) is not None:
+    while (size := search.propose(trials, start=start, high=high, budget=budget)) is not None:
         assert 1 <= size <= high
         assert size not in sizes(trials)
         assert len(trials) < 80
@@ -176,14 +171,8 @@ def test_whatever_happens_it_ends_and_repeats_nothing(search, data):
         peak = data.draw(st.integers(0, budget)) if outcome is Outcome.FIT else None
         if outcome is Outcome.OVER_BUDGET:
             peak = data.draw(st.integers(budget + 1, 9 * budget))
-        profile = (
-            tuple(data.draw(st.lists(st.integers(0, budget), max_size=4)))
-            if peak
-            else ()
-        )
-        trials.append(
-            Trial(size, outcome, draw(peak, None), resident=RESIDENT, profile=profile)
-        )
+        profile = tuple(data.draw(st.lists(st.integers(0, budget), max_size=4))) if peak else ()
+        trials.append(Trial(size, outcome, draw(peak, None), resident=RESIDENT, profile=profile))
         if draw(False, False, True):
             budget = data.draw(st.integers(budget // 2, budget))
             trials = [judged(trial, budget) for trial in trials]
@@ -207,9 +196,7 @@ def test_a_budget_that_shrinks_is_searched_on_from_what_is_known(search, largest
     while (size := search.propose(trials, start=8, high=HIGH, budget=less)) is not None:
         fit = Outcome.FIT if peak(size) <= less else Outcome.OUT_OF_MEMORY
         trials.append(
-            Trial(
-                size, fit, peak(size) if fit is Outcome.FIT else None, resident=RESIDENT
-            )
+            Trial(size, fit, peak(size) if fit is Outcome.FIT else None, resident=RESIDENT)
         )
 
     assert close(found(trials), truth(peak, budget=less), search.resolution)
@@ -219,17 +206,13 @@ def test_a_budget_that_shrinks_is_searched_on_from_what_is_known(search, largest
 @pytest.mark.parametrize("kind", [Bisection, GuidedBisection])
 @pytest.mark.parametrize("resolution", [0, 1, -0.1, 5, math.nan])
 def test_a_resolution_that_is_no_share_is_refused(kind, resolution):
-    with pytest.raises(
-        ValueError, match=r"^resolution must lie between 0 and 1, got .*\.$"
-    ):
+    with pytest.raises(ValueError, match=r"^resolution must lie between 0 and 1, got .*\.$"):
         kind(resolution=resolution)
 
 
 @pytest.mark.parametrize("growth", [1, 0, -8])
 def test_a_growth_that_does_not_grow_is_refused(growth):
-    with pytest.raises(
-        ValueError, match=rf"^growth must be at least 2, got {growth}\.$"
-    ):
+    with pytest.raises(ValueError, match=rf"^growth must be at least 2, got {growth}\.$"):
         GuidedBisection(growth=growth)
 
 
@@ -240,9 +223,7 @@ def test_a_growth_that_does_not_grow_is_refused(growth):
 def monotone(draw):
     """A fixed part, a power of the size, and jumps; sometimes only jumps."""
     fixed = draw(st.floats(0, 0.95)) * ROOM
-    jumps = draw(
-        st.lists(st.tuples(st.integers(1, 12_000), st.floats(0, 1)), max_size=12)
-    )
+    jumps = draw(st.lists(st.tuples(st.integers(1, 12_000), st.floats(0, 1)), max_size=12))
     at = sorted(size for size, _ in jumps)
     scale = draw(st.sampled_from([0.01, 0.1, 0.5, 1.5])) * ROOM
     rise = [0.0]
@@ -273,15 +254,11 @@ def test_bisection_finds_the_largest_fit_to_its_resolution(search, peak, start, 
     assert close(found(trials), truth(peak, high), search.resolution)
 
 
-@pytest.mark.parametrize(
-    "search", [s for s in SEARCHES if isinstance(s, GuidedBisection)]
-)
+@pytest.mark.parametrize("search", [s for s in SEARCHES if isinstance(s, GuidedBisection)])
 @pytest.mark.parametrize("read", ["fit", "all"])
 @settings(modest, max_examples=300)
 @given(peak=monotone(), start=starts, high=highs, lie=st.booleans())
-def test_guided_finds_the_largest_fit_or_fills_the_budget(
-    search, read, peak, start, high, lie
-):
+def test_guided_finds_the_largest_fit_or_fills_the_budget(search, read, peak, start, high, lie):
     def profile(size):  # one straight line to the peak at 16: true at best near there
         return (RESIDENT, RESIDENT + (peak(16) - RESIDENT) * size // 16)
 
@@ -320,9 +297,7 @@ def test_without_readings_guided_is_bisection(peak, start, high):
 # Straight lines, and maxima of straight lines with profiles
 
 
-@pytest.mark.parametrize(
-    "search", [s for s in SEARCHES if isinstance(s, GuidedBisection)]
-)
+@pytest.mark.parametrize("search", [s for s in SEARCHES if isinstance(s, GuidedBisection)])
 @modest
 @given(
     largest=st.integers(30, 10_000),  # three points have to fit below it
@@ -358,8 +333,7 @@ class Allocations:
 models = st.builds(
     lambda largest, lines: Allocations(
         tuple(
-            (int(fixed * ROOM), int((1 - fixed) * share * ROOM / largest))
-            for fixed, share in lines
+            (int(fixed * ROOM), int((1 - fixed) * share * ROOM / largest)) for fixed, share in lines
         )
     ),
     st.floats(1, 10_000),
@@ -367,14 +341,10 @@ models = st.builds(
 )
 
 
-@pytest.mark.parametrize(
-    "search", [s for s in SEARCHES if isinstance(s, GuidedBisection)]
-)
+@pytest.mark.parametrize("search", [s for s in SEARCHES if isinstance(s, GuidedBisection)])
 @settings(modest, max_examples=300)
 @given(model=models, start=st.integers(1, 64), high=st.integers(1, 20_000))
-def test_with_true_profiles_nothing_fails_unless_the_first_did(
-    search, model, start, high
-):
+def test_with_true_profiles_nothing_fails_unless_the_first_did(search, model, start, high):
     trials = run(search, model.peak, profile=model.profile, start=start, high=high)
 
     assert close(found(trials), truth(model.peak, high), search.resolution)
@@ -436,8 +406,7 @@ def test_profiles_that_miss_a_peak_are_no_longer_believed():
 
     assert close(found(trials), 300, 0.01)
     assert trials == [
-        replace(t, profile=lying.profile(t.batch_size) if t.fits else ())
-        for t in trials
+        replace(t, profile=lying.profile(t.batch_size) if t.fits else ()) for t in trials
     ]
     assert failures(trials) == 0
 
@@ -492,7 +461,7 @@ class Pairs:
 
 
 @dataclass(frozen=True)
-class Curve:
+class QuadraticFit:
     peak: Callable
     resident: Callable | None = None
     profile: Callable | None = None
@@ -502,45 +471,41 @@ def above_the_line(largest, fixed, extra):
     """A straight line up to `largest`, and what `extra` adds, as a share of the room."""
     below = line(largest, fixed)
     top = 1 - extra(largest)
-    return lambda size: (
-        RESIDENT + int((below(size) - RESIDENT) * top + ROOM * extra(size))
-    )
+    return lambda size: RESIDENT + int((below(size) - RESIDENT) * top + ROOM * extra(size))
 
 
 def lines():
-    return [Curve(line(n, f)) for n in LARGEST for f in (0, 0.1, 0.5, 0.9)]
+    return [QuadraticFit(line(n, f)) for n in LARGEST for f in (0, 0.1, 0.5, 0.9)]
 
 
 def states():
     """The first trial begins before there is any optimizer state."""
     late = lambda trial: RESIDENT if trial else RESIDENT // 3  # noqa: E731
-    return [Curve(line(n, f), late) for n in LARGEST for f in (0.1, 0.5, 0.9)]
+    return [QuadraticFit(line(n, f), late) for n in LARGEST for f in (0.1, 0.5, 0.9)]
 
 
 def grains():
     """An allocator that hands out 2 MiB at a time."""
     grain = 2 * 2**20
     round_up = lambda peak: lambda size: -(-peak(size) // grain) * grain  # noqa: E731
-    return [Curve(round_up(line(n, f))) for n in LARGEST for f in (0, 0.1, 0.5)]
+    return [QuadraticFit(round_up(line(n, f))) for n in LARGEST for f in (0, 0.1, 0.5)]
 
 
 def brims():
     """Next to nothing is left whatever the size, handed out 20 MiB at a time: a reading says little of the next."""
     grain = 20 * 2**20
     round_up = lambda peak: lambda size: -(-peak(size) // grain) * grain  # noqa: E731
-    return [Curve(round_up(line(n, f))) for n in LARGEST for f in (0.97, 0.98, 0.99)]
+    return [QuadraticFit(round_up(line(n, f))) for n in LARGEST for f in (0.97, 0.98, 0.99)]
 
 
 def jumps():
     """A tenth or a third of the room, all at once."""
 
     def jump(largest, fixed, at, height):
-        return above_the_line(
-            largest, fixed, lambda size: height if size >= at * largest else 0
-        )
+        return above_the_line(largest, fixed, lambda size: height if size >= at * largest else 0)
 
     where = product(LARGEST, (0, 0.3), (0.2, 0.5, 0.8), (0.1, 0.33))
-    return [Curve(jump(*each)) for each in where]
+    return [QuadraticFit(jump(*each)) for each in where]
 
 
 def cliffs():
@@ -550,7 +515,7 @@ def cliffs():
         low = line(2 * largest, 0.1)
         return lambda size: low(size) if size <= largest else 2 * BUDGET
 
-    return [Curve(cliff(n)) for n in LARGEST]
+    return [QuadraticFit(cliff(n)) for n in LARGEST]
 
 
 def plateaus():
@@ -558,9 +523,7 @@ def plateaus():
         rising = line(largest, fixed)
         return lambda size: rising(max(size, int(knee * largest)))
 
-    return [
-        Curve(plateau(*e)) for e in product(LARGEST, (0, 0.3), (0.1, 0.3, 0.5, 0.8))
-    ]
+    return [QuadraticFit(plateau(*e)) for e in product(LARGEST, (0, 0.3), (0.1, 0.3, 0.5, 0.8))]
 
 
 def noises():
@@ -575,7 +538,7 @@ def noises():
 
         return peak
 
-    return [Curve(noise(*each)) for each in product(LARGEST, (0, 0.3, 0.6), range(5))]
+    return [QuadraticFit(noise(*each)) for each in product(LARGEST, (0, 0.3, 0.6), range(5))]
 
 
 def humps():
@@ -584,22 +547,22 @@ def humps():
         extra = lambda size: 0.2 * ROOM * (0.3 < size / largest < 0.4)  # noqa: E731
         return lambda size: smooth(size) + int(extra(size))
 
-    return [Curve(hump(*each)) for each in product(LARGEST, (0, 0.3))]
+    return [QuadraticFit(hump(*each)) for each in product(LARGEST, (0, 0.3))]
 
 
 def pairs():
     """Besides a straight line something for every pair of samples, as a loss that contrasts them has."""
-    return [Curve(Pairs(n, share).peak) for n in LARGEST for share in PAIRS]
+    return [QuadraticFit(Pairs(n, share).peak) for n in LARGEST for share in PAIRS]
 
 
 def profiled_pairs():
     models = [Pairs(n, share) for n in LARGEST for share in PAIRS]
-    return [Curve(model.peak, profile=model.profile) for model in models]
+    return [QuadraticFit(model.peak, profile=model.profile) for model in models]
 
 
 def profiles():
     models = [Model(n, plateau) for n in LARGEST for plateau in (0, 0.3, 0.7)]
-    return [Curve(model.peak, profile=model.profile) for model in models]
+    return [QuadraticFit(model.peak, profile=model.profile) for model in models]
 
 
 @dataclass(frozen=True)

@@ -90,9 +90,7 @@ def test_training_goes_by_the_budget_that_was_set():
     assert plan.effective_batch_size == 120
     assert sizes == [MEAN * plan.micro_batch_size] * 2
     assert max(model.tokens) <= MEAN * plan.micro_batch_size
-    assert sorted(model.tokens)[len(model.tokens) // 2] > MEAN * (
-        plan.micro_batch_size - 3
-    )
+    assert sorted(model.tokens)[len(model.tokens) // 2] > MEAN * (plan.micro_batch_size - 3)
 
 
 def test_after_fit_the_loader_has_its_own_budget_again():
@@ -151,19 +149,19 @@ def test_the_size_it_has_by_itself_is_that_of_its_first_batch():
 
 
 def test_trials_run_as_many_samples_as_they_say():
-    class Counts(Tokens):
+    class TrainerLimits(Tokens):
         sizes_seen: list[int] = []  # noqa: RUF012 -- outside of what trials give back
 
         def training_step(self, batch, batch_idx):
             self.sizes_seen.append(len(batch[0]))
             return super().training_step(batch, batch_idx)
 
-    report = tokens_tuned().tune(trainer(), Counts(), by_budget())
+    report = tokens_tuned().tune(trainer(), TrainerLimits(), by_budget())
 
     tried = {trial.batch_size for trial in report.trials}
     # Whether batches can be split is tested on another, and on its halves
-    assert set(Counts.sizes_seen) - tried <= {32, 16}
-    assert tried <= set(Counts.sizes_seen)
+    assert set(TrainerLimits.sizes_seen) - tried <= {32, 16}
+    assert tried <= set(TrainerLimits.sizes_seen)
 
 
 def test_a_loader_that_a_hook_makes_each_epoch_is_set_each_time():

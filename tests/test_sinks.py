@@ -12,8 +12,8 @@ from hypothesis import given
 
 from autobatch import sinks
 from autobatch._report import TuningReport
-from autobatch._text import ASCII
-from autobatch._trial import Outcome, Trial
+from autobatch._report.layout import ASCII
+from autobatch._trials import Outcome, Trial
 from report_examples import GIB, example, reports
 
 
@@ -104,9 +104,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path.write_text("what was there")
     monkeypatch.setattr(Path, "replace", fail_to_replace)
 
-    with pytest.raises(
-        OSError, match=r"^The report could not be written to .+report\.json: "
-    ):
+    with pytest.raises(OSError, match=r"^The report could not be written to .+report\.json: "):
         sinks.json_file(path)(example())
 
     assert path.read_text() == "what was there"
@@ -124,9 +122,7 @@ def test_a_path_that_can_not_be_written_is_named(tmp_path):
         OSError, match=r"could not be written to .+below: .+; give a path that can be\."
     ):
         sinks.json_file(tmp_path / "file" / "below")(example())
-    with pytest.raises(
-        OSError, match=r"could not be written to .+; give a path that can be\."
-    ):
+    with pytest.raises(OSError, match=r"could not be written to .+; give a path that can be\."):
         sinks.json_file(tmp_path)(example())
 
     assert [p.name for p in tmp_path.iterdir()] == ["file"]

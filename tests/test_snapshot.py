@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from autobatch._snapshot import Snapshot, restorable
+from autobatch._trials.snapshot import Snapshot, restorable
 from networks import Perceptron, training
 from sameness import same
 

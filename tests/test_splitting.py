@@ -29,9 +29,7 @@ class Texts(Dataset):
     def __init__(self):
         generator = torch.Generator().manual_seed(6)
         lengths = torch.randn(SAMPLES, generator=generator).exp().mul(5).int() + 2
-        self.texts = [
-            torch.randint(1, 9, (length,), generator=generator) for length in lengths
-        ]
+        self.texts = [torch.randint(1, 9, (length,), generator=generator) for length in lengths]
 
     def __len__(self):
         return SAMPLES
@@ -49,9 +47,7 @@ class Points(pl.LightningModule):
 
     def __init__(self, *between):
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Linear(6, 12), *between, nn.Tanh(), nn.Linear(12, 4)
-        )
+        self.net = nn.Sequential(nn.Linear(6, 12), *between, nn.Tanh(), nn.Linear(12, 4))
         self.batches = []
 
     def training_step(self, batch, batch_idx):
@@ -187,9 +183,7 @@ def test_a_loss_that_adds_up_is_told_as_one():
     assert any("its gradient is 1/4" in note for note in notes)
 
 
-@pytest.mark.parametrize(
-    "layer", [nn.Dropout(0.5), nn.GroupNorm(3, 12), nn.LayerNorm(12)]
-)
+@pytest.mark.parametrize("layer", [nn.Dropout(0.5), nn.GroupNorm(3, 12), nn.LayerNorm(12)])
 def test_layers_that_treat_each_sample_by_itself_are_not_spoken_of(layer):
     assert not is_told(fit(Points(layer)))
 
@@ -268,9 +262,7 @@ def why(caplog):
         (Silent, {"size": 24, "whole": 2}, "returned no loss"),
     ],
 )
-def test_where_it_can_not_tell_it_is_silent_and_training_goes_on(
-    module, options, reason, why
-):
+def test_where_it_can_not_tell_it_is_silent_and_training_goes_on(module, options, reason, why):
     trained = module()
 
     notes = fit(trained, **options)
@@ -309,12 +301,10 @@ def test_a_batch_without_a_row_for_each_sample_is_not_split(why):
     assert "a int in a batch" in why()[0]
 
 
-def test_where_memory_runs_out_nothing_is_said_and_all_of_it_is_given_back(
-    why, monkeypatch
-):
+def test_where_memory_runs_out_nothing_is_said_and_all_of_it_is_given_back(why, monkeypatch):
     device = SimulatedAccelerator("64MiB")
     monkeypatch.setattr(
-        "autobatch.lightning._splitting.memory_budget", lambda *_: device.ledger.current
+        "autobatch.lightning._accumulation.memory_budget", lambda *_: device.ledger.current
     )
     callback = autobatch.AutoBatch(plan=autobatch.BatchPlan(16, 4), device=device)
     module = Contrastive()
@@ -352,7 +342,7 @@ def test_the_test_leaves_no_trace():
     tested, untested = Drawing(), Untested()
     one = trained(tested)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("autobatch.lightning._splitting.Splits._tested", lambda *_: None)
+        patch.setattr("autobatch.lightning._accumulation.Splits._tested", lambda *_: None)
         other = trained(untested)
 
     assert tested.seen == untested.seen
@@ -382,7 +372,7 @@ def batches(monkeypatch):
     """What is split."""
     seen = []
     monkeypatch.setattr(
-        "autobatch.lightning._splitting.split_gradient",
+        "autobatch.lightning._accumulation.split_gradient",
         lambda _, batch, samples, **__: seen.append((batch, samples)),
     )
     return seen
@@ -401,9 +391,7 @@ def test_the_samples_are_as_they_come_large_and_small_each_of_them_once(batches)
     assert set(taken) <= {tuple(text.tolist()) for text in texts.texts}
 
 
-@pytest.mark.parametrize(
-    ("size", "samples"), [(2, 2), (15, 14), (32, 32), (33, 32), (48, 32)]
-)
+@pytest.mark.parametrize(("size", "samples"), [(2, 2), (15, 14), (32, 32), (33, 32), (48, 32)])
 def test_the_batch_is_even_and_not_larger_than_it_has_to_be(batches, size, samples):
     fit(Points(), size=size, whole=2)
 

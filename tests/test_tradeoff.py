@@ -7,14 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autobatch._curve import CurvePoint
-from autobatch._learning_rate import LearningRateRule
-from autobatch._noise_scale import NoiseReading
-from autobatch._pace import Pace
+from autobatch._noise import NoiseReading
 from autobatch._plan import BatchPlan
-from autobatch._throughput import fit_line, knee, settled, speed_rows
-from autobatch._tradeoff import (
+from autobatch._report.tradeoff import (
     Costs,
+    LearningRateRule,
     NoiseRange,
     best_accumulation,
     best_batch,
@@ -22,7 +19,8 @@ from autobatch._tradeoff import (
     is_of,
     optimum,
 )
-from autobatch._trial import Outcome, Trial
+from autobatch._throughput import CurvePoint, StepTimes, fit_line, knee, latest_by_size, speed_rows
+from autobatch._trials import Outcome, Trial
 
 times = st.floats(1e-6, 1e3)
 trials = st.builds(
@@ -35,14 +33,12 @@ trials = st.builds(
     optimizer_seconds=st.none() | times,
 )
 tried = st.lists(trials, max_size=20)
-plans = st.builds(
-    BatchPlan, st.integers(1, 100), st.integers(1, 100), st.integers(1, 9)
-)
+plans = st.builds(BatchPlan, st.integers(1, 100), st.integers(1, 100), st.integers(1, 9))
 datasets = st.none() | st.integers(1, 10**6)
 
 
 def rows_of(plan, history, dataset_size, *, curve=(), noise=None, rule=None):
-    costs = Costs(plan, Pace.of(history, curve), dataset_size, noise, rule)
+    costs = Costs(plan, StepTimes.of(history, curve), dataset_size, noise, rule)
     return effective_rows(costs, history, curve)
 
 
@@ -80,39 +76,31 @@ def test_samples_per_second_are_those_of_all_ranks():
 def test_the_latest_trial_speaks_for_its_size():
     history = [Trial(8, Outcome.FIT, 1, 0.5), Trial(8, Outcome.OVER_BUDGET, 2)]
 
-    assert settled(history) == (history[1],)
+    assert latest_by_size(history) == (history[1],)
     assert speed_rows(history, (), 1) == ()
 
 
 @given(plans, tried, datasets)
-def test_every_effective_batch_is_micro_times_accumulation_times_ranks(
-    plan, history, dataset_size
-):
+def test_every_effective_batch_is_micro_times_accumulation_times_ranks(plan, history, dataset_size):
     for row in rows_of(plan, history, dataset_size):
         made = row.micro_batch_size * row.accumulate_grad_batches * plan.world_size
         assert row.effective_batch_size == min(made, dataset_size or made)
 
 
 @given(plans, tried, datasets)
-def test_the_ladder_is_short_ascends_in_real_steps_and_holds_the_plan(
-    plan, history, dataset_size
-):
+def test_the_ladder_is_short_ascends_in_real_steps_and_holds_the_plan(plan, history, dataset_size):
     rows = rows_of(plan, history, dataset_size)
 
     sizes = [row.effective_batch_size for row in rows]
     assert 1 <= len(sizes) <= 7
     assert sum(is_of(row, plan) for row in rows) == 1
     below = sizes if dataset_size is None else sizes[:-1]
-    assert all(
-        3 * low <= 2 * high for low, high in pairwise(below) if high != sizes[-1]
-    )
+    assert all(3 * low <= 2 * high for low, high in pairwise(below) if high != sizes[-1])
     assert sizes == sorted(sizes)
 
 
 @given(plans, tried, st.integers(1, 10**6))
-def test_the_ladder_ends_with_all_of_the_data_set_in_one_update(
-    plan, history, dataset_size
-):
+def test_the_ladder_ends_with_all_of_the_data_set_in_one_update(plan, history, dataset_size):
     """Where the workload refuses what an epoch ends with, that is left out: test_choice.py."""
     history = [trial for trial in history if trial.outcome is not Outcome.REFUSED]
 
@@ -123,10 +111,8 @@ def test_the_ladder_ends_with_all_of_the_data_set_in_one_update(
 
 
 @given(plans, tried, datasets)
-def test_a_micro_batch_on_the_ladder_is_the_plans_or_was_run(
-    plan, history, dataset_size
-):
-    run = {trial.batch_size for trial in settled(history) if trial.fits}
+def test_a_micro_batch_on_the_ladder_is_the_plans_or_was_run(plan, history, dataset_size):
+    run = {trial.batch_size for trial in latest_by_size(history) if trial.fits}
 
     for row in rows_of(plan, history, dataset_size):
         assert row.micro_batch_size in run | {plan.micro_batch_size}
@@ -144,7 +130,7 @@ def test_the_updates_of_an_epoch_cover_it_and_none_is_idle(plan, history, datase
 
 @given(plans, tried, datasets)
 def test_what_was_not_measured_is_not_told(plan, history, dataset_size):
-    timed = {t.batch_size for t in settled(history) if t.fits and t.step_seconds}
+    timed = {t.batch_size for t in latest_by_size(history) if t.fits and t.step_seconds}
 
     for row in rows_of(plan, history, dataset_size):
         known = row.micro_batch_size in timed
@@ -168,9 +154,7 @@ def test_an_epoch_of_whole_updates_takes_as_long_as_its_updates(plan, history, u
 def test_more_accumulation_never_makes_an_epoch_longer(plan, history, dataset_size):
     rows = rows_of(plan, history, dataset_size)
 
-    same = [
-        r.epoch_seconds for r in rows if r.micro_batch_size == plan.micro_batch_size
-    ]
+    same = [r.epoch_seconds for r in rows if r.micro_batch_size == plan.micro_batch_size]
     if None not in same:
         assert all(more <= less * (1 + 1e-9) for less, more in pairwise(same))
 
@@ -192,9 +176,7 @@ def test_an_optimizer_that_was_not_timed_apart_stays_in_the_step():
 
     rows = rows_of(BatchPlan(8, 4), [trial], None)
 
-    assert [r.update_seconds for r in rows] == [
-        r.accumulate_grad_batches * 0.125 for r in rows
-    ]
+    assert [r.update_seconds for r in rows] == [r.accumulate_grad_batches * 0.125 for r in rows]
 
 
 def test_the_ladder_goes_down_by_less_accumulation_then_by_sizes_that_were_run():
@@ -232,7 +214,7 @@ def test_a_spread_contains_its_point_and_the_knee_is_among_the_fast(seconds, spr
 def test_a_line_is_found_where_there_is_one(fixed, slope):
     sizes = (1, 2, 4, 8, 16, 32, 64)
 
-    fit = fit_line(Pace(sizes, tuple(fixed + slope * size for size in sizes), 0.0))
+    fit = fit_line(StepTimes(sizes, tuple(fixed + slope * size for size in sizes), 0.0))
 
     assert fit.worst_miss < 1e-6
     assert fit.seconds(10) == pytest.approx(fixed + 10 * slope)
@@ -243,7 +225,7 @@ def test_one_size_that_does_not_follow_hardly_bends_the_line():
     seconds = [0.01 + 0.001 * size for size in sizes]
     seconds[3] *= 1.095
 
-    fit = fit_line(Pace(sizes, tuple(seconds), 0.0))
+    fit = fit_line(StepTimes(sizes, tuple(seconds), 0.0))
 
     assert fit.fixed_seconds == pytest.approx(0.01, rel=0.03)
     assert fit.seconds_per_sample == pytest.approx(0.001, rel=0.03)
@@ -264,14 +246,14 @@ def test_a_line_that_misses_a_size_by_more_than_ten_percent_is_dropped(
     sizes = tuple(samples_per_second)
     seconds = tuple(size / speed for size, speed in samples_per_second.items())
 
-    assert fit_line(Pace(sizes, seconds, 0.0)) is None
+    assert fit_line(StepTimes(sizes, seconds, 0.0)) is None
 
 
 @given(st.lists(times, min_size=3, max_size=8))
 def test_a_line_never_falls_below_zero(seconds):
     sizes = tuple(2**i for i in range(len(seconds)))
 
-    fit = fit_line(Pace(sizes, tuple(seconds), 0.0))
+    fit = fit_line(StepTimes(sizes, tuple(seconds), 0.0))
 
     assert fit is None or min(fit.fixed_seconds, fit.seconds_per_sample) >= 0
 
@@ -300,9 +282,7 @@ def test_estimates_are_relative_to_the_plan_and_ranges_contain_their_point(
 
 
 @given(plans, tried, datasets, noises)
-def test_larger_batches_take_fewer_updates_and_more_samples(
-    plan, history, dataset_size, noise
-):
+def test_larger_batches_take_fewer_updates_and_more_samples(plan, history, dataset_size, noise):
     rows = rows_of(plan, history, dataset_size, noise=noise)
 
     for small, large in pairwise(rows):
@@ -339,10 +319,8 @@ def test_a_range_is_never_narrower_than_a_factor_of_four_each_way():
 
 
 @given(noises, st.floats(1e-4, 1), st.floats(1e-5, 1e-2), st.floats(0, 1))
-def test_the_best_batch_is_where_time_to_the_same_loss_is_shortest(
-    noise, fixed, slope, optimizer
-):
-    fit = fit_line(Pace((1, 2, 4), tuple(fixed + slope * b for b in (1, 2, 4)), 0.0))
+def test_the_best_batch_is_where_time_to_the_same_loss_is_shortest(noise, fixed, slope, optimizer):
+    fit = fit_line(StepTimes((1, 2, 4), tuple(fixed + slope * b for b in (1, 2, 4)), 0.0))
 
     def time(batch):
         return (1 + noise.samples / batch) * (fit.seconds(batch) + optimizer)
@@ -365,23 +343,17 @@ def test_the_best_accumulation_is_where_time_to_the_same_loss_is_shortest(
 
 
 @given(plans, tried, datasets, noises)
-def test_as_good_as_any_is_within_ten_percent_of_the_shortest(
-    plan, history, dataset_size, noise
-):
-    costs = Costs(plan, Pace.of(history, ()), dataset_size, noise, None)
+def test_as_good_as_any_is_within_ten_percent_of_the_shortest(plan, history, dataset_size, noise):
+    costs = Costs(plan, StepTimes.of(history, ()), dataset_size, noise, None)
     rows = effective_rows(costs, history, ())
 
     best = optimum(costs, rows)
 
     times = {
-        row.effective_batch_size: row.relative_time
-        for row in rows
-        if row.relative_time is not None
+        row.effective_batch_size: row.relative_time for row in rows if row.relative_time is not None
     }
     if best is None:
-        assert plan.micro_batch_size not in costs.pace.sizes or not min(
-            costs.pace.micro_seconds
-        )
+        assert plan.micro_batch_size not in costs.pace.sizes or not min(costs.pace.micro_seconds)
     else:
         least = min(times.values())
         assert times[best.effective_batch_size] == least

@@ -25,9 +25,7 @@ def known(**options):
 
 def notes(model=None, validation=None, **options):
     callback = known()
-    trainer(callback, max_epochs=1, **options).fit(
-        model or Model(), loader(), validation
-    )
+    trainer(callback, max_epochs=1, **options).fit(model or Model(), loader(), validation)
     return callback.report.notes
 
 
@@ -47,9 +45,7 @@ def test_a_limit_that_counts_batches_is_told_in_samples():
 
 @pytest.mark.parametrize("limit", [1.0, 0.5, 1000])
 def test_a_limit_that_keeps_its_share_is_not_told(limit):
-    assert not any(
-        "limit_train_batches" in note for note in notes(limit_train_batches=limit)
-    )
+    assert not any("limit_train_batches" in note for note in notes(limit_train_batches=limit))
 
 
 def test_a_limit_over_a_stream_is_told_in_samples():
@@ -63,8 +59,7 @@ def test_a_limit_over_a_stream_is_told_in_samples():
     )
 
     assert any(
-        "an epoch trains on 180 samples instead of 12" in note
-        for note in callback.report.notes
+        "an epoch trains on 180 samples instead of 12" in note for note in callback.report.notes
     )
 
 
@@ -72,9 +67,7 @@ def test_a_share_of_an_epoch_that_is_less_than_a_batch_is_refused():
     model, data_loader, callback = Model(), loader(), known()
     fitted = trainer(callback, limit_train_batches=0.05)
 
-    with pytest.raises(
-        autobatch.AutobatchError, match=r"limit_train_batches=0\.05 of the 10"
-    ):
+    with pytest.raises(autobatch.AutobatchError, match=r"limit_train_batches=0\.05 of the 10"):
         fitted.fit(model, data_loader)
 
     assert (model.sizes, data_loader.batch_size) == ([], 4)
@@ -99,9 +92,7 @@ def test_validation_that_would_never_come_is_refused_before_anything_is_applied(
     fitted = trainer(callback, val_check_interval=11)
     random_state = torch.get_rng_state()
 
-    with pytest.raises(
-        autobatch.AutobatchError, match="val_check_interval=11"
-    ) as caught:
+    with pytest.raises(autobatch.AutobatchError, match="val_check_interval=11") as caught:
         fitted.fit(model, data_loader, loader(20, 20))
 
     assert "of 60 samples an epoch has only 10 instead of 150" in str(caught.value)
@@ -114,9 +105,7 @@ def test_validation_that_would_never_come_is_refused_before_anything_is_applied(
     assert callback.report is None
 
 
-@pytest.mark.parametrize(
-    "options", [{"check_val_every_n_epoch": None}, {"limit_val_batches": 0}]
-)
+@pytest.mark.parametrize("options", [{"check_val_every_n_epoch": None}, {"limit_val_batches": 0}])
 def test_an_interval_over_epochs_or_without_validation_is_trained(options):
     model = Model()
     try:
@@ -126,9 +115,7 @@ def test_an_interval_over_epochs_or_without_validation_is_trained(options):
     except ValueError:
         pytest.skip("this Lightning (2.6.0 does) refuses it itself")
 
-    trainer(known(), val_check_interval=11, **options).fit(
-        model, loader(), loader(20, 20)
-    )
+    trainer(known(), val_check_interval=11, **options).fit(model, loader(), loader(20, 20))
 
     assert len(model.sizes) == 20
 
@@ -140,9 +127,7 @@ def test_logging_that_becomes_rare_is_told(tmp_path):
         "log_every_n_steps=50 counts updates: an epoch has 5 instead of 150, so that some epochs log no step."
         in notes(logger=logger)
     )
-    assert not any(
-        "log_every" in note for note in notes(logger=logger, log_every_n_steps=5)
-    )
+    assert not any("log_every" in note for note in notes(logger=logger, log_every_n_steps=5))
     assert not any("log_every" in note for note in notes())
 
 
@@ -151,10 +136,7 @@ def test_a_number_of_steps_is_told_in_samples():
 
     told = notes(model, max_steps=4)
 
-    assert (
-        "max_steps=4 counts updates: training ends after 480 samples instead of 16."
-        in told
-    )
+    assert "max_steps=4 counts updates: training ends after 480 samples instead of 16." in told
     assert sum(model.sizes) == 480
 
 
@@ -162,9 +144,7 @@ def test_a_number_of_steps_is_told_in_samples():
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("amount", [4, 0.4])
 @pytest.mark.parametrize("hooked", [True, False])
-def test_overfitting_trains_on_the_same_first_batches_at_the_size_found(
-    hooked, amount, shuffle
-):
+def test_overfitting_trains_on_the_same_first_batches_at_the_size_found(hooked, amount, shuffle):
     class Shown(Hooked if hooked else Model):
         def training_step(self, batch, batch_idx):
             self.seen = [*getattr(self, "seen", []), batch[0].sum().item()]
@@ -187,9 +167,7 @@ def test_overfitting_trains_on_the_same_first_batches_at_the_size_found(
     assert same(dict(tuned.state_dict()), dict(by_hand.state_dict()))
     told = [note for note in callback.report.notes if "overfit_batches" in note]
     assert told == (
-        [
-            "overfit_batches=4 counts micro-batches: an epoch trains on 240 samples instead of 16."
-        ]
+        ["overfit_batches=4 counts micro-batches: an epoch trains on 240 samples instead of 16."]
         if amount == 4
         else []
     )
@@ -225,9 +203,7 @@ def test_training_is_the_same_to_the_bit_under(options, capsys):
     try:
         tuned, fitted = fit(callback)
         plan = callback.report.plan
-        by_hand, other = fit(
-            size=plan.micro_batch_size, accumulate=plan.accumulate_grad_batches
-        )
+        by_hand, other = fit(size=plan.micro_batch_size, accumulate=plan.accumulate_grad_batches)
     finally:
         torch.use_deterministic_algorithms(mode=False)
 
@@ -278,9 +254,7 @@ def test_a_lightning_without_what_is_needed_is_refused(monkeypatch, delete, name
     with pytest.raises(
         autobatch.AutobatchError, match=rf"has no .*{name}.*Lightning 2\.6\.0 to"
     ) as caught:
-        (callback.tune if tune else fitted.fit)(
-            *([fitted] if tune else []), model, data_loader
-        )
+        (callback.tune if tune else fitted.fit)(*([fitted] if tune else []), model, data_loader)
 
     assert "\n" not in str(caught.value)
     assert (model.sizes, data_loader.batch_size) == ([], 4)

@@ -8,10 +8,10 @@ import weakref
 import pytest
 import torch
 
-from autobatch._optimizers import OptimizerWatch
-from autobatch._probes import CudaProbe
-from autobatch._trial import Outcome, Trial, run_trial
-from autobatch._workload import Bench
+from autobatch._memory.cuda import CudaProbe
+from autobatch._trials import Outcome, Trial, run_trial
+from autobatch._trials.optimizers import OptimizerWatch
+from autobatch._trials.workload import Bench
 from autobatch.errors import ShortTrialError
 from autobatch.testing import PaperDevice, SimulatedAccelerator
 from networks import Perceptron, training
@@ -69,9 +69,9 @@ def test_a_budget_that_shrank_meanwhile_is_the_one_that_counts():
 def test_accumulation_is_timed_per_micro_batch():
     device = PaperDevice(1000, per_sample=1)
 
-    assert attempt(
-        device.workload, 8, device, accumulate=2
-    ).step_seconds == pytest.approx(1e-3 + 8e-5)
+    assert attempt(device.workload, 8, device, accumulate=2).step_seconds == pytest.approx(
+        1e-3 + 8e-5
+    )
 
 
 def test_state_that_appears_after_the_first_step_is_in_the_peak():
@@ -97,9 +97,7 @@ def test_a_workload_that_yields_nothing_is_an_error():
     def train(batch_size, accumulate):
         yield from ()
 
-    with pytest.raises(
-        ShortTrialError, match="ended after 0 optimizer steps at batch_size=4"
-    ):
+    with pytest.raises(ShortTrialError, match="ended after 0 optimizer steps at batch_size=4"):
         attempt(train, 4, PaperDevice(10))
 
 
@@ -322,15 +320,13 @@ def count_allocations(workload):
 @pytest.mark.parametrize("autograd_branches", [False, True])
 def test_memory_running_out_at_any_allocation_leaves_nothing_behind(autograd_branches):
     """Refuse every single allocation of a trial in turn: it is a failed trial, no tensor is left, the next one runs."""
-    from autobatch._snapshot import Snapshot
+    from autobatch._trials.snapshot import Snapshot
 
     model, optimizer = perceptron()
 
     def branching(batch_size, accumulate):
         while True:
-            loss = model.loss(batch_size) + model.loss(batch_size) * model.loss(
-                batch_size
-            )
+            loss = model.loss(batch_size) + model.loss(batch_size) * model.loss(batch_size)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -349,9 +345,7 @@ def test_memory_running_out_at_any_allocation_leaves_nothing_behind(autograd_bra
             probe.ledger.refuse_at = allocation
             trial = attempt(workload, 4, probe, steps=2)
             snapshot.restore()
-            probe.attach(
-                model, optimizer
-            )  # a buffer that was bound anew is a new tensor
+            probe.attach(model, optimizer)  # a buffer that was bound anew is a new tensor
 
             assert trial.outcome is Outcome.OUT_OF_MEMORY
             assert probe.read().reserved == at_rest, (

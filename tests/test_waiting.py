@@ -13,7 +13,7 @@ from autobatch.testing import SimulatedAccelerator
 from lightning_here import pl, quiet_trainer
 
 # Only where there is a Lightning
-from autobatch.lightning._waiting import LoaderWait  # isort: skip
+from autobatch.lightning._loading import DataLoaderTimer  # isort: skip
 
 SECONDS = 0.04
 
@@ -166,7 +166,7 @@ def run(wait, clock, trainer, batches, *, waits, steps):
 
 def test_waiting_and_the_rest_add_up_to_all_of_the_time():
     clock, trainer = Clock(), Trainer()
-    wait = LoaderWait(clock)
+    wait = DataLoaderTimer(clock)
 
     run(wait, clock, trainer, 24, waits=3.0, steps=7.0)
     wait.stop()
@@ -181,7 +181,7 @@ def test_waiting_and_the_rest_add_up_to_all_of_the_time():
 def test_it_looks_at_so_many_batches_and_then_no_more():
     clock, trainer = Clock(), Trainer()
     start = trainer._start_profiler
-    wait = LoaderWait(clock)
+    wait = DataLoaderTimer(clock)
 
     run(wait, clock, trainer, 300, waits=3.0, steps=7.0)
 
@@ -191,7 +191,7 @@ def test_it_looks_at_so_many_batches_and_then_no_more():
 
 def test_what_comes_between_is_not_counted():
     clock, trainer = Clock(), Trainer()
-    wait = LoaderWait(clock)
+    wait = DataLoaderTimer(clock)
 
     for _ in range(10):
         run(wait, clock, trainer, 5, waits=3.0, steps=7.0)
@@ -204,9 +204,7 @@ def test_what_comes_between_is_not_counted():
 
 
 @pytest.mark.parametrize(("is_done", "share"), [(True, 0.3), (False, 0.0)])
-def test_on_a_gpu_a_wait_counts_only_where_the_queue_ran_empty(
-    is_done, share, monkeypatch
-):
+def test_on_a_gpu_a_wait_counts_only_where_the_queue_ran_empty(is_done, share, monkeypatch):
     class Event:
         def record(self, stream):
             assert stream == "of cuda:1"
@@ -217,7 +215,7 @@ def test_on_a_gpu_a_wait_counts_only_where_the_queue_ran_empty(
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda d: f"of {d}")
     clock, trainer = Clock(), Trainer("cuda:1")
-    wait = LoaderWait(clock)
+    wait = DataLoaderTimer(clock)
 
     run(wait, clock, trainer, 24, waits=3.0, steps=7.0)
 

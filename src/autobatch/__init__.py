@@ -7,18 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from autobatch._find import find
-    from autobatch._noise_scale import NoiseReading
-    from autobatch._plain_loop import noise_scale
+    from autobatch._noise import NoiseReading
+    from autobatch._noise.loop import noise_scale
     from autobatch._plan import BatchPlan
     from autobatch._report import TuningReport
-    from autobatch._search import Bisection, GuidedBisection
-    from autobatch._trial import Outcome, Trial
-    from autobatch.errors import (
-        AutobatchError,
-        DoesNotFitError,
-        ProbeError,
-        ShortTrialError,
-    )
+    from autobatch._search import Bisection
+    from autobatch._search.guided import GuidedBisection
+    from autobatch._trials import Outcome, Trial
+    from autobatch.errors import AutobatchError, DoesNotFitError, ProbeError, ShortTrialError
     from autobatch.lightning import AutoBatch, NoiseScale
 
 __all__ = [
@@ -46,16 +42,16 @@ _HOMES = {
     "BatchPlan": "_plan",
     "Bisection": "_search",
     "DoesNotFitError": "errors",
-    "GuidedBisection": "_search",
-    "NoiseReading": "_noise_scale",
+    "GuidedBisection": "_search.guided",
+    "NoiseReading": "_noise",
     "NoiseScale": "lightning",
-    "Outcome": "_trial",
+    "Outcome": "_trials",
     "ProbeError": "errors",
     "ShortTrialError": "errors",
-    "Trial": "_trial",
+    "Trial": "_trials",
     "TuningReport": "_report",
     "find": "_find",
-    "noise_scale": "_plain_loop",
+    "noise_scale": "_noise.loop",
 }
 
 

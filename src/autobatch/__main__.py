@@ -1,4 +1,4 @@
-"""demo, probe, show: autobatch from the shell."""
+"""Command line: autobatch demo | probe | show."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from autobatch._memory import MemoryProbe
 
-__all__ = ["main"]
-
 _PACKAGES = ("torch", "lightning", "pytorch-lightning", "nvidia-ml-py")
 
 
@@ -38,9 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="autobatch", description="Memory-aware batch sizes for PyTorch Lightning."
     )
-    parser.add_argument(
-        "--version", action="version", version=version("lightning-autobatch")
-    )
+    parser.add_argument("--version", action="version", version=version("lightning-autobatch"))
     commands = parser.add_subparsers(required=True, metavar="command")
 
     demo = commands.add_parser(
@@ -109,7 +105,7 @@ def _probe(options: argparse.Namespace) -> None:
     import torch
 
     from autobatch._memory import parse_memory_limit
-    from autobatch._probes import detect
+    from autobatch._memory.detect import detect
 
     limit = parse_memory_limit(_number_or_text(options.memory_limit))
     _print(_surroundings())
@@ -190,7 +186,7 @@ def _seen(probe: MemoryProbe, limit: float) -> dict[str, str]:
 def _processes(probe: MemoryProbe) -> dict[str, str]:
     """Who holds a GPU's memory, as far as NVML tells; in a container these may be the host's numbers, or none."""
     from autobatch._memory import format_bytes
-    from autobatch._probes import CudaProbe
+    from autobatch._memory.cuda import CudaProbe
 
     found = probe.processes() if isinstance(probe, CudaProbe) else None
     if found is None:

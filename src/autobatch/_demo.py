@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from autobatch._report import TuningReport
 
-__all__ = ["DemoResult", "run"]
-
 _MEMORY: Final = "8MiB"  # small enough for the search to meet it on images of 8 x 8
 _TARGET: Final = 256
 _EPOCHS: Final = 10

@@ -1,4 +1,4 @@
-"""find(): the door for any PyTorch loop."""
+"""find(): tune any PyTorch loop."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from autobatch import _curve
-from autobatch._cautions import batch_norm, ignores_accumulate, never_stepped
-from autobatch._doors import checked_search, known_plan, versions
-from autobatch._equivalence import batch_norms
-from autobatch._job import Job
-from autobatch._learning_rate import common_rule
-from autobatch._optimizers import OptimizerWatch
-from autobatch._probes import detect
-from autobatch._ranks import ranks_here
+from autobatch._accumulation import batch_norms
+from autobatch._distributed import ranks_here
+from autobatch._memory.detect import detect
+from autobatch._report.notes import batch_norm, ignores_accumulate, never_stepped
+from autobatch._report.tradeoff import common_rule
 from autobatch._settings import Settings
-from autobatch._snapshot import Snapshot, restorable
-from autobatch._tune import tune
+from autobatch._subject import Subject
+from autobatch._throughput import curve
+from autobatch._trials.optimizers import OptimizerWatch
+from autobatch._trials.snapshot import Snapshot, restorable
+from autobatch._tune import checked_search, known_plan, tune, versions
 from autobatch.errors import AutobatchError
 from autobatch.sinks import log, progress
 
@@ -29,15 +28,13 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from autobatch._deadline import Deadline
-    from autobatch._learning_rate import LearningRateRule
+    from autobatch._distributed import Ranks
     from autobatch._memory import MemoryProbe
     from autobatch._plan import BatchPlan
-    from autobatch._ranks import Ranks
     from autobatch._report import TuningReport
+    from autobatch._report.tradeoff import LearningRateRule
     from autobatch._search import Search
-
-__all__ = ["find"]
+    from autobatch._trials.runner import TimeLimit
 
 _START: Final = 8  # the first size tried where no loader names one
 _WAITING: Final = {
@@ -123,7 +120,7 @@ def find(
     things = _restorable(restore)
     home = _home_of(workload, things)
     probe = detect(device, home)
-    job = Job(
+    job = Subject(
         workload=loop.run,
         can_accumulate=loop.takes_accumulate,
         start=_START,
@@ -135,7 +132,7 @@ def find(
         remarks=None,
         doubts=None,
         look=None,
-        curve_seconds=_curve.SECONDS,
+        curve_seconds=curve.SECONDS,
         learning_rate=None,
         task="train" if latency_limit is None else "answer",
         subject=loop.name,
@@ -240,9 +237,7 @@ def _is_asynchronous(function: object) -> bool:
 
 def _restorable(restore: Sequence[Any]) -> Sequence[Any]:
     if not isinstance(restore, (list, tuple)):
-        raise ValueError(
-            f"restore={type(restore).__name__} is not a list; write restore=[…]."
-        )
+        raise ValueError(f"restore={type(restore).__name__} is not a list; write restore=[…].")
     for thing in restore:
         if not restorable(thing):
             raise ValueError(
@@ -258,7 +253,7 @@ def _trainable(workload: Callable[..., Any]) -> list[Any]:
     return [thing for thing in _reachable(workload) if isinstance(thing, kinds)]
 
 
-def _remarks(snapshot: Snapshot, plan: BatchPlan, _: Deadline) -> tuple[str, ...]:
+def _remarks(snapshot: Snapshot, plan: BatchPlan, _: TimeLimit) -> tuple[str, ...]:
     """What its layers do with a plan; a model that a workload makes for itself is gone by now."""
     return batch_norm(batch_norms(snapshot.alive), plan)
 
@@ -272,9 +267,7 @@ def _doubts(optimizers: OptimizerWatch, plan: BatchPlan) -> tuple[str, ...]:
     return tuple(note for note in told if note)
 
 
-def _last_samples(
-    dataset_size: int | None, ranks: Ranks, batch_size: int
-) -> int | None:
+def _last_samples(dataset_size: int | None, ranks: Ranks, batch_size: int) -> int | None:
     """What is left for the last micro-batch of an epoch; how it is dealt out among ranks is the loop's affair."""
     if dataset_size is None or ranks.world_size > 1:
         return None
@@ -307,16 +300,8 @@ def _reachable(workload: Callable[..., Any]) -> list[Any]:
         names = inspect.getclosurevars(getattr(function, "__func__", function))
     except (TypeError, ValueError):  # not a python function, or a variable yet to come
         return [owner, *getattr(workload, "__dict__", {}).values()]
-    given = (
-        (*workload.args, *workload.keywords.values())
-        if isinstance(workload, partial)
-        else ()
-    )
-    own = [
-        value
-        for each in (owner, workload)
-        for value in getattr(each, "__dict__", {}).values()
-    ]
+    given = (*workload.args, *workload.keywords.values()) if isinstance(workload, partial) else ()
+    own = [value for each in (owner, workload) for value in getattr(each, "__dict__", {}).values()]
     return [*names.nonlocals.values(), *names.globals.values(), *given, *own]
 
 

@@ -1,4 +1,4 @@
-"""What was asked of a tuning run, checked."""
+"""Keyword arguments of a tuning run, validated once."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from pydantic import (
 
 from autobatch._latency import LatencyLimit
 from autobatch._memory import parse_memory_limit
-
-__all__ = ["Count", "Seconds", "Settings"]
 
 _ALLOWED: Final = {
     "target_batch_size": "a count; give a whole number of samples, 1 or more, or None",
@@ -68,9 +66,7 @@ class Settings(BaseModel):
     dataset_size: Count | None
     # As in reports from before there was a limit on latency
     latency_limit: Annotated[Seconds, Field(gt=0)] | None = None
-    percentile: Annotated[
-        float, Field(gt=0, le=100, allow_inf_nan=False, strict=True)
-    ] = 99
+    percentile: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False, strict=True)] = 99
 
     @model_validator(mode="after")
     def _has_one_aim(self) -> Settings:

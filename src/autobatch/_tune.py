@@ -1,52 +1,45 @@
-"""The whole story in one function: budget, trials, plan, report."""
+"""The whole tuning run: budget, search, throughput, plan, report."""
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from autobatch._answers import Answers
-from autobatch._attempts import Attempts
-from autobatch._calls import Calls
-from autobatch._choice import Choice
-from autobatch._findings import Bound, Findings, tightest_bound
+import torch
+
 from autobatch._latency import largest_within
-from autobatch._latency_text import latency_notes, nothing_within
-from autobatch._notes import notes
-from autobatch._plan import BatchPlan, per_rank
-from autobatch._record import Record
-from autobatch._refusals import (
-    can_not_accumulate,
-    different_plans,
-    fits_no_more,
-    no_room,
-    nothing_fits,
-    size_is_not_used,
-    target_too_small,
-)
+from autobatch._latency.search import LatencySearch, LatencyTimer
+from autobatch._memory import format_bytes
+from autobatch._plan import BatchPlan, Choice, per_rank
 from autobatch._report import Device, TuningReport
-from autobatch._speed import Speed, Timed
-from autobatch._throughput import settled
-from autobatch._workload import Bench
+from autobatch._report.latency import latency_notes, nothing_within
+from autobatch._report.notes import Bound, TuningResult, notes, tightest_bound
+from autobatch._search.guided import GuidedBisection
+from autobatch._throughput import latest_by_size
+from autobatch._throughput.curve import Speed, Timed
+from autobatch._trials import Outcome
+from autobatch._trials.runner import TrialHistory, TrialRunner
+from autobatch._trials.workload import Bench
 from autobatch.errors import AutobatchError, DoesNotFitError, ShortTrialError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
 
-    from autobatch._job import Job
-    from autobatch._memory import MemoryProbe
-    from autobatch._optimizers import OptimizerWatch
-    from autobatch._ranks import Ranks
+    from autobatch._distributed import Ranks
+    from autobatch._memory import MemoryProbe, MemoryReading
     from autobatch._search import Search
     from autobatch._settings import Settings
-    from autobatch._snapshot import Snapshot
-    from autobatch._trial import Trial
+    from autobatch._subject import Subject
+    from autobatch._trials import Trial
+    from autobatch._trials.optimizers import OptimizerWatch
+    from autobatch._trials.snapshot import Snapshot
     from autobatch.sinks import Progress
 
-__all__ = ["tune"]
 
 _CEILING: Final = 2**20  # a workload that never meets a limit has to stop somewhere
 # Times the batch with the very same allocations: the workload does not use it
@@ -54,7 +47,7 @@ _IGNORED: Final = 16
 
 
 def tune(
-    job: Job,
+    job: Subject,
     settings: Settings,
     *,
     known: BatchPlan | None,
@@ -69,7 +62,7 @@ def tune(
     """Budget, trials, plan, report: the steps of a tuning run, in their order; every rank of a job calls it."""
     _check_target(settings, ranks.world_size)
     is_limited = settings.limit_on_latency is not None
-    record = Record(probe, settings.memory_limit, ranks)
+    record = TrialHistory(probe, settings.memory_limit, ranks)
     bench = Bench(
         probe=probe,
         budget=record.read_budget,
@@ -77,7 +70,7 @@ def tune(
         first_touch=first_touch,
         times_later=bool(job.curve_seconds) and known is None and not is_limited,
     )
-    tries = Attempts(job, settings, bench, record, snapshot, shown, ranks)
+    tries = TrialRunner(job, settings, bench, record, snapshot, shown, ranks)
     tuning = _Tuning(job, settings, tries, record, snapshot, ranks)
     tuning.begin(known)
     if known is not None:
@@ -122,10 +115,10 @@ class _Tuning:
 
     def __init__(
         self,
-        job: Job,
+        job: Subject,
         settings: Settings,
-        tries: Attempts,
-        record: Record,
+        tries: TrialRunner,
+        record: TrialHistory,
         snapshot: Snapshot,
         ranks: Ranks,
     ) -> None:
@@ -141,13 +134,13 @@ class _Tuning:
         self._high = max(1, self._bound.batch_size) if self._bound else _CEILING
 
     @cached_property
-    def _answers(self) -> Answers | None:
+    def _answers(self) -> LatencySearch | None:
         """What each size answers in, where that is limited."""
         limit = self._settings.limit_on_latency
         if limit is None:
             return None
-        calls = Calls(self._job.workload, self._tries.bench)
-        return Answers(
+        calls = LatencyTimer(self._job.workload, self._tries.bench)
+        return LatencySearch(
             limit,
             calls,
             self._fits,
@@ -160,7 +153,7 @@ class _Tuning:
         """Seconds of a step in the trial of each size that fits."""
         return {
             trial.batch_size: trial.step_seconds or 0.0
-            for trial in settled(self._record.trials)
+            for trial in latest_by_size(self._record.trials)
             if trial.fits
         }
 
@@ -292,9 +285,7 @@ class _Tuning:
             speed=self._speed,
             world_size=self._ranks.world_size,
             in_time=self._tries.takes_its_time,
-            attempt=lambda size, accumulate: self._tries.attempt(
-                size, accumulate=accumulate
-            ),
+            attempt=lambda size, accumulate: self._tries.attempt(size, accumulate=accumulate),
             check=self._check_can_accumulate,
             can_accumulate=self._job.can_accumulate,
             last_samples=self._job.last_samples or (lambda _: None),
@@ -371,13 +362,13 @@ class _Tuning:
             environment=self._job.environment,
         )
 
-    def _findings(self, plan: BatchPlan) -> Findings:
+    def _findings(self, plan: BatchPlan) -> TuningResult:
         job, settings, reading = self._job, self._settings, self._record.reading
         samples = settings.dataset_size
         if job.samples_trained is not None:
             samples = job.samples_trained(plan)
         size = plan.micro_batch_size
-        return Findings(
+        return TuningResult(
             task=job.task,
             plan=plan,
             trials=tuple(map(self._with_its_time, self._record.trials)),
@@ -432,9 +423,7 @@ class _Tuning:
 
     def _nothing_fits(self) -> DoesNotFitError:
         time_limit = self._settings.time_limit if self._tries.out_of_time else None
-        return nothing_fits(
-            self._record.trials, self._record.budget, self._probe.name, time_limit
-        )
+        return nothing_fits(self._record.trials, self._record.budget, self._probe.name, time_limit)
 
     def _bound_met(self) -> Bound | None:
         """What kept the search from going higher, where something did."""
@@ -454,3 +443,144 @@ class _Tuning:
 def _allocations(trial: Trial) -> tuple[int, ...]:
     """The profile of a trial, counted from where its step began."""
     return tuple(nbytes - trial.profile[0] for nbytes in trial.profile)
+
+
+def known_plan(
+    plan: BatchPlan | str | Path | None, settings: Settings, *, world_size: int | None
+) -> BatchPlan | None:
+    """The plan that was given, read from its report where a path was; refused where it says something else than asked.
+
+    A `world_size` of None is one that is not known yet.
+    """
+    if plan is None:
+        return None
+    if settings.latency_limit is not None:
+        raise ValueError(
+            f"plan={str(plan)!r} is verified, and latency_limit={settings.latency_limit:g} asks for a search; give one "
+            "of the two."
+        )
+    if isinstance(plan, (str, Path)):
+        report = TuningReport.read(plan)
+        if report.task != "train":
+            raise ValueError(
+                f"plan={str(plan)!r} is a report about {report.task}, which trains nothing; give one of a training."
+            )
+        plan = report.plan
+    if not isinstance(plan, BatchPlan):
+        raise ValueError(f"plan={plan!r} is not a plan; give a BatchPlan, or the path of a report.")
+    counts = (plan.micro_batch_size, plan.accumulate_grad_batches, plan.world_size)
+    if any(type(count) is not int or count < 1 for count in counts):
+        raise ValueError(f"plan={plan} must hold whole numbers of 1 or more.")
+    if world_size not in (None, plan.world_size):
+        raise ValueError(
+            f"plan={plan} is for {plan.world_size} ranks, and {world_size} train here."
+        )
+    most = settings.max_micro_batch_size
+    if most is not None and plan.micro_batch_size > most:
+        raise ValueError(
+            f"plan={plan} has micro-batches of {plan.micro_batch_size}, and max_micro_batch_size={most} allows no more."
+        )
+    asked = settings.target_batch_size
+    if asked is not None and asked != plan.effective_batch_size:
+        raise ValueError(
+            f"plan={plan} gives {plan.effective_batch_size} samples per update, and target_batch_size={asked} asks "
+            "for another number: give one of the two."
+        )
+    return plan
+
+
+def checked_search(search: Search | None) -> Search:
+    """The search that was asked for, or the default one; refused where it can not propose."""
+    if search is None:
+        return GuidedBisection()
+    if isinstance(search, type) or not callable(getattr(search, "propose", None)):
+        raise ValueError(
+            f"search={search!r} can not propose sizes; give an object such as Bisection()."
+        )
+    return search
+
+
+def versions() -> dict[str, str]:
+    """What a reader of the report may want to know about where it was made."""
+    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    return {**found, "cuda": torch.version.cuda} if torch.version.cuda else found
+
+
+def target_too_small(target: int, world_size: int) -> ValueError:
+    """Ranks would have nothing to do."""
+    return ValueError(
+        f"target_batch_size={target} is less than one sample for each of the {world_size} ranks; "
+        f"give {world_size} or more."
+    )
+
+
+def different_plans(plans: Sequence[BatchPlan]) -> AutobatchError:
+    """Ranks did not agree."""
+    return AutobatchError(
+        f"Ranks chose different plans: {plans}. Please report this; training with them would not be sound."
+    )
+
+
+def no_room(
+    settings: Settings, device: str, reading: MemoryReading, budget: int
+) -> DoesNotFitError:
+    """The budget is spent before any trial."""
+    return DoesNotFitError(
+        f"memory_limit={settings.memory_limit!r} leaves a budget of {format_bytes(max(0, budget))} on "
+        f"{device}, where others hold {format_bytes(reading.foreign)} and this process already "
+        f"holds {format_bytes(reading.reserved)}. Free memory on the device, or raise memory_limit."
+    )
+
+
+def nothing_fits(
+    trials: Sequence[Trial], budget: int, device: str, time_limit: float | None
+) -> DoesNotFitError:
+    """No size was found; `time_limit` is what ended the search, where it did."""
+    tried = "; ".join(_told(trial, budget) for trial in sorted(trials, key=lambda t: t.batch_size))
+    if time_limit is not None:
+        return DoesNotFitError(
+            f"No batch size was found to fit within time_limit={time_limit:g} seconds: {tried}. "
+            "Raise time_limit."
+        )
+    return DoesNotFitError(
+        f"No batch size fits the budget of {format_bytes(budget)} on {device}: {tried}. "
+        "Free memory on the device, raise memory_limit, or shrink the model."
+    )
+
+
+def fits_no_more(plan: BatchPlan, trial: Trial, budget: int) -> DoesNotFitError:
+    """The trial that should have verified a known plan did not."""
+    return DoesNotFitError(
+        f"plan={plan} does not fit any more: {_told(trial, budget)}. Leave plan out to search anew."
+    )
+
+
+def can_not_accumulate(plan: BatchPlan, target: int | None) -> ValueError:
+    """A plan takes more passes per update than the workload can make; `target` asked for it, or the plan itself."""
+    asked = f"plan={plan}" if target is None else f"target_batch_size={target}"
+    return ValueError(
+        f"{asked} takes {plan.accumulate_grad_batches} micro-batches of "
+        f"{plan.micro_batch_size} per update, and this workload can not accumulate: write it as "
+        "`def train(batch_size, accumulate):`, dividing each loss by `accumulate` and yielding after each "
+        "optimizer step, or give a target that fits at once."
+    )
+
+
+def size_is_not_used(one: Trial, other: Trial) -> ValueError:
+    """Two sizes far apart did the very same."""
+    return ValueError(
+        f"The workload allocated the very same memory at batch_size={one.batch_size} and at "
+        f"batch_size={other.batch_size}; it must make micro-batches of the size it is given, "
+        "and where the data set is smaller than that, name its length in dataset_size."
+    )
+
+
+def _told(trial: Trial, budget: int) -> str:
+    if trial.outcome is Outcome.OVER_BUDGET and trial.peak is not None:
+        return (
+            f"batch_size={trial.batch_size} peaked at {format_bytes(trial.peak)}, over the budget of "
+            f"{format_bytes(budget)}"
+        )
+    how = "was refused" if trial.outcome is Outcome.REFUSED else "ran out of memory"
+    said = f" ({trial.error})" if trial.error else ""
+    return f"batch_size={trial.batch_size} {how}{said}"

@@ -9,20 +9,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
-from autobatch import _file
 from autobatch._memory import format_bytes
-from autobatch._numbers import aligned
-from autobatch._page import completed, page
-from autobatch._report import TuningReport
-from autobatch._text import ASCII, UNICODE, Glyphs, terminal
-from autobatch._trial import Outcome, Trial
+from autobatch._report import TuningReport, files
+from autobatch._report.layout import ASCII, UNICODE, Glyphs, terminal
+from autobatch._report.text import completed, page
+from autobatch._report.units import aligned
+from autobatch._trials import Outcome, Trial
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from rich.live import Live
 
-    from autobatch._text import Page, Table
+    from autobatch._report.layout import Page, Table
 
 __all__ = [
     "Progress",
@@ -71,13 +70,13 @@ def log(report: TuningReport) -> None:
 
 def json_file(path: str | Path) -> Sink:
     """A sink that writes the report as JSON; `TuningReport.read` gives it back."""
-    file = _file.named(path, "to write to")
+    file = files.named(path, "to write to")
     return lambda report: _write(file, report.to_json() + "\n")
 
 
 def markdown_file(path: str | Path) -> Sink:
     """A sink that writes the report as Markdown."""
-    file = _file.named(path, "to write to")
+    file = files.named(path, "to write to")
     return lambda report: _write(file, to_markdown(report))
 
 
@@ -109,23 +108,16 @@ def to_markdown(report: TuningReport) -> str:
 
 def _markdown_table(table: Table) -> str:
     rules = [":--" if column.align == "<" else "--:" for column in table.columns]
-    rows = [
-        list(cells)
-        for cells in zip(*(column.cells for column in table.columns), strict=True)
-    ]
+    rows = [list(cells) for cells in zip(*(column.cells for column in table.columns), strict=True)]
     if table.marked is not None:
-        rows[table.marked] = [
-            f"**{cell}**" if cell else "" for cell in rows[table.marked]
-        ]
+        rows[table.marked] = [f"**{cell}**" if cell else "" for cell in rows[table.marked]]
     headers = [column.header for column in table.columns]
     lines = [f"| {' | '.join(cells)} |" for cells in (headers, rules, *rows)]
-    return "\n\n".join(
-        text for text in (table.title, "\n".join(lines), table.foot) if text
-    )
+    return "\n\n".join(text for text in (table.title, "\n".join(lines), table.foot) if text)
 
 
 def _write(path: Path, text: str) -> None:
-    _file.write(path, text.encode())
+    files.write(path, text.encode())
 
 
 def _glyphs_for(encoding: str | None) -> Glyphs:
@@ -200,11 +192,7 @@ class _Shown:
 
 
 def _verdict(trial: Trial, budget: int) -> str:
-    took = (
-        f"peak {format_bytes(trial.peak)} of {format_bytes(budget)}"
-        if trial.peak
-        else ""
-    )
+    took = f"peak {format_bytes(trial.peak)} of {format_bytes(budget)}" if trial.peak else ""
     match trial.outcome:
         case Outcome.FIT:
             speed = trial.samples_per_second

@@ -59,9 +59,7 @@ for report in (
     autobatch.find(step, memory_limit=2**30, steps_per_trial=5, time_limit=None),
     autobatch.find(train, search=Bisection(), restore=[model, optimizer]),
     autobatch.find(train, search=GuidedBisection(resolution=0.05), device="cuda:1"),
-    autobatch.find(
-        train, plan=BatchPlan(32, 8, 1), device=SimulatedAccelerator("2GiB")
-    ),
+    autobatch.find(train, plan=BatchPlan(32, 8, 1), device=SimulatedAccelerator("2GiB")),
     autobatch.find(paper.workload, plan="autobatch.json", device=paper),
     autobatch.find(train, plan=Path("autobatch.json")),
     autobatch.find(step, latency_limit=1 / 30, percentile=99.9),

@@ -1,4 +1,4 @@
-"""A plan put into a Trainer: its loaders, its accumulation, the attributes that name its batch size."""
+"""Apply a plan to a Trainer."""
 
 from __future__ import annotations
 
@@ -8,26 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader
 
-from autobatch._snapshot import Snapshot
+from autobatch._trials.snapshot import Snapshot
 from autobatch.errors import AutobatchError
-from autobatch.lightning._loader import capture_order
-from autobatch.lightning._loaders import Loaders, Rebatched
+from autobatch.lightning._dataloaders import Loaders, Rebatched, capture_order
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from autobatch._plan import BatchPlan
-    from autobatch.lightning._loader import SetBatchSize
-
-__all__ = [
-    "BeforeOptimizers",
-    "apply",
-    "apply_between_epochs",
-    "check_name",
-    "checked_name",
-    "is_named",
-    "name_batch_size",
-]
+    from autobatch.lightning._dataloaders import SetBatchSize
 
 
 def apply(
@@ -50,9 +39,7 @@ def apply(
         rebatched = Rebatched(trainer.fit_loop._data_source, batch_sizes, setter)
         undo.callback(rebatched.undo)
         _check_sizes(rebatched, trainer, module)
-        undo.callback(
-            setattr, trainer, "accumulate_grad_batches", trainer.accumulate_grad_batches
-        )
+        undo.callback(setattr, trainer, "accumulate_grad_batches", trainer.accumulate_grad_batches)
         if module.automatic_optimization:  # by hand, the module accumulates
             trainer.accumulate_grad_batches = plan.accumulate_grad_batches
         before.restore()
@@ -106,9 +93,7 @@ def _check_sizes(rebatched: Rebatched, trainer: Any, module: Any) -> None:
         # A hook is asked for the loader here and again by training: it must not see that it was
         snapshot.capture_light(module, trainer.datamodule)
         source = trainer.fit_loop._data_source
-        loaders = Loaders(
-            trainer, source, mode="max_size_cycle", setter=rebatched.setter
-        )
+        loaders = Loaders(trainer, source, mode="max_size_cycle", setter=rebatched.setter)
         loaders.capture_order(snapshot)
         rebatched.check(loaders)
 

@@ -1,4 +1,4 @@
-"""What AutoBatch can not tune is refused here, before anything is touched."""
+"""Refuse runs that cannot be tuned, before anything is touched."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING, Any, Final
 from torch.utils.data import DataLoader
 
 from autobatch.errors import AutobatchError
-from autobatch.lightning._package import package_of
+from autobatch.lightning._compat import package_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from autobatch._settings import Settings
-    from autobatch.lightning._known import Checkpoint
-
-__all__ = ["check", "check_answers", "check_launcher", "check_lightning"]
+    from autobatch.lightning._resume import Checkpoint
 
 _TESTED: Final = "2.6.0 to 2.6.6"
 # What AutoBatch uses of a Trainer that Lightning does not promise to keep
@@ -118,9 +116,7 @@ def check(trainer: Any, module: Any, checkpoint: Checkpoint | None) -> None:
         )
 
 
-def _problems(
-    trainer: Any, module: Any, checkpoint: Checkpoint | None
-) -> Iterator[str]:
+def _problems(trainer: Any, module: Any, checkpoint: Checkpoint | None) -> Iterator[str]:
     package = package_of(trainer)
     strategies = importlib.import_module(f"{package}.strategies")
     callbacks = importlib.import_module(f"{package}.callbacks")
@@ -137,8 +133,7 @@ def _problems(
     if getattr(strategy, "_model_averaging_period", None) is not None:
         yield "its strategy averages models in optimizer steps (model_averaging_period)"
     if any(
-        type(optimizer).__name__ == "ZeroRedundancyOptimizer"
-        for optimizer in trainer.optimizers
+        type(optimizer).__name__ == "ZeroRedundancyOptimizer" for optimizer in trainer.optimizers
     ):
         yield "a ZeroRedundancyOptimizer makes ranks wait for each other in every step"
     if module.automatic_optimization and len(trainer.optimizers) != 1:
@@ -151,10 +146,7 @@ def _problems(
             "a GradientAccumulationScheduler sets the accumulation (without it, target_batch_size names the batch "
             "that the plan accumulates to)"
         )
-    if any(
-        isinstance(callback, callbacks.BatchSizeFinder)
-        for callback in trainer.callbacks
-    ):
+    if any(isinstance(callback, callbacks.BatchSizeFinder) for callback in trainer.callbacks):
         yield "a BatchSizeFinder looks for the batch size as well"
     validation = trainer.fit_loop.epoch_loop.val_loop._data_source.instance
     if isinstance(validation, DataLoader) and validation is (

@@ -1,4 +1,4 @@
-"""The report in the loggers of a Trainer."""
+"""The report in TensorBoard, CSV, W&B and MLflow."""
 
 from __future__ import annotations
 
@@ -10,19 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from autobatch import sinks
-from autobatch._numbers import plain
-from autobatch._snapshot import Snapshot
-from autobatch.lightning._package import package_of
+from autobatch._report.units import plain
+from autobatch._trials.snapshot import Snapshot
+from autobatch.lightning._compat import package_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from autobatch._report import TuningReport
 
-    # What logs one part of a report: given the report, the logger and its Trainer
     Part: TypeAlias = Callable[[TuningReport, Any, Any], None]
-
-__all__ = ["log_report", "refresh_report"]
 
 _log = logging.getLogger("autobatch")
 
@@ -41,9 +38,7 @@ def refresh_report(report: TuningReport, trainer: Any) -> None:
     _log_parts(report, trainer, _ONCE, logging.DEBUG)
 
 
-def _log_parts(
-    report: TuningReport, trainer: Any, left_out: frozenset[Part], level: int
-) -> None:
+def _log_parts(report: TuningReport, trainer: Any, left_out: frozenset[Part], level: int) -> None:
     if not trainer.is_global_zero:
         return
     with Snapshot():
@@ -63,9 +58,7 @@ def _log_parts(
                 )
 
 
-def _try(
-    part: Part, report: TuningReport, logger: Any, trainer: Any
-) -> Exception | None:
+def _try(part: Part, report: TuningReport, logger: Any, trainer: Any) -> Exception | None:
     """Log one part; what went wrong, if anything."""
     try:
         part(report, logger, trainer)
@@ -78,11 +71,7 @@ def _parts(logger: Any, trainer: Any) -> tuple[Part, ...]:
     """What a logger of this kind gets; the classes are those of the Lightning package in use."""
     kinds = importlib.import_module(f"{package_of(trainer)}.loggers")
     return next(
-        (
-            parts
-            for kind, parts in _OF_KIND.items()
-            if isinstance(logger, getattr(kinds, kind))
-        ),
+        (parts for kind, parts in _OF_KIND.items() if isinstance(logger, getattr(kinds, kind))),
         _OF_OTHERS,
     )
 
@@ -166,9 +155,7 @@ def _text(report: TuningReport, logger: Any, trainer: Any) -> None:
 def _curve(report: TuningReport, logger: Any, _: Any) -> None:
     """Speed and memory over the micro-batch, which stands where a step of training would."""
     for row in report.sizes:
-        values: dict[str, float] = {
-            "autobatch/samples_per_second": row.samples_per_second
-        }
+        values: dict[str, float] = {"autobatch/samples_per_second": row.samples_per_second}
         if row.peak is not None:
             values["autobatch/peak_bytes"] = row.peak
         logger.log_metrics(values, step=row.batch_size)
@@ -186,9 +173,7 @@ def _table(report: TuningReport, logger: Any, _: Any) -> None:
 
 
 def _summary(report: TuningReport, logger: Any, _: Any) -> None:
-    chosen = [
-        row for row in report.sizes if row.batch_size == report.plan.micro_batch_size
-    ]
+    chosen = [row for row in report.sizes if row.batch_size == report.plan.micro_batch_size]
     values = {
         "largest_fit": report.largest_fit,
         "search_seconds": report.search_seconds,
@@ -196,11 +181,7 @@ def _summary(report: TuningReport, logger: Any, _: Any) -> None:
         "peak_bytes": chosen[0].peak if chosen else None,
     }
     logger.experiment.summary.update(
-        {
-            f"autobatch/{name}": value
-            for name, value in values.items()
-            if value is not None
-        }
+        {f"autobatch/{name}": value for name, value in values.items() if value is not None}
     )
 
 

@@ -1,0 +1,58 @@
+"""Choose the memory probe for a device."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from autobatch._memory import PROBE_REMEDY
+from autobatch._memory.cuda import CudaProbe
+from autobatch._memory.host import (
+    HostProbe,
+)
+from autobatch.errors import ProbeError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
+    from autobatch._memory import MemoryProbe
+
+
+def detect(device: str | torch.device | MemoryProbe | None, default: torch.device) -> MemoryProbe:
+    """The probe for a device: named, found, or brought along."""
+    import torch
+
+    seen = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    if device is None:
+        device = default
+    elif isinstance(device, str):
+        try:
+            device = torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(
+                f"device={device!r} is not the name of a device; this process sees {', '.join(seen)}."
+            ) from error
+    elif not isinstance(device, torch.device):
+        if isinstance(device, type) or not hasattr(device, "limited"):
+            raise ValueError(
+                f"device={device!r} is neither a MemoryProbe nor the name of a device; "
+                f"this process sees {', '.join(seen)}."
+            )
+        return device
+    if device.type not in _PROBES:
+        raise ProbeError(
+            f"autobatch can not read the memory of device={str(device)!r}, only of {' and '.join(_PROBES)}. {PROBE_REMEDY}"
+        )
+    if not {device.type, f"{device.type}:{device.index or 0}"}.intersection(seen):
+        raise ValueError(
+            f"device={str(device)!r} does not exist; this process sees {', '.join(seen)}."
+        )
+    return _PROBES[device.type](device.index)
+
+
+# A new back end is a class and an entry here
+_PROBES: dict[str, Callable[[int | None], MemoryProbe]] = {
+    "cpu": lambda _index: HostProbe(),
+    "cuda": CudaProbe,
+}
