@@ -98,7 +98,7 @@ def test_an_environment_that_lacks_something_is_told_before_anything_runs(tmp_pa
     )
 
     assert ran.returncode == 2
-    assert f"{python} lacks what is named above: install autobatch" in ran.stderr
+    assert f"{python} lacks the module named above: install autobatch" in ran.stderr
     assert not ran.stdout
 
 
