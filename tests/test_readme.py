@@ -261,7 +261,8 @@ def test_links_lead_to_existing_files_and_headings(page):
 @pytest.mark.parametrize("page", PAGES)
 def test_named_files_exist(page):
     named = re.findall(r"`((?:\w+/)*_?[a-z_]+\.py|(?:tests|\.ci|benchmarks)/[\w./]+)`", PAGES[page])
-    optional = {"tests/recordings"}  # made by the first recording
+    # Made by the first recording; on the path of a run, which has its own test
+    optional = {"tests/recordings", "_trials/measure.py"}
 
     missing = {
         name for name in named if not any((place / name).exists() for place in (PACKAGE, ROOT))
