@@ -227,8 +227,6 @@ def test_architecture_page_names_every_folder_and_top_module():
     assert sorted(named) == sorted({*LAYER, "__init__"} - {"_demo"})
 
 
-# Removed once the path is as short as the page shows: strict, so it announces itself
-@pytest.mark.xfail(reason="the path of a run is still being straightened", strict=True)
 def test_architecture_page_names_existing_functions_on_the_path():
     rows = re.findall(r"(?m)^\| `([\w.]+)` \| `([\w./]+)` \|", PAGES["docs/architecture.md"])
     frames = [(name, file) for name, file in rows if "." not in file.removesuffix(".py")]
@@ -261,8 +259,7 @@ def test_links_lead_to_existing_files_and_headings(page):
 @pytest.mark.parametrize("page", PAGES)
 def test_named_files_exist(page):
     named = re.findall(r"`((?:\w+/)*_?[a-z_]+\.py|(?:tests|\.ci|benchmarks)/[\w./]+)`", PAGES[page])
-    # Made by the first recording; on the path of a run, which has its own test
-    optional = {"tests/recordings", "_trials/measure.py"}
+    optional = {"tests/recordings"}  # made by the first recording
 
     missing = {
         name for name in named if not any((place / name).exists() for place in (PACKAGE, ROOT))
