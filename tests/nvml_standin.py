@@ -338,3 +338,19 @@ class Library:
             code, ctypes.create_string_buffer(f"error {code} of the driver".encode())
         )
         return ctypes.addressof(words)
+
+
+def three_cards() -> tuple[Card, ...]:
+    """Cards that differ in the memory used by other processes: 1, 2 and 3 GiB."""
+    return tuple(
+        Card(uuid, others=i * GIB)
+        for i, uuid in enumerate(("aaaa-1111", "bbbb-2222", "bbcc-3333"), start=1)
+    )
+
+
+@contextlib.contextmanager
+def tensor_on(device: str, nbytes: int) -> Iterator[None]:
+    """Hold a real tensor of that many bytes."""
+    tensor = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    yield
+    del tensor

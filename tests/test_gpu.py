@@ -44,7 +44,7 @@ def told_of(report):
 # The probe
 
 
-def test_another_process_is_counted_with_its_context_and_lessens_the_budget(place):
+def test_another_process_lowers_the_budget_by_its_memory_and_context(place):
     before = place.probe.read()
 
     with place.neighbour(place.bytes(2)) as context:
@@ -57,7 +57,7 @@ def test_another_process_is_counted_with_its_context_and_lessens_the_budget(plac
     assert lost == during.foreign - before.foreign
 
 
-def test_what_another_process_takes_is_kept_out_of_the_search(place):
+def test_memory_taken_by_another_process_is_kept_out_of_the_search(place):
     model = place.network()
     train = training(place, model, torch.optim.AdamW(model.parameters()))
     options = {"device": place.probe, "max_micro_batch_size": SMALL}
@@ -84,7 +84,7 @@ def test_the_cap_holds_while_the_device_has_room(place):
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5])
-def test_the_users_own_cap_holds_in_a_search_and_is_back_after_it(place, share):
+def test_a_users_cap_holds_in_a_search_and_is_restored(place, share):
     torch.cuda.set_per_process_memory_fraction(share, 0)
     model = place.network()
     caps = []
@@ -146,7 +146,7 @@ def all_but(place, nbytes):
 
 
 @pytest.mark.parametrize("where", ["forward", "backward", "optimizer"])
-def test_after_a_real_out_of_memory_all_is_given_back_and_the_next_trial_runs(place, where):
+def test_everything_is_restored_after_a_real_out_of_memory(place, where):
     model = place.network()
     optimizer = torch.optim.AdamW(model.parameters())
     weights = {name: value.clone() for name, value in model.state_dict().items()}
@@ -194,7 +194,7 @@ def test_after_a_real_out_of_memory_all_is_given_back_and_the_next_trial_runs(pl
     assert all(torch.equal(weights[n], value) for n, value in model.state_dict().items())
 
 
-def test_a_search_that_runs_into_the_limit_leaves_nothing_on_the_device(place):
+def test_a_search_that_reaches_the_limit_leaves_the_device_empty(place):
     model = place.network()
     train = training(place, model, torch.optim.AdamW(model.parameters()))
     next(train(SMALL, 1))  # what the libraries keep for good
@@ -214,7 +214,7 @@ def test_a_search_that_runs_into_the_limit_leaves_nothing_on_the_device(place):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_error_that_ends_the_context_stays_the_users(kind):
+def test_an_error_that_ends_the_context_reaches_the_user(kind):
     ran = alone("assertion", kind)
 
     assert ran.returncode != 0
@@ -238,7 +238,7 @@ def largest_by_scan(place, train, budget):
 
 
 @pytest.mark.parametrize("gib", [2, 8, 24])
-def test_the_size_found_is_the_largest_that_a_scan_finds_but_for_3_percent(place, gib):
+def test_the_size_found_is_within_3_percent_of_a_scan(place, gib):
     if place.is_real:
         free = torch.cuda.mem_get_info(0)[0]
         if free < place.bytes(gib):
@@ -258,7 +258,7 @@ def test_the_size_found_is_the_largest_that_a_scan_finds_but_for_3_percent(place
     assert report.plan.micro_batch_size >= 0.97 * truth
 
 
-def test_a_search_is_recorded_and_played_back_without_the_device(place, tmp_path):
+def test_a_recorded_search_is_replayed_without_the_device(place, tmp_path):
     model = place.network()
     train = training(place, model, torch.optim.AdamW(model.parameters()))
     recorder = Recorder(place.probe, allocator=lambda: {"kept": place.held()})
@@ -349,7 +349,7 @@ def convolutions(place, model, optimizer):
         (convolutions, 1),
     ],
 )
-def test_training_with_what_was_found_never_runs_out_of_memory(place, monkeypatch, how, accumulate):
+def test_training_with_the_plan_never_runs_out_of_memory(place, monkeypatch, how, accumulate):
     if not place.is_real and how in (in_fp16, compiled, convolutions):
         pytest.skip("on paper only what the CPU does as a GPU would")
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", how is convolutions)
@@ -373,7 +373,7 @@ def test_training_with_what_was_found_never_runs_out_of_memory(place, monkeypatc
     assert ooms == 0
 
 
-def test_a_cache_full_of_holes_is_counted_and_trains_as_found(place):
+def test_a_fragmented_cache_is_counted_and_trains(place):
     mib = place.bytes(1 / 1024)
     # Of these allocations several share a segment, which can not be given back while one of them lives
     blocks = [place.tensor((3 + k % 7) * mib) for k in range(256)]
@@ -397,7 +397,7 @@ def test_a_cache_full_of_holes_is_counted_and_trains_as_found(place):
 # No trace
 
 
-def test_weights_state_and_random_numbers_are_given_back(place):
+def test_weights_state_and_random_numbers_are_restored(place):
     model = place.network()
     optimizer = torch.optim.AdamW(model.parameters())
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -455,7 +455,7 @@ ALLOCATORS = {
         ),
     ],
 )
-def test_every_allocator_of_torch_can_be_searched_and_trained_on(kind, settings):
+def test_every_allocator_of_torch_works(kind, settings):
     # The first name is the newer one; each version of torch reads one of them
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
     asked = dict.fromkeys(names, settings) if settings else {}
@@ -478,7 +478,7 @@ def test_every_allocator_of_torch_can_be_searched_and_trained_on(kind, settings)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_after_tuning_is_the_same_to_the_bit(kind):
+def test_training_after_tuning_is_bit_identical(kind):
     needs_lightning()
 
     # Without this cuBLAS is not deterministic, and torch refuses it
@@ -514,7 +514,7 @@ def needs_lightning():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_each_of_several_devices_is_read_as_itself():
+def test_each_of_several_devices_is_read():
     probes = [CudaProbe(0), CudaProbe(1)]
     before = [probe.read() for probe in probes]
     tensor = torch.empty(2**30, dtype=torch.uint8, device="cuda:1")
@@ -532,7 +532,7 @@ def test_each_of_several_devices_is_read_as_itself():
     not os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("MIG-"),
     reason="needs CUDA_VISIBLE_DEVICES to name a MIG instance",
 )
-def test_a_real_mig_instance_is_read_as_itself():
+def test_a_real_mig_instance_is_read():
     probe = CudaProbe(0)
 
     assert probe.source == "NVML"

@@ -47,7 +47,7 @@ def trainer(place, *callbacks, **options):
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_trial_peaks_where_the_same_steps_of_a_fit_do(place, accumulate, precision):
+def test_a_trial_has_the_peak_of_the_same_steps_in_fit(place, accumulate, precision):
     size = place.bytes(1) // (4 * place.width)  # several GiB, of which a segment is little
     plan = autobatch.BatchPlan(size, accumulate)
     tuner = autobatch.AutoBatch(plan=plan, device=place.probe)
@@ -70,7 +70,7 @@ def test_a_trial_peaks_where_the_same_steps_of_a_fit_do(place, accumulate, preci
     assert tried == pytest.approx(peak, rel=0.01 if place.is_real else 0.03)
 
 
-def test_a_trainer_trains_with_what_was_found(place):
+def test_a_trainer_trains_with_the_plan(place):
     module = Module(place)
     largest = 64 * (place.width // 64)
     callback = autobatch.AutoBatch(

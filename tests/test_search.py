@@ -89,14 +89,14 @@ def line(largest, fixed=0.0):
 
 
 @each_search
-def test_the_first_size_is_the_start_or_the_cap_below_it(search):
+def test_the_first_size_is_the_start_or_a_lower_cap(search):
     assert search.propose([], start=32, high=100, budget=BUDGET) == 32
     assert search.propose([], start=32, high=10, budget=BUDGET) == 10
 
 
 @each_search
 @pytest.mark.parametrize("start", [1, 2, 7, 64, 1000])
-def test_where_nothing_fits_it_goes_down_to_one_and_ends(search, start):
+def test_a_search_without_a_fit_descends_to_one(search, start):
     trials = run(search, lambda size: BUDGET + size, start=start)
 
     assert sizes(trials)[-1] == 1
@@ -105,13 +105,13 @@ def test_where_nothing_fits_it_goes_down_to_one_and_ends(search, start):
 
 @each_search
 @pytest.mark.parametrize("read", ["fit", "all", "none"])
-def test_where_only_one_fits_it_finds_one(search, read):
+def test_size_one_is_found_if_nothing_else_fits(search, read):
     assert found(run(search, line(1), start=64, read=read)) == 1
 
 
 @each_search
 @pytest.mark.parametrize("high", [1, 2, 8, 9, 1000])
-def test_the_cap_is_run_before_it_is_the_answer(search, high):
+def test_the_cap_is_tried_before_it_is_the_answer(search, high):
     trials = run(search, lambda size: RESIDENT + size, high=high)
 
     assert found(trials) == high
@@ -132,7 +132,7 @@ def test_a_failure_below_a_fit_is_ignored(search):
 
 
 @each_search
-def test_it_never_goes_at_or_below_a_size_the_workload_refused(search):
+def test_sizes_at_or_below_a_refused_one_are_never_tried(search):
     history = [
         Trial(64, Outcome.OVER_BUDGET, peak=BUDGET * 40, resident=RESIDENT),
         Trial(2, Outcome.REFUSED),
@@ -146,7 +146,7 @@ def test_it_never_goes_at_or_below_a_size_the_workload_refused(search):
 
 
 @each_search
-def test_it_does_not_look_down_to_a_size_the_workload_refused(search):
+def test_exploration_does_not_go_down_to_a_refused_size(search):
     history = [
         Trial(3, Outcome.FIT, peak=BUDGET - ROOM // 10, resident=RESIDENT, profile=(1, 2)),
         Trial(1, Outcome.REFUSED),
@@ -158,7 +158,7 @@ def test_it_does_not_look_down_to_a_size_the_workload_refused(search):
 @each_search
 @modest
 @given(data=st.data())
-def test_whatever_happens_it_ends_and_repeats_nothing(search, data):
+def test_every_search_ends_and_repeats_no_size(search, data):
     draw = lambda *values: data.draw(st.sampled_from(values))  # noqa: E731
     high = data.draw(st.integers(1, 5000))
     budget, trials = BUDGET, []
@@ -186,7 +186,7 @@ def judged(trial, budget):
 
 @each_search
 @pytest.mark.parametrize("largest", [30, 200, 5000])
-def test_a_budget_that_shrinks_is_searched_on_from_what_is_known(search, largest):
+def test_a_search_continues_after_the_budget_shrinks(search, largest):
     peak = line(largest)
     trials = run(search, peak)
     less = BUDGET - ROOM // 3
@@ -205,13 +205,13 @@ def test_a_budget_that_shrinks_is_searched_on_from_what_is_known(search, largest
 
 @pytest.mark.parametrize("kind", [Bisection, GuidedBisection])
 @pytest.mark.parametrize("resolution", [0, 1, -0.1, 5, math.nan])
-def test_a_resolution_that_is_no_share_is_refused(kind, resolution):
+def test_a_bad_resolution_is_refused(kind, resolution):
     with pytest.raises(ValueError, match=r"^resolution must lie between 0 and 1, got .*\.$"):
         kind(resolution=resolution)
 
 
 @pytest.mark.parametrize("growth", [1, 0, -8])
-def test_a_growth_that_does_not_grow_is_refused(growth):
+def test_a_bad_growth_is_refused(growth):
     with pytest.raises(ValueError, match=rf"^growth must be at least 2, got {growth}\.$"):
         GuidedBisection(growth=growth)
 
@@ -258,7 +258,9 @@ def test_bisection_finds_the_largest_fit_to_its_resolution(search, peak, start, 
 @pytest.mark.parametrize("read", ["fit", "all"])
 @settings(modest, max_examples=300)
 @given(peak=monotone(), start=starts, high=highs, lie=st.booleans())
-def test_guided_finds_the_largest_fit_or_fills_the_budget(search, read, peak, start, high, lie):
+def test_guided_bisection_finds_the_largest_fit_or_fills_the_budget(
+    search, read, peak, start, high, lie
+):
     def profile(size):  # one straight line to the peak at 16: true at best near there
         return (RESIDENT, RESIDENT + (peak(16) - RESIDENT) * size // 16)
 
@@ -288,7 +290,7 @@ def smooth(peak, trials):
 
 @modest
 @given(peak=monotone(), start=starts, high=highs)
-def test_without_readings_guided_is_bisection(peak, start, high):
+def test_guided_bisection_without_readings_is_bisection(peak, start, high):
     where = {"start": start, "high": high, "read": "none"}
 
     assert run(GuidedBisection(), peak, **where) == run(Bisection(), peak, **where)
@@ -305,9 +307,7 @@ def test_without_readings_guided_is_bisection(peak, start, high):
     fixed=st.floats(0, 0.9),
     start=st.integers(1, 64),
 )
-def test_on_a_straight_line_nothing_fails_unless_the_first_did(
-    search, largest, spare, fixed, start
-):
+def test_on_a_straight_line_only_the_first_trial_may_fail(search, largest, spare, fixed, start):
     each = ROOM * (1 - fixed) / (largest + spare)
     peak = lambda size: RESIDENT + math.floor(ROOM * fixed + each * size)  # noqa: E731
 
@@ -344,7 +344,7 @@ models = st.builds(
 @pytest.mark.parametrize("search", [s for s in SEARCHES if isinstance(s, GuidedBisection)])
 @settings(modest, max_examples=300)
 @given(model=models, start=st.integers(1, 64), high=st.integers(1, 20_000))
-def test_with_true_profiles_nothing_fails_unless_the_first_did(search, model, start, high):
+def test_with_true_profiles_only_the_first_trial_may_fail(search, model, start, high):
     trials = run(search, model.peak, profile=model.profile, start=start, high=high)
 
     assert close(found(trials), truth(model.peak, high), search.resolution)
@@ -363,7 +363,7 @@ class Model(Allocations):
 
 
 @pytest.mark.parametrize("largest", [30, 100, 1000, 10_000])
-def test_profiles_take_three_trials_or_four_when_the_jump_is_long(largest):
+def test_profiles_take_three_trials_or_four_over_a_long_way(largest):
     model = Model(largest)
 
     trials = run(GuidedBisection(), model.peak, profile=model.profile)
@@ -373,7 +373,7 @@ def test_profiles_take_three_trials_or_four_when_the_jump_is_long(largest):
     assert len(trials) == (3 if largest <= 16 * 8 else 4)
 
 
-def test_profiles_start_at_two_when_the_start_is_one():
+def test_profiles_of_size_one_are_not_used():
     model = Model(500)
 
     trials = run(GuidedBisection(), model.peak, profile=model.profile, start=1)
@@ -382,7 +382,7 @@ def test_profiles_start_at_two_when_the_start_is_one():
     assert found(trials) == 500
 
 
-def test_a_start_near_the_limit_looks_down_for_its_second_profile():
+def test_a_start_near_the_limit_takes_a_smaller_second_profile():
     model = Model(40)
 
     trials = run(GuidedBisection(), model.peak, profile=model.profile, start=32)
@@ -390,7 +390,7 @@ def test_a_start_near_the_limit_looks_down_for_its_second_profile():
     assert sizes(trials) == [32, 16, 40]
 
 
-def test_a_peak_that_is_the_budget_to_the_byte_fits():
+def test_a_peak_equal_to_the_budget_fits():
     model = Allocations(((0, ROOM // 100), (0, ROOM // 200)))
     budget = RESIDENT + ROOM // 100 * 64
 
@@ -399,7 +399,7 @@ def test_a_peak_that_is_the_budget_to_the_byte_fits():
     assert sizes(trials) == [8, 16, 64]
 
 
-def test_profiles_that_miss_a_peak_are_no_longer_believed():
+def test_profiles_that_contradict_a_peak_are_not_used():
     truthful, lying = Model(300), Model(3000)
 
     trials = run(GuidedBisection(), truthful.peak, profile=lying.profile)
@@ -411,7 +411,7 @@ def test_profiles_that_miss_a_peak_are_no_longer_believed():
     assert failures(trials) == 0
 
 
-def test_a_limit_that_recedes_as_it_is_come_near_is_no_longer_followed():
+def test_a_profile_limit_that_recedes_is_not_followed():
     """More allocations from some size on, so that those which are compared are not the same."""
 
     def profile(size):
@@ -427,7 +427,7 @@ def test_a_limit_that_recedes_as_it_is_come_near_is_no_longer_followed():
     assert len(trials) < 10
 
 
-def test_a_peak_over_the_budget_says_how_far_to_go_down():
+def test_a_peak_over_the_budget_shortens_the_descent():
     blind = run(GuidedBisection(), line(30), start=8000)
     told = run(GuidedBisection(), line(30), start=8000, read="all")
 
@@ -617,7 +617,7 @@ LIMITS = {
 
 
 @pytest.mark.parametrize("family", LIMITS, ids=lambda family: family.__name__)
-def test_a_search_costs_no_more_than(family):
+def test_a_search_costs_at_most(family):
     measured, limit = cost(family()), LIMITS[family]
 
     assert measured.middle <= limit.middle
@@ -640,7 +640,7 @@ def test_a_search_costs_no_more_than(family):
         profiled_pairs,
     ],
 )
-def test_on_curves_that_never_fall_99_percent_are_found(family):
+def test_99_percent_are_found_on_monotone_curves(family):
     for curve, start in product(family(), (8, 32)):
         trials = run(
             GuidedBisection(),
