@@ -1,4 +1,4 @@
-"""The stand-in for torch's allocator, held against what that one is documented and read to do."""
+"""The model of torch's allocator, against the documented and observed behaviour of the original."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def allocator(room=1000 * MIB):
 
 
 @pytest.mark.parametrize(
-    ("asked", "segment"),
+    ("nbytes", "segment"),
     [
         (1, 2 * MIB),
         (MIB, 2 * MIB),
@@ -25,10 +25,10 @@ def allocator(room=1000 * MIB):
         (21 * MIB + 1, 22 * MIB),
     ],
 )
-def test_memory_is_reserved_in_segments(asked, segment):
+def test_memory_is_reserved_in_segments(nbytes, segment):
     it = allocator()
 
-    it.allocate(asked)
+    it.allocate(nbytes)
 
     assert it.reserved == it.peak == segment
 

@@ -224,7 +224,7 @@ def test_nvml_is_opened_once_per_probe(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("function", "code", "said"),
+    ("function", "code", "message"),
     [
         (
             "nvmlInitWithFlags",
@@ -246,12 +246,12 @@ def test_nvml_is_opened_once_per_probe(monkeypatch):
         ),
     ],
 )
-def test_cuda_replaces_nvml_and_the_source_gives_the_reason(monkeypatch, function, code, said):
+def test_cuda_replaces_nvml_and_the_source_gives_the_reason(monkeypatch, function, code, message):
     gpu = FakeGpu((Card("aaaa", others=6 * GIB),), refusals={function: code}).install(monkeypatch)
 
     probe = CudaProbe(0)
 
-    assert probe.source == f"torch.cuda.mem_get_info, because NVML failed: {said}"
+    assert probe.source == f"torch.cuda.mem_get_info, because NVML failed: {message}"
     assert probe.read().total == gpu.cards[0].seen_by_cuda
     assert others(probe) == 6 * GIB
 
@@ -515,16 +515,16 @@ def test_an_allocator_without_statistics_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "told", [lambda index: 2.0**64 / (80 * GIB), "refuses"], ids=["async", "refuses"]
+    "share", [lambda index: 2.0**64 / (80 * GIB), "refuses"], ids=["async", "refuses"]
 )
-def test_an_allocator_without_caps_is_left_without_a_cap(monkeypatch, told):
+def test_an_allocator_without_caps_is_left_without_a_cap(monkeypatch, share):
     card = FakeGpu().install(monkeypatch).cards[0]
 
     def refuse(index):
         raise RuntimeError("not supported")
 
     name = "get_per_process_memory_fraction"
-    monkeypatch.setattr(torch.cuda, name, refuse if told == "refuses" else told)
+    monkeypatch.setattr(torch.cuda, name, refuse if share == "refuses" else share)
 
     with CudaProbe(0).limited(GIB):
         assert card.share < 1.0

@@ -1,4 +1,4 @@
-"""The host's memory: what is left of it, the copy that tuning keeps there, and what loaders make ahead."""
+"""Host memory: available memory, the copy of a snapshot, and prefetched batches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sameness import same
 GIB, MIB, KIB = 2**30, 2**20, 2**10
 
 
-# What is left
+# Available memory
 
 
 def test_available_memory_is_read_from_the_kernel(tmp_path):
@@ -45,12 +45,12 @@ def test_memory_is_unknown_without_kernel_files(tmp_path):
 
 def test_shared_memory_is_the_size_of_its_file_system(tmp_path):
     (tmp_path / "dev/shm").mkdir(parents=True)
-    said = os.statvfs(tmp_path)
+    status = os.statvfs(tmp_path)
 
-    assert HostMemory.read(tmp_path).shared == said.f_frsize * said.f_blocks
+    assert HostMemory.read(tmp_path).shared == status.f_frsize * status.f_blocks
 
 
-# What a snapshot takes
+# Size of a snapshot
 
 
 def test_the_estimate_counts_parameters_buffers_gradients_and_state_once():
@@ -84,7 +84,7 @@ loaders = pytest.importorskip("autobatch.lightning._trainer_notes")
 
 @pytest.fixture
 def host(monkeypatch):
-    """Sets what the host has."""
+    """Set the memory of the host."""
 
     def has(*, available=10**12, shared=10**12):
         memory = HostMemory(available, shared)
@@ -184,8 +184,8 @@ def test_a_loader_without_workers_prefetches_nothing(host):
     assert loaders.ahead(loader, 512, GIB, 1) is None
 
 
-@pytest.mark.parametrize(("shared", "told"), [(8 * KIB, True), (9 * KIB, False)])
-def test_the_report_notes_prefetched_batches_of_the_loader(host, shared, told):
+@pytest.mark.parametrize(("shared", "noted"), [(8 * KIB, True), (9 * KIB, False)])
+def test_the_report_notes_prefetched_batches_of_the_loader(host, shared, noted):
     host(shared=shared)
     callback = lightning.tuner(plan=autobatch.BatchPlan(60, 2))
     loader = torch.utils.data.DataLoader(lightning.data(), batch_size=4, num_workers=1)
@@ -194,4 +194,4 @@ def test_the_report_notes_prefetched_batches_of_the_loader(host, shared, told):
 
     # A sample has 16 numbers of 4 bytes, and a label of 8
     note = "num_workers=1 × prefetch_factor=2 × batches of 60 (4.2 KiB each) would need 8.4 KiB of shared"
-    assert any(note in each for each in callback.report.notes) is told
+    assert any(note in each for each in callback.report.notes) is noted

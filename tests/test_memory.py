@@ -196,7 +196,7 @@ def test_the_budget_leaves_room_for_other_processes(total, used, reserved, limit
 
 
 def raised(error, *, inside=None, cause=None):
-    """An exception as Python leaves it when it was raised, while another was handled or because of it."""
+    """Return an exception raised while another was handled, or because of it."""
     try:
         if inside is not None:
             try:
@@ -225,11 +225,11 @@ SHAPES = "mat1 and mat2 shapes cannot be multiplied (8x5 and 6x7)"
 
 
 class NcclError(RuntimeError):
-    """Like torch.distributed.DistBackendError, which CPU builds may lack."""
+    """Stand-in for torch.distributed.DistBackendError, which CPU builds may lack."""
 
 
 class OutOfResources(Exception):  # noqa: N818 -- Triton's name
-    """Like triton.runtime.errors.OutOfResources."""
+    """Stand-in for triton.runtime.errors.OutOfResources."""
 
 
 def oom() -> torch.OutOfMemoryError:

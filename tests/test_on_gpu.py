@@ -1,4 +1,4 @@
-"""What benchmarks/on_gpu.sh does on a GPU, run in little on a simulated one."""
+"""benchmarks/on_gpu.sh, in short on a simulated GPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def on_gpu(tmp_path_factory):
-    """The folder that everything for a GPU was written to, run in little on a simulated one."""
+    """Run the script in short on a simulated GPU, and return the folder of its results."""
     if not any(map(importlib.util.find_spec, ("pytorch_lightning", "lightning"))):
         pytest.skip("needs Lightning")
     folder = tmp_path_factory.mktemp("on_gpu")
@@ -64,11 +64,11 @@ def test_bad_arguments_are_refused_before_anything_runs(tmp_path, given):
 
 
 def test_one_part_can_be_run_alone(tmp_path):
-    asked = "--device cpu --part recordings"
+    arguments = "--device cpu --part recordings"
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
     ran = subprocess.run(
-        ["bash", BENCHMARKS / "on_gpu.sh", tmp_path, *asked.split()],
+        ["bash", BENCHMARKS / "on_gpu.sh", tmp_path, *arguments.split()],
         capture_output=True,
         text=True,
         check=False,
@@ -104,11 +104,11 @@ def test_an_incomplete_environment_is_refused_before_anything_runs(tmp_path):
 
 @pytest.mark.timeout(600)
 def test_the_gpu_benchmark_compares_ways_to_find_a_batch_size(on_gpu):
-    told = json.loads((on_gpu / "gpu.json").read_text(encoding="utf-8"))
+    results = json.loads((on_gpu / "gpu.json").read_text(encoding="utf-8"))
     text = (on_gpu / "gpu.md").read_text(encoding="utf-8")
 
-    assert told["surroundings"]["device"] == "simulated accelerator"
-    (result,) = told["results"]
+    assert results["surroundings"]["device"] == "simulated accelerator"
+    (result,) = results["results"]
     rows = {row["method"]: row for row in result["rows"]}
     own = rows["autobatch"]
     assert own["found"] >= max(row["found"] or 0 for row in rows.values()) * 0.97

@@ -1,4 +1,4 @@
-"""Searches on recorded devices: all files in tests/recordings, and simulated devices recorded here."""
+"""Searches on recordings: all files in tests/recordings, and simulated devices."""
 
 from __future__ import annotations
 

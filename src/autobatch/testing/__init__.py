@@ -26,7 +26,7 @@ __all__ = [
 
 
 class SimulatedAccelerator:
-    """Accelerator of any size on the CPU: real tensors, exact accounting, real out-of-memory errors.
+    """Accelerator of any size on the CPU: real tensors and out-of-memory errors, exact accounting.
 
     Every byte of a live tensor counts; an allocation beyond the capacity raises
     `torch.OutOfMemoryError`.

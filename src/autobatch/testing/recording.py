@@ -56,7 +56,7 @@ class Run:
 
     @property
     def ran_out(self) -> bool:
-        """Return True for a refused allocation, a retry after the first step, or an exceeded budget."""
+        """Return True after a refusal, a retry since the first step, or an exceeded budget."""
         start = self.first or self.before
         return (
             self.after.refused > self.before.refused
@@ -298,7 +298,7 @@ class ReplayedDevice:
         return runs[min(max(self._started - 1, 0), len(runs) - 1)]
 
     def _of_pattern(self, accumulate: int) -> list[Run]:
-        """Runs that accumulated gradients, or did not, alike; all runs if none of these fits."""
+        """Runs with gradient accumulation, or without; all runs if none of these fits."""
         alike = [run for run in self.recording.runs if (run.accumulate > 1) == (accumulate > 1)]
         fitting = any(run.fits for run in alike)
         return alike if fitting else list(self.recording.runs)
