@@ -173,7 +173,7 @@ def test_probe_shows_a_gpu_that_can_not_be_read_by_the_sentence_that_says_so(mon
 
     assert main(["probe"]) == 0
 
-    assert "NVML said: GPU is lost. Pass device=" in capsys.readouterr().out
+    assert "NVML failed: GPU is lost. Pass device=" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -221,7 +221,7 @@ def test_an_error_that_ends_the_context_stays_the_users(kind):
     assert "autobatch was trying batch_size=8" in ran.stderr
     if kind == "cuda":
         assert "device-side assert" in ran.stderr
-        assert "autobatch could not give everything back" in ran.stderr
+        assert "autobatch could not restore everything" in ran.stderr
     else:
         assert "IndexError" in ran.stderr
 

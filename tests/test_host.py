@@ -22,7 +22,7 @@ GIB, MIB, KIB = 2**30, 2**20, 2**10
 
 
 def test_what_is_available_is_what_the_kernel_says(tmp_path):
-    assert HostMemory.here(machine(tmp_path)).available == 600 * KIB
+    assert HostMemory.read(machine(tmp_path)).available == 600 * KIB
 
 
 @pytest.mark.parametrize(
@@ -34,20 +34,20 @@ def test_what_is_available_is_what_the_kernel_says(tmp_path):
     ids=["version 2", "version 1"],
 )
 def test_a_control_group_leaves_less(tmp_path, groups, files):
-    host = HostMemory.here(machine(tmp_path, groups=groups, files=files))
+    host = HostMemory.read(machine(tmp_path, groups=groups, files=files))
 
     assert host.available == 180 * KIB
 
 
 def test_where_nothing_says_nothing_is_known(tmp_path):
-    assert HostMemory.here(tmp_path) == HostMemory(available=None, shared=None)
+    assert HostMemory.read(tmp_path) == HostMemory(available=None, shared=None)
 
 
 def test_the_shared_memory_is_as_large_as_its_file_system(tmp_path):
     (tmp_path / "dev/shm").mkdir(parents=True)
     said = os.statvfs(tmp_path)
 
-    assert HostMemory.here(tmp_path).shared == said.f_frsize * said.f_blocks
+    assert HostMemory.read(tmp_path).shared == said.f_frsize * said.f_blocks
 
 
 # What a snapshot takes
@@ -88,7 +88,7 @@ def host(monkeypatch):
 
     def has(*, available=10**12, shared=10**12):
         memory = HostMemory(available, shared)
-        monkeypatch.setattr(HostMemory, "here", classmethod(lambda _: memory))
+        monkeypatch.setattr(HostMemory, "read", classmethod(lambda _: memory))
 
     return has
 

@@ -260,7 +260,7 @@ def test_a_card_cut_by_mig_is_not_trusted_where_no_instance_is_named(monkeypatch
 
     assert (
         probe.source
-        == "torch.cuda.mem_get_info, because MIG is on and CUDA_VISIBLE_DEVICES names no instance"
+        == "torch.cuda.mem_get_info, because MIG is on and CUDA_VISIBLE_DEVICES does not name an instance"
     )
     assert probe.read().total == gpu.devices[0].seen_by_cuda
 
@@ -431,7 +431,7 @@ def test_where_nvml_refuses_cuda_is_asked_and_the_source_says_why(
 
     probe = CudaProbe(0)
 
-    assert probe.source == f"torch.cuda.mem_get_info, because NVML said: {said}"
+    assert probe.source == f"torch.cuda.mem_get_info, because NVML failed: {said}"
     assert probe.read().total == gpu.cards[0].seen_by_cuda
     assert others(probe) == 6 * GIB
 
@@ -440,14 +440,16 @@ def test_without_the_drivers_library_cuda_is_asked(monkeypatch):
     FakeGpu(has_library=False).install(monkeypatch)
 
     assert CudaProbe(0).source == (
-        "torch.cuda.mem_get_info, because NVML said: NVML Shared Library Not Found (no libnvidia-ml.so.1 is installed)"
+        "torch.cuda.mem_get_info, because NVML failed: NVML Shared Library Not Found (no libnvidia-ml.so.1 is installed)"
     )
 
 
 def test_a_driver_that_is_too_old_to_know_a_function_is_not_asked_for_it(monkeypatch):
     FakeGpu(lacks={"nvmlDeviceGetHandleByUUID"}).install(monkeypatch)
 
-    assert CudaProbe(0).source == ("torch.cuda.mem_get_info, because NVML said: Function Not Found")
+    assert CudaProbe(0).source == (
+        "torch.cuda.mem_get_info, because NVML failed: Function Not Found"
+    )
 
 
 def test_a_device_that_shares_the_hosts_memory_has_no_more_than_the_host_has_left(
@@ -457,7 +459,7 @@ def test_a_device_that_shares_the_hosts_memory_has_no_more_than_the_host_has_lef
     refusals = {"nvmlDeviceGetMemoryInfo": pynvml.NVML_ERROR_NOT_SUPPORTED}
     FakeGpu((card,), refusals=refusals).install(monkeypatch)
     left = HostMemory(available=30 * GIB, shared=None)
-    monkeypatch.setattr(HostMemory, "here", lambda: left)
+    monkeypatch.setattr(HostMemory, "read", lambda: left)
 
     probe = CudaProbe(0)
     reading = probe.read()
@@ -472,7 +474,7 @@ def test_where_the_host_does_not_say_what_it_has_left_the_device_is_believed(
 ):
     card = Card("aaaa", total=128 * GIB, is_integrated=True)
     FakeGpu((card,)).install(monkeypatch)
-    monkeypatch.setattr(HostMemory, "here", lambda: HostMemory(None, None))
+    monkeypatch.setattr(HostMemory, "read", lambda: HostMemory(None, None))
 
     assert others(CudaProbe(0)) == 0
 
@@ -532,13 +534,13 @@ NOT_SUPPORTED = {"nvmlDeviceGetMemoryInfo": pynvml.NVML_ERROR_NOT_SUPPORTED}
             FakeGpu((Card("aaaa", is_integrated=True),), refusals=NOT_SUPPORTED),
             "because they share one memory",
         ),
-        (cut_without_an_instance(), "CUDA_VISIBLE_DEVICES names no instance"),
+        (cut_without_an_instance(), "CUDA_VISIBLE_DEVICES does not name an instance"),
     ],
     ids=["library", "mismatch", "old", "Jetson", "unified", "MIG"],
 )
 def test_a_search_without_nvml_works_and_its_report_says_why(monkeypatch, machine, word):
     gpu = machine.install(monkeypatch)
-    monkeypatch.setattr(HostMemory, "here", lambda: HostMemory(60 * GIB, None))
+    monkeypatch.setattr(HostMemory, "read", lambda: HostMemory(60 * GIB, None))
 
     def train(batch_size):
         while True:
@@ -586,7 +588,7 @@ def test_where_nvml_fails_later_cuda_is_asked_from_then_on(monkeypatch):
     gpu.refusals.clear()
 
     assert probe.read().total == gpu.cards[0].seen_by_cuda
-    assert probe.source == "torch.cuda.mem_get_info, because NVML said: GPU is lost"
+    assert probe.source == "torch.cuda.mem_get_info, because NVML failed: GPU is lost"
 
 
 def test_where_nvml_counts_another_total_it_is_not_believed(monkeypatch):
@@ -598,7 +600,7 @@ def test_where_nvml_counts_another_total_it_is_not_believed(monkeypatch):
 
     assert (
         CudaProbe(0).source
-        == "torch.cuda.mem_get_info, because NVML's total is 80 GiB where CUDA's is 40 GiB"
+        == "torch.cuda.mem_get_info, because NVML's total is 80 GiB but CUDA's is 40 GiB"
     )
 
 
@@ -606,7 +608,7 @@ def test_where_pynvml_is_missing_cuda_is_asked(monkeypatch):
     FakeGpu().install(monkeypatch)
     monkeypatch.setitem(sys.modules, "pynvml", None)
 
-    assert CudaProbe(0).source == "torch.cuda.mem_get_info, because pynvml can not be imported"
+    assert CudaProbe(0).source == "torch.cuda.mem_get_info, because pynvml cannot be imported"
 
 
 def test_a_module_that_only_has_pynvmls_name_is_not_used(monkeypatch):
@@ -633,7 +635,7 @@ def test_where_neither_can_be_read_the_error_says_both_reasons_and_the_way_out(
 
     with pytest.raises(
         ProbeError,
-        match=r"cuda:0 can not be read: CUDA error: not permitted; NVML said: Driver Not Loaded\. Pass device=",
+        match=r"cuda:0 cannot be read: CUDA error: not permitted; NVML failed: Driver Not Loaded\. Pass device=",
     ):
         CudaProbe(0)
 
@@ -644,7 +646,7 @@ def test_a_gpu_that_disappears_is_told_as_what_it_is(monkeypatch):
 
     gpu.lose()
 
-    with pytest.raises(ProbeError, match=r"unspecified launch failure; NVML said: GPU is lost\."):
+    with pytest.raises(ProbeError, match=r"unspecified launch failure; NVML failed: GPU is lost\."):
         probe.read()
 
 
@@ -688,7 +690,7 @@ def test_an_allocator_that_keeps_no_count_is_refused_with_the_way_out(monkeypatc
 
     monkeypatch.setattr(torch.cuda, "memory_stats", refuse)
 
-    with pytest.raises(ProbeError, match=r"does not tell what it holds .* Pass device="):
+    with pytest.raises(ProbeError, match=r"has no statistics for .* Pass device="):
         CudaProbe(0)
 
 
@@ -719,7 +721,7 @@ def test_an_allocation_that_is_refused_ahead_of_the_driver_is_a_failure(monkeypa
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_a_machine_without_cuda_has_no_cuda_probe():
-    with pytest.raises(ProbeError, match=r"cuda:0 can not be opened: .*Pass device="):
+    with pytest.raises(ProbeError, match=r"cuda:0 cannot be opened: .*Pass device="):
         CudaProbe(0)
 
 

@@ -379,4 +379,4 @@ def test_an_error_in_the_body_is_not_hidden_by_what_can_not_be_given_back():
         raise KeyError("user")
 
     (note,) = caught.value.__notes__
-    assert note.startswith("autobatch could not give everything back: RuntimeError(")
+    assert note.startswith("autobatch could not restore everything: RuntimeError(")

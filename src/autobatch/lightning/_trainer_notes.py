@@ -205,7 +205,7 @@ def room_for_copy(things: Sequence[Any], ranks: int) -> int:
         AutobatchError: The host has not that much.
     """
     own = Snapshot.bytes_of(*things)
-    needed, available = own * ranks, HostMemory.here().available
+    needed, available = own * ranks, HostMemory.read().available
     if available is not None and needed > available:
         raise AutobatchError(
             f"To give everything back after its trials, AutoBatch keeps a copy of parameters, buffers, gradients and "
@@ -232,7 +232,7 @@ def ahead(
     each = batch_size * bytes_per_sample
     factor = loader.prefetch_factor or 1  # without workers there is none
     needed = loader.num_workers * factor * each
-    host = HostMemory.here()
+    host = HostMemory.read()
     on_ranks = f" on each of {ranks} ranks" if ranks > 1 else ""
     made = (
         f"num_workers={loader.num_workers} × prefetch_factor={factor} × batches of {batch_size:,} "
