@@ -1,16 +1,23 @@
-"""Everything autobatch raises on its own account, drawn as a tree.
+"""Every exception of autobatch that a caller may catch, drawn as a tree.
 
 AutobatchError
-├── DoesNotFitError    no batch size that may be used fits the budget, or answers in time
-├── ShortTrialError    a workload ended before its trial had run
-└── ProbeError         a device's memory can not be read
+├── DoesNotFitError        no batch size that may be used fits the budget, or answers in time
+├── ShortTrialError        a workload ended before its trial had run
+├── ProbeError             a device's memory can not be read
+└── FixedBatchSizeError    the batch size of a DataLoader cannot be changed
 
 A bad argument is a plain `ValueError`. A user's own exception passes through as it is.
 """
 
 from __future__ import annotations
 
-__all__ = ["AutobatchError", "DoesNotFitError", "ProbeError", "ShortTrialError"]
+__all__ = [
+    "AutobatchError",
+    "DoesNotFitError",
+    "FixedBatchSizeError",
+    "ProbeError",
+    "ShortTrialError",
+]
 
 
 class AutobatchError(Exception):
@@ -27,3 +34,7 @@ class ShortTrialError(AutobatchError):
 
 class ProbeError(AutobatchError):
     """A device does not exist, or its memory can not be read."""
+
+
+class FixedBatchSizeError(AutobatchError):
+    """The batch size of a DataLoader cannot be changed; AutoBatch only."""

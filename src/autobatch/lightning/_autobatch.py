@@ -14,7 +14,7 @@ from autobatch._report.notes import waiting
 from autobatch._settings import Settings
 from autobatch._trials.snapshot import Snapshot
 from autobatch._tune import checked_search, known_plan
-from autobatch.errors import AutobatchError
+from autobatch.errors import AutobatchError, FixedBatchSizeError
 from autobatch.lightning._accumulation import LastWindowCorrection, check_switch
 from autobatch.lightning._apply import (
     BeforeOptimizers,
@@ -26,7 +26,6 @@ from autobatch.lightning._apply import (
 from autobatch.lightning._checks import check, check_answers, check_launcher, check_lightning
 from autobatch.lightning._compat import callback_class, package_of
 from autobatch.lightning._dataloaders import (
-    FixedBatchSizeError,
     Rebatched,
     capture_order,
     checked_setter,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from autobatch._trials.snapshot import Snapshot
-from autobatch.errors import AutobatchError
+from autobatch.errors import AutobatchError, FixedBatchSizeError
 from autobatch.lightning._compat import package_of
 
 if TYPE_CHECKING:
@@ -31,10 +31,6 @@ def checked_setter(set_batch_size: SetBatchSize | None) -> SetBatchSize | None:
     raise ValueError(
         f"set_batch_size={set_batch_size!r} can not be called; give a function of a DataLoader and a batch size."
     )
-
-
-class FixedBatchSizeError(AutobatchError):
-    """A loader whose batch size can not be changed."""
 
 
 def capture_order(loader: DataLoader[Any], snapshot: Snapshot) -> None:
