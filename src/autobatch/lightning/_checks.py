@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Final
+import sys
+from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader
 
 from autobatch.errors import AutobatchError
-from autobatch.lightning._compat import package_of
+from autobatch.lightning._compat import TESTED, missing_name, package_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,72 +18,16 @@ if TYPE_CHECKING:
     from autobatch._settings import Settings
     from autobatch.lightning._resume import Checkpoint
 
-_TESTED: Final = "2.6.0 to 2.6.6"
-# What AutoBatch uses of a Trainer that Lightning does not promise to keep
-_PRIVATE: Final = (
-    "_data_connector._requires_distributed_sampler",
-    "_logger_connector.on_batch_end",
-    "_logger_connector.on_batch_start",
-    "fit_loop._combined_loader",
-    "fit_loop._data_fetcher",
-    "fit_loop._data_source.dataloader",
-    "fit_loop._data_source.instance",
-    "fit_loop.advance",
-    "fit_loop.epoch_loop._build_kwargs",
-    "fit_loop.epoch_loop.automatic_optimization._training_step",
-    "fit_loop.epoch_loop.automatic_optimization.run",
-    "fit_loop.epoch_loop.batch_progress.increment_ready",
-    "fit_loop.epoch_loop.val_loop._data_source.instance",
-    "fit_loop.max_batches",
-    "fit_loop.restarted_mid_epoch",
-    "fit_loop.restarted_on_epoch_end",
-    "fit_loop.setup_data",
-    "lightning_module._on_before_batch_transfer",
-    "predict_loop._build_step_args_from_hook_kwargs",
-    "strategy.setup_optimizers",
-    "strategy.setup_precision_plugin",
-    "validate_loop._build_step_args_from_hook_kwargs",
-    "validate_loop._data_source.dataloader",
-    "validate_loop.setup_data",
-)
-_PRIVATE_MODULES: Final = (
-    ("loggers.logger", "DummyLogger"),
-    ("trainer.call", "_call_lightning_module_hook"),
-    ("trainer.call", "_call_strategy_hook"),
-    ("utilities.exceptions", "_TunerExitException"),
-)
-
 
 def check_lightning(trainer: Any) -> None:
-    """Raise `AutobatchError` where this Lightning lacks what AutoBatch needs of its inside."""
-    package = package_of(trainer)
-    missing = [name for name in _PRIVATE if not _has(trainer, name)] + [
-        f"{module}.{name}"
-        for module, name in _PRIVATE_MODULES
-        if not _has(_module(f"{package}.{module}"), name)
-    ]
-    if missing:
-        name = package.partition(".")[0]
-        version = importlib.import_module(name).__version__
+    """Raise `AutobatchError` if this Lightning lacks a name that AutoBatch uses."""
+    missing = missing_name(trainer)
+    if missing is not None:
+        name = package_of(trainer).partition(".")[0]
         raise AutobatchError(
-            f"{name} {version} has no {missing[0]} where AutoBatch looks for it: AutoBatch was tested with Lightning "
-            f"{_TESTED}. Install one of these, or train without AutoBatch."
+            f"{name} {sys.modules[name].__version__} has no {missing} where AutoBatch looks for it: AutoBatch was "
+            f"tested with Lightning {TESTED}. Install one of these, or train without AutoBatch."
         )
-
-
-def _module(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError:
-        return None
-
-
-def _has(owner: Any, path: str) -> bool:
-    try:
-        attrgetter(path)(owner)
-    except AttributeError:
-        return False
-    return True
 
 
 def check_answers(settings: Settings, method: str) -> None:
