@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import autobatch
+from autobatch import _settings
 from autobatch._distributed import current_ranks
-from autobatch._throughput import curve
 from autobatch.testing import PaperDevice, SimulatedAccelerator
 
 try:
@@ -444,7 +444,7 @@ CASES = {
 
 def main(directory, *cases):
     warnings.simplefilter("ignore")
-    curve.SECONDS = 0.5  # enough for a few visits
+    _settings.DEFAULTS = _settings.Defaults(curve_seconds=0.5)  # enough for a few visits
     gc.freeze()  # a search collects after each trial: not what imports made
     for package in ("pytorch_lightning", "lightning.pytorch"):
         logging.getLogger(package).setLevel(logging.ERROR)
