@@ -57,11 +57,12 @@ def test_a_terminal_shows_the_choice_and_the_notes_in_colour(monkeypatch):
 
     sinks.console(example())
 
-    lines = terminal.getvalue().splitlines()
+    lines = [line.rstrip() for line in terminal.getvalue().splitlines()]
     coloured = [line for line in lines if "\x1b" in line]
     assert len(coloured) == 4
     assert all("▶" in line or "!" in line for line in coloured)
-    assert re.sub(r"\x1b\[[\d;]*m", "", "\n".join(lines)) == str(example())
+    plain = re.sub(r"\x1b\[[\d;]*m", "", "\n".join(lines))
+    assert re.sub(r"(?m) +$", "", plain) == str(example())
 
 
 def test_the_log_gets_the_same_text(logged):

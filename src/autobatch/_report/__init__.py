@@ -23,7 +23,7 @@ from autobatch._report.schema import (
     row_written,
     written,
 )
-from autobatch._report.tables import counted, product
+from autobatch._report.tables import product
 from autobatch._report.tradeoff import (
     Costs,
     EffectiveRow,
@@ -33,6 +33,7 @@ from autobatch._report.tradeoff import (
     effective_rows,
     optimum,
 )
+from autobatch._report.units import counted
 from autobatch._settings import Count, Seconds, Settings  # noqa: TC001 -- pydantic reads it
 from autobatch._throughput import (
     CurvePoint,
@@ -279,7 +280,7 @@ class TuningReport(BaseModel):
         return self.text()
 
     def __repr__(self) -> str:
-        return f"<TuningReport: {product(self.plan)}, {counted(len(self.trials))}>"
+        return f"<TuningReport: {product(self.plan)}, {counted(len(self.trials), 'trial')}>"
 
 
 def _parsed(text: str, origin: str) -> TuningReport:
