@@ -99,7 +99,7 @@ class Splits:
         if is_tested and not deadline.allows(size, deadline.nearest(size), 0.0):
             return (not_tested(deadline.limit or 0.0),)
         # Also where there is nothing to test: no rank may wait for another. Each has data of its own, one speaks
-        found, *_ = self.ranks.everywhere(lambda: self._tested(size) if is_tested else None)
+        found, *_ = self.ranks.gather(self._tested(size) if is_tested else None)
         notes = (not_additive(found, plan),) if found else ()
         return (*batch_norm(norms, plan), *notes)
 
