@@ -816,7 +816,7 @@ def plain():
         ),
         (
             lambda: (Model(), DataLoader(data(), batch_sampler=Fixed(4)), {}),
-            "Fixed, says 150 batches at any batch_size",
+            "Fixed, has 150 batches at any batch_size",
         ),
         (
             lambda: (

@@ -98,7 +98,11 @@ def _rebuilt(container: Any, parts: Sequence[Any]) -> Any:
         for key, part in zip(container, parts, strict=True):
             mapping[key] = part
         return mapping
-    if isinstance(container, (list, tuple)):
+    if isinstance(container, list):
+        items = copy.copy(container)
+        items[:] = parts
+        return items
+    if isinstance(container, tuple):
         kind = type(container)
         return kind(*parts) if hasattr(container, "_fields") else kind(parts)
     pairs = zip(fields(container), parts, strict=True)

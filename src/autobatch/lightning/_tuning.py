@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from autobatch._subject import Subject
     from autobatch._trials.time_limit import TimeLimit
     from autobatch._trials.workload import Workload
-    from autobatch.lightning._dataloaders import SetBatchSize
+    from autobatch.lightning._batch_size import SetBatchSize
     from autobatch.lightning._workloads import Stage
 
 
