@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def unobserved() -> contextlib.AbstractContextManager[None]:
-    """Run the body with all dispatch modes off: copies made by autobatch are not the user's memory."""
+    """Run the body without dispatch modes: copies by autobatch are not the user's memory."""
     return _disable_current_modes()
 
 
@@ -55,7 +55,7 @@ class StepProfile:
 
 
 class _Entry:
-    """One live storage: the bytes charged for it, and a reference whose callback reports its death."""
+    """One live storage: bytes charged, and a reference whose callback credits its death."""
 
     __slots__ = ("nbytes", "ref")
 

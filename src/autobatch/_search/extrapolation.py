@@ -1,6 +1,6 @@
 """Extrapolate peak memory to the budget with straight lines and parabolas.
 
-All arithmetic that decides a batch size is on whole bytes: a peak that meets the budget exactly fits.
+Arithmetic that decides a batch size is on whole bytes: a peak equal to the budget fits.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Reading(NamedTuple):
 
     @property
     def proportional_limit(self) -> int:
-        """A size that fits if memory is a maximum of lines that start at or above resident memory."""
+        """A size that fits if memory is a maximum of lines that start above resident memory."""
         return int(self.size * self.headroom)
 
 
@@ -75,7 +75,7 @@ class LinearFit(NamedTuple):
 
     @classmethod
     def through(cls, fits: Sequence[Reading], tolerance: float) -> LinearFit:
-        """Fit as many of the last readings, at least two, as leave the residual within tolerance."""
+        """Fit as many of the last readings, at least two, as the tolerance allows."""
         last = fits[-1]
         line = cls(fits[-2], last, 2, 0, 0.0, is_noisy=False, is_convex=False)
         for count in range(MIN_POINTS, len(fits) + 1):
@@ -114,7 +114,7 @@ class LinearFit(NamedTuple):
 
     @property
     def uncertainty(self) -> float:
-        """Error of the limit in samples, from the residual; grows with the distance extrapolated."""
+        """Error of the limit in samples, from the residual; grows with the extrapolation."""
         if self.slope <= 0:
             return 0.0
         length = self.last.size - self.first.size

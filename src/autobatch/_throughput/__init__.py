@@ -103,7 +103,7 @@ class StepTimes:
 
     @classmethod
     def of(cls, trials: Iterable[Trial], curve: Iterable[CurvePoint]) -> StepTimes:
-        """Take the time of each size from the curve, which was timed longer, or its latest trial."""
+        """Take the time of a size from the curve, which was timed longer, or its latest trial."""
         timed: dict[int, Trial | CurvePoint] = {
             trial.batch_size: trial for trial in latest_by_size(trials) if trial.fits
         }

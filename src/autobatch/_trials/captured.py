@@ -77,7 +77,7 @@ class Memo:
             self.objects[id(thing)] = SavedObject(reference, SavedAttributes(reference, attributes))
 
     def _reference(self, thing: Any) -> Callable[[], Any]:
-        """Return a weak reference that removes the entry; a firm one for types without weak ones."""
+        """Return a weak reference that removes the entry; a firm one if the type has none."""
         key = id(thing)
         try:
             return weakref.ref(thing, lambda _: self.objects.pop(key, None))
@@ -427,7 +427,7 @@ def _save_attributes(thing: Any, save_attribute: SaveFunction, memo: Memo) -> di
 
 
 def _has_state(value: object) -> bool:
-    # The state_dict of a DataLoader that has one would start its workers; optimizers have attributes
+    # Some DataLoaders have a state_dict that starts their workers; optimizers are saved as objects
     excluded = (torch.nn.Module, torch.optim.Optimizer, torch.utils.data.DataLoader, type)
     if isinstance(value, excluded):
         return False
