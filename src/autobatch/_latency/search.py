@@ -332,11 +332,13 @@ class LatencySearch:
 
     def _together(self, act: Callable[[], object]) -> bool:
         """Let every rank act, put everything back, and take in what they have timed; whether all of them agreed."""
-        trials = self._trials
-        with trials.context.ranks.abort_together():
+
+        def told() -> _Told:
             agreed = act()
-            trials.context.snapshot.restore()
-            said = trials.gather(self._told(agrees=bool(agreed)))
+            self._trials.context.snapshot.restore()
+            return self._told(agrees=bool(agreed))
+
+        said = self._trials.everywhere(told)
         everywhere = frozenset.intersection(
             *(frozenset(each.batch_size for each in told.latencies) for told in said)
         )
