@@ -4,6 +4,7 @@ import ast
 import importlib
 import importlib.util
 import inspect
+import re
 import subprocess
 import sys
 import typing
@@ -152,6 +153,26 @@ def test_module_docstrings_begin_with_one_sentence(name):
 
     assert first.endswith(".")
     assert not rest or rest[0] == ""
+
+
+# Removed once every module is rewritten: strict, so it announces itself
+@pytest.mark.xfail(reason="other docstrings are still being rewritten", strict=True)
+def test_docstrings_begin_with_a_verb_or_noun_phrase():
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    documented = [
+        (name, node)
+        for name, tree in MODULES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, kinds)
+    ]
+
+    found = [
+        f"{name}, line {getattr(node, 'lineno', 1)}: {(ast.get_docstring(node) or '')[:60]}"
+        for name, node in documented
+        if re.match(r"(What|Whether|Where|How|Which|Why)\b", ast.get_docstring(node) or "")
+    ]
+
+    assert not found, "\n".join(found)
 
 
 def loaded_by(code: str) -> set[str]:
