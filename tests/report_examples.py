@@ -98,7 +98,10 @@ def example(**changes) -> TuningReport:
         search_seconds=48.2,
         notes=(
             "Others hold 1.5 GiB of this device's 12 GiB; what fits changes when they come or go.",
-            "A note that is longer than a line of the report is broken between words, and goes on below its own first word.",
+            (
+                "A note that is longer than a line of the report is broken between words, and goes "
+                "on below its own first word."
+            ),
         ),
         environment={"torch": "2.9.0"},
     )
