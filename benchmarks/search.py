@@ -28,7 +28,7 @@ from pages import machine, renew, table
 from paper import STEPS_AFTER, OnPaper
 
 import networks
-from autobatch._throughput import curve
+from autobatch import _settings
 
 SECONDS_AFTER = 3.0  # for the further steps of a real network
 BINSEARCH = "Lightning, binsearch"
@@ -421,9 +421,8 @@ def draw(on_paper, real, path):
 
 def _points(axis, cells):
     """Who found what: those at the same place share a point and a label."""
-    from autobatch._report.figure.style import ACCENT, BAR, GREY, INK, Labels
+    from autobatch._report.figure.style import ACCENT, BAR, GREY, INK
 
-    labels = Labels(axis)
     places = {}
     for name in dict.fromkeys(c.contestant for c in cells):
         of = [c for c in cells if c.contestant == name and c.true >= 30 and c.rises]
@@ -431,18 +430,17 @@ def _points(axis, cells):
         at = statistics.fmean(unfit), statistics.fmean(ratios)
         where = (round(at[0], 1), round(at[1], 2), name in _OURS)
         places.setdefault(where, (at, unfit, ratios, []))[-1].append(name)
-    for (_, _, is_ours), ((x, y), unfit, ratios, _) in places.items():
+    for (_, _, is_ours), ((x, y), unfit, ratios, names) in places.items():
         ink = ACCENT if is_ours else BAR
         axis.plot([min(unfit), max(unfit)], [y, y], color=ink, linewidth=0.9)
         axis.plot([x, x], [min(ratios), max(ratios)], color=ink, linewidth=0.9)
         axis.plot(x, y, "o", ms=8, color=ACCENT if is_ours else GREY, zorder=5)
-        labels.avoid([x], [y])
-    for (_, _, is_ours), (at, *_, names) in sorted(places.items(), key=lambda each: not each[0][2]):
-        labels.put(
+        axis.annotate(
             ",\n".join(names),
-            [at],
-            distances=(7, 14, 26, 40),
-            needed=True,
+            (x, y),
+            (0, 8),
+            textcoords="offset points",
+            ha="left",
             fontsize=8.5,
             color=ACCENT if is_ours else INK,
             fontweight="bold" if is_ours else "normal",
@@ -475,7 +473,7 @@ def main():
     gc.freeze()  # what was imported is not looked through after every failure
     began = time.perf_counter()
     if given.quick:
-        curve.SECONDS = 1.0  # nothing is said of it then
+        _settings.DEFAULTS = _settings.Defaults(curve_seconds=1.0)  # nothing is said of it then
     on_paper, real = [], []
     if given.only != "networks":
         on_paper = on_curves(one_of_each() if given.quick else list(curves.curves(curves.MAXIMA)))
