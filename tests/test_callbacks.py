@@ -145,7 +145,7 @@ def test_a_fit_after_the_learning_rate_was_found_does_not_take_itself_for_resume
     callback = tuner()
     finder = callbacks.LearningRateFinder(num_training_steps=20)
     fit(tmp_path, callback, finder)
-    assert callback._checkpoint is not None  # of the finder
+    assert callback._run.checkpoint is not None  # of the finder
 
     fit(tmp_path, callback)
 
@@ -278,7 +278,7 @@ def test_at_a_milestone_it_tunes_anew_for_the_same_effective_batch():
     assert fitted.global_step == 3 * 3
     assert callback.report.model_copy(update={"loading": None}) == second
     assert fitted.accumulate_grad_batches == second.plan.accumulate_grad_batches
-    assert "Tuned anew at epoch 1, for the effective batch of 240." in second.notes
+    assert "Tuned again at epoch 1, for the effective batch of 240." in second.notes
 
 
 def test_without_milestones_the_unfrozen_model_would_not_have_fitted():
@@ -419,7 +419,7 @@ def test_the_report_of_the_milestone_is_written_beside_the_logs(tmp_path):
     finetuned(callback, finetuning(), logger=logger, log_every_n_steps=1)
 
     written = json.loads((Path(logger.log_dir) / "autobatch.json").read_text())
-    assert any("Tuned anew" in note for note in written["notes"])
+    assert any("Tuned again" in note for note in written["notes"])
 
 
 def test_a_milestone_leaves_no_trace_where_the_plan_stays():
@@ -444,8 +444,8 @@ def test_a_milestone_leaves_no_trace_where_the_plan_stays():
     plan = callback.report.plan
     by_hand = run(size=plan.micro_batch_size, accumulate=plan.accumulate_grad_batches)
 
-    assert "Tuned anew at epoch 2, for the effective batch of 59." in (callback.report.notes)
-    assert callback._first.plan == plan
+    assert "Tuned again at epoch 2, for the effective batch of 59." in (callback.report.notes)
+    assert callback._run.first.plan == plan
     assert same(tuned, by_hand)
 
 

@@ -48,7 +48,7 @@ print("RESULT", json.dumps({
     "effective": callback.report.plan.effective_batch_size,
     "settings": callback.report.settings.model_dump(),
     "search": type(callback._asked.search).__name__,
-    "epochs": sorted(callback._milestones._epochs),
+    "epochs": sorted(callback._epochs),
 }))
 """
 

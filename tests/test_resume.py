@@ -106,7 +106,7 @@ def test_on_another_device_a_run_is_tuned_anew_for_the_same_effective_batch(tmp_
     assert plan.effective_batch_size == before.effective_batch_size == 120
     assert plan.micro_batch_size < before.micro_batch_size
     assert len(again.report.trials) > 1
-    assert any("Tuned anew" in note for note in again.report.notes)
+    assert any("Tuned again" in note for note in again.report.notes)
     plain = checkpoint(tmp_path, **by_hand(before))
     assert same(tuned, resumed(plain, **by_hand(plan)))
     assert (tuned["epoch"], tuned["step"]) == (3, 15)
