@@ -11,14 +11,13 @@ import pytest
 from torch.utils.data import DataLoader
 
 import autobatch
-from lightning_here import quiet_trainer
-from test_lightning import Model, data, tuner
+from lightning_here import Model, data, quiet_trainer, tuner
 
 FOLDER = Path(importlib.import_module("autobatch.lightning").__file__).parent
 # Names of torch, which Lightning's version says nothing of
 OF_TORCH = {"_milestones", "_schedulers", "_version"}
 # To be emptied: files that still read private names of Lightning themselves
-NOT_YET = {"_dataloaders.py", "_noise_scale.py", "_tuning.py"}
+NOT_YET = {"_dataloaders.py", "_noise_scale.py"}
 
 compat = importlib.import_module("autobatch.lightning._compat")
 
@@ -124,7 +123,7 @@ def test_the_installed_lightning_lacks_nothing():
 
 
 def private_names(tree):
-    """Private attributes that a module reads of other objects, or names in `getattr` and `patched`."""
+    """Yield private attributes of other objects, and names in `getattr` and `patched`."""
     for node in ast.walk(tree):
         if (
             isinstance(node, ast.Attribute) and not isinstance(node.value, ast.Name | ast.Call)

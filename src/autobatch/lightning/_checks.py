@@ -96,8 +96,8 @@ def _problems(trainer: Trainer, module: Any, checkpoint: Checkpoint | None) -> I
     strategy = trainer.strategy
     if strategy.handles_gradient_accumulation:
         yield (
-            f"its strategy, {type(strategy).__name__}, accumulates by a number of its own that a "
-            "plan cannot change (with another strategy the plan sets the accumulation)"
+            f"its strategy, {type(strategy).__name__}, sets the accumulation itself, and a plan "
+            "cannot change it (with another strategy the plan sets the accumulation)"
         )
     if isinstance(strategy, strategies.DeepSpeedStrategy) or not isinstance(
         strategy, (strategies.SingleDeviceStrategy, strategies.DDPStrategy)
@@ -126,11 +126,11 @@ def _problems(trainer: Trainer, module: Any, checkpoint: Checkpoint | None) -> I
     if isinstance(validation, DataLoader) and validation is training:
         yield "one loader serves training and validation"
     if trainer.ckpt_path is not None and checkpoint is None:
-        yield f"it resumes from {trainer.ckpt_path}, which holds nothing of callbacks"
+        yield f"it resumes from {trainer.ckpt_path}, which holds no state of callbacks"
     elif checkpoint and checkpoint.plan is None and not checkpoint.between_epochs:
         yield (
             f"it resumes within an epoch from {trainer.ckpt_path}, which holds no plan of "
-            "AutoBatch and so does not tell the size of its batches"
+            "AutoBatch, so that the size of its batches is unknown"
         )
     if "dataloader_iter" in inspect.signature(module.training_step).parameters:
         yield "training_step takes the iterator of the loader"

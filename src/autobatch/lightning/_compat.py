@@ -210,7 +210,7 @@ def fresh_results(trainer: Trainer, loggers: list[Any]) -> Iterator[None]:
         yield
 
 
-# Names that only some objects have: their absence says something
+# Names that only some objects have; their absence is no error
 
 
 def start_method(strategy: Any) -> str:
@@ -246,7 +246,7 @@ class SavedArguments:
 
 
 def saved_arguments(made: Any) -> SavedArguments | None:
-    """Return the arguments Lightning saved of a loader or sampler; None where it saved none."""
+    """Return the arguments Lightning saved of a loader or sampler; None if it saved none."""
     names = getattr(made, "__pl_saved_arg_names", None)
     if names is None:
         return None

@@ -28,7 +28,7 @@ from autobatch.lightning._accumulation import (
     told,
 )
 from autobatch.lightning._apply import is_named, name_batch_size
-from autobatch.lightning._compat import package_of
+from autobatch.lightning._compat import data_source, package_of
 from autobatch.lightning._dataloaders import FixedBatchSizeError, Loaders
 from autobatch.lightning._isolation import apart, scratch
 from autobatch.lightning._resume import DeviceId, PriorPlan
@@ -92,12 +92,12 @@ def tune_training(
         check_repairable(trainer, module)
     # The loops know none of these three while scratch ones stand for them
     validates = trainer.enable_validation
-    validation = trainer.fit_loop.epoch_loop.val_loop._data_source
+    validation = data_source(trainer.fit_loop.epoch_loop.val_loop)
     counted = partial(TrainerLimits, trainer, trainer.max_steps, validates=validates)
     with workbench(trainer, module, asked) as bench:
         loaders = Loaders(
             trainer,
-            trainer.fit_loop._data_source,
+            data_source(trainer.fit_loop),
             mode="max_size_cycle",
             setter=asked.set_batch_size,
         )
@@ -176,7 +176,7 @@ def tune_evaluation(trainer: Any, module: Any, asked: Asked, stage: Stage) -> Tu
         DoesNotFitError: No batch size fits.
     """
     with workbench(trainer, module, asked) as bench:
-        source = getattr(trainer, stage.loop)._data_source
+        source = data_source(stage.loop_of(trainer))
         loaders = Loaders(trainer, source, mode="sequential")
         settings = _without_target(asked.settings, loaders.samples)
         job = _evaluation_job(
