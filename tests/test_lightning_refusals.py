@@ -86,7 +86,7 @@ class Tokens(Sampler):
         ),
         (
             lambda: (Model(), DataLoader(data(), batch_sampler=Fixed(4)), {}),
-            "Fixed, says 150 batches at any batch_size",
+            "Fixed, has 150 batches at any batch_size",
         ),
         (
             lambda: (

@@ -63,10 +63,12 @@ def test_a_rank_that_ran_fewer_samples_bounds_the_size():
     assert merged([trial(), short], budgets=[120, 120]).batch_size == 5
 
 
-def test_alone_there_is_nothing_to_agree_on():
-    assert list(SingleProcess().everywhere(lambda: 7)) == [7]
-    with pytest.raises(ZeroDivisionError):
-        SingleProcess().everywhere(lambda: 1 / 0)
+def test_a_single_process_gathers_its_own_value_and_error():
+    ranks = SingleProcess()
+
+    assert list(ranks.gather(7)) == [7]
+    with pytest.raises(ZeroDivisionError), ranks.abort_together():
+        ranks.gather(1 / 0)
 
 
 # Two real processes
@@ -118,6 +120,7 @@ def job(tmp_path_factory):
         "passed",
         "hook",
         "less memory",
+        "aborting",
         "failing",
         "synchronised",
         "exploding",
@@ -193,6 +196,26 @@ def test_an_error_on_one_rank_is_raised_on_all(job):
     assert second["error"] == "ZeroDivisionError: mine"
     assert first["unchanged"]
     assert second["unchanged"]
+
+
+@needs_lightning
+def test_a_rank_that_fails_between_two_gathers_releases_the_others(job):
+    first, second = (rank["aborting"] for rank in job)
+
+    assert first == {
+        "in a gather": "DoesNotFitError: Rank 1 stopped: no room",
+        "between gathers": "AutobatchError: Rank 1 stopped: ZeroDivisionError: mine",
+        "after the last gather": "AutobatchError: Rank 1 stopped: ZeroDivisionError: mine",
+        "nested": ["DoesNotFitError: Rank 1 stopped: no room", (0, 1)],
+        "afterwards": (0, 1),
+    }
+    assert second == {
+        "in a gather": "DoesNotFitError: no room",
+        "between gathers": "ZeroDivisionError: mine",
+        "after the last gather": "ZeroDivisionError: mine",
+        "nested": ["DoesNotFitError: no room", (0, 1)],
+        "afterwards": (0, 1),
+    }
 
 
 @needs_lightning

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from autobatch._accumulation import batch_norms
-from autobatch._distributed import ranks_here
+from autobatch._distributed import current_ranks
 from autobatch._memory.detect import detect
 from autobatch._report.notes import batch_norm, ignores_accumulate, never_stepped
 from autobatch._report.tradeoff import common_rule
@@ -139,7 +139,8 @@ def find(
         environment=versions(),
     )
     with (
-        ranks_here() as ranks,
+        current_ranks() as ranks,
+        ranks.abort_together(),
         Snapshot() as snapshot,
         OptimizerWatch(probe.clock) as optimizers,
         progress() as shown,

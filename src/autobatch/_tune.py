@@ -163,20 +163,20 @@ class _Tuning:
         self._tries.begin()
         settings = self._settings.model_copy(update={"dataset_size": None})
         asked = _Asked(settings, self._job.accumulate, known)
-        for rank, other in enumerate(self._ranks.everywhere(lambda: asked)):
+        for rank, other in enumerate(self._ranks.gather(asked)):
             if other != asked:
                 raise AutobatchError(
                     f"Ranks were asked for different things: rank {self._ranks.rank} for {asked}, rank {rank} for "
                     f"{other}. Give every rank the same arguments."
                 )
         # A rank may have a shard of its own
-        ranges = self._ranks.everywhere(lambda: _Range(self._job.start, self._high))
+        ranges = self._ranks.gather(_Range(self._job.start, self._high))
         self._start = ranges[0].start
         self._high = min(each.high for each in ranges)
 
     def check_agreement(self, plan: BatchPlan) -> None:
         """Refuse a plan that is not that of all ranks: each has chosen for itself, from what all were told."""
-        plans = self._ranks.everywhere(lambda: plan)
+        plans = self._ranks.gather(plan)
         if any(other != plan for other in plans):
             raise different_plans(plans)
 

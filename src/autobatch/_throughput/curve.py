@@ -234,7 +234,8 @@ class Speed:
         """Run a trial that the search did not ask for."""
         timed = self._timed
         timed.before(size)
-        trials = timed.record.everywhere(lambda: timed.run(size, timed.pattern(size)))
+        with timed.record.ranks.abort_together():
+            trials = timed.record.gather(timed.run(size, timed.pattern(size)))
         timed.restore()
         if all(trial.batch_size == size for trial in trials):
             self.aside[size] = trials
@@ -245,7 +246,8 @@ class Speed:
         """Time some updates of a size, as the slowest rank takes them; None where one of them ran out of memory."""
         timed = self._timed
         timed.before(size)
-        visits = timed.record.everywhere(lambda: self._updates(size))
+        with timed.record.ranks.abort_together():
+            visits = timed.record.gather(self._updates(size))
         timed.restore()
         known = [visit for visit in visits if visit is not None]
         if len(known) < len(visits):

@@ -151,7 +151,7 @@ class TrialHistory:
 
     def __init__(self, probe: MemoryProbe, memory_limit: float | str, ranks: Ranks) -> None:
         self._probe = probe
-        self._ranks = ranks
+        self.ranks = ranks
         self._limit = parse_memory_limit(memory_limit)
         self.reading = probe.read()
         self._own_budget = memory_budget(self.reading, self._limit)
@@ -201,13 +201,13 @@ class TrialHistory:
         return merged(trials, self._budgets)
 
     def everywhere(self, act: Callable[[], T]) -> list[T]:
-        """What every rank's part of it gave; their budgets and rank 0's clock hold from then on."""
+        """Run `act` on every rank and return all results."""
+        with self.ranks.abort_together():
+            return self.gather(act())
 
-        def told() -> _Told:
-            result = act()
-            return _Told(result, self._own_budget, self._probe.clock())
-
-        said = self._ranks.everywhere(told)
+    def gather(self, result: T) -> list[T]:
+        """Return the results of all ranks, and update the budgets and the clock of rank 0."""
+        said = self.ranks.gather(_Told(result, self._own_budget, self._probe.clock()))
         self._budgets = [each.budget for each in said]
         self.now = said[0].seconds
         return [each.result for each in said]

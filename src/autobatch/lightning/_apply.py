@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from autobatch._plan import BatchPlan
-    from autobatch.lightning._dataloaders import SetBatchSize
+    from autobatch.lightning._batch_size import SetBatchSize
     from autobatch.lightning._trainer import Trainer
 
 

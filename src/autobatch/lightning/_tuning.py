@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from autobatch import sinks
-from autobatch._distributed import ranks_here
+from autobatch._distributed import current_ranks
 from autobatch._memory.detect import detect
 from autobatch._plan import BatchPlan
 from autobatch._report.notes import never_stepped
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from autobatch._report import TuningReport
     from autobatch._search import Search
     from autobatch._settings import Settings
-    from autobatch.lightning._dataloaders import SetBatchSize
+    from autobatch.lightning._batch_size import SetBatchSize
     from autobatch.lightning._workloads import Stage
 
 
@@ -410,7 +410,7 @@ class Workbench:
         """Where this runs, in the words of rank 0: all of them have to decide alike."""
         total = self.probe.read().total
         here = DeviceId.of(self.probe.name, total, trainer.world_size)
-        return self.ranks.everywhere(lambda: here)[0]
+        return self.ranks.gather(here)[0]
 
 
 @contextmanager
@@ -418,7 +418,8 @@ def workbench(trainer: Any, module: Any, asked: Asked) -> Iterator[Workbench]:
     """Capture what trials may change, and keep all else away from them; at the end everything is given back."""
     probe = detect(asked.device, module.device)
     with (
-        ranks_here() as ranks,
+        current_ranks() as ranks,
+        ranks.abort_together(),
         apart(trainer),
         Snapshot() as snapshot,
         OptimizerWatch(probe.clock) as optimizers,
@@ -429,8 +430,7 @@ def workbench(trainer: Any, module: Any, asked: Asked) -> Iterator[Workbench]:
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         scalers = [] if scaler is None else [scaler]
         captured = (module, *trainer.optimizers, *schedulers, *scalers)
-        room = partial(room_for_copy, captured, trainer.num_devices)
-        copied_here, *_ = ranks.everywhere(room)
+        copied_here, *_ = ranks.gather(room_for_copy(captured, trainer.num_devices))
         snapshot.capture(*captured)
         # Hooks that make the loaders may change the module and the datamodule
         snapshot.capture_light(trainer.datamodule)
