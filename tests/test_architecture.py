@@ -47,9 +47,6 @@ LAYER = {name: height for height, row in enumerate(LAYERS) for name in row}
 UPWARD: dict[str, str] = {
     "_latency.search -> _report.units": "the sentence about too few calls",
     "_settings -> _latency": "the limit as a record",
-    "_trials.runner -> _plan": "trials that may confirm a plan",
-    "_trials.runner -> _subject": "the workload of the subject",
-    "_trials.runner -> sinks": "the progress line",
     "_report -> _report.text": "a report prints itself",
     "_report -> _report.figure": "report.plot() loads matplotlib with the picture",
     "_report -> _report.notebook": "a notebook asks the object itself for its HTML",

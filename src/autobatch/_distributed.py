@@ -116,8 +116,8 @@ class ProcessGroup:
 
         A rank that fails takes part in the next exchange of the other ranks, so that none of them
         waits for it. The outermost block ends with such an exchange: a rank that fails after the
-        last gather stops the others as well. Blocks may be nested, and an exception that an inner block
-        has shared may be caught around it, if every rank does so.
+        last gather stops the others as well. Blocks may be nested, and an exception that an inner
+        block has shared may be caught around it, if every rank does so.
         """
         self._nesting += 1
         try:

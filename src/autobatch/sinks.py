@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from autobatch._memory import format_bytes
 from autobatch._report import TuningReport, files
@@ -15,6 +15,7 @@ from autobatch._report.layout import ASCII, UNICODE, Glyphs, terminal
 from autobatch._report.text import completed, page
 from autobatch._report.units import aligned
 from autobatch._trials import Outcome, Trial
+from autobatch._trials.context import Progress
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -127,16 +128,6 @@ def _glyphs_for(encoding: str | None) -> Glyphs:
     except (UnicodeEncodeError, LookupError):
         return ASCII
     return UNICODE
-
-
-class Progress(Protocol):
-    """What a person sees while the search runs."""
-
-    def trying(self, batch_size: int) -> None:
-        """A trial begins."""
-
-    def tried(self, trial: Trial, *, best: int | None, budget: int) -> None:
-        """A trial ended; `best` is the largest size that fits so far, `budget` what a trial may take, in bytes."""
 
 
 @contextmanager

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from autobatch._latency import LatencyLimit
-    from autobatch._trials.snapshot import Snapshot
-    from autobatch._trials.workload import Bench, Workload
+    from autobatch._trials.context import TrialContext
+    from autobatch._trials.runner import TrialRunner
+    from autobatch._trials.workload import Workload
 
 
 SECONDS_TIMED: Final = 20.0  # that all timing may take
@@ -60,29 +61,14 @@ class LatencySearch:
 
     Args:
         limit: What a call may take.
-        calls: Times them, on this rank.
-        fits: Whether a size was run by a trial and fits, or is run now and does.
-        steps: Seconds of a step in the trial of each size that fits, as they are known now.
-        snapshot: Puts everything back.
-        everywhere: What something gives on each of the ranks that time together.
+        trials: The runner of the trials; every rank times with it.
     """
 
-    def __init__(
-        self,
-        limit: LatencyLimit,
-        calls: LatencyTimer,
-        fits: Callable[[int], bool],
-        steps: Callable[[], Mapping[int, float]],
-        snapshot: Snapshot,
-        everywhere: Callable[[Callable[[], _Told]], Sequence[_Told]],
-    ) -> None:
+    def __init__(self, limit: LatencyLimit, trials: TrialRunner) -> None:
         self.latencies: tuple[Latency, ...] = ()
         self.limit = limit
-        self._calls = calls
-        self._fits = fits
-        self._tried = steps
-        self._snapshot = snapshot
-        self._everywhere = everywhere
+        self._trials = trials
+        self._calls = LatencyTimer(trials.workload, trials.context)
         self._enough = enough_calls(limit.percentile)
         self._too_slow: frozenset[int] = frozenset()
         self._refused: frozenset[int] = frozenset()  # by memory, once they were timed
@@ -93,7 +79,7 @@ class LatencySearch:
     @property
     def _steps(self) -> Mapping[int, float]:
         """Seconds of a step of each size that fits; of what memory refused since, beyond any limit."""
-        return {**self._tried(), **dict.fromkeys(self._refused, math.inf)}
+        return {**self._trials.step_seconds, **dict.fromkeys(self._refused, math.inf)}
 
     # How far trials go
 
@@ -158,7 +144,7 @@ class LatencySearch:
         self._settle(SECONDS_TIMED)
         if not self.latencies:
             # A single call takes longer than all timing should: two of them are better than no answer
-            steps, seconds = self._tried(), self.limit.seconds
+            steps, seconds = self._trials.step_seconds, self.limit.seconds
             in_time = [size for size, step in steps.items() if step <= seconds]
             self._stay(max(in_time, default=min(steps)), 1, math.inf)
 
@@ -167,7 +153,7 @@ class LatencySearch:
         """What there was no time for, or no trial."""
         seconds, steps = self.limit.seconds, self._steps
         best = largest_within(self.latencies, seconds)
-        over = smallest_over(self.latencies, self._tried(), seconds)
+        over = smallest_over(self.latencies, self._trials.step_seconds, seconds)
         timed = set(self._timed)
         below = ladder(best.batch_size) if best else []
         is_cut = self._is_out_of_time and not self._lacks_trials
@@ -198,7 +184,7 @@ class LatencySearch:
 
     def _is_run(self, size: int) -> bool:
         """Whether a trial shows that it fits; else none is to come that would say where the limit lies."""
-        fits = self._fits(size)
+        fits = self._trials.fits(size)
         self._lacks_trials |= not fits
         return fits
 
@@ -240,7 +226,7 @@ class LatencySearch:
         needed = sum(self._seconds_for(size) for size in sizes)
         if self._spent + needed > _SETTLING * SECONDS_TIMED:
             return
-        self._rounds([size for size in sizes if self._fits(size)], SECONDS_TIMED)
+        self._rounds([size for size in sizes if self._trials.fits(size)], SECONDS_TIMED)
 
     def _seconds_for(self, size: int) -> float:
         """What the calls would take that a size still lacks, with those that are left out."""
@@ -263,12 +249,12 @@ class LatencySearch:
     def _survey(self) -> None:
         """Smaller sizes, for what they give: a single sample first, and then from the slowest on."""
         best = largest_within(self.latencies, self.limit.seconds)
-        first, *others = ladder(best.batch_size) if best else [min(self._tried())]
+        first, *others = ladder(best.batch_size) if best else [min(self._trials.step_seconds)]
         sizes = [first, *reversed(others)]
         for size in sizes:
             if size in self._timed or not self._affords(size, SECONDS_TIMED):
                 continue
-            if self._fits(size):
+            if self._trials.fits(size):
                 self._turn(size, SECONDS_TIMED)
         self._rounds([s for s in sizes if s in self._timed], SECONDS_TIMED)
 
@@ -284,7 +270,7 @@ class LatencySearch:
     def _expected(self, size: int) -> float:
         """Seconds of a call: as timed, as in its trial, or as the sizes around it tell."""
         known = {
-            **self._tried(),
+            **self._trials.step_seconds,
             **{e.batch_size: e.p50_seconds for e in self.latencies},
         }
         if size in known:
@@ -349,10 +335,10 @@ class LatencySearch:
 
         def told() -> _Told:
             agreed = act()
-            self._snapshot.restore()
+            self._trials.context.snapshot.restore()
             return self._told(agrees=bool(agreed))
 
-        said = self._everywhere(told)
+        said = self._trials.everywhere(told)
         everywhere = frozenset.intersection(
             *(frozenset(each.batch_size for each in told.latencies) for told in said)
         )
@@ -402,14 +388,14 @@ class LatencyTimer:
 
     Args:
         workload: Answers one batch each time it yields.
-        bench: What trials run on.
+        context: What trials run on.
     """
 
-    def __init__(self, workload: Workload, bench: Bench) -> None:
+    def __init__(self, workload: Workload, context: TrialContext) -> None:
         self.seconds: dict[int, list[float]] = {}  # of each call, by size
         self.spent = 0.0  # seconds, all told
         self._workload = workload
-        self._bench = bench
+        self._context = context
 
     def rounds(
         self,
@@ -461,7 +447,7 @@ class LatencyTimer:
         until: float,
         enough: Callable[[Sequence[float]], bool],
     ) -> bool:
-        clock = self._bench.probe.clock
+        clock = self._context.probe.clock
         began, spent = clock(), self.spent
 
         def is_over(seconds: Sequence[float]) -> bool:
@@ -475,7 +461,7 @@ class LatencyTimer:
             before=_before(call_seconds),
             is_new=size not in self.seconds,
             enough=is_over,
-            bench=self._bench,
+            context=self._context,
         )
         self.spent += clock() - began
         # Of what does not fit any more, no call counts

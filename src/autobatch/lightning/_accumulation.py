@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from autobatch._distributed import Ranks
     from autobatch._memory import MemoryProbe
     from autobatch._plan import BatchPlan
-    from autobatch._trials.runner import TimeLimit
     from autobatch._trials.snapshot import Snapshot
+    from autobatch._trials.time_limit import TimeLimit
     from autobatch.lightning._dataloaders import Loaders
     from autobatch.lightning._trial_data import Samples
     from autobatch.lightning._workloads import TrainingSteps

@@ -171,9 +171,7 @@ def _of_last_fit(
     """Return the plan of the previous fit, if settings, module, data and device are the same."""
     if report is None:
         return PriorPlan()
-    same = (
-        report.subject == job.subject and report.settings == settings and _device_of(report) == here
-    )
+    same = report.subject == job.name and report.settings == settings and _device_of(report) == here
     kept = (
         settings.target_batch_size is not None
         or report.plan.accumulate_grad_batches == job.accumulate
