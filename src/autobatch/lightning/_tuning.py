@@ -27,7 +27,7 @@ from autobatch.lightning._accumulation import (
     told,
 )
 from autobatch.lightning._apply import is_named, name_batch_size
-from autobatch.lightning._compat import package_of
+from autobatch.lightning._compat import data_source, package_of
 from autobatch.lightning._dataloaders import FixedBatchSizeError, Loaders
 from autobatch.lightning._isolation import apart, scratch
 from autobatch.lightning._resume import DeviceId, PriorPlan
@@ -119,12 +119,12 @@ def tune_training(
         check_repairable(trainer, module)
     # Read now: scratch loops, which replace the Trainer's own while trials run, have none of these
     validates = trainer.enable_validation
-    validation = trainer.fit_loop.epoch_loop.val_loop._data_source
+    validation = data_source(trainer.fit_loop.epoch_loop.val_loop)
     max_steps = trainer.max_steps
     with trial_context(trainer, module, asked) as (context, copied_bytes):
         loaders = Loaders(
             trainer,
-            trainer.fit_loop._data_source,
+            data_source(trainer.fit_loop),
             mode="max_size_cycle",
             setter=asked.set_batch_size,
         )
@@ -190,7 +190,7 @@ def tune_evaluation(trainer: Any, module: Any, asked: Asked, stage: Stage) -> Tu
         DoesNotFitError: No batch size fits.
     """
     with trial_context(trainer, module, asked) as (context, _):
-        loaders = Loaders(trainer, getattr(trainer, stage.loop)._data_source, mode="sequential")
+        loaders = Loaders(trainer, data_source(stage.loop_of(trainer)), mode="sequential")
         settings = _without_target(asked.settings, loaders.samples)
         samples = Samples(loaders, context.snapshot, asked.worst_case)
         subject = LightningEvaluation(
