@@ -136,14 +136,14 @@ def test_nothing_is_refused_if_host_memory_is_unknown(host):
 def test_a_copy_of_more_than_a_gibibyte_is_noted():
     assert loaders.copied(GIB, 1) is None
     assert loaders.copied(3 * GIB, 1) == (
-        "To give everything back, tuning kept a copy of parameters, buffers, gradients and optimizer state on the "
+        "To restore everything, tuning kept a copy of parameters, buffers, gradients and optimizer state on the "
         "host: 3 GiB."
     )
     assert "host: 3 GiB on each of 2 ranks." in loaders.copied(3 * GIB, 2)
 
 
 def test_a_large_copy_is_noted_in_the_report(monkeypatch):
-    monkeypatch.setattr(loaders, "_MUCH", 20 * KIB)
+    monkeypatch.setattr(loaders, "_NOTED_COPY", 20 * KIB)
     callback = lightning.tuner()
 
     lightning.trainer(callback).fit(lightning.Model(), lightning.plain())

@@ -106,7 +106,7 @@ class Recorded(pl.loggers.logger.Logger):
 
 
 def fitted(callback, *, kind=Busy, batches=None, **options):
-    """What a training leaves behind."""
+    """Train, and return everything that training changed."""
     pl.seed_everything(1, verbose=False)
     model, logger = kind(), Recorded()
     options = {"max_epochs": 2, "logger": logger, "log_every_n_steps": 5, **options}

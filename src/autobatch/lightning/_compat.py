@@ -1,8 +1,8 @@
 """The installed Lightning package, and every private name of it that autobatch uses.
 
-An accessor can read only what the protocols of `_trainer` declare (mypy holds that) or `Imported` names, and
-`missing_name` looks for all of it: a Lightning without one of them is refused before anything is touched. Everything
-was read from Lightning 2.6.6.
+An accessor can read only what the protocols of `_trainer` declare (mypy holds that) or `Imported`
+names, and `missing_name` looks for all of it: a Lightning without one of them is refused before
+anything is touched. Everything was read from Lightning 2.6.6.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ if TYPE_CHECKING:
 
 TESTED: Final = "2.6.0 to 2.6.6"
 _PACKAGES: Final = ("lightning.pytorch", "pytorch_lightning")
-_ABSENT: Final = object()
 
 
 def callback_class() -> type:
-    """Return the Callback of the imported Lightning package; where none is imported, of each that is installed.
+    """Return the Callback of the imported Lightning package, else of all installed ones.
 
-    `lightning.pytorch` and `pytorch_lightning` are two packages, and neither knows the class of the other.
+    `lightning.pytorch` and `pytorch_lightning` are two packages, and neither knows the class of the
+    other.
     """
     imported = [name for name in _PACKAGES if name in sys.modules]
     found = []
@@ -187,10 +187,9 @@ def call_strategy_hook(trainer: Trainer, name: str, *arguments: Any, **keywords:
     return Imported.CALL_STRATEGY_HOOK.of(trainer)(trainer, name, *arguments, **keywords)
 
 
-def before_batch_transfer(module: Any, batch: Any, dataloader_idx: int) -> Any:
+def before_batch_transfer(module: LightningModule, batch: Any, dataloader_idx: int) -> Any:
     """Run the hook of the module before a batch is moved to the device."""
-    loaded: LightningModule = module
-    return loaded._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
+    return module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
 
 
 def logger_connector(trainer: Trainer) -> LoggerConnector:
@@ -211,7 +210,7 @@ def fresh_results(trainer: Trainer, loggers: list[Any]) -> Iterator[None]:
         yield
 
 
-# Names that only some objects have: their absence says something
+# Names that only some objects have; their absence is no error
 
 
 def start_method(strategy: Any) -> str:
@@ -226,14 +225,14 @@ def averages_models(strategy: Any) -> bool:
 
 
 def hyperparameters(owner: Any) -> list[MutableMapping[str, Any]]:
-    """Return the hyperparameters of a module or datamodule: as they are, and as Lightning logs them."""
+    """Return the hyperparameters of a module or datamodule, and those that Lightning logs."""
     kept = (getattr(owner, name, None) for name in ("_hparams", "_hparams_initial"))
     return [each for each in kept if each is not None]
 
 
 @dataclass(frozen=True, slots=True)
 class SavedArguments:
-    """Arguments of a loader or sampler that a hook made; Lightning makes it anew from them for several ranks.
+    """Arguments of a loader or sampler that a hook made; Lightning copies it with them for ranks.
 
     Args:
         names: Of the positional arguments.
@@ -247,7 +246,7 @@ class SavedArguments:
 
 
 def saved_arguments(made: Any) -> SavedArguments | None:
-    """Return the arguments Lightning saved of a loader or sampler; None where it saved none."""
+    """Return the arguments Lightning saved of a loader or sampler; None if it saved none."""
     names = getattr(made, "__pl_saved_arg_names", None)
     if names is None:
         return None
@@ -264,12 +263,12 @@ def save_positional(made: Any, positional: tuple[Any, ...]) -> None:
 
 
 def missing_name(trainer: Any) -> str | None:
-    """Return the first attribute that AutoBatch uses and this Lightning lacks; None where all are there."""
+    """Return the first attribute that AutoBatch uses and this Lightning lacks, if any."""
     return next(_missing_to_autobatch(trainer), None)
 
 
 def name_missing_to_noise_scale(trainer: Any) -> str | None:
-    """Return the first attribute that NoiseScale uses and this Lightning lacks; None where all are there."""
+    """Return the first attribute that NoiseScale uses and this Lightning lacks, if any."""
     return next(_missing(trainer, MeasuredTrainer), None)
 
 
@@ -303,9 +302,9 @@ def _missing(owner: Any, protocol: Any, path: str = "") -> Iterator[str]:
 class patched:  # noqa: N801 -- reads as what it does: with patched(owner, name=value)
     """Replace attributes of an object while the body runs, and restore exactly what was there.
 
-    A value goes into the `vars` of the object, where it hides a method or a class attribute, and is deleted from there
-    if there was none. Properties are set instead. Nothing is hooked up by closures, so that an object that holds one
-    can be copied and pickled.
+    A value goes into the `vars` of the object, where it hides a method or an attribute of the
+    class, and is deleted from there if the object had none of its own. Properties are set. A class
+    rather than a generator, so that a callback that holds one can be copied and pickled.
 
     Example:
         >>> with patched(loop, setup_data=replacement):  # doctest: +SKIP
@@ -315,11 +314,15 @@ class patched:  # noqa: N801 -- reads as what it does: with patched(owner, name=
     def __init__(self, owner: Any, **values: Any) -> None:
         self._owner = owner
         self._values = values
-        self._former: dict[str, Any] = {}
+        self._former: dict[str, Any] = {}  # without the names that were absent
+        self._is_active = False
 
     def __enter__(self) -> Self:
+        self._is_active = True
         for name, value in self._values.items():
-            self._former[name] = self._replace(name, value)
+            if name in vars(self._owner) or _is_property(self._owner, name):
+                self._former[name] = getattr(self._owner, name)
+            _set(self._owner, name, value)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -327,17 +330,22 @@ class patched:  # noqa: N801 -- reads as what it does: with patched(owner, name=
 
     def restore(self) -> None:
         """Restore what was there; a second call changes nothing."""
-        while self._former:
-            name, value = self._former.popitem()
-            self._replace(name, value)
+        if not self._is_active:
+            return
+        self._is_active = False
+        for name in self._values:
+            if name in self._former:
+                _set(self._owner, name, self._former[name])
+            else:
+                vars(self._owner).pop(name, None)
 
-    def _replace(self, name: str, value: Any) -> Any:
-        if hasattr(getattr(type(self._owner), name, None), "__set__"):
-            former = getattr(self._owner, name)
-            setattr(self._owner, name, value)
-            return former
-        attributes = vars(self._owner)
-        former = attributes.pop(name, _ABSENT)
-        if value is not _ABSENT:
-            attributes[name] = value
-        return former
+
+def _set(owner: Any, name: str, value: Any) -> None:
+    if _is_property(owner, name):
+        setattr(owner, name, value)
+    else:
+        vars(owner)[name] = value
+
+
+def _is_property(owner: Any, name: str) -> bool:
+    return hasattr(getattr(type(owner), name, None), "__set__")

@@ -1,7 +1,8 @@
 """A Lightning Trainer, as far as autobatch uses it.
 
-These protocols list every attribute that is used, public or private, as Lightning 2.6.0 to 2.6.6 have them. mypy accepts
-no other, and `missing_name` looks for each of them before a run is tuned. A Callable is a method: a trial may replace it.
+These protocols list every attribute that is used, public or private, as Lightning 2.6.0 to 2.6.6
+have them. mypy accepts no other, and `missing_name` looks for each of them before a run is tuned. A
+Callable is a method: a trial may replace it.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ class CombinedLoader(Protocol):
     _mode: str
 
 
-class _AnyTrainer(Protocol):
+class AnyTrainer(Protocol):
     """`Trainer`, as far as both callbacks use it."""
 
     accumulate_grad_batches: int
@@ -163,13 +164,13 @@ class _AnyTrainer(Protocol):
     world_size: int
 
 
-class MeasuredTrainer(_AnyTrainer, Protocol):
+class MeasuredTrainer(AnyTrainer, Protocol):
     """`Trainer`, as far as NoiseScale uses it."""
 
     fit_loop: MeasuredFitLoop
 
 
-class Trainer(_AnyTrainer, Protocol):
+class Trainer(AnyTrainer, Protocol):
     """`Trainer`, as far as AutoBatch uses it."""
 
     check_val_every_n_epoch: int | None
