@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.cells import cell_len
 from torch import nn
 
 import autobatch
@@ -867,7 +868,7 @@ def test_a_report_with_latencies_is_never_wider_than_its_columns(
     report = report.model_copy(update={"latencies": latencies, "settings": told})
 
     for text in (report.text(), report.text(ASCII)):
-        assert all(len(line) <= WIDTH for line in text.splitlines())
+        assert all(cell_len(line) <= WIDTH for line in text.splitlines())
 
 
 @given(measured(), spans, st.integers(0, 29))

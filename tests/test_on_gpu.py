@@ -98,7 +98,7 @@ def test_an_incomplete_environment_is_refused_before_anything_runs(tmp_path):
     )
 
     assert ran.returncode == 2
-    assert f"{python} lacks what is named above: install autobatch" in ran.stderr
+    assert f"{python} lacks the module named above: install autobatch" in ran.stderr
     assert not ran.stdout
 
 

@@ -1,16 +1,23 @@
 """Exceptions raised by autobatch, as a tree.
 
 AutobatchError
-├── DoesNotFitError    no allowed batch size fits the budget, or meets the latency limit
-├── ShortTrialError    a workload ended before its trial was complete
-└── ProbeError         the memory of a device cannot be read
+├── DoesNotFitError        no allowed batch size fits the budget, or meets the latency limit
+├── ShortTrialError        a workload ended before its trial was complete
+├── ProbeError             the memory of a device cannot be read
+└── FixedBatchSizeError    the batch size of a DataLoader cannot be changed
 
 A bad argument is a plain `ValueError`. Exceptions of the user's code pass through unchanged.
 """
 
 from __future__ import annotations
 
-__all__ = ["AutobatchError", "DoesNotFitError", "ProbeError", "ShortTrialError"]
+__all__ = [
+    "AutobatchError",
+    "DoesNotFitError",
+    "FixedBatchSizeError",
+    "ProbeError",
+    "ShortTrialError",
+]
 
 
 class AutobatchError(Exception):
@@ -27,3 +34,7 @@ class ShortTrialError(AutobatchError):
 
 class ProbeError(AutobatchError):
     """A device does not exist, or its memory cannot be read."""
+
+
+class FixedBatchSizeError(AutobatchError):
+    """The batch size of a DataLoader cannot be changed; AutoBatch only."""

@@ -13,7 +13,7 @@ from autobatch._report.notes import waiting
 from autobatch._settings import Settings
 from autobatch._trials.snapshot import Snapshot
 from autobatch._tune import checked_search, known_plan
-from autobatch.errors import AutobatchError
+from autobatch.errors import AutobatchError, FixedBatchSizeError
 from autobatch.lightning._accumulation import LastWindowCorrection, check_switch
 from autobatch.lightning._apply import apply, apply_between_epochs, check_name, checked_name
 from autobatch.lightning._checks import (
@@ -31,7 +31,6 @@ from autobatch.lightning._compat import (
     forget_combined_loader,
 )
 from autobatch.lightning._dataloaders import (
-    FixedBatchSizeError,
     Rebatched,
     capture_order,
     checked_setter,

@@ -18,7 +18,7 @@ from autobatch._trials.context import MemoryBudget, TrialContext
 from autobatch._trials.optimizers import OptimizerWatch
 from autobatch._trials.snapshot import Snapshot
 from autobatch._tune import known_plan, tune, versions
-from autobatch.errors import AutobatchError, DoesNotFitError
+from autobatch.errors import AutobatchError, DoesNotFitError, FixedBatchSizeError
 from autobatch.lightning._accumulation import (
     Splits,
     batches_trained,
@@ -28,7 +28,7 @@ from autobatch.lightning._accumulation import (
 )
 from autobatch.lightning._apply import is_named, name_batch_size
 from autobatch.lightning._compat import data_source, package_of
-from autobatch.lightning._dataloaders import FixedBatchSizeError, Loaders
+from autobatch.lightning._dataloaders import Loaders
 from autobatch.lightning._isolation import apart, scratch
 from autobatch.lightning._resume import DeviceId, PriorPlan
 from autobatch.lightning._trainer_notes import (
