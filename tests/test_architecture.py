@@ -45,8 +45,6 @@ LAYER = {name: height for height, row in enumerate(LAYERS) for name in row}
 
 # Arrows that point up, "_module -> _other", each with its reason.
 UPWARD: dict[str, str] = {
-    "_latency.search -> _report.units": "the sentence about too few calls",
-    "_settings -> _latency": "the limit as a record",
     "_trials.runner -> _plan": "trials that may confirm a plan",
     "_trials.runner -> _subject": "the workload of the subject",
     "_trials.runner -> sinks": "the progress line",

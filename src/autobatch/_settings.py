@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Final
 
 from pydantic import (
@@ -13,7 +14,6 @@ from pydantic import (
     model_validator,
 )
 
-from autobatch._latency import LatencyLimit
 from autobatch._memory import parse_memory_limit
 
 _ALLOWED: Final = {
@@ -40,6 +40,19 @@ def _limit(value: Any) -> Any:
 
 Count = Annotated[int, BeforeValidator(_index), Field(ge=1, strict=True)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyLimit:
+    """Limit on the time of one inference call.
+
+    Args:
+        seconds: Longest time of a call.
+        percentile: Percentage of all calls that have to meet it.
+    """
+
+    seconds: float
+    percentile: float
 
 
 class Settings(BaseModel):
@@ -79,7 +92,7 @@ class Settings(BaseModel):
 
     @property
     def limit_on_latency(self) -> LatencyLimit | None:
-        """What a call may take, where that is asked."""
+        """Limit on the time of a call; None if there is none."""
         if self.latency_limit is None:
             return None
         return LatencyLimit(self.latency_limit, self.percentile)

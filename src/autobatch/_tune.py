@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import torch
 
@@ -16,7 +16,7 @@ from autobatch._latency.search import LatencySearch, LatencyTimer
 from autobatch._memory import format_bytes
 from autobatch._plan import BatchPlan, Choice, per_rank
 from autobatch._report import Device, TuningReport
-from autobatch._report.latency import latency_notes, nothing_within
+from autobatch._report.latency import latency_notes, nothing_within, too_slow_reason
 from autobatch._report.notes import Bound, TuningResult, notes, tightest_bound
 from autobatch._search.guided import GuidedBisection
 from autobatch._throughput import latest_by_size
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from autobatch._trials.snapshot import Snapshot
     from autobatch.sinks import Progress
 
+
+T = TypeVar("T")
 
 _CEILING: Final = 2**20  # a workload that never meets a limit has to stop somewhere
 # Times the batch with the very same allocations: the workload does not use it
@@ -139,18 +141,15 @@ class _Tuning:
         limit = self._settings.limit_on_latency
         if limit is None:
             return None
-        calls = LatencyTimer(self._job.workload, self._tries.bench)
-        return LatencySearch(
-            limit,
-            calls,
-            self._fits,
-            self._steps,
-            self._snapshot,
-            self._record.everywhere,
-        )
+        timer = LatencyTimer(self._job.workload, self._tries.bench)
+        return LatencySearch(limit, timer, self, self._snapshot)
 
-    def _steps(self) -> dict[int, float]:
-        """Seconds of a step in the trial of each size that fits."""
+    def everywhere(self, act: Callable[[], T]) -> Sequence[T]:
+        """Run `act` on every rank and return all results."""
+        return self._record.everywhere(act)
+
+    def step_seconds(self) -> dict[int, float]:
+        """Return the seconds of a step in its trial, for each size that fits."""
         return {
             trial.batch_size: trial.step_seconds or 0.0
             for trial in latest_by_size(self._record.trials)
@@ -209,10 +208,10 @@ class _Tuning:
         """Where a limit on latency is beyond a size, go no higher: what fits there is of no use."""
         if self._answers is None or not trial.fits:
             return
-        reason = self._answers.beyond(trial.batch_size)
-        if reason is not None:
+        too_slow = self._answers.too_slow(trial.batch_size)
+        if too_slow is not None:
             self._high = min(self._high, trial.batch_size)
-            self._bound = Bound(self._high, reason)
+            self._bound = Bound(self._high, too_slow_reason(too_slow, self._answers.limit))
 
     def _next_size(self, search: Search) -> int | None:
         """What the search proposes, as far as there is time for it and for confirming the plan."""
@@ -310,8 +309,8 @@ class _Tuning:
             raise DoesNotFitError(nothing_within(answers.latencies, answers.limit))
         return BatchPlan(best.batch_size, world_size=self._ranks.world_size)
 
-    def _fits(self, size: int) -> bool:
-        """Whether a trial has shown that a size fits, or shows it now."""
+    def fits(self, size: int) -> bool:
+        """Return whether a size fits by its trial, which runs now if there was none."""
         if all(size != trial.batch_size for trial in self._record.trials):
             if not self._tries.takes_its_time(size):
                 return False

@@ -26,9 +26,9 @@ from autobatch._report.units import SECONDS, aligned, percent, plain, quantity
 from autobatch._throughput import latest_by_size
 
 if TYPE_CHECKING:
-    from autobatch._latency import LatencyLimit
     from autobatch._report import TuningReport
     from autobatch._report.notes import Bound
+    from autobatch._settings import LatencyLimit
 
 _FULL: Final = 0.95  # of the budget: a search for what fits does not end below
 
