@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import torch
 
 from autobatch._latency import largest_within
-from autobatch._latency.search import LatencySearch, LatencyTimer
+from autobatch._latency.search import LatencySearch
 from autobatch._memory import format_bytes
 from autobatch._plan import BatchPlan, Choice, per_rank
 from autobatch._report import Device, TuningReport
@@ -141,15 +141,15 @@ class _Tuning:
         limit = self._settings.limit_on_latency
         if limit is None:
             return None
-        timer = LatencyTimer(self._job.workload, self._tries.bench)
-        return LatencySearch(limit, timer, self, self._snapshot)
+        return LatencySearch(limit, self, self._job.workload, self._tries.bench, self._snapshot)
 
     def everywhere(self, act: Callable[[], T]) -> Sequence[T]:
         """Run `act` on every rank and return all results."""
         return self._record.everywhere(act)
 
+    @property
     def step_seconds(self) -> dict[int, float]:
-        """Return the seconds of a step in its trial, for each size that fits."""
+        """Seconds of a step in its trial, for each size that fits."""
         return {
             trial.batch_size: trial.step_seconds or 0.0
             for trial in latest_by_size(self._record.trials)

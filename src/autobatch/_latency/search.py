@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
-import numpy as np
-
 from autobatch._latency import (
     FEWEST_CALLS,
     SMALLEST_SECONDS,
@@ -25,7 +23,7 @@ from autobatch._latency import (
     largest_within,
     slowest,
 )
-from autobatch._trials.timing import time_calls
+from autobatch._latency.timer import TURN, Goal, LatencyTimer, turn_seconds, warm_up
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -48,8 +46,6 @@ _GROWTH: Final = 16
 # … and expected to take at most this many times the limit, of quick calls and of slow ones
 _OVERSHOOT: Final = 4.0
 _OVERSHOOT_SLOW: Final = 1 + 1 / 16
-_TURN_CALLS: Final = 10  # timed calls of a size before the next size has its turn
-_TURN_SECONDS: Final = 0.5  # or as many as begin within this time
 
 
 class Trials(Protocol):
@@ -58,8 +54,9 @@ class Trials(Protocol):
     def fits(self, size: int) -> bool:
         """Return whether a size fits by its trial, which runs now if there was none."""
 
+    @property
     def step_seconds(self) -> Mapping[int, float]:
-        """Return the seconds of a step in its trial, for each size that fits."""
+        """Seconds of a step in its trial, for each size that fits."""
 
     def everywhere(self, act: Callable[[], T]) -> Sequence[T]:
         """Run `act` on every rank and return all results."""
@@ -70,17 +67,24 @@ class LatencySearch:
 
     Args:
         limit: Limit on the time of a call.
-        timer: Times calls on this rank.
         trials: Runs trials, and gathers the results of all ranks.
+        workload: Answers one batch each time it yields.
+        bench: Device and memory budget of the trials.
         snapshot: Restores all state after calls.
     """
 
     def __init__(
-        self, limit: LatencyLimit, timer: LatencyTimer, trials: Trials, snapshot: Snapshot
+        self,
+        limit: LatencyLimit,
+        trials: Trials,
+        workload: Workload,
+        bench: Bench,
+        snapshot: Snapshot,
     ) -> None:
         self.limit = limit
         self.latencies: tuple[Latency, ...] = ()  # of the sizes that were timed, ascending
-        self._timer, self._trials, self._snapshot = timer, trials, snapshot
+        self._trials, self._snapshot = trials, snapshot
+        self._timer = LatencyTimer(workload, bench)
         self._enough = enough_calls(limit.percentile)
         # Seconds of a call: the first one is not timed
         self._longest = min(limit.seconds, _FOR_ANSWER * SECONDS_TIMED / 2)
@@ -105,7 +109,7 @@ class LatencySearch:
 
     def too_slow(self, size: int) -> TooSlow | None:
         """Return the reason why nothing above a size that fits is of use; None if it may be."""
-        step = self._known.steps[size]
+        step, limit = self._known.steps[size], self.limit.seconds
         if step <= self._longest:
             return None
         if step > SLOW_CALL:
@@ -115,8 +119,9 @@ class LatencySearch:
         if latency is None and self._has_time(size, FEWEST_CALLS):
             self._time_turn(size)
             latency = self._latency(size)
-        is_over = latency is not None and latency.p50_seconds > self.limit.seconds
-        return TooSlow(size, None) if is_over else None
+        if latency is None or min(latency.p50_seconds, latency.at_percentile_seconds) <= limit:
+            return None
+        return TooSlow(size, None)
 
     def measure(self) -> None:
         """Find the largest size within the limit, time it well, and then time smaller sizes."""
@@ -124,10 +129,10 @@ class LatencySearch:
         self._time_smaller()
         if not self.latencies:
             # A call takes longer than all timing should: one timed call is better than none
-            steps = self._trials.step_seconds()
+            steps = self._trials.step_seconds
             in_time = (size for size, step in steps.items() if step <= self.limit.seconds)
             size = max(in_time, default=min(steps))
-            self._on_every_rank(partial(self._timer.stay, size, math.inf, _Goal(1), math.inf))
+            self._on_every_rank(partial(self._timer.stay, size, math.inf, Goal(1), math.inf))
 
     @property
     def unfinished(self) -> Unfinished:
@@ -189,10 +194,10 @@ class LatencySearch:
         latency, seconds = self._latency(size), self._expected(size)
         calls = latency.calls if latency else 0
         until = _FOR_ANSWER * SECONDS_TIMED
-        fewest = self._spent + (FEWEST_CALLS - calls + _warm_up(seconds)) * seconds
+        fewest = self._spent + (FEWEST_CALLS - calls + warm_up(seconds)) * seconds
         if until < fewest <= SECONDS_TIMED:
             until = SECONDS_TIMED
-        if self._spent + _turn_seconds(seconds) > until:
+        if self._spent + turn_seconds(seconds) > until:
             self._is_out_of_time = True
             return False
         affordable = calls + max(1, int((until - self._spent) / seconds))
@@ -203,7 +208,7 @@ class LatencySearch:
     def _time_smaller(self) -> None:
         """Time a single sample, then powers of two below the answer from the largest, in turns."""
         best = self._best
-        sizes = _powers_of_two(best.batch_size) if best else [min(self._trials.step_seconds())]
+        sizes = _powers_of_two(best.batch_size) if best else [min(self._trials.step_seconds)]
         first, *others = sizes
         for size in (first, *reversed(others)):
             if self._latency(size) is None and self._affords(size, 0) and self._trials.fits(size):
@@ -213,13 +218,12 @@ class LatencySearch:
         self._on_every_rank(partial(self._timer.take_turns, expected, goal, SECONDS_TIMED))
 
     def _time_turn(self, size: int) -> None:
-        goal = _Goal(_TURN_CALLS, seconds=_TURN_SECONDS)
         seconds = self._expected(size)
-        self._on_every_rank(partial(self._timer.stay, size, seconds, goal, SECONDS_TIMED), size)
+        self._on_every_rank(partial(self._timer.stay, size, seconds, TURN, SECONDS_TIMED), size)
 
-    def _goal(self, calls: int) -> _Goal:
+    def _goal(self, calls: int) -> Goal:
         """Return a goal that also ends when the percentile cannot be within the limit any more."""
-        return _Goal(calls, self.limit.seconds, calls_above(calls, self.limit.percentile))
+        return Goal(calls, self.limit.seconds, calls_above(calls, self.limit.percentile))
 
     def _on_every_rank(self, time: Callable[[], bool], size: int | None = None) -> None:
         """Time calls on every rank and restore all state; remember `size` if memory refused it."""
@@ -244,7 +248,7 @@ class LatencySearch:
         # Other processes may have taken the memory since a trial
         refused = dict.fromkeys(self._refused, math.inf)
         timed = {each.batch_size: each.at_percentile_seconds for each in self.latencies}
-        return KnownTimes(self.limit.seconds, timed, {**self._trials.step_seconds(), **refused})
+        return KnownTimes(self.limit.seconds, timed, {**self._trials.step_seconds, **refused})
 
     @property
     def _best(self) -> Latency | None:
@@ -254,17 +258,16 @@ class LatencySearch:
         return next((each for each in self.latencies if each.batch_size == size), None)
 
     def _expected(self, size: int) -> float:
-        """Seconds of a call: its median if timed, else of its trial, else interpolated."""
+        """Seconds of a call: its median if timed, else of its trial, else of the next larger size."""
         timed = {each.batch_size: each.p50_seconds for each in self.latencies}
-        known = {**self._trials.step_seconds(), **timed}
-        sizes = sorted(known)
-        seconds = np.interp(size, sizes, [known[each] for each in sizes])
-        return max(SMALLEST_SECONDS, float(seconds))
+        known = {**self._trials.step_seconds, **timed}
+        nearest = min((each for each in known if each >= size), default=max(known))
+        return max(SMALLEST_SECONDS, known[nearest])
 
     def _affords(self, size: int, calls: int) -> bool:
         """Return whether there is time for a turn and for further calls of the same length."""
         seconds = self._expected(size)
-        return self._spent + _turn_seconds(seconds) + calls * seconds <= SECONDS_TIMED
+        return self._spent + turn_seconds(seconds) + calls * seconds <= SECONDS_TIMED
 
     def _has_time(self, size: int, calls: int) -> bool:
         affords = self._affords(size, calls)
@@ -363,108 +366,3 @@ class _RankTimes:
     latencies: tuple[Latency, ...]
     spent: float  # seconds
     ran: bool  # False if memory did not suffice
-
-
-@dataclass(frozen=True, slots=True)
-class _Goal:
-    """Timed calls after which a size is done.
-
-    Args:
-        calls: Number of calls in all.
-        limit: Seconds after which a call is late.
-        most_late: Late calls that do not end it earlier.
-        seconds: Time that the calls of one stay may take.
-    """
-
-    calls: int
-    limit: float = math.inf
-    most_late: int = 0
-    seconds: float = math.inf
-
-    def is_reached(self, seconds: Sequence[float]) -> bool:
-        late = sum(each > self.limit for each in seconds)
-        return len(seconds) >= self.calls or late > self.most_late
-
-
-class LatencyTimer:
-    """Times single calls on this rank.
-
-    Args:
-        workload: Answers one batch each time it yields.
-        bench: Device and memory budget of trials.
-    """
-
-    def __init__(self, workload: Workload, bench: Bench) -> None:
-        self.spent = 0.0  # seconds, with the calls that are left out
-        self._seconds: dict[int, list[float]] = {}  # of each call, by size
-        self._workload, self._bench = workload, bench
-
-    def latencies(self, percentile: float) -> tuple[Latency, ...]:
-        """Return the latency of every size that was timed."""
-        timed = ((size, seconds) for size, seconds in self._seconds.items() if seconds)
-        return tuple(Latency.of(size, seconds, percentile) for size, seconds in timed)
-
-    def take_turns(self, expected: Mapping[int, float], goal: _Goal, until: float) -> bool:
-        """Time sizes in turns until each reaches the goal: drift of the machine affects all alike.
-
-        Args:
-            expected: Seconds of a call, by size.
-            goal: Number of calls of each size.
-            until: Seconds that may be spent by then, earlier calls included.
-        """
-        turn = _Goal(_TURN_CALLS, seconds=_TURN_SECONDS)
-        waiting = list(expected)
-        while waiting:
-            waiting = [
-                size
-                for size in waiting
-                if not goal.is_reached(self._seconds.get(size, ()))
-                and self.spent + _turn_seconds(expected[size]) <= until
-                and self._time(size, expected[size], turn, until)
-            ]
-        return True
-
-    def stay(self, size: int, expected: float, goal: _Goal, until: float) -> bool:
-        """Time one size until it reaches the goal; False if it is out of memory.
-
-        Other processes may have taken memory since the trial of the size.
-        """
-        known = self._seconds.get(size, [])
-        late = sum(each > goal.limit for each in known)
-        rest = _Goal(goal.calls - len(known), goal.limit, goal.most_late - late, goal.seconds)
-        return self._time(size, expected, rest, until)
-
-    def _time(self, size: int, expected: float, goal: _Goal, until: float) -> bool:
-        clock = self._bench.probe.clock
-        began, spent = clock(), self.spent
-
-        def is_enough(seconds: Sequence[float]) -> bool:
-            if not seconds:
-                return False
-            is_out_of_time = spent + clock() - began + max(seconds) > until
-            return is_out_of_time or goal.is_reached(seconds) or sum(seconds) >= goal.seconds
-
-        seconds = time_calls(
-            self._workload,
-            size,
-            before=_warm_up(expected),
-            is_new=size not in self._seconds,
-            enough=is_enough,
-            bench=self._bench,
-        )
-        self.spent += clock() - began
-        # No call of a size counts that does not fit any more
-        self._seconds[size] = [] if seconds is None else [*self._seconds.get(size, []), *seconds]
-        return seconds is not None
-
-
-def _warm_up(call_seconds: float) -> int:
-    """Calls that are not timed: the first starts the workload, the second may find cold caches."""
-    is_slow = call_seconds >= 0.25  # noqa: PLR2004 -- seconds, beside which cold caches are nothing
-    return 1 if is_slow else 2
-
-
-def _turn_seconds(call_seconds: float) -> float:
-    """Return the time of a turn, warm-up included."""
-    seconds = call_seconds + (_TURN_SECONDS if call_seconds < _TURN_SECONDS else 0.0)
-    return _warm_up(call_seconds) * call_seconds + min(_TURN_CALLS * call_seconds, seconds)
