@@ -188,38 +188,44 @@ class AsAnOutcome:
         return [after - before for before, after in itertools.pairwise(times)]
 
 
+def bisection(case, seed):
+    return AsAnOutcome(case, seed, Bisection(1 / 32)).run()
+
+
+def guided_bisection(case, seed):
+    return AsAnOutcome(case, seed, GuidedBisection(1 / 32)).run()
+
+
 METHODS = {
-    "present": present,
-    "outcome, Bisection(0.03)": lambda case, seed: AsAnOutcome(case, seed, Bisection(0.03)).run(),
-    "outcome, GuidedBisection(0.03)": lambda case, seed: AsAnOutcome(
-        case, seed, GuidedBisection(0.03)
-    ).run(),
+    "find": present,
+    "as an outcome, Bisection": bisection,
+    "as an outcome, GuidedBisection": guided_bisection,
 }
 
 
 def main(seeds=5):
-    print("| limit and curve | method | found / true | trials | calls at it | seconds |")
-    print("| --- | --- | ---: | ---: | ---: | ---: |")
+    print("| curve and limit |", " | ".join(METHODS), "|")
+    print("|" + " --- |" * (len(METHODS) + 1))
     for case in CASES:
-        true = case.largest()
-        for name, method in METHODS.items():
-            results = [method(case, seed) for seed in range(seeds)]
-            shares = [each.size / true if true else float(each.size) for each in results]
-            print(
-                f"| {case.name} ({true:,}) | {name} "
-                f"| {spread(shares, '.2f')} "
-                f"| {spread([each.trials for each in results], '.0f')} "
-                f"| {spread([each.calls for each in results], '.0f')} "
-                f"| {spread([each.seconds for each in results], '.0f')} |"
-            )
+        cells = [
+            cell([method(case, seed) for seed in range(seeds)], case) for method in METHODS.values()
+        ]
+        print(f"| {case.name} |", " | ".join(cells), "|")
 
 
-def spread(values, form):
-    """Return the median, with the least and the most where they differ."""
-    middle, low, high = (
-        format(each, form) for each in (statistics.median(values), min(values), max(values))
+def cell(results, case):
+    """Return found / true with its range, and medians of trials, calls and seconds."""
+    shares = [each.size / case.largest() for each in results]
+    low, high = min(shares), max(shares)
+    extent = "" if high - low < 0.005 else f" ({low:.2f}-{high:.2f})"
+    trials, calls, seconds = (
+        statistics.median(getattr(each, name) for each in results)
+        for name in ("trials", "calls", "seconds")
     )
-    return middle if low == high else f"{middle} ({low}-{high})"
+    return (
+        f"{statistics.median(shares):.2f}{extent}; {trials:.0f} trials, {calls:.0f} calls, "
+        f"{seconds:.0f} s"
+    )
 
 
 if __name__ == "__main__":

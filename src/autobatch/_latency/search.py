@@ -166,12 +166,13 @@ class LatencySearch:
     def _next_size(self) -> int | None:
         """Run trials until the next size to time is known; None if there is none."""
         while True:
-            known = self._known
-            size = known.next_size(self._longest)
+            known, left = self._known, _FOR_ANSWER * SECONDS_TIMED - self._spent
+            affordable = min(self._longest, left / 2)  # the first call is not timed
+            size = known.next_size(affordable)
             if size is None or size in known.steps:
                 return size
             if self._lacks_trials or not self._has_time(size, 0):
-                return known.candidate(self._longest)
+                return known.candidate(affordable)
             self._lacks_trials = not self._trials.fits(size)
 
     def _time_candidate(self, size: int) -> bool:
