@@ -157,7 +157,7 @@ class StreamRow:
 
     @property
     def is_stable(self) -> bool:
-        """Whether the device keeps up: at a utilisation of 1 a delay would never be made up."""
+        """True if the device keeps up: at a utilisation of 1 a delay would never be made up."""
         return self.utilisation < 1
 
 
