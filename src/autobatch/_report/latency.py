@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Final
 
 from autobatch._latency import enough_calls, is_below_slowest, knee, largest_within, stream
 from autobatch._report.layout import Column, Fact
-from autobatch._report.tables import bar, measures, numbers, table_of
-from autobatch._report.units import BYTES, SECONDS, aligned, percent, quantity, unit_for
+from autobatch._report.tables import bar, counts, measures, numbers, table_of, thinned
+from autobatch._report.units import BYTES, SECONDS, counted, duration, percent, rounded, unit_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from autobatch._report.layout import Table
     from autobatch._settings import LatencyLimit
 
-_ROWS: Final = 12  # of the table: the whole report fits one screen
 _LISTED: Final = 6  # sizes below the table that are listed one by one
 _NOISY: Final = 3  # times the median: calls of a workload alone seldom differ by more
 _KNEE_APART: Final = 2 / 3  # of the chosen size: a knee above it is not worth a line
@@ -24,14 +23,14 @@ _KNEE_APART: Final = 2 / 3  # of the chosen size: a knee above it is not worth a
 
 def within(limit: LatencyLimit) -> str:
     """Return the limit as part of a sentence."""
-    return f"within {quantity(limit.seconds, SECONDS)}"
+    return f"within {duration(limit.seconds)}"
 
 
 def percentile_told(limit: LatencyLimit, latencies: Sequence[Latency], chosen: int) -> str:
     """Return the share of calls that has to meet the limit, or the number of calls if few."""
     row = _row(latencies, chosen)
     if row is not None and not is_below_slowest(row.calls, limit.percentile):
-        return f"{_calls(row.calls)} timed, asked for {limit.percentile:g} %"
+        return f"{counted(row.calls, 'call')} timed, asked for {limit.percentile:g} %"
     if limit.percentile >= 100:  # noqa: PLR2004 -- all of them
         return "every call that was timed"
     return f"{limit.percentile:g} % of calls"
@@ -42,7 +41,7 @@ def too_slow_reason(too_slow: TooSlow, limit: LatencyLimit) -> str:
     size, seconds = too_slow.batch_size, too_slow.step_seconds
     if seconds is None:
         return f"at {size} at least half of the calls take longer than {_parameter(limit)}"
-    took = f"at {size} a step of its trial took {quantity(seconds, SECONDS)}"
+    took = f"at {size} a step of its trial took {duration(seconds)}"
     if seconds > limit.seconds:
         return f"{took}, longer than {_parameter(limit)}"
     return f"{took}, too long to be timed repeatedly"
@@ -56,12 +55,12 @@ def nothing_within(latencies: Sequence[Latency], limit: LatencyLimit) -> str:
     row = min(latencies, key=lambda each: each.batch_size)
     smallest = f"a batch of {row.batch_size:,}, the smallest that was timed,"
     batch = "a single sample" if row.batch_size == 1 else smallest
-    slowest = quantity(row.at_percentile_seconds, SECONDS)
+    slowest = duration(row.at_percentile_seconds)
     at = f"at the {_ordinal(limit.percentile)} percentile"
     if not is_below_slowest(row.calls, limit.percentile):
-        at = f"in the slowest of {_calls(row.calls)}"
+        at = f"in the slowest of {counted(row.calls, 'call')}"
     return (
-        f"{nothing}: {batch} takes {slowest} {at}, {quantity(row.p50_seconds, SECONDS)} at the "
+        f"{nothing}: {batch} takes {slowest} {at}, {duration(row.p50_seconds)} at the "
         "median. Raise latency_limit, lower percentile, or make the model faster."
     )
 
@@ -86,16 +85,16 @@ def latency_facts(
     timed = "with the copy to the device, without reading data"
     if task == "answer":
         timed = "with all that the workload does in a call"
-    facts.append(Fact("Calls", f"{_calls(row.calls)} timed", timed))
+    facts.append(Fact("Calls", f"{counted(row.calls, 'call')} timed", timed))
     return facts
 
 
 def _latency_fact(latencies: Sequence[Latency], row: Latency, limit: LatencyLimit) -> Fact:
-    median, top = (quantity(each, SECONDS) for each in (row.p50_seconds, row.at_percentile_seconds))
+    median, top = (duration(each) for each in (row.p50_seconds, row.at_percentile_seconds))
     name = "max"
     if is_below_slowest(row.calls, limit.percentile):
         name = _name(limit.percentile)
-    spare = quantity(max(0.0, limit.seconds - row.at_percentile_seconds), SECONDS)
+    spare = duration(max(0.0, limit.seconds - row.at_percentile_seconds))
     over = _next_larger(latencies, row.batch_size)
     comment = f"; {over.batch_size:,} is over the limit" if over else ""
     return Fact("Latency", f"{median}, {name} {top}", f"{spare} to spare{comment}")
@@ -103,7 +102,7 @@ def _latency_fact(latencies: Sequence[Latency], row: Latency, limit: LatencyLimi
 
 def _speed_fact(latencies: Sequence[Latency], row: Latency) -> Fact:
     fastest = max(latencies, key=lambda each: each.samples_per_second)
-    speed, highest = (aligned([each.samples_per_second])[0] for each in (row, fastest))
+    speed, highest = (rounded(each.samples_per_second) for each in (row, fastest))
     share = percent(row.samples_per_second / fastest.samples_per_second)
     comment = f"{share} of the fastest measured ({highest} at {fastest.batch_size:,})"
     if row == fastest:
@@ -113,7 +112,7 @@ def _speed_fact(latencies: Sequence[Latency], row: Latency) -> Fact:
 
 def _knee_fact(latencies: Sequence[Latency], bend: Latency, row: Latency) -> Fact:
     share = bend.samples_per_second / max(each.samples_per_second for each in latencies)
-    sooner, later = (quantity(each.at_percentile_seconds, SECONDS) for each in (bend, row))
+    sooner, later = (duration(each.at_percentile_seconds) for each in (bend, row))
     comment = f"{percent(share)} of the fastest, in {sooner} instead of {later}"
     return Fact("Knee", f"batches of {bend.batch_size:,}", comment)
 
@@ -134,7 +133,7 @@ def latency_table(
     )
     return table_of(
         [
-            Column("batch", tuple(f"{each.batch_size:,}" for each in shown)),
+            counts("batch", [each.batch_size for each in shown]),
             *_percentiles(shown, limit.percentile),
             numbers("samples/s", [each.samples_per_second for each in shown]),
             Column("", bars, align="<"),
@@ -147,19 +146,12 @@ def latency_table(
 
 
 def _one_screen(latencies: Sequence[Latency], limit: LatencyLimit, chosen: int) -> list[Latency]:
-    """Leave out the sizes that are closest to their neighbours."""
-    shown = list(latencies)
-    over = (each for each in shown if each.at_percentile_seconds > limit.seconds)
+    """Leave out sizes, but not the chosen one, the knee, or the smallest above the limit."""
+    over = (each for each in latencies if each.at_percentile_seconds > limit.seconds)
     above = next((each for each in over if each.batch_size > chosen), None)
     keep = {chosen, *(each.batch_size for each in (above, knee(latencies)) if each)}
-    while len(shown) > _ROWS:
-        spare = [
-            (after.batch_size / before.batch_size, each.batch_size, each)
-            for before, each, after in zip(shown, shown[1:], shown[2:], strict=False)
-            if each.batch_size not in keep
-        ]
-        shown.remove(min(spare)[-1])
-    return shown
+    sizes = thinned([each.batch_size for each in latencies], keep)
+    return [each for each in latencies if each.batch_size in sizes]
 
 
 def _percentiles(latencies: Sequence[Latency], percentile: float) -> list[Column]:
@@ -198,9 +190,11 @@ def _by_count(latencies: Sequence[Latency]) -> str:
     for each in latencies:
         sizes.setdefault(each.calls, []).append(str(each.batch_size))
     if len(latencies) <= _LISTED:
-        return "; ".join(f"{_calls(calls)} at {', '.join(at)}" for calls, at in sizes.items())
+        return "; ".join(
+            f"{counted(calls, 'call')} at {', '.join(at)}" for calls, at in sizes.items()
+        )
     fewest, most = min(sizes), max(sizes)
-    calls = _calls(most) if fewest == most else f"{fewest:,} to {_calls(most)}"
+    calls = counted(most, "call") if fewest == most else f"{fewest:,} to {counted(most, 'call')}"
     return f"{calls} at {len(latencies)} sizes"
 
 
@@ -227,14 +221,14 @@ def _filling(latencies: Sequence[Latency], limit: LatencyLimit, chosen: int) -> 
     row = next((row for row in one.rows if row.batch_size == chosen), None)
     if row is None or chosen == 1:
         return None
-    filling = quantity(row.filling_seconds, SECONDS)
+    filling = duration(row.filling_seconds)
     note = (
         "Waiting for a batch to fill comes on top: one stream of "
         f"{_rounded(rate)} samples/s takes {filling} to fill {chosen:,}"
     )
     if one.best is None or one.best.batch_size >= chosen:
         return f"{note}."
-    soonest = quantity(one.best.worst_seconds, SECONDS)
+    soonest = duration(one.best.worst_seconds)
     return f"{note}; in batches of {one.best.batch_size:,} it is answered within {soonest}."
 
 
@@ -300,7 +294,7 @@ def _noise_above(latencies: Sequence[Latency], limit: LatencyLimit, chosen: int)
     over = _next_larger(latencies, chosen)
     if over is None or over.p50_seconds > limit.seconds or not _is_noisy(over):
         return None
-    median, slow = (quantity(s, SECONDS) for s in (over.p50_seconds, over.at_percentile_seconds))
+    median, slow = (duration(s) for s in (over.p50_seconds, over.at_percentile_seconds))
     return (
         f"Half of the calls at {over.batch_size:,} take no longer than {median}, and some {slow}: "
         "on a quiet machine larger batches may answer in time."
@@ -338,10 +332,6 @@ def _parameter(limit: LatencyLimit) -> str:
 
 def _listed(sizes: Iterable[int]) -> str:
     return ", ".join(f"{size:,}" for size in sizes)
-
-
-def _calls(count: int) -> str:
-    return f"{count:,} call{'s' if count > 1 else ''}"
 
 
 def _rounded(rate: float) -> str:
