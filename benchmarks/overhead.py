@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import autobatch
-from autobatch._throughput import curve
+from autobatch import _settings
 from autobatch._trials.snapshot import Snapshot
 from autobatch.testing import SimulatedAccelerator
 
@@ -336,11 +336,11 @@ class without_the_curve:  # noqa: N801 -- reads as what it does
     """Time no sizes besides the trials, where that is not what is measured."""
 
     def __enter__(self):
-        self._seconds = curve.SECONDS
-        curve.SECONDS = 0.0
+        self._defaults = _settings.DEFAULTS
+        _settings.DEFAULTS = _settings.Defaults(curve_seconds=0.0)
 
     def __exit__(self, *_):
-        curve.SECONDS = self._seconds
+        _settings.DEFAULTS = self._defaults
 
 
 # Copies

@@ -19,7 +19,7 @@ import torch
 from workloads import BRIEF, NETWORKS, Place, fresh, surroundings
 
 import autobatch
-from autobatch._throughput import curve
+from autobatch import _settings
 from autobatch.testing import Recorder
 
 AROUND = (0.8, 0.9, 0.95, 0.98, 0.99, 1.01, 1.02, 1.05, 1.1, 1.5)  # of the largest fit
@@ -90,7 +90,7 @@ def main():
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     importlib.import_module("autobatch.sinks").console = lambda _: None
-    curve.SECONDS = 0.0
+    _settings.DEFAULTS = _settings.Defaults(curve_seconds=0.0)
     memory = given.memory or ("12MiB" if given.brief else "8GiB")
     place = Place.named(given.device, memory)
     networks = BRIEF if given.brief else NETWORKS

@@ -28,7 +28,7 @@ from pages import machine, renew, table
 from paper import STEPS_AFTER, OnPaper
 
 import networks
-from autobatch._throughput import curve
+from autobatch import _settings
 
 SECONDS_AFTER = 3.0  # for the further steps of a real network
 BINSEARCH = "Lightning, binsearch"
@@ -475,7 +475,7 @@ def main():
     gc.freeze()  # what was imported is not looked through after every failure
     began = time.perf_counter()
     if given.quick:
-        curve.SECONDS = 1.0  # nothing is said of it then
+        _settings.DEFAULTS = _settings.Defaults(curve_seconds=1.0)  # nothing is said of it then
     on_paper, real = [], []
     if given.only != "networks":
         on_paper = on_curves(one_of_each() if given.quick else list(curves.curves(curves.MAXIMA)))

@@ -1,6 +1,6 @@
-"""What all tests share: one thread, no speed curve unless marked with `curve`, and text snapshots.
+"""Setup of all tests: one thread, no throughput curve unless marked `curve`, and text snapshots.
 
-`pytest --overwrite` writes the snapshots anew, `git diff` shows what changed.
+`pytest --overwrite` rewrites the snapshots, `git diff` shows the changes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+
+from autobatch._settings import Defaults
 
 torch.set_num_threads(1)
 
@@ -42,9 +44,14 @@ def pytest_collection_finish(session):
 
 @pytest.fixture(autouse=True)
 def _without_curve(request, monkeypatch):
-    """Time no sizes besides the trials, where that is not what a test is about: most tune many times over."""
+    """Time no throughput curve, unless a test is marked `curve`: most tests tune many times."""
     if request.node.get_closest_marker("curve") is None:
-        monkeypatch.setattr("autobatch._throughput.curve.SECONDS", 0.0)
+        set_curve_seconds(monkeypatch, 0.0)
+
+
+def set_curve_seconds(monkeypatch, seconds):
+    """Replace the one default that find() and AutoBatch read at each call."""
+    monkeypatch.setattr("autobatch._settings.DEFAULTS", Defaults(curve_seconds=seconds))
 
 
 @pytest.fixture(

@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import autobatch
-from autobatch._throughput import curve
+from autobatch import _settings
+from autobatch._distributed import current_ranks
 from autobatch.testing import PaperDevice, SimulatedAccelerator
 
 try:
@@ -282,6 +283,44 @@ def exploding():
     return {"error": None}
 
 
+def aborting():
+    """What each rank raises where rank 1 fails: in a gather, between two, after the last, and nested."""
+
+    def fail(error):
+        if RANK == 1:
+            raise error
+        return RANK
+
+    def in_a_gather(ranks):
+        ranks.gather(fail(autobatch.DoesNotFitError("no room")))
+
+    def between_gathers(ranks):
+        ranks.gather(RANK)
+        fail(ZeroDivisionError("mine"))
+        ranks.gather(RANK)
+        ranks.gather(RANK)
+
+    def after_the_last_gather(ranks):
+        ranks.gather(RANK)
+        fail(ZeroDivisionError("mine"))
+
+    def raised(ranks, act):
+        try:
+            with ranks.abort_together():
+                act(ranks)
+        except (ZeroDivisionError, autobatch.AutobatchError) as error:
+            return f"{type(error).__name__}: {error}"
+
+    with current_ranks() as ranks:
+        outcome = {
+            act.__name__.replace("_", " "): raised(ranks, act)
+            for act in (in_a_gather, between_gathers, after_the_last_gather)
+        }
+        with ranks.abort_together():
+            outcome["nested"] = [raised(ranks, in_a_gather), tuple(ranks.gather(RANK))]
+        return {**outcome, "afterwards": tuple(ranks.gather(RANK))}
+
+
 def splitting():
     """What both ranks are told where one of them can not test its loss."""
     told = {}
@@ -397,6 +436,7 @@ CASES = {
     "synchronised": synchronised,
     "exploding": exploding,
     "splitting": splitting,
+    "aborting": aborting,
     "standalone": standalone,
     "answering": answering,
 }
@@ -404,7 +444,7 @@ CASES = {
 
 def main(directory, *cases):
     warnings.simplefilter("ignore")
-    curve.SECONDS = 0.5  # enough for a few visits
+    _settings.DEFAULTS = _settings.Defaults(curve_seconds=0.5)  # enough for a few visits
     gc.freeze()  # a search collects after each trial: not what imports made
     for package in ("pytorch_lightning", "lightning.pytorch"):
         logging.getLogger(package).setLevel(logging.ERROR)

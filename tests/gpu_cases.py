@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import autobatch
-from autobatch._throughput import curve
+from autobatch import _settings
 from gpu_place import on_cuda, on_paper
 from sameness import same
 
@@ -212,7 +212,7 @@ CASES = {case.__name__: case for case in (allocator, identity, ddp, assertion)}
 
 def main(case, kind):
     warnings.simplefilter("ignore")
-    curve.SECONDS = 0.0
+    _settings.DEFAULTS = _settings.Defaults(curve_seconds=0.0)
     with (
         pytest.MonkeyPatch.context() as monkeypatch,
         on_cuda() if kind == "cuda" else on_paper(monkeypatch) as place,

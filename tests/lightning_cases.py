@@ -27,7 +27,7 @@ from torch.utils.data import (
     random_split,
 )
 
-from autobatch._throughput import curve
+from autobatch import _settings
 
 try:
     pl = importlib.import_module("pytorch_lightning")
@@ -379,7 +379,7 @@ def run(case, plan):
 
 def main(mode, results, plans, *cases):
     warnings.simplefilter("ignore")
-    curve.SECONDS = 0.5  # enough for a few visits
+    _settings.DEFAULTS = _settings.Defaults(curve_seconds=0.5)  # enough for a few visits
     gc.freeze()  # a search collects after each trial: not what imports made
     known = (
         json.loads(Path(plans).read_text()) if mode == "by-hand" else dict.fromkeys(cases or CASES)

@@ -45,9 +45,6 @@ LAYER = {name: height for height, row in enumerate(LAYERS) for name in row}
 
 # Arrows that point up, "_module -> _other", each with its reason.
 UPWARD: dict[str, str] = {
-    "_trials.runner -> _plan": "trials that may confirm a plan",
-    "_trials.runner -> _subject": "the workload of the subject",
-    "_trials.runner -> sinks": "the progress line",
     "_report -> _report.text": "a report prints itself",
     "_report -> _report.figure": "report.plot() loads matplotlib with the picture",
     "_report -> _report.notebook": "a notebook asks the object itself for its HTML",

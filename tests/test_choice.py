@@ -31,14 +31,14 @@ def test_no_epoch_ends_with_a_single_sample_that_the_workload_refuses(target):
     }
 
 
-def test_the_largest_is_one_less_where_that_ends_well():
+def test_the_largest_size_is_reduced_by_one_if_that_ends_well():
     device = PaperDevice(1000, fixed=200, per_sample=8)
 
     assert found(device, dataset_size=401).plan == BatchPlan(100)
     assert found(device, needs=2, dataset_size=401).plan == BatchPlan(99)
 
 
-def test_a_single_sample_that_is_trained_on_changes_nothing():
+def test_a_single_last_sample_that_trains_changes_nothing():
     device = PaperDevice(1000, fixed=200, per_sample=8)
 
     here = found(device, target_batch_size=64, dataset_size=401)
@@ -47,7 +47,7 @@ def test_a_single_sample_that_is_trained_on_changes_nothing():
     assert here.plan == elsewhere.plan
 
 
-def test_only_where_an_epoch_ends_with_one_sample_is_one_tried():
+def test_one_sample_is_tried_only_if_an_epoch_ends_with_it():
     device = PaperDevice(1000, fixed=200, per_sample=8)
 
     def tried(samples):
@@ -58,7 +58,7 @@ def test_only_where_an_epoch_ends_with_one_sample_is_one_tried():
     assert not tried(402)
 
 
-def test_where_no_size_ends_well_that_is_told_first():
+def test_the_first_note_reports_that_no_size_ends_well():
     device = PaperDevice(1000, fixed=200, per_sample=8)
 
     report = found(device, needs=2, max_micro_batch_size=2, dataset_size=401)
@@ -70,7 +70,7 @@ def test_where_no_size_ends_well_that_is_told_first():
     )
 
 
-def test_a_target_that_can_not_be_met_because_of_it_says_so():
+def test_a_missed_target_names_the_refused_last_sample():
     device = PaperDevice(1000, fixed=200, per_sample=8)
 
     report = found(device, needs=2, target_batch_size=8, dataset_size=401)
@@ -82,7 +82,7 @@ def test_a_target_that_can_not_be_met_because_of_it_says_so():
 
 
 @pytest.mark.curve
-def test_a_size_that_is_chosen_late_is_timed_as_the_others_are():
+def test_a_size_chosen_late_is_timed_like_the_others():
     device = PaperDevice(1000, fixed=200, per_sample=8)
 
     report = found(device, needs=2, target_batch_size=64, dataset_size=513)
@@ -93,7 +93,7 @@ def test_a_size_that_is_chosen_late_is_timed_as_the_others_are():
     assert report.curve == tuple(sorted(report.curve, key=lambda p: p.batch_size))
 
 
-def test_no_row_is_offered_with_which_training_would_fail():
+def test_no_row_is_shown_that_training_would_fail_with():
     device = PaperDevice(1000, fixed=200, per_sample=8)
 
     refusing = found(device, needs=2, target_batch_size=64, dataset_size=513)
@@ -107,7 +107,7 @@ def test_no_row_is_offered_with_which_training_would_fail():
     assert not ending_with_one(refusing)
 
 
-def test_the_speed_of_a_known_plan_is_told_to_be_that_of_one_trial():
+def test_the_speed_of_a_known_plan_is_marked_as_of_one_trial():
     device = PaperDevice(1000, fixed=200, per_sample=8)
 
     known = found(device, plan=BatchPlan(64))
@@ -116,7 +116,7 @@ def test_the_speed_of_a_known_plan_is_told_to_be_that_of_one_trial():
 
 
 @pytest.mark.curve
-def test_speed_is_no_reason_to_accumulate_for_a_loop_that_can_not():
+def test_speed_never_makes_a_loop_accumulate_that_cannot():
     # Small micro-batches are as fast, and the smallest within 5 % of the fastest is taken
     device = PaperDevice(1000, fixed=200, per_sample=8, seconds_per_step=0)
 

@@ -15,6 +15,7 @@ from autobatch._report.notes import TuningResult, notes
 from autobatch._throughput.curve import curve_sizes, enough, in_turns, point
 from autobatch._trials.timing import Timing
 from autobatch.testing import PaperDevice, SimulatedAccelerator
+from conftest import set_curve_seconds
 
 pytestmark = pytest.mark.curve
 
@@ -53,7 +54,7 @@ FOUND = TuningResult(
 
 
 @given(sizes, st.none() | st.integers(1, 10_000))
-def test_powers_of_two_and_all_that_fit_are_timed_and_none_beyond(fitting, samples):
+def test_powers_of_two_and_fitting_sizes_are_timed(fitting, samples):
     chosen = curve_sizes(sorted(fitting), samples)
 
     powers = {2**i for i in range(13) if 2**i <= max(fitting)}
@@ -84,21 +85,21 @@ def visited(durations, bound):
 
     timings = in_turns(
         durations,
-        visit=visit,
+        time_turn=visit,
         affordable=lambda seconds: clock[0] + seconds <= bound,
         update_seconds=lambda size: durations[size],
     )
     return order, timings, clock[0]
 
 
-def test_sizes_are_visited_going_up_and_again_going_down():
+def test_sizes_are_timed_going_up_and_again_going_down():
     order, timings, _ = visited({4: 0.01, 1: 0.01, 2: 0.01}, bound=20)
 
     assert order == [1, 2, 4, 4, 2, 1]
     assert {size: len(each) for size, each in timings.items()} == {1: 2, 2: 2, 4: 2}
 
 
-def test_where_there_is_no_time_for_all_the_largest_are_visited_first():
+def test_the_largest_sizes_are_timed_first_if_time_is_short():
     order, timings, _ = visited({1: 0.1, 2: 0.2, 4: 0.4, 8: 0.8}, bound=6)
 
     assert order[0] == 8
@@ -110,28 +111,30 @@ def test_where_there_is_no_time_for_all_the_largest_are_visited_first():
     st.dictionaries(st.integers(1, 1000), st.floats(0, 0.05), min_size=1),
     st.floats(0.1, 20),
 )
-def test_no_visit_begins_that_would_not_be_over_in_time(durations, bound):
+def test_no_turn_begins_that_would_end_late(durations, bound):
     _, timings, spent = visited(durations, bound)
 
     assert spent <= bound * (1 + 1e-9)
     assert all(timings.values())
 
 
-def test_what_there_is_no_time_for_is_left_out():
+def test_sizes_without_time_are_left_out():
     order, timings, _ = visited({1: 0.01, 2: 0.02, 64: 9.0}, bound=20)
 
     assert 64 not in order
     assert set(timings) == {1, 2}
 
 
-def test_a_size_that_failed_is_not_visited_again_and_left_out():
+def test_a_failed_size_is_left_out():
     order = []
 
     def visit(size):
         order.append(size)
         return None if size == 2 else timing(1, 1, 1)
 
-    timings = in_turns([1, 2], visit=visit, affordable=lambda _: True, update_seconds=lambda _: 1.0)
+    timings = in_turns(
+        [1, 2], time_turn=visit, affordable=lambda _: True, update_seconds=lambda _: 1.0
+    )
 
     assert order == [1, 2, 1]
     assert set(timings) == {1}
@@ -152,9 +155,7 @@ def test_a_size_that_failed_is_not_visited_again_and_left_out():
         ([0.1] * 5, True),
     ],
 )
-def test_a_visit_takes_three_updates_at_least_and_then_half_a_second_or_ten_that_last(
-    seconds, is_enough
-):
+def test_a_turn_takes_enough_updates(seconds, is_enough):
     assert enough(seconds) is is_enough
 
 
@@ -171,14 +172,14 @@ def test_a_point_is_the_median_with_its_deciles_per_micro_batch():
     assert got.drift is None
 
 
-def test_drift_compares_the_later_visit_with_the_earlier():
+def test_drift_compares_the_later_turn_with_the_earlier():
     got = point(8, 1, [timing(1, 1, 1), timing(1.2, 1.2, 9)], peak=None)
 
     assert got.drift == pytest.approx(1.2)
 
 
 @given(st.integers(0, 10**6), st.sampled_from([1e-5, 3e-4, 9e-4]))
-def test_quick_steps_disturbed_by_chance_are_not_said_to_drift(seed, step):
+def test_noise_of_quick_steps_is_no_drift(seed, step):
     """Visits a sixth apart, as a wake-up of another process makes of steps below a millisecond."""
     draw = random.Random(seed)
     points = [
@@ -199,7 +200,7 @@ def test_quick_steps_disturbed_by_chance_are_not_said_to_drift(seed, step):
 
 
 @given(st.integers(0, 10**6), st.floats(0.6, 1.6), st.sampled_from([0.005, 0.1, 2.0]))
-def test_a_drift_is_told_where_it_is_clear_of_the_spread(seed, drift, step):
+def test_a_drift_beyond_the_spread_is_noted(seed, drift, step):
     draw = random.Random(seed)
     points = [
         point(
@@ -220,7 +221,7 @@ def test_a_drift_is_told_where_it_is_clear_of_the_spread(seed, drift, step):
         assert not told_of_drift(points)
 
 
-def test_visits_whose_own_updates_are_further_apart_than_the_two_are_not_said_to_drift():
+def test_turns_closer_than_their_updates_are_no_drift():
     wide = [1.0, 2.0, 1.1, 1.9, 1.5]
     points = [point(1, 1, [timing(*wide), timing(*(1.2 * s for s in wide))], None)]
 
@@ -247,7 +248,7 @@ def on_paper(**changes):
     return PaperDevice("2MiB", **asked)
 
 
-def test_the_curve_is_exact_on_an_exact_clock_and_stays_apart_from_trials():
+def test_the_curve_is_exact_on_an_exact_clock():
     paper = on_paper(seconds_per_step=1e-3, seconds_per_sample=1e-4)
 
     report = autobatch.find(paper.workload, device=paper, target_batch_size=128)
@@ -281,7 +282,7 @@ def test_the_smallest_micro_batch_within_five_percent_of_the_fastest_is_recommen
     assert all(rates[size] < 0.95 for size in rates if size < chosen and 512 % size == 0)
 
 
-def test_what_is_chosen_was_run_as_a_trial():
+def test_the_chosen_size_was_run_as_a_trial():
     paper = on_paper(seconds_per_step=1e-5, seconds_per_sample=1e-4)
 
     report = autobatch.find(paper.workload, device=paper, target_batch_size=96)
@@ -322,7 +323,7 @@ def slow_on_paper():
     return autobatch.find(paper.workload, device=paper, target_batch_size=128)
 
 
-def test_sizes_that_the_time_of_the_curve_did_not_reach_are_named():
+def test_unreached_sizes_are_named():
     report = slow_on_paper()
 
     timed = {each.batch_size for each in report.curve}
@@ -340,7 +341,7 @@ def numbers_of(text):
     return "".join(c if c.isdigit() else " " for c in text).split()
 
 
-def test_rows_of_a_trial_alone_are_marked_and_not_counted_as_timed():
+def test_rows_of_trials_are_marked_as_untimed():
     report = slow_on_paper()
 
     text = str(report)
@@ -358,7 +359,7 @@ def test_rows_of_a_trial_alone_are_marked_and_not_counted_as_timed():
     assert "* from its trial alone" in text
 
 
-def test_where_the_curve_reached_all_sizes_nothing_is_marked():
+def test_nothing_is_marked_if_all_sizes_were_timed():
     paper = on_paper(seconds_per_step=1e-3, seconds_per_sample=1e-4)
 
     report = autobatch.find(paper.workload, device=paper, target_batch_size=128)
@@ -367,7 +368,7 @@ def test_where_the_curve_reached_all_sizes_nothing_is_marked():
     assert not any("speed curve" in note for note in report.notes)
 
 
-def test_the_fastest_of_the_sizes_timed_is_counted_as_the_header_counts():
+def test_the_fastest_timed_size_matches_the_header():
     paper = on_paper(seconds_per_step=1e-2, seconds_per_sample=1e-6)
 
     report = autobatch.find(paper.workload, device=paper)
@@ -377,7 +378,7 @@ def test_the_fastest_of_the_sizes_timed_is_counted_as_the_header_counts():
     assert f"the fastest of {many} sizes timed" in str(report)
 
 
-def test_a_size_below_that_does_not_fit_is_left_out():
+def test_a_smaller_size_that_does_not_fit_is_left_out():
     paper = on_paper(memory=lambda size: 2**20 if size != 16 else 2**30)
 
     report = autobatch.find(paper.workload, device=paper, max_micro_batch_size=64)
@@ -461,7 +462,7 @@ def watched():
     return train, started
 
 
-def test_a_trial_whose_memory_is_watched_is_not_run_again_where_a_curve_will_time_it():
+def test_a_watched_trial_is_not_timed_if_a_curve_follows():
     train, started = watched()
 
     report = autobatch.find(train, device=SimulatedAccelerator("1MiB"), max_micro_batch_size=64)
@@ -474,7 +475,7 @@ def test_a_trial_whose_memory_is_watched_is_not_run_again_where_a_curve_will_tim
 
 
 def test_without_a_curve_a_trial_times_itself(monkeypatch):
-    monkeypatch.setattr("autobatch._throughput.curve.SECONDS", 0.0)
+    set_curve_seconds(monkeypatch, 0.0)
     train, started = watched()
 
     report = autobatch.find(train, device=SimulatedAccelerator("1MiB"), max_micro_batch_size=64)

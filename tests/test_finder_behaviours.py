@@ -120,7 +120,7 @@ def passed(method, given):
 
 
 @pytest.mark.parametrize("holders", ["model", "datamodule", "both"])
-def test_the_size_found_is_written_wherever_it_is_named_and_the_datamodules_loader_wins(
+def test_the_size_is_written_everywhere_and_the_datamodule_wins(
     holders,
 ):
     """1."""
@@ -140,7 +140,7 @@ def test_the_size_found_is_written_wherever_it_is_named_and_the_datamodules_load
 
 
 @pytest.mark.parametrize("most", [7, 8, 64])
-def test_with_room_everywhere_the_result_is_the_bound_exactly(most):
+def test_with_enough_memory_the_result_is_the_bound(most):
     """2. There are neither modes nor margins that a result would follow from: the bound is what remains."""
     report = tuner("1GiB", max_micro_batch_size=most).tune(trainer(), Everything(), loader())
 
@@ -148,7 +148,7 @@ def test_with_room_everywhere_the_result_is_the_bound_exactly(most):
 
 
 @pytest.mark.parametrize("method", ALL)
-def test_after_tuning_the_trainer_is_what_it_was(method, tmp_path, monkeypatch):
+def test_tuning_leaves_the_trainer_unchanged(method, tmp_path, monkeypatch):
     """3."""
     monkeypatch.chdir(tmp_path)
     model = Everything()
@@ -248,7 +248,7 @@ def test_a_loader_that_is_passed_is_tuned(method):
     assert given.batch_size == 4
 
 
-def test_a_known_plan_takes_one_trial_and_never_none():
+def test_a_known_plan_takes_one_trial():
     """9. There is no max_trials, of which 0 would return a size that nobody ran: what is known is still verified."""
     report = tuner(plan=autobatch.BatchPlan(4)).tune(trainer(), Everything(), loader())
 
@@ -256,7 +256,7 @@ def test_a_known_plan_takes_one_trial_and_never_none():
     assert report.plan == autobatch.BatchPlan(4)
 
 
-def test_a_mode_that_is_none_is_refused_with_those_there_are():
+def test_an_unknown_mode_is_refused():
     """10. Modes are objects here."""
     with pytest.raises(ValueError, match=r"search='power'.*Bisection"):
         tuner(search="power")
@@ -265,7 +265,7 @@ def test_a_mode_that_is_none_is_refused_with_those_there_are():
 # 11 to 20
 
 
-def test_no_loader_is_rebuilt_for_a_trial_and_the_final_ones_carry_the_result(caplog):
+def test_trials_rebuild_no_loader(caplog):
     """11. Trials make their batches without the loaders: hooks are asked as often for one trial as for ten."""
 
     def asked(**options):
@@ -289,7 +289,7 @@ def test_no_loader_is_rebuilt_for_a_trial_and_the_final_ones_carry_the_result(ca
     assert any(record.name == "autobatch" for record in caplog.records)
 
 
-def test_a_size_that_the_data_set_bounds_is_told():
+def test_a_size_bounded_by_the_data_set_is_noted():
     """11."""
     report = tuner("1GiB").tune(trainer(), Everything(), loader(length=100))
 
@@ -312,7 +312,7 @@ def test_evaluations_are_tuned_and_count_no_steps(method):
 
 
 @pytest.mark.parametrize("method", ALL)
-def test_the_run_after_it_is_of_the_size_found_in_as_many_steps(method):
+def test_the_run_afterwards_has_the_size_found(method):
     """13."""
     model, callback = Hooked(), tuner()
     fitted = trainer(callback, max_epochs=1)
@@ -327,7 +327,7 @@ def test_the_run_after_it_is_of_the_size_found_in_as_many_steps(method):
     assert fitted.global_step == (len(steps) if method == "fit" else 0)
 
 
-def test_a_method_that_is_none_is_refused():
+def test_an_unknown_method_is_refused():
     """14."""
     with pytest.raises(ValueError, match="method='prediction' is none of a Trainer's"):
         tuner().tune(trainer(), Everything(), method="prediction")
@@ -357,7 +357,7 @@ def test_several_loaders_of_an_evaluation_are_tuned():
     assert model.tested == [60] * 10 + [120] * 5
 
 
-def test_after_memory_ran_out_attribute_report_and_loader_agree():
+def test_attribute_report_and_loader_agree_after_out_of_memory():
     """16."""
     model, in_use = Hooked(), InUse()
     callback = tuner(search=autobatch.Bisection())
@@ -392,7 +392,7 @@ def test_a_lower_memory_limit_leaves_a_margin():
     assert found(0.7) < found(0.9)
 
 
-def test_the_bound_holds_where_more_would_fit():
+def test_the_bound_holds_if_more_would_fit():
     """18."""
     report = tuner("1GiB", max_micro_batch_size=31).tune(trainer(), Everything(), loader())
 
@@ -433,7 +433,7 @@ def test_a_search_out_of_time_returns_the_last_size_that_fitted():
 
 @pytest.mark.parametrize("method", ALL)
 @pytest.mark.parametrize("own", [3, 8])
-def test_the_first_size_that_is_run_is_the_loaders_own(method, own):
+def test_the_first_size_is_the_loaders_own(method, own):
     report = tuner().tune(trainer(), Everything(), method=method, **passed(method, loader(own)))
 
     assert report.trials[0].batch_size == own
@@ -454,7 +454,7 @@ def test_a_size_that_ran_out_of_memory_is_never_returned(method, capacity):
 
 
 @pytest.mark.parametrize("method", ALL)
-def test_where_nothing_fits_the_error_says_so(method):
+def test_nothing_fitting_raises(method):
     model, given = Everything(), loader()
 
     with pytest.raises(autobatch.DoesNotFitError, match="batch_size=1"):
@@ -504,7 +504,7 @@ def test_a_run_resumes_from_a_checkpoint_written_after_tuning(tmp_path):
 
 
 @pytest.mark.parametrize("method", ALL)
-def test_random_numbers_go_on_where_they_were(method):
+def test_random_numbers_continue_unchanged(method):
     given = loader(shuffle=True, generator=torch.Generator().manual_seed(2))
     model = Everything()
     before = torch.get_rng_state(), given.generator.get_state()

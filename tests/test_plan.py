@@ -43,7 +43,7 @@ def test_every_candidate_uses_a_micro_batch_that_fits_and_is_deterministic(
 
 
 @given(target=counts, largest=counts, world_size=st.integers(1, 8))
-def test_the_target_is_met_exactly_wherever_that_is_cheap(target, largest, world_size):
+def test_the_target_is_met_exactly_if_that_is_cheap(target, largest, world_size):
     samples, rest = divmod(target, world_size)
     fewest = math.ceil(max(samples, 1) / largest)
     cheap = any(samples % passes == 0 for passes in range(fewest, 2 * fewest + 1))
@@ -92,7 +92,7 @@ def test_the_smallest_micro_batch_within_five_percent_of_the_fastest_is_taken():
     assert candidates(256, 1, 256, pace(seconds))[0] == BatchPlan(32, 8)
 
 
-def test_few_passes_are_no_aim_where_small_micro_batches_are_as_fast():
+def test_many_passes_are_fine_if_small_micro_batches_are_as_fast():
     # Convolutions that outgrow a cache: the largest that fits is 22 % slower than 32
     speed = {8: 822, 16: 933, 32: 976, 64: 893, 128: 757}
     seconds = {size: size / rate for size, rate in speed.items()}
@@ -147,7 +147,7 @@ def test_the_nearest_verified_plan_uses_a_verified_size(target, sizes):
     )
 
 
-def test_pace_is_read_off_between_timed_sizes_and_never_beyond():
+def test_step_times_interpolate_and_never_extrapolate():
     slow = Trial(10, Outcome.FIT, 1, step_seconds=1.0)
     fast = Trial(20, Outcome.FIT, 1, step_seconds=3.5, accumulate=2, optimizer_seconds=1.0)
     failed = Trial(40, Outcome.OUT_OF_MEMORY)

@@ -31,13 +31,13 @@ def trial(peak=100, seconds=1.0, **options):
     return Trial(8, Outcome.FIT, peak, seconds, resident=40, profile=(40, peak), **options)
 
 
-def test_ranks_alike_are_as_slow_as_the_slowest():
+def test_merged_ranks_are_as_slow_as_the_slowest():
     both = merged([trial(100, 1.0), trial(90, 3.0)], budgets=[120, 120])
 
     assert both == trial(100, 3.0)
 
 
-def test_the_rank_that_is_closest_to_its_budget_speaks_for_all_on_the_scale_of_the_smallest():
+def test_merged_peak_keeps_the_smallest_distance_to_a_budget():
     both = merged([trial(1000), trial(100)], budgets=[1010, 120])
 
     assert both.fits
@@ -50,7 +50,7 @@ def test_a_size_fits_only_if_it_fits_every_rank(budgets):
     assert merged([trial(100), trial(100)], budgets=budgets).outcome is Outcome.OVER_BUDGET
 
 
-def test_the_worst_outcome_is_that_of_all():
+def test_the_worst_outcome_of_any_rank_holds():
     lost = Trial(8, Outcome.OUT_OF_MEMORY, error="no room")
 
     assert merged([trial(), lost], budgets=[120, 120]).outcome is Outcome.OUT_OF_MEMORY
@@ -63,10 +63,12 @@ def test_a_rank_that_ran_fewer_samples_bounds_the_size():
     assert merged([trial(), short], budgets=[120, 120]).batch_size == 5
 
 
-def test_alone_there_is_nothing_to_agree_on():
-    assert list(SingleProcess().everywhere(lambda: 7)) == [7]
-    with pytest.raises(ZeroDivisionError):
-        SingleProcess().everywhere(lambda: 1 / 0)
+def test_a_single_process_gathers_its_own_value_and_error():
+    ranks = SingleProcess()
+
+    assert list(ranks.gather(7)) == [7]
+    with pytest.raises(ZeroDivisionError), ranks.abort_together():
+        ranks.gather(1 / 0)
 
 
 # Two real processes
@@ -118,6 +120,7 @@ def job(tmp_path_factory):
         "passed",
         "hook",
         "less memory",
+        "aborting",
         "failing",
         "synchronised",
         "exploding",
@@ -146,7 +149,7 @@ def assert_as_by_hand(ranks):
 
 @needs_lightning
 @pytest.mark.parametrize("case", ["passed", "hook", "less memory"])
-def test_training_by_two_ranks_after_tuning_is_the_same_to_the_bit_as_by_hand(job, case):
+def test_two_ranks_train_bit_identically_after_tuning(job, case):
     ranks = [rank[case] for rank in job]
 
     assert_as_by_hand(ranks)
@@ -167,7 +170,7 @@ def test_the_rank_with_less_memory_decides(job):
 
 
 @needs_lightning
-def test_a_rank_that_is_out_of_memory_anywhere_in_a_trial_leaves_no_other_waiting(job):
+def test_out_of_memory_on_one_rank_hangs_no_other(job):
     first, second = (rank["failing"] for rank in job)
 
     assert len(first) == 5
@@ -178,7 +181,7 @@ def test_a_rank_that_is_out_of_memory_anywhere_in_a_trial_leaves_no_other_waitin
 
 
 @needs_lightning
-def test_steps_that_synchronise_in_training_wait_for_no_one_in_a_trial(job):
+def test_synchronizing_steps_do_not_wait_in_trials(job):
     first, second = (rank["synchronised"] for rank in job)
 
     assert first == second
@@ -196,7 +199,27 @@ def test_an_error_on_one_rank_is_raised_on_all(job):
 
 
 @needs_lightning
-def test_one_rank_says_for_all_whether_a_batch_can_be_split(job):
+def test_a_rank_that_fails_between_two_gathers_releases_the_others(job):
+    first, second = (rank["aborting"] for rank in job)
+
+    assert first == {
+        "in a gather": "DoesNotFitError: Rank 1 stopped: no room",
+        "between gathers": "AutobatchError: Rank 1 stopped: ZeroDivisionError: mine",
+        "after the last gather": "AutobatchError: Rank 1 stopped: ZeroDivisionError: mine",
+        "nested": ["DoesNotFitError: Rank 1 stopped: no room", (0, 1)],
+        "afterwards": (0, 1),
+    }
+    assert second == {
+        "in a gather": "DoesNotFitError: no room",
+        "between gathers": "ZeroDivisionError: mine",
+        "after the last gather": "ZeroDivisionError: mine",
+        "nested": ["DoesNotFitError: no room", (0, 1)],
+        "afterwards": (0, 1),
+    }
+
+
+@needs_lightning
+def test_one_rank_decides_for_all_if_a_batch_can_be_split(job):
     first, second = (rank["splitting"] for rank in job)
 
     assert first == second
@@ -206,7 +229,7 @@ def test_one_rank_says_for_all_whether_a_batch_can_be_split(job):
 
 
 @needs_lightning
-def test_find_agrees_in_a_job_and_refuses_a_model_that_waits_for_other_ranks(job):
+def test_find_agrees_on_ranks_and_refuses_ddp_models(job):
     first, second = (rank["standalone"] for rank in job)
 
     assert first == second
@@ -215,7 +238,7 @@ def test_find_agrees_in_a_job_and_refuses_a_model_that_waits_for_other_ranks(job
 
 
 @needs_lightning
-def test_within_a_limit_on_latency_the_slowest_rank_decides(job):
+def test_the_slowest_rank_decides_on_latency(job):
     first, second = (rank["answering"] for rank in job)
 
     assert first == second
@@ -224,7 +247,7 @@ def test_within_a_limit_on_latency_the_slowest_rank_decides(job):
 
 
 @needs_lightning
-def test_validation_loggers_checkpoints_and_a_second_fit_work_on_ranks_too(job):
+def test_validation_loggers_checkpoints_and_second_fit_work_on_ranks(job):
     ranks = [rank["everything"] for rank in job]
 
     assert_as_by_hand(ranks)
@@ -236,7 +259,7 @@ def test_validation_loggers_checkpoints_and_a_second_fit_work_on_ranks_too(job):
 
 @needs_lightning
 @pytest.mark.slow
-def test_a_second_process_that_lightning_starts_agrees_too(tmp_path):
+def test_a_second_process_started_by_lightning_agrees(tmp_path):
     finish(start(sys.executable, CASES, tmp_path, "launched"))
 
     assert_as_by_hand([rank["launched"] for rank in results(tmp_path)])
@@ -259,7 +282,7 @@ def test_two_nodes_agree(tmp_path):
 
 
 @needs_lightning
-def test_the_noise_scale_is_measured_by_what_ranks_differ_in(job):
+def test_the_noise_scale_is_measured_across_ranks(job):
     one, other = (rank["noise"] for rank in job)
 
     assert same(one["weights"], other["weights"])

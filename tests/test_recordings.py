@@ -12,6 +12,7 @@ import autobatch
 from autobatch._memory.cuda import CudaProbe
 from autobatch.errors import AutobatchError
 from autobatch.testing import PaperDevice, Recorder, Recording, ReplayedDevice, SimulatedAccelerator
+from conftest import set_curve_seconds
 from networks import Perceptron, training
 from nvml_standin import GIB, FakeGpu
 
@@ -36,7 +37,7 @@ def perceptron():
 def simulated():
     """A search on real tensors, and its recording."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("autobatch._throughput.curve.SECONDS", 0.0)
+        set_curve_seconds(monkeypatch, 0.0)
         return recorded(SimulatedAccelerator("600KiB"), perceptron(), memory_limit=1.0)
 
 

@@ -120,7 +120,9 @@ def test_a_plan_that_fits_no_more_is_replaced_between_epochs(tmp_path):
 
     assert again.report.plan.effective_batch_size == 120
     assert len(again.report.trials) > 1
-    assert "Searched anew, since a micro-batch of 60 does not fit any more." in (again.report.notes)
+    assert "Searched again, since a micro-batch of 60 does not fit any more." in (
+        again.report.notes
+    )
 
 
 def test_a_limit_below_the_plan_of_the_checkpoint_leads_to_another(tmp_path):

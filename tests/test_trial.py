@@ -8,26 +8,40 @@ import weakref
 import pytest
 import torch
 
+from autobatch._distributed import SingleProcess
 from autobatch._memory.cuda import CudaProbe
-from autobatch._trials import Outcome, Trial, run_trial
+from autobatch._trials import Outcome, Trial
+from autobatch._trials.context import TrialContext
+from autobatch._trials.measure import run_trial
 from autobatch._trials.optimizers import OptimizerWatch
-from autobatch._trials.workload import Bench
 from autobatch.errors import ShortTrialError
 from autobatch.testing import PaperDevice, SimulatedAccelerator
+from contexts import FixedBudget
 from networks import Perceptron, training
 from nvml_standin import GIB, FakeGpu
 
 
-@contextlib.contextmanager
-def bench(probe, budget=10**12):
+def attempt(workload, size, probe, *, budget=10**12, steps=3, accumulate=1, expects_steps=False):
+    """Run one trial without a snapshot: the caller restores."""
     with OptimizerWatch(probe.clock) as optimizers:
-        read = budget if callable(budget) else lambda: budget
-        yield Bench(probe, read, optimizers, contextlib.nullcontext)
-
-
-def attempt(workload, size, probe, *, budget=10**12, steps=3, accumulate=1):
-    with bench(probe, budget) as it:
-        return run_trial(workload, size, accumulate=accumulate, steps=steps, bench=it)
+        optimizers.expected = expects_steps
+        return run_trial(
+            workload,
+            size,
+            accumulate=accumulate,
+            steps=steps,
+            is_timed=True,
+            may_be_refused=False,
+            context=TrialContext(
+                probe=probe,
+                budget=FixedBudget(budget),
+                snapshot=None,
+                optimizers=optimizers,
+                first_touch=contextlib.nullcontext,
+                ranks=SingleProcess(),
+                progress=None,
+            ),
+        )
 
 
 def perceptron():
@@ -57,7 +71,7 @@ def test_an_allocation_past_the_budget_is_out_of_memory():
     assert trial.step_seconds is None
 
 
-def test_a_budget_that_shrank_meanwhile_is_the_one_that_counts():
+def test_a_budget_that_shrank_meanwhile_decides():
     device, budgets = PaperDevice(1000, fixed=100, per_sample=10), iter([200, 150])
 
     trial = attempt(device.workload, 8, device, budget=lambda: next(budgets))
@@ -80,7 +94,7 @@ def test_state_that_appears_after_the_first_step_is_in_the_peak():
     assert attempt(device.workload, 8, device).peak == 480
 
 
-def test_a_workload_that_ends_is_started_again():
+def test_a_workload_that_ends_is_restarted():
     started = []
 
     def train(batch_size, accumulate):
@@ -113,7 +127,7 @@ def test_a_trial_that_stops_early_is_an_error():
         attempt(train, 4, PaperDevice(10))
 
 
-def test_an_error_of_the_users_passes_as_it_is_with_a_note():
+def test_a_user_error_passes_unchanged_with_a_note():
     def train(batch_size, accumulate):
         yield
         raise KeyError("mine")
@@ -124,7 +138,7 @@ def test_an_error_of_the_users_passes_as_it_is_with_a_note():
     assert caught.value.__notes__ == ["autobatch was trying batch_size=4"]
 
 
-def test_out_of_memory_that_a_loop_swallows_is_not_a_fit():
+def test_swallowed_out_of_memory_is_not_a_fit():
     def train(batch_size, accumulate):
         while True:
             with contextlib.suppress(torch.OutOfMemoryError):
@@ -156,9 +170,7 @@ def making_room(gpu, steps):
         ({0, 1, 2}, Outcome.OUT_OF_MEMORY),
     ],
 )
-def test_an_allocator_may_make_room_once_in_the_first_step_but_not_time_and_again(
-    monkeypatch, steps, outcome
-):
+def test_the_allocator_may_retry_in_the_first_step_only(monkeypatch, steps, outcome):
     gpu = FakeGpu().install(monkeypatch)
 
     trial = attempt(making_room(gpu, steps), 8, CudaProbe(0), budget=6 * GIB)
@@ -184,7 +196,7 @@ def convolution(gpu, chosen):
 
 
 @pytest.mark.parametrize("tries", [True, False])
-def test_what_cudnn_takes_to_choose_is_no_part_of_a_size(monkeypatch, tries):
+def test_cudnn_benchmarking_is_not_part_of_the_peak(monkeypatch, tries):
     gpu, chosen = FakeGpu().install(monkeypatch), set()
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", tries)
 
@@ -195,7 +207,7 @@ def test_what_cudnn_takes_to_choose_is_no_part_of_a_size(monkeypatch, tries):
     assert trial.peak == (GIB if tries else None)
 
 
-def test_memory_that_is_refused_beside_what_cudnn_tries_is_not_a_fit(monkeypatch):
+def test_memory_refused_after_cudnn_benchmarking_is_not_a_fit(monkeypatch):
     gpu = FakeGpu().install(monkeypatch)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
 
@@ -210,7 +222,7 @@ def test_memory_that_is_refused_beside_what_cudnn_tries_is_not_a_fit(monkeypatch
     assert trial.outcome is Outcome.OUT_OF_MEMORY
 
 
-def test_a_size_for_which_cudnn_has_nothing_to_choose_from_is_out_of_memory(
+def test_a_size_without_any_cudnn_algorithm_is_out_of_memory(
     monkeypatch,
 ):
     gpu = FakeGpu().install(monkeypatch)
@@ -277,9 +289,7 @@ def test_steps_go_on_until_an_optimizer_has_stepped():
             optimizer.zero_grad()
             yield
 
-    with bench(probe) as it:
-        it.optimizers.expected = True
-        trial = run_trial(train, 4, accumulate=1, steps=3, bench=it)
+    trial = attempt(train, 4, probe, expects_steps=True)
 
     assert trial.fits
     assert optimizer.state
@@ -356,7 +366,7 @@ def test_memory_running_out_at_any_allocation_leaves_nothing_behind(autograd_bra
         assert attempt(workload, 4, probe, steps=2).fits
 
 
-def test_nothing_holds_on_to_the_frames_of_a_failed_step():
+def test_frames_of_a_failed_step_are_freed():
     held = []
 
     def train(batch_size, accumulate):

@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeVar
 
 from autobatch import errors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Iterator, Sequence
 
 
 T = TypeVar("T")
 
+# Marks an exception that every rank raises already; a reference to it would keep the tensors in
+# its frames alive
+_SHARED: Final = "_autobatch_shared"
+
 
 class Ranks(Protocol):
-    """The processes that train together, as one of them sees it."""
+    """The processes that train together, as seen by one of them."""
 
     @property
     def rank(self) -> int:
-        """Which of them this is."""
+        """Index of this process."""
 
     @property
     def world_size(self) -> int:
-        """How many there are."""
+        """Number of processes."""
 
-    def everywhere(self, act: Callable[[], T]) -> Sequence[T]:
-        """What `act` gives on each rank, in their order; where one raises, all do, and none is left waiting."""
+    def gather(self, value: T) -> Sequence[T]:
+        """Return the values of all ranks, in the order of their indices; every rank calls it."""
+
+    def abort_together(self) -> AbstractContextManager[None]:
+        """Raise an exception of one rank on every rank, at its next gather or at the end."""
 
 
 class SingleProcess:
@@ -36,25 +43,36 @@ class SingleProcess:
     rank = 0
     world_size = 1
 
-    def everywhere(self, act: Callable[[], T]) -> Sequence[T]:
-        """What `act` gives."""
-        return (act(),)
+    def gather(self, value: T) -> Sequence[T]:
+        """Return the value as the only one."""
+        return (value,)
+
+    def abort_together(self) -> AbstractContextManager[None]:
+        """Do nothing: no other rank could wait."""
+        return nullcontext()
 
 
 @dataclass(frozen=True, slots=True)
-class _Said:
-    """What one rank tells the others: a result, or why there is none."""
+class _Message:
+    """A value of one rank, or the error that stopped it."""
 
-    result: Any
-    error: str | None = None  # the class, where it is one of our own
-    message: str = ""
+    value: Any = None
+    error_class: str | None = None  # a name in autobatch.errors
+    error_message: str = ""
+
+    @classmethod
+    def about(cls, error: BaseException) -> _Message:
+        name = type(error).__name__
+        if isinstance(error, errors.AutobatchError):
+            return cls(error_class=name, error_message=str(error))
+        return cls(error_class="AutobatchError", error_message=f"{name}: {error}")
 
 
 class ProcessGroup:
-    """All processes of a `torch.distributed` job, which talk over a gloo group of their own.
+    """All processes of a `torch.distributed` job, connected by a gloo group of their own.
 
-    That group needs no memory of a GPU, and stays sound when a training step fails halfway through a collective.
-    Leaving it as a context manager gives it up; every rank has to make and leave it.
+    That group needs no GPU memory, and stays usable when a training step fails in the middle of a
+    collective. Every rank has to enter and leave it as a context manager.
     """
 
     def __init__(self) -> None:
@@ -63,6 +81,7 @@ class ProcessGroup:
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self._group: Any = None
+        self._nesting = 0  # of abort_together
 
     def __enter__(self) -> Self:
         import torch.distributed as dist
@@ -75,44 +94,57 @@ class ProcessGroup:
 
         dist.destroy_process_group(self._group)
 
-    def everywhere(self, act: Callable[[], T]) -> Sequence[T]:
-        """What `act` gives on each rank, in their order.
+    def gather(self, value: T) -> Sequence[T]:
+        """Return the values of all ranks, in the order of their indices; every rank calls it.
 
         Raises:
-            AutobatchError: It raised on another rank; of the same class, where that was one of autobatch's own.
+            AutobatchError: Another rank raised an exception within `abort_together`; of the same
+                class, if that was an error of autobatch.
         """
-        try:
-            result = act()
-        except BaseException as error:
-            self._exchange(_told(error))
-            raise
-        said = self._exchange(_Said(result))
-        for rank, each in enumerate(said):
-            if each.error is not None:
-                kind = getattr(errors, each.error, errors.AutobatchError)
-                raise kind(f"Rank {rank} stopped: {each.message}")
-        return tuple(each.result for each in said)
+        messages = self._exchange(_Message(value))
+        for rank, message in enumerate(messages):
+            if message.error_class is not None:
+                error_class = getattr(errors, message.error_class, errors.AutobatchError)
+                error = error_class(f"Rank {rank} stopped: {message.error_message}")
+                vars(error)[_SHARED] = True
+                raise error
+        return tuple(message.value for message in messages)
 
-    def _exchange(self, said: _Said) -> list[_Said]:
+    @contextmanager
+    def abort_together(self) -> Iterator[None]:
+        """Raise an exception of one rank on every rank, at its next gather or at the end.
+
+        A rank that fails takes part in the next exchange of the other ranks, so that none of them
+        waits for it. The outermost block ends with such an exchange: a rank that fails after the
+        last gather stops the others as well. Blocks may be nested, and an exception that an inner
+        block has shared may be caught around it, if every rank does so.
+        """
+        self._nesting += 1
+        try:
+            yield
+            if self._nesting == 1:
+                self.gather(None)
+        except BaseException as error:
+            if _SHARED not in vars(error):
+                vars(error)[_SHARED] = True
+                self._exchange(_Message.about(error))
+            raise
+        finally:
+            self._nesting -= 1
+
+    def _exchange(self, message: _Message) -> list[_Message]:
         import torch.distributed as dist
 
-        everyone: list[Any] = [None] * self.world_size
-        dist.all_gather_object(everyone, said, group=self._group)
-        return everyone
+        messages: list[Any] = [None] * self.world_size
+        dist.all_gather_object(messages, message, group=self._group)
+        return messages
 
 
-def ranks_here() -> AbstractContextManager[Ranks]:
-    """Those of the `torch.distributed` job that this process is part of, or it alone."""
+def current_ranks() -> AbstractContextManager[Ranks]:
+    """Return all ranks of the current `torch.distributed` job, or this process alone."""
     import torch.distributed as dist
 
-    together = dist.is_available() and dist.is_initialized()
-    return (
-        ProcessGroup() if together and dist.get_world_size() > 1 else nullcontext(SingleProcess())
-    )
-
-
-def _told(error: BaseException) -> _Said:
-    name = type(error).__name__
-    if isinstance(error, errors.AutobatchError):
-        return _Said(None, name, str(error))
-    return _Said(None, "AutobatchError", f"{name}: {error}")
+    is_initialized = dist.is_available() and dist.is_initialized()
+    if is_initialized and dist.get_world_size() > 1:
+        return ProcessGroup()
+    return nullcontext(SingleProcess())

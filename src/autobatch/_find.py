@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import torch
 
+from autobatch import _settings
 from autobatch._accumulation import batch_norms
-from autobatch._distributed import ranks_here
+from autobatch._distributed import current_ranks
 from autobatch._memory.detect import detect
 from autobatch._report.notes import batch_norm, ignores_accumulate, never_stepped
 from autobatch._report.tradeoff import common_rule
 from autobatch._settings import Settings
-from autobatch._subject import Subject
-from autobatch._throughput import curve
+from autobatch._trials.context import MemoryBudget, TrialContext
 from autobatch._trials.optimizers import OptimizerWatch
 from autobatch._trials.snapshot import Snapshot, restorable
 from autobatch._tune import checked_search, known_plan, tune, versions
@@ -31,13 +31,14 @@ if TYPE_CHECKING:
     from autobatch._distributed import Ranks
     from autobatch._memory import MemoryProbe
     from autobatch._plan import BatchPlan
-    from autobatch._report import TuningReport
+    from autobatch._report import Task, TuningReport
+    from autobatch._report.notes import Look
     from autobatch._report.tradeoff import LearningRateRule
     from autobatch._search import Search
-    from autobatch._trials.runner import TimeLimit
+    from autobatch._trials.time_limit import TimeLimit
 
-_START: Final = 8  # the first size tried where no loader names one
-_WAITING: Final = {
+# Classes whose steps wait for other ranks
+_SYNCHRONIZING_WRAPPERS: Final = {
     "DistributedDataParallel",
     "FullyShardedDataParallel",
     "FSDPModule",
@@ -60,32 +61,39 @@ def find(
     restore: Sequence[Any] = (),
     dataset_size: int | None = None,
 ) -> TuningReport:
-    """Find the batch size that fits, how to reach the effective batch, and what it costs, for any PyTorch loop.
+    """Find the largest batch size that fits, and a plan to reach the effective batch.
 
-    Every module whose forward runs and every optimizer that steps is given back as it was, and so is the random
-    state. What happens to a model before its first forward can not be seen: name the model in `restore`.
+    Every module whose forward runs, every optimizer that steps, and the random state are restored.
+    A change to a model before its first forward cannot be seen: name the model in `restore`.
 
     Args:
-        workload: `train(batch_size, accumulate)`, a generator function that trains at the given micro-batch size and
-            yields after each optimizer step. Without the parameter `accumulate`, plans of one micro-batch per update
-            are possible only. A plain function that runs one step will do as well. It may yield how many samples
-            its last micro-batch had. In a `torch.distributed` job every rank calls `find`, and the workload runs
-            the model itself, not its DistributedDataParallel.
-        target_batch_size: Samples per optimizer update, over all ranks. None: the largest micro-batch that fits.
-        memory_limit: A float up to 1.0 is a share of the device, less what others hold. An int is bytes, and so is
-            text such as "10GiB": what this process may hold, if others leave that much.
+        workload: `train(batch_size, accumulate)`, a generator function that trains at the given
+            micro-batch size and yields after each optimizer step. Without the parameter
+            `accumulate`, all plans have one micro-batch per update. A plain function that runs one
+            step will do as well. It may yield the number of samples in its last micro-batch. In a
+            `torch.distributed` job every rank calls `find`, and the workload runs the model itself,
+            not its DistributedDataParallel.
+        target_batch_size: Samples per optimizer update, over all ranks. None: the largest
+            micro-batch that fits.
+        memory_limit: A float up to 1.0 is a share of the device, minus the memory of other
+            processes. An int is bytes, and so is text such as "10GiB": the most that this process
+            may hold, if other processes leave that much.
         max_micro_batch_size: The largest micro-batch to consider, in samples.
-        plan: A known plan, or the report file that holds one: verified by one trial instead of a search.
+        plan: A known plan, or the report file that holds one: verified by one trial instead of a
+            search.
         steps_per_trial: Optimizer steps per trial.
-        time_limit: Seconds for the search; the best size verified by then is taken. None: no limit. Timing sizes
-            has up to 20 seconds of its own.
-        search: Which size to try next; `GuidedBisection()` unless told otherwise.
-        device: Where memory is read: a name such as "cuda:1", or a probe. None: where the model is.
-        latency_limit: For inference: seconds within which a batch has to be answered. The workload then is
-            `answer(batch_size)`, a function that answers one batch, or a generator function that yields after each;
-            its calls are timed one by one, and the largest batch that is answered in time is taken.
-        percentile: So many percent of the calls have to be answered in time; None: 99. Only with `latency_limit`.
-        restore: Further objects to give back as they were: schedulers, scalers, generators, anything with
+        time_limit: Seconds for the search; the best size verified by then is taken. None: no limit.
+            Timing sizes has up to 20 seconds of its own.
+        search: Strategy that proposes the next size; `GuidedBisection()` by default.
+        device: The device whose memory is read: a name such as "cuda:1", or a probe. None: the
+            device of the model.
+        latency_limit: For inference: seconds within which a batch has to be answered. The workload
+            then is `answer(batch_size)`, a function that answers one batch, or a generator function
+            that yields after each; its calls are timed one by one, and the largest batch that is
+            answered in time is taken.
+        percentile: Percentage of calls that have to be answered in time; None: 99. Only with
+            `latency_limit`.
+        restore: Further objects to restore: schedulers, scalers, generators, anything with
             `state_dict` and `load_state_dict`.
         dataset_size: Samples per epoch; bounds the search and gives updates per epoch.
 
@@ -93,10 +101,10 @@ def find(
         The report: `report.plan`, `report.trials`, `report.budget`; `print(report)` shows it all.
 
     Raises:
-        ValueError: An argument is not what it should be, or the workload can not do what the plan needs.
+        ValueError: An argument is wrong, or the plan needs accumulation and the workload cannot.
         DoesNotFitError: Not even one sample fits the budget, or is answered within `latency_limit`.
-        ShortTrialError: The workload ended before a trial was through.
-        ProbeError: The device can not be read.
+        ShortTrialError: The workload ended before the first step of a trial.
+        ProbeError: The device cannot be read.
 
     Example:
         >>> import autobatch
@@ -106,7 +114,7 @@ def find(
         >>> report.plan
         BatchPlan(micro_batch_size=256, accumulate_grad_batches=4, world_size=1)
     """
-    loop = _Loop.checked(workload)
+    can_accumulate = accepts_accumulate(workload)
     settings = Settings.checked(
         target_batch_size=target_batch_size,
         memory_limit=memory_limit,
@@ -117,65 +125,43 @@ def find(
         latency_limit=latency_limit,
         percentile=percentile,
     )
-    things = _restorable(restore)
-    home = _home_of(workload, things)
-    probe = detect(device, home)
-    job = Subject(
-        workload=loop.run,
-        can_accumulate=loop.takes_accumulate,
-        start=_START,
-        accumulate=1,
-        before=None,
-        samples_trained=None,
-        update_at_most=dataset_size,
-        last_samples=None,
-        remarks=None,
-        doubts=None,
-        look=None,
-        curve_seconds=curve.SECONDS,
-        learning_rate=None,
-        task="train" if latency_limit is None else "answer",
-        subject=loop.name,
-        environment=versions(),
-    )
+    restored = _restorable(restore)
+    model_device = _device_of_model(workload, restored)
+    probe = detect(device, model_device)
     with (
-        ranks_here() as ranks,
+        current_ranks() as ranks,
+        ranks.abort_together(),
         Snapshot() as snapshot,
         OptimizerWatch(probe.clock) as optimizers,
         progress() as shown,
     ):
-        touched = partial(
-            _touched,
-            probe=probe,
-            optimizers=optimizers,
-            home=None if device else home,
-            ranks=ranks,
-            trains=latency_limit is None,
+        is_training = latency_limit is None
+        on_first_use = _FirstUse(
+            probe, optimizers, None if device else model_device, ranks, is_training=is_training
         )
         trainable = _trainable(workload)
         if ranks.world_size > 1:
-            _check_waits_for_none(*trainable)
-        snapshot.capture(*things, *trainable)
-        if latency_limit is None:
-            optimizers.look_at(*things, *trainable)
-        with snapshot.at_first_step(touched):
+            _check_not_synchronizing(*trainable)
+        snapshot.capture(*restored, *trainable)
+        if is_training:
+            optimizers.look_at(*restored, *trainable)
+        context = TrialContext(
+            probe=probe,
+            budget=MemoryBudget(probe, settings.memory_limit),
+            snapshot=snapshot,
+            optimizers=optimizers,
+            first_touch=partial(snapshot.at_first_forward, on_first_use),
+            ranks=ranks,
+            progress=shown,
+        )
+        with snapshot.at_first_step(on_first_use):
             report = tune(
-                replace(
-                    job,
-                    last_samples=partial(_last_samples, dataset_size, ranks),
-                    remarks=partial(_remarks, snapshot),
-                    doubts=partial(_doubts, optimizers),
-                    learning_rate=partial(_rule, snapshot),
-                ),
+                PlainLoop(workload, can_accumulate, settings, context),
                 settings,
+                context,
+                checked_search(search),
                 known=known_plan(plan, settings, world_size=ranks.world_size),
-                probe=probe,
-                search=checked_search(search),
-                snapshot=snapshot,
-                optimizers=optimizers,
-                first_touch=partial(snapshot.at_first_forward, touched),
-                shown=shown,
-                ranks=ranks,
+                curve_seconds=_settings.DEFAULTS.curve_seconds,
             )
     if ranks.rank == 0:
         log(report)
@@ -183,52 +169,115 @@ def find(
 
 
 @dataclass(frozen=True, slots=True)
-class _Loop:
-    """A user's function, whichever of the accepted forms it has."""
+class PlainLoop:
+    """A training loop, or a function that answers a batch, as the subject of a tuning run.
+
+    Args:
+        function: The function of the user, in any of the accepted forms.
+        can_accumulate: Whether it has a parameter `accumulate`.
+        settings: Validated arguments of the run.
+        context: Resources of the trials.
+    """
 
     function: Callable[..., Any]
-    takes_accumulate: bool
+    can_accumulate: bool
+    settings: Settings
+    context: TrialContext
 
-    @classmethod
-    def checked(cls, function: Callable[..., Any]) -> _Loop:
-        if isinstance(function, torch.nn.Module) or not callable(function):
-            raise ValueError(
-                f"workload={type(function).__name__} is no training loop; give a function of the batch size."
-            )
-        called = getattr(function, "__call__", None)  # noqa: B004 -- of an object
-        inner = function.func if isinstance(function, partial) else function
-        if any(map(_is_asynchronous, (inner, called))):
-            raise ValueError(
-                f"workload={cls(inner, False).name} is asynchronous; give a plain function or generator function."
-            )
-        try:
-            signature = inspect.signature(function)
-        except (TypeError, ValueError):  # some builtins do not tell
-            return cls(function, takes_accumulate=False)
-        loop = cls(function, "accumulate" in signature.parameters)
-        try:
-            signature.bind(1, **loop.options(1))
-        except TypeError as error:
-            raise ValueError(
-                f"workload={loop.name} can not be called as train(batch_size) or train(batch_size, accumulate): {error}."
-            ) from None
-        return loop
+    start_batch_size: ClassVar = 8
+    accumulate: ClassVar = 1
+    previous_plan: ClassVar = None
+
+    @property
+    def task(self) -> Task:
+        return "train" if self.settings.latency_limit is None else "answer"
 
     @property
     def name(self) -> str:
-        return str(getattr(self.function, "__name__", type(self.function).__name__))
+        return _name_of(self.function)
 
-    def options(self, accumulate: int) -> dict[str, int]:
-        return {"accumulate": accumulate} if self.takes_accumulate else {}
+    @property
+    def environment(self) -> dict[str, str]:
+        return versions()
 
-    def run(self, batch_size: int, accumulate: int) -> Iterator[Any]:
-        """One start of it: a generator's steps, or a plain function over and over, one step each time."""
+    @property
+    def max_samples_per_update(self) -> int | None:
+        return self.settings.dataset_size
+
+    def workload(self, batch_size: int, accumulate: int) -> Iterator[Any]:
+        """Run a generator to its end, or a plain function again and again, one step each time."""
+        options = {"accumulate": accumulate} if self.can_accumulate else {}
         while True:
-            result = self.function(batch_size, **self.options(accumulate))
+            result = self.function(batch_size, **options)
             if isinstance(result, Iterator):
                 yield from result
                 return
             yield None
+
+    def samples_per_epoch(self, plan: BatchPlan) -> int | None:  # noqa: ARG002 -- any plan
+        return self.settings.dataset_size
+
+    def last_micro_batch(self, batch_size: int) -> int | None:
+        """Return the rest of the data set; with several ranks the loop divides it as it likes."""
+        samples = self.settings.dataset_size
+        if samples is None or self.context.ranks.world_size > 1:
+            return None
+        return samples % batch_size or batch_size
+
+    def learning_rate_rule(self) -> LearningRateRule | None:
+        """Return the rule of the optimizers that have stepped and are still alive."""
+        alive = self.context.snapshot.alive
+        return common_rule(thing for thing in alive if isinstance(thing, torch.optim.Optimizer))
+
+    def largest_samples(self) -> Look | None:
+        """Return None: the loop makes its own batches."""
+        return None
+
+    def trial_notes(self, plan: BatchPlan) -> tuple[str, ...]:
+        """Return notes on updates without an optimizer step, or without accumulation."""
+        optimizers = self.context.optimizers
+        found = (
+            never_stepped() if optimizers.never_stepped else None,
+            ignores_accumulate(plan) if optimizers.steps_every_pass else None,
+        )
+        return tuple(note for note in found if note)
+
+    def plan_notes(self, plan: BatchPlan, time_limit: TimeLimit) -> tuple[str, ...]:  # noqa: ARG002
+        """Return notes on BatchNorm; a model that the workload makes itself is gone by now."""
+        return batch_norm(batch_norms(self.context.snapshot.alive), plan)
+
+
+def accepts_accumulate(workload: Callable[..., Any]) -> bool:
+    """Return whether a workload has a parameter `accumulate`; refuse objects of other forms."""
+    if isinstance(workload, torch.nn.Module) or not callable(workload):
+        raise ValueError(
+            f"workload={type(workload).__name__} is not a training loop; give a function of the "
+            "batch size."
+        )
+    call = getattr(workload, "__call__", None)  # noqa: B004 -- of an object
+    inner = workload.func if isinstance(workload, partial) else workload
+    if any(map(_is_asynchronous, (inner, call))):
+        raise ValueError(
+            f"workload={_name_of(inner)} is asynchronous; give a plain function or generator "
+            "function."
+        )
+    try:
+        signature = inspect.signature(workload)
+    except (TypeError, ValueError):  # some builtins have none
+        return False
+    has_accumulate = "accumulate" in signature.parameters
+    try:
+        signature.bind(1, **({"accumulate": 1} if has_accumulate else {}))
+    except TypeError as error:
+        raise ValueError(
+            f"workload={_name_of(workload)} is not callable as train(batch_size) or "
+            f"train(batch_size, accumulate): {error}."
+        ) from None
+    return has_accumulate
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    return str(getattr(function, "__name__", type(function).__name__))
 
 
 def _is_asynchronous(function: object) -> bool:
@@ -241,49 +290,21 @@ def _restorable(restore: Sequence[Any]) -> Sequence[Any]:
     for thing in restore:
         if not restorable(thing):
             raise ValueError(
-                f"restore holds a {type(thing).__name__}, which has no state_dict and load_state_dict; leave it out, "
-                "or give an object that has them."
+                f"restore holds a {type(thing).__name__}, which has no state_dict and "
+                "load_state_dict; leave it out, or give an object that has them."
             )
     return restore
 
 
 def _trainable(workload: Callable[..., Any]) -> list[Any]:
-    """Models and optimizers in sight of the workload: captured now, before it does anything to them."""
+    """Return models and optimizers that the workload can reach, to capture them before it runs."""
     kinds = (torch.nn.Module, torch.optim.Optimizer)
     return [thing for thing in _reachable(workload) if isinstance(thing, kinds)]
 
 
-def _remarks(snapshot: Snapshot, plan: BatchPlan, _: TimeLimit) -> tuple[str, ...]:
-    """What its layers do with a plan; a model that a workload makes for itself is gone by now."""
-    return batch_norm(batch_norms(snapshot.alive), plan)
-
-
-def _doubts(optimizers: OptimizerWatch, plan: BatchPlan) -> tuple[str, ...]:
-    """What its updates lack."""
-    told = (
-        never_stepped() if optimizers.never_stepped else None,
-        ignores_accumulate(plan) if optimizers.steps_every_pass else None,
-    )
-    return tuple(note for note in told if note)
-
-
-def _last_samples(dataset_size: int | None, ranks: Ranks, batch_size: int) -> int | None:
-    """What is left for the last micro-batch of an epoch; how it is dealt out among ranks is the loop's affair."""
-    if dataset_size is None or ranks.world_size > 1:
-        return None
-    return dataset_size % batch_size or batch_size
-
-
-def _rule(snapshot: Snapshot) -> LearningRateRule | None:
-    """That of the optimizers that have stepped, as far as they live."""
-    return common_rule(
-        thing for thing in snapshot.alive if isinstance(thing, torch.optim.Optimizer)
-    )
-
-
-def _home_of(workload: Callable[..., Any], things: Sequence[Any]) -> torch.device:
-    """Where the model is, as far as the workload shows one; else CUDA where there is any."""
-    for thing in (*things, *_reachable(workload)):
+def _device_of_model(workload: Callable[..., Any], restored: Sequence[Any]) -> torch.device:
+    """Return the device of the first model that can be reached, or else CUDA if there is any."""
+    for thing in (*restored, *_reachable(workload)):
         if isinstance(thing, torch.nn.Module):
             parameter = next(thing.parameters(), None)
             if parameter is not None:
@@ -292,7 +313,7 @@ def _home_of(workload: Callable[..., Any], things: Sequence[Any]) -> torch.devic
 
 
 def _reachable(workload: Callable[..., Any]) -> list[Any]:
-    """What the function's own variables hold: closures, globals, and the object it is a method of."""
+    """Return the values of a function's closure, globals and arguments, and of its object."""
     inner = workload.func if isinstance(workload, partial) else workload
     function = inspect.unwrap(inner)
     owner = getattr(function, "__self__", None)
@@ -305,39 +326,49 @@ def _reachable(workload: Callable[..., Any]) -> list[Any]:
     return [*names.nonlocals.values(), *names.globals.values(), *given, *own]
 
 
-def _check_waits_for_none(*things: Any) -> None:
-    """A step that waits for other ranks would wait for ever where one of them is out of memory."""
+def _check_not_synchronizing(*things: Any) -> None:
+    """Refuse modules whose steps wait for other ranks: also for one that ran out of memory."""
     for kind in (kind for thing in things for kind in type(thing).__mro__):
-        if kind.__name__ in _WAITING:
+        if kind.__name__ in _SYNCHRONIZING_WRAPPERS:
             raise AutobatchError(
-                f"The workload runs a {kind.__name__}, whose steps wait for other ranks, also for one that is out of "
-                "memory; let it run the model that this wraps."
+                f"The workload runs a {kind.__name__}, whose steps wait for other ranks: a rank "
+                "that runs out of memory would hang them. Let the workload run the wrapped module "
+                "(model.module)."
             )
 
 
-def _touched(
-    thing: object,
-    probe: MemoryProbe,
-    optimizers: OptimizerWatch,
-    home: torch.device | None,
-    ranks: Ranks,
-    *,
-    trains: bool,
-) -> None:
-    """A module or an optimizer shows itself for the first time."""
-    probe.attach(thing)
-    if not isinstance(thing, torch.nn.Module):
-        return
-    if ranks.world_size > 1:
-        _check_waits_for_none(thing)
-    parameter = next(thing.parameters(), None)
-    if parameter is None:
-        return
-    if trains and torch.is_grad_enabled():
-        optimizers.expected |= any(p.requires_grad for p in thing.parameters())
-        optimizers.look_at(thing)
-    if home is not None and parameter.device.type != home.type:
-        raise ValueError(
-            f"The model is on {parameter.device}, while the memory of {probe.name} is watched; pass "
-            f'device="{parameter.device}".'
-        )
+@dataclass(frozen=True, slots=True)
+class _FirstUse:
+    """Called with every module and optimizer when it is used for the first time.
+
+    Args:
+        probe: The device.
+        optimizers: Counts optimizer steps and backward passes.
+        model_device: The device that the probe was chosen by; None if the user chose it.
+        ranks: The processes that train together.
+        is_training: Whether the workload trains.
+    """
+
+    probe: MemoryProbe
+    optimizers: OptimizerWatch
+    model_device: torch.device | None
+    ranks: Ranks
+    is_training: bool
+
+    def __call__(self, thing: object) -> None:
+        self.probe.attach(thing)
+        if not isinstance(thing, torch.nn.Module):
+            return
+        if self.ranks.world_size > 1:
+            _check_not_synchronizing(thing)
+        parameter = next(thing.parameters(), None)
+        if parameter is None:
+            return
+        if self.is_training and torch.is_grad_enabled():
+            self.optimizers.expected |= any(p.requires_grad for p in thing.parameters())
+            self.optimizers.look_at(thing)
+        if self.model_device is not None and parameter.device.type != self.model_device.type:
+            raise ValueError(
+                f"The model is on {parameter.device}, but the memory of {self.probe.name} is "
+                f'measured; pass device="{parameter.device}".'
+            )

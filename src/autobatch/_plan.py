@@ -1,4 +1,4 @@
-"""BatchPlan: micro-batch × accumulation × ranks, and the choice among the plans that reach a target."""
+"""BatchPlan: micro-batch × accumulation × ranks, and its choice for a target."""
 
 from __future__ import annotations
 
@@ -7,24 +7,33 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from autobatch._throughput import StepTimes
-from autobatch._trials import Outcome
+from autobatch._trials import Outcome, trial_accumulation
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
-    from autobatch._throughput.curve import Speed
+    from autobatch._throughput import CurvePoint
+    from autobatch._throughput.curve import Throughput
     from autobatch._trials import Trial
-    from autobatch._trials.runner import TrialHistory
+    from autobatch._trials.runner import TrialRunner
 
-# Of the fastest: below the knee a larger micro-batch buys next to nothing
+# Trials at most that confirm plans whose micro-batch the search did not run
+MAX_CONFIRMATIONS: Final = 2
+
+# Share of the highest throughput: beyond it, a larger micro-batch is hardly faster
 _FAST_ENOUGH: Final = 0.95
-# An exact effective batch may cost up to this many times the fewest passes
-_CHEAP: Final = 2
+# An exact effective batch may take up to this many times the fewest micro-batches
+_MAX_EXTRA_PASSES: Final = 2
+
+
+def ceil_div(numerator: int, denominator: int) -> int:
+    """Return the quotient, rounded up."""
+    return -(-numerator // denominator)
 
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """How an effective batch is made: micro-batch × accumulation × ranks.
+    """An effective batch as micro-batch × accumulation × ranks.
 
     Args:
         micro_batch_size: Samples per device and forward pass.
@@ -42,12 +51,17 @@ class BatchPlan:
 
     @property
     def effective_batch_size(self) -> int:
-        """Samples behind one optimizer update, over all ranks."""
+        """Samples per optimizer update, over all ranks."""
         return self.micro_batch_size * self.accumulate_grad_batches * self.world_size
+
+    @property
+    def trial_accumulation(self) -> int:
+        """Micro-batches per update in a trial that verifies this plan."""
+        return trial_accumulation(self.accumulate_grad_batches)
 
 
 def per_rank(target: int, world_size: int) -> int:
-    """Samples of an effective batch that each rank sees, to the nearest whole one."""
+    """Return the samples per update of each rank, rounded to the nearest whole number."""
     return max(1, round(target / world_size))
 
 
@@ -55,88 +69,89 @@ def candidates(
     target: int,
     world_size: int,
     largest: int,
-    pace: StepTimes,
+    times: StepTimes,
     usable: Callable[[int], bool],
 ) -> tuple[BatchPlan, ...]:
-    """Plans that reach the target with usable micro-batches up to the largest, the one to take first.
+    """Return plans that reach the target with usable micro-batches, the best first.
 
-    Exact ones where exactness is cheap: with a micro-batch within 5 % of the fastest of all sizes, the smallest such
-    one first, or in few passes. Else the nearest effective batch in few passes.
+    Plans are exact if exactness is cheap: with a micro-batch within 5 % of the fastest size, the
+    smallest such one first, or with few micro-batches per update. Otherwise they give the nearest
+    effective batch with few micro-batches per update.
     """
     samples = per_rank(target, world_size)
     largest = min(largest, samples)
-    most = _CHEAP * math.ceil(samples / largest)
+    most = _MAX_EXTRA_PASSES * ceil_div(samples, largest)
     exact = [
         BatchPlan(size, samples // size, world_size)
         for size in range(largest, 0, -1)
         if samples % size == 0 and usable(size)
     ]
-    fast = _as_fast_as_any(exact, samples, pace)
+    fast = _as_fast_as_any(exact, samples, times)
     cheap = [plan for plan in exact if plan.accumulate_grad_batches <= most]
     if fast:
-        return _smallest_first(fast, [*fast, *cheap], pace)
+        return _smallest_first(fast, [*fast, *cheap], times)
     if cheap:
-        return _by_speed(cheap, pace)
-    sizes = range(largest, math.ceil(samples / most) - 1, -1)
+        return _by_speed(cheap, times)
+    sizes = range(largest, ceil_div(samples, most) - 1, -1)
     near = (
         BatchPlan(size, max(1, round(samples / size)), world_size) for size in sizes if usable(size)
     )
     return tuple(
         sorted(
             (plan for plan in near if plan.accumulate_grad_batches <= most),
-            key=lambda plan: (_off(plan, target), plan.accumulate_grad_batches),
+            key=lambda plan: (_distance(plan, target), plan.accumulate_grad_batches),
         )
     )
 
 
 def nearest(target: int, world_size: int, sizes: Iterable[int]) -> BatchPlan:
-    """The plan closest to the target that uses one of these micro-batches; the largest of those as close.
+    """Return the plan closest to the target with one of these micro-batches, or the largest of them.
 
-    No plan may take more than twice the passes that the largest of them needs.
+    No plan takes more than twice as many micro-batches per update as the largest size needs.
     """
     samples, sizes = per_rank(target, world_size), sorted(sizes)
-    most = _CHEAP * max(1, round(samples / sizes[-1]))
+    most = _MAX_EXTRA_PASSES * max(1, round(samples / sizes[-1]))
     plans = (BatchPlan(size, max(1, round(samples / size)), world_size) for size in sizes)
     return min(
         (plan for plan in plans if plan.accumulate_grad_batches <= most),
-        key=lambda plan: (_off(plan, target), -plan.micro_batch_size),
+        key=lambda plan: (_distance(plan, target), -plan.micro_batch_size),
     )
 
 
-def _off(plan: BatchPlan, target: int) -> int:
+def _distance(plan: BatchPlan, target: int) -> int:
     return abs(plan.effective_batch_size - target)
 
 
-def _as_fast_as_any(plans: Iterable[BatchPlan], samples: int, pace: StepTimes) -> list[BatchPlan]:
-    """Those that take so many samples within 5 % as fast as any timed size would."""
-    paces = [
-        _sample_seconds(size, max(1, round(samples / size)), pace)
-        for size in pace.sizes
+def _as_fast_as_any(plans: Iterable[BatchPlan], samples: int, times: StepTimes) -> list[BatchPlan]:
+    """Return the plans that are within 5 % of the fastest timed size, for as many samples."""
+    all_seconds = [
+        _sample_seconds(size, max(1, round(samples / size)), times)
+        for size in times.sizes
         if size <= samples
     ]
-    least = min((each for each in paces if each is not None), default=None)
+    least = min((each for each in all_seconds if each is not None), default=None)
     if least is None:
         return []
     return [
         plan
         for plan in plans
-        if (seconds := _plan_seconds(plan, pace)) is not None and _FAST_ENOUGH * seconds <= least
+        if (seconds := _plan_seconds(plan, times)) is not None and _FAST_ENOUGH * seconds <= least
     ]
 
 
-def _plan_seconds(plan: BatchPlan, pace: StepTimes) -> float | None:
-    return _sample_seconds(plan.micro_batch_size, plan.accumulate_grad_batches, pace)
+def _plan_seconds(plan: BatchPlan, times: StepTimes) -> float | None:
+    return _sample_seconds(plan.micro_batch_size, plan.accumulate_grad_batches, times)
 
 
-def _sample_seconds(size: int, accumulate: int, pace: StepTimes) -> float | None:
-    """Seconds per sample, the share of the optimizer step included."""
-    seconds = pace.update(size, accumulate)
+def _sample_seconds(size: int, accumulate: int, times: StepTimes) -> float | None:
+    """Return seconds per sample, the share of the optimizer step included."""
+    seconds = times.update(size, accumulate)
     return None if seconds is None else seconds / (size * accumulate)
 
 
-def _by_speed(plans: list[BatchPlan], pace: StepTimes) -> tuple[BatchPlan, ...]:
-    """Smallest micro-batch within 5 % of the fastest of these first, then the others from the fastest on."""
-    timed = {plan: _plan_seconds(plan, pace) for plan in plans}
+def _by_speed(plans: list[BatchPlan], times: StepTimes) -> tuple[BatchPlan, ...]:
+    """Return the smallest micro-batch within 5 % of the fastest first, then the others by speed."""
+    timed = {plan: _plan_seconds(plan, times) for plan in plans}
     known = [seconds for seconds in timed.values() if seconds is not None]
     if not known:
         return tuple(sorted(plans, key=lambda plan: plan.accumulate_grad_batches))
@@ -145,149 +160,171 @@ def _by_speed(plans: list[BatchPlan], pace: StepTimes) -> tuple[BatchPlan, ...]:
         for plan, seconds in timed.items()
         if seconds is not None and _FAST_ENOUGH * seconds <= min(known)
     ]
-    return _smallest_first(fast, plans, pace)
+    return _smallest_first(fast, plans, times)
 
 
 def _smallest_first(
-    fast: list[BatchPlan], plans: list[BatchPlan], pace: StepTimes
+    fast: list[BatchPlan], plans: list[BatchPlan], times: StepTimes
 ) -> tuple[BatchPlan, ...]:
     first = min(fast, key=lambda plan: plan.micro_batch_size)
     others = [plan for plan in dict.fromkeys(plans) if plan != first]
 
     def seconds(plan: BatchPlan) -> float:
-        known = _plan_seconds(plan, pace)
+        known = _plan_seconds(plan, times)
         return math.inf if known is None else known
 
     return (first, *sorted(others, key=seconds))
 
 
-# Trials at most for plans whose micro-batch the search did not run
-CONFIRMATIONS: Final = 2
+def choose_plan(
+    trials: TrialRunner,
+    throughput: Throughput,
+    last_micro_batch: Callable[[int], int | None],
+) -> BatchPlan:
+    """Choose a plan once the search is over; run the micro-batch of the best plan if need be.
+
+    No size is chosen that was not run and fits.
+
+    Args:
+        trials: The runner of the trials that have been run.
+        throughput: Measured throughput.
+        last_micro_batch: Samples in the last micro-batch that each rank trains on in an epoch, at
+            a micro-batch size; None if that is not known.
+
+    Raises:
+        DoesNotFitError: No batch size fits.
+        ValueError: The target needs accumulation, and the workload cannot accumulate.
+    """
+    choice = _Choice(trials, throughput.curve, dict(throughput.unrecorded), last_micro_batch)
+    target = trials.accumulation.target
+    return choice.largest() if target is None else choice.for_target(target)
+
+
+def check_can_accumulate(plan: BatchPlan, trials: TrialRunner) -> None:
+    """Refuse a plan with accumulation for a workload that cannot accumulate."""
+    if plan.accumulate_grad_batches == 1 or trials.accumulation.is_supported:
+        return
+    target = trials.settings.target_batch_size
+    cause = f"plan={plan}" if target is None else f"target_batch_size={target}"
+    raise ValueError(
+        f"{cause} takes {plan.accumulate_grad_batches} micro-batches of {plan.micro_batch_size} "
+        "per update, and this workload cannot accumulate: write it as "
+        "`def train(batch_size, accumulate):`, dividing each loss by `accumulate` and yielding "
+        "after each optimizer step, or give a target that fits at once."
+    )
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """The choice of a plan once the search is over. No size is chosen that was not run and fits.
+class _Choice:
+    """The choice of a plan among the sizes that were run."""
 
-    Args:
-        record: What every rank saw so far.
-        speed: What was timed besides.
-        world_size: Ranks that train together.
-        in_time: Whether there is time for a trial of a size.
-        attempt: Runs a trial of a size, with so many micro-batches per update, for the record.
-        check: Refuses a plan that the workload can not train with.
-        can_accumulate: Whether the workload takes an accumulation; where it does not, speed is no reason for one.
-        last_samples: Samples in the last micro-batch that each rank trains on in an epoch; None where not known.
-    """
+    trials: TrialRunner
+    curve: Sequence[CurvePoint]
+    unrecorded: dict[int, Sequence[Trial]]  # results of all ranks, by batch size
+    last_micro_batch: Callable[[int], int | None]
 
-    record: TrialHistory
-    speed: Speed
-    world_size: int
-    in_time: Callable[[int], bool]
-    attempt: Callable[[int, int], Trial]
-    check: Callable[[BatchPlan], None]
-    can_accumulate: bool
-    last_samples: Callable[[int], int | None]
-
-    def largest(self, accumulate: int) -> BatchPlan | None:
-        """The largest micro-batch that fits and that an epoch can be trained with to its end; None where none fits."""
-        size = max(self.record.fitting, default=1)
-        self._try_last_of(size)
+    def largest(self) -> BatchPlan:
+        """Return the largest micro-batch that fits and does not end an epoch with an error."""
+        accumulate = self.trials.accumulation.default
+        size = max(self.trials.fitting, default=1)
+        self._run_single_sample(size)
         if not self._ends_well(size):
             below = next(filter(self._ends_well, range(size - 1, 0, -1)), size)
-            if below not in self.record.fitting and self.in_time(below):
-                self.attempt(below, min(2, accumulate))
-        if not self._sound:
-            return None
-        return BatchPlan(self._sound[-1], accumulate, self.world_size)
+            if below not in self.trials.fitting and self.trials.take_time_for(below):
+                self.trials.run(below, trial_accumulation(accumulate), is_timed=True)
+        self.trials.check_any_fits()
+        return BatchPlan(self._usable[-1], accumulate, self._world_size)
 
-    def towards(self, target: int) -> BatchPlan | None:
-        """The best plan for a target of those whose micro-batch was run as training will; None where none fits."""
+    def for_target(self, target: int) -> BatchPlan:
+        """Return the best plan for a target of those whose micro-batch was run as in training."""
         self._confirm(target)
-        if not self._sound:
-            return None
+        self.trials.check_any_fits()
         verified = filter(self._is_verified, self._candidates(target))
         plan = next(verified, None) or self._nearest(target)
-        self.check(plan)
+        check_can_accumulate(plan, self.trials)
         return plan
 
     def _confirm(self, target: int) -> None:
-        """Run the micro-batch of the best plan, where the search did not; then look which is the best now."""
-        left = CONFIRMATIONS
+        """Run the micro-batch of the best plan if the search did not, until the best one ran."""
+        left = MAX_CONFIRMATIONS
         while left:
-            failed = {trial.batch_size for trial in self._trials if not trial.fits}
+            failed = {trial.batch_size for trial in self.trials.trials if not trial.fits}
             plans = [
                 plan for plan in self._candidates(target) if plan.micro_batch_size not in failed
             ]
-            if plans and self._try_last_of(plans[0].micro_batch_size):
+            if plans and self._run_single_sample(plans[0].micro_batch_size):
                 continue
             if not plans or self._is_verified(plans[0]) or not self._run(plans[0]):
                 return
             left -= 1
 
     def _run(self, plan: BatchPlan) -> bool:
-        """Put its micro-batch on the record, if there is time for it."""
-        self.check(plan)
+        """Record a trial of the plan's micro-batch if there is time for it."""
+        check_can_accumulate(plan, self.trials)
         size = plan.micro_batch_size
-        if size in self.speed.aside:
-            self.record.keep(self.speed.aside.pop(size))
+        if size in self.unrecorded:
+            self.trials.record(self.unrecorded.pop(size))
             return True
-        if not self.in_time(size):
+        if not self.trials.take_time_for(size):
             return False
-        self.attempt(size, min(2, plan.accumulate_grad_batches))
+        self.trials.run(size, plan.trial_accumulation, is_timed=True)
         return True
 
     def _candidates(self, target: int) -> tuple[BatchPlan, ...]:
-        if not self.record.fitting:
+        if not self.trials.fitting:
             return ()
-        pace = StepTimes.of(self._trials, self.speed.curve)
-        largest = self.record.fitting[-1]
-        plans = candidates(target, self.world_size, largest, pace, self._ends_well)
-        if self.can_accumulate:
+        times = StepTimes.of(self.trials.trials, self.curve)
+        largest = self.trials.fitting[-1]
+        plans = candidates(target, self._world_size, largest, times, self._ends_well)
+        if self.trials.accumulation.is_supported:
             return plans
-        return tuple(p for p in plans if p.accumulate_grad_batches == 1) or plans
+        # Speed is no reason to accumulate for a workload that cannot
+        return tuple(plan for plan in plans if plan.accumulate_grad_batches == 1) or plans
 
     def _nearest(self, target: int) -> BatchPlan:
-        sound = self._sound
-        plan = nearest(target, self.world_size, sound)
+        usable = self._usable
+        plan = nearest(target, self._world_size, usable)
         if self._is_verified(plan):
             return plan
-        # Run without accumulation alone, where gradients do not outlive their micro-batch
+        # A trial without accumulation does not verify a plan with it: gradients stay allocated
         accumulated = [
             trial.batch_size
-            for trial in self._trials
-            if trial.fits and trial.accumulate > 1 and trial.batch_size in sound
+            for trial in self.trials.trials
+            if trial.fits and trial.accumulate > 1 and trial.batch_size in usable
         ]
-        return nearest(target, self.world_size, accumulated or sound)
+        return nearest(target, self._world_size, accumulated or usable)
 
     def _is_verified(self, plan: BatchPlan) -> bool:
-        pattern = min(2, plan.accumulate_grad_batches)
         return any(
-            trial.fits and trial.batch_size == plan.micro_batch_size and trial.accumulate >= pattern
-            for trial in self._trials
+            trial.fits
+            and trial.batch_size == plan.micro_batch_size
+            and trial.accumulate >= plan.trial_accumulation
+            for trial in self.trials.trials
         )
 
-    def _try_last_of(self, size: int) -> bool:
-        """Run one sample, where that is what an epoch of this size ends with: layers may need two for a variance."""
-        if size == 1 or self.last_samples(size) != 1 or not self.in_time(1):
+    def _run_single_sample(self, batch_size: int) -> bool:
+        """Run one sample if an epoch of this size ends with one: BatchNorm may need two."""
+        if batch_size == 1 or self.last_micro_batch(batch_size) != 1:
             return False
-        if any(trial.batch_size == 1 for trial in self._trials):
+        if not self.trials.take_time_for(1):
             return False
-        self.attempt(1, 1)
+        if any(trial.batch_size == 1 for trial in self.trials.trials):
+            return False
+        self.trials.run(1, 1, is_timed=True)
         return True
 
-    def _ends_well(self, size: int) -> bool:
-        """Whether an epoch of this size does not end with a micro-batch that the workload is known to refuse."""
-        return self.last_samples(size) not in {
-            trial.batch_size for trial in self._trials if trial.outcome is Outcome.REFUSED
+    def _ends_well(self, batch_size: int) -> bool:
+        """Return False if an epoch ends with a micro-batch that the workload refuses."""
+        return self.last_micro_batch(batch_size) not in {
+            trial.batch_size for trial in self.trials.trials if trial.outcome is Outcome.REFUSED
         }
 
     @property
-    def _sound(self) -> list[int]:
-        """The sizes that fit and end well; where none does, what fits: a note tells of it."""
-        fitting = self.record.fitting
+    def _usable(self) -> list[int]:
+        """The sizes that fit and end well; all that fit if none does, which a note reports."""
+        fitting = self.trials.fitting
         return [size for size in fitting if self._ends_well(size)] or fitting
 
     @property
-    def _trials(self) -> list[Trial]:
-        return self.record.trials
+    def _world_size(self) -> int:
+        return self.trials.accumulation.world_size

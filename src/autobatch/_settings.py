@@ -27,8 +27,24 @@ _ALLOWED: Final = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """Settings that are not public parameters.
+
+    Args:
+        curve_seconds: Most seconds for the throughput curve.
+    """
+
+    curve_seconds: float
+
+
+# find() and AutoBatch read it at each call: tests and benchmarks, which tune many times, replace
+# this one object to time no curve
+DEFAULTS: Final = Defaults(curve_seconds=20.0)
+
+
 def _index(value: Any) -> Any:
-    """A whole number of any make, NumPy's too; a truth value is none."""
+    """Return a whole number of any type, NumPy's too, as an int; a bool is left as it is."""
     is_whole = hasattr(value, "__index__") and not isinstance(value, bool)
     return value.__index__() if is_whole else value
 
@@ -56,17 +72,18 @@ class LatencyLimit:
 
 
 class Settings(BaseModel):
-    """What was asked, checked.
+    """Validated arguments of a tuning run.
 
     Args:
-        target_batch_size: Samples per optimizer update, over all ranks; None for the largest micro-batch that fits.
+        target_batch_size: Samples per optimizer update, over all ranks; None for the largest
+            micro-batch that fits.
         memory_limit: A share of the device, bytes, or text such as "10GiB".
         max_micro_batch_size: The largest micro-batch to consider.
         steps_per_trial: Optimizer steps per trial.
         time_limit: Seconds for the search.
         dataset_size: Samples per epoch.
-        latency_limit: Seconds within which a batch has to be answered; None where that is not asked.
-        percentile: So many percent of the calls have to be.
+        latency_limit: Seconds within which a batch has to be answered; None for no limit.
+        percentile: Percentage of calls that have to meet `latency_limit`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -77,7 +94,7 @@ class Settings(BaseModel):
     steps_per_trial: Count
     time_limit: Annotated[Seconds, Field(gt=0)] | None
     dataset_size: Count | None
-    # As in reports from before there was a limit on latency
+    # Reports of earlier versions have no limit on latency
     latency_limit: Annotated[Seconds, Field(gt=0)] | None = None
     percentile: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False, strict=True)] = 99
 
@@ -85,39 +102,40 @@ class Settings(BaseModel):
     def _has_one_aim(self) -> Settings:
         if self.latency_limit is not None and self.target_batch_size is not None:
             raise ValueError(
-                f"latency_limit={self.latency_limit:g} is about inference, which has no updates for "
-                f"target_batch_size={self.target_batch_size} to count the samples of; give one of the two."
+                f"latency_limit={self.latency_limit:g} is for inference, and "
+                f"target_batch_size={self.target_batch_size} counts the samples of training "
+                "updates; give one of the two."
             )
         return self
 
     @property
     def limit_on_latency(self) -> LatencyLimit | None:
-        """Limit on the time of a call; None if there is none."""
+        """The limit on the time of a call; None for no limit."""
         if self.latency_limit is None:
             return None
         return LatencyLimit(self.latency_limit, self.percentile)
 
     @classmethod
     def checked(cls, **values: Any) -> Settings:
-        """The settings, or a ValueError with one sentence about the first that is wrong."""
+        """Return the settings, or raise a ValueError with one sentence about the first error."""
         given = values.get("percentile")
         if given is None:
             values.pop("percentile", None)
         try:
             settings = cls(**values)
         except ValidationError as error:
-            raise ValueError(_complaint(error)) from None
+            raise ValueError(_message(error)) from None
         if given is not None and settings.latency_limit is None:
             raise ValueError(
-                f"percentile={given!r} says how many calls have to meet latency_limit, which was not given; give "
-                "latency_limit as well, or leave percentile out."
+                f"percentile={given!r} says how many calls have to meet latency_limit, which was "
+                "not given; give latency_limit as well, or leave percentile out."
             )
         return settings
 
 
-def _complaint(error: ValidationError) -> str:
+def _message(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
-    if first["type"] == "value_error":  # a sentence of our own
+    if first["type"] == "value_error":  # raised by the validators above
         return str(first["ctx"]["error"])
     name = str(first["loc"][0])
     return f"{name}={first['input']!r} is not {_ALLOWED.get(name, 'a setting')}."

@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.live import Live
@@ -25,6 +25,7 @@ from autobatch._report.layout import (
 from autobatch._report.text import completed, page
 from autobatch._report.units import rounded
 from autobatch._trials import Outcome, Trial
+from autobatch._trials.context import Progress
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -130,22 +131,6 @@ def _glyphs_for(encoding: str | None) -> Glyphs:
     except (UnicodeEncodeError, LookupError):
         return ASCII
     return UNICODE
-
-
-class Progress(Protocol):
-    """Messages for a person while the search runs."""
-
-    def trying(self, batch_size: int) -> None:
-        """Show that a trial begins."""
-
-    def tried(self, trial: Trial, *, best: int | None, budget: int) -> None:
-        """Show that a trial ended.
-
-        Args:
-            trial: The trial.
-            best: Largest batch size that fits so far; None before the first.
-            budget: Memory that a trial may use, in bytes.
-        """
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Final
 
 from autobatch._latency import (
     FEWEST_CALLS,
@@ -26,13 +26,10 @@ from autobatch._latency import (
 from autobatch._latency.timer import TURN, Goal, LatencyTimer, turn_seconds, warm_up
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
     from autobatch._settings import LatencyLimit
-    from autobatch._trials.snapshot import Snapshot
-    from autobatch._trials.workload import Bench, Workload
-
-T = TypeVar("T")
+    from autobatch._trials.runner import TrialRunner
 
 SECONDS_TIMED: Final = 20.0  # limit of all timed calls together
 _FOR_ANSWER: Final = 0.85  # share of it for the answer, if its calls are too slow for 100 of them
@@ -48,43 +45,19 @@ _OVERSHOOT: Final = 4.0
 _OVERSHOOT_SLOW: Final = 1 + 1 / 16
 
 
-class Trials(Protocol):
-    """Trials of one tuning run, on all ranks."""
-
-    def fits(self, size: int) -> bool:
-        """Return whether a size fits by its trial, which runs now if there was none."""
-
-    @property
-    def step_seconds(self) -> Mapping[int, float]:
-        """Seconds of a step in its trial, for each size that fits."""
-
-    def everywhere(self, act: Callable[[], T]) -> Sequence[T]:
-        """Run `act` on every rank and return all results."""
-
-
 class LatencySearch:
     """Find the largest size within a limit; the slowest rank decides.
 
     Args:
         limit: Limit on the time of a call.
-        trials: Runs trials, and gathers the results of all ranks.
-        workload: Answers one batch each time it yields.
-        bench: Device and memory budget of the trials.
-        snapshot: Restores all state after calls.
+        trials: The trials of the run; every rank times calls with it.
     """
 
-    def __init__(
-        self,
-        limit: LatencyLimit,
-        trials: Trials,
-        workload: Workload,
-        bench: Bench,
-        snapshot: Snapshot,
-    ) -> None:
+    def __init__(self, limit: LatencyLimit, trials: TrialRunner) -> None:
         self.limit = limit
         self.latencies: tuple[Latency, ...] = ()  # of the sizes that were timed, ascending
-        self._trials, self._snapshot = trials, snapshot
-        self._timer = LatencyTimer(workload, bench)
+        self._trials = trials
+        self._timer = LatencyTimer(trials.workload, trials.context)
         self._enough = enough_calls(limit.percentile)
         # Seconds of a call: the first one is not timed
         self._longest = min(limit.seconds, _FOR_ANSWER * SECONDS_TIMED / 2)
@@ -228,13 +201,12 @@ class LatencySearch:
 
     def _on_every_rank(self, time: Callable[[], bool], size: int | None = None) -> None:
         """Time calls on every rank and restore all state; remember `size` if memory refused it."""
-
-        def time_here() -> _RankTimes:
+        context = self._trials.context
+        with context.ranks.abort_together():
             ran = time()
-            self._snapshot.restore()
-            return _RankTimes(self._timer.latencies(self.limit.percentile), self._timer.spent, ran)
-
-        ranks = self._trials.everywhere(time_here)
+            context.snapshot.restore()
+            latencies = self._timer.latencies(self.limit.percentile)
+            ranks = self._trials.gather(_RankTimes(latencies, self._timer.spent, ran))
         sizes = frozenset.intersection(
             *(frozenset(each.batch_size for each in rank.latencies) for rank in ranks)
         )

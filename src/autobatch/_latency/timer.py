@@ -12,7 +12,8 @@ from autobatch._trials.timing import time_calls
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from autobatch._trials.workload import Bench, Workload
+    from autobatch._trials.context import TrialContext
+    from autobatch._trials.workload import Workload
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +46,13 @@ class LatencyTimer:
 
     Args:
         workload: Answers one batch each time it yields.
-        bench: Device and memory budget of trials.
+        context: Resources of the trials.
     """
 
-    def __init__(self, workload: Workload, bench: Bench) -> None:
+    def __init__(self, workload: Workload, context: TrialContext) -> None:
         self.spent = 0.0  # seconds, with the calls that are left out
         self._seconds: dict[int, list[float]] = {}  # of each call, by size
-        self._workload, self._bench = workload, bench
+        self._workload, self._context = workload, context
 
     def latencies(self, percentile: float) -> tuple[Latency, ...]:
         """Return the latency of every size that was timed."""
@@ -88,7 +89,7 @@ class LatencyTimer:
         return self._time(size, expected, rest, until)
 
     def _time(self, size: int, expected: float, goal: Goal, until: float) -> bool:
-        clock = self._bench.probe.clock
+        clock = self._context.probe.clock
         began, spent = clock(), self.spent
 
         def is_enough(seconds: Sequence[float]) -> bool:
@@ -103,7 +104,7 @@ class LatencyTimer:
             before=warm_up(expected),
             is_new=size not in self._seconds,
             enough=is_enough,
-            bench=self._bench,
+            context=self._context,
         )
         self.spent += clock() - began
         # No call of a size counts that does not fit any more

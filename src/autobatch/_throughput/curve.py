@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from dataclasses import dataclass
-from statistics import median
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
 from autobatch._throughput import CurvePoint
@@ -14,73 +13,261 @@ from autobatch._throughput.loading import Loading, loading_watch
 from autobatch._trials.timing import time_updates
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from autobatch._trials import Trial
-    from autobatch._trials.runner import TrialHistory
+    from autobatch._trials.runner import TrialRunner
     from autobatch._trials.timing import Timing
-    from autobatch._trials.workload import Bench, Workload
 
-SECONDS: float = 20.0  # the most that all of a curve may take
+# Updates that are timed in one turn of a batch size: noise of the machine then falls on a turn of
+# several sizes, not on all turns of one
+_MIN_UPDATES: Final = 3
+_MAX_UPDATES: Final = 10
+_TURN_SECONDS: Final = 0.5
+# Updates shorter than the scheduler's time slices need a longer turn
+_MIN_TURN_SECONDS: Final = 0.02
+_MAX_QUICK_UPDATES: Final = 100
+# Standard errors by which two turns may differ by chance: updates in a row share their noise
+_STANDARD_ERRORS: Final = 3.0
+_WAKE_UP_SECONDS: Final = 1e-4  # that another process can cost an update
+_EXACT_SIZES: Final = 3  # additional sizes that give the target exactly
 
-# Updates that are timed in one visit: a busy moment of the machine is then a visit to several sizes, not all of one
-_LEAST: Final = 3
-_MOST: Final = 10
-_VISIT_SECONDS: Final = 0.5
-_LONG_ENOUGH: Final = 0.02  # seconds of a visit: less is a moment of the scheduler
-_QUICK_MOST: Final = 100  # updates of a visit, where they are quicker than that takes
-# Standard errors by which two visits may differ without a cause: updates that follow each other are disturbed together
-_ERRORS: Final = 3.0
-_JITTER: Final = 1e-4  # seconds, that a wake-up of another process costs an update
-_EXACT: Final = 3  # sizes besides, that give the target exactly
+_NO_LOADING: Final = Loading(wait_seconds=0.0, step_seconds=0.0, batches=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Throughput:
+    """Measured throughput of several batch sizes.
+
+    Args:
+        curve: Timed sizes in ascending order.
+        unreached: Sizes that there was no time for.
+        unrecorded: Results of all ranks in trials that ran for the curve only, by batch size.
+        waited: Time spent waiting for data during the timed updates.
+        seconds_left: Seconds of the time for the curve that are left.
+    """
+
+    curve: tuple[CurvePoint, ...] = ()
+    unreached: tuple[int, ...] = ()
+    unrecorded: Mapping[int, Sequence[Trial]] = field(default_factory=dict)
+    waited: Loading = _NO_LOADING
+    seconds_left: float = 0.0
+
+    @property
+    def loading(self) -> Loading | None:
+        """Time spent waiting for data; None if no loader was read."""
+        return self.waited if self.waited.batches else None
+
+    def with_times(self, trial: Trial) -> Trial:
+        """Return a trial with the times of the curve, which no watch on memory slowed down."""
+        for point in self.curve:
+            if trial.fits and (point.batch_size, point.accumulate) == (
+                trial.batch_size,
+                trial.accumulate,
+            ):
+                return replace(
+                    trial,
+                    step_seconds=point.step_seconds,
+                    optimizer_seconds=point.optimizer_seconds,
+                )
+        return trial
+
+
+def measure_throughput(trials: TrialRunner, samples: int | None, seconds: float) -> Throughput:
+    """Time the sizes that fit and some below, in turns.
+
+    Args:
+        trials: The runner of the trials that have been run.
+        samples: Samples per update and rank with a target; None without one.
+        seconds: Seconds that all of it may take.
+    """
+    if not trials.fitting or not seconds:
+        return Throughput()
+    with trials.time_limit.excluded():
+        timer = _UpdateTimer(trials, seconds)
+        sizes = curve_sizes(trials.fitting, samples)
+        unrecorded = _run_missing(sizes, timer)
+        tried = {trial.batch_size: trial for trial in trials.trials if trial.fits}
+        tried |= {size: trials.merged(results) for size, results in unrecorded.items()}
+        timings = in_turns(
+            [size for size in sizes if size in tried and tried[size].fits],
+            time_turn=timer.time_turn,
+            affordable=timer.has_time,
+            update_seconds=lambda size: (tried[size].step_seconds or 0.0) * tried[size].accumulate,
+        )
+    failed = timer.failed | {size for size, trial in tried.items() if not trial.fits}
+    return Throughput(
+        curve=tuple(
+            point(size, trials.accumulation.in_trial(size), turns, tried[size].peak)
+            for size, turns in timings.items()
+        ),
+        unreached=tuple(size for size in sizes if size not in failed and size not in timings),
+        unrecorded=unrecorded,
+        waited=timer.waited,
+        seconds_left=timer.seconds_left,
+    )
+
+
+def _run_missing(sizes: Sequence[int], timer: _UpdateTimer) -> dict[int, Sequence[Trial]]:
+    """Run trials of the sizes that the search did not run, as long as half of the time is left."""
+    trials = timer.trials
+    trial_seconds = trials.time_limit.seconds_of(trials.fitting[-1])
+    unrecorded: dict[int, Sequence[Trial]] = {}
+    for size in reversed(sizes):
+        if size in trials.fitting or not timer.has_time(trial_seconds + timer.seconds / 2):
+            continue
+        results = trials.run_unrecorded(size)
+        if all(trial.batch_size == size for trial in results):
+            unrecorded[size] = results
+        else:
+            timer.failed.add(size)  # the workload cannot fill it
+    return unrecorded
+
+
+def add_to_curve(throughput: Throughput, trials: TrialRunner, batch_size: int) -> Throughput:
+    """Time one more size, which was run since, if there is time left."""
+    reached = {each.batch_size for each in throughput.curve}
+    if not reached or batch_size in {*reached, *throughput.unreached}:
+        return throughput
+    trial = next(t for t in reversed(trials.trials) if t.batch_size == batch_size)
+    with trials.time_limit.excluded():
+        timer = _UpdateTimer(trials, throughput.seconds_left)
+        timings = in_turns(
+            [batch_size],
+            time_turn=timer.time_turn,
+            affordable=timer.has_time,
+            update_seconds=lambda _: (trial.step_seconds or 0.0) * trial.accumulate,
+        )
+    if batch_size not in timings:
+        return replace(throughput, unreached=(*throughput.unreached, batch_size))
+    accumulate = trials.accumulation.in_trial(batch_size)
+    added = point(batch_size, accumulate, timings[batch_size], trial.peak)
+    return replace(
+        throughput,
+        curve=tuple(sorted((*throughput.curve, added), key=lambda each: each.batch_size)),
+        waited=_added(throughput.waited, timer.waited),
+    )
+
+
+class _UpdateTimer:
+    """Times updates on every rank, within a limit of seconds."""
+
+    def __init__(self, trials: TrialRunner, seconds: float) -> None:
+        self.trials = trials
+        self.seconds = seconds
+        self.failed: set[int] = set()  # sizes that cannot be timed
+        self.waited = _NO_LOADING
+        self._began = trials.time_limit.now
+
+    @property
+    def seconds_left(self) -> float:
+        return self.seconds - (self.trials.time_limit.now - self._began)
+
+    def has_time(self, seconds: float) -> bool:
+        return self.trials.time_limit.now - self._began + seconds <= self.seconds
+
+    def time_turn(self, batch_size: int) -> Timing | None:
+        """Return the timing of the slowest rank; None if one of them ran out of memory."""
+        with self.trials.on_every_rank(batch_size):
+            turns = self.trials.gather(self._turn_here(batch_size))
+        known = [turn for turn in turns if turn is not None]
+        if len(known) < len(turns):
+            self.failed.add(batch_size)
+            return None
+        slowest = max(known, key=lambda turn: statistics.median(turn.timing.update_seconds))
+        self.waited = _added(self.waited, slowest.waited)
+        return slowest.timing
+
+    def _turn_here(self, batch_size: int) -> _Turn | None:
+        # The host's own clock: waiting for the device here would slow down the updates
+        with loading_watch(time.perf_counter) as waited:
+            before = _NO_LOADING
+
+            def enough_updates(update_seconds: Sequence[float]) -> bool:
+                nonlocal before
+                if not update_seconds:  # a loader has started its workers by now
+                    before = Loading(waited.seconds, 0.0, waited.batches)
+                return enough(update_seconds)
+
+            timing = time_updates(
+                self.trials.workload,
+                batch_size,
+                accumulate=self.trials.accumulation.in_trial(batch_size),
+                enough=enough_updates,
+                context=self.trials.context,
+            )
+        if timing is None:
+            return None
+        wait = waited.seconds - before.wait_seconds
+        steps = max(0.0, sum(timing.update_seconds) - wait)
+        return _Turn(timing, Loading(wait, steps, waited.batches - before.batches))
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """The timing of one size in one turn, on one rank."""
+
+    timing: Timing
+    waited: Loading
+
+
+def _added(one: Loading, other: Loading) -> Loading:
+    return Loading(
+        one.wait_seconds + other.wait_seconds,
+        one.step_seconds + other.step_seconds,
+        one.batches + other.batches,
+    )
 
 
 def curve_sizes(fitting: Sequence[int], samples: int | None) -> list[int]:
-    """What to time: the sizes that fit, powers of two below, and the largest ones of which `samples` is a multiple."""
+    """Return the sizes to time.
+
+    These are the sizes that fit, powers of two below, and the largest divisors of `samples`.
+    """
     largest = fitting[-1]
     powers = {2**exponent for exponent in range(largest.bit_length())}
     exact: list[int] = []
     if samples is not None:
         below = range(min(largest, samples), largest // 4, -1)
-        exact = [size for size in below if samples % size == 0][:_EXACT]
+        exact = [size for size in below if samples % size == 0][:_EXACT_SIZES]
     return sorted({*fitting, *powers, *exact})
 
 
 def enough(update_seconds: Sequence[float]) -> bool:
-    """Whether a visit has timed as many updates as it should."""
-    taken, spent = len(update_seconds), sum(update_seconds)
-    if taken >= _MOST:
-        return spent >= _LONG_ENOUGH or taken >= _QUICK_MOST
-    return taken >= _LEAST and spent >= _VISIT_SECONDS
+    """Return whether one turn has timed enough updates."""
+    count, spent = len(update_seconds), sum(update_seconds)
+    if count >= _MAX_UPDATES:
+        return spent >= _MIN_TURN_SECONDS or count >= _MAX_QUICK_UPDATES
+    return count >= _MIN_UPDATES and spent >= _TURN_SECONDS
 
 
 def in_turns(
     sizes: Iterable[int],
     *,
-    visit: Callable[[int], Timing | None],
+    time_turn: Callable[[int], Timing | None],
     affordable: Callable[[float], bool],
     update_seconds: Callable[[int], float],
 ) -> dict[int, list[Timing]]:
-    """Visit all sizes going up, and all of them again going down, leaving out what there is no time for.
+    """Time all sizes in ascending order, and again in descending order, as far as there is time.
 
-    Where there is not even time to go up once, it goes down first: the large sizes are those that plans are made of.
+    If there is no time to go up once, it goes down first: plans are made of the large sizes.
 
     Args:
-        sizes: To be timed.
-        visit: Times one; None where that failed, and then it is left out.
-        affordable: Whether there is time for something that takes so many seconds.
-        update_seconds: What an update of a size is expected to take.
+        sizes: Batch sizes to time.
+        time_turn: Times one turn of a size; None if that failed: the size is then left out.
+        affordable: Whether there is time for so many seconds.
+        update_seconds: Expected seconds of an update of a size.
     """
     upwards = sorted(sizes)
     timings: dict[int, list[Timing]] = {size: [] for size in upwards}
     failed: set[int] = set()
-    once = sum(_expected(update_seconds(size)) for size in upwards)
+    once = sum(_turn_seconds(update_seconds(size)) for size in upwards)
     turns = (upwards, upwards[::-1]) if affordable(once) else (upwards[::-1], upwards)
     for turn in turns:
         for size in turn:
-            if size in failed or not affordable(_expected(update_seconds(size))):
+            if size in failed or not affordable(_turn_seconds(update_seconds(size))):
                 continue
-            timing = visit(size)
+            timing = time_turn(size)
             if timing is None:
                 failed.add(size)
             else:
@@ -88,19 +275,21 @@ def in_turns(
     return {size: each for size, each in timings.items() if each and size not in failed}
 
 
-def _expected(update_seconds: float) -> float:
-    """Seconds of a visit, with the update that is not timed."""
-    most = _VISIT_SECONDS / update_seconds if update_seconds else _MOST
-    quick = min(_QUICK_MOST, _LONG_ENOUGH / update_seconds) if update_seconds else _MOST
-    return (1 + max(1 + quick, min(_MOST, max(_LEAST, most)))) * update_seconds
+def _turn_seconds(update_seconds: float) -> float:
+    """Return the expected seconds of a turn, with the update that is not timed."""
+    if not update_seconds:
+        return 0.0
+    most = _TURN_SECONDS / update_seconds
+    quick = min(_MAX_QUICK_UPDATES, _MIN_TURN_SECONDS / update_seconds)
+    return (1 + max(1 + quick, min(_MAX_UPDATES, max(_MIN_UPDATES, most)))) * update_seconds
 
 
 def point(
     batch_size: int, accumulate: int, timings: Sequence[Timing], peak: int | None
 ) -> CurvePoint:
-    """What the visits to one size come to."""
-    seconds = [taken / accumulate for timing in timings for taken in timing.update_seconds]
-    optimizer = [taken for timing in timings for taken in timing.optimizer_seconds]
+    """Return the point of the curve that the turns of one size give."""
+    seconds = [each / accumulate for timing in timings for each in timing.update_seconds]
+    optimizer = [each for timing in timings for each in timing.optimizer_seconds]
     deciles = statistics.quantiles(seconds, n=10, method="inclusive")
     middle = statistics.median(seconds)
     first, *later = (statistics.median(timing.update_seconds) for timing in timings)
@@ -109,7 +298,7 @@ def point(
         batch_size=batch_size,
         accumulate=accumulate,
         step_seconds=middle,
-        step_seconds_low=min(middle, deciles[0]),  # but for rounding it is
+        step_seconds_low=min(middle, deciles[0]),  # rounding may reverse them
         step_seconds_high=max(middle, deciles[-1]),
         optimizer_seconds=statistics.median(optimizer) if optimizer else None,
         updates=len(seconds),
@@ -120,177 +309,17 @@ def point(
 
 
 def _drift_error(one: Timing, other: Timing) -> float:
-    """How far from 1 the ratio of two visits may be by chance."""
+    """Return the distance from 1 that the ratio of two turns may have by chance."""
     middle = statistics.median(one.update_seconds)
-    chance = math.hypot(*(_median_error(each.update_seconds) for each in (one, other)))
-    return (_ERRORS * chance + _JITTER) / middle
+    error = math.hypot(*(_median_error(each.update_seconds) for each in (one, other)))
+    return (_STANDARD_ERRORS * error + _WAKE_UP_SECONDS) / middle
 
 
 def _median_error(seconds: Sequence[float]) -> float:
-    """Standard error of a median, by the quartiles: of a normal spread, these are 1.35 deviations apart."""
+    """Return the standard error of a median, from the quartiles.
+
+    The quartiles of a normal distribution are 1.35 standard deviations apart, and the median of a
+    sample has 1.25 times the standard error of its mean.
+    """
     low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
     return 1.25 * (high - low) / 1.35 / math.sqrt(len(seconds))
-
-
-@dataclass(frozen=True, slots=True)
-class Timed:
-    """What is timed, and how.
-
-    Args:
-        workload: A training loop that yields after every optimizer step.
-        pattern: The accumulation at which a size is run.
-        run: Runs a trial of a size, with so many micro-batches per update.
-        bench: What it runs on.
-        record: What every rank saw so far.
-        before: Called with each size before it runs.
-        restore: Puts everything back.
-    """
-
-    workload: Workload
-    pattern: Callable[[int], int]
-    run: Callable[[int, int], Trial]
-    bench: Bench
-    record: TrialHistory
-    before: Callable[[int], None]
-    restore: Callable[[], None]
-
-
-class Speed:
-    """The speed curve of a run, and how long its data were waited for meanwhile."""
-
-    def __init__(self, timed: Timed) -> None:
-        self.curve: tuple[CurvePoint, ...] = ()
-        self.unreached: tuple[int, ...] = ()  # sizes that there was no time for
-        # What every rank saw of sizes that were tried for the curve only
-        self.aside: dict[int, Sequence[Trial]] = {}
-        self._timed = timed
-        self._waited = Loading(0.0, 0.0, 0)
-        self._failed: set[int] = set()  # sizes that memory has no room for any more
-        self._seconds = 0.0  # that timing may take, and has not
-
-    @property
-    def loading(self) -> Loading | None:
-        """What reading data took beside the updates that were timed; None where no loader was read in them."""
-        return self._waited if self._waited.batches else None
-
-    def measure(self, samples: int | None, *, seconds: float, trial_seconds: float) -> None:
-        """Time the sizes that fit and some below, for so many seconds at most.
-
-        Args:
-            samples: That each rank's share of an update should have, where that is known.
-            seconds: For all of it.
-            trial_seconds: What a trial takes, at most.
-        """
-        record = self._timed.record
-        began = record.now
-
-        def affordable(taken: float) -> bool:
-            return record.now - began + taken <= seconds
-
-        sizes = curve_sizes(record.fitting, samples)
-        for size in reversed(sizes):
-            # Half of the time is for the turns
-            if size not in record.fitting and affordable(trial_seconds + seconds / 2):
-                self._try_aside(size)
-        tried = {trial.batch_size: trial for trial in record.trials if trial.fits}
-        tried |= {size: record.judged(trials) for size, trials in self.aside.items()}
-        timings = in_turns(
-            [size for size in sizes if size in tried and tried[size].fits],
-            visit=self._visit,
-            affordable=affordable,
-            update_seconds=lambda size: (tried[size].step_seconds or 0.0) * tried[size].accumulate,
-        )
-        failed = {size for size, trial in tried.items() if not trial.fits}
-        self.unreached = tuple(
-            size for size in sizes if size not in {*timings, *failed, *self._failed}
-        )
-        self.curve = tuple(
-            point(size, self._timed.pattern(size), visits, tried[size].peak)
-            for size, visits in timings.items()
-        )
-        self._seconds = seconds - (record.now - began)
-
-    def add(self, size: int) -> None:
-        """Time one more, which was run since, as far as there is time left."""
-        reached = {each.batch_size for each in self.curve}
-        if not reached or size in {*reached, *self.unreached}:
-            return
-        record = self._timed.record
-        began = record.now
-        trial = next(t for t in reversed(record.trials) if t.batch_size == size)
-        visits = in_turns(
-            [size],
-            visit=self._visit,
-            affordable=lambda taken: record.now - began + taken <= self._seconds,
-            update_seconds=lambda _: (trial.step_seconds or 0.0) * trial.accumulate,
-        ).get(size)
-        if visits:
-            added = point(size, self._timed.pattern(size), visits, trial.peak)
-            self.curve = tuple(sorted((*self.curve, added), key=lambda each: each.batch_size))
-        else:
-            self.unreached = (*self.unreached, size)
-
-    def _try_aside(self, size: int) -> None:
-        """Run a trial that the search did not ask for."""
-        timed = self._timed
-        timed.before(size)
-        trials = timed.record.everywhere(lambda: timed.run(size, timed.pattern(size)))
-        timed.restore()
-        if all(trial.batch_size == size for trial in trials):
-            self.aside[size] = trials
-        else:
-            self._failed.add(size)  # the workload can not fill it
-
-    def _visit(self, size: int) -> Timing | None:
-        """Time some updates of a size, as the slowest rank takes them; None where one of them ran out of memory."""
-        timed = self._timed
-        timed.before(size)
-        visits = timed.record.everywhere(lambda: self._updates(size))
-        timed.restore()
-        known = [visit for visit in visits if visit is not None]
-        if len(known) < len(visits):
-            self._failed.add(size)
-            return None
-        slowest = max(known, key=lambda visit: median(visit.timing.update_seconds))
-        self._waited = _added(self._waited, slowest.loading)
-        return slowest.timing
-
-    def _updates(self, size: int) -> _Visit | None:
-        # The host's own clock: to wait for the device here would slow down what is timed
-        with loading_watch(time.perf_counter) as waited:
-            before = Loading(0.0, 0.0, 0)
-
-            def enough_of_them(taken: Sequence[float]) -> bool:
-                nonlocal before
-                if not taken:  # a loader has started its workers by now
-                    before = Loading(waited.seconds, 0.0, waited.batches)
-                return enough(taken)
-
-            timing = time_updates(
-                self._timed.workload,
-                size,
-                accumulate=self._timed.pattern(size),
-                enough=enough_of_them,
-                bench=self._timed.bench,
-            )
-        if timing is None:
-            return None
-        wait = waited.seconds - before.wait_seconds
-        steps = max(0.0, sum(timing.update_seconds) - wait)
-        return _Visit(timing, Loading(wait, steps, waited.batches - before.batches))
-
-
-@dataclass(frozen=True, slots=True)
-class _Visit:
-    """One visit to a size, on one rank."""
-
-    timing: Timing
-    loading: Loading
-
-
-def _added(one: Loading, other: Loading) -> Loading:
-    return Loading(
-        one.wait_seconds + other.wait_seconds,
-        one.step_seconds + other.step_seconds,
-        one.batches + other.batches,
-    )

@@ -2,26 +2,249 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from autobatch._memory import memory_budget, parse_memory_limit
-from autobatch._plan import CONFIRMATIONS
-from autobatch._trials import Outcome, Trial, run_trial
-from autobatch.errors import AutobatchError
+from autobatch._memory import format_bytes
+from autobatch._trials import Outcome, trial_accumulation
+from autobatch._trials.measure import run_trial
+from autobatch._trials.time_limit import TimeLimit
+from autobatch.errors import DoesNotFitError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
-    from autobatch._distributed import Ranks
-    from autobatch._memory import MemoryProbe
     from autobatch._settings import Settings
-    from autobatch._subject import Subject
-    from autobatch._trials.snapshot import Snapshot
-    from autobatch._trials.workload import Bench
-    from autobatch.sinks import Progress
+    from autobatch._trials import Trial
+    from autobatch._trials.context import TrialContext
+    from autobatch._trials.workload import Workload
 
-_WORST_LAST: Final = (
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Accumulation:
+    """Gradient accumulation of a tuning run.
+
+    Args:
+        is_supported: Whether the workload can accumulate.
+        default: Micro-batches per update without a target.
+        target: Samples per update to reach, over all ranks; None without a target.
+        world_size: Ranks that train together.
+    """
+
+    is_supported: bool
+    default: int
+    target: int | None
+    world_size: int
+
+    def in_trial(self, batch_size: int) -> int:
+        """Return the micro-batches per update in a trial of a size, as training will need them."""
+        if not self.is_supported:
+            return 1
+        if self.target is None:
+            return trial_accumulation(self.default)
+        return 1 if batch_size * self.world_size >= self.target else 2
+
+
+@dataclass(frozen=True, slots=True)
+class _RankResult:
+    """A value that one rank shares, with its budget and clock."""
+
+    value: Any
+    budget: int  # bytes
+    now: float  # seconds
+
+
+class TrialRunner:
+    """Runs the trials of one tuning run, the same on every rank, and records them.
+
+    Args:
+        workload: A training loop that yields after every optimizer step.
+        accumulation: Gradient accumulation of the run.
+        settings: Arguments of the run.
+        context: Resources of the trials.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        accumulation: Accumulation,
+        settings: Settings,
+        context: TrialContext,
+    ) -> None:
+        self.workload = workload
+        self.accumulation = accumulation
+        self.context = context
+        self.time_limit = TimeLimit(settings.time_limit, 0.0)
+        self.is_out_of_time = False  # whether a batch size was left out for lack of time
+        self.settings = settings
+        self._ranks = context.ranks
+        self._results: list[Sequence[Trial]] = []  # of every rank, in the order of the trials
+        self._budgets: Sequence[int] = ()  # of every rank, in bytes
+
+    # The record, the same on every rank
+
+    @property
+    def trials(self) -> list[Trial]:
+        """All trials so far, judged by the budgets that hold now."""
+        return [self.merged(results) for results in self._results]
+
+    @property
+    def fitting(self) -> list[int]:
+        """Batch sizes that ran and fit, in ascending order."""
+        return sorted({trial.batch_size for trial in self.trials if trial.fits})
+
+    @property
+    def step_seconds(self) -> dict[int, float]:
+        """Seconds of a step in the latest trial of each batch size that fits."""
+        latest = {trial.batch_size: trial for trial in self.trials}
+        return {size: t.step_seconds or 0.0 for size, t in sorted(latest.items()) if t.fits}
+
+    @property
+    def budget(self) -> int:
+        """The smallest budget of all ranks, in bytes."""
+        return min(self._budgets)
+
+    def merged(self, results: Sequence[Trial]) -> Trial:
+        """Return the results of all ranks as one trial."""
+        return merged(results, self._budgets)
+
+    def record(self, results: Sequence[Trial]) -> None:
+        """Record a trial that every rank has run already."""
+        self._results.append(results)
+
+    # Trials
+
+    def start(self) -> None:
+        """Check that the budget leaves memory for trials, and start the time limit."""
+        context = self.context
+        context.budget.restart()
+        with self._ranks.abort_together():
+            context.probe.attach(*context.snapshot.alive)
+            context.probe.release()
+            reading, budget = context.probe.read(), context.budget.read()
+            if budget <= reading.reserved:
+                raise DoesNotFitError(
+                    f"memory_limit={self.settings.memory_limit!r} leaves a budget of "
+                    f"{format_bytes(max(0, budget))} on {context.probe.name}, where other "
+                    f"processes hold {format_bytes(reading.foreign)} and this process already "
+                    f"holds {format_bytes(reading.reserved)}. Free memory on the device, or raise "
+                    "memory_limit."
+                )
+            self.gather(None)
+        self.time_limit = TimeLimit(self.settings.time_limit, self.time_limit.now)
+
+    def run(self, batch_size: int, accumulate: int, *, is_timed: bool) -> Trial:
+        """Run one trial on every rank, restore all state, and record the merged result."""
+        began = self.time_limit.spent
+        with self.on_every_rank(batch_size):
+            trial = run_trial(
+                self.workload,
+                batch_size,
+                accumulate=accumulate,
+                steps=self.settings.steps_per_trial,
+                is_timed=is_timed,
+                # Larger ones ran, or ran out of memory: a single sample is too few for BatchNorm
+                may_be_refused=any(batch_size < trial.batch_size for trial in self.trials),
+                context=self.context,
+            )
+            self.record(self.gather(trial))
+        trial = self.trials[-1]
+        self.time_limit.record(trial.batch_size, self.time_limit.spent - began)
+        if self._ranks.rank == 0:
+            best = max(self.fitting, default=None)
+            self.context.progress.tried(trial, best=best, budget=self.budget)
+        return trial
+
+    def run_unrecorded(self, batch_size: int) -> Sequence[Trial]:
+        """Run a trial below the largest size on every rank; return the results of all ranks."""
+        with self.on_every_rank(batch_size):
+            trial = run_trial(
+                self.workload,
+                batch_size,
+                accumulate=self.accumulation.in_trial(batch_size),
+                steps=self.settings.steps_per_trial,
+                is_timed=False,
+                may_be_refused=True,
+                context=self.context,
+            )
+            return self.gather(trial)
+
+    @contextmanager
+    def on_every_rank(self, batch_size: int) -> Iterator[None]:
+        """Prepare the block that runs a batch size, and restore all state after it.
+
+        An exception in the block is raised on every rank.
+        """
+        if self._ranks.rank == 0:
+            self.context.progress.trying(batch_size)
+        self.context.probe.attach(*self.context.snapshot.alive)
+        with self._ranks.abort_together():
+            yield
+        self.context.snapshot.restore()
+
+    def gather(self, value: T) -> Sequence[T]:
+        """Return the values of all ranks, and update the budgets and the time."""
+        budget, probe = self.context.budget, self.context.probe
+        results = self._ranks.gather(_RankResult(value, budget.nbytes, probe.clock()))
+        self._budgets = [result.budget for result in results]
+        self.time_limit.now = results[0].now
+        return [result.value for result in results]
+
+    def fits(self, batch_size: int) -> bool:
+        """Return whether a trial shows that a size fits; run it now if there is time."""
+        if all(batch_size != trial.batch_size for trial in self.trials):
+            if not self.take_time_for(batch_size):
+                return False
+            self.run(batch_size, self.accumulation.in_trial(batch_size), is_timed=True)
+        return batch_size in self.fitting
+
+    def check_any_fits(self) -> None:
+        """Raise DoesNotFitError if no batch size fits."""
+        if self.fitting:
+            return
+        trials = sorted(self.trials, key=lambda trial: trial.batch_size)
+        failures = "; ".join(trial.failure(self.budget) for trial in trials)
+        if self.is_out_of_time:
+            raise DoesNotFitError(
+                "No batch size was found to fit within "
+                f"time_limit={self.time_limit.limit:g} seconds: {failures}. Raise time_limit."
+            )
+        raise DoesNotFitError(
+            f"No batch size fits the budget of {format_bytes(self.budget)} on "
+            f"{self.context.probe.name}: {failures}. Free memory on the device, raise "
+            "memory_limit, or shrink the model."
+        )
+
+    # Time
+
+    def has_time_for(self, batch_size: int, *, trials_after: int) -> bool:
+        """Return whether a trial should end in time, and so many of the largest size after it."""
+        return self.time_limit.allows(batch_size, self._yardstick, self._seconds_of(trials_after))
+
+    def affordable(self, *, trials_after: int) -> int | None:
+        """Return the largest size that there is time for, with trials after it; None: any."""
+        return self.time_limit.affordable(self._yardstick, self._seconds_of(trials_after))
+
+    def take_time_for(self, batch_size: int) -> bool:
+        """Return whether there is time for one more trial; remember if there is not."""
+        has_time = self.has_time_for(batch_size, trials_after=0)
+        self.is_out_of_time = self.is_out_of_time or not has_time
+        return has_time
+
+    @property
+    def _yardstick(self) -> int | None:
+        return self.fitting[-1] if self.fitting else self.time_limit.largest
+
+    def _seconds_of(self, trials: int) -> float:
+        if not trials or not self.fitting:
+            return 0.0
+        return trials * self.time_limit.seconds_of(self.fitting[-1])
+
+
+_FROM_BEST_TO_WORST: Final = (
     Outcome.FIT,
     Outcome.OVER_BUDGET,
     Outcome.OUT_OF_MEMORY,
@@ -30,305 +253,33 @@ _WORST_LAST: Final = (
 
 
 def merged(trials: Sequence[Trial], budgets: Sequence[int]) -> Trial:
-    """The trial of one size on all ranks as one: as slow as the slowest, as close to its budget as the closest.
+    """Merge the trials of one size on all ranks: the slowest, and the closest to its budget.
 
-    Ranks may have different budgets. Bytes are counted on the scale of the smallest, from where that ends.
+    Ranks may have different budgets. Bytes are shifted so that their distance to the smallest
+    budget is the distance to the budget of their own rank.
     """
     if len(trials) == 1:
         return trials[0].judged(budgets[0])
     judged = [trial.judged(budget) for trial, budget in zip(trials, budgets, strict=True)]
-    worst = max(judged, key=lambda trial: _WORST_LAST.index(trial.outcome))
+    worst = max(judged, key=lambda trial: _FROM_BEST_TO_WORST.index(trial.outcome))
     size = min(trial.batch_size for trial in judged)
     if worst.peak is None:
         return replace(worst, batch_size=size)
     closest, budget = max(
-        zip(judged, budgets, strict=True),
-        key=lambda pair: (pair[0].peak or 0) - pair[1],
+        zip(judged, budgets, strict=True), key=lambda pair: (pair[0].peak or 0) - pair[1]
     )
-    spare = budget - min(budgets)
+    shift = budget - min(budgets)
     return replace(
         closest,
         batch_size=size,
         outcome=worst.outcome,
-        peak=(closest.peak or 0) - spare,
-        resident=max(0, closest.resident - spare),
-        profile=tuple(nbytes - spare for nbytes in closest.profile),
+        peak=(closest.peak or 0) - shift,
+        resident=max(0, closest.resident - shift),
+        profile=tuple(nbytes - shift for nbytes in closest.profile),
         step_seconds=_slowest(trial.step_seconds for trial in judged),
         optimizer_seconds=_slowest(trial.optimizer_seconds for trial in judged),
     )
 
 
-def _slowest(seconds: Any) -> float | None:
-    known = [each for each in seconds if each is not None]
-    return max(known, default=None)
-
-
-class TimeLimit:
-    """A limit in seconds, on a device's own clock; None never ends.
-
-    A trial is taken to last no longer than in proportion to one that ran, the `yardstick`; where none has run yet
-    there is nothing to judge by, and time for it.
-    """
-
-    def __init__(self, limit: float | None, clock: Callable[[], float]) -> None:
-        self._limit = limit
-        self._clock = clock
-        self._began = clock()
-        self._seconds: dict[int, float] = {}  # of each trial, by its size
-        self._left_out = 0.0  # seconds that have a bound of their own
-
-    @property
-    def spent(self) -> float:
-        """Seconds since the beginning."""
-        return self._clock() - self._began
-
-    @property
-    def limit(self) -> float | None:
-        """Seconds that there are in all, as they were asked."""
-        return self._limit
-
-    def leave_out(self, seconds: float) -> None:
-        """Count so many of those spent for nothing: they have a bound of their own."""
-        self._left_out += seconds
-
-    @property
-    def largest(self) -> int | None:
-        """The largest size that was run, however it ended."""
-        return max(self._seconds, default=None)
-
-    def nearest(self, batch_size: int) -> int | None:
-        """The smallest size that was run and is no smaller than this; the largest, where there is none."""
-        above = (size for size in self._seconds if size >= batch_size)
-        return min(above, default=self.largest)
-
-    def record(self, batch_size: int, seconds: float) -> None:
-        """Remember how long the trial of a size took."""
-        self._seconds[batch_size] = seconds
-
-    def seconds_of(self, batch_size: int) -> float:
-        """What the trial of a size took."""
-        return self._seconds[batch_size]
-
-    def allows(self, batch_size: int, yardstick: int | None, reserve: float) -> bool:
-        """Whether a trial would be over in time, with so many seconds kept for what comes after."""
-        if self._limit is None or yardstick is None:
-            return True
-        expected = self._seconds[yardstick] * max(1.0, batch_size / yardstick)
-        return self._counted + expected + reserve <= self._limit
-
-    def affordable(self, yardstick: int | None, reserve: float) -> int | None:
-        """The largest size sure to be over in half of the time left; None where nothing limits it."""
-        if self._limit is None or yardstick is None:
-            return None
-        spare = (self._limit - self._counted - reserve) / 2
-        return max(1, int(yardstick * spare / max(self._seconds[yardstick], 1e-9)))
-
-    @property
-    def _counted(self) -> float:
-        return self.spent - self._left_out
-
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class _Told:
-    """What a rank tells the others of what it did."""
-
-    result: Any
-    budget: int  # bytes this rank may hold
-    seconds: float  # on this rank's clock
-
-
-class TrialHistory:
-    """What was tried so far, the same on every rank.
-
-    Args:
-        probe: This rank's device.
-        memory_limit: What of it may be held, as the user says it.
-        ranks: Who tries together.
-    """
-
-    def __init__(self, probe: MemoryProbe, memory_limit: float | str, ranks: Ranks) -> None:
-        self._probe = probe
-        self._ranks = ranks
-        self._limit = parse_memory_limit(memory_limit)
-        self.reading = probe.read()
-        self._own_budget = memory_budget(self.reading, self._limit)
-        self._budgets: Sequence[int] = ()  # of each rank
-        # Seconds on rank 0's clock, by which all of them decide about time
-        self.now = 0.0
-        # Of every rank each, in the order they were run
-        self._trials: list[Sequence[Trial]] = []
-
-    @property
-    def trials(self) -> list[Trial]:
-        """All of them, judged by the budgets that hold now."""
-        return [self.judged(trials) for trials in self._trials]
-
-    @property
-    def fitting(self) -> list[int]:
-        """The sizes that ran and fit, in ascending order."""
-        return sorted({trial.batch_size for trial in self.trials if trial.fits})
-
-    @property
-    def budget(self) -> int:
-        """The smallest that a rank has, in bytes."""
-        return min(self._budgets)
-
-    def read_budget(self) -> int:
-        """This rank's smallest budget so far: others may take memory at any time."""
-        self.reading = self._probe.read()
-        budget = memory_budget(self.reading, self._limit)
-        self._own_budget = min(self._own_budget, budget)
-        return self._own_budget
-
-    def begin(self, check: Callable[[], None]) -> None:
-        """Let every rank check that it can begin."""
-        self.everywhere(check)
-
-    def add(self, run: Callable[[], Trial]) -> Trial:
-        """Let every rank run a trial, and keep what they saw."""
-        self.keep(self.everywhere(run))
-        return self.trials[-1]
-
-    def keep(self, trials: Sequence[Trial]) -> None:
-        """Count a trial that every rank has run already."""
-        self._trials.append(trials)
-
-    def judged(self, trials: Sequence[Trial]) -> Trial:
-        """A trial that every rank has run, as one."""
-        return merged(trials, self._budgets)
-
-    def everywhere(self, act: Callable[[], T]) -> list[T]:
-        """What every rank's part of it gave; their budgets and rank 0's clock hold from then on."""
-
-        def told() -> _Told:
-            result = act()
-            return _Told(result, self._own_budget, self._probe.clock())
-
-        said = self._ranks.everywhere(told)
-        self._budgets = [each.budget for each in said]
-        self.now = said[0].seconds
-        return [each.result for each in said]
-
-
-class TrialRunner:
-    """The trials of one tuning run, and the time that is left for them.
-
-    Args:
-        job: What is tuned.
-        settings: What was asked for.
-        bench: What trials run on.
-        record: What every rank saw so far.
-        snapshot: Gives back what a trial changes.
-        shown: Where progress is shown.
-        ranks: Who tries together.
-    """
-
-    deadline: TimeLimit  # from the beginning on
-
-    def __init__(
-        self,
-        job: Subject,
-        settings: Settings,
-        bench: Bench,
-        record: TrialHistory,
-        snapshot: Snapshot,
-        shown: Progress,
-        ranks: Ranks,
-    ) -> None:
-        self._job, self._settings, self._record = job, settings, record
-        self._snapshot, self._shown, self._ranks = snapshot, shown, ranks
-        self.bench = bench
-        self.target = _within(
-            settings.target_batch_size, job.update_at_most, ranks.world_size
-        )  # the effective batch to go for; None where none is
-        self.out_of_time = False  # whether a size was left out for that
-
-    def begin(self) -> None:
-        """Count the time from now on."""
-        self.deadline = TimeLimit(self._settings.time_limit, lambda: self._record.now)
-
-    def attempt(self, size: int, *, accumulate: int | None = None) -> Trial:
-        """Run one trial, and put everything back: each starts from the same state."""
-        began = self.deadline.spent
-        self._show(size)
-        pattern = accumulate or self.accumulate_at(size)
-        trial = self._record.add(lambda: self.run(size, pattern))
-        self._snapshot.restore()
-        self.deadline.record(trial.batch_size, self.deadline.spent - began)
-        if self._ranks.rank == 0:
-            best = max(self._record.fitting, default=None)
-            self._shown.tried(trial, best=best, budget=self._record.budget)
-        return trial
-
-    def run(self, size: int, accumulate: int) -> Trial:
-        """This rank's part of a trial."""
-        self.bench.probe.attach(*self._snapshot.alive)
-        try:
-            return run_trial(
-                self._job.workload,
-                size,
-                accumulate=accumulate,
-                steps=self._settings.steps_per_trial,
-                bench=self.bench,
-            )
-        except AutobatchError:
-            raise
-        except Exception as error:
-            if not any(size < trial.batch_size for trial in self._record.trials):
-                raise
-            # Larger ones ran, or ran out of memory: it is too small for the workload (a single sample and BatchNorm)
-            return Trial(size, Outcome.REFUSED, accumulate=accumulate, error=repr(error))
-
-    def accumulate_at(self, size: int) -> int:
-        """The pattern that training will use: with accumulation, gradients live on through the next micro-batch."""
-        if not self._job.can_accumulate:
-            return 1
-        target = self.target
-        if target is None:
-            return min(2, self._job.accumulate)
-        return 1 if size * self._ranks.world_size >= target else 2
-
-    def before(self, size: int) -> None:
-        """Say which size comes now, and tell the probe what is there."""
-        self._show(size)
-        self.bench.probe.attach(*self._snapshot.alive)
-
-    def _show(self, size: int) -> None:
-        if self._ranks.rank == 0:
-            self._shown.trying(size)
-
-    def in_time(self, size: int) -> bool:
-        """Whether a trial would be over in time, and those that may have to confirm a plan."""
-        return self.deadline.allows(size, self._yardstick, self._reserve)
-
-    @property
-    def _yardstick(self) -> int | None:
-        return self._record.fitting[-1] if self._record.fitting else self.deadline.largest
-
-    @property
-    def _reserve(self) -> float:
-        """Seconds for the trials that may have to confirm a plan, none of them larger than what ran."""
-        if self.target is None or not self._record.fitting:
-            return 0.0
-        return CONFIRMATIONS * self.deadline.seconds_of(self._record.fitting[-1])
-
-    @property
-    def affordable(self) -> int | None:
-        """The largest size that there is time for; None where nothing limits it."""
-        return self.deadline.affordable(self._yardstick, self._reserve)
-
-    def takes_its_time(self, size: int) -> bool:
-        """Whether there is time for one more trial; where there is not, the report tells."""
-        allowed = self.deadline.allows(size, self._yardstick, 0.0)
-        self.out_of_time = self.out_of_time or not allowed
-        return allowed
-
-
-def _within(target: int | None, most: int | None, world_size: int) -> int | None:
-    """The effective batch to go for: what was asked, or as much of it as there is."""
-    if target is None or most is None or target <= most:
-        return target
-    return max(world_size, most - most % world_size)
+def _slowest(seconds: Iterable[float | None]) -> float | None:
+    return max((each for each in seconds if each is not None), default=None)

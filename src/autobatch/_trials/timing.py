@@ -1,21 +1,20 @@
-"""Time updates and calls; count optimizer steps."""
+"""Time updates and calls."""
 
 from __future__ import annotations
 
 import contextlib
 import statistics
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
-from autobatch._trials.workload import OutOfMemory, Running, run_or_oom, uses_torch_compile
+from autobatch._trials.workload import OomCleanup, RunningWorkload, uses_torch_compile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from autobatch._memory import Watch
-    from autobatch._trials.workload import Bench, Workload
-
-T = TypeVar("T")
+    from autobatch._trials.context import TrialContext
+    from autobatch._trials.workload import Workload
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +22,8 @@ class Timing:
     """Optimizer updates, timed one by one.
 
     Args:
-        update_seconds: Seconds of each.
-        optimizer_seconds: Seconds of the optimizer in each; empty where none stepped.
+        update_seconds: Seconds of each update.
+        optimizer_seconds: Seconds of the optimizer in each update; empty if none stepped.
     """
 
     update_seconds: tuple[float, ...]
@@ -32,7 +31,7 @@ class Timing:
 
     @property
     def optimizer_median(self) -> float | None:
-        """Median seconds of an optimizer step; None where none stepped."""
+        """Median seconds of an optimizer step; None if none stepped."""
         seconds = self.optimizer_seconds
         return statistics.median(seconds) if seconds else None
 
@@ -43,19 +42,65 @@ def time_updates(
     *,
     accumulate: int,
     enough: Callable[[Sequence[float]], bool],
-    bench: Bench,
+    context: TrialContext,
 ) -> Timing | None:
-    """Time optimizer updates of a size, under the cap where watching does not slow them down, until there are enough.
+    """Time optimizer updates of one batch size, within the budget if that costs no time.
 
-    `enough` is asked after each, with the seconds of all so far. None where it ran out of memory. An error that is
-    not about memory passes through with a note.
+    An error other than out-of-memory passes through with a note.
+
+    Args:
+        workload: A training loop that yields after every optimizer step.
+        batch_size: Samples per forward pass.
+        accumulate: Micro-batches per update.
+        enough: Called with the seconds of all updates so far, after each.
+        context: Resources of the trials.
+
+    Returns:
+        The timings; None if memory ran out.
     """
-    ended = run_or_oom(
-        lambda: _capped(lambda: timed(workload, batch_size, accumulate, enough, bench), bench),
-        batch_size,
-        bench,
-    )
-    return None if isinstance(ended, OutOfMemory) else ended
+    with OomCleanup(batch_size, context.probe), _within_budget(context):
+        return time_restarted(workload, batch_size, accumulate, enough, context)
+    return None
+
+
+def time_restarted(
+    workload: Workload,
+    batch_size: int,
+    accumulate: int,
+    enough: Callable[[Sequence[float]], bool],
+    context: TrialContext,
+) -> Timing:
+    """Start the workload and time updates after the first, which allocates for all of them."""
+    looking = contextlib.nullcontext if uses_torch_compile() else context.first_touch
+    run = RunningWorkload(workload, batch_size, accumulate)
+    with looking(), contextlib.closing(run):
+        run.step()
+        return time_steps(run, enough, None, context)
+
+
+def time_steps(
+    run: RunningWorkload,
+    enough: Callable[[Sequence[float]], bool],
+    watch: Watch | None,
+    context: TrialContext,
+) -> Timing:
+    """Take steps until there are enough; time each of them, and the optimizers within it."""
+    clock, optimizers = context.probe.clock, context.optimizers
+    steps_before = optimizers.steps
+    update_seconds: list[float] = []
+    optimizer_seconds: list[float] = []
+    with optimizers.timing() as seconds_since_last:
+        while not enough(update_seconds):
+            if watch:
+                watch.mark()
+            began = clock()
+            run.step()
+            update_seconds.append(clock() - began)
+            optimizer_seconds.append(seconds_since_last())
+    if watch:
+        watch.mark()
+    has_stepped = optimizers.steps > steps_before
+    return Timing(tuple(update_seconds), tuple(optimizer_seconds) if has_stepped else ())
 
 
 def time_calls(
@@ -65,95 +110,58 @@ def time_calls(
     before: int,
     is_new: bool,
     enough: Callable[[Sequence[float]], bool],
-    bench: Bench,
+    context: TrialContext,
 ) -> Sequence[float] | None:
-    """Time calls of a size one by one, under the cap where watching does not slow them down, until there are enough.
+    """Time calls of one batch size one by one, within the budget if that costs no time.
 
-    The device is waited for each time, as a caller would. Calls that had to start the workload anew are left out, and
-    so many `before` those that are timed, at least one, which find the device as another size left it. `is_new` tells
-    whether modules that no one has seen yet may come up. None where it ran out of memory. An error
-    that is not about memory passes through with a note.
+    After each call the device is waited for, as a caller would. Calls that had to restart the
+    workload are left out. An error other than out-of-memory passes through with a note.
+
+    Args:
+        workload: A workload that yields after every answered batch.
+        batch_size: Samples per call.
+        before: Calls to leave out at the beginning, at least one: they find the device in the
+            state that another batch size left.
+        is_new: Whether modules that were not captured yet may come up.
+        enough: Called with the seconds of all calls so far, after each.
+        context: Resources of the trials.
+
+    Returns:
+        Seconds of each call; None if memory ran out.
     """
     looks = is_new and not uses_torch_compile()
-    looking = bench.first_touch if looks else contextlib.nullcontext
-    ended = run_or_oom(
-        lambda: _capped(
-            lambda: _called(Running(workload, batch_size, 1), before, looking, enough, bench),
-            bench,
-        ),
-        batch_size,
-        bench,
-    )
-    return None if isinstance(ended, OutOfMemory) else ended
+    looking = context.first_touch if looks else contextlib.nullcontext
+    with OomCleanup(batch_size, context.probe), _within_budget(context):
+        run = RunningWorkload(workload, batch_size, 1)
+        with contextlib.closing(run):
+            with looking():
+                run.step()
+            for _ in range(1, before):
+                run.step()
+            return _call_seconds(run, enough, context.probe.clock)
+    return None
 
 
-def timed(
-    workload: Workload,
-    batch_size: int,
-    accumulate: int,
-    enough: Callable[[Sequence[float]], bool],
-    bench: Bench,
-) -> Timing:
-    """Updates of a fresh start, timed after the first, which allocates what the others find there."""
-    looking = contextlib.nullcontext if uses_torch_compile() else bench.first_touch
-    run = Running(workload, batch_size, accumulate)
-    with looking(), contextlib.closing(run):
-        run.step()
-        return pace(run, enough, None, bench)
-
-
-def pace(
-    run: Running,
-    enough: Callable[[Sequence[float]], bool],
-    watch: Watch | None,
-    bench: Bench,
-) -> Timing:
-    """Take further steps until there are enough, each timed, and the optimizers within it."""
-    clock, optimizers = bench.probe.clock, bench.optimizers
-    stepped = optimizers.steps
-    whole: list[float] = []
-    inside: list[float] = []
-    with optimizers.timing() as optimizer_seconds:
-        while not enough(whole):
-            if watch:
-                watch.mark()
-            began = clock()
-            run.step()
-            whole.append(clock() - began)
-            inside.append(optimizer_seconds())
-    if watch:
-        watch.mark()
-    return Timing(tuple(whole), tuple(inside) if optimizers.steps > stepped else ())
-
-
-def _called(
-    run: Running,
-    before: int,
-    looking: Callable[[], contextlib.AbstractContextManager[None]],
-    enough: Callable[[Sequence[float]], bool],
-    bench: Bench,
+def _call_seconds(
+    run: RunningWorkload, enough: Callable[[Sequence[float]], bool], clock: Callable[[], float]
 ) -> Sequence[float]:
-    clock = bench.probe.clock
     steady: list[float] = []
-    anew: list[float] = []
-    with contextlib.closing(run):
-        with looking():
-            run.step()
-        for _ in range(1, before):
-            run.step()
-        # A workload may never get further than one call
-        while not enough(steady) and not (anew and not steady and enough(anew)):
-            starts, began = run.starts, clock()
-            run.step()
-            seconds = clock() - began
-            (steady if run.starts == starts else anew).append(seconds)
-    return steady or anew
+    restarted: list[float] = []
+    # Every call may restart a workload that ends after one
+    while not enough(steady) and not (restarted and not steady and enough(restarted)):
+        starts, began = run.starts, clock()
+        run.step()
+        seconds = clock() - began
+        (steady if run.starts == starts else restarted).append(seconds)
+    return steady or restarted
 
 
-def _capped(act: Callable[[], T], bench: Bench) -> T:
-    """What it gives, under the cap of an allocator; a ledger would slow it down."""
-    bench.probe.release()
-    with bench.probe.limited(bench.budget()) as watch:
-        if watch is None:
-            return act()
-    return act()
+@contextlib.contextmanager
+def _within_budget(context: TrialContext) -> Iterator[None]:
+    """Cap an allocator at the budget; do without a ledger, which would slow every operator down."""
+    context.probe.release()
+    with contextlib.ExitStack() as stack:
+        watch = stack.enter_context(context.probe.limited(context.budget.read()))
+        if watch is not None:
+            stack.close()
+        yield

@@ -7,139 +7,113 @@ import operator
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 from autobatch._memory.oom import is_oom
 from autobatch.errors import ShortTrialError
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
+    from types import TracebackType
 
     from autobatch._memory import MemoryProbe
-    from autobatch._trials.optimizers import OptimizerWatch
-
-T = TypeVar("T")
 
 # (batch size, accumulation) -> a training loop that yields after every optimizer step
 Workload: TypeAlias = Callable[[int, int], Iterator[Any]]
 
 
-@dataclass(frozen=True, slots=True)
-class Bench:
-    """What trials run on.
-
-    Args:
-        probe: The device.
-        budget: Reads how many bytes this process may hold now.
-        optimizers: Counts and times optimizer steps.
-        first_touch: Watches for modules that no one has seen yet.
-        times_later: Whether sizes are timed after all trials, so that a trial need not do it.
-    """
-
-    probe: MemoryProbe
-    budget: Callable[[], int]
-    optimizers: OptimizerWatch
-    first_touch: Callable[[], AbstractContextManager[None]]
-    times_later: bool = False
-
-
-class Running:
-    """A running workload: its steps counted, started again when it ends after at least one of them."""
+class RunningWorkload:
+    """A running workload that counts its steps, and restarts when it ends after at least one."""
 
     def __init__(self, workload: Workload, batch_size: int, accumulate: int) -> None:
         self.steps = 0
         self.starts = 1
-        self.counts: list[int] = []  # samples of its micro-batches, where it says
+        self.sample_counts: list[int] = []  # of micro-batches, if the workload yields them
         self.accumulate = accumulate
         self._start: Callable[[], Iterator[Any]] = partial(workload, batch_size, accumulate)
         self._batch_size = batch_size
-        self._steps = self._start()
+        self._iterator = self._start()
 
     def step(self) -> None:
         """Take the next optimizer step, of another start if need be."""
         try:
-            said = next(self._steps)
+            yielded = next(self._iterator)
         except StopIteration:
-            self._steps = self._start()
+            self._iterator = self._start()
             self.starts += 1
             try:
-                said = next(self._steps)
+                yielded = next(self._iterator)
             except StopIteration:
                 raise self._too_short() from None
         self.steps += 1
-        count = _count(said)
+        count = _as_count(yielded)
         if count is not None:
-            self.counts.append(count)
+            self.sample_counts.append(count)
 
     def close(self) -> None:
-        """End it, where it can be ended."""
-        if hasattr(self._steps, "close"):
-            self._steps.close()
+        """Close the workload if it can be closed, and drop it: it may hold tensors."""
+        if hasattr(self._iterator, "close"):
+            self._iterator.close()
+        self._iterator = iter(())
 
     def _too_short(self) -> ShortTrialError:
         return ShortTrialError(
-            f"The workload ended after {self.steps} optimizer steps at batch_size={self._batch_size}, without "
-            "yielding again when it was started anew. A trial that runs no step proves nothing: yield after every "
-            "optimizer step, or after every answer."
+            f"The workload ended after {self.steps} optimizer steps at "
+            f"batch_size={self._batch_size}, and did not yield when it was started again. A trial "
+            "needs at least one step: yield after every optimizer step, or after every answer."
         )
 
 
-def _count(said: Any) -> int | None:
-    """What was yielded, where it is a count: an int, also one of numpy's."""
-    if isinstance(said, bool) or not hasattr(said, "__index__"):
+def _as_count(yielded: Any) -> int | None:
+    """Return a yielded number of samples, an int or one of numpy's; None for other objects."""
+    if isinstance(yielded, bool) or not hasattr(yielded, "__index__"):
         return None
     try:
-        return operator.index(said)
+        return operator.index(yielded)
     except TypeError:  # a tensor of a loss
         return None
 
 
-@dataclass(frozen=True, slots=True)
-class OutOfMemory:
-    """Instead of what was asked for.
+class OomCleanup:
+    """A context manager that ends an out-of-memory error, and frees everything the step held.
 
-    Args:
-        said: What the error said.
+    Other errors pass through, with a note that names the batch size.
     """
 
-    said: str
+    def __init__(self, batch_size: int, probe: MemoryProbe) -> None:
+        self.message: str | None = None  # first line of the out-of-memory error
+        self._batch_size = batch_size
+        self._probe = probe
 
+    def __enter__(self) -> Self:
+        return self
 
-def run_or_oom(act: Callable[[], T], batch_size: int, bench: Bench) -> T | OutOfMemory:
-    """What it gives; where that ran out of memory, nothing of it is left."""
-    try:
-        return act()
-    except Exception as error:
-        if not is_oom(error):
-            error.add_note(f"autobatch was trying batch_size={batch_size}")
-            raise
-        ended = OutOfMemory(_first_line(error))
-        _forget(error)
-    except BaseException as error:
-        error.add_note(f"autobatch was trying batch_size={batch_size}")
-        raise
-    _empty_autograd(bench.probe)
-    gc.collect()
-    bench.probe.release()
-    return ended
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0]
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        if error is None:
+            return False
+        if not isinstance(error, Exception) or not is_oom(error):
+            error.add_note(f"autobatch was trying batch_size={self._batch_size}")
+            return False
+        self.message = f"{type(error).__name__}: {error}".partition("\n")[0]
+        free_after_oom(error, self._probe)
+        return True
 
 
 def free_after_oom(error: Exception, probe: MemoryProbe) -> None:
-    """Let go of what a failed step holds, and give its memory back."""
-    _forget(error)
+    """Free everything that a failed step holds, and return its memory to the device."""
+    _clear_frames(error)
     _empty_autograd(probe)
     gc.collect()
     probe.release()
 
 
-def _forget(error: BaseException) -> None:
-    """Let go of what the failed step left in its frames, along the whole chain of causes."""
+def _clear_frames(error: BaseException) -> None:
+    """Clear the local variables of the failed step, along the whole chain of causes."""
     pending: list[BaseException | None] = [error]
     seen: set[int] = set()
     while pending:
@@ -152,7 +126,10 @@ def _forget(error: BaseException) -> None:
 
 
 def _empty_autograd(probe: MemoryProbe) -> None:
-    """Run a tiny backward: one that failed leaves activations in autograd's queue until the next on its thread."""
+    """Run a tiny backward pass.
+
+    A failed one leaves activations in autograd's queue until the next backward on its thread.
+    """
     import torch
 
     from autobatch._memory.ledger import unobserved
@@ -165,5 +142,5 @@ def _empty_autograd(probe: MemoryProbe) -> None:
 
 
 def uses_torch_compile() -> bool:
-    """Whether torch.compile is in use: a hook that looks at modules would then break graphs."""
+    """Return whether torch.compile is in use: a hook on modules would then break graphs."""
     return "torch._dynamo" in sys.modules

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from autobatch._distributed import Ranks
     from autobatch._memory import MemoryProbe
     from autobatch._plan import BatchPlan
-    from autobatch._trials.runner import TimeLimit
     from autobatch._trials.snapshot import Snapshot
+    from autobatch._trials.time_limit import TimeLimit
     from autobatch.lightning._dataloaders import Loaders
     from autobatch.lightning._trial_data import Samples
     from autobatch.lightning._workloads import TrainingSteps
@@ -99,7 +99,7 @@ class Splits:
         if is_tested and not deadline.allows(size, deadline.nearest(size), 0.0):
             return (not_tested(deadline.limit or 0.0),)
         # Also where there is nothing to test: no rank may wait for another. Each has data of its own, one speaks
-        found, *_ = self.ranks.everywhere(lambda: self._tested(size) if is_tested else None)
+        found, *_ = self.ranks.gather(self._tested(size) if is_tested else None)
         notes = (not_additive(found, plan),) if found else ()
         return (*batch_norm(norms, plan), *notes)
 

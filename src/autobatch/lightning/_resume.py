@@ -170,7 +170,7 @@ def _of_last_fit(
     """The plan of the fit before, where that was asked the same about the same kind of module, data and device."""
     if report is None:
         return PriorPlan()
-    same = report.subject == job.subject and report.settings == settings and _here(report) == here
+    same = report.subject == job.name and report.settings == settings and _here(report) == here
     kept = (
         settings.target_batch_size is not None
         or report.plan.accumulate_grad_batches == job.accumulate

@@ -6,16 +6,15 @@ import importlib
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
-from autobatch import sinks
-from autobatch._distributed import ranks_here
+from autobatch import _settings, sinks
+from autobatch._distributed import current_ranks
 from autobatch._memory.detect import detect
 from autobatch._plan import BatchPlan
 from autobatch._report.notes import never_stepped
 from autobatch._report.tradeoff import common_rule
-from autobatch._subject import Subject
-from autobatch._throughput import curve
+from autobatch._trials.context import MemoryBudget, TrialContext
 from autobatch._trials.optimizers import OptimizerWatch
 from autobatch._trials.snapshot import Snapshot
 from autobatch._tune import known_plan, tune, versions
@@ -43,29 +42,56 @@ from autobatch.lightning._trial_data import Samples
 from autobatch.lightning._workloads import VALIDATION, EvaluationSteps, TrainingSteps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator
+    from collections.abc import Callable, Iterator
 
-    from autobatch._distributed import Ranks
     from autobatch._memory import MemoryProbe
-    from autobatch._report import TuningReport
+    from autobatch._report import Task, TuningReport
+    from autobatch._report.notes import Look
+    from autobatch._report.tradeoff import LearningRateRule
     from autobatch._search import Search
     from autobatch._settings import Settings
+    from autobatch._subject import Subject
+    from autobatch._trials.time_limit import TimeLimit
+    from autobatch._trials.workload import Workload
     from autobatch.lightning._dataloaders import SetBatchSize
     from autobatch.lightning._workloads import Stage
 
 
-# (job, where it runs, settings) -> what is known before a search
+# (subject, device, settings) -> the plan that is known before a search
 KnownAt: TypeAlias = "Callable[[Subject, DeviceId, Settings], PriorPlan]"
 
 
 @dataclass(frozen=True, slots=True)
-class Tuned:
-    """What a tuning run comes to.
+class Asked:
+    """Arguments of a callback.
 
     Args:
-        report: All of it.
-        batch_sizes: Of each loader.
-        validation_sizes: Of each validation loader, where they can not stay as they are.
+        settings: Validated arguments.
+        search: Strategy that proposes batch sizes.
+        device: The device whose memory is read; None: the device of the module.
+        worst_case: Makes the largest batch of a size; None to scan the data set for it.
+        repairs: Whether the last accumulation window of an epoch is corrected.
+        batch_arg_name: Name of the batch size in the module or its datamodule.
+        set_batch_size: Sets the batch size of a loader; None for the default way.
+    """
+
+    settings: Settings
+    search: Search
+    device: str | MemoryProbe | None
+    worst_case: Callable[[int], Any] | None
+    repairs: bool
+    batch_arg_name: str
+    set_batch_size: SetBatchSize | None
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """Result of a tuning run.
+
+    Args:
+        report: The report.
+        batch_sizes: Batch size of each loader.
+        validation_sizes: Batch size of each validation loader; None if they stay as they are.
     """
 
     report: TuningReport
@@ -80,21 +106,22 @@ def tune_training(
     known_at: KnownAt,
     trained: BatchPlan | None,
 ) -> Tuned:
-    """Find the plan to train with, and a size at which validation fits beside it; leave everything as it was.
+    """Find a plan for training, and a validation batch size that fits beside it; restore all state.
 
-    `trained` is what it was trained with until now, where that is not what loader and Trainer say.
+    `trained` is the plan that was trained with until now; None for that of loader and Trainer.
 
     Raises:
-        AutobatchError: A loader's batch size can not be changed, or an argument of the Trainer rules the plan out.
+        AutobatchError: A loader's batch size cannot be changed, or an argument of the Trainer
+            excludes the plan.
         DoesNotFitError: No batch size fits.
     """
     if asked.repairs:
         check_repairable(trainer, module)
-    # The loops know none of these three while scratch ones stand for them
+    # Read now: scratch loops, which replace the Trainer's own while trials run, have none of these
     validates = trainer.enable_validation
     validation = trainer.fit_loop.epoch_loop.val_loop._data_source
-    counted = partial(TrainerLimits, trainer, trainer.max_steps, validates=validates)
-    with workbench(trainer, module, asked) as bench:
+    max_steps = trainer.max_steps
+    with trial_context(trainer, module, asked) as (context, copied_bytes):
         loaders = Loaders(
             trainer,
             trainer.fit_loop._data_source,
@@ -102,127 +129,363 @@ def tune_training(
             setter=asked.set_batch_size,
         )
         accumulate = trainer.accumulate_grad_batches
-        counts = counted(
+        limits = TrainerLimits(
+            trainer,
+            max_steps,
+            validates=validates,
             batches=loaders.batches,
             samples=partial(_samples_trained, trainer, loaders),
             before=trained or BatchPlan(loaders.batch_size, accumulate, trainer.world_size),
         )
-        samples = Samples(loaders, bench.snapshot, asked.worst_case)
-        named = partial(name_batch_size, module, asked.batch_arg_name)
-        steps = TrainingSteps(trainer, samples, named)
+        samples = Samples(loaders, context.snapshot, asked.worst_case)
+        set_name = partial(name_batch_size, module, asked.batch_arg_name)
+        workload = TrainingSteps(trainer, samples, set_name)
         splits = Splits(
             trainer,
             module,
             samples,
-            steps,
-            named,
-            bench.probe,
+            workload,
+            set_name,
+            context.probe,
             asked.settings.memory_limit,
-            bench.snapshot,
-            bench.ranks,
+            context.snapshot,
+            context.ranks,
         )
-        has_name = is_named(module, asked.batch_arg_name)
-        job = Subject(
-            workload=steps,
-            can_accumulate=True,
-            start=loaders.batch_size,
+        subject = LightningTraining(
+            workload=workload,
+            trainer=trainer,
+            module=module,
+            asked=asked,
+            loaders=loaders,
+            samples=samples,
+            limits=limits,
+            splits=splits,
+            context=context,
             accumulate=accumulate,
-            samples_trained=counts.samples,
-            update_at_most=loaders.samples,
-            # Ranks have to choose alike; where each has a data set of its own, their epochs may end differently
-            last_samples=partial(last_samples, trainer, loaders)
-            if trainer.world_size == 1 or loaders.shards[0] > 1
-            else None,
-            remarks=lambda plan, deadline: (
-                *splits.told(plan, deadline),
-                *schedules(trainer, counts.before, plan, is_named=has_name),
-                *told(trainer, loaders, plan, repaired=asked.repairs),
-                *counts.remarks(plan),
-                *_about_the_host(trainer, loaders, samples, bench, plan),
-            ),
-            doubts=lambda _: (never_stepped(),) if bench.optimizers.never_stepped else (),
-            # By hand, updates are the module's affair
-            before=counts.before if module.automatic_optimization else None,
-            task="train",
-            subject=_subject(module, " + ".join(map(_name, trainer.optimizers)), trainer.precision),
-            environment=_environment(trainer),
-            look=lambda: samples.look,
-            curve_seconds=curve.SECONDS,
-            learning_rate=lambda: common_rule(trainer.optimizers),
+            copied_bytes=copied_bytes,
         )
         settings = asked.settings.model_copy(update={"dataset_size": loaders.samples})
-        bench.optimizers.expected = True
+        context.optimizers.expected = True
         if not module.automatic_optimization:
-            bench.optimizers.look_at(module)  # Lightning steps, a user may not
-        report = verified_or_searched(
-            known_at(job, bench.here(trainer), settings), job, settings, bench
-        )
-        counts.check(report.plan)
+            # Lightning steps in automatic optimization; a user may forget to
+            context.optimizers.look_at(module)
+        known = known_at(subject, _device_id(trainer, context), settings)
+        report = verify_or_search(known, subject, settings, context, asked.search)
+        limits.check(report.plan)
         tuned = Tuned(report, loaders.sizes_at(report.plan.micro_batch_size))
         if not validates:
             return tuned
-        # A hook may make validation batches of the size it finds there
-        named(report.plan.micro_batch_size)
-        return _with_validation(tuned, trainer, module, asked, bench, validation, steps)
+        # A hook may make validation batches of the size in the named attribute
+        set_name(report.plan.micro_batch_size)
+        return _with_validation(tuned, subject, validation)
 
 
 def tune_evaluation(trainer: Any, module: Any, asked: Asked, stage: Stage) -> Tuned:
-    """Find the largest batch for validation, testing or prediction; leave everything as it was.
+    """Find the largest batch for validation, testing or prediction; restore all state.
 
-    Where an effective batch is asked for, tuning is about training: the loaders keep their size if that fits.
+    With a target the run is about training: the loaders keep their batch size if it fits.
 
     Raises:
-        AutobatchError: A loader's batch size can not be changed.
+        AutobatchError: A loader's batch size cannot be changed.
         DoesNotFitError: No batch size fits.
     """
-    with workbench(trainer, module, asked) as bench:
-        source = getattr(trainer, stage.loop)._data_source
-        loaders = Loaders(trainer, source, mode="sequential")
+    with trial_context(trainer, module, asked) as (context, _):
+        loaders = Loaders(trainer, getattr(trainer, stage.loop)._data_source, mode="sequential")
         settings = _without_target(asked.settings, loaders.samples)
-        job = _evaluation_job(
+        samples = Samples(loaders, context.snapshot, asked.worst_case)
+        subject = LightningEvaluation(
+            EvaluationSteps(trainer, samples, stage, None),
             trainer,
             module,
-            loaders,
-            bench,
             stage,
-            settings=settings,
-            worst_case=asked.worst_case,
+            settings,
+            loaders,
+            samples,
+            loaders.batch_size,
         )
-        if asked.settings.target_batch_size is None:
-            report = bench.run(job, settings, known=None)
-            sizes = loaders.sizes_at(report.plan.micro_batch_size)
-        else:
-            report = _own_or_smaller(job, settings, loaders, bench)
-            sizes = _own_or_smaller_sizes(loaders, report)
-        return Tuned(report, sizes)
+        curve_seconds = _settings.DEFAULTS.curve_seconds
+        if asked.settings.target_batch_size is not None:
+            report = _own_or_smaller(subject, context, asked.search, curve_seconds)
+            return Tuned(report, _own_or_smaller_sizes(loaders, report))
+        report = tune(
+            subject, settings, context, asked.search, known=None, curve_seconds=curve_seconds
+        )
+        return Tuned(report, loaders.sizes_at(report.plan.micro_batch_size))
 
 
-def _with_validation(
-    tuned: Tuned,
-    trainer: Any,
-    module: Any,
-    asked: Asked,
-    bench: Workbench,
-    source: Any,
-    steps: TrainingSteps,
-) -> Tuned:
-    """What was tuned, with the size at which validation fits beside the state that training keeps."""
+@dataclass(frozen=True, slots=True)
+class LightningTraining:
+    """A Lightning fit as the subject of a tuning run.
+
+    Args:
+        workload: Runs training steps.
+        trainer: The Trainer, on scratch loops.
+        module: The module to train.
+        asked: Arguments of the callback.
+        loaders: The training loaders.
+        samples: Makes the batches.
+        limits: Arguments of the Trainer that count batches or steps.
+        splits: Tests whether a split batch gives the same gradient.
+        context: Resources of the trials.
+        accumulate: Accumulation of the Trainer.
+        copied_bytes: Bytes of the copy of all state that is kept on the host.
+        first_note: A note on the plan that was known before; None if there is none.
+    """
+
+    workload: TrainingSteps
+    trainer: Any
+    module: Any
+    asked: Asked
+    loaders: Loaders
+    samples: Samples
+    limits: TrainerLimits
+    splits: Splits
+    context: TrialContext
+    accumulate: int
+    copied_bytes: int
+    first_note: str | None = None
+
+    can_accumulate: ClassVar = True
+
+    @property
+    def task(self) -> Task:
+        return "train"
+
+    @property
+    def name(self) -> str:
+        optimizers = " + ".join(_class_name(each) for each in self.trainer.optimizers)
+        return f"{_class_name(self.module)} · {optimizers} · {self.trainer.precision}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return _environment(self.trainer)
+
+    @property
+    def start_batch_size(self) -> int:
+        return self.loaders.batch_size
+
+    @property
+    def max_samples_per_update(self) -> int | None:
+        """Samples of an epoch: Lightning steps at its end, whatever the accumulation."""
+        return self.loaders.samples
+
+    @property
+    def previous_plan(self) -> BatchPlan | None:
+        """The plan until now; None in manual optimization, where the module defines its updates."""
+        return self.limits.before if self.module.automatic_optimization else None
+
+    def samples_per_epoch(self, plan: BatchPlan) -> int | None:
+        return self.limits.samples(plan)
+
+    def last_micro_batch(self, batch_size: int) -> int | None:
+        """Return the samples in the last micro-batch of an epoch, if all ranks have the same.
+
+        Ranks have to choose alike; with a data set of its own on each, their epochs may end
+        differently.
+        """
+        if self.trainer.world_size > 1 and self.loaders.shards[0] == 1:
+            return None
+        return last_samples(self.trainer, self.loaders, batch_size)
+
+    def learning_rate_rule(self) -> LearningRateRule | None:
+        return common_rule(self.trainer.optimizers)
+
+    def largest_samples(self) -> Look | None:
+        return self.samples.look
+
+    def trial_notes(self, plan: BatchPlan) -> tuple[str, ...]:
+        return (never_stepped(),) if self.context.optimizers.never_stepped else ()
+
+    def plan_notes(self, plan: BatchPlan, time_limit: TimeLimit) -> tuple[str, ...]:
+        has_name = is_named(self.module, self.asked.batch_arg_name)
+        return (
+            *((self.first_note,) if self.first_note else ()),
+            *self.splits.told(plan, time_limit),
+            *schedules(self.trainer, self.limits.before, plan, is_named=has_name),
+            *told(self.trainer, self.loaders, plan, repaired=self.asked.repairs),
+            *self.limits.remarks(plan),
+            *self._host_notes(plan),
+        )
+
+    def _host_notes(self, plan: BatchPlan) -> tuple[str, ...]:
+        devices = self.trainer.num_devices
+        sizes = self.loaders.sizes_at(plan.micro_batch_size)
+        found = (
+            copied(self.copied_bytes, devices),
+            *(
+                ahead(loader, size, nbytes, devices)
+                for loader, size, nbytes in zip(
+                    self.loaders.each, sizes, self.samples.bytes_each, strict=False
+                )
+            ),
+        )
+        return tuple(note for note in found if note)
+
+
+@dataclass(frozen=True, slots=True)
+class LightningEvaluation:
+    """A Lightning validation, test or prediction as the subject of a tuning run.
+
+    Args:
+        workload: Runs evaluation steps.
+        trainer: The Trainer, on scratch loops.
+        module: The module to evaluate.
+        stage: The kind of evaluation.
+        settings: Validated arguments of the run.
+        loaders: The loaders of the stage.
+        samples: Makes the batches.
+        start_batch_size: The first batch size to try.
+    """
+
+    workload: Workload
+    trainer: Any
+    module: Any
+    stage: Stage
+    settings: Settings
+    loaders: Loaders
+    samples: Samples
+    start_batch_size: int
+
+    can_accumulate: ClassVar = False
+    accumulate: ClassVar = 1
+    max_samples_per_update: ClassVar = None
+    previous_plan: ClassVar = None
+
+    @property
+    def task(self) -> Task:
+        return self.stage.name
+
+    @property
+    def name(self) -> str:
+        return f"{_class_name(self.module)} · {self.stage.name} · {self.trainer.precision}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return _environment(self.trainer)
+
+    def samples_per_epoch(self, plan: BatchPlan) -> int | None:
+        return self.settings.dataset_size
+
+    def last_micro_batch(self, batch_size: int) -> int | None:
+        return None
+
+    def learning_rate_rule(self) -> LearningRateRule | None:
+        return None
+
+    def largest_samples(self) -> Look | None:
+        return self.samples.look
+
+    def trial_notes(self, plan: BatchPlan) -> tuple[str, ...]:
+        return ()
+
+    def plan_notes(self, plan: BatchPlan, time_limit: TimeLimit) -> tuple[str, ...]:
+        """Return a note on the meaning of a call with several loaders."""
+        if self.settings.latency_limit is None or len(self.loaders.each) == 1:
+            return ()
+        note = (
+            f"A call is one batch of each of the {len(self.loaders.each)} loaders, one after the "
+            "other; batch sizes are those of the first."
+        )
+        return (note,)
+
+
+@contextmanager
+def trial_context(trainer: Any, module: Any, asked: Asked) -> Iterator[tuple[TrialContext, int]]:
+    """Capture all state that trials may change, and isolate the Trainer; restore it at the end.
+
+    Yields the resources of the trials, and the bytes of the copy that is kept on the host.
+    """
+    probe = detect(asked.device, module.device)
+    with (
+        current_ranks() as ranks,
+        ranks.abort_together(),
+        apart(trainer),
+        Snapshot() as snapshot,
+        OptimizerWatch(probe.clock) as optimizers,
+        sinks.progress() as shown,
+        scratch(trainer),
+    ):
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        scalers = [] if scaler is None else [scaler]
+        captured = (module, *trainer.optimizers, *schedulers, *scalers)
+        copied_bytes, *_ = ranks.gather(room_for_copy(captured, trainer.num_devices))
+        snapshot.capture(*captured)
+        # Hooks that make the loaders may change the module and the datamodule
+        snapshot.capture_light(trainer.datamodule)
+        context = TrialContext(
+            probe=probe,
+            budget=MemoryBudget(probe, asked.settings.memory_limit),
+            snapshot=snapshot,
+            optimizers=optimizers,
+            first_touch=nullcontext,  # the module and its optimizers are captured already
+            ranks=ranks,
+            progress=shown,
+        )
+        yield context, copied_bytes
+
+
+def _device_id(trainer: Any, context: TrialContext) -> DeviceId:
+    """Return the device of rank 0: all ranks have to decide alike."""
+    total = context.probe.read().total
+    here = DeviceId.of(context.probe.name, total, trainer.world_size)
+    return context.ranks.gather(here)[0]
+
+
+def verify_or_search(
+    known: PriorPlan,
+    subject: LightningTraining,
+    settings: Settings,
+    context: TrialContext,
+    search: Search,
+) -> TuningReport:
+    """Return the report on a known plan if one trial verifies it, or else on a search."""
+    note, curve_seconds = known.note, _settings.DEFAULTS.curve_seconds
+    if note is None:  # the user's own
+        known_plan(known.plan, settings, world_size=context.ranks.world_size)
+    if known.plan is not None:
+        noted = replace(subject, first_note=note)
+        try:
+            return tune(
+                noted, settings, context, search, known=known.plan, curve_seconds=curve_seconds
+            )
+        except DoesNotFitError as error:
+            if known.refusal is not None:
+                raise AutobatchError(known.refusal) from error
+            if note is None:
+                raise
+            note = (
+                f"Searched again, since a micro-batch of {known.plan.micro_batch_size:,} does not "
+                "fit any more."
+            )
+    if known.target is not None:
+        settings = settings.model_copy(update={"target_batch_size": known.target})
+    noted = replace(subject, first_note=note)
+    return tune(noted, settings, context, search, known=None, curve_seconds=curve_seconds)
+
+
+def _with_validation(tuned: Tuned, training: LightningTraining, source: Any) -> Tuned:
+    """Return the result with the validation batch size that fits beside the state of training."""
+    trainer, asked, context = training.trainer, training.asked, training.context
     try:
         loaders = Loaders(trainer, source, mode="sequential")
     except FixedBatchSizeError as error:
-        return replace(tuned, report=_told(tuned.report, f"Validation was not tried: {error}"))
+        return replace(tuned, report=_noted(tuned.report, f"Validation was not tried: {error}"))
     plan = tuned.report.plan
-    job = _evaluation_job(
+    samples = Samples(loaders, context.snapshot, None)
+    train = partial(training.workload, plan.micro_batch_size, plan.trial_accumulation)
+    subject = LightningEvaluation(
+        EvaluationSteps(trainer, samples, VALIDATION, train),
         trainer,
-        module,
-        loaders,
-        bench,
+        training.module,
         VALIDATION,
-        settings=asked.settings,
-        after=partial(steps, plan.micro_batch_size, min(2, plan.accumulate_grad_batches)),
+        asked.settings,
+        loaders,
+        samples,
+        loaders.batch_size,
     )
     try:
-        found = _own_or_smaller(job, _without_target(asked.settings, None), loaders, bench)
+        found = _own_or_smaller(subject, context, asked.search, curve_seconds=0.0)
     except DoesNotFitError as error:
         raise DoesNotFitError(
             f"Training fits, but validation does not beside it. {error}"
@@ -234,23 +497,27 @@ def _with_validation(
     note = (
         f"Validation runs batches of {size:,} instead of {own:,}: more do not fit beside training."
     )
-    return replace(tuned, report=_told(report, note), validation_sizes=loaders.sizes_at(size))
+    return replace(tuned, report=_noted(report, note), validation_sizes=loaders.sizes_at(size))
 
 
 def _own_or_smaller(
-    job: Subject, settings: Settings, loaders: Loaders, bench: Workbench
+    subject: LightningEvaluation, context: TrialContext, search: Search, curve_seconds: float
 ) -> TuningReport:
-    """The report about the loaders' own size, where one trial shows that it fits; else about the largest below."""
-    own = loaders.largest_batch
-    unbound = settings.model_copy(update={"max_micro_batch_size": None, "dataset_size": None})
-    plan = BatchPlan(own, world_size=bench.ranks.world_size)
+    """Return the report on the loaders' own size if one trial shows that it fits, or else below."""
+    own = subject.loaders.largest_batch
+    settings = subject.settings.model_copy(
+        update={"target_batch_size": None, "max_micro_batch_size": None, "dataset_size": None}
+    )
+    plan = BatchPlan(own, world_size=context.ranks.world_size)
+    subject = replace(subject, settings=settings)
     try:
-        return bench.run(job, unbound, known=plan)
+        return tune(subject, settings, context, search, known=plan, curve_seconds=curve_seconds)
     except DoesNotFitError:
         if own == 1:
             raise
-    smaller = unbound.model_copy(update={"max_micro_batch_size": own - 1})
-    return bench.run(replace(job, start=max(1, own // 2)), smaller, known=None)
+    smaller = settings.model_copy(update={"max_micro_batch_size": own - 1})
+    below = replace(subject, settings=smaller, start_batch_size=max(1, own // 2))
+    return tune(below, smaller, context, search, known=None, curve_seconds=curve_seconds)
 
 
 def _own_or_smaller_sizes(loaders: Loaders, report: TuningReport) -> tuple[int, ...]:
@@ -258,208 +525,26 @@ def _own_or_smaller_sizes(loaders: Loaders, report: TuningReport) -> tuple[int, 
     return loaders.own_sizes if size == loaders.largest_batch else loaders.sizes_at(size)
 
 
-def _evaluation_job(
-    trainer: Any,
-    module: Any,
-    loaders: Loaders,
-    bench: Workbench,
-    stage: Stage,
-    *,
-    settings: Settings,
-    after: Callable[[], Generator[Any]] | None = None,
-    worst_case: Callable[[int], Any] | None = None,
-) -> Subject:
-    samples = Samples(loaders, bench.snapshot, worst_case)
-    return Subject(
-        workload=EvaluationSteps(trainer, samples, stage, after),
-        can_accumulate=False,
-        start=loaders.batch_size,
-        accumulate=1,
-        samples_trained=None,
-        update_at_most=None,
-        last_samples=None,
-        remarks=lambda *_: _about_rounds(loaders, settings),
-        doubts=None,
-        before=None,
-        task=stage.name,
-        subject=_subject(module, stage.name, trainer.precision),
-        environment=_environment(trainer),
-        look=lambda: samples.look,
-        # Beside training it is only asked whether it fits
-        curve_seconds=0.0 if after else curve.SECONDS,
-        learning_rate=None,
-    )
-
-
-def _about_rounds(loaders: Loaders, settings: Settings) -> tuple[str, ...]:
-    """What a call is, where several loaders take turns."""
-    if settings.latency_limit is None or len(loaders.each) == 1:
-        return ()
-    note = (
-        f"A call is one batch of each of the {len(loaders.each)} loaders, one after the other; batch sizes are those "
-        "of the first."
-    )
-    return (note,)
-
-
 def _without_target(settings: Settings, dataset_size: int | None) -> Settings:
     return settings.model_copy(update={"target_batch_size": None, "dataset_size": dataset_size})
 
 
-def _told(report: TuningReport, note: str) -> TuningReport:
+def _noted(report: TuningReport, note: str) -> TuningReport:
     return report.model_copy(update={"notes": (*report.notes, note)})
 
 
 def _samples_trained(trainer: Any, loaders: Loaders, plan: BatchPlan) -> int | None:
-    """What an epoch leaves after `drop_last` and `limit_train_batches`, which counts batches."""
+    """Return the samples of an epoch under `drop_last` and `limit_train_batches`."""
     batches = batches_trained(trainer, loaders, plan.micro_batch_size)
     if batches is None:
         return loaders.samples
     return loaders.samples_in(batches, plan.micro_batch_size) or None
 
 
-def _about_the_host(
-    trainer: Any, loaders: Loaders, samples: Samples, bench: Workbench, plan: BatchPlan
-) -> tuple[str, ...]:
-    """What a person should know of the host's memory with a plan."""
-    sizes = loaders.sizes_at(plan.micro_batch_size)
-    notes = (
-        copied(bench.copied, trainer.num_devices),
-        *(
-            ahead(loader, size, nbytes, trainer.num_devices)
-            for loader, size, nbytes in zip(loaders.each, sizes, samples.bytes_each, strict=False)
-        ),
-    )
-    return tuple(note for note in notes if note)
-
-
-def _subject(module: Any, *parts: object) -> str:
-    return " · ".join(map(str, (_name(module), *parts)))
-
-
-def _name(thing: object) -> str:
+def _class_name(thing: object) -> str:
     return type(thing).__name__
 
 
 def _environment(trainer: Any) -> dict[str, str]:
     lightning = importlib.import_module(package_of(trainer).partition(".")[0])
     return {**versions(), lightning.__name__: lightning.__version__}
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What a callback was asked for.
-
-    Args:
-        settings: As checked at the door.
-        search: Which size to try next.
-        device: Where memory is read; None: where the model is.
-        worst_case: Makes the largest batch of a size, where the user knows it.
-        repairs: Whether the last window of an epoch is repaired.
-        batch_arg_name: What the module or its datamodule calls the batch size.
-        set_batch_size: Gives a loader another batch size, where the user has a way of their own.
-    """
-
-    settings: Settings
-    search: Search
-    device: str | MemoryProbe | None
-    worst_case: Callable[[int], Any] | None
-    repairs: bool
-    batch_arg_name: str
-    set_batch_size: SetBatchSize | None
-
-
-@dataclass(frozen=True, slots=True)
-class Workbench:
-    """What trials of one run share.
-
-    Args:
-        snapshot: Gives back what they change.
-        optimizers: Counts and times optimizer steps.
-        probe: The device.
-        ranks: Who tries together.
-        search: Which size to try next.
-        shown: Where progress is shown.
-        copied: Bytes of the copy that is kept on the host.
-    """
-
-    snapshot: Snapshot
-    optimizers: OptimizerWatch
-    probe: MemoryProbe
-    ranks: Ranks
-    search: Search
-    shown: sinks.Progress
-    copied: int
-
-    def run(self, job: Subject, settings: Settings, *, known: BatchPlan | None) -> TuningReport:
-        """Tune one job here."""
-        return tune(
-            job,
-            settings,
-            known=known,
-            probe=self.probe,
-            search=self.search,
-            snapshot=self.snapshot,
-            optimizers=self.optimizers,
-            first_touch=nullcontext,  # the module and its optimizers are known
-            shown=self.shown,
-            ranks=self.ranks,
-        )
-
-    def here(self, trainer: Any) -> DeviceId:
-        """Where this runs, in the words of rank 0: all of them have to decide alike."""
-        total = self.probe.read().total
-        here = DeviceId.of(self.probe.name, total, trainer.world_size)
-        return self.ranks.everywhere(lambda: here)[0]
-
-
-@contextmanager
-def workbench(trainer: Any, module: Any, asked: Asked) -> Iterator[Workbench]:
-    """Capture what trials may change, and keep all else away from them; at the end everything is given back."""
-    probe = detect(asked.device, module.device)
-    with (
-        ranks_here() as ranks,
-        apart(trainer),
-        Snapshot() as snapshot,
-        OptimizerWatch(probe.clock) as optimizers,
-        sinks.progress() as shown,
-        scratch(trainer),
-    ):
-        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        scalers = [] if scaler is None else [scaler]
-        captured = (module, *trainer.optimizers, *schedulers, *scalers)
-        room = partial(room_for_copy, captured, trainer.num_devices)
-        copied_here, *_ = ranks.everywhere(room)
-        snapshot.capture(*captured)
-        # Hooks that make the loaders may change the module and the datamodule
-        snapshot.capture_light(trainer.datamodule)
-        yield Workbench(snapshot, optimizers, probe, ranks, asked.search, shown, copied_here)
-
-
-def verified_or_searched(
-    known: PriorPlan, job: Subject, settings: Settings, bench: Workbench
-) -> TuningReport:
-    """The report about a plan that is known, where one trial verifies it; else about one that a search found."""
-    note = known.note
-    if note is None:  # the user's own
-        known_plan(known.plan, settings, world_size=bench.ranks.world_size)
-    if known.plan is not None:
-        try:
-            return bench.run(_noted(job, note), settings, known=known.plan)
-        except DoesNotFitError as error:
-            if known.refusal is not None:
-                raise AutobatchError(known.refusal) from error
-            if note is None:
-                raise
-            note = f"Searched anew, since a micro-batch of {known.plan.micro_batch_size:,} does not fit any more."
-    if known.target is not None:
-        settings = settings.model_copy(update={"target_batch_size": known.target})
-    return bench.run(_noted(job, note), settings, known=None)
-
-
-def _noted(job: Subject, note: str | None) -> Subject:
-    remarks = job.remarks
-    if note is None or remarks is None:
-        return job
-    return replace(job, remarks=lambda *given: (note, *remarks(*given)))

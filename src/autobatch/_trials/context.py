@@ -1,0 +1,74 @@
+"""Resources that all trials of a tuning run share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from autobatch._memory import memory_budget, parse_memory_limit
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
+    from autobatch._distributed import Ranks
+    from autobatch._memory import MemoryProbe
+    from autobatch._trials import Trial
+    from autobatch._trials.optimizers import OptimizerWatch
+    from autobatch._trials.snapshot import Snapshot
+
+
+class Progress(Protocol):
+    """A display of the trials of a search."""
+
+    def trying(self, batch_size: int) -> None:
+        """Show that a trial begins."""
+
+    def tried(self, trial: Trial, *, best: int | None, budget: int) -> None:
+        """Show a finished trial, the largest size that fits so far, and the budget in bytes."""
+
+
+class MemoryBudget:
+    """Bytes that this process may hold: the smallest budget so far.
+
+    Other processes may take memory at any time.
+    """
+
+    def __init__(self, probe: MemoryProbe, memory_limit: float | str) -> None:
+        self._probe = probe
+        self._limit = parse_memory_limit(memory_limit)
+        self.restart()
+
+    def restart(self) -> None:
+        """Read the budget, and forget smaller ones from before."""
+        self.reading = self._probe.read()
+        self.nbytes = memory_budget(self.reading, self._limit)
+
+    def read(self) -> int:
+        """Read and return the budget."""
+        self.reading = self._probe.read()
+        self.nbytes = min(self.nbytes, memory_budget(self.reading, self._limit))
+        return self.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class TrialContext:
+    """Resources that all trials of a tuning run share.
+
+    Args:
+        probe: The device.
+        budget: Bytes that this process may hold.
+        snapshot: Restores all state that a trial changes.
+        optimizers: Counts and times optimizer steps.
+        first_touch: Watches for modules that were not captured yet.
+        ranks: The processes that run each trial together.
+        progress: Display of the trials.
+    """
+
+    probe: MemoryProbe
+    budget: MemoryBudget
+    snapshot: Snapshot
+    optimizers: OptimizerWatch
+    first_touch: Callable[[], AbstractContextManager[None]]
+    ranks: Ranks
+    progress: Progress

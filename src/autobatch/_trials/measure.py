@@ -1,0 +1,194 @@
+"""Run one batch size and measure it."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+from autobatch._trials import Outcome, Trial
+from autobatch._trials.timing import time_restarted, time_steps
+from autobatch._trials.workload import OomCleanup, RunningWorkload, uses_torch_compile
+from autobatch.errors import AutobatchError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from autobatch._memory import MemoryProbe, MemoryReading, Watch
+    from autobatch._trials.context import TrialContext
+    from autobatch._trials.timing import Timing
+    from autobatch._trials.workload import Workload
+
+# Steps until an optimizer has really stepped: a GradScaler may skip the first dozen while its
+# scale settles
+_MAX_WARM_UP_STEPS: Final = 20
+
+
+def run_trial(
+    workload: Workload,
+    batch_size: int,
+    *,
+    accumulate: int,
+    steps: int,
+    is_timed: bool,
+    may_be_refused: bool,
+    context: TrialContext,
+) -> Trial:
+    """Run one batch size within the budget, and measure its memory and time.
+
+    The budget is read before and after, since other processes may take memory meanwhile.
+
+    Args:
+        workload: A training loop that yields after every optimizer step.
+        batch_size: Samples per forward pass.
+        accumulate: Micro-batches per optimizer step.
+        steps: Optimizer steps to run.
+        is_timed: Whether to run the steps once more if watching memory slows them down.
+        may_be_refused: Whether an error of the workload means that the size is too small for it.
+        context: Resources of the trials.
+
+    Raises:
+        ShortTrialError: The workload ended before its first step.
+        ValueError: The workload ran more samples than it was given, or allocated no memory.
+        Exception: Any other error of the workload, with a note.
+    """
+    probe = context.probe
+    trial = Trial(batch_size, Outcome.OUT_OF_MEMORY, accumulate=accumulate)
+
+    def enough(update_seconds: Sequence[float]) -> bool:
+        # The first step allocates optimizer state, and is slower: it is not timed
+        return len(update_seconds) >= max(1, steps - 1)
+
+    try:
+        with OomCleanup(batch_size, probe) as oom:
+            if _cudnn_selects_algorithms(probe):
+                _let_cudnn_select(trial, workload, context)
+            probe.release()
+            budget = context.budget.read()
+            before = probe.read()
+            run = RunningWorkload(workload, batch_size, accumulate)
+            # A generator must be closed under the modes it was started under
+            with probe.limited(budget) as watch, contextlib.closing(run):
+                with context.first_touch():
+                    warm_up(run, watch, context)
+                    warm = probe.read()
+                    is_eager = watch is not None or not uses_torch_compile()
+                    if is_eager:
+                        timing = time_steps(run, enough, watch, context)
+                if not is_eager:
+                    run.step()  # modules compile now, which stayed eager while hooks watched them
+                    timing = time_steps(run, enough, watch, context)
+            measured = measure_memory(trial, run, before, warm, watch, context)
+            if not measured.fits:
+                return measured
+            if watch is not None and is_timed:  # which slows every operator down
+                timing = time_restarted(workload, batch_size, accumulate, enough, context)
+            return measure_time(measured, timing)
+    except AutobatchError:
+        raise
+    except Exception as error:
+        if not may_be_refused:
+            raise
+        return replace(trial, outcome=Outcome.REFUSED, error=repr(error))
+    return replace(trial, error=oom.message)
+
+
+def warm_up(run: RunningWorkload, watch: Watch | None, context: TrialContext) -> None:
+    """Take steps until optimizer state exists: the first real optimizer step allocates it."""
+    optimizers = context.optimizers
+    steps_before = optimizers.steps
+    for _ in range(_MAX_WARM_UP_STEPS):
+        if watch:
+            watch.mark()
+        with optimizers.watching(run.accumulate):
+            run.step()
+        if optimizers.steps > steps_before or not optimizers.expected:
+            return
+    optimizers.expected = optimizers.steps > 0
+
+
+def measure_memory(
+    trial: Trial,
+    run: RunningWorkload,
+    before: MemoryReading,
+    warm: MemoryReading,
+    watch: Watch | None,
+    context: TrialContext,
+) -> Trial:
+    """Return the trial with its peak memory, and an outcome by the budget that holds now."""
+    after = context.probe.read()
+    # The workload swallowed an error, or the allocator had to empty its cache time and again. Once,
+    # in the first steps, it may: blocks of new sizes have to find their place
+    has_failed = after.refused > before.refused or after.retries > warm.retries
+    measured = replace(
+        trial,
+        batch_size=_samples_run(trial, run),
+        outcome=Outcome.OUT_OF_MEMORY if has_failed else Outcome.FIT,
+        peak=None if has_failed else after.peak,
+        resident=before.reserved,
+        profile=watch.profile if watch else (),
+    )
+    if has_failed:
+        return measured
+    if watch and not watch.profile:
+        raise ValueError(
+            "The workload allocated no memory at all in a step at "
+            f"batch_size={trial.batch_size}; it must run a step each time it yields: train on a "
+            "batch, or answer one."
+        )
+    return measured.judged(context.budget.read())
+
+
+def measure_time(trial: Trial, timing: Timing) -> Trial:
+    """Return the trial with the median time of its steps."""
+    return replace(
+        trial,
+        step_seconds=statistics.median(timing.update_seconds) / trial.accumulate,
+        optimizer_seconds=timing.optimizer_median,
+    )
+
+
+def _cudnn_selects_algorithms(probe: MemoryProbe) -> bool:
+    """Return whether cuDNN benchmarks its algorithms for every new size, to keep the fastest."""
+    import torch
+
+    on_cuda = str(getattr(probe, "device", "")).startswith("cuda")
+    return on_cuda and bool(torch.backends.cudnn.benchmark)
+
+
+def _let_cudnn_select(trial: Trial, workload: Workload, context: TrialContext) -> None:
+    """Let cuDNN select algorithms before the steps that are measured.
+
+    It asks for the workspace of each algorithm by the free memory of the device, whatever the cap,
+    and for less if that is refused; then it empties the cache (torch 2.13, Conv_v8.cpp). In
+    training that happens once for each size: neither these refusals nor that peak show whether a
+    size fits.
+    """
+    context.probe.release()
+    run = RunningWorkload(workload, trial.batch_size, trial.accumulate)
+    with context.probe.limited(context.budget.read()), contextlib.closing(run):
+        with context.first_touch():
+            run.step()
+        if uses_torch_compile():
+            run.step()  # compiled, a convolution may be another one
+
+
+def _samples_run(trial: Trial, run: RunningWorkload) -> int:
+    """Return the batch size that the workload reached, if it yields it."""
+    counts = set(run.sample_counts)
+    most = max(counts, default=trial.batch_size)
+    if most == trial.batch_size:
+        return most
+    if most > trial.batch_size or most < 1 or len(counts) > 1:
+        raise ValueError(
+            f"The workload yielded {_listed(counts)} at batch_size={trial.batch_size}; it must "
+            "make micro-batches of the size it is given, and yield the number of samples in the "
+            "last one, or nothing."
+        )
+    return most
+
+
+def _listed(counts: set[int]) -> str:
+    first = [str(count) for count in sorted(counts)[:3]]
+    return ", ".join(first) + (", …" if len(counts) > len(first) else "")

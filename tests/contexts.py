@@ -1,0 +1,54 @@
+"""Resources of trials, as find() and AutoBatch make them."""
+
+from __future__ import annotations
+
+import contextlib
+
+from autobatch._distributed import SingleProcess
+from autobatch._trials.context import MemoryBudget, TrialContext
+from autobatch._trials.optimizers import OptimizerWatch
+from autobatch._trials.snapshot import Snapshot
+from autobatch.sinks import progress
+
+
+class FixedBudget:
+    """A budget in bytes that no memory reading changes; a function gives another one each time."""
+
+    def __init__(self, nbytes):
+        self._read = nbytes if callable(nbytes) else lambda: nbytes
+
+    def read(self):
+        return self._read()
+
+
+class IdenticalRanks:
+    """Ranks that all have the values of this one."""
+
+    rank = 0
+
+    def __init__(self, world_size):
+        self.world_size = world_size
+
+    def gather(self, value):
+        return [value] * self.world_size
+
+    def abort_together(self):
+        return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def trial_context(probe, *, budget=None, memory_limit=0.9, ranks=None):
+    with (
+        Snapshot() as snapshot,
+        OptimizerWatch(probe.clock) as optimizers,
+        progress() as shown,
+    ):
+        yield TrialContext(
+            probe=probe,
+            budget=MemoryBudget(probe, memory_limit) if budget is None else FixedBudget(budget),
+            snapshot=snapshot,
+            optimizers=optimizers,
+            first_touch=contextlib.nullcontext,
+            ranks=ranks or SingleProcess(),
+            progress=shown,
+        )

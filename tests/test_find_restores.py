@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import functools
+import itertools
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import autobatch
+from autobatch import Outcome
+from autobatch.testing import SimulatedAccelerator
+from finding import OneGpu, accepted, perceptron, state_of, unchanged
+from networks import training
+
+MIB, GIB = 2**20, 2**30
+
+
+def test_modules_optimizers_and_random_state_are_restored():
+    model, optimizer = perceptron()
+    before, numbers, words = (
+        state_of(model, optimizer),
+        np.random.get_state()[1].tolist(),
+        random.getstate(),
+    )
+
+    report = autobatch.find(training(model, optimizer), device=SimulatedAccelerator("1MiB"))
+
+    assert any(not trial.fits for trial in report.trials) or len(report.trials) > 2
+    assert unchanged(before, state_of(model, optimizer))
+    assert numbers == np.random.get_state()[1].tolist()
+    assert words == random.getstate()
+
+
+def test_training_after_tuning_equals_training_without_tuning():
+    def losses(tuned):
+        model, optimizer = perceptron()
+        if tuned:
+            autobatch.find(training(model, optimizer), device=SimulatedAccelerator("1MiB"))
+        steps = training(model, optimizer)(16, 2)
+        for _ in range(5):
+            next(steps)
+        return state_of(model, optimizer)
+
+    assert unchanged(losses(tuned=True), losses(tuned=False))
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+@pytest.mark.parametrize("at", [1, 3, 9, 14])
+def test_an_error_passes_unchanged_and_state_is_restored(error, at):
+    model, optimizer = perceptron()
+    before, count = state_of(model, optimizer), itertools.count(1)
+
+    def train(batch_size, accumulate):
+        for _ in training(model, optimizer)(batch_size, accumulate):
+            if next(count) == at:
+                raise error("mine")
+            yield
+
+    with pytest.raises(error, match="mine") as caught:
+        autobatch.find(train, device=SimulatedAccelerator("1MiB"))
+
+    assert unchanged(before, state_of(model, optimizer))
+    assert "batch_size=" in caught.value.__notes__[0]
+
+
+def test_arguments_of_a_partial_are_restored():
+    model, optimizer = perceptron()
+    model.eval()
+
+    def train(model, optimizer, batch_size):
+        model.train()  # before its first forward
+        yield from training(model, optimizer)(batch_size, 1)
+
+    autobatch.find(
+        functools.partial(train, model, optimizer),
+        device=SimulatedAccelerator("1MiB"),
+        max_micro_batch_size=16,
+    )
+
+    assert not model.training
+
+
+def test_objects_named_in_restore_are_restored():
+    model, optimizer = perceptron()
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    generator, tensor = torch.Generator().manual_seed(1), torch.zeros(3)
+    drawn = generator.get_state()
+
+    def train(batch_size):
+        for _ in training(model, optimizer)(batch_size, 1):
+            scheduler.step()
+            torch.rand(1, generator=generator)
+            tensor.add_(1)
+            yield
+
+    autobatch.find(
+        train,
+        device=SimulatedAccelerator("1MiB"),
+        restore=[model, scheduler, generator, tensor],
+    )
+
+    assert scheduler.last_epoch == 0
+    assert torch.equal(generator.get_state(), drawn)
+    assert tensor.tolist() == [0, 0, 0]
+
+
+def test_the_allocator_cap_of_the_user_is_restored(monkeypatch):
+    OneGpu(monkeypatch)
+    torch.cuda.set_per_process_memory_fraction(0.7, 0)
+    seen = []
+
+    def train(batch_size):
+        seen.append(torch.cuda.get_per_process_memory_fraction(0))
+        yield
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        autobatch.find(train, device="cuda:0", memory_limit=0.5)
+
+    assert seen[0] < 0.7
+    assert torch.cuda.get_per_process_memory_fraction(0) == 0.7
+
+
+def test_out_of_memory_at_any_allocation_of_a_trial_is_survived():
+    """Refuse each allocation of the first trial in turn: state comes back, nothing is left over, an answer is verified."""
+    model, optimizer = perceptron()
+    workload = training(model, optimizer)
+    probe = SimulatedAccelerator("1MiB")
+    assert accepted(workload, 8, probe)
+    model, optimizer = perceptron()
+    before = state_of(model, optimizer)
+
+    for allocation in range(1, probe.ledger.allocations, 7):
+        device = SimulatedAccelerator("1MiB")
+        device.attach(model, optimizer)
+        at_rest = device.read().reserved
+        device.ledger.refuse_at = allocation
+
+        report = autobatch.find(
+            training(model, optimizer),
+            device=device,
+            steps_per_trial=2,
+            max_micro_batch_size=16,
+        )
+
+        assert report.trials[0].outcome is Outcome.OUT_OF_MEMORY
+        assert report.plan.micro_batch_size in {t.batch_size for t in report.trials if t.fits}
+        assert unchanged(before, state_of(model, optimizer))
+        device.attach(model)  # `seen` is bound anew at each restore
+        assert device.read().reserved == at_rest
+
+
+def test_an_optimizer_that_first_steps_late_is_restored():
+    torch.manual_seed(0)
+    one, other = nn.Linear(4, 1), nn.Linear(4, 1)
+    optimizers = {id(net): torch.optim.AdamW(net.parameters()) for net in (one, other)}
+    nets = {"one": one, "other": other}  # out of sight of the workload's own variables
+    before = [parameter.clone() for net in nets.values() for parameter in net.parameters()]
+
+    def train(batch_size):
+        for step in itertools.count():
+            net = nets["other"] if step % 2 else nets["one"]
+            net(torch.randn(batch_size, 4)).square().mean().backward()
+            optimizers[id(net)].step()
+            optimizers[id(net)].zero_grad()
+            yield
+
+    autobatch.find(train, device=SimulatedAccelerator("1MiB"), max_micro_batch_size=32)
+
+    after = [parameter for net in nets.values() for parameter in net.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert not any(optimizer.state for optimizer in optimizers.values())
+
+
+def test_parameters_outside_of_modules_are_restored():
+    def trained(tuned):
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.ones(16))
+        optimizer = torch.optim.AdamW([weight], lr=0.1)
+
+        def train(batch_size):
+            while True:
+                (torch.randn(batch_size, 16) @ weight).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                yield
+
+        if tuned:
+            autobatch.find(train, device=SimulatedAccelerator("1MiB"), max_micro_batch_size=32)
+        steps = train(8)
+        for _ in range(3):
+            next(steps)
+        return weight
+
+    assert torch.equal(trained(tuned=True), trained(tuned=False))
+
+
+def test_every_trial_starts_from_the_same_state():
+    """A scheduler that is made for twenty steps would otherwise be stepped past its end by the search."""
+    model, optimizer = perceptron()
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=20)
+
+    def train(batch_size):
+        for _ in training(model, optimizer)(batch_size, 1):
+            scheduler.step()
+            yield
+
+    report = autobatch.find(
+        train,
+        device=SimulatedAccelerator("1MiB"),
+        restore=[scheduler],
+        search=autobatch.Bisection(),
+    )
+
+    assert len(report.trials) * 6 > 20
+    assert scheduler.last_epoch == 0
