@@ -102,9 +102,9 @@ class Settings(BaseModel):
     def _has_one_aim(self) -> Settings:
         if self.latency_limit is not None and self.target_batch_size is not None:
             raise ValueError(
-                f"latency_limit={self.latency_limit:g} is for inference, and "
-                f"target_batch_size={self.target_batch_size} counts the samples of training "
-                "updates; give one of the two."
+                f"latency_limit={self.latency_limit:g} is about inference, which has no updates, "
+                f"and target_batch_size={self.target_batch_size} counts the samples of an update; "
+                "give one of the two."
             )
         return self
 
