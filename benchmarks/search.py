@@ -421,9 +421,8 @@ def draw(on_paper, real, path):
 
 def _points(axis, cells):
     """Who found what: those at the same place share a point and a label."""
-    from autobatch._report.figure.style import ACCENT, BAR, GREY, INK, Labels
+    from autobatch._report.figure.style import ACCENT, BAR, GREY, INK
 
-    labels = Labels(axis)
     places = {}
     for name in dict.fromkeys(c.contestant for c in cells):
         of = [c for c in cells if c.contestant == name and c.true >= 30 and c.rises]
@@ -431,18 +430,17 @@ def _points(axis, cells):
         at = statistics.fmean(unfit), statistics.fmean(ratios)
         where = (round(at[0], 1), round(at[1], 2), name in _OURS)
         places.setdefault(where, (at, unfit, ratios, []))[-1].append(name)
-    for (_, _, is_ours), ((x, y), unfit, ratios, _) in places.items():
+    for (_, _, is_ours), ((x, y), unfit, ratios, names) in places.items():
         ink = ACCENT if is_ours else BAR
         axis.plot([min(unfit), max(unfit)], [y, y], color=ink, linewidth=0.9)
         axis.plot([x, x], [min(ratios), max(ratios)], color=ink, linewidth=0.9)
         axis.plot(x, y, "o", ms=8, color=ACCENT if is_ours else GREY, zorder=5)
-        labels.avoid([x], [y])
-    for (_, _, is_ours), (at, *_, names) in sorted(places.items(), key=lambda each: not each[0][2]):
-        labels.put(
+        axis.annotate(
             ",\n".join(names),
-            [at],
-            distances=(7, 14, 26, 40),
-            needed=True,
+            (x, y),
+            (0, 8),
+            textcoords="offset points",
+            ha="left",
             fontsize=8.5,
             color=ACCENT if is_ours else INK,
             fontweight="bold" if is_ours else "normal",

@@ -97,8 +97,14 @@ def example(**changes) -> TuningReport:
         look=Look(read=1000, among=1_281_167, is_even=True),
         search_seconds=48.2,
         notes=(
-            "Others hold 1.5 GiB of this device's 12 GiB; what fits changes when they come or go.",
-            "A note that is longer than a line of the report is broken between words, and goes on below its own first word.",
+            (
+                "Other processes hold 1.5 GiB of this device's 12 GiB; the largest fit changes "
+                "when they start or stop."
+            ),
+            (
+                "A note that is longer than a line of the report is broken between words, and goes "
+                "on below its own first word."
+            ),
         ),
         environment={"torch": "2.9.0"},
     )

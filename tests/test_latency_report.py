@@ -7,6 +7,7 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.cells import cell_len
 
 import autobatch
 from autobatch import TuningReport
@@ -186,7 +187,7 @@ def test_latency_report_keeps_its_width(report, latencies, limit, percentile):
     report = report.model_copy(update={"latencies": latencies, "settings": limited})
 
     for text in (report.text(), report.text(ASCII)):
-        assert all(len(line) <= WIDTH for line in text.splitlines())
+        assert all(cell_len(line) <= WIDTH for line in text.splitlines())
 
 
 @given(measured(), spans, st.integers(0, 29))

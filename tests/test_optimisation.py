@@ -111,8 +111,8 @@ def test_what_is_left_to_a_module_that_optimises_by_hand_is_told():
 
     (note,) = callback.report.notes
     assert note == (
-        "This module optimises by hand: to reach 120 samples per update its training_step has to step every 4 "
-        "micro-batches. It was tried as it steps now."
+        "This module uses manual optimization: to reach 120 samples per update its training_step has to step every 4 "
+        "micro-batches. Trials ran it as it steps now."
     )
 
 

@@ -238,7 +238,7 @@ def test_where_all_samples_were_read_no_larger_one_is_feared():
     _, report = fit(Sequences(200, long_at=3), SimulatedAccelerator("4MiB"))
 
     (note,) = (note for note in report.notes if "differ in size" in note)
-    assert note.endswith("Trials ran the largest of all 200, and times are theirs.")
+    assert note.endswith("Trials ran the largest of all 200, and times are for these.")
 
 
 def test_a_plain_list_is_a_data_set():

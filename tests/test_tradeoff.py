@@ -15,6 +15,7 @@ from autobatch._report.tradeoff import (
     NoiseRange,
     best_accumulation,
     best_batch,
+    common_rule,
     effective_rows,
     is_of,
     optimum,
@@ -378,3 +379,30 @@ def test_a_plan_of_more_than_there_is_stands_alone_for_all_of_it():
     rows = rows_of(BatchPlan(100, 50), [Trial(100, Outcome.FIT, 1, 0.1)], 100)
 
     assert [row.effective_batch_size for row in rows] == [100]
+
+
+# The rule of several optimizers
+
+
+def optimizer(name, *bases):
+    return type(name, bases or (object,), {})()
+
+
+ADAM, SGD, LION = optimizer("Adam"), optimizer("SGD"), optimizer("Lion")
+
+
+@pytest.mark.parametrize(
+    ("optimizers", "rule"),
+    [
+        ((), None),
+        ((LION,), None),
+        ((ADAM,), LearningRateRule("Adam", "square-root")),
+        ((SGD,), LearningRateRule("SGD", "linear")),
+        ((optimizer("Own", type(SGD)),), LearningRateRule("Own", "linear")),
+        ((ADAM, optimizer("Adam")), LearningRateRule("Adam", "square-root")),
+        ((ADAM, SGD), None),
+        ((ADAM, LION), None),
+    ],
+)
+def test_optimizers_share_one_rule_or_have_none(optimizers, rule):
+    assert common_rule(optimizers) == rule

@@ -99,14 +99,14 @@ def figure_file(path: str | Path) -> Sink:
 def to_markdown(report: TuningReport) -> str:
     """Return the report as Markdown, with its tables as Markdown tables."""
     content = page(report)
-    asked = f"; {content.asked}" if content.asked else ""
+    comment = f"; {content.comment}" if content.comment else ""
     facts = [
         f"- {fact.label}: {'; '.join(filter(None, (fact.value, fact.remark)))}"
         for fact in content.facts
     ]
     blocks = [
         f"## {' · '.join(content.header)}",
-        f"**{content.answer}**{asked}",
+        f"**{content.answer}**{comment}",
         "\n".join(facts),
         *map(_markdown_table, content.tables),
         "\n".join(f"- **Note:** {note}" for note in content.notes),
@@ -156,7 +156,7 @@ class _LogLines:
     def trying(self, batch_size: int) -> None:
         pass
 
-    def tried(self, trial: Trial, *, best: int | None, budget: int) -> None:  # noqa: ARG002 -- the trial only
+    def tried(self, trial: Trial, *, best: int | None, budget: int) -> None:  # noqa: ARG002
         logger.info("batch_size=%d %s", trial.batch_size, _result(trial, budget))
 
 

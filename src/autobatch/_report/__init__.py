@@ -157,12 +157,12 @@ class TuningReport(BaseModel):
 
     @property
     def fit(self) -> LineFit | None:
-        """Seconds of a micro-batch as a line in its size: derived; None if sizes do not follow one."""
+        """Seconds of a micro-batch as a line in its size: derived; None if no line fits."""
         return fit_line(self.pace)
 
     @property
     def effective(self) -> tuple[EffectiveRow, ...]:
-        """Costs of effective batches around the plan's: derived; empty unless the task is "train"."""
+        """Costs of effective batches around the plan's: derived; empty if nothing is trained."""
         if self.task != "train":
             return ()
         rows = effective_rows(self._costs, self.trials, self.curve)
@@ -334,7 +334,8 @@ def _parsed(text: str, origin: str) -> TuningReport:
     version = stored["schema_version"]
     if isinstance(version, int) and version > _SCHEMA_VERSION:
         raise ValueError(
-            f"{origin} has schema_version={version}, newer than the {_SCHEMA_VERSION} read here; upgrade autobatch."
+            f"{origin} has schema_version={version}, and this version of autobatch reads up to "
+            f"{_SCHEMA_VERSION}; upgrade autobatch."
         )
     try:
         return TuningReport.model_validate(stored)

@@ -60,11 +60,11 @@ class Fact:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Content of a report, independent of its look."""
+    """Content of a report, independent of its look; `comment` is about the answer."""
 
     header: tuple[str, ...]
     answer: str
-    asked: str
+    comment: str
     facts: tuple[Fact, ...]
     tables: tuple[Table, ...]
     notes: tuple[str, ...]
@@ -116,7 +116,7 @@ class _Layout:
     def page(self, page: Page) -> RenderableType:
         blocks = [self._header(page.header)]
         if page.answer:
-            parts = [self._text(part) for part in (page.answer, page.asked) if part]
+            parts = [self._text(part) for part in (page.answer, page.comment) if part]
             blocks.append(_indented(Columns(parts, padding=(0, 4))))
         if page.facts:
             blocks.append(_indented(self._facts(page.facts)))
@@ -129,7 +129,7 @@ class _Layout:
         return Text(self.glyphs.spell(content), style)
 
     def _header(self, parts: Sequence[str]) -> RenderableType:
-        """Lines are broken between parts only."""
+        """Break lines between parts only."""
         lines: list[str] = []
         for part in parts:
             if lines and len(f"{lines[-1]} · {part}") <= WIDTH:

@@ -33,7 +33,7 @@ def page(report: TuningReport) -> Page:
     return Page(
         header=_header(report),
         answer=_answer(report),
-        asked=_asked(report),
+        comment=_comment(report),
         facts=_facts(report),
         tables=_tables(report),
         notes=tuple(map(plain, (*_notes_since_training(report), *report.notes))),
@@ -49,7 +49,7 @@ def completed(report: TuningReport) -> Page:
     return Page(
         header=("autobatch", plain(report.subject), "what training showed"),
         answer="" if is_compared else _trust(report),
-        asked="",
+        comment="",
         facts=(),
         tables=_effective(report) if is_compared else (),
         notes=tuple(map(plain, _notes_since_training(report))),
@@ -84,7 +84,7 @@ def _answer(report: TuningReport) -> str:
     return f"{batches} to {report.task}, {within(limit)}"
 
 
-def _asked(report: TuningReport) -> str:
+def _comment(report: TuningReport) -> str:
     target, got = report.settings.target_batch_size, report.plan.effective_batch_size
     limit = report.settings.limit_on_latency
     if limit is not None:
@@ -122,7 +122,7 @@ def _bound(report: TuningReport) -> Bound | None:
 
 
 def _is_ended_by_latency(report: TuningReport, largest: int) -> bool:
-    """Whether the latency of the largest size, and not its memory, ended the search."""
+    """Return True if the latency of the largest size ended the search, and not memory."""
     if report.settings.limit_on_latency is None or report.smallest_failing is not None:
         return False
     trial = _trial_of(report, largest)
@@ -183,8 +183,8 @@ def _memory(report: TuningReport) -> Fact | None:
     budget = format_bytes(report.budget)
     used = format_bytes(trial.peak).removesuffix(f" {budget.split()[-1]}")
     comment = f"{format_bytes(report.budget - trial.peak)} to spare"
-    asked = _asked(report)
-    if (place := _among_sizes(report)) != asked:
+    place = _among_sizes(report)
+    if place != _comment(report):
         comment += f"; {place}"
     return Fact("Memory", f"{used} of {budget}", comment)
 
@@ -241,9 +241,11 @@ def _effective(report: TuningReport) -> tuple[Table, ...]:
 def _effective_title(report: TuningReport) -> str:
     noise = report.noise
     if noise and (scale := NoiseRange.of(noise)):
-        updates = f"updates {noise.first_update:,}–{noise.last_update:,}"
-        plan = f"{report.plan.effective_batch_size:,}"
-        return f"Effective batch, compared with {plan}; noise scale {rounded(scale.samples)}, {updates}"
+        return (
+            f"Effective batch, compared with {report.plan.effective_batch_size:,}; "
+            f"noise scale {rounded(scale.samples)}, "
+            f"updates {noise.first_update:,}–{noise.last_update:,}"
+        )
     if report.dataset_size:
         return f"Effective batch, over an epoch of {report.dataset_size:,} samples"
     return "Effective batch"
@@ -267,11 +269,11 @@ def _trust(report: TuningReport) -> str:
     match noise.state:
         case "ok":
             return (
-                f"{_likely(report)}Estimates, right within about 4×: they compare batches, "
-                "not how long runs take."
+                f"{_likely(report)}Estimates, right within about 4×: they compare batch sizes "
+                "and do not predict run times."
             )
         case "settling":
-            so_far = f", and was at least {known} so far" if known else ""
+            so_far = f"; at least {known} so far" if known else ""
             why = f": {noise.reason}" if noise.reason else ""
             return f"Noise scale not settled{so_far}{why}."
         case "at_least":

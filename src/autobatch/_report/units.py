@@ -1,6 +1,7 @@
 """Bytes, seconds, percentages, factors and counts, formatted for people.
 
-A single number of bytes is formatted by `autobatch._memory.format_bytes`, which errors below the report use too.
+A single number of bytes is formatted by `autobatch._memory.format_bytes`, which errors below the
+report use too.
 """
 
 from __future__ import annotations
