@@ -46,10 +46,7 @@ LAYERS = (
 LAYER = {name: height for height, row in enumerate(LAYERS) for name in row}
 
 # Imports of a higher row, "_module -> _other", each with its reason. There are no others.
-UPWARD: dict[str, str] = {
-    "_latency.search -> _report.units": "the sentence about too few calls",
-    "_settings -> _latency": "the limit as a record",
-}
+UPWARD: dict[str, str] = {}
 # Imports inside a function that would be a cycle within their folder
 DEFERRED: dict[str, str] = {
     "_report -> _report.text": "a report prints itself",
