@@ -236,7 +236,7 @@ def test_show_refuses_a_missing_file(tmp_path, capsys):
 
     assert main(["show", str(path)]) == 2
 
-    assert one_sentence(capsys).startswith(f"autobatch: {path} can not be read (")
+    assert one_sentence(capsys).startswith(f"autobatch: {path} cannot be read (")
 
 
 @pytest.mark.parametrize(
@@ -273,5 +273,5 @@ def test_errors_are_printed_without_a_traceback(tmp_path):
 
     assert refused.returncode == 2
     assert refused.stdout == ""
-    assert refused.stderr.startswith("autobatch: nowhere.json can not be read")
+    assert refused.stderr.startswith("autobatch: nowhere.json cannot be read")
     assert refused.stderr.count("\n") == 1

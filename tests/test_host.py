@@ -78,7 +78,7 @@ def test_lazy_and_meta_tensors_count_nothing():
 
 # In a Trainer
 
-lightning = pytest.importorskip("test_lightning")
+lightning = pytest.importorskip("lightning_here")
 loaders = pytest.importorskip("autobatch.lightning._trainer_notes")
 
 
@@ -106,7 +106,7 @@ def test_a_copy_too_large_for_the_host_is_refused_beforehand(host):
         autobatch.AutobatchError,
         match=r"on the host: 21 KiB, where 10 KiB are available\. Free host memory",
     ) as caught:
-        lightning.trainer(callback).fit(model, loader)
+        lightning.quiet_trainer(callback).fit(model, loader)
 
     assert "\n" not in str(caught.value)
     assert same(before, dict(model.state_dict()))
@@ -128,7 +128,7 @@ def test_nothing_is_refused_if_host_memory_is_unknown(host):
     host(available=None, shared=None)
     callback = lightning.tuner()
 
-    lightning.trainer(callback).fit(lightning.Model(), lightning.plain())
+    lightning.quiet_trainer(callback).fit(lightning.Model(), lightning.plain())
 
     assert callback.report.plan.effective_batch_size == 120
 
@@ -136,17 +136,17 @@ def test_nothing_is_refused_if_host_memory_is_unknown(host):
 def test_a_copy_of_more_than_a_gibibyte_is_noted():
     assert loaders.copied(GIB, 1) is None
     assert loaders.copied(3 * GIB, 1) == (
-        "To give everything back, tuning kept a copy of parameters, buffers, gradients and optimizer state on the "
+        "To restore everything, tuning kept a copy of parameters, buffers, gradients and optimizer state on the "
         "host: 3 GiB."
     )
     assert "host: 3 GiB on each of 2 ranks." in loaders.copied(3 * GIB, 2)
 
 
 def test_a_large_copy_is_noted_in_the_report(monkeypatch):
-    monkeypatch.setattr(loaders, "_MUCH", 20 * KIB)
+    monkeypatch.setattr(loaders, "_NOTED_COPY", 20 * KIB)
     callback = lightning.tuner()
 
-    lightning.trainer(callback).fit(lightning.Model(), lightning.plain())
+    lightning.quiet_trainer(callback).fit(lightning.Model(), lightning.plain())
 
     assert any("on the host: 21 KiB." in note for note in callback.report.notes)
 
@@ -190,7 +190,7 @@ def test_the_report_notes_prefetched_batches_of_the_loader(host, shared, noted):
     callback = lightning.tuner(plan=autobatch.BatchPlan(60, 2))
     loader = torch.utils.data.DataLoader(lightning.data(), batch_size=4, num_workers=1)
 
-    lightning.trainer(callback, max_epochs=1).fit(lightning.Model(), loader)
+    lightning.quiet_trainer(callback, max_epochs=1).fit(lightning.Model(), loader)
 
     # A sample has 16 numbers of 4 bytes, and a label of 8
     note = "num_workers=1 × prefetch_factor=2 × batches of 60 (4.2 KiB each) would need 8.4 KiB of shared"

@@ -1,4 +1,4 @@
-"""Every exception of autobatch that a caller may catch, as a tree.
+"""Exceptions raised by autobatch, as a tree.
 
 AutobatchError
 ├── DoesNotFitError        no allowed batch size fits the budget, or meets the latency limit
