@@ -30,7 +30,7 @@ DEMO = [requirement for requirement in EXTRAS["demo"] if "lightning" not in requ
     ],
 )
 def tests(session: nox.Session, lightning: str | None) -> None:
-    """Run the default tests with a Lightning package, with the oldest supported one, or with none."""
+    """Run the default tests with a Lightning package, with the oldest one, or with none."""
     name, _, version = (lightning or "").partition("==")
     package = f".[{name}]" if name else "."
     tested = TESTED

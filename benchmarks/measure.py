@@ -2,17 +2,18 @@
 
     python benchmarks/measure.py [--root CHECKOUT] [--json PATH] [--paths]
 
-Sources are read with `ast` and `tokenize`; call paths are recorded with `sys.setprofile` in a subprocess that imports the
-package of the given checkout. Counted are:
+Sources are read with `ast` and `tokenize`; call paths are recorded with `sys.setprofile` in a
+subprocess that imports the package of the given checkout. Counted are:
 
-- frames: functions of the package on the call stack when the user's code runs for the first time, in `find` and in `fit`,
-  Lightning's own functions left out;
-- modules that call each other back: pairs of modules of which each calls a function of the other during one `find`;
-- following `target_batch_size`: the functions of one `find` that get the target as an argument, or use a name with "target",
-  in the order of their first call. Files entered are the distinct files, returns
-  are changes to a file that was left before;
-- tests with private names: test functions that use a name imported from a private module, or a private name, directly
-  or through a function of their file.
+- frames: functions of the package on the call stack when the user's code runs for the first time,
+  in `find` and in `fit`, Lightning's own functions left out;
+- modules that call each other back: pairs of modules of which each calls a function of the other
+  during one `find`;
+- following `target_batch_size`: the functions of one `find` that get the target as an argument, or
+  use a name with "target", in the order of their first call. Files entered are the distinct files,
+  returns are changes to a file that was left before;
+- tests with private names: test functions that use a name imported from a private module, or a
+  private name, directly or through a function of their file.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from pages import table
 
 TARGET = 1016  # samples per update; a number that occurs nowhere else
 WH_WORDS = re.compile(r"(What|Whether|Where|How|Which|Why)\b")
-# Files that present a report: the folder `_report` without its data, or their names before there was one
+# Files that present a report: the folder `_report` without its data, or their former names
 DATA_OF_REPORT = {"__init__.py", "files.py", "schema.py", "tradeoff.py"}
 FORMER_REPORT = {
     "_cautions.py", "_findings.py", "_latency_text.py", "_notebook.py", "_notes.py", "_numbers.py", "_page.py",

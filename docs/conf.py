@@ -30,7 +30,7 @@ default_role = "code"  # docstrings mark code with single backticks
 
 
 def protect(_app, kind, _name, _documented, _options, lines):
-    """Keep |G|, a norm, from being read as a substitution, and "x: y" of a property as a type; indent trees."""
+    """Protect norms such as |G|, the colon in the docstring of a property, and trees."""
     lines[:] = [re.sub(r"(?<!\S)\|(?=\S)", r"\\|", line) for line in lines]
     if kind == "property" and lines:
         lines[0] = lines[0].replace(": ", " – ")

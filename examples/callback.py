@@ -1,4 +1,4 @@
-"""Add AutoBatch to an existing Trainer: the largest batch size that fits, and the effective batch size you want."""
+"""Add AutoBatch to an existing Trainer, for an effective batch size of 512."""
 
 from __future__ import annotations
 

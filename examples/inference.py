@@ -1,4 +1,4 @@
-"""Find the largest batch that is answered between two frames of a camera, and the best batch for one camera alone."""
+"""Find the largest batch that is answered between two frames of a camera."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def imported(tree: ast.Module) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are written in full"
-            # The longest name that is a module: `from autobatch import sinks`, `from autobatch.sinks import log`
+            # Of `autobatch.sinks` and `autobatch.sinks.log`, the longest that is a module
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return {home_of(name) for name in names if name == "autobatch" or name.startswith("autobatch.")}
 
