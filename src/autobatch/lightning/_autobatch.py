@@ -41,7 +41,7 @@ from autobatch.lightning._noise_scale import NoiseScale
 from autobatch.lightning._resume import Checkpoint, PriorPlan, known_at_start
 from autobatch.lightning._run import Run, before_epochs
 from autobatch.lightning._trial_data import checked_worst_case
-from autobatch.lightning._tuning import Asked, tune_evaluation, tune_training
+from autobatch.lightning._tuning import CallbackArguments, tune_evaluation, tune_training
 from autobatch.lightning._workloads import STAGES, before_data, loaders_for
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             percentile=percentile,
         )
         self._known = known_plan(plan, settings, world_size=None)
-        self._asked = Asked(
+        self._asked = CallbackArguments(
             settings=settings,
             search=checked_search(search),
             device=device,

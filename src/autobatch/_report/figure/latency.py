@@ -18,7 +18,7 @@ from autobatch._report.figure.style import (
     size_axis,
     value_axis,
 )
-from autobatch._report.units import SECONDS, quantity, unit_for
+from autobatch._report.units import SECONDS, duration, unit_for
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,7 +41,7 @@ def latency_panel(axes: Axes, report: TuningReport) -> None:
     for row in rows:
         if row.batch_size == report.plan.micro_batch_size:
             seconds = row.at_percentile_seconds
-            chosen = f"{count(row.batch_size)}: {percentile} {quantity(seconds, SECONDS)}"
+            chosen = f"{count(row.batch_size)}: {percentile} {duration(seconds)}"
             ring(axes, row.batch_size, seconds / unit.factor, chosen)
     axes.fill_between(xs, medians, slow, color=BLUE, alpha=0.16, linewidth=0)
     axes.plot(xs, slow, color=BLUE, linewidth=1.4)
@@ -49,7 +49,7 @@ def latency_panel(axes: Axes, report: TuningReport) -> None:
     if limit is not None:
         top = axes.get_ylim()[1]
         axes.axhspan(limit.seconds / unit.factor, top, color=SHADE, linewidth=0, zorder=0)
-        label = f"limit {quantity(limit.seconds, SECONDS)}"
+        label = f"limit {duration(limit.seconds)}"
         axes.axhline(limit.seconds / unit.factor, color=INK, label=label)
     axes.set_xlabel("batch size")
     heading(axes, f"Latency of one batch, {unit.name} (band: median to {percentile})", chosen)
