@@ -41,8 +41,8 @@ def scattered(size, low, high):
 QUIET = TuningResult(
     task="train",
     latency_limit=None,
-    doubts=(),
-    remarks=(),
+    trial_notes=(),
+    plan_notes=(),
     plan=BatchPlan(32, 8),
     trials=(
         Trial(32, Outcome.FIT),
@@ -233,8 +233,8 @@ def test_each_note_has_its_trigger(changes, expected):
 def test_notes_on_the_plan_come_before_notes_on_measurements():
     result = replace(
         QUIET,
-        doubts=("a doubt",),
-        remarks=("a remark",),
+        trial_notes=("a trial note",),
+        plan_notes=("a plan note",),
         target_batch_size=257,
         plan=BatchPlan(32, 4, 2),
         time_limit=300.0,
@@ -252,12 +252,12 @@ def test_notes_on_the_plan_come_before_notes_on_measurements():
     )
 
     begins = [
-        "a doubt",
+        "a trial note",
         "Asked for",
         "The search stopped",
         "The effective batch",
         "The epoch (200 samples)",
-        "a remark",
+        "a plan note",
         "Only",
         "Samples differ",
         "Other processes hold",

@@ -319,8 +319,8 @@ def build_report(
         learning_rate=subject.learning_rate_rule(),
         dataset_size=subject.samples_per_epoch(plan),
         last_samples=subject.last_micro_batch(plan.micro_batch_size),
-        doubts=subject.trial_notes(plan),
-        remarks=_plan_notes(subject, plan, trials, latency),
+        trial_notes=subject.trial_notes(plan),
+        plan_notes=_plan_notes(subject, plan, trials, latency),
         look=subject.largest_samples(),
     )
     return TuningReport(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from autobatch._memory import format_bytes
+from autobatch._plan import ceil_div
 from autobatch._report.tradeoff import updates_per_epoch
 from autobatch._report.units import counted, factor, percent
 from autobatch._throughput import latest_by_size, speed_rows
@@ -75,8 +76,8 @@ class TuningResult:
         learning_rate: Usual relation of learning rate and batch size, if a rule is known.
         dataset_size: Samples per epoch, if known.
         last_samples: Samples in the last micro-batch of an epoch, if known.
-        doubts: Notes on differences between trials and training.
-        remarks: Notes of the subject on the plan.
+        trial_notes: Notes on differences between trials and training.
+        plan_notes: Notes of the subject on the plan.
         look: Number of samples read to find the largest ones, if any were read.
     """
 
@@ -97,8 +98,8 @@ class TuningResult:
     learning_rate: LearningRateRule | None
     dataset_size: int | None
     last_samples: int | None
-    doubts: tuple[str, ...]
-    remarks: tuple[str, ...]
+    trial_notes: tuple[str, ...]
+    plan_notes: tuple[str, ...]
     look: Look | None
 
     @property
@@ -152,14 +153,14 @@ def notes(result: TuningResult) -> tuple[str, ...]:
     found = (
         # The plan itself
         _fails_at_end(result),
-        *result.doubts,
+        *result.trial_notes,
         _deviation(result),
         _out_of_time(result),
         # Training with the plan
         _changed(result),
         _short_epoch(result),
         _all_at_once(result),
-        *result.remarks,
+        *result.plan_notes,
         # Other sizes
         _past_knee(result),
         _tight(result),
@@ -206,7 +207,7 @@ def _reason_for_deviation(result: TuningResult, target: int) -> str:
         return f"{target:,} is not divisible by {plan.world_size} ranks"
     largest = max(1, min(result.largest_fit, share))
     micro = next(size for size in range(largest, 0, -1) if share % size == 0)
-    if share // micro > 2 * -(-share // largest):
+    if share // micro > 2 * ceil_div(share, largest):
         return (
             f"exact would take {share // micro:,} micro-batches of {micro:,} instead of "
             f"{plan.accumulate_grad_batches:,} of {plan.micro_batch_size:,}"

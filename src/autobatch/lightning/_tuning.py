@@ -18,17 +18,17 @@ from autobatch._trials.context import MemoryBudget, TrialContext
 from autobatch._trials.optimizers import OptimizerWatch
 from autobatch._trials.snapshot import Snapshot
 from autobatch._tune import known_plan, tune, versions
-from autobatch.errors import AutobatchError, DoesNotFitError
+from autobatch.errors import AutobatchError, DoesNotFitError, FixedBatchSizeError
 from autobatch.lightning._accumulation import (
-    Splits,
+    SplittingTest,
     batches_trained,
     check_repairable,
     last_samples,
-    told,
+    update_notes,
 )
 from autobatch.lightning._apply import is_named, name_batch_size
-from autobatch.lightning._compat import package_of
-from autobatch.lightning._dataloaders import FixedBatchSizeError, Loaders
+from autobatch.lightning._compat import data_source, package_of
+from autobatch.lightning._dataloaders import Loaders
 from autobatch.lightning._isolation import apart, scratch
 from autobatch.lightning._resume import DeviceId, PriorPlan
 from autobatch.lightning._trainer_notes import (
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from autobatch._subject import Subject
     from autobatch._trials.time_limit import TimeLimit
     from autobatch._trials.workload import Workload
-    from autobatch.lightning._dataloaders import SetBatchSize
+    from autobatch.lightning._batch_size import SetBatchSize
     from autobatch.lightning._workloads import Stage
 
 
@@ -119,12 +119,12 @@ def tune_training(
         check_repairable(trainer, module)
     # Read now: scratch loops, which replace the Trainer's own while trials run, have none of these
     validates = trainer.enable_validation
-    validation = trainer.fit_loop.epoch_loop.val_loop._data_source
+    validation = data_source(trainer.fit_loop.epoch_loop.val_loop)
     max_steps = trainer.max_steps
     with trial_context(trainer, module, arguments) as (context, copied_bytes):
         loaders = Loaders(
             trainer,
-            trainer.fit_loop._data_source,
+            data_source(trainer.fit_loop),
             mode="max_size_cycle",
             setter=arguments.set_batch_size,
         )
@@ -140,7 +140,7 @@ def tune_training(
         samples = Samples(loaders, context.snapshot, arguments.worst_case)
         set_name = partial(name_batch_size, module, arguments.batch_arg_name)
         workload = TrainingSteps(trainer, samples, set_name)
-        splits = Splits(
+        splits = SplittingTest(
             trainer,
             module,
             samples,
@@ -190,7 +190,7 @@ def tune_evaluation(trainer: Any, module: Any, arguments: CallbackArguments, sta
         DoesNotFitError: No batch size fits.
     """
     with trial_context(trainer, module, arguments) as (context, _):
-        loaders = Loaders(trainer, getattr(trainer, stage.loop)._data_source, mode="sequential")
+        loaders = Loaders(trainer, data_source(stage.loop_of(trainer)), mode="sequential")
         settings = _without_target(arguments.settings, loaders.samples)
         samples = Samples(loaders, context.snapshot, arguments.worst_case)
         subject = LightningEvaluation(
@@ -225,7 +225,7 @@ class LightningTraining:
         loaders: The training loaders.
         samples: Makes the batches.
         limits: Arguments of the Trainer that count batches or steps.
-        splits: Tests whether a split batch gives the same gradient.
+        splits: Tests for a split batch with another gradient.
         context: Resources of the trials.
         accumulate: Accumulation of the Trainer.
         copied_bytes: Bytes of the copy of all state that is kept on the host.
@@ -239,7 +239,7 @@ class LightningTraining:
     loaders: Loaders
     samples: Samples
     limits: TrainerLimits
-    splits: Splits
+    splits: SplittingTest
     context: TrialContext
     accumulate: int
     copied_bytes: int
@@ -300,9 +300,9 @@ class LightningTraining:
         has_name = is_named(self.module, self.arguments.batch_arg_name)
         return (
             *((self.first_note,) if self.first_note else ()),
-            *self.splits.told(plan, time_limit),
+            *self.splits.notes(plan, time_limit),
             *schedules(self.trainer, self.limits.before, plan, is_named=has_name),
-            *told(self.trainer, self.loaders, plan, repaired=self.arguments.repairs),
+            *update_notes(self.trainer, self.loaders, plan, repaired=self.arguments.repairs),
             *self.limits.remarks(plan),
             *self._host_notes(plan),
         )

@@ -130,7 +130,7 @@ def is_compared(report: TuningReport) -> bool:
 
 def compared_panel(axes: Axes, report: TuningReport) -> None:
     """Draw the estimated time and samples to the same loss, relative to the plan."""
-    shown, plan = _rungs(report), _plan_row(report)
+    shown, plan = _shown_rows(report), _plan_row(report)
     places = {x: row for x, row in enumerate(shown) if row.relative_time is not None}
     xs, rows = list(places), list(places.values())
     times = [row.relative_time or 0.0 for row in rows]
@@ -158,7 +158,7 @@ def compared_panel(axes: Axes, report: TuningReport) -> None:
 
 def _near_shortest(axes: Axes, report: TuningReport) -> None:
     """Shade the effective batch sizes of about the shortest time."""
-    optimum, rows = report.optimum, _rungs(report)
+    optimum, rows = report.optimum, _shown_rows(report)
     if optimum is None or len(rows) == 1:
         return
     low, high = optimum.near_low, optimum.near_high
@@ -178,7 +178,7 @@ def _times(value: float, decimals: int) -> str:
     return f"{value:.{decimals}f}" if value >= _SMALL else f"{value:.1g}"
 
 
-def _rungs(report: TuningReport) -> tuple[EffectiveRow, ...]:
+def _shown_rows(report: TuningReport) -> tuple[EffectiveRow, ...]:
     """Return the effective batch sizes to show, without a last one far above the others."""
     *others, last = report.effective
     size, effective = last.effective_batch_size, report.plan.effective_batch_size
@@ -188,13 +188,13 @@ def _rungs(report: TuningReport) -> tuple[EffectiveRow, ...]:
 
 def _plan_row(report: TuningReport) -> EffectiveRow:
     """Return the row of the plan."""
-    rows = _rungs(report)
+    rows = _shown_rows(report)
     return next((row for row in rows if is_of(row, report.plan)), rows[0])
 
 
 def _effective_axis(axes: Axes, report: TuningReport) -> None:
     """Set an x-axis with one place for each effective batch size: columns of the table below."""
-    sizes = [count(row.effective_batch_size) for row in _rungs(report)]
+    sizes = [count(row.effective_batch_size) for row in _shown_rows(report)]
     axes.set_xlim(-0.5, len(sizes) - 0.5)
     axes.set_xticks(range(len(sizes)), sizes)
     axes.set_xlabel("samples per update")
@@ -222,7 +222,7 @@ def _measured_costs_panel(axes: Axes, report: TuningReport) -> None:
     ys = [cost for cost in costs if cost]
     axes.plot(xs, ys, "o-", color=BLUE, linewidth=2.2, ms=7)
     chosen, plan = "", _plan_row(report)
-    x = _rungs(report).index(plan)
+    x = _shown_rows(report).index(plan)
     if cost := costs[x]:
         text = count(cost) if isinstance(cost, int) else short(cost)
         chosen = f"{text} at {count(plan.effective_batch_size)}"
@@ -234,7 +234,7 @@ def _measured_costs_panel(axes: Axes, report: TuningReport) -> None:
 
 def _measured_costs(report: TuningReport) -> tuple[str, list[float | None]]:
     """Return a title, and seconds per epoch, else seconds per update, else updates per epoch."""
-    rows = _rungs(report)
+    rows = _shown_rows(report)
     for title, seconds in (
         ("Training steps of an epoch", [row.epoch_seconds for row in rows]),
         ("One update", [row.update_seconds for row in rows]),
@@ -247,7 +247,7 @@ def _measured_costs(report: TuningReport) -> tuple[str, list[float | None]]:
 
 def _effective_table(axes: Axes, report: TuningReport) -> None:
     """Draw a table below the x-axis, with a column for each effective batch size."""
-    rows, plan = _rungs(report), _plan_row(report)
+    rows, plan = _shown_rows(report), _plan_row(report)
     lines = {
         "samples/update": [count(row.effective_batch_size) for row in rows],
         "accumulate": [f"×{count(row.accumulate_grad_batches)}" for row in rows],
