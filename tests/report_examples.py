@@ -1,4 +1,4 @@
-"""Reports to look at: one as a person would get it, and any at all."""
+"""Reports for tests: typical ones, and a Hypothesis strategy for any report."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _MEASURED = (
 
 
 def settings(**changes) -> Settings:
-    asked = {
+    defaults = {
         "target_batch_size": 256,
         "memory_limit": 0.9,
         "max_micro_batch_size": None,
@@ -40,11 +40,11 @@ def settings(**changes) -> Settings:
         "time_limit": 300,
         "dataset_size": None,
     }
-    return Settings.checked(**(asked | changes))
+    return Settings.checked(**(defaults | changes))
 
 
 def full_example(**changes) -> TuningReport:
-    """The same card with its speed curve, a noise scale and a loader that was waited for."""
+    """Return the report of the same card with timed sizes, a noise scale and a slow loader."""
     curve = tuple(
         CurvePoint(
             batch_size=size,
@@ -71,7 +71,7 @@ def full_example(**changes) -> TuningReport:
 
 
 def example(**changes) -> TuningReport:
-    """A search on one graphics card that met its limit at 64."""
+    """Return the report of a search on one graphics card that is out of memory at 64."""
     fits = tuple(
         Trial(
             batch_size=size,
@@ -97,8 +97,14 @@ def example(**changes) -> TuningReport:
         look=Look(read=1000, among=1_281_167, is_even=True),
         search_seconds=48.2,
         notes=(
-            "Others hold 1.5 GiB of this device's 12 GiB; what fits changes when they come or go.",
-            "A note that is longer than a line of the report is broken between words, and goes on below its own first word.",
+            (
+                "Other processes hold 1.5 GiB of this device's 12 GiB; the largest fit changes "
+                "when they start or stop."
+            ),
+            (
+                "A note that is longer than a line of the report is broken between words, and goes "
+                "on below its own first word."
+            ),
         ),
         environment={"torch": "2.9.0"},
     )
@@ -106,7 +112,7 @@ def example(**changes) -> TuningReport:
 
 
 def with_noise(**changes) -> TuningReport:
-    """The same search after a run, with steps whose time is a line in their size."""
+    """Return the same report with step times that are a line in the batch size."""
     curve = tuple(
         dataclasses.replace(
             point,
@@ -173,7 +179,7 @@ loadings = st.builds(Loading, wait_seconds=amounts, step_seconds=amounts, batche
 
 @st.composite
 def reports(draw) -> TuningReport:
-    """Any report at all, with the micro-batch of its plan tried more often than not."""
+    """Draw any report; the micro-batch of its plan was usually tried."""
     plan = draw(plans)
     tried = draw(st.lists(trials, max_size=40))
     if draw(st.booleans()):

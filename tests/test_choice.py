@@ -112,7 +112,7 @@ def test_the_speed_of_a_known_plan_is_marked_as_of_one_trial():
 
     known = found(device, plan=BatchPlan(64))
 
-    assert "samples/s        by one trial, a few steps" in str(known)
+    assert "by one trial, a few steps" in str(known)
 
 
 @pytest.mark.curve

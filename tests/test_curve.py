@@ -43,9 +43,9 @@ FOUND = TuningResult(
     before=None,
     learning_rate=None,
     dataset_size=None,
-    doubts=(),
+    trial_notes=(),
     last_samples=None,
-    remarks=(),
+    plan_notes=(),
     look=None,
 )
 

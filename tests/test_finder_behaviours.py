@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader
 
 import autobatch
 from autobatch.testing import SimulatedAccelerator
+from lightning_here import Model, data, pl
+from lightning_here import quiet_trainer as trainer
 from sameness import same
-from test_lightning import Model, data, pl, trainer
 
 half = importlib.import_module("lightning_cases").half
 

@@ -28,7 +28,7 @@ def drifted(drift):
 
 
 def scattered(size, low, high):
-    """Timed at a second per micro-batch in the middle, and at so many at the ends."""
+    """A size timed at a median of one second, between the seconds `low` and `high`."""
     return replace(
         drifted(None),
         batch_size=size,
@@ -41,8 +41,8 @@ def scattered(size, low, high):
 QUIET = TuningResult(
     task="train",
     latency_limit=None,
-    doubts=(),
-    remarks=(),
+    trial_notes=(),
+    plan_notes=(),
     plan=BatchPlan(32, 8),
     trials=(
         Trial(32, Outcome.FIT),
@@ -72,11 +72,11 @@ NO_BOUND = {
 }
 
 
-def test_where_nothing_trains_nothing_is_said_of_updates():
+def test_evaluation_has_no_notes_on_updates():
     sizes = (
         Trial(size, Outcome.FIT, step_seconds=size / speed) for size, speed in ((16, 96), (64, 100))
     )
-    found = replace(
+    result = replace(
         QUIET,
         plan=BatchPlan(64),
         trials=tuple(sizes),
@@ -85,20 +85,20 @@ def test_where_nothing_trains_nothing_is_said_of_updates():
         bound=None,
     )
 
-    assert any("update" in note for note in notes(found))
-    assert notes(replace(found, task="predict")) == ("64 fits, and is about as fast as 16.",)
-    assert notes(replace(found, task="answer", latency_limit=0.1)) == ()
+    assert any("update" in note for note in notes(result))
+    assert notes(replace(result, task="predict")) == ("64 fits, and is about as fast as 16.",)
+    assert notes(replace(result, task="answer", latency_limit=0.1)) == ()
 
 
-def test_where_nothing_is_noteworthy_nothing_is_said():
+def test_quiet_result_has_no_notes():
     assert notes(QUIET) == ()
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        (changes, told)
-        for changes, *told in [
+        (changes, expected)
+        for changes, *expected in [
             (
                 {"before": BatchPlan(32)},
                 "The effective batch goes from 32 to 256.",
@@ -129,8 +129,8 @@ def test_where_nothing_is_noteworthy_nothing_is_said():
                 },
                 "The effective batch goes from 32 to 128: 1 update per epoch instead of 4.",
                 (
-                    "All 128 samples of an epoch fit at once. target_batch_size asks for smaller batches, and more "
-                    "updates."
+                    "All 128 samples of an epoch fit at once. Set target_batch_size for smaller "
+                    "batches and more updates."
                 ),
             ),
             (
@@ -142,8 +142,8 @@ def test_where_nothing_is_noteworthy_nothing_is_said():
                     "bound": Bound(128, "an epoch of 128 samples has no more"),
                 },
                 (
-                    "All 128 samples of an epoch fit at once: it makes one update. target_batch_size asks for smaller batches, "
-                    "and more updates."
+                    "All 128 samples of an epoch fit at once: it performs one update. "
+                    "Set target_batch_size for smaller batches and more updates."
                 ),
             ),
             (
@@ -154,13 +154,13 @@ def test_where_nothing_is_noteworthy_nothing_is_said():
                     )
                 },
                 (
-                    "Only 512 MiB of 12 GiB to spare: longer inputs, or others on this device, may not fit. A lower memory_limit "
-                    "leaves more."
+                    "Only 512 MiB of 12 GiB to spare: longer inputs, or other processes on this "
+                    "device, may not fit. A lower memory_limit leaves more."
                 ),
             ),
             (
                 {"curve": (drifted(0.88), drifted(1.0), drifted(None), drifted(1.2))},
-                "Timings drifted by 12 % while sizes were timed; something else may use this device.",
+                "Timings drifted by 12 % while sizes were timed; other processes may use this device.",
             ),
             (
                 {"time_limit": 40.0, "latency_limit": 1.0, "task": "answer"},
@@ -179,8 +179,8 @@ def test_where_nothing_is_noteworthy_nothing_is_said():
                     "unreached": (2, 4, 56, 8),
                 },
                 (
-                    "20 seconds were too few to time all sizes: micro-batches of 8 and 56 were timed in their trial alone, "
-                    "micro-batches of 2 and 4 were left out."
+                    "20 seconds were too few to time all sizes: micro-batches of 8 and 56 were "
+                    "timed in their trials only, micro-batches of 2 and 4 were left out."
                 ),
             ),
             (
@@ -189,7 +189,7 @@ def test_where_nothing_is_noteworthy_nothing_is_said():
             ),
             (
                 {"before": BatchPlan(64, 4)},
-                "accumulate_grad_batches=4 of the Trainer gives way to 8, for the target.",
+                "accumulate_grad_batches=4 of the Trainer is overridden with 8 to reach target_batch_size.",
             ),
             (
                 {"source": "torch.cuda.mem_get_info, because NVML is not installed"},
@@ -205,15 +205,15 @@ def test_where_nothing_is_noteworthy_nothing_is_said():
             ),
             (
                 {"foreign": 3 * 2**30},
-                "Others hold 3 GiB of this device's 12 GiB; what fits changes when they come or go.",
+                "Other processes hold 3 GiB of this device's 12 GiB; the largest fit changes when they start or stop.",
             ),
             (
                 {"trials": (*QUIET.trials, Trial(1, Outcome.REFUSED))},
-                "The workload itself refused batch_size=1; its own error, not memory, bounds it from below.",
+                "The workload itself refused batch_size=1 with an error other than out of memory; only larger sizes run.",
             ),
             (
                 {"target_batch_size": 257, "plan": BatchPlan(32, 4, 2)},
-                "Asked for 257 samples per update, got 256: 257 does not divide by 2 ranks.",
+                "Asked for 257 samples per update, got 256: 257 is not divisible by 2 ranks.",
             ),
             (
                 {"target_batch_size": 1009, "plan": BatchPlan(56, 18)},
@@ -230,11 +230,11 @@ def test_each_note_has_its_trigger(changes, expected):
     assert notes(replace(QUIET, **changes)) == tuple(expected)
 
 
-def test_what_changes_the_answer_comes_before_what_only_explains_it():
-    found = replace(
+def test_notes_on_the_plan_come_before_notes_on_measurements():
+    result = replace(
         QUIET,
-        doubts=("a doubt",),
-        remarks=("a remark",),
+        trial_notes=("a trial note",),
+        plan_notes=("a plan note",),
         target_batch_size=257,
         plan=BatchPlan(32, 4, 2),
         time_limit=300.0,
@@ -252,38 +252,38 @@ def test_what_changes_the_answer_comes_before_what_only_explains_it():
     )
 
     begins = [
-        "a doubt",
+        "a trial note",
         "Asked for",
         "The search stopped",
         "The effective batch",
-        "An epoch of",
-        "a remark",
+        "The epoch (200 samples)",
+        "a plan note",
         "Only",
         "Samples differ",
-        "Others hold",
+        "Other processes hold",
         "The workload itself",
         "Timings drifted",
         "Memory is read",
     ]
-    told = notes(found)
-    assert len(told) == len(begins)
-    assert all(note.startswith(one) for note, one in zip(told, begins, strict=True))
+    shown = notes(result)
+    assert len(shown) == len(begins)
+    assert all(note.startswith(one) for note, one in zip(shown, begins, strict=True))
 
 
 @pytest.mark.parametrize("bound", [56, 57])
-def test_what_others_hold_is_told_only_where_it_was_memory_that_set_the_bound(bound):
-    found = replace(QUIET, foreign=3 * 2**30, bound=Bound(bound, "there is no more"))
+def test_memory_of_other_processes_is_noted_only_if_memory_limits_the_search(bound):
+    result = replace(QUIET, foreign=3 * 2**30, bound=Bound(bound, "there is no more"))
 
-    told = [note for note in notes(found) if note.startswith("Others hold")]
+    shown = [note for note in notes(result) if note.startswith("Other processes hold")]
 
-    assert bool(told) == (bound > 56)
+    assert bool(shown) == (bound > 56)
 
 
-def test_an_accumulation_that_gives_way_is_told_with_the_batch_that_changes():
-    (told,) = notes(replace(QUIET, before=BatchPlan(64, 2)))
+def test_overridden_accumulation_joins_the_note_on_the_changed_batch():
+    (note,) = notes(replace(QUIET, before=BatchPlan(64, 2)))
 
-    assert told.endswith(
-        " to 256. accumulate_grad_batches=2 of the Trainer gives way to 8, for the target."
+    assert note.endswith(
+        " to 256. accumulate_grad_batches=2 of the Trainer is overridden with 8 to reach target_batch_size."
     )
 
 
@@ -331,7 +331,7 @@ def test_an_accumulation_that_gives_way_is_told_with_the_batch_that_changes():
         {"curve": (drifted(0.96), drifted(1.04), drifted(1.3), drifted(None))},
     ],
 )
-def test_below_its_trigger_a_note_is_silent(changes):
+def test_no_note_below_its_trigger(changes):
     assert notes(replace(QUIET, **changes)) == ()
 
 
@@ -344,9 +344,9 @@ LARGEST = replace(QUIET, target_batch_size=None, plan=BatchPlan(64), bound=None)
         ({64: 100}, ()),
         ({32: 80, 64: 100}, ()),
         ({48: 99, 64: 100}, ()),  # not by much smaller
-        ({16: 96, 32: 99, 64: 100}, ("64 fits, and is about as fast as 16, which makes more updates of the same samples.",)),
-        ({16: 94, 32: 96, 64: 100}, ("64 fits, and is about as fast as 32, which makes more updates of the same samples.",)),
-        ({16: 94, 32: 104, 64: 100}, ("64 fits, and is about as fast as 32, which makes more updates of the same samples.",)),
+        ({16: 96, 32: 99, 64: 100}, ("64 fits, and is about as fast as 16, which gives more updates of the same samples.",)),
+        ({16: 94, 32: 96, 64: 100}, ("64 fits, and is about as fast as 32, which gives more updates of the same samples.",)),
+        ({16: 94, 32: 104, 64: 100}, ("64 fits, and is about as fast as 32, which gives more updates of the same samples.",)),
         ({16: 100, 32: 125, 64: 100}, ("64 fits, and is 20 % slower than 32.",)),
     ],
 )  # fmt: skip
@@ -359,7 +359,7 @@ def test_the_largest_that_fits_is_compared_with_smaller_ones(speeds, expected):
 
 
 @pytest.mark.parametrize("changes", [{"target_batch_size": 32}, {"latency_limit": 1.0}])
-def test_where_a_target_or_a_limit_was_asked_for_the_table_compares(changes):
+def test_sizes_are_not_compared_with_a_target_or_a_latency_limit(changes):
     trials = (
         Trial(16, Outcome.FIT, step_seconds=0.1),
         Trial(32, Outcome.FIT, step_seconds=0.3),
@@ -391,13 +391,13 @@ def test_where_a_target_or_a_limit_was_asked_for_the_table_compares(changes):
         ),
     ],
 )
-def test_a_bound_says_what_sets_it(given_bounds, batch_size, reason):
+def test_bound_has_its_reason(given_bounds, batch_size, reason):
     bound = tightest_bound(**(NO_BOUND | given_bounds))
 
     assert bound == Bound(batch_size, reason)
 
 
-def test_without_bounds_only_memory_bounds_the_search():
+def test_no_bound_without_limits():
     assert tightest_bound(**NO_BOUND) is None
 
 

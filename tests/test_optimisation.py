@@ -111,8 +111,8 @@ def test_the_accumulation_left_to_manual_optimization_is_noted():
 
     (note,) = callback.report.notes
     assert note == (
-        "This module optimises by hand: to reach 120 samples per update its training_step has to step every 4 "
-        "micro-batches. It was tried as it steps now."
+        "This module uses manual optimization: to reach 120 samples per update its training_step has to step every 4 "
+        "micro-batches. Trials ran it as it steps now."
     )
 
 

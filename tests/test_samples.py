@@ -237,7 +237,7 @@ def test_note_after_reading_all_samples_warns_of_no_larger_one():
     _, report = fit(Sequences(200, long_at=3), SimulatedAccelerator("4MiB"))
 
     (note,) = (note for note in report.notes if "differ in size" in note)
-    assert note.endswith("Trials ran the largest of all 200, and times are theirs.")
+    assert note.endswith("Trials ran the largest of all 200, and times are for these.")
 
 
 def test_plain_list_is_a_data_set():

@@ -10,8 +10,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 import autobatch
+from lightning_here import Model, data, pl, tuner
+from lightning_here import quiet_trainer as trainer
 from sameness import same
-from test_lightning import Model, data, pl, trainer, tuner
 
 LENGTHS = [1 + index % 7 for index in range(600)]  # tokens of each sample
 MEAN = 4  # tokens

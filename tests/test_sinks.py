@@ -33,13 +33,13 @@ def logged(caplog):
 # Reports
 
 
-def test_the_console_gets_plain_text_when_it_is_no_terminal(capsys):
+def test_the_console_gets_plain_text_without_a_terminal(capsys):
     sinks.console(example())
 
     assert capsys.readouterr().out == f"{example()}\n"
 
 
-def test_an_output_that_can_not_carry_the_glyphs_gets_others(monkeypatch):
+def test_an_encoding_without_the_glyphs_gets_ascii(monkeypatch):
     narrow = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
     monkeypatch.setattr(sys, "stdout", narrow)
 
@@ -57,11 +57,12 @@ def test_a_terminal_shows_the_choice_and_the_notes_in_colour(monkeypatch):
 
     sinks.console(example())
 
-    lines = terminal.getvalue().splitlines()
+    lines = [line.rstrip() for line in terminal.getvalue().splitlines()]
     coloured = [line for line in lines if "\x1b" in line]
     assert len(coloured) == 4
     assert all("▶" in line or "!" in line for line in coloured)
-    assert re.sub(r"\x1b\[[\d;]*m", "", "\n".join(lines)) == str(example())
+    plain = re.sub(r"\x1b\[[\d;]*m", "", "\n".join(lines))
+    assert re.sub(r"(?m) +$", "", plain) == str(example())
 
 
 def test_the_log_gets_the_same_text(logged):
@@ -70,7 +71,7 @@ def test_the_log_gets_the_same_text(logged):
     assert logged.record_tuples == [("autobatch", logging.INFO, str(example()))]
 
 
-def test_a_json_file_is_a_report_again(tmp_path):
+def test_a_json_file_can_be_read_again(tmp_path):
     path = tmp_path / "new" / "folders" / "report.json"
 
     sinks.json_file(path)(example())
@@ -101,13 +102,13 @@ def test_the_rows_of_a_markdown_table_have_as_many_cells_as_its_header(report):
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "report.json"
-    path.write_text("what was there")
+    path.write_text("previous content")
     monkeypatch.setattr(Path, "replace", fail_to_replace)
 
     with pytest.raises(OSError, match=r"^The report could not be written to .+report\.json: "):
         sinks.json_file(path)(example())
 
-    assert path.read_text() == "what was there"
+    assert path.read_text() == "previous content"
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -115,14 +116,14 @@ def fail_to_replace(self, target):
     raise OSError(28, "No space left on device")
 
 
-def test_a_path_that_can_not_be_written_is_named(tmp_path):
+def test_an_unwritable_path_is_named(tmp_path):
     (tmp_path / "file").touch()
 
     with pytest.raises(
-        OSError, match=r"could not be written to .+below: .+; give a path that can be\."
+        OSError, match=r"could not be written to .+below: .+; give a writable path\."
     ):
         sinks.json_file(tmp_path / "file" / "below")(example())
-    with pytest.raises(OSError, match=r"could not be written to .+; give a path that can be\."):
+    with pytest.raises(OSError, match=r"could not be written to .+; give a writable path\."):
         sinks.json_file(tmp_path)(example())
 
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
@@ -161,7 +162,7 @@ def test_every_trial_is_a_line_in_the_log(logged, trial, line):
     assert logged.messages == [line]
 
 
-def test_nothing_but_the_log_hears_of_it_without_a_terminal(capsys):
+def test_progress_without_a_terminal_goes_to_the_log_only(capsys):
     with sinks.progress() as shown:
         shown.trying(64)
         shown.tried(Trial(64, Outcome.FIT), best=64, budget=GIB)
@@ -169,7 +170,7 @@ def test_nothing_but_the_log_hears_of_it_without_a_terminal(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_terminal_shows_what_is_tried_and_is_left_clean(monkeypatch, logged):
+def test_a_terminal_shows_the_running_trial_and_is_left_clean(monkeypatch, logged):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm-256color")
@@ -180,7 +181,7 @@ def test_a_terminal_shows_what_is_tried_and_is_left_clean(monkeypatch, logged):
         shown.tried(Trial(64, Outcome.FIT), best=64, budget=GIB)
         shown.trying(128)
         second = terminal.getvalue()
-        assert sys.stderr is terminal  # the workload's own output goes where it went
+        assert sys.stderr is terminal  # output of the workload is left alone
 
     assert "autobatch · trying 64" in first
     assert "autobatch · trying 128 · largest that fits so far 64" in second

@@ -15,6 +15,7 @@ from autobatch._report.tradeoff import (
     NoiseRange,
     best_accumulation,
     best_batch,
+    common_rule,
     effective_rows,
     is_of,
     optimum,
@@ -57,7 +58,7 @@ def point(batch_size, step_seconds, spread=0.0, optimizer_seconds=None, accumula
 
 
 @given(tried, st.integers(1, 9))
-def test_a_speed_row_stands_for_each_size_that_fits_and_was_timed(history, world_size):
+def test_each_timed_size_that_fits_has_one_speed_row(history, world_size):
     rows = speed_rows(history, (), world_size)
 
     last = {trial.batch_size: trial for trial in history}
@@ -67,13 +68,13 @@ def test_a_speed_row_stands_for_each_size_that_fits_and_was_timed(history, world
     assert not rows or max(row.of_fastest for row in rows) == 1
 
 
-def test_samples_per_second_are_those_of_all_ranks():
+def test_samples_per_second_count_all_ranks():
     (row,) = speed_rows([Trial(8, Outcome.FIT, 100, step_seconds=0.5)], (), 4)
 
     assert row.samples_per_second == 64
 
 
-def test_the_latest_trial_speaks_for_its_size():
+def test_latest_trial_of_a_size_counts():
     history = [Trial(8, Outcome.FIT, 1, 0.5), Trial(8, Outcome.OVER_BUDGET, 2)]
 
     assert latest_by_size(history) == (history[1],)
@@ -81,14 +82,14 @@ def test_the_latest_trial_speaks_for_its_size():
 
 
 @given(plans, tried, datasets)
-def test_every_effective_batch_is_micro_times_accumulation_times_ranks(plan, history, dataset_size):
+def test_effective_batch_is_micro_batch_times_accumulation_times_ranks(plan, history, dataset_size):
     for row in rows_of(plan, history, dataset_size):
         made = row.micro_batch_size * row.accumulate_grad_batches * plan.world_size
         assert row.effective_batch_size == min(made, dataset_size or made)
 
 
 @given(plans, tried, datasets)
-def test_the_ladder_is_short_ascends_in_real_steps_and_holds_the_plan(plan, history, dataset_size):
+def test_rows_are_few_and_ascending_and_include_the_plan(plan, history, dataset_size):
     rows = rows_of(plan, history, dataset_size)
 
     sizes = [row.effective_batch_size for row in rows]
@@ -100,8 +101,8 @@ def test_the_ladder_is_short_ascends_in_real_steps_and_holds_the_plan(plan, hist
 
 
 @given(plans, tried, st.integers(1, 10**6))
-def test_the_ladder_ends_with_all_of_the_data_set_in_one_update(plan, history, dataset_size):
-    """Where the workload refuses what an epoch ends with, that is left out: test_choice.py."""
+def test_last_row_is_the_whole_epoch_in_one_update(plan, history, dataset_size):
+    """Rows whose last micro-batch is refused are left out: test_choice.py."""
     history = [trial for trial in history if trial.outcome is not Outcome.REFUSED]
 
     last = rows_of(plan, history, dataset_size)[-1]
@@ -111,7 +112,7 @@ def test_the_ladder_ends_with_all_of_the_data_set_in_one_update(plan, history, d
 
 
 @given(plans, tried, datasets)
-def test_a_micro_batch_on_the_ladder_is_the_plans_or_was_run(plan, history, dataset_size):
+def test_micro_batches_of_rows_are_the_plans_or_ran(plan, history, dataset_size):
     run = {trial.batch_size for trial in latest_by_size(history) if trial.fits}
 
     for row in rows_of(plan, history, dataset_size):
@@ -119,7 +120,7 @@ def test_a_micro_batch_on_the_ladder_is_the_plans_or_was_run(plan, history, data
 
 
 @given(plans, tried, st.integers(1, 10**6))
-def test_the_updates_of_an_epoch_cover_it_and_none_is_idle(plan, history, dataset_size):
+def test_updates_cover_the_epoch_and_none_is_empty(plan, history, dataset_size):
     for row in rows_of(plan, history, dataset_size):
         micro = row.micro_batch_size * plan.world_size
         passes = math.ceil(dataset_size / micro)
@@ -129,7 +130,7 @@ def test_the_updates_of_an_epoch_cover_it_and_none_is_idle(plan, history, datase
 
 
 @given(plans, tried, datasets)
-def test_what_was_not_measured_is_not_told(plan, history, dataset_size):
+def test_unmeasured_values_are_none(plan, history, dataset_size):
     timed = {t.batch_size for t in latest_by_size(history) if t.fits and t.step_seconds}
 
     for row in rows_of(plan, history, dataset_size):
@@ -140,7 +141,7 @@ def test_what_was_not_measured_is_not_told(plan, history, dataset_size):
 
 
 @given(plans, tried, st.integers(1, 1000))
-def test_an_epoch_of_whole_updates_takes_as_long_as_its_updates(plan, history, updates):
+def test_epoch_of_whole_updates_takes_the_time_of_its_updates(plan, history, updates):
     dataset_size = updates * plan.effective_batch_size
     rows = rows_of(plan, history, dataset_size)
 
@@ -159,7 +160,7 @@ def test_more_accumulation_never_makes_an_epoch_longer(plan, history, dataset_si
         assert all(more <= less * (1 + 1e-9) for less, more in pairwise(same))
 
 
-def test_the_optimizer_is_paid_once_per_update():
+def test_optimizer_time_counts_once_per_update():
     # 2 micro-batches of 0.1 s and an optimizer step of 0.05 s took 0.125 s per micro-batch
     trial = Trial(8, Outcome.FIT, 1, 0.125, accumulate=2, optimizer_seconds=0.05)
 
@@ -171,7 +172,7 @@ def test_the_optimizer_is_paid_once_per_update():
     assert row.epoch_seconds == pytest.approx(13 * 0.1 + 4 * 0.05)
 
 
-def test_an_optimizer_that_was_not_timed_apart_stays_in_the_step():
+def test_optimizer_without_a_time_of_its_own_stays_in_the_step():
     trial = Trial(8, Outcome.FIT, 1, 0.125, accumulate=2)
 
     rows = rows_of(BatchPlan(8, 4), [trial], None)
@@ -179,7 +180,7 @@ def test_an_optimizer_that_was_not_timed_apart_stays_in_the_step():
     assert [r.update_seconds for r in rows] == [r.accumulate_grad_batches * 0.125 for r in rows]
 
 
-def test_the_ladder_goes_down_by_less_accumulation_then_by_sizes_that_were_run():
+def test_smaller_rows_halve_accumulation_then_use_sizes_that_ran():
     history = [Trial(size, Outcome.FIT, 1, 0.1) for size in (1, 3, 5, 6, 8)]
 
     rows = rows_of(BatchPlan(8, 2), history, 40)
@@ -191,7 +192,7 @@ def test_the_ladder_goes_down_by_less_accumulation_then_by_sizes_that_were_run()
 # The curve
 
 
-def test_what_was_timed_longer_counts_and_the_peak_of_the_trial_stays():
+def test_curve_replaces_the_time_of_a_trial_and_keeps_its_peak():
     (row,) = speed_rows([Trial(8, Outcome.FIT, 100, 0.5)], [point(8, 0.25, 0.2)], 2)
 
     assert (row.samples_per_second, row.updates, row.peak) == (64, 20, 100)
@@ -200,7 +201,7 @@ def test_what_was_timed_longer_counts_and_the_peak_of_the_trial_stays():
 
 
 @given(st.dictionaries(st.integers(1, 500), times, min_size=1), st.floats(0, 0.9))
-def test_a_spread_contains_its_point_and_the_knee_is_among_the_fast(seconds, spread):
+def test_spread_contains_its_point_and_the_knee_is_fast(seconds, spread):
     rows = speed_rows([], [point(*each, spread) for each in seconds.items()], 1)
 
     for row in rows:
@@ -211,7 +212,7 @@ def test_a_spread_contains_its_point_and_the_knee_is_among_the_fast(seconds, spr
 
 
 @given(st.floats(1e-4, 1), st.floats(1e-5, 1e-1))
-def test_a_line_is_found_where_there_is_one(fixed, slope):
+def test_line_is_found_in_linear_times(fixed, slope):
     sizes = (1, 2, 4, 8, 16, 32, 64)
 
     fit = fit_line(StepTimes(sizes, tuple(fixed + slope * size for size in sizes), 0.0))
@@ -220,7 +221,7 @@ def test_a_line_is_found_where_there_is_one(fixed, slope):
     assert fit.seconds(10) == pytest.approx(fixed + 10 * slope)
 
 
-def test_one_size_that_does_not_follow_hardly_bends_the_line():
+def test_one_outlier_hardly_bends_the_line():
     sizes = (1, 2, 4, 8, 16, 32, 64)
     seconds = [0.01 + 0.001 * size for size in sizes]
     seconds[3] *= 1.095
@@ -240,7 +241,7 @@ def test_one_size_that_does_not_follow_hardly_bends_the_line():
         {1: 1, 2: 50, 4: 3},
     ],
 )
-def test_a_line_that_misses_a_size_by_more_than_ten_percent_is_dropped(
+def test_line_that_misses_a_size_by_ten_percent_is_dropped(
     samples_per_second,
 ):
     sizes = tuple(samples_per_second)
@@ -250,7 +251,7 @@ def test_a_line_that_misses_a_size_by_more_than_ten_percent_is_dropped(
 
 
 @given(st.lists(times, min_size=3, max_size=8))
-def test_a_line_never_falls_below_zero(seconds):
+def test_line_is_never_negative(seconds):
     sizes = tuple(2**i for i in range(len(seconds)))
 
     fit = fit_line(StepTimes(sizes, tuple(seconds), 0.0))
@@ -269,7 +270,7 @@ noises = st.builds(
 
 
 @given(plans, tried, datasets, noises)
-def test_estimates_are_relative_to_the_plan_and_ranges_contain_their_point(
+def test_estimates_are_relative_to_the_plan_and_within_their_ranges(
     plan, history, dataset_size, noise
 ):
     for row in rows_of(plan, history, dataset_size, noise=noise):
@@ -290,7 +291,7 @@ def test_larger_batches_take_fewer_updates_and_more_samples(plan, history, datas
         assert large.relative_samples >= small.relative_samples * (1 - 1e-12)
 
 
-def test_the_formulas_of_the_noise_scale():
+def test_formulas_of_the_noise_scale():
     history = [Trial(16, Outcome.FIT, 1, 0.1, optimizer_seconds=0.02)]
     noise = NoiseRange(300, 75, 1200)
 
@@ -308,18 +309,18 @@ def test_the_formulas_of_the_noise_scale():
 
 
 @pytest.mark.parametrize("state", ["settling", "at_least", "unavailable"])
-def test_what_is_not_settled_gives_no_columns(state):
+def test_unsettled_noise_scale_gives_no_estimates(state):
     assert NoiseRange.of(NoiseReading(state, 900, 800, 1000)) is None
     assert NoiseRange.of(None) is None
 
 
-def test_a_range_is_never_narrower_than_a_factor_of_four_each_way():
+def test_noise_range_is_at_least_a_factor_of_four_each_way():
     assert NoiseRange.of(NoiseReading("ok", 100, 90, 110)) == NoiseRange(100, 25, 400)
     assert NoiseRange.of(NoiseReading("ok", 100, 20, 500)) == NoiseRange(100, 20, 500)
 
 
 @given(noises, st.floats(1e-4, 1), st.floats(1e-5, 1e-2), st.floats(0, 1))
-def test_the_best_batch_is_where_time_to_the_same_loss_is_shortest(noise, fixed, slope, optimizer):
+def test_best_batch_has_the_shortest_time_to_the_same_loss(noise, fixed, slope, optimizer):
     fit = fit_line(StepTimes((1, 2, 4), tuple(fixed + slope * b for b in (1, 2, 4)), 0.0))
 
     def time(batch):
@@ -331,7 +332,7 @@ def test_the_best_batch_is_where_time_to_the_same_loss_is_shortest(noise, fixed,
 
 
 @given(noises, st.integers(1, 500), st.floats(1e-5, 1), st.floats(1e-6, 1))
-def test_the_best_accumulation_is_where_time_to_the_same_loss_is_shortest(
+def test_best_accumulation_has_the_shortest_time_to_the_same_loss(
     noise, micro, micro_seconds, optimizer
 ):
     def time(k):
@@ -343,7 +344,7 @@ def test_the_best_accumulation_is_where_time_to_the_same_loss_is_shortest(
 
 
 @given(plans, tried, datasets, noises)
-def test_as_good_as_any_is_within_ten_percent_of_the_shortest(plan, history, dataset_size, noise):
+def test_near_range_is_within_ten_percent_of_the_shortest_time(plan, history, dataset_size, noise):
     costs = Costs(plan, StepTimes.of(history, ()), dataset_size, noise, None)
     rows = effective_rows(costs, history, ())
 
@@ -363,7 +364,7 @@ def test_as_good_as_any_is_within_ten_percent_of_the_shortest(plan, history, dat
 
 
 @pytest.mark.parametrize(("rule", "factor"), [("linear", 4), ("square-root", 2)])
-def test_the_learning_rate_goes_by_its_rule(rule, factor):
+def test_learning_rate_factor_follows_its_rule(rule, factor):
     rule = LearningRateRule("SGD", rule)
 
     rows = rows_of(BatchPlan(8, 4), [], None, rule=rule)
@@ -374,7 +375,34 @@ def test_the_learning_rate_goes_by_its_rule(rule, factor):
     assert factors[8] == 1 / factor
 
 
-def test_a_plan_of_more_than_there_is_stands_alone_for_all_of_it():
+def test_plan_larger_than_the_data_set_is_the_only_row():
     rows = rows_of(BatchPlan(100, 50), [Trial(100, Outcome.FIT, 1, 0.1)], 100)
 
     assert [row.effective_batch_size for row in rows] == [100]
+
+
+# The rule of several optimizers
+
+
+def optimizer(name, *bases):
+    return type(name, bases or (object,), {})()
+
+
+ADAM, SGD, LION = optimizer("Adam"), optimizer("SGD"), optimizer("Lion")
+
+
+@pytest.mark.parametrize(
+    ("optimizers", "rule"),
+    [
+        ((), None),
+        ((LION,), None),
+        ((ADAM,), LearningRateRule("Adam", "square-root")),
+        ((SGD,), LearningRateRule("SGD", "linear")),
+        ((optimizer("Own", type(SGD)),), LearningRateRule("Own", "linear")),
+        ((ADAM, optimizer("Adam")), LearningRateRule("Adam", "square-root")),
+        ((ADAM, SGD), None),
+        ((ADAM, LION), None),
+    ],
+)
+def test_optimizers_share_one_rule_or_have_none(optimizers, rule):
+    assert common_rule(optimizers) == rule

@@ -1,26 +1,26 @@
-"""Where a report goes: console, JSON, Markdown, a picture, log lines; and what a person sees while the search runs."""
+"""Sinks of a report: console, JSON, Markdown, figure and log; and the progress of a search."""
 
 from __future__ import annotations
 
 import logging
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from rich.console import Console
+from rich.live import Live
+
 from autobatch._memory import format_bytes
 from autobatch._report import TuningReport, files
-from autobatch._report.layout import ASCII, UNICODE, Glyphs, terminal
+from autobatch._report.layout import COLOURED, WIDTH, glyphs_for, renderable, terminal
 from autobatch._report.text import completed, page
-from autobatch._report.units import aligned
+from autobatch._report.units import rounded
 from autobatch._trials import Outcome, Trial
 from autobatch._trials.context import Progress
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from rich.live import Live
 
     from autobatch._report.layout import Page, Table
 
@@ -43,25 +43,23 @@ logger = logging.getLogger("autobatch")
 
 
 def console(report: TuningReport) -> None:
-    """Print the report to standard output; in colour on a terminal, plain anywhere else."""
+    """Print the report to standard output: in colour on a terminal, plain elsewhere."""
     _print(page(report))
 
 
 def completed_on_console(report: TuningReport) -> None:
-    """Print what training has added to a report that was printed when it began."""
-    print()  # noqa: T201 -- standard output is where it goes
+    """Print the part of the report that training has added since `console` printed it."""
+    print()  # noqa: T201 -- standard output is the purpose
     _print(completed(report))
 
 
-def _print(what: Page) -> None:
-    from rich.console import Console
-    from rich.text import Text
-
-    glyphs = _glyphs_for(sys.stdout.encoding)
-    text = Text(terminal(what, glyphs))
-    text.highlight_regex(rf"(?m)^ +{re.escape(glyphs.spell('▶'))}.*$", "bold green")
-    text.highlight_regex(r"(?m)^ +! ", "bold yellow")
-    Console(highlight=False).print(text, soft_wrap=True)
+def _print(content: Page) -> None:
+    glyphs = glyphs_for(sys.stdout.encoding)
+    output = Console(width=WIDTH, theme=COLOURED)
+    if output.is_terminal:
+        output.print(renderable(content, glyphs))
+    else:
+        print(terminal(content, glyphs))  # noqa: T201 -- standard output is the purpose
 
 
 def log(report: TuningReport) -> None:
@@ -70,19 +68,19 @@ def log(report: TuningReport) -> None:
 
 
 def json_file(path: str | Path) -> Sink:
-    """A sink that writes the report as JSON; `TuningReport.read` gives it back."""
+    """Return a sink that writes the report as JSON; `TuningReport.read` reads it."""
     file = files.named(path, "to write to")
-    return lambda report: _write(file, report.to_json() + "\n")
+    return lambda report: files.write(file, f"{report.to_json()}\n".encode())
 
 
 def markdown_file(path: str | Path) -> Sink:
-    """A sink that writes the report as Markdown."""
+    """Return a sink that writes the report as Markdown."""
     file = files.named(path, "to write to")
-    return lambda report: _write(file, to_markdown(report))
+    return lambda report: files.write(file, to_markdown(report).encode())
 
 
 def figure_file(path: str | Path) -> Sink:
-    """A sink that draws the report into a PNG, SVG or PDF file, as the path ends; it needs matplotlib."""
+    """Return a sink that draws the report into a .png, .svg or .pdf file; it needs matplotlib."""
 
     def write(report: TuningReport) -> None:
         report.plot(path)
@@ -91,55 +89,40 @@ def figure_file(path: str | Path) -> Sink:
 
 
 def to_markdown(report: TuningReport) -> str:
-    """The report as Markdown, its tables as tables."""
-    what = page(report)
-    asked = f"; {what.asked}" if what.asked else ""
+    """Return the report as Markdown, with its tables as Markdown tables."""
+    content = page(report)
+    comment = f"; {content.comment}" if content.comment else ""
+    facts = [
+        f"- {fact.label}: {'; '.join(filter(None, (fact.value, fact.remark)))}"
+        for fact in content.facts
+    ]
     blocks = [
-        f"## {' · '.join(what.header)}",
-        f"**{what.answer}**{asked}",
-        "\n".join(
-            f"- {fact.label}: {'; '.join(filter(None, (fact.value, fact.remark)))}"
-            for fact in what.facts
-        ),
-        *(_markdown_table(table) for table in what.tables),
-        "\n".join(f"- **Note:** {note}" for note in what.notes),
+        f"## {' · '.join(content.header)}",
+        f"**{content.answer}**{comment}",
+        "\n".join(facts),
+        *map(_markdown_table, content.tables),
+        "\n".join(f"- **Note:** {note}" for note in content.notes),
     ]
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
 def _markdown_table(table: Table) -> str:
+    headers = [column.header for column in table.columns]
     rules = [":--" if column.align == "<" else "--:" for column in table.columns]
-    rows = [list(cells) for cells in zip(*(column.cells for column in table.columns), strict=True)]
+    rows = [list(cells) for cells in table.rows]
     if table.marked is not None:
         rows[table.marked] = [f"**{cell}**" if cell else "" for cell in rows[table.marked]]
-    headers = [column.header for column in table.columns]
     lines = [f"| {' | '.join(cells)} |" for cells in (headers, rules, *rows)]
     return "\n\n".join(text for text in (table.title, "\n".join(lines), table.foot) if text)
 
 
-def _write(path: Path, text: str) -> None:
-    files.write(path, text.encode())
-
-
-def _glyphs_for(encoding: str | None) -> Glyphs:
-    """All glyphs, where an output can carry them."""
-    try:
-        "▶×·–−±▏▉█".encode(encoding or "ascii")
-    except (UnicodeEncodeError, LookupError):
-        return ASCII
-    return UNICODE
-
-
 @contextmanager
 def progress() -> Iterator[Progress]:
-    """Log one line per trial to the logger "autobatch"; where standard error is a terminal, show what is being tried."""
+    """Log one line per trial to the logger "autobatch"; on a terminal, show the running trial."""
     if not sys.stderr.isatty():
-        yield _Logged()
+        yield _LogLines()
         return
-    from rich.console import Console
-    from rich.live import Live
-
-    # Drawn when there is news and never by a thread; the workload's own output is left alone.
+    # Refreshed by news and never by a thread; output of the workload is left alone
     with Live(
         console=Console(stderr=True, highlight=False),
         auto_refresh=False,
@@ -147,25 +130,25 @@ def progress() -> Iterator[Progress]:
         redirect_stdout=False,
         redirect_stderr=False,
     ) as live:
-        yield _Shown(live, _Logged())
+        yield _ProgressLine(live, _LogLines())
 
 
-class _Logged:
-    """One line per trial in a log."""
+class _LogLines:
+    """One line per trial in the log."""
 
     def trying(self, batch_size: int) -> None:
         pass
 
-    def tried(self, trial: Trial, *, best: int | None, budget: int) -> None:  # noqa: ARG002 -- the line says what is new
-        logger.info("batch_size=%d %s", trial.batch_size, _verdict(trial, budget))
+    def tried(self, trial: Trial, *, best: int | None, budget: int) -> None:  # noqa: ARG002
+        logger.info("batch_size=%d %s", trial.batch_size, _result(trial, budget))
 
 
-class _Shown:
+class _ProgressLine:
     """One line on a terminal that is replaced, beside the lines in the log."""
 
-    def __init__(self, live: Live, logged: Progress) -> None:
+    def __init__(self, live: Live, log_lines: Progress) -> None:
         self._live = live
-        self._logged = logged
+        self._log_lines = log_lines
         self._best: int | None = None
 
     def trying(self, batch_size: int) -> None:
@@ -175,23 +158,22 @@ class _Shown:
     def tried(self, trial: Trial, *, best: int | None, budget: int) -> None:
         self._best = best
         self._show("")  # a log line may go to the same terminal
-        self._logged.tried(trial, best=best, budget=budget)
+        self._log_lines.tried(trial, best=best, budget=budget)
 
     def _show(self, line: str) -> None:
-        glyphs = _glyphs_for(sys.stderr.encoding)
-        self._live.update(glyphs.spell(line), refresh=True)
+        self._live.update(glyphs_for(sys.stderr.encoding).spell(line), refresh=True)
 
 
-def _verdict(trial: Trial, budget: int) -> str:
-    took = f"peak {format_bytes(trial.peak)} of {format_bytes(budget)}" if trial.peak else ""
+def _result(trial: Trial, budget: int) -> str:
+    peak = f"peak {format_bytes(trial.peak)} of {format_bytes(budget)}" if trial.peak else ""
     match trial.outcome:
         case Outcome.FIT:
             speed = trial.samples_per_second
-            rate = f"{aligned([speed])[0]} samples/s" if speed else ""
-            said = ", ".join(part for part in (took, rate) if part)
-            return f"fits: {said}" if said else "fits"
+            rate = f"{rounded(speed)} samples/s" if speed else ""
+            measured = ", ".join(part for part in (peak, rate) if part)
+            return f"fits: {measured}" if measured else "fits"
         case Outcome.OVER_BUDGET:
-            return f"is over the budget: {took or format_bytes(budget)}"
+            return f"is over the budget: {peak or format_bytes(budget)}"
         case Outcome.OUT_OF_MEMORY:
             return f"ran out of memory: the budget is {format_bytes(budget)}"
         case Outcome.REFUSED:

@@ -14,16 +14,16 @@ from autobatch._report import files
 from autobatch._report.layout import UNICODE, Glyphs, terminal
 from autobatch._report.notes import Look  # noqa: TC001 -- pydantic reads it
 from autobatch._report.schema import (
-    FROZEN,
+    CONFIG,
     KINDS,
     MEASURED,
-    ALatency,
-    APlan,
-    ATrial,
+    StoredLatency,
+    StoredPlan,
+    StoredTrial,
     row_written,
     written,
 )
-from autobatch._report.tables import counted, product
+from autobatch._report.tables import product
 from autobatch._report.tradeoff import (
     Costs,
     EffectiveRow,
@@ -33,6 +33,7 @@ from autobatch._report.tradeoff import (
     effective_rows,
     optimum,
 )
+from autobatch._report.units import counted
 from autobatch._settings import Count, Seconds, Settings  # noqa: TC001 -- pydantic reads it
 from autobatch._throughput import (
     CurvePoint,
@@ -58,16 +59,16 @@ Task = Literal["train", "answer", "validate", "test", "predict"]
 
 
 class Device(BaseModel):
-    """The device a report is about.
+    """The device that was tuned.
 
     Args:
-        name: What a person calls it.
-        source: Where its memory was read.
-        total: Bytes it has.
-        foreign: Bytes that others hold.
+        name: Name for people, "RTX 3060".
+        source: Source of the memory readings, "NVML".
+        total: Memory of the device, in bytes.
+        foreign: Memory used by other processes, in bytes.
     """
 
-    model_config = FROZEN
+    model_config = CONFIG
 
     name: str
     source: str
@@ -76,34 +77,37 @@ class Device(BaseModel):
 
 
 class TuningReport(BaseModel):
-    """What a tuning run asked, tried, chose, and what the choice costs; `print` shows it.
+    """Result of a tuning run: settings, trials, plan and costs; `print` shows it.
 
     Args:
-        schema_version: Of the JSON form.
-        autobatch_version: What wrote it.
-        settings: What was asked.
-        subject: What was tuned, "resnet50 · AdamW · bf16-mixed"; may be empty.
-        task: Whether it trains; else there are no updates, and the plan's batch is one forward pass, or one call of a
-            workload that answers.
-        device: The device it was tuned on, and what others hold there.
-        budget: Bytes a trial may take.
-        trials: Every trial, in the order they were run.
-        plan: What was chosen.
-        validation_batch_size: At which validation was tried beside training, and fits; None where it was not.
-        can_accumulate: Whether what was tuned can make an update of several micro-batches.
-        dataset_size: Samples per epoch, where known.
-        look: How far was looked for the largest samples, which trials then ran on.
-        curve: Sizes that were timed besides, over whole updates and in turns; empty where a plan was only verified.
-        noise: The gradient noise scale, where a run measured it.
-        learning_rate: How the learning rate of this optimizer usually goes with the batch, where a rule is known.
-        loading: What reading data takes beside a step, where that was measured.
-        latencies: How long calls take at each batch size, where inference was timed.
-        search_seconds: What the search took.
-        notes: What a person should be told.
-        environment: Versions of what was running.
+        schema_version: Version of the JSON form.
+        autobatch_version: Version of autobatch that made the report.
+        settings: Arguments of the tuning run.
+        subject: Model, optimizer and precision, "resnet50 · AdamW · bf16-mixed"; may be empty.
+        task: Use of the batches. Only "train" has updates; otherwise the plan's batch is one
+            forward pass, or one call of a workload that answers.
+        device: Device, and memory used by other processes on it.
+        budget: Memory that a trial may use, in bytes.
+        trials: All trials, in the order they were run.
+        plan: The chosen micro-batch size, accumulation and ranks.
+        validation_batch_size: Batch size at which validation was tried beside training and fits,
+            in samples; None if validation was not tried.
+        can_accumulate: Whether an update of the workload can have several micro-batches.
+        dataset_size: Samples per epoch; None if unknown.
+        look: Samples that were read to find the largest ones, on which trials run.
+        curve: Sizes that were timed after the search, over whole updates and in turns; empty if
+            a known plan was only verified.
+        noise: Gradient noise scale, in samples; None if no run measured it.
+        learning_rate: Usual rule for the learning rate of this optimizer; None if none is known.
+        loading: Time spent waiting for data beside time in steps, in seconds; None if not
+            measured.
+        latencies: Latency of calls at each batch size, in seconds; empty without latency_limit.
+        search_seconds: Duration of the search, in seconds.
+        notes: Sentences about consequences of the plan and limits of the measurements.
+        environment: Versions of Python packages and drivers, by name.
     """
 
-    model_config = FROZEN
+    model_config = CONFIG
 
     schema_version: Literal[1] = _SCHEMA_VERSION
     autobatch_version: str
@@ -112,57 +116,53 @@ class TuningReport(BaseModel):
     task: Task = "train"
     device: Device
     budget: int
-    trials: tuple[ATrial, ...]
-    plan: APlan
+    trials: tuple[StoredTrial, ...]
+    plan: StoredPlan
     validation_batch_size: Count | None = None
     can_accumulate: bool = True
     dataset_size: Count | None
-    look: Annotated[Look | None, *MEASURED] = None
+    look: Annotated[Look, *MEASURED] | None = None
     curve: tuple[Annotated[CurvePoint, *MEASURED], ...] = ()
-    noise: Annotated[NoiseReading | None, *MEASURED] = None
+    noise: Annotated[NoiseReading, *MEASURED] | None = None
     learning_rate: LearningRateRule | None = None
-    loading: Annotated[Loading | None, *MEASURED] = None
-    latencies: tuple[ALatency, ...] = ()
+    loading: Annotated[Loading, *MEASURED] | None = None
+    latencies: tuple[StoredLatency, ...] = ()
     search_seconds: Seconds
     notes: tuple[str, ...]
     environment: dict[str, str]
 
     @property
     def largest_fit(self) -> int | None:
-        """The largest micro-batch that was run and fits."""
-        fits = (trial.batch_size for trial in latest_by_size(self.trials) if trial.fits)
-        return max(fits, default=None)
+        """Largest micro-batch that was run and fits, in samples: measured."""
+        trials = latest_by_size(self.trials)
+        return max((trial.batch_size for trial in trials if trial.fits), default=None)
 
     @property
     def smallest_failing(self) -> int | None:
-        """The smallest micro-batch that memory refused."""
-        return min(
-            (
-                trial.batch_size
-                for trial in latest_by_size(self.trials)
-                if trial.outcome in {Outcome.OVER_BUDGET, Outcome.OUT_OF_MEMORY}
-            ),
-            default=None,
-        )
+        """Smallest micro-batch that was over the budget or out of memory: measured."""
+        failures = {Outcome.OVER_BUDGET, Outcome.OUT_OF_MEMORY}
+        trials = latest_by_size(self.trials)
+        failed = (trial.batch_size for trial in trials if trial.outcome in failures)
+        return min(failed, default=None)
 
     @property
     def sizes(self) -> tuple[SpeedRow, ...]:
-        """What each micro-batch gives: measured."""
+        """Throughput and peak memory of each micro-batch that was timed: measured."""
         return speed_rows(self.trials, self.curve, self.plan.world_size)
 
     @property
     def pace(self) -> StepTimes:
-        """Seconds per micro-batch and per update, as measured."""
+        """Seconds per micro-batch and per update, interpolated between measured sizes."""
         return StepTimes.of(self.trials, self.curve)
 
     @property
     def fit(self) -> LineFit | None:
-        """Seconds of a micro-batch as a line in its size, where one is worth drawing: derived."""
+        """Seconds of a micro-batch as a line in its size: derived; None if no line fits."""
         return fit_line(self.pace)
 
     @property
     def effective(self) -> tuple[EffectiveRow, ...]:
-        """What effective batches around the plan's would cost: derived; empty where nothing trains."""
+        """Costs of effective batches around the plan's: derived; empty if nothing is trained."""
         if self.task != "train":
             return ()
         rows = effective_rows(self._costs, self.trials, self.curve)
@@ -172,7 +172,10 @@ class TuningReport(BaseModel):
 
     @property
     def optimum(self) -> Optimum | None:
-        """Which effective batch would reach the same loss soonest: estimated; None where no noise scale was measured."""
+        """Effective batch with the shortest time to the same loss: estimated.
+
+        None without a noise scale.
+        """
         return optimum(self._costs, self.effective)
 
     @property
@@ -182,37 +185,53 @@ class TuningReport(BaseModel):
 
     @property
     def knee(self) -> int | None:
-        """The smallest batch with 95 % of the fastest throughput; None where none was timed."""
+        """Smallest batch with 95 % of the fastest throughput: measured; None if none was timed."""
         if self.latencies:
-            found = knee(self.latencies)
-            return found.batch_size if found else None
+            latency = knee(self.latencies)
+            return latency.batch_size if latency else None
         return _throughput.knee(self.sizes)
 
     def stream(self, rate: float) -> Stream:
-        """What a stream of samples, so many per second and one by one, gets at each size that was timed.
+        """Return the response times to a stream of samples at each batch size that was timed.
 
-        `.best` is the row of the size that answers it soonest. `AutobatchError` where no calls were timed.
+        Args:
+            rate: Samples per second, which arrive one by one.
+
+        Returns:
+            A row per batch size; `.best` is the row with the shortest response time.
+
+        Raises:
+            ValueError: The rate is not a number above 0.
+            AutobatchError: The report has no latencies.
         """
-        return stream(self._timed("stream"), rate, self.settings.latency_limit)
+        return stream(self._timed_latencies("stream"), rate, self.settings.latency_limit)
 
     def cameras(self, fps: float) -> int:
-        """How many cameras of so many frames per second, all at the same time, are answered in one batch in time.
+        """Return the number of cameras whose simultaneous frames one batch answers in time.
 
-        Of the sizes that were timed; 0 where not even one is. `AutobatchError` where no calls were timed.
+        Args:
+            fps: Frames per second of each camera.
+
+        Returns:
+            A batch size that was timed; 0 if none is fast enough.
+
+        Raises:
+            ValueError: The rate is not a number above 0.
+            AutobatchError: The report has no latencies.
         """
-        return cameras(self._timed("cameras"), fps)
+        return cameras(self._timed_latencies("cameras"), fps)
 
-    def _timed(self, asked: str) -> tuple[ALatency, ...]:
-        """How long calls take, for those who ask."""
+    def _timed_latencies(self, method: str) -> tuple[StoredLatency, ...]:
         if not self.latencies:
             raise AutobatchError(
-                f"report.{asked} goes by how long calls take, and this report (task {self.task!r}) has timed none; "
-                "ask one that was made with latency_limit."
+                f"report.{method} goes by how long calls take, and this report "
+                f"(task {self.task!r}) has timed none; ask one that was made with latency_limit."
             )
         return self.latencies
 
     def to_json(self) -> str:
-        """The report as JSON, with units in its keys, and with the derived rows."""
+        """Return the report as JSON, with units in its keys and with its derived rows."""
+        stored = self.model_dump(mode="json", by_alias=True)
         derived = {
             "largest_fit": self.largest_fit,
             "smallest_failing": self.smallest_failing,
@@ -223,42 +242,64 @@ class TuningReport(BaseModel):
             "knee": self.knee,
             "kinds": KINDS,
         }
-        stored = self.model_dump(mode="json", by_alias=True)
         return json.dumps(stored | derived, indent=2, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> TuningReport:
-        """The report that `to_json` wrote."""
+        """Return the report that `to_json` wrote.
+
+        Raises:
+            ValueError: The text is not such a report.
+        """
         return _parsed(text, "The text")
 
     @classmethod
     def read(cls, path: str | Path) -> TuningReport:
-        """The report in a file that `to_json` or a sink wrote."""
+        """Return the report in a JSON file.
+
+        Args:
+            path: A file that a sink, a logger or `to_json` wrote.
+
+        Raises:
+            ValueError: The file cannot be read, or is not a report.
+        """
         file = files.named(path, "of a report")
         try:
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            why = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
             raise ValueError(
-                f"{path} can not be read ({why}); give the JSON file of a report."
+                f"{path} cannot be read ({reason}); give the JSON file of a report."
             ) from error
         return _parsed(text, str(path))
 
     def text(self, glyphs: Glyphs = UNICODE) -> str:
-        """The report for a terminal, at most 86 columns wide, in these glyphs."""
+        """Return the report as text of at most 86 columns.
+
+        Args:
+            glyphs: Characters that the output can show.
+        """
         from autobatch._report.text import page
 
         return terminal(page(self), glyphs)
 
     def plot(self, path: str | Path | None = None, ax: Axes | None = None) -> Figure:
-        """The report as a picture: the answer, and what speaks for it; needs matplotlib.
+        """Draw the report with matplotlib: the plan, and the measurements behind it.
 
-        It opens no window, and leaves pyplot and its settings as they are; a notebook shows what is returned.
+        Opens no window and changes neither pyplot nor its settings; a notebook shows the figure
+        that is returned.
 
         Args:
-            path: A file to write as well, which ends in .png, .svg or .pdf.
-            ax: Draw only the main panel, into this Axes: what the effective batch costs, where a noise scale was
-                measured, else the speed; for inference the latency. Its figure is returned.
+            path: A .png, .svg or .pdf file to write as well.
+            ax: Axes for the main panel alone: cost of the effective batch if a noise scale was
+                measured, otherwise throughput; latency for inference.
+
+        Returns:
+            The figure, or the figure of `ax`.
+
+        Raises:
+            AutobatchError: matplotlib is not installed.
+            ValueError: The path has another ending.
         """
         try:
             from autobatch._report.figure import draw
@@ -279,7 +320,7 @@ class TuningReport(BaseModel):
         return self.text()
 
     def __repr__(self) -> str:
-        return f"<TuningReport: {product(self.plan)}, {counted(len(self.trials))}>"
+        return f"<TuningReport: {product(self.plan)}, {counted(len(self.trials), 'trial')}>"
 
 
 def _parsed(text: str, origin: str) -> TuningReport:
@@ -293,13 +334,14 @@ def _parsed(text: str, origin: str) -> TuningReport:
     version = stored["schema_version"]
     if isinstance(version, int) and version > _SCHEMA_VERSION:
         raise ValueError(
-            f"{origin} has schema_version={version}, newer than the {_SCHEMA_VERSION} read here; upgrade autobatch."
+            f"{origin} has schema_version={version}, and this version of autobatch reads up to "
+            f"{_SCHEMA_VERSION}; upgrade autobatch."
         )
     try:
         return TuningReport.model_validate(stored)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
+        field = ".".join(map(str, first["loc"]))
         raise ValueError(
-            f"{origin} is not a complete report ({where}: {first['msg']}); {remedy}."
+            f"{origin} is not a complete report ({field}: {first['msg']}); {remedy}."
         ) from error

@@ -1,18 +1,28 @@
-"""Lay out a page as text of limited width."""
+"""A page of a report, laid out by rich for terminals, logs and notebooks."""
 
 from __future__ import annotations
 
-import textwrap
+import io
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from itertools import chain
+from typing import TYPE_CHECKING, Final
+
+from rich import table as rich_table
+from rich.columns import Columns
+from rich.console import Console, Group
+from rich.padding import Padding
+from rich.text import Text
+from rich.theme import Theme
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
-_WIDTH = 86
-# Of the columns of facts, unless something in them is longer
-_LABELS = 9
-_VALUES = 24
+    from rich.console import RenderableType
+
+WIDTH: Final = 86  # columns
+MARK: Final = "▶"
+COLOURED: Final = Theme({"chosen": "bold green", "sign": "bold yellow"})
+UNCOLOURED: Final = Theme({"chosen": "bold", "sign": "bold"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,17 +36,22 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Columns of equal length; `marked` is the row of the choice."""
+    """Columns of equal length; `marked` is the row of the chosen size."""
 
     title: str
     columns: tuple[Column, ...]
     marked: int | None
     foot: str
 
+    @property
+    def rows(self) -> Iterator[tuple[str, ...]]:
+        """Cells, row by row."""
+        return zip(*(column.cells for column in self.columns), strict=True)
+
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """One line of what the choice means."""
+    """One line about the chosen size: label, value and comment."""
 
     label: str
     value: str
@@ -45,11 +60,11 @@ class Fact:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """What a report says, before anything decides how it looks."""
+    """Content of a report, independent of its look; `comment` is about the answer."""
 
     header: tuple[str, ...]
     answer: str
-    asked: str
+    comment: str
     facts: tuple[Fact, ...]
     tables: tuple[Table, ...]
     notes: tuple[str, ...]
@@ -57,91 +72,114 @@ class Page:
 
 @dataclass(frozen=True, slots=True)
 class Glyphs:
-    """Which characters a text is spelled with: one for one, so that columns stay where they are.
+    """Characters that an output can show; replaced one for one, so that columns stay aligned.
 
     Args:
-        encoding: What the text must fit into; a character outside it becomes "?".
-        stand_ins: Characters to use instead of others.
+        encoding: Encoding of the output; characters outside it become "?".
+        stand_ins: Characters that replace others.
     """
 
     encoding: str
     stand_ins: Mapping[int, int] = field(default_factory=dict)
 
     def spell(self, text: str) -> str:
-        """The text in these characters."""
+        """Return text in these characters."""
         spelled = text.translate(self.stand_ins)
         return spelled.encode(self.encoding, "replace").decode(self.encoding)
 
 
-UNICODE = Glyphs("utf-8")
-ASCII = Glyphs("ascii", str.maketrans("▶×·–−█▉▊▋▌▍▎▏±µ", ">x---#####   ~u"))
+UNICODE: Final = Glyphs("utf-8")
+ASCII: Final = Glyphs("ascii", str.maketrans("▶×·–−█▉▊▋▌▍▎▏±µ", ">x---#####   ~u"))
+
+
+def glyphs_for(encoding: str | None) -> Glyphs:
+    """Return all glyphs if the encoding has them, otherwise their ASCII stand-ins."""
+    try:
+        "▶×·–−±▏▉█".encode(encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return ASCII
+    return UNICODE
 
 
 def terminal(page: Page, glyphs: Glyphs) -> str:
-    """A page as text for a terminal or a log."""
-    blocks = [
-        _joined(page.header),
-        _ends(page.answer, page.asked),
-        _facts(page.facts),
-        *(_rows(table) for table in page.tables),
-        [line for note in page.notes for line in _note(note)],
-    ]
-    lines = "\n\n".join("\n".join(block) for block in blocks if block).splitlines()
-    return glyphs.spell("\n".join(part for line in lines for part in _narrow(line)))
+    """Return a page as plain text."""
+    out = io.StringIO()
+    console = Console(
+        file=out, width=WIDTH, theme=UNCOLOURED, color_system=None, force_jupyter=False
+    )
+    console.print(renderable(page, glyphs))
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
-def _facts(facts: Sequence[Fact]) -> list[str]:
-    """A line each, the remarks below each other."""
-    labels = max((len(fact.label) for fact in facts), default=0)
-    values = max((len(fact.value) for fact in facts if fact.remark), default=0)
-    first, second = max(_LABELS, labels + 2), max(_VALUES, values + 2)
-    return [f"  {fact.label:<{first}}{fact.value:<{second}}{fact.remark}" for fact in facts]
+def renderable(page: Page, glyphs: Glyphs) -> RenderableType:
+    """Return a page for a console of `WIDTH` columns whose theme has the styles chosen and sign."""
+    return _Layout(glyphs).page(page)
 
 
-def _joined(parts: Iterable[str]) -> list[str]:
-    """Parts side by side, on as many lines as they need."""
-    lines: list[str] = []
-    for part in parts:
-        if lines and len(lines[-1]) + len(part) + 3 <= _WIDTH:
-            lines[-1] += f" · {part}"
-        else:
-            lines.append(f"  {part}" if lines else part)
-    return lines
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Blocks of a page; every string becomes a `Text`, so that names are never read as markup."""
+
+    glyphs: Glyphs
+
+    def page(self, page: Page) -> RenderableType:
+        blocks = [self._header(page.header)]
+        if page.answer:
+            parts = [self._text(part) for part in (page.answer, page.comment) if part]
+            blocks.append(_indented(Columns(parts, padding=(0, 4))))
+        if page.facts:
+            blocks.append(_indented(self._facts(page.facts)))
+        blocks += [_indented(self._table(table)) for table in page.tables]
+        if page.notes:
+            blocks.append(_indented(self._notes(page.notes)))
+        return Group(blocks[0], *chain.from_iterable((Text(), block) for block in blocks[1:]))
+
+    def _text(self, content: str, style: str = "") -> Text:
+        return Text(self.glyphs.spell(content), style)
+
+    def _header(self, parts: Sequence[str]) -> RenderableType:
+        """Break lines between parts only."""
+        lines: list[str] = []
+        for part in parts:
+            if lines and len(f"{lines[-1]} · {part}") <= WIDTH:
+                lines[-1] += f" · {part}"
+            else:
+                lines.append(f"  {part}" if lines else part)
+        return self._text("\n".join(lines))
+
+    def _facts(self, facts: Sequence[Fact]) -> RenderableType:
+        grid = rich_table.Table.grid(padding=(0, 3))
+        grid.add_column(no_wrap=True)
+        for fact in facts:
+            grid.add_row(*map(self._text, (fact.label, fact.value, fact.remark)))
+        return grid
+
+    def _table(self, table: Table) -> RenderableType:
+        grid = rich_table.Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="none")
+        for number, column in enumerate(table.columns):
+            # Sizes and bars keep their width; in a table that is too wide, other cells are folded
+            is_fixed = number == 0 or not column.header
+            grid.add_column(
+                self._text(column.header),
+                justify="left" if column.align == "<" else "right",
+                no_wrap=is_fixed,
+                overflow="crop" if is_fixed else "fold",
+            )
+        width = max(len(table.columns[0].header), *(len(row[0]) + 2 for row in table.rows))
+        for number, (first, *others) in enumerate(table.rows):
+            is_marked = number == table.marked
+            mark = MARK if is_marked else ""
+            cells = (f"{mark}{first:>{width - len(mark)}}", *others)
+            grid.add_row(*map(self._text, cells), style="chosen" if is_marked else None)
+        title, foot = (self._text(text) for text in (table.title, table.foot))
+        return Group(*(part for part in (title, grid, foot) if part))
+
+    def _notes(self, notes: Sequence[str]) -> RenderableType:
+        grid = rich_table.Table.grid(padding=(0, 1))
+        for note in notes:
+            grid.add_row(self._text("!", "sign"), self._text(note))
+        return grid
 
 
-def _ends(left: str, right: str) -> list[str]:
-    """The answer, and beside it, or below where there is no room, what was asked."""
-    if not left:
-        return []
-    if not right:
-        return [f"  {left}"]
-    start = min(59, _WIDTH - len(right))
-    beside = len(left) + 4 <= start
-    return [f"  {left}".ljust(start) + right] if beside else [f"  {left}", f"  {right}"]
-
-
-def _rows(table: Table) -> list[str]:
-    first, *others = table.columns
-    room = Column(first.header, tuple(f"  {cell}" for cell in first.cells))  # for the mark
-    padded = [_padded(column) for column in (room, *others)]
-    lines = ["  " + "  ".join(cells) for cells in zip(*padded, strict=True)]
-    if table.marked is not None:
-        lines[table.marked + 1] = f"  ▶{lines[table.marked + 1][3:]}"
-    title, foot = ([f"  {text}"] if text else [] for text in (table.title, table.foot))
-    return [*title, *lines, *foot]
-
-
-def _padded(column: Column) -> list[str]:
-    texts = (column.header, *column.cells)
-    width = max(map(len, texts))
-    return [f"{text:{column.align}{width}}" for text in texts]
-
-
-def _note(note: str) -> list[str]:
-    return textwrap.wrap(note, _WIDTH, initial_indent="  ! ", subsequent_indent="    ")
-
-
-def _narrow(line: str) -> list[str]:
-    """The line itself, or, where it is a sentence or has numbers beyond reason, as many as it takes."""
-    line = line.rstrip()
-    return textwrap.wrap(line, _WIDTH, subsequent_indent="    ") if len(line) > _WIDTH else [line]
+def _indented(block: RenderableType) -> RenderableType:
+    return Padding(block, (0, 0, 0, 2))

@@ -1,19 +1,12 @@
-"""JSON names with units, and the kind of each number."""
+"""JSON names with units, limits of numbers, and the kind of each number."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
-from pydantic import (
-    AfterValidator,
-    AliasChoices,
-    AliasGenerator,
-    BeforeValidator,
-    ConfigDict,
-    PlainSerializer,
-)
+from pydantic import AfterValidator, ConfigDict, PlainSerializer
 
 from autobatch._latency import Latency
 from autobatch._plan import BatchPlan
@@ -22,12 +15,12 @@ from autobatch._trials import Trial
 if TYPE_CHECKING:
     from autobatch._report.tradeoff import EffectiveRow
 
-# What a field is counted in, where its name does not say it
+# Units of fields whose name has none
 _UNITS: Final = {
     **dict.fromkeys(("budget", "foreign", "peak", "resident", "total"), "bytes"),
-    **dict.fromkeys(("low", "high"), "samples"),
+    **dict.fromkeys(("low", "high"), "samples"),  # of a noise scale
 }
-# Of the numbers at the top of a report; settings are what was asked
+# Numbers at the top of a report; settings are the user's
 KINDS: Final = {
     "budget_bytes": "derived",
     "dataset_size": "measured",
@@ -38,7 +31,7 @@ KINDS: Final = {
     "smallest_failing": "measured",
     "validation_batch_size": "measured",
 }
-# Of a row of effective batches, what is estimated and not worked out from measured times
+# Fields of a row of effective batches that need a noise scale
 _ESTIMATED: Final = (
     "relative_updates",
     "relative_samples",
@@ -47,103 +40,82 @@ _ESTIMATED: Final = (
     "relative_time_high",
     "useful_samples_per_second",
 )
+# Numbers that cannot be zero; no number can be below zero
+_POSITIVE: Final = {
+    "accumulate",
+    "accumulate_grad_batches",
+    "at_percentile_seconds",
+    "batch_size",
+    "calls",
+    "micro_batch_size",
+    "p50_seconds",
+    "p90_seconds",
+    "p99_seconds",
+    "world_size",
+}
 
 
-def _named(field: str) -> str:
-    """The name of a field in JSON, where a reader has no documentation at hand: with its unit."""
+def json_name(field: str) -> str:
+    """Return the name of a field in JSON, with its unit."""
     return f"{field}_{_UNITS[field]}" if field in _UNITS else field
 
 
-_FIELDS: Final = {_named(field): field for field in _UNITS}
+# Records are plain dataclasses: pydantic reads them with the configuration of the report
+CONFIG: Final = ConfigDict(frozen=True, alias_generator=json_name, populate_by_name=True)
 
 
 def written(record: Any, kind: str) -> dict[str, Any]:
-    """One of the frozen dataclasses in JSON; its kind says where its numbers come from."""
-    named = {_named(name): value for name, value in asdict(record).items()}
-    return {**named, "kind": kind}
-
-
-def _read(record: Any) -> Any:
-    if not isinstance(record, dict):
-        return record
-    return {_FIELDS.get(name, str(name)): value for name, value in record.items() if name != "kind"}
+    """Return a record for JSON; `kind` is measured, derived or estimated."""
+    named = {json_name(name): value for name, value in asdict(record).items()}
+    return named | {"kind": kind}
 
 
 def row_written(row: EffectiveRow) -> dict[str, Any]:
-    """A row of effective batches, what is estimated apart."""
-    fields = written(row, "derived")
-    estimated = {name: fields.pop(name) for name in _ESTIMATED}
+    """Return a row of effective batches for JSON, with its estimates in a record of their own."""
+    derived = written(row, "derived")
+    estimated = {name: derived.pop(name) for name in _ESTIMATED}
     if row.relative_updates is None:
-        return fields
-    return {**fields, "to_same_loss": {**estimated, "kind": "estimated"}}
+        return derived
+    return derived | {"to_same_loss": estimated | {"kind": "estimated"}}
 
 
-def _sound(record: Any) -> Any:
-    if record is not None and not all(
-        0 <= value < math.inf for value in asdict(record).values() if isinstance(value, float)
-    ):
-        raise ValueError("numbers that are measured are finite, and none is below 0")
+def _checked(record: Any) -> Any:
+    for field in fields(record):
+        value = getattr(record, field.name)
+        is_number = isinstance(value, (int, float))
+        is_zero = value == 0 and field.name in _POSITIVE
+        if is_number and (is_zero or not 0 <= value < math.inf):
+            raise ValueError(f"{field.name}={value} is out of range")
     return record
 
 
-def _sound_trial(trial: Trial) -> Trial:
-    seconds = (trial.step_seconds or 0.0, trial.optimizer_seconds or 0.0)
-    if min(trial.batch_size, trial.accumulate) < 1 or not all(
-        0 <= second < math.inf for second in seconds
-    ):
-        raise ValueError("a trial has counts of 1 or more and times of 0 or more")
-    return replace(trial, profile=())
+def _written_trial(trial: Trial) -> dict[str, Any]:
+    in_json = written(trial, "measured")
+    del in_json["profile"]  # one number per allocation
+    return in_json
 
 
-def _sound_plan(plan: BatchPlan) -> BatchPlan:
-    if min(plan.micro_batch_size, plan.accumulate_grad_batches, plan.world_size) < 1:
-        raise ValueError("a plan has counts of 1 or more")
-    return plan
-
-
-def _sound_latency(latency: Latency) -> Latency:
-    seconds = (
-        latency.p50_seconds,
-        latency.p90_seconds,
-        latency.p99_seconds,
-        latency.at_percentile_seconds,
-    )
-    if min(latency.batch_size, latency.calls) < 1 or not all(
-        0 < second < math.inf for second in seconds
-    ):
-        raise ValueError("a latency has counts of 1 or more and times above 0")
-    return latency
-
-
-ATrial = Annotated[
+CHECKED: Final = AfterValidator(_checked)
+MEASURED: Final = (CHECKED, PlainSerializer(lambda record: written(record, "measured")))
+StoredTrial = Annotated[
     Trial,
-    BeforeValidator(_read),
-    AfterValidator(_sound_trial),
-    PlainSerializer(lambda t: {k: v for k, v in written(t, "measured").items() if k != "profile"}),
+    CHECKED,
+    AfterValidator(lambda trial: replace(trial, profile=())),
+    PlainSerializer(_written_trial),
 ]
-APlan = Annotated[
+StoredPlan = Annotated[
     BatchPlan,
-    AfterValidator(_sound_plan),
+    CHECKED,
     PlainSerializer(
-        lambda p: written(p, "derived") | {"effective_batch_size": p.effective_batch_size}
+        lambda plan: written(plan, "derived") | {"effective_batch_size": plan.effective_batch_size}
     ),
 ]
-MEASURED = (
-    BeforeValidator(_read),
-    AfterValidator(_sound),
-    PlainSerializer(lambda record: written(record, "measured"), when_used="unless-none"),
-)
-ALatency = Annotated[
+StoredLatency = Annotated[
     Latency,
-    AfterValidator(_sound_latency),
+    CHECKED,
     PlainSerializer(
-        lambda each: written(each, "measured") | {"samples_per_second": each.samples_per_second}
+        lambda latency: (
+            written(latency, "measured") | {"samples_per_second": latency.samples_per_second}
+        )
     ),
 ]
-FROZEN = ConfigDict(
-    frozen=True,
-    alias_generator=AliasGenerator(
-        validation_alias=lambda field: AliasChoices(_named(field), field),
-        serialization_alias=_named,
-    ),
-)

@@ -1,4 +1,4 @@
-"""A report as text: header, facts and tables."""
+"""Content of a report: header, answer, facts, tables and notes."""
 
 from __future__ import annotations
 
@@ -7,87 +7,66 @@ from typing import TYPE_CHECKING, Final
 
 from autobatch._memory import format_bytes
 from autobatch._report.latency import latency_facts, latency_table, percentile_told, within
-from autobatch._report.layout import Fact, Page, Table
+from autobatch._report.layout import Fact, Page
 from autobatch._report.notes import accumulation_costs, tightest_bound, waiting
-from autobatch._report.tables import (
-    counted,
-    data_fact,
-    effective_table,
-    epoch_fact,
-    memory_fact,
-    product,
-    speed_fact,
-    speed_table,
-    spread,
-    update_fact,
-)
+from autobatch._report.tables import effective_table, product, speed_table, spread
 from autobatch._report.tradeoff import NoiseRange, is_of
-from autobatch._report.units import SECONDS, aligned, percent, plain, quantity
+from autobatch._report.units import counted, duration, percent, plain, rounded
 from autobatch._throughput import latest_by_size
 
 if TYPE_CHECKING:
-    from autobatch._latency import LatencyLimit
+    from collections.abc import Sequence
+
     from autobatch._report import TuningReport
+    from autobatch._report.layout import Table
     from autobatch._report.notes import Bound
+    from autobatch._report.tradeoff import EffectiveRow
+    from autobatch._throughput import SpeedRow
+    from autobatch._trials import Trial
 
-_FULL: Final = 0.95  # of the budget: a search for what fits does not end below
-
-
-def completed(report: TuningReport) -> Page:
-    """What training has added to a report that was shown when it began.
-
-    The effective batches are shown again only where a noise scale has made something new of them.
-    """
-    is_new = NoiseRange.of(report.noise) is not None
-    return Page(
-        header=("autobatch", plain(report.subject), "what training showed"),
-        answer="" if is_new else _trust(report),
-        asked="",
-        facts=(),
-        tables=_effective(report) if is_new else (),
-        notes=tuple(plain(note) for note in _since_training(report)),
-    )
+# Share of the budget: a search that only memory ends uses more
+_FULL: Final = 0.95
 
 
 def page(report: TuningReport) -> Page:
-    """What the report says, in the order it says it; every sink shows this."""
+    """Return the content of a report, which every sink shows."""
     return Page(
         header=_header(report),
         answer=_answer(report),
-        asked=_asked(report),
+        comment=_comment(report),
         facts=_facts(report),
         tables=_tables(report),
-        notes=tuple(plain(note) for note in _notes(report)),
+        notes=tuple(map(plain, (*_notes_since_training(report), *report.notes))),
     )
 
 
-def _notes(report: TuningReport) -> tuple[str, ...]:
-    """Those of the tuning run, and what was measured since."""
-    return (*_since_training(report), *report.notes)
+def completed(report: TuningReport) -> Page:
+    """Return the content that training has added to a report shown at its beginning.
 
-
-def _since_training(report: TuningReport) -> tuple[str, ...]:
-    told = (waiting(report.loading), _accumulation_costs(report))
-    return tuple(note for note in told if note)
-
-
-def _accumulation_costs(report: TuningReport) -> str | None:
-    best, pace = report.optimum, report.pace
-    alone = pace.update(report.plan.micro_batch_size, 1)
-    if best is None or not alone:
-        return None
-    share = pace.optimizer_seconds / alone
-    return accumulation_costs(report.plan, best.accumulate_grad_batches, share)
+    Effective batches are shown again only if a noise scale was measured.
+    """
+    is_compared = NoiseRange.of(report.noise) is not None
+    return Page(
+        header=("autobatch", plain(report.subject), "what training showed"),
+        answer="" if is_compared else _trust(report),
+        comment="",
+        facts=(),
+        tables=_effective(report) if is_compared else (),
+        notes=tuple(map(plain, _notes_since_training(report))),
+    )
 
 
 def _header(report: TuningReport) -> tuple[str, ...]:
     device = f"{plain(report.device.name)} {format_bytes(report.device.total)}"
-    took = quantity(report.search_seconds, SECONDS)
+    timed = len(report.curve or report.latencies)
+    done = counted(len(report.trials), "trial")
+    if timed:
+        done += f", {counted(timed, 'size')} timed"
     parts = (
         "autobatch",
         plain(report.subject),
         f"{report.plan.world_size} × {device}",
-        f"{counted(len(report.trials))}{_timed(report)} in {took}",
+        f"{done} in {duration(report.search_seconds)}",
     )
     return tuple(part for part in parts if part)
 
@@ -105,12 +84,7 @@ def _answer(report: TuningReport) -> str:
     return f"{batches} to {report.task}, {within(limit)}"
 
 
-def _timed(report: TuningReport) -> str:
-    sizes = len(report.curve or report.latencies)
-    return f", {sizes} size{'s' if sizes > 1 else ''} timed" if sizes else ""
-
-
-def _asked(report: TuningReport) -> str:
+def _comment(report: TuningReport) -> str:
     target, got = report.settings.target_batch_size, report.plan.effective_batch_size
     limit = report.settings.limit_on_latency
     if limit is not None:
@@ -124,26 +98,18 @@ def _asked(report: TuningReport) -> str:
 
 
 def _among_sizes(report: TuningReport) -> str:
-    """Where the chosen micro-batch stands among those that fit."""
-    seen = {trial.batch_size for trial in report.trials}
-    seen |= {point.batch_size for point in report.curve}
-    seen |= {latency.batch_size for latency in report.latencies}
-    if len(seen) == 1:
+    """Compare the chosen micro-batch with the others that fit."""
+    sizes = {trial.batch_size for trial in report.trials}
+    sizes |= {point.batch_size for point in report.curve}
+    sizes |= {latency.batch_size for latency in report.latencies}
+    if len(sizes) == 1:
         return "the only size tried"
     largest, bound = report.largest_fit or 0, _bound(report)
-    if (bound and largest >= bound.batch_size) or _is_cut_short(report, largest):
+    if (bound and largest >= bound.batch_size) or _is_ended_by_latency(report, largest):
         return "larger sizes not sought"
     if largest == report.plan.micro_batch_size:
         return "the largest found to fit"
     return f"{largest:,} is the largest found to fit"
-
-
-def _is_cut_short(report: TuningReport, size: int) -> bool:
-    """Whether the search for what fits ended at a size for another reason than memory: what calls take there."""
-    if report.settings.limit_on_latency is None or report.smallest_failing is not None:
-        return False
-    peaks = [t.peak or 0 for t in latest_by_size(report.trials) if t.batch_size == size]
-    return max(peaks, default=0) < _FULL * report.budget
 
 
 def _bound(report: TuningReport) -> Bound | None:
@@ -155,40 +121,101 @@ def _bound(report: TuningReport) -> Bound | None:
     )
 
 
+def _is_ended_by_latency(report: TuningReport, largest: int) -> bool:
+    """Return True if the latency of the largest size ended the search, and not memory."""
+    if report.settings.limit_on_latency is None or report.smallest_failing is not None:
+        return False
+    trial = _trial_of(report, largest)
+    return ((trial and trial.peak) or 0) < _FULL * report.budget
+
+
+def _trial_of(report: TuningReport, size: int) -> Trial | None:
+    trials = latest_by_size(report.trials)
+    return next((trial for trial in trials if trial.batch_size == size), None)
+
+
+# Facts
+
+
 def _facts(report: TuningReport) -> tuple[Fact, ...]:
-    limit = report.settings.limit_on_latency
+    plan, limit = report.plan, report.settings.limit_on_latency
     if report.latencies and limit is not None:
-        return _facts_of_answers(report, limit)
-    plan, sizes = report.plan, report.sizes
-    size = plan.micro_batch_size
-    trial = next((t for t in latest_by_size(report.trials) if t.batch_size == size), None)
-    speed = next((row for row in sizes if row.batch_size == size), None)
-    row = next((row for row in report.effective if is_of(row, plan)), None)
-    facts = []
-    if speed:
-        facts.append(speed_fact(speed, sizes))
-    if trial and trial.peak is not None:
-        asked = report.settings.target_batch_size is not None
-        place = _among_sizes(report) if asked else ""  # or the answer has said it
-        facts.append(memory_fact(trial.peak, report.budget, place))
-    if trial and row and row.update_seconds:
-        facts.append(update_fact(row.update_seconds, trial.optimizer_seconds))
-    if row and row.updates_per_epoch:
-        facts.append(epoch_fact(row.updates_per_epoch, row.epoch_seconds))
-    if report.look:
-        facts.append(data_fact(report.look))
-    return tuple(facts)
+        timed = latency_facts(report.latencies, limit, plan.micro_batch_size, report.task)
+        facts = (*timed, _memory(report), _data(report))
+    else:
+        row = next((row for row in report.effective if is_of(row, plan)), None)
+        per_update = (_update(report, row), _epoch(row)) if row else ()
+        facts = (_speed(report), _memory(report), *per_update, _data(report))
+    return tuple(fact for fact in facts if fact)
 
 
-def _facts_of_answers(report: TuningReport, limit: LatencyLimit) -> tuple[Fact, ...]:
-    size = report.plan.micro_batch_size
-    trial = next((t for t in latest_by_size(report.trials) if t.batch_size == size), None)
-    facts = [*latency_facts(report.latencies, limit, size, report.task)]
-    if trial and trial.peak is not None:
-        facts.append(memory_fact(trial.peak, report.budget, _among_sizes(report)))
-    if report.look:
-        facts.append(data_fact(report.look))
-    return tuple(facts)
+def _speed(report: TuningReport) -> Fact | None:
+    rows = report.sizes
+    row = next((row for row in rows if row.batch_size == report.plan.micro_batch_size), None)
+    if row is None:
+        return None
+    value = f"{rounded(row.samples_per_second)} samples/s"
+    low, high = row.samples_per_second_low, row.samples_per_second_high
+    if low is not None and high is not None:
+        value += f" ±{percent((high - low) / 2 / row.samples_per_second)}"
+    fastest = max(rows, key=lambda other: other.of_fastest)
+    if row == fastest:
+        return Fact("Speed", value, _fastest_of(row, rows))
+    there = f"{rounded(fastest.samples_per_second)} at {fastest.batch_size:,}"
+    return Fact("Speed", value, f"{percent(row.of_fastest)} of the fastest measured ({there})")
+
+
+def _fastest_of(row: SpeedRow, rows: Sequence[SpeedRow]) -> str:
+    timed = [each for each in rows if each.updates is not None] or rows
+    if len(rows) == 1:
+        return "by one trial, a few steps" if row.updates is None else ""
+    if row not in timed:
+        return f"by its trial alone; {len(timed)} others were timed"
+    if len(timed) < len(rows):
+        return f"the fastest of {len(timed)} sizes timed, {len(rows) - len(timed)} by trial"
+    return f"the fastest of {len(timed)} sizes timed"
+
+
+def _memory(report: TuningReport) -> Fact | None:
+    trial = _trial_of(report, report.plan.micro_batch_size)
+    if trial is None or trial.peak is None:
+        return None
+    budget = format_bytes(report.budget)
+    used = format_bytes(trial.peak).removesuffix(f" {budget.split()[-1]}")
+    comment = f"{format_bytes(report.budget - trial.peak)} to spare"
+    place = _among_sizes(report)
+    if place != _comment(report):
+        comment += f"; {place}"
+    return Fact("Memory", f"{used} of {budget}", comment)
+
+
+def _update(report: TuningReport, row: EffectiveRow) -> Fact | None:
+    trial = _trial_of(report, row.micro_batch_size)
+    if trial is None or not row.update_seconds:
+        return None
+    optimizer = trial.optimizer_seconds
+    comment = f"optimizer {percent(optimizer / row.update_seconds)} of it" if optimizer else ""
+    return Fact("Update", duration(row.update_seconds), comment)
+
+
+def _epoch(row: EffectiveRow) -> Fact | None:
+    if not row.updates_per_epoch:
+        return None
+    took = f"{duration(row.epoch_seconds)} in training steps" if row.epoch_seconds else ""
+    return Fact("Epoch", counted(row.updates_per_epoch, "update"), took)
+
+
+def _data(report: TuningReport) -> Fact | None:
+    look = report.look
+    if look is None:
+        return None
+    comment = "all of one size" if look.is_even else "trials ran the largest"
+    if look.among is not None and look.read < look.among:
+        comment = f"of {look.among:,}; {comment}"
+    return Fact("Data", f"{counted(look.read, 'sample')} read", comment)
+
+
+# Tables
 
 
 def _tables(report: TuningReport) -> tuple[Table, ...]:
@@ -199,54 +226,54 @@ def _tables(report: TuningReport) -> tuple[Table, ...]:
         return (latency_table(report.latencies, limit, size, peaks),)
     if not report.trials:
         return _effective(report)
-    return (
-        speed_table(report.trials, report.sizes, report.plan),
-        *_effective(report),
-    )
+    return (speed_table(report.trials, report.sizes, report.plan), *_effective(report))
 
 
 def _effective(report: TuningReport) -> tuple[Table, ...]:
-    """The ladder of effective batches, where anything is known of it."""
     rows = report.effective
-    timed = any(row.update_seconds for row in rows)
-    if not rows or not (report.dataset_size or timed):
+    is_timed = any(row.update_seconds for row in rows)
+    if not rows or not (report.dataset_size or is_timed):
         return ()
     title, foot = _effective_title(report), _effective_foot(report)
     return (effective_table(rows, report.plan, title=title, foot=foot),)
 
 
 def _effective_title(report: TuningReport) -> str:
-    noise = NoiseRange.of(report.noise)
-    title = "Effective batch"
-    if noise and report.noise:
-        between = f"{report.noise.first_update:,}–{report.noise.last_update:,}"
-        title += f", compared with {report.plan.effective_batch_size:,}; noise scale {aligned([noise.samples])[0]}, updates {between}"
-    elif report.dataset_size:
-        title += f", over an epoch of {report.dataset_size:,} samples"
-    return title
+    noise = report.noise
+    if noise and (scale := NoiseRange.of(noise)):
+        return (
+            f"Effective batch, compared with {report.plan.effective_batch_size:,}; "
+            f"noise scale {rounded(scale.samples)}, "
+            f"updates {noise.first_update:,}–{noise.last_update:,}"
+        )
+    if report.dataset_size:
+        return f"Effective batch, over an epoch of {report.dataset_size:,} samples"
+    return "Effective batch"
 
 
 def _effective_foot(report: TuningReport) -> str:
-    """What stands below the ladder: how far to trust it, and which rule its learning rates go by."""
     rule = report.learning_rate
-    told = [
+    sentences = (
         _trust(report),
         f"LR: {rule.optimizer}'s {rule.rule} rule, not applied." if rule else "",
-    ]
-    return " ".join(sentence for sentence in told if sentence)
+    )
+    return " ".join(sentence for sentence in sentences if sentence)
 
 
 def _trust(report: TuningReport) -> str:
-    """How far to trust the times to the same loss, or why there are none."""
+    """Return how far to trust the times to the same loss, or why there are none."""
     noise = report.noise
     if noise is None:
         return ""
-    known = aligned([noise.samples])[0] if noise.samples else ""
+    known = rounded(noise.samples) if noise.samples else ""
     match noise.state:
         case "ok":
-            return f"{_likely(report)}Estimates, right within about 4×: they compare batches, not how long runs take."
+            return (
+                f"{_likely(report)}Estimates, right within about 4×: they compare batch sizes "
+                "and do not predict run times."
+            )
         case "settling":
-            so_far = f", and was at least {known} so far" if known else ""
+            so_far = f"; at least {known} so far" if known else ""
             why = f": {noise.reason}" if noise.reason else ""
             return f"Noise scale not settled{so_far}{why}."
         case "at_least":
@@ -257,12 +284,26 @@ def _trust(report: TuningReport) -> str:
 
 
 def _likely(report: TuningReport) -> str:
-    """What the shortest time to the same loss would be, where that is not the plan's own."""
+    """Return the effective batch with the shortest time to the same loss, if not the plan's."""
     rows = [row for row in report.effective if row.relative_time is not None]
     best = min(rows, key=lambda row: row.relative_time or math.inf, default=None)
     if best is None or is_of(best, report.plan):
         return ""
     return (
-        f"{best.effective_batch_size:,} per update would likely take {spread(best)} the time to the same loss, "
-        "with the learning rate retuned. "
+        f"{best.effective_batch_size:,} per update would likely take {spread(best)} the time "
+        "to the same loss, with the learning rate retuned. "
     )
+
+
+def _notes_since_training(report: TuningReport) -> tuple[str, ...]:
+    notes = (waiting(report.loading), _accumulation_costs(report))
+    return tuple(note for note in notes if note)
+
+
+def _accumulation_costs(report: TuningReport) -> str | None:
+    best, pace = report.optimum, report.pace
+    update_seconds = pace.update(report.plan.micro_batch_size, 1)
+    if best is None or not update_seconds:
+        return None
+    share = pace.optimizer_seconds / update_seconds
+    return accumulation_costs(report.plan, best.accumulate_grad_batches, share)

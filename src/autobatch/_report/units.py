@@ -1,17 +1,22 @@
-"""Bytes, seconds and percentages, formatted for people."""
+"""Bytes, seconds, percentages, factors and counts, formatted for people.
+
+A single number of bytes is formatted by `autobatch._memory.format_bytes`, which errors below the
+report use too.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-_DIGITS = 3  # significant ones of the largest number in a column
-_DIGITS_LEAST = 2  # and of the smallest
-_LONGEST = 1e5  # a number that no column shows, as long as there is a larger unit
+_DIGITS: Final = 3  # significant digits of the largest number in a column
+_FEWEST_DIGITS: Final = 2  # significant digits of the smallest
+_LONGEST: Final = 1e5  # a column takes a larger unit before its numbers get this large
+_LEAST_PERCENT: Final = 0.01  # distance from 0 % and 100 % of a share that is neither
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,16 +28,16 @@ class Unit:
     since: float
 
 
-SECONDS = (
+SECONDS: Final = (
     Unit("h", 3600, 7200),
     Unit("min", 60, 120),
     Unit("s", 1, 1),
     Unit("ms", 1e-3, 1e-4),
     Unit("µs", 1e-6, 1e-6),
     Unit("ns", 1e-9, 1e-15),
-    Unit("ms", 1e-3, 0),  # nothing at all
+    Unit("ms", 1e-3, 0),  # exactly zero
 )
-BYTES = (
+BYTES: Final = (
     Unit("GiB", 2**30, 2**29),
     Unit("MiB", 2**20, 2**19),
     Unit("KiB", 2**10, 0),
@@ -40,46 +45,75 @@ BYTES = (
 
 
 def unit_for(values: Iterable[float], units: Sequence[Unit]) -> Unit:
-    """The one unit in which all of these are shown."""
+    """Return one unit that suits all of the values."""
     known = list(values)
     least, most = min(known, default=0), max(known, default=0)
-    fine = [unit for unit in units if least >= unit.since] or [units[-1]]
-    larger = units[: units.index(fine[0])]
-    short = [unit for unit in (fine[0], *reversed(larger)) if most < _LONGEST * unit.factor]
-    return next(iter(short), fine[0])
+    fine = next((unit for unit in units if least >= unit.since), units[-1])
+    larger = units[: units.index(fine)]
+    short = (unit for unit in (fine, *reversed(larger)) if most < _LONGEST * unit.factor)
+    return next(short, fine)
 
 
 def aligned(values: Sequence[float]) -> list[str]:
-    """The numbers of a column with the same decimals: three digits of the largest, two of the smallest."""
+    """Return numbers with equal decimals: three digits of the largest, two of the smallest."""
     digits = [_digits(value) for value in values]
     largest, least = max(digits, default=1), min(digits, default=1)
     if largest > _DIGITS:
         return [f"{round(value, min(0, _DIGITS - _digits(value))):,.0f}" for value in values]
-    decimals = min(3, max(0, _DIGITS - largest, _DIGITS_LEAST - least))
+    decimals = min(3, max(0, _DIGITS - largest, _FEWEST_DIGITS - least))
     return [f"{value:,.{decimals}f}" for value in values]
 
 
 def _digits(value: float) -> int:
-    """Digits before the point; zero or less for a fraction below a tenth."""
+    """Return the number of digits before the point; zero or less for a fraction below a tenth."""
     return math.floor(math.log10(abs(value))) + 1 if value else 1
 
 
+def rounded(value: float) -> str:
+    """Return a number with three significant digits, "1,430"."""
+    return aligned([value])[0]
+
+
 def quantity(value: float, units: Sequence[Unit]) -> str:
-    """One number with its unit, "48.2 s"; decimals that are all zero are left out."""
+    """Return one number with its unit, "48.2 s"; decimals that are all zero are left out."""
     unit = unit_for([value], units)
-    whole, _, decimals = aligned([value / unit.factor])[0].partition(".")
+    whole, _, decimals = rounded(value / unit.factor).partition(".")
     return f"{whole}.{decimals} {unit.name}" if decimals.strip("0") else f"{whole} {unit.name}"
 
 
+def duration(seconds: float) -> str:
+    """Return seconds in the unit that suits them, "71.6 ms"."""
+    return quantity(seconds, SECONDS)
+
+
 def percent(share: float) -> str:
-    """A share as a whole percentage; what is not quite nothing, or not quite all, says so."""
-    if 0 < share < 0.005:  # noqa: PLR2004 -- would round to 0
-        return "<1 %"
-    if 0.995 <= share < 1:  # noqa: PLR2004 -- would round to 100
-        return ">99 %"
-    return f"{100 * share:.0f} %"
+    """Return a share as a percentage, "92 %", with decimals near nothing and near all, "99.6 %"."""
+    value = 100 * share
+    if not 0 < share < 1:
+        return f"{value:,.0f} %"
+    value = min(max(value, _LEAST_PERCENT), 100 - _LEAST_PERCENT)
+    texts = (f"{value:.{decimals}f}" for decimals in (0, 1, 2))
+    text = next(text for text in texts if float(text) not in (0, 100))
+    return f"{text} %"
+
+
+def factor(value: float) -> str:
+    """Return a factor with two significant digits, "×1.4"."""
+    return f"×{value:,.0f}" if value >= 10 else f"×{value:.2g}"  # noqa: PLR2004 -- two digits
+
+
+def multiple(value: float, decimals: int = 2) -> str:
+    """Return a multiple with equal decimals below 10, "1.65×", and two digits above, "1,100×"."""
+    if value < 10:  # noqa: PLR2004 -- one digit before the point
+        return f"{value:.{decimals}f}×"
+    return f"{float(f'{value:.2g}'):,.0f}×"
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a count with its noun, "1 trial", "5,005 updates"."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def plain(text: str) -> str:
-    """One line without control characters, whatever a name or a file held."""
+    """Return text from outside as one line without control characters."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())

@@ -13,7 +13,7 @@ from autobatch._report.notes import waiting
 from autobatch._settings import Settings
 from autobatch._trials.snapshot import Snapshot
 from autobatch._tune import checked_search, known_plan
-from autobatch.errors import AutobatchError
+from autobatch.errors import AutobatchError, FixedBatchSizeError
 from autobatch.lightning._accumulation import LastWindowCorrection, check_switch
 from autobatch.lightning._apply import apply, apply_between_epochs, check_name, checked_name
 from autobatch.lightning._checks import (
@@ -31,7 +31,6 @@ from autobatch.lightning._compat import (
     forget_combined_loader,
 )
 from autobatch.lightning._dataloaders import (
-    FixedBatchSizeError,
     Rebatched,
     capture_order,
     checked_setter,
@@ -42,7 +41,7 @@ from autobatch.lightning._noise_scale import NoiseScale
 from autobatch.lightning._resume import Checkpoint, PriorPlan, known_at_start
 from autobatch.lightning._run import Run, before_epochs
 from autobatch.lightning._trial_data import checked_worst_case
-from autobatch.lightning._tuning import Asked, tune_evaluation, tune_training
+from autobatch.lightning._tuning import CallbackArguments, tune_evaluation, tune_training
 from autobatch.lightning._workloads import STAGES, before_data, loaders_for
 
 if TYPE_CHECKING:
@@ -151,7 +150,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             percentile=percentile,
         )
         self._known = known_plan(plan, settings, world_size=None)
-        self._asked = Asked(
+        self._asked = CallbackArguments(
             settings=settings,
             search=checked_search(search),
             device=device,

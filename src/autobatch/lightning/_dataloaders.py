@@ -10,7 +10,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from autobatch._trials.batches import leaves, map_leaves
 from autobatch._trials.snapshot import Snapshot
-from autobatch.errors import AutobatchError
+from autobatch.errors import AutobatchError, FixedBatchSizeError
 from autobatch.lightning._batch_size import (
     batch_size_of,
     change_batch_size,
@@ -37,10 +37,6 @@ _EPOCH_LENGTH: Final[dict[str, Callable[[list[int]], int]]] = {
     "min_size": min,
     "sequential": sum,
 }
-
-
-class FixedBatchSizeError(AutobatchError):
-    """The batch size of a loader cannot be changed."""
 
 
 def checked_setter(set_batch_size: SetBatchSize | None) -> SetBatchSize | None:

@@ -211,7 +211,7 @@ def room_for_copy(captured: Sequence[Any], ranks: int) -> int:
         AutobatchError: The host has less memory available.
     """
     own = Snapshot.bytes_of(*captured)
-    needed, available = own * ranks, HostMemory.here().available
+    needed, available = own * ranks, HostMemory.read().available
     if available is not None and needed > available:
         raise AutobatchError(
             "To restore everything after its trials, AutoBatch keeps a copy of parameters, "
@@ -239,7 +239,7 @@ def ahead(
     nbytes = batch_size * bytes_per_sample
     factor = loader.prefetch_factor or 1  # None without workers
     needed = loader.num_workers * factor * nbytes
-    host = HostMemory.here()
+    host = HostMemory.read()
     on_ranks = f" on each of {ranks} ranks" if ranks > 1 else ""
     prefetched = (
         f"num_workers={loader.num_workers} × prefetch_factor={factor} × batches of {batch_size:,} "
