@@ -301,7 +301,7 @@ def test_inference_shows_latency_and_throughput():
 
     assert "Latency of one batch, ms" in shown
     assert "32: p99 14.5 ms" in shown
-    assert "120 timed calls" in shown
+    assert "120 timed calls of each size, with all that the workload does in a call" in shown
     assert "limit 33.3 ms" in shown
     assert "over the limit" in shown
     assert "batches of 8 give 97 % of the fastest" in shown
