@@ -1,4 +1,4 @@
-"""Chores: `nox` runs the tests, the linters and the types; `nox -s readme` renews what README.md quotes, `nox -s benchmarks` two benchmarks."""
+"""Sessions: lint, typing, tests and docs by default; `nox --list` shows the others."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from pathlib import Path
 
 import nox
 
-nox.options.sessions = ["lint", "typing", "tests"]
+nox.options.sessions = ["lint", "typing", "tests", "docs"]
 
-# A file of tests is one process's affair, since its tests share what took long to make.
-_TWO_AT_A_TIME = ("-n", "2", "--dist", "loadfile")
-_TESTED = ("-c", "constraints.txt")
-_PICTURE = "docs/tradeoff.png"  # which README.md shows
-_EXTRAS = nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]
-# The extra `demo` brings pytorch-lightning, and not every session is to have it.
-_TEST = [wish for wish in _EXTRAS["test"] if "[demo]" not in wish]
-_DEMO = [wish for wish in _EXTRAS["demo"] if "lightning" not in wish]
+# Tests of one file run in one process, because they share expensive fixtures.
+TWO_PROCESSES = ("-n", "2", "--dist", "loadfile")
+TESTED = ("-c", "constraints.txt")
+EXTRAS = nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]
+# The extra `demo` installs pytorch-lightning, which not every session may have.
+TEST = [requirement for requirement in EXTRAS["test"] if "[demo]" not in requirement]
+DEMO = [requirement for requirement in EXTRAS["demo"] if "lightning" not in requirement]
 
 
 @nox.session
@@ -31,23 +30,23 @@ _DEMO = [wish for wish in _EXTRAS["demo"] if "lightning" not in wish]
     ],
 )
 def tests(session: nox.Session, lightning: str | None) -> None:
-    """The default tests, with one of the two Lightning packages, with the oldest that is promised, or with none."""
+    """Run the default tests with a Lightning package, with the oldest supported one, or with none."""
     name, _, version = (lightning or "").partition("==")
     package = f".[{name}]" if name else "."
-    tested = _TESTED
+    tested = TESTED
     if version:
-        tested = ("-c", _without(name, Path(session.create_tmp())))
-    wishes = [lightning] if version else []
-    session.install(*tested, "-e", package, *wishes, *_TEST, *_DEMO)
+        tested = ("-c", _constraints_without(name, Path(session.create_tmp())))
+    pinned = [lightning] if version else []
+    session.install(*tested, "-e", package, *pinned, *TEST, *DEMO)
     if lightning == "lightning":
-        # It asks for the other one, but never imports it.
+        # It depends on the other package, but never imports it.
         session.run("pip", "uninstall", "--yes", "pytorch-lightning", silent=True)
-    session.run("pytest", *_TWO_AT_A_TIME, *session.posargs)
+    session.run("pytest", *TWO_PROCESSES, *session.posargs)
 
 
-def _without(name: str, folder: Path) -> str:
-    """The tested versions of everything but one package."""
-    pins = Path(_TESTED[1]).read_text(encoding="utf-8").splitlines()
+def _constraints_without(name: str, folder: Path) -> str:
+    """Write the tested versions of all packages but one; return the path."""
+    pins = Path(TESTED[1]).read_text(encoding="utf-8").splitlines()
     kept = folder / "constraints.txt"
     kept.write_text(
         "\n".join(pin for pin in pins if not pin.startswith(f"{name}==")),
@@ -58,49 +57,67 @@ def _without(name: str, folder: Path) -> str:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """The rules of ruff, and its format."""
-    session.install(*_TESTED, "ruff")
+    """Check the rules of ruff and its format."""
+    session.install(*TESTED, "ruff")
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
 
 
 @nox.session
 def typing(session: nox.Session) -> None:
-    """The types, of the package and of the calls that users write."""
-    session.install(*_TESTED, "-e", ".[demo]", "mypy")
+    """Check the types of the package, and of calls as users write them."""
+    session.install(*TESTED, "-e", ".[demo]", "mypy")
     session.run("mypy")
 
 
 @nox.session
+def docs(session: nox.Session) -> None:
+    """Build the pages of docs/ as HTML into docs/_build; warnings are errors."""
+    session.install(*TESTED, "-e", ".[docs]")
+    session.run("sphinx-build", "-W", "--keep-going", "-q", "-b", "html", "docs", "docs/_build")
+
+
+@nox.session
 def wheel(session: nox.Session) -> None:
-    """The default tests against the built wheel, as a user gets it."""
+    """Run the default tests against the built wheel."""
     built = session.create_tmp()
-    session.install(*_TESTED, "build")
+    session.install(*TESTED, "build")
     session.run("python", "-m", "build", "--wheel", "--outdir", built)
     (file,) = Path(built).glob("*.whl")
-    session.install(*_TESTED, f"{file}[test]")
-    session.run("pytest", *_TWO_AT_A_TIME, *session.posargs)
+    session.install(*TESTED, f"{file}[test]")
+    session.run("pytest", *TWO_PROCESSES, *session.posargs)
 
 
 @nox.session
 def benchmarks(session: nox.Session) -> None:
-    """What searches find and cost, and what tuning costs: measured, and written into the pages that tell of it."""
-    session.install(*_TESTED, "-e", ".[benchmarks]")
+    """Measure the searches and the cost of tuning, and write the results into their pages."""
+    session.install(*TESTED, "-e", ".[benchmarks]")
     page = ("--markdown", "benchmarks/README.md")
-    more = ("--figure", "benchmarks/search.png", "--summary", "README.md")
+    more = ("--figure", "benchmarks/search.png", "--summary", "docs/comparison.md")
     session.run("python", "benchmarks/search.py", *page, *more, *session.posargs)
     session.run("python", "benchmarks/overhead.py", *page)
 
 
 @nox.session(python=False)
+def measure(session: nox.Session) -> None:
+    """Print the size of the code, the length of its call paths and the state of its prose."""
+    session.run(sys.executable, "benchmarks/measure.py", *session.posargs)
+
+
+@nox.session(python=False)
 def readme(session: nox.Session) -> None:
-    """Renew what README.md quotes, in the environment nox runs in: the demo's report and picture, each module's sentence."""
+    """Renew the quoted demo output and the figure, in the environment that nox runs in."""
     command = (sys.executable, "-m", "autobatch", "demo")
-    report = session.run(*command, silent=True, env={"PYTHONIOENCODING": "utf-8"})
-    shutil.copy("autobatch-demo/tradeoff.png", _PICTURE)
+    report = session.run(*command, silent=True, env={"PYTHONIOENCODING": "utf-8"}).strip()
+    shutil.copy("autobatch-demo/tradeoff.png", "docs/tradeoff.png")
+    first_block = report.partition("\n\n  Effective batch")[0]
+    _quote(Path("README.md"), first_block)
+    _quote(Path("docs/report.md"), report)
+
+
+def _quote(page: Path, text: str) -> None:
+    """Replace the demo output that a page quotes."""
     begin, end = "<!-- the demo prints -->\n", "<!-- and ends -->\n"
-    page = Path("README.md")
     above, _, rest = page.read_text(encoding="utf-8").partition(begin)
-    _, _, below = rest.partition(end)
-    shown = f"{begin}```text\n{report.strip()}\n```\n{end}"
-    page.write_text(above + shown + below, encoding="utf-8")
+    below = rest.partition(end)[2]
+    page.write_text(f"{above}{begin}```text\n{text}\n```\n{end}{below}", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Who searches, each by its public entry point and as its users run it, and what that costs."""
+"""The searches, each through its public entry point and as its users run it, and their cost."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from toma import toma
 import autobatch
 
 STEPS = 3  # of a trial; the default of autobatch and of Lightning's finder
-START = 8  # what the user's loader makes; find() starts there by itself
+START = 8  # batch size of the user's loader; find() starts there by default
 
 
 @dataclass
 class Log:
-    """What was run: how often it was begun, with which sizes steps ended or failed, and the samples of it all."""
+    """Count of starts and samples, and the sizes at which steps ended or failed."""
 
     begun: int = 0
     failures: int = 0
@@ -43,18 +43,18 @@ class Log:
 
 @dataclass(frozen=True)
 class Result:
-    """What a search came to.
+    """Result of a search.
 
     Args:
-        found: The size it names; None where it names none.
+        found: The size it returns, if any.
         trials: Sizes it began.
         unfit: Trials that were out of memory or over the budget.
         samples: In all steps of the search.
         seconds: Of the search.
-        further_samples: In what follows the search: timing the speed curve.
+        further_samples: In measuring the throughput curve after the search.
         further_seconds: Of it.
-        is_tested: Whether the size it names ran a step, and none of its steps failed.
-        error: What it raised instead.
+        is_tested: Whether the size it returns ran a step, and none of its steps failed.
+        error: The exception it raised instead.
     """
 
     found: int | None
@@ -75,7 +75,7 @@ class Contestant:
     Args:
         name: What tables call it.
         search: Given a work it names a size, or raises.
-        budget_share: Of its device, that it may use: what it leaves free by its own default.
+        budget_share: Share of its device that it uses by default.
         has_trainer: Whether it searches in a Trainer.
     """
 
@@ -91,7 +91,7 @@ class Contestant:
             began = work.clock()
             try:
                 answer = self.search(work)
-            except Exception as raised:  # what a user would see
+            except Exception as raised:  # as a user would see it
                 answer, error = None, f"{type(raised).__name__}: {raised}"[:120]
             seconds = work.clock() - began
         log = work.log
@@ -110,7 +110,7 @@ class Contestant:
                 error,
             )
         found = answer
-        # A larger size that ran will do, as where a share is taken off
+        # A larger size that ran suffices, for searches that return a share of it
         tested = found is not None and any(
             size >= min(found, work.ends) for size in log.ran - log.failed
         )
@@ -176,7 +176,7 @@ def in_a_trainer(work):
 
 
 def trainer(**options):
-    """A Trainer that says and writes nothing."""
+    """Return a Trainer that prints and writes nothing."""
     return pl.Trainer(
         **{"max_epochs": 1, **options},
         accelerator="cpu",
@@ -221,7 +221,7 @@ def _accelerate(starting):
 
 def _toma(starting):
     def search(work):
-        # Given anew each time, since it remembers what it found by the caller
+        # A new function each time, since toma caches its result by caller
         train = toma.batch(
             lambda batchsize: _steps(work, batchsize),
             initial_batchsize=starting,
@@ -256,7 +256,7 @@ THEIRS = (
 
 
 def quiet():
-    """Keep what is printed while a search runs off the terminal."""
+    """Discard the output of a search."""
     importlib.import_module("autobatch.sinks").console = lambda _: None
     for name in ("pytorch_lightning", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -15,7 +15,7 @@ from autobatch._memory import MemoryReading
 
 MIB = 2**20
 RESIDENT = 1024 * MIB  # weights, which are there before any trial
-ROOM = 10 * 1024 * MIB  # what a step may take beside them
+ROOM = 10 * 1024 * MIB  # for the memory of a step
 BUDGET = RESIDENT + ROOM
 SHARE = 0.9  # autobatch's default limit: its device is so much larger that all have the same budget
 ENDS = 100_000  # samples in the data set, beyond which none can go
@@ -30,11 +30,11 @@ class QuadraticFit:
     Args:
         kind: What it is an example of.
         name: Which example.
-        true: The largest size that fits the budget; 0 where none does.
-        peak: Bytes by size, what is resident included.
+        true: The largest size that fits the budget; 0 if none does.
+        peak: Bytes by size, resident memory included.
         state: Bytes of it that only appear when the first step ends.
-        profile: Bytes after each allocation of a step, where every one can be seen.
-        noise: Up to so much more or less, as a share, anew in each step.
+        profile: Bytes after each allocation of a step, if each can be seen.
+        noise: Largest relative deviation, drawn again in each step.
         foreign: What another process takes during the search, as a share of the room.
         ends: Samples in the data set.
     """
@@ -52,12 +52,12 @@ class QuadraticFit:
 
     @property
     def rises(self):
-        """Whether a larger size never needs less."""
+        """True if a larger size never needs less memory."""
         return self.kind not in ("hump", "noise of 1 %")
 
 
 class Device:
-    """A device that needs for a step what a curve says, and is out of memory where that is more than there is."""
+    """A device whose steps need the memory of a curve, and run out of memory beyond its capacity."""
 
     name = "device on paper"
     source = "paper"
@@ -76,7 +76,7 @@ class Device:
         self.now = 0.0
 
     def start(self):
-        """A model and its optimizer, made anew."""
+        """Start again with a new model and optimizer."""
         self._starts += 1
         if self._starts == 3:
             self.foreign = int(self.curve.foreign * ROOM)
@@ -116,7 +116,7 @@ class Device:
 
     @contextlib.contextmanager
     def limited(self, budget):
-        self.start()  # a trial: what the last one left is given back
+        self.start()  # a new trial frees the memory of the last one
         self._limit, self._peak = budget, self._held
         try:
             yield _Watch(self) if self.curve.profile else None
@@ -149,13 +149,13 @@ class _Watch:
 
 
 def line(largest, fixed=0.0, top=1.0):
-    """A straight line that ends at `top` of the room, where `largest` is the largest that fits."""
+    """Return a straight line that ends at `top` of the room if `largest` is the largest that fits."""
     each = (top - fixed) / (largest + 0.5)
     return lambda size: RESIDENT + int(ROOM * (fixed + each * size))
 
 
 def truth(peak, ends=ENDS, budget=BUDGET):
-    """The largest size that fits, where memory never falls."""
+    """Return the largest size that fits, for a curve that never falls."""
     return bisect_right(range(1, ends + 1), budget, key=peak)
 
 

@@ -1,10 +1,10 @@
-"""On one GPU, in one run: what each way to find a batch size finds, what that costs, and what the plan is worth.
+"""Compare ways to find a batch size on one GPU: their results, their cost, and the value of the plan.
 
     python benchmarks/gpu.py [--device cuda] [--memory 8GiB] [--json PATH] [--markdown PATH] [--brief]
 
 Three networks in bf16, made here so that nothing is fetched: a ResNet-50, a transformer like the smallest GPT-2, a U-Net.
-Every method may hold the same memory: autobatch is given it as its budget, the others run under torch's own cap. Results
-are written after each network, and after each method of it.
+Every method may use the same memory: autobatch as its budget, the others under a cap of torch's allocator. Results are
+written after each network, and after each method.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ GOAL = 0.97  # of the budget used at the size found
 
 @dataclass(frozen=True)
 class Size:
-    """How much of it all is run."""
+    """Extent of the benchmark."""
 
     networks: dict
     memory: str
@@ -52,18 +52,18 @@ QUICK = Size(BRIEF, "12MiB", 5, 2, 5)
 
 @dataclass
 class Row:
-    """What one method did on one network.
+    """Result of one method on one network.
 
     Args:
         method: Its name.
-        found: The batch size; None where it gave none.
+        found: The batch size, if it returned one.
         trials: Sizes it ran.
-        ooms: Times it ran out of memory while it searched; for autobatch, also where an allocation had to be repeated.
+        ooms: Times it ran out of memory during the search; for autobatch, repeated allocations count too.
         seconds: Of the search, without timing a speed curve.
-        used: The peak at the size found, as a share of the memory allowed; None where that did not run.
+        used: The peak at the size found, as a share of the allowed memory; None if that did not run.
         steps: Steps run at the size found.
         ooms_in_steps: Times memory ran out in them.
-        said: Why it gave none, or could not be run.
+        said: The reason if it returned none or could not run.
     """
 
     method: str
@@ -84,7 +84,7 @@ class Result:
     network: str
     rows: list[Row] = field(default_factory=list)
     plan: dict | None = None  # throughput of the plan, and of batches of an eighth
-    noise_scale: dict | None = None  # what measuring it takes
+    noise_scale: dict | None = None  # cost of measuring it
 
 
 class Numbers(Dataset):
@@ -197,7 +197,7 @@ METHODS = {
 
 
 class MissingError(Exception):
-    """A method can not be run here."""
+    """A method cannot run on this machine."""
 
 
 def needs(what, found):
@@ -207,7 +207,7 @@ def needs(what, found):
 
 
 def searched(place, build, method, at_most):
-    """The row of a method, before what it found is run."""
+    """Return the row of a method, before its size is run."""
     row = Row(method)
     model = build().to("cpu")
     began = time.perf_counter()
@@ -215,7 +215,7 @@ def searched(place, build, method, at_most):
         row.found, row.trials, row.ooms = METHODS[method](place, model, at_most)
     except MissingError as missing:
         row.said = str(missing)
-    except Exception as error:  # what another package raises is its result
+    except Exception as error:  # an exception of another package is its result
         row.said = f"{type(error).__name__}: {error}".partition("\n")[0]
     row.seconds = time.perf_counter() - began
     return row
@@ -438,7 +438,7 @@ def plan_cells(result):
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--memory", help="what every method may hold (8GiB)")
+    parser.add_argument("--memory", help="memory for every method (8GiB)")
     parser.add_argument("--only", help="one network, by its name")
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
     parser.add_argument("--markdown", type=Path, help="write the tables into this page")

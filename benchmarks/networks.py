@@ -109,7 +109,7 @@ class Transformer(nn.Module):
 
 
 class Checkpointed(Transformer):
-    """The same with activation checkpointing: what a layer needs for its backward pass is computed again."""
+    """The same with activation checkpointing: activations are computed again in the backward pass."""
 
     recomputes = True
 
@@ -175,7 +175,7 @@ class Training:
             inputs, labels = (each[rows].clone() for each in self.data)
             loss = F.cross_entropy(self.model(inputs), labels)
             if at == 0:
-                self.optimizer.zero_grad()  # where Lightning does it
+                self.optimizer.zero_grad()  # as Lightning does
             (loss / passes).backward()
         self.optimizer.step()
 
@@ -202,7 +202,7 @@ def peak_in_a_trainer(make, data, size):
 
 
 class _Bare:
-    """The same accelerator as one whose allocations can not be seen one by one, as on CUDA."""
+    """The same accelerator without visible single allocations, as on CUDA."""
 
     def __init__(self, accelerator):
         self._accelerator = accelerator
@@ -237,7 +237,7 @@ class Real:
             yield
 
     def start(self):
-        """A model and its optimizer, made anew."""
+        """Start again with a new model and optimizer."""
         self.log.begun += 1
         self._training = None  # the old one dies first
         self._training = Training(self.kind.make, self._data)
@@ -271,7 +271,7 @@ class Real:
         return _loader(self._data, batch_size)
 
     def survives(self, size, seconds):
-        """How many of up to 300 further steps of a new training go well, in so many seconds, 3 at least."""
+        """Return the number of successful steps of a new training: up to 300, as time allows, at least 3."""
         began, capacity = time.perf_counter(), self.accelerator.capacity
         accelerator = SimulatedAccelerator(capacity)
         with accelerator.limited(capacity):

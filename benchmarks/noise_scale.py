@@ -1,9 +1,9 @@
-"""What measuring the noise scale takes, and what AutoBatch takes of the training it has tuned: ratios of CPU time.
+"""Measure the cost of the noise scale, and of AutoBatch in the training it has tuned, as ratios of CPU time.
 
     python benchmarks/noise_scale.py [--quick]
 
-Both sides of a ratio run in turns, in pairs, in this process and on one thread; printed are the median of the pairs'
-ratios and their quartiles. CPU time is that of the process: other processes change it little.
+Both sides of a ratio run in turns, in pairs, in this process and on one thread. The output is the median of the pairs'
+ratios and their quartiles, in CPU time of the process, which other processes change little.
 """
 
 from __future__ import annotations
@@ -108,10 +108,10 @@ def ratios(with_it, without, pairs):
     return found
 
 
-def told(what, found):
+def print_ratio(name, found):
     low, middle, high = statistics.quantiles(found, n=4)
     print(
-        f"  {what:<52} {middle - 1:+7.1%}   {low - 1:+6.1%} to {high - 1:+6.1%}",
+        f"  {name:<52} {middle - 1:+7.1%}   {low - 1:+6.1%} to {high - 1:+6.1%}",
         flush=True,
     )
 
@@ -199,7 +199,7 @@ def main():
     print(f"{'':54} {'median':>7}   {'quartiles':>16}")
     print(f"A measured window, {ACCUMULATE} micro-batches of {MICRO_BATCH}")
     for name, kind in models.items():
-        told(name, windows(kind, pairs=6 if is_quick else 60))
+        print_ratio(name, windows(kind, pairs=6 if is_quick else 60))
     for accumulate, how in (
         (ACCUMULATE, "one update in 5"),
         (1, "one in 20, by halves"),
@@ -207,7 +207,7 @@ def main():
         print(f"Training with NoiseScale(), accumulate {accumulate} ({how})")
         for name, kind in models.items():
             updates = 10 if accumulate > 1 else 60
-            told(
+            print_ratio(
                 name,
                 ratios(
                     lambda kind=kind, k=accumulate, n=updates: training(
@@ -221,7 +221,7 @@ def main():
             )
     print(f"Training after AutoBatch, {MICRO_BATCH} × accumulate 2, against the same by hand")
     for name, kind in models.items():
-        told(
+        print_ratio(
             name,
             ratios(
                 lambda kind=kind: training(kind, [tuner()], accumulate=2, size=8),

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# All that proves autobatch on a GPU, in under ten minutes, with the results in one folder: what it sees there, the tests
-# that need a GPU, the comparison with other ways to find a batch size, and recordings of searches.
+# Run everything that needs a GPU, in under ten minutes, with the results in one folder: the devices, the tests, the comparison
+# with other ways to find a batch size, and recordings of searches.
 #
 #     bash benchmarks/on_gpu.sh FOLDER [--device cpu] [--part tests|benchmark|recordings]
 #
-# Needs autobatch, Lightning and pytest in the environment of `python3`. No part takes the time of those after it, which have
-# what it leaves as well, and the next one runs whatever became of it. With `--device cpu` the same is run in little, without
-# a GPU: that shows that it runs, nothing else. With `--part` one part has all the time.
+# It needs autobatch, Lightning and pytest in the environment of `python3`. Each part has a time limit, leaves unused time to the
+# parts after it, and does not stop them if it fails. `--device cpu` runs a small version without a GPU, as a check of the script.
+# With `--part` one part has all the time.
 set -uo pipefail
 
-folder=${1:?where do the results go: bash benchmarks/on_gpu.sh FOLDER}
+folder=${1:?a folder for the results is missing: bash benchmarks/on_gpu.sh FOLDER}
 where=cuda only=
 shift
 while (($#)); do
@@ -28,11 +28,11 @@ folder=$(cd "$folder" && pwd)
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONUNBUFFERED=1 PYTHONIOENCODING=utf-8
 if ! python3 -c 'import importlib.metadata as m, pydantic, pynvml, pytest, rich, autobatch; m.version("lightning-autobatch")'; then
-  echo "$(command -v python3) lacks what is named above: install autobatch, with what it depends on, and pytest there." >&2
+  echo "$(command -v python3) lacks the module named above: install autobatch with its dependencies, and pytest." >&2
   exit 2
 fi
 whole=575 # seconds
-# The quick ones first: those that start processes of their own, and compile, are the last of test_gpu.py
+# Quick tests first; those that start processes and compile are the last of test_gpu.py
 tests=(tests/test_probes.py tests/test_gpu_lightning.py tests/test_gpu.py)
 marked=gpu brief=()
 if [ "$where" = cpu ]; then
@@ -45,7 +45,7 @@ part() { # seconds, name, command
   [ -n "$only" ] && [ "$only" != "$name" ] && return
   [ -n "$only" ] && seconds=$(left 10)
   printf '\n=== %s: %s\n' "$name" "${*:3}"
-  # Interrupted, pytest still tells of what has failed until then
+  # An interrupted pytest still lists the failures so far
   timeout --signal=INT --kill-after=10 "$seconds" "${@:3}"
   local status=$?
   case $status in
@@ -55,7 +55,7 @@ part() { # seconds, name, command
   esac
 }
 
-left() { # seconds, where so many are kept for what comes after
+left() { # seconds left, minus those kept for later parts
   echo $((whole - SECONDS - $1))
 }
 

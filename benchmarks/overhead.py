@@ -1,10 +1,9 @@
-"""What autobatch costs besides its search: importing it, training after it, copying state, and how tuning grows.
+"""Measure the cost of autobatch besides its search: import, training after it, copies of state, growth of tuning.
 
     python benchmarks/overhead.py [--quick] [--json PATH] [--markdown PATH]
 
-Every number is the median of several runs, in turns with what it is compared with, by CPU time where a process is
-alone with its work, so that a busy machine changes little. Networks train on an accelerator of which every tensor byte
-is counted.
+Every number is the median of several runs, in turns with its counterpart, in CPU time of the process, which a busy
+machine changes little. Networks train on an accelerator that counts every tensor byte.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ TRAINING_GOAL = 0.01  # share
 
 @dataclass(frozen=True)
 class Size:
-    """How much of it is run."""
+    """Extent of the benchmark."""
 
     repeats: int
     updates: int  # of a training that is timed
@@ -68,9 +67,9 @@ class Row:
     """One number.
 
     Args:
-        what: What was measured.
+        what: Name of the measurement.
         value: In words.
-        goal: What it should be; empty where there is none.
+        goal: The target value; empty if there is none.
         numbers: Every run of it.
     """
 
@@ -175,7 +174,7 @@ class Deep(Network):
 
 
 class Idle(Network):
-    """Next to nothing to compute: what an update takes is the loop around it."""
+    """A network with next to nothing to compute: the time of an update is that of the loop."""
 
     def __init__(self, batch_size):
         super().__init__(batch_size)
@@ -214,7 +213,7 @@ def _in_turns(kind, updates):
     with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as run:
         turns = Turns()
         tuned, by_hand = kind(32), kind(128)
-        # Both train one network: where its memory happens to lie is then the same for both
+        # Both train one network, so the position of its memory is the same for both
         by_hand.layers = tuned.layers
         callback = autobatch.AutoBatch(target_batch_size=128, device=SimulatedAccelerator("1GiB"))
 
@@ -248,7 +247,7 @@ def _in_turns(kind, updates):
 
 
 class on_one_core:  # noqa: N801 -- reads as what it does
-    """Keep threads that start meanwhile on one core, where the system can."""
+    """Keep threads that start in the body on one core, if the system can."""
 
     def __enter__(self):
         self._cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
@@ -272,7 +271,7 @@ class Turns:
         self._may[which].acquire()
 
     def of(self, which):
-        """What ends a turn, and waits for the next."""
+        """Return a function that ends a turn and waits for the next."""
 
         def wait():
             self._may[1 - which].release()
@@ -289,7 +288,7 @@ class Turns:
 
 
 def tuning_against_an_epoch(size):
-    """Tuning for a target, and a search that has none, against one epoch with what the first found."""
+    """Tune for a target, and without one, against one epoch with the plan for the target."""
     shares, searches = [], []
     for _ in range(max(1, size.repeats // 3)):
         module = Network(32)
@@ -333,7 +332,7 @@ def _search_seconds(loader):
 
 
 class without_the_curve:  # noqa: N801 -- reads as what it does
-    """Time no sizes besides the trials, where that is not what is measured."""
+    """Measure no throughput curve."""
 
     def __enter__(self):
         self._defaults = _settings.DEFAULTS

@@ -1,4 +1,4 @@
-"""Pages of numbers: tables, and the part of a page that a benchmark writes anew."""
+"""Pages of numbers: tables, and the part of a page that a benchmark renews."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def table(header, rows):
-    """A table in Markdown, its columns aligned."""
+    """Return a table in Markdown with aligned columns."""
     lines = [header, *rows]
     widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
 
@@ -25,7 +25,7 @@ def table(header, rows):
 
 
 def machine():
-    """What it was measured on."""
+    """Return a description of this machine."""
     threads = torch.get_num_threads()
     return (
         f"{os.cpu_count()} cores ({platform.machine()}), {threads} thread{'s' * (threads > 1)}; "
@@ -34,7 +34,7 @@ def machine():
 
 
 def renew(path, script, text):
-    """Put the text between a script's marks of a page, or make a page of it."""
+    """Replace the text between the marks of a script in a page; make the page if there is none."""
     begin, end = f"<!-- {script} -->", f"<!-- end of {script} -->"
     page = path.read_text(encoding="utf-8") if path.exists() else f"{begin}{end}\n"
     if begin not in page:

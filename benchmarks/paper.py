@@ -26,11 +26,11 @@ class OnPaper:
         return self.probe.now
 
     def as_a_device(self):
-        """What a search that knows nothing of the probe runs in: the device itself knows its end."""
+        """Return the context for a search that does not use the probe: the device itself is limited."""
         return contextlib.nullcontext()
 
     def start(self):
-        """A model and its optimizer, made anew."""
+        """Start again with a new model and optimizer."""
         self.log.begun += 1
         self.probe.start()
 
@@ -52,7 +52,7 @@ class OnPaper:
         return DataLoader(_Numbers(self.ends), batch_size, collate_fn=_as_it_is)
 
     def survives(self, size):
-        """How many of 300 further steps go well, with another process as it is now."""
+        """Return the number of successful steps out of 300, with the other process unchanged."""
         after = Device(self.curve, 1.0)
         after.capacity = self.probe.capacity
         after.foreign = self.probe.foreign
@@ -91,7 +91,7 @@ class _Module(pl.LightningModule):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.batch_size = 8
-        self._work = [work]  # out of sight of what looks at attributes
+        self._work = [work]  # hidden from code that walks attributes
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.1)

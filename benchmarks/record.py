@@ -1,10 +1,10 @@
-"""Record what a GPU says while batch sizes are searched on it, for tests that have none.
+"""Record the memory readings of a search on a GPU, for tests without one.
 
     python benchmarks/record.py FOLDER [--device cuda] [--memory 8GiB] [--brief]
 
 Each of three networks is searched, and then run at sizes on the way up to the limit and around it, so that a search that
-asks for other sizes than this one finds what it needs between them. One file for each; those of a real GPU belong into
-tests/recordings, where every one is played back to the search.
+tries other sizes finds readings near them. Each network has its own file. Files of a real GPU belong in
+tests/recordings, from which the tests play them back to the search.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ KEPT = (
 
 @dataclass(frozen=True)
 class Listed:
-    """A search that tries what it was told, and then is content."""
+    """A search that tries given sizes and then ends."""
 
     sizes: tuple[int, ...]
 
@@ -84,7 +84,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--memory", help="what may be held", default=None)
+    parser.add_argument("--memory", help="memory for the searches", default=None)
     parser.add_argument("--only", help="one network, by its name")
     parser.add_argument("--brief", action="store_true", help="small networks")
     given = parser.parse_args()

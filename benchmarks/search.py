@@ -1,12 +1,12 @@
-"""Searches side by side: how close to the largest size, in how many trials, with how many that did not fit, and how safe.
+"""Compare searches: closeness to the largest size, trials, trials that did not fit, and safety of the result.
 
     python benchmarks/search.py [--quick] [--json PATH] [--markdown PATH] [--figure PATH] [--summary PATH]
         [--only curves|networks]
 
-Given to each are the same memory curves, on paper, and the same real networks, on an accelerator of which every tensor
-byte is counted. Each is run by its public entry point and with its defaults, and once more with a higher cap where its
-default cap is what decides. All have the same budget: autobatch by default leaves a tenth of a device free, and is
-given a device that is so much larger.
+Each search gets the same memory curves, by formula, and the same real networks, on an accelerator that counts every
+tensor byte. Each runs through its public entry point with its defaults, and once more with a higher cap if its default
+cap decides the result. All have the same budget: autobatch leaves a tenth of a device free by default, so its device is
+larger by as much.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ BINSEARCH = "Lightning, binsearch"
 QUICK_MAXIMA = (100,)
 PLAIN = ("straight", "step-wise", "state after step 1")  # nothing has to fail on these
 ROUGH = ("jump", "noise of 1 %")
+ACCENT, GREY, INK = "#D55E00", "#59626e", "#1a1d21"  # colours of the figure
+MARKERS = "osD^vP*X<>"
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Cell:
         ends: Samples in the data set.
         contestant: Who searched.
         result: What came of it.
-        survived: Further steps at the size that went well, as far as they were run; None where no size was named.
+        survived: Successful further steps at the size, as far as they were run; None without a size.
         died: Whether one of them did not.
     """
 
@@ -74,7 +76,7 @@ class Cell:
 
     @property
     def is_unsafe(self):
-        """A size was named that never ran, or that fails later, or where none fits."""
+        """True if the search returned a size that never ran, that fails later, or although none fits."""
         if self.result.found is None:
             return False
         return self.died or not self.result.is_tested or not self.true
@@ -230,7 +232,7 @@ def networks_table(cells):
 
 
 def goals_table(on_paper, real):
-    """What was to be reached, and what was."""
+    """Return the table of goals and results."""
     ours = [c for c in on_paper if c.contestant in ("find", "AutoBatch in a Trainer")]
     net = [c for c in real if c.contestant in ("find", "AutoBatch in a Trainer")]
     rising = [c for c in ours if c.rises and c.true]
@@ -327,7 +329,7 @@ def _against_binsearch(real):
 
 
 def summary(on_paper, real):
-    """The same in little: each search on all networks, and how often a curve made it unsafe."""
+    """Return a short table: each search on all networks, and its unsafe results on curves."""
     rows = []
     for name in dict.fromkeys(cell.contestant for cell in real):
         of = [c for c in real if c.contestant == name]
@@ -375,17 +377,17 @@ def page(on_paper, real, seconds):
 
 
 def draw(on_paper, real, path):
-    """Found / true against how many trials did not fit, in the look of the report's own pictures."""
+    """Draw found / true against the number of trials that did not fit."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib.figure import Figure
 
-    from autobatch._report.figure.style import GREY, INK, STYLE
-
     sets = {"Curves, on paper": on_paper, "Networks, real tensors": real}
     sets = {title: cells for title, cells in sets.items() if cells}
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(
+        {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+    ):
         figure = Figure(figsize=(6.1 * len(sets), 5.2), dpi=120, layout="constrained")
         axes = figure.subplots(1, len(sets), squeeze=False, sharey=True)[0]
         for axis, title in zip(axes, sets, strict=True):
@@ -399,15 +401,15 @@ def draw(on_paper, real, path):
             axis.axhline(1, color=INK, linewidth=0.8)
         axes[0].set_ylabel("found / true", color=GREY)
         figure.suptitle(
-            "What each search finds, and how often it tries what does not fit",
+            "Size found by each search, and number of trials that did not fit",
             x=0.01,
             ha="left",
             fontweight="bold",
             fontsize=15,
         )
         figure.supxlabel(
-            "Each point is the mean of all curves or networks with a true maximum of 30 or more, lines are from the "
-            "least to the most; above 1 is more than fits.",
+            "Each point is the mean of all curves or networks with a true maximum of 30 or more, lines go from the "
+            "least to the most; above 1 does not fit.",
             x=0.01,
             ha="left",
             fontsize=8.5,
@@ -420,33 +422,21 @@ def draw(on_paper, real, path):
 
 
 def _points(axis, cells):
-    """Who found what: those at the same place share a point and a label."""
-    from autobatch._report.figure.style import ACCENT, BAR, GREY, INK
-
-    places = {}
+    """Draw one point per search; searches with the same result share a point and a label."""
+    points = {}
     for name in dict.fromkeys(c.contestant for c in cells):
         of = [c for c in cells if c.contestant == name and c.true >= 30 and c.rises]
         unfit, ratios = [c.result.unfit for c in of], [c.ratio for c in of]
-        at = statistics.fmean(unfit), statistics.fmean(ratios)
-        where = (round(at[0], 1), round(at[1], 2), name in _OURS)
-        places.setdefault(where, (at, unfit, ratios, []))[-1].append(name)
-    for (_, _, is_ours), ((x, y), unfit, ratios, names) in places.items():
-        ink = ACCENT if is_ours else BAR
-        axis.plot([min(unfit), max(unfit)], [y, y], color=ink, linewidth=0.9)
-        axis.plot([x, x], [min(ratios), max(ratios)], color=ink, linewidth=0.9)
-        axis.plot(x, y, "o", ms=8, color=ACCENT if is_ours else GREY, zorder=5)
-        axis.annotate(
-            ",\n".join(names),
-            (x, y),
-            (0, 8),
-            textcoords="offset points",
-            ha="left",
-            fontsize=8.5,
-            color=ACCENT if is_ours else INK,
-            fontweight="bold" if is_ours else "normal",
-            linespacing=1.15,
-            zorder=6,
-        )
+        x, y = statistics.fmean(unfit), statistics.fmean(ratios)
+        point = (round(x, 1), round(y, 2), name in _OURS)
+        points.setdefault(point, (unfit, ratios, []))[-1].append(name)
+    for at, ((x, y, is_ours), (unfit, ratios, names)) in enumerate(points.items()):
+        color = ACCENT if is_ours else GREY
+        axis.plot([min(unfit), max(unfit)], [y, y], color=color, linewidth=0.9, alpha=0.5)
+        axis.plot([x, x], [min(ratios), max(ratios)], color=color, linewidth=0.9, alpha=0.5)
+        marker = MARKERS[at % len(MARKERS)]
+        axis.plot(x, y, marker, ms=8, color=color, zorder=5, label=", ".join(names))
+    axis.legend(loc="lower right", fontsize=8)
 
 
 _OURS = {c.name for c in contestants.OURS} | {"find, bare peaks"}

@@ -1,10 +1,10 @@
-"""Whether the trade-off report puts effective batches in the right order: predicted against measured time to a loss.
+"""Compare predicted with measured time to a loss: does the report put effective batches in the right order?
 
     python benchmarks/tradeoff.py [--quick] [--json PATH] [--markdown PATH]
 
-The task is scikit-learn's digits, each sample augmented anew, and a small network trained with SGD. Measured: updates
+The task is scikit-learn's digits, each sample augmented again every time, and a small network trained with SGD. Measured: updates
 until the held-out loss is below a target, with the learning rate tuned at every batch, times the CPU seconds of an
-update. Predicted: what a report says that has seen `autobatch.find` and one training at one batch, with its noise scale.
+update. Predicted: the report of `autobatch.find` and of one training at one batch with its noise scale.
 All learning rates and seeds of a batch train side by side, as one batched matrix product.
 """
 
@@ -37,7 +37,7 @@ TRAINED = 1257  # originals; the rest is held out
 MOMENTUM = 0.9
 WARM_UP = 10  # updates
 BASE_RATE, BASE_BATCH = 0.15, 128  # of the linear rule, in the middle of each grid
-MOST_RATE = 0.4  # where the rule ends: from there on no batch trains faster
+MOST_RATE = 0.4  # end of the rule: no batch trains faster beyond it
 SPACING = 1.035  # from one look at the held-out loss to the next
 GOAL = 0.10  # extra time of the recommended batch, median over seeds
 MICRO = 32  # the most samples of a micro-batch in the layout that accumulates
@@ -46,7 +46,7 @@ NOISE_PLAN = autobatch.BatchPlan(MICRO, 4)  # of the training that is watched
 
 @dataclass(frozen=True)
 class Size:
-    """How much of it all is run."""
+    """Extent of the benchmark."""
 
     batches: tuple[int, ...]
     targets: tuple[float, ...]  # held-out losses
@@ -275,7 +275,7 @@ class OnCpuTime(HostProbe):
 
 
 def paces(size, data):
-    """What a report says of seconds: of a tuning that may take every batch at once, and of one that may not."""
+    """Return step times of two reports: every batch at once, and at most a few samples at once."""
     wishes = {
         WHOLE: (size.batches[-1],) * 2,
         ACCUMULATED: (MICRO, NOISE_PLAN.effective_batch_size),
@@ -293,7 +293,7 @@ def paces(size, data):
 
 @dataclass(frozen=True)
 class Noise:
-    """What one training shows, in samples."""
+    """Noise scale of one training, in samples."""
 
     state: str
     reading: float
@@ -303,7 +303,7 @@ class Noise:
 def first_windows(watch):
     """The noise scale that a report would show, did it not wait for the first updates to pass."""
     assert watch.reading.state == "settling"
-    windows = watch._record._windows  # noqa: SLF001 -- no reading says so early what it holds
+    windows = watch._record._windows  # noqa: SLF001 -- a reading shows nothing so early
     return sum(w.noise for w in windows) / sum(w.signal for w in windows)
 
 
@@ -323,7 +323,7 @@ def noise(size, data, rate, seed):
 def relative_times(pace, plans, samples):
     """Of each plan, as the report works them out."""
     reading = autobatch.NoiseReading("ok", samples, samples, samples)
-    plan = plans[0]  # what times are relative to changes no order
+    plan = plans[0]  # the reference does not change the order
     costs = Costs(plan, pace, None, NoiseRange.of(reading), None)
     return [costs.row(plan).relative_time for plan in plans]
 
@@ -333,7 +333,7 @@ def relative_times(pace, plans, samples):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of one way to choose, over the seeds of one case."""
+    """Result of one way to choose, over the seeds of one case."""
 
     layout: str
     target: float
@@ -343,7 +343,7 @@ class Verdict:
     extra_by_median: list[
         float
     ]  # the same, of the times of the median seed: less of a seed's luck is in them
-    taus: list[float] | None  # None where the way to choose orders nothing
+    taus: list[float] | None  # None if the way to choose gives no order
 
     @property
     def extra_time(self):
@@ -508,7 +508,7 @@ def page(size, paces, seconds, reached, noises, found):
 
 
 def goal(found):
-    """Whether it is met, in one sentence."""
+    """Return one sentence about the goal."""
     by_noise = [v for v in found if v.choice == AFTER]
     met = sum(v.extra_time <= GOAL for v in by_noise)
     smooth = sum(statistics.median(v.extra_by_median) <= GOAL for v in by_noise)

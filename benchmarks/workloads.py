@@ -1,6 +1,6 @@
-"""What benchmarks on a GPU train, and where: three networks, a device with a cap, or one that is simulated.
+"""Networks and devices of the GPU benchmarks: three networks, a device with a cap, and a simulated one.
 
-Inputs are made on the device by each step, so that reading data is no part of what is measured.
+Inputs are made on the device by each step, so reading data is not measured.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Block(nn.Module):
 class Gpt(nn.Module):
     """A causal transformer; of the size of GPT-2's smallest with 12 layers of width 768.
 
-    Its samples are short, so that one is little of the memory, and a search is not judged by what no whole sample fits in.
+    Its samples are short, so that one sample is a small share of the memory, and rounding to whole samples does not decide.
     """
 
     def __init__(self, layers=12, width=768, heads=12, vocabulary=50_257, length=128):
@@ -129,7 +129,7 @@ def convolved_twice(inside, outside):
 
 
 class UNet(nn.Module):
-    """Down four times and up again, with what was seen on the way down laid beside."""
+    """A U-Net: four times down and up again, with skip connections."""
 
     def __init__(self, side=256, width=32, depth=4):
         super().__init__()
@@ -211,14 +211,14 @@ class Place:
 
     @contextlib.contextmanager
     def capped(self):
-        """The same memory for a method that knows of no budget; tells what it took."""
+        """Apply the same limit to a method without a budget; return its memory use."""
         usage = CudaUsage(self.memory) if self.is_cuda else PaperUsage(self.memory)
         with usage.watched():
             yield usage
 
 
 class CudaUsage:
-    """What torch's allocator counts."""
+    """Counters of torch's allocator."""
 
     def __init__(self, memory):
         self.memory = memory
@@ -236,7 +236,7 @@ class CudaUsage:
             torch.cuda.set_per_process_memory_fraction(1.0)
 
     def attach(self, model):
-        """Nothing: the allocator knows what lives on the device."""
+        """Do nothing: the allocator knows all tensors of the device."""
 
     @property
     def ooms(self):
@@ -252,7 +252,7 @@ class CudaUsage:
 
 
 class PaperUsage:
-    """What a ledger counts."""
+    """Counters of a ledger."""
 
     def __init__(self, memory):
         self.memory = memory

@@ -1,4 +1,4 @@
-"""Add AutoBatch to an existing Trainer: the batch size that fits, the effective batch you asked for."""
+"""Add AutoBatch to an existing Trainer: the largest batch size that fits, and the effective batch size you want."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Digits(pl.LightningModule):
         return nn.functional.cross_entropy(self.net(images), labels)
 
     def configure_optimizers(self):
-        # Built from the batch size: AutoBatch makes the optimizer anew with the one it found.
+        # This depends on the batch size, so AutoBatch builds the optimizer again after tuning.
         return torch.optim.AdamW(self.parameters(), lr=1e-4 * self.hparams.batch_size**0.5)
 
     def train_dataloader(self):

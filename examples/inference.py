@@ -1,4 +1,4 @@
-"""How large may a batch be that has to be answered between two frames? And what does one camera want?"""
+"""Find the largest batch that is answered between two frames of a camera, and the best batch for one camera alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ model(torch.zeros(1, 3, 64, 64))
 
 
 def answer(batch_size):
-    """Answer one batch after another, on frames that are there already."""
+    """Answer one batch after another, with frames that are already in memory."""
     frames = torch.rand(batch_size, 3, 64, 64)
     while True:
         with torch.inference_mode():
@@ -25,7 +25,7 @@ def answer(batch_size):
 
 report = autobatch.find(
     answer,
-    latency_limit=1 / 30,  # seconds: before the next frame of a camera comes
+    latency_limit=1 / 30,  # seconds: the time until the next frame
     percentile=99,
     max_micro_batch_size=64,
     device=SimulatedAccelerator("64MiB"),  # leave this out on a GPU
@@ -33,7 +33,7 @@ report = autobatch.find(
 print(report)
 
 print(f"\n{report.cameras(30)} cameras of 30 frames per second in one batch")
-print(f"{report.knee} is enough for nearly all of the throughput")
+print(f"A batch of {report.knee} has nearly all of the throughput")
 alone = report.stream(30).best
 if alone is not None:
     print(

@@ -1,4 +1,4 @@
-"""Read a tuning report from its JSON, and take its plan for the next run without a search."""
+"""Read a tuning report from JSON, and use its plan in the next run without a search."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import autobatch
 from autobatch import sinks
 from autobatch.testing import PaperDevice
 
-# A device on paper: 1 GiB, of which a step holds 256 MiB and 2 MiB per sample.
+# A device by formula: 1 GiB; a step needs 256 MiB and 2 MiB per sample.
 device = PaperDevice("1GiB", fixed=2**28, per_sample=2**21)
 report = autobatch.find(device.workload, device=device, target_batch_size=1024, dataset_size=50_000)
 

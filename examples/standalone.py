@@ -1,4 +1,4 @@
-"""autobatch.find() on a plain PyTorch loop: no Lightning, no Trainer."""
+"""Tune a plain PyTorch loop with autobatch.find(), without Lightning."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ optimizer = torch.optim.AdamW(model.parameters())
 
 
 def train(batch_size, accumulate):
-    """Train for ever at this micro-batch size, and yield after each optimizer step."""
+    """Train without end at this micro-batch size, and yield after each optimizer step."""
     loader = DataLoader(data, batch_size, shuffle=True)
     batches = itertools.chain.from_iterable(itertools.repeat(loader))
     for i, (images, labels) in enumerate(batches, start=1):

@@ -1,8 +1,9 @@
-"""torch's caching allocator on paper, for the CPU's real tensors: segments, blocks that are split and joined, a cache.
+"""Model of torch's caching allocator for tensors on the CPU: segments of blocks, and a cache.
 
-After c10/cuda/CUDACachingAllocator.cpp as of torch 2.13, for one stream and without expandable segments. Like that one it
-empties its cache before it refuses, counts that as a repeated allocation, and can not give a segment back while a block of it
-lives: what is reserved is more than what tensors hold, and need not grow with a batch as they do.
+After c10/cuda/CUDACachingAllocator.cpp of torch 2.13, for one stream and without expandable
+segments. It empties its cache before it refuses an allocation, counts that as a retry, and keeps a
+segment while one of its blocks lives: reserved memory exceeds the memory of tensors, and does not
+grow in step with it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Segment:
-    """What was asked of the device at once, and the blocks it is cut into, in their order."""
+    """Memory reserved at once on the device, split into blocks, in order."""
 
     is_small: bool
     blocks: list[Block] = field(default_factory=list)
@@ -35,11 +36,11 @@ class Block:
 
 
 class CachingAllocator:
-    """Counts what torch's allocator would reserve.
+    """Count the memory that torch's allocator would reserve.
 
     Args:
-        mib: Bytes of what is called a MiB.
-        room: Bytes that the device has for it at most; asked each time.
+        mib: Bytes that stand for one MiB; smaller values scale the model down.
+        room: Function that returns the bytes available on the device.
     """
 
     def __init__(self, mib: int, room: Callable[[], int]) -> None:
@@ -48,7 +49,7 @@ class CachingAllocator:
         self.reserved = self.peak = self.repeated = self.refused = 0
 
     def allocate(self, nbytes: int) -> Block | None:
-        """A block, or None where there is no room."""
+        """Return a block, or None if there is no room."""
         smallest = max(1, self._mib // 2048)
         size = max(smallest, -(-nbytes // smallest) * smallest)
         is_small = size <= self._mib
@@ -64,7 +65,7 @@ class CachingAllocator:
         return block
 
     def free(self, block: Block) -> None:
-        """Back into the cache, joined with its neighbours where these are free."""
+        """Return a block to the cache, merged with free neighbours."""
         block.is_free = True
         blocks = block.segment.blocks
         at = blocks.index(block)
@@ -74,7 +75,7 @@ class CachingAllocator:
             blocks[at - 1].size += blocks.pop(at).size
 
     def empty(self) -> None:
-        """Give segments back of which no block is in use."""
+        """Release all segments without a block in use."""
         self._segments = [
             segment
             for segment in self._segments
@@ -83,7 +84,7 @@ class CachingAllocator:
         self.reserved = sum(block.size for segment in self._segments for block in segment.blocks)
 
     def _cached(self, size: int, is_small: bool) -> Block | None:
-        """The smallest free block that is large enough."""
+        """Return the smallest free block that is large enough."""
         fitting = (
             block
             for segment in self._segments
@@ -94,30 +95,30 @@ class CachingAllocator:
         return min(fitting, key=lambda block: block.size, default=None)
 
     def _new(self, size: int, is_small: bool) -> Block | None:
-        """A new segment as one free block."""
+        """Return a new segment as one free block."""
         mib = self._mib
         if is_small:
-            asked = 2 * mib
+            new = 2 * mib
         elif size < 10 * mib:
-            asked = 20 * mib
+            new = 20 * mib
         else:
-            asked = -(-size // (2 * mib)) * 2 * mib
-        if self.reserved + asked > self._room():
+            new = -(-size // (2 * mib)) * 2 * mib
+        if self.reserved + new > self._room():
             self.repeated += 1
             self.empty()
-        if self.reserved + asked > self._room():
+        if self.reserved + new > self._room():
             self.refused += 1
             return None
         segment = Segment(is_small)
-        segment.blocks.append(Block(segment, asked))
+        segment.blocks.append(Block(segment, new))
         self._segments.append(segment)
-        self.reserved += asked
+        self.reserved += new
         self.peak = max(self.peak, self.reserved)
         return segment.blocks[0]
 
 
 class CachingLedger(Ledger):
-    """A ledger that has the allocator decide what there is room for."""
+    """Ledger whose refusals are decided by the allocator."""
 
     def __init__(self, allocator: CachingAllocator) -> None:
         super().__init__("CUDA out of memory")
@@ -132,7 +133,7 @@ class CachingLedger(Ledger):
     def _enter(self, storage: torch.UntypedStorage) -> int:
         growth = super()._enter(storage)
         block, self._next = self._next, None
-        if growth > 0 and block is None:  # it was there before anyone looked
+        if growth > 0 and block is None:  # attached, and not allocated under the ledger
             block = self._allocator.allocate(growth)
         if block is not None:
             self._blocks.setdefault(int(storage._cdata), []).append(block)

@@ -37,7 +37,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish(session):
-    """Leave what imports made out of garbage collections: a search collects after each trial, and most would be that."""
+    """Keep imported objects out of garbage collections, of which a search does many."""
     gc.collect()
     gc.freeze()
 

@@ -1,4 +1,6 @@
-"""Trainings by several processes on the CPU, tuned and with the same numbers written by hand; each rank saves its own.
+"""Trainings by several processes on the CPU, tuned and with the same numbers written by hand.
+
+Each rank saves its results.
 
 python ddp_cases.py DIRECTORY launched         Lightning starts the second process
 torchrun --nproc-per-node 2 ddp_cases.py DIRECTORY CASE …
@@ -151,7 +153,7 @@ def loader(batch_size=4):
 
 
 def trained(model, callback=None, plan=None):
-    """What a training leaves behind."""
+    """Return the state that a training leaves behind."""
     fitted = trainer(*([callback] if callback else []))
     if plan:
         fitted.accumulate_grad_batches = plan.accumulate_grad_batches
@@ -168,7 +170,7 @@ def trained(model, callback=None, plan=None):
 
 
 def compared(source, capacities=("500KiB", "500KiB")):
-    """The same training twice: tuned, and by hand with what was found."""
+    """Train twice: tuned, and with the same numbers written by hand."""
     pl.seed_everything(1, verbose=False)
     callback = tuner(capacities)
     tuned = trained(Model(source=source), callback)
@@ -258,7 +260,7 @@ def failing(allocations):
 def synchronised():
     wrapper = nn.parallel.DistributedDataParallel
     check = wrapper._passing_sync_batchnorm_handle
-    # It refuses SyncBatchNorm without a GPU, and so does a step of SyncBatchNorm that really synchronises
+    # It refuses SyncBatchNorm without a GPU, like a step of SyncBatchNorm that synchronizes
     wrapper._passing_sync_batchnorm_handle = lambda *_: None
     try:
         return tuned_while_synchronised()
@@ -284,7 +286,7 @@ def exploding():
 
 
 def aborting():
-    """What each rank raises where rank 1 fails: in a gather, between two, after the last, and nested."""
+    """Let rank 1 fail in a gather, between two, after the last, and nested; return all errors."""
 
     def fail(error):
         if RANK == 1:
@@ -322,7 +324,7 @@ def aborting():
 
 
 def splitting():
-    """What both ranks are told where one of them can not test its loss."""
+    """Return the notes of both ranks if one of them cannot test its loss."""
     told = {}
     for rank in (0, 1):
         callback = tuner(target_batch_size=None, plan=autobatch.BatchPlan(16, 4, 2))
@@ -366,7 +368,7 @@ def standalone():
     }
 
 
-class PriorPlan(pl.LightningModule):
+class KnownNoise(pl.LightningModule):
     """The loss -w·x has the gradient -x: the noise scale of this data is 6 / (6 * 0.25) = 4."""
 
     def __init__(self):
@@ -384,19 +386,19 @@ class PriorPlan(pl.LightningModule):
 
 
 def noise():
-    """The noise scale by two ranks: in a Trainer, with and without accumulation, and in a plain loop."""
+    """Measure the noise scale on two ranks, in a Trainer and in a plain loop."""
     readings, weights = {}, {}
     x = 0.5 + torch.randn(8 * 300, 6, generator=torch.Generator().manual_seed(7))
     for name, accumulate in (("ranks", 1), ("accumulated", 2), ("unwatched", 2)):
         pl.seed_everything(1, verbose=False)
         callback = autobatch.NoiseScale(every=1)
         watching = [] if name == "unwatched" else [callback]
-        model = PriorPlan()
+        model = KnownNoise()
         batches = DataLoader(TensorDataset(x), 8, shuffle=True)
         trainer(*watching, accumulate_grad_batches=accumulate).fit(model, batches)
         readings[name] = callback.reading
         weights[name] = model.w.detach().clone()
-    model = nn.parallel.DistributedDataParallel(PriorPlan())
+    model = nn.parallel.DistributedDataParallel(KnownNoise())
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
     generator = torch.Generator().manual_seed(RANK)
     with autobatch.noise_scale(model, micro_batch_size=8, every=1) as watch:
@@ -445,7 +447,7 @@ CASES = {
 def main(directory, *cases):
     warnings.simplefilter("ignore")
     _settings.DEFAULTS = _settings.Defaults(curve_seconds=0.5)  # enough for a few visits
-    gc.freeze()  # a search collects after each trial: not what imports made
+    gc.freeze()  # keep imported objects out of the garbage collections of a search
     for package in ("pytorch_lightning", "lightning.pytorch"):
         logging.getLogger(package).setLevel(logging.ERROR)
     cases_of = CASES | {"everything": lambda: everything(directory)}

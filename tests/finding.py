@@ -40,7 +40,7 @@ def unchanged(before, after):
 
 
 def accepted(workload, size, device):
-    """Whether this size runs on this very device, within what it has."""
+    """Return whether a size runs on a device within all of its memory."""
     budget = memory_budget(device.read(), 1.0)
     with trial_context(device, budget=budget) as context:
         return run_trial(
@@ -55,7 +55,7 @@ def accepted(workload, size, device):
 
 
 class OneGpu:
-    """A stand-in for one GPU of 10 GiB, where a training step holds so much of it per sample."""
+    """A simulated GPU of 10 GiB, on which a training step holds 10 MiB per sample."""
 
     def __init__(self, monkeypatch, others=0):
         card = Card("4b2f8c1e-0000-0000-0000-000000000000", total=10 * GIB, others=others)

@@ -1,6 +1,6 @@
-"""What needs a process of its own on a GPU: settings that are read once, and errors that end a CUDA context.
+"""Cases that need a process of their own: settings read once, and errors that end a CUDA context.
 
-python gpu_cases.py allocator|identity|ddp|assertion cuda|paper     prints JSON in its last line
+python gpu_cases.py allocator|identity|ddp|assertion cuda|paper     prints JSON in the last line
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def training(place, model, optimizer):
 
 
 def trained_on(place, train, report):
-    """How often memory ran out in 200 steps of a plan within its budget; on paper in 20."""
+    """Train 200 steps (20 on paper) within the budget; return the out-of-memory errors."""
     probe, plan = place.probe, report.plan
     before = torch.cuda.memory_stats(0)
     loop = train(plan.micro_batch_size, plan.accumulate_grad_batches)
@@ -58,7 +58,7 @@ def trained_on(place, train, report):
 
 
 def allocator(place):
-    """A search and a training with whatever allocator the environment asked for."""
+    """Search and train with the allocator selected by the environment."""
     model = place.network()
     train = training(place, model, torch.optim.AdamW(model.parameters()))
     report = autobatch.find(train, device=place.probe, memory_limit=place.bytes(1))
@@ -69,12 +69,12 @@ def allocator(place):
         "budget": report.budget,
         "trials": [(trial.batch_size, str(trial.outcome), trial.peak) for trial in report.trials],
         "ooms": trained_on(place, train, report),
-        "share": place.probe._own_share(),
+        "share": place.probe._allocator_share(),
     }
 
 
 def has_expandable_segments(place):
-    """Whether torch's allocator makes them: it does without where the platform has none."""
+    """Return True if torch's allocator uses expandable segments; not every platform has them."""
     if not place.is_real or torch.cuda.get_allocator_backend() != "native":
         return False
     segments = torch.cuda.memory_snapshot()
@@ -145,24 +145,24 @@ def fitted(place, plan, callback, **options):
 
 
 def identity(place):
-    """A training after tuning beside the same with its two numbers written by hand."""
+    """Compare training after tuning with training by the same two numbers set manually."""
     torch.use_deterministic_algorithms(mode=True)
     plan = autobatch.BatchPlan(24, 5)
     tuner = autobatch.AutoBatch(target_batch_size=120, max_micro_batch_size=24, device=place.probe)
     options = {"deterministic": True}
     tuned = fitted(place, autobatch.BatchPlan(4), tuner, **options)
     found = tuner.report.plan
-    by_hand = fitted(place, found, None, **options)
+    manual = fitted(place, found, None, **options)
     return {
-        "differs": [name for name in tuned if not same(tuned[name], by_hand[name])],
+        "differs": [name for name in tuned if not same(tuned[name], manual[name])],
         "effective": found.effective_batch_size,
-        "asked": plan.effective_batch_size,
+        "target": plan.effective_batch_size,
         "updates": len(tuned["losses"]) // found.accumulate_grad_batches,
     }
 
 
 def ddp(place):
-    """One process, wrapped as many would be: NCCL on a GPU."""
+    """Tune and train one process in DistributedDataParallel; NCCL on a GPU."""
     pl = lightning()
     backend = "nccl" if place.is_real else "gloo"
     strategy = importlib.import_module(f"{pl.__name__}.strategies").DDPStrategy(
@@ -193,14 +193,14 @@ def ddp(place):
 
 
 def assertion(place):
-    """A class that does not exist: on a GPU an assert in a kernel, after which its context takes nothing back."""
+    """Use an index out of range: on a GPU a device-side assert, after which the context is lost."""
     model = nn.Embedding(10, 4).to(place.device)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
 
     def train(batch_size):
         while True:
-            names = torch.full((batch_size,), 10, device=place.device)
-            model(names).sum().backward()
+            indices = torch.full((batch_size,), 10, device=place.device)
+            model(indices).sum().backward()
             optimizer.step()
             yield
 
@@ -217,8 +217,8 @@ def main(case, kind):
         pytest.MonkeyPatch.context() as monkeypatch,
         on_cuda() if kind == "cuda" else on_paper(monkeypatch) as place,
     ):
-        told = CASES[case](place)
-    print(json.dumps(told))
+        result = CASES[case](place)
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Where the claims about CUDA are tried: a CUDA device, or one on paper whose memory the CPU's real tensors are charged to.
+"""Devices for tests of CUDA: a real one, or one on paper that counts tensors on the CPU.
 
-Both are read by the same `CudaProbe`, through the real `pynvml` and the names of `torch.cuda`. On paper the driver's library
-and torch's allocator are stand-ins, the second with torch's own rules of segments and of a cache, and a GiB is 256 KiB: what passes there
-has shown that the test runs, not that CUDA obeys.
+`CudaProbe` reads both through the real `pynvml` and `torch.cuda`. On paper the driver library and
+torch's allocator are models, with torch's rules for segments and the cache, and a GiB is 256 KiB: a
+test that passes there works, but proves nothing about CUDA.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ GIB_ON_PAPER = 2**18  # bytes
 
 @dataclass(frozen=True)
 class Place:
-    """A device to try claims on.
+    """Device for tests.
 
     Args:
-        device: Where its tensors are.
-        gib: Bytes of what is called a GiB there.
-        width: Of the network that fits it.
-        probe: What reads it.
-        neighbour: Another process that allocates so many bytes; gives the bytes of its context.
-        held: Bytes of live tensors.
+        device: Device of its tensors.
+        gib: Bytes that stand for one GiB.
+        width: Width of the test network.
+        probe: Probe of the device.
+        neighbour: Context manager of another process that allocates; yields the bytes of its context.
+        held: Function that returns the bytes of live tensors.
     """
 
     device: str
@@ -60,7 +60,7 @@ class Place:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def network(self) -> nn.Module:
-        """A perceptron with what a step may stumble over: BatchNorm and dropout."""
+        """Return a perceptron with BatchNorm and dropout."""
         torch.manual_seed(0)
         return nn.Sequential(
             nn.Linear(self.width // 4, self.width),
@@ -99,7 +99,7 @@ def on_paper(monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
 @contextlib.contextmanager
 def on_cuda() -> Iterator[Place]:
     device = "cuda:0"
-    gc.collect()  # a Trainer of the test before may still hold what it had there
+    gc.collect()  # a Trainer of the previous test may still hold tensors
     torch.cuda.empty_cache()
     _warm_up(device)
     yield Place(
@@ -114,13 +114,13 @@ def on_cuda() -> Iterator[Place]:
 
 
 def _warm_up(device: str) -> None:
-    """Have what CUDA's libraries keep for good: handles and workspaces of this thread and of autograd's."""
+    """Create handles and workspaces of CUDA libraries, for this thread and for that of autograd."""
     x = torch.randn(64, 64, device=device, requires_grad=True)
     (x @ x).sum().backward()
     torch.cuda.synchronize()
 
 
-# What another process runs: its context, then so many bytes, until it is told to end.
+# Program of another process: creates a context, allocates, and waits for the end of its input
 _NEIGHBOUR = """
 import sys, pynvml, torch
 pynvml.nvmlInit()

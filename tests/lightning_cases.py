@@ -36,7 +36,7 @@ except ModuleNotFoundError:
 
 
 class Noisy(Dataset):
-    """Data with random numbers of its own, and a count of how often it was read."""
+    """Data with its own random numbers, and a count of reads."""
 
     def __init__(self, length=600):
         generator = torch.Generator().manual_seed(5)
@@ -55,7 +55,7 @@ class Noisy(Dataset):
 
 
 class Model(pl.LightningModule):
-    """Everything a trial could leave a trace in."""
+    """A module with all kinds of state that a trial could change."""
 
     def __init__(self, batch_size=4, schedule="step", source="passed", workers=0):
         super().__init__()
@@ -108,7 +108,7 @@ class Model(pl.LightningModule):
 
 
 class Stream(IterableDataset):
-    """Samples that come one after another, made by a generator that can not be turned back."""
+    """A stream of samples from a generator that cannot go back."""
 
     def __init__(self, data):
         self.data = data
@@ -118,7 +118,7 @@ class Stream(IterableDataset):
 
 
 class Blocks(Sampler):
-    """A batch sampler of one's own: shuffled blocks of neighbours."""
+    """A custom batch sampler: shuffled blocks of neighbours."""
 
     def __init__(self, length, batch_size):
         self.length = length
@@ -143,7 +143,7 @@ class Data(pl.LightningDataModule):
         self.generator = torch.Generator().manual_seed(4)
 
     def train_dataloader(self):
-        """Draws its part of the data, and its order from the generator that split it."""
+        """Draw a random split, and its order from the same generator."""
         drawn = Subset(self.data, self.random.permutation(600)[:500].tolist())
         part, _ = random_split(drawn, [480, 20], generator=self.generator)
         return DataLoader(
@@ -156,7 +156,7 @@ class Data(pl.LightningDataModule):
 
 
 class ByHand(Model):
-    """Two networks against each other, each with an optimizer and a schedule of its own, stepped by hand."""
+    """Two networks, each with its own optimizer and schedule, under manual optimization."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -205,7 +205,7 @@ class ByHand(Model):
 
 
 class Quasi(Model):
-    """Steps with LBFGS, which evaluates its closure several times."""
+    """A module with LBFGS, which evaluates its closure several times."""
 
     def configure_optimizers(self):
         return torch.optim.LBFGS(
@@ -214,7 +214,7 @@ class Quasi(Model):
 
 
 class Plateau(Model):
-    """Lowers its rate after every epoch, and further where a metric of training stays where it is."""
+    """A schedule over epochs, and another over a metric of training."""
 
     def configure_optimizers(self):
         optimizer = torch.optim.SGD(self.parameters(), 1e-4, momentum=0.9)
@@ -227,7 +227,7 @@ class Plateau(Model):
 
 
 class Frozen(Model):
-    """Trains its head alone."""
+    """A module whose head alone is trained."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -239,7 +239,7 @@ class Frozen(Model):
 
 
 class Compilable(Model):
-    """Logs nothing in its step, since torch 2.13 can not compile `self.log` of Lightning 2.6."""
+    """A module without `self.log`, which torch 2.13 cannot compile in Lightning 2.6."""
 
     def training_step(self, batch, batch_idx):
         x, y, _ = batch
@@ -251,7 +251,7 @@ class Compilable(Model):
 
 
 class PartlyCompiled(Model):
-    """Has a compiled network."""
+    """A module with a compiled network."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -259,7 +259,7 @@ class PartlyCompiled(Model):
 
 
 def half():
-    """Mixed precision of 16 bits, whose first scale is far too large."""
+    """Mixed precision of 16 bits; its first scale is far too large."""
     plugins = importlib.import_module(f"{pl.__name__}.plugins.precision")
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=4)
     return plugins.MixedPrecision("16-mixed", "cpu", scaler=scaler)
@@ -296,7 +296,7 @@ CASES = {
 
 
 def run(case, plan):
-    """One training: tuned where there is no plan, else with its numbers written by hand."""
+    """Train one case: tuned without a plan, else with its numbers written by hand."""
     options = {
         "schedule": "step",
         "source": "passed",
@@ -326,7 +326,7 @@ def run(case, plan):
     trainer = pl.Trainer(
         **{
             "max_epochs": 2,
-            # A module that optimises by hand accumulates by itself, or not
+            # With manual optimization the module accumulates, if it does
             "accumulate_grad_batches": 1 if options["by hand"] else accumulate,
             "callbacks": callbacks,
             "plugins": options["plugin"] and options["plugin"](),

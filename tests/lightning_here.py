@@ -1,10 +1,17 @@
-"""The Lightning package that is installed, and a quiet Trainer of it; where there is none, what imports this is skipped."""
+"""The installed Lightning package, a quiet Trainer and a small module; tests skip without one."""
 
 from __future__ import annotations
 
 import importlib
 
 import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import autobatch
+from autobatch.testing import SimulatedAccelerator
 
 
 def installed(package):
@@ -31,3 +38,46 @@ def quiet_trainer(*callbacks, **options):
         "enable_model_summary": False,
     }
     return pl.Trainer(callbacks=list(callbacks), **{**quiet, **options})
+
+
+def data(length=600):
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(length, 16, generator=generator)
+    return TensorDataset(x, x[:, :4].argmax(1))
+
+
+class Model(pl.LightningModule):
+    def __init__(self, batch_size=4):
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = nn.Sequential(nn.Linear(16, 256), nn.ReLU(), nn.Linear(256, 4))
+        self.sizes = []
+        self.validated = []
+        self.explode_at = None
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        if len(self.sizes) == self.explode_at:
+            raise ZeroDivisionError("mine")
+        self.sizes.append(len(x))
+        return F.cross_entropy(self.net(x), y)
+
+    def validation_step(self, batch, batch_idx):
+        self.validated.append(len(batch[0]))
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters())
+
+
+def tuner(**options):
+    return autobatch.AutoBatch(
+        **{
+            "target_batch_size": 120,
+            "device": SimulatedAccelerator("450KiB"),
+            **options,
+        }
+    )
+
+
+def plain():
+    return DataLoader(data(), batch_size=4)

@@ -1,4 +1,4 @@
-"""A machine with NVIDIA cards, on paper: the driver's library beneath the real `pynvml`, and what `torch.cuda` would say."""
+"""Simulated machine with NVIDIA cards: a driver library for the real `pynvml`, and `torch.cuda`."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ if TYPE_CHECKING:
     import pytest
 
 GIB = 2**30
-CONTEXT = GIB // 2  # bytes of a CUDA context: this process's, outside torch's allocator
-UNKNOWN = 2**64 - 1  # what the driver writes where it does not know a process's memory
+CONTEXT = GIB // 2  # bytes of the CUDA context of this process, outside torch's allocator
+UNKNOWN = 2**64 - 1  # written by the driver if the memory of a process is unknown
 DRIVER = "580.159.04"
 
 
 @dataclass(eq=False)
 class Card:
-    """One physical card, or one MIG instance of a card.
+    """Physical card, or MIG instance of a card.
 
     Args:
-        uuid: With neither "GPU-" nor "MIG-" before it.
+        uuid: Without the prefix "GPU-" or "MIG-".
         total: Bytes, as NVML counts them.
-        others: Bytes that other processes hold; may be set again at any time.
-        instances: What MIG cut the card into; none where MIG is off.
-        processes: Bytes by process, as NVML tells them; None where it does not know.
-        is_integrated: Whether it has no memory but the host's.
-        context: Bytes of this process's context.
-        allocator: Reserves in place of `reserved`, for real tensors, while `allocating`.
+        others: Bytes used by other processes; may be changed at any time.
+        instances: MIG instances of the card; none if MIG is off.
+        processes: Bytes by process ID; None if unknown to NVML.
+        is_integrated: True if the card shares the memory of the host.
+        context: Bytes of the context of this process.
+        allocator: Model of the allocator for real tensors, while `allocating`.
     """
 
     uuid: str
@@ -48,7 +48,7 @@ class Card:
     processes: dict[int, int | None] = field(default_factory=dict)
     is_integrated: bool = False
     context: int = CONTEXT
-    # This process's allocator
+    # Allocator of this process
     reserved: int = 0
     peak: int = 0
     share: float = 1.0
@@ -59,12 +59,12 @@ class Card:
 
     @property
     def seen_by_cuda(self) -> int:
-        """Bytes; a little less than NVML's total, as on real cards."""
+        """Total bytes of CUDA: a little less than NVML's, as on real cards."""
         return self.total - self.total // 150
 
     @property
     def held(self) -> int:
-        """Bytes of the allocator."""
+        """Bytes reserved by the allocator."""
         return self.allocator.reserved if self.allocator else self.reserved
 
     @property
@@ -73,12 +73,12 @@ class Card:
 
     @property
     def room(self) -> int:
-        """Bytes that the allocator may have, by its cap and by what there is."""
-        there = self.total - self.others - self.context
-        return min(there, int(self.share * self.seen_by_cuda))
+        """Bytes available to the allocator, by its cap and by the card."""
+        available = self.total - self.others - self.context
+        return min(available, int(self.share * self.seen_by_cuda))
 
     def let_go(self) -> None:
-        """What emptying the cache does."""
+        """Empty the cache."""
         if self.allocator:
             self.allocator.empty()
 
@@ -88,7 +88,7 @@ class Card:
             self.allocator.peak = self.held
 
     def stats(self) -> dict[str, int]:
-        """What of torch.cuda.memory_stats is used here."""
+        """Return the part of torch.cuda.memory_stats that is used."""
         allocator = self.allocator
         return {
             "num_alloc_retries": allocator.repeated if allocator else self.retries,
@@ -101,17 +101,17 @@ class Card:
 
 @dataclass(eq=False)
 class FakeGpu:
-    """A machine with cards, put beneath `pynvml` and in place of `torch.cuda` by `install`.
+    """Machine with cards; `install` puts it below `pynvml` and in place of `torch.cuda`.
 
     Args:
         cards: In NVML's order.
-        visible: CUDA_VISIBLE_DEVICES; None leaves it unset.
-        cuda_order: Position in `cards` of CUDA's device 0, 1, …: what CUDA_DEVICE_ORDER changes.
-        refusals: Functions of the driver's library by name, and the code each returns instead of doing anything;
-            "mem_get_info", and what CUDA says instead; may change at any time.
-        lacks: Functions that this driver's library does not have.
-        has_library: Whether the driver's library can be loaded.
-        calls: How often each function of the library was called.
+        visible: CUDA_VISIBLE_DEVICES; None unsets it.
+        cuda_order: Positions in `cards` of CUDA's devices 0, 1, …, as set by CUDA_DEVICE_ORDER.
+        refusals: Error code by function of the driver library, and an error message for
+            "mem_get_info"; may be changed at any time.
+        lacks: Functions missing in the driver library.
+        has_library: True if the driver library can be loaded.
+        calls: Number of calls by function of the library.
     """
 
     cards: tuple[Card, ...] = field(default_factory=lambda: (Card("aaaa-0"),))
@@ -123,12 +123,12 @@ class FakeGpu:
     calls: Counter[str] = field(default_factory=Counter)
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
-        """Put the machine in place until the test ends."""
+        """Install the machine until the test ends."""
         if self.visible is None:
             monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         else:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", self.visible)
-        # Where pynvml keeps what ctypes loaded; read from nvidia-ml-py 13.615
+        # Caches of pynvml for the loaded library; read from nvidia-ml-py 13.615
         monkeypatch.setattr(pynvml, "CDLL", self._load)
         monkeypatch.setattr(pynvml, "nvmlLib", None)
         monkeypatch.setattr(pynvml, "_nvmlGetFunctionPointer_cache", {})
@@ -143,14 +143,14 @@ class FakeGpu:
         return Library(self)
 
     def lose(self) -> None:
-        """From now on the cards have fallen off their bus: neither the driver nor CUDA gets through."""
+        """Disconnect the cards: calls of the driver and of CUDA fail from now on."""
         for name in ("nvmlDeviceGetMemoryInfo", "nvmlDeviceGetHandleByUUID"):
             self.refusals[name] = pynvml.NVML_ERROR_GPU_IS_LOST
         self.refusals["mem_get_info"] = "CUDA error: unspecified launch failure"
 
     @property
     def devices(self) -> list[Card]:
-        """The cards this process was given, as torch counts them."""
+        """Cards visible to this process, as torch counts them."""
         order = self.cuda_order or range(len(self.cards))
         in_cuda_order = [self.cards[position] for position in order]
         if self.visible is None:
@@ -165,7 +165,7 @@ class FakeGpu:
         ]
 
     def allocate(self, index: int, nbytes: int) -> None:
-        """What torch's allocator does: refuse what passes the cap or the card, having retried once."""
+        """Allocate as torch does: refuse beyond the cap or the card, after one retry."""
         card = self.devices[index]
         if card.reserved + nbytes > card.share * card.seen_by_cuda or nbytes > card.free:
             card.retries += 1
@@ -176,7 +176,7 @@ class FakeGpu:
 
     @contextlib.contextmanager
     def holding(self, index: int, nbytes: int) -> Iterator[None]:
-        """Allocate, and free at the end."""
+        """Hold memory in the body."""
         self.allocate(index, nbytes)
         try:
             yield
@@ -185,7 +185,7 @@ class FakeGpu:
 
     @contextlib.contextmanager
     def allocating(self, index: int, mib: int) -> Iterator[None]:
-        """Let the CPU's tensors of this thread be a card's, by torch's rules; `mib` is what is called a MiB there."""
+        """Count CPU tensors of this thread on a card; `mib` bytes stand for a MiB."""
         card = self.devices[index]
         card.allocator = CachingAllocator(mib, lambda: card.room)
         ledger = CachingLedger(card.allocator)
@@ -197,7 +197,7 @@ class FakeGpu:
     def _torch_cuda(self) -> dict[str, object]:
         def properties(index: int) -> types.SimpleNamespace:
             card = self.devices[index]
-            # torch tells the UUID of the whole card, also for an instance of it
+            # torch returns the UUID of the whole card, also for an instance of it
             whole = next(each for each in self.cards if card is each or card in each.instances)
             return types.SimpleNamespace(
                 name="Paper GPU",
@@ -232,17 +232,17 @@ class FakeGpu:
 
 
 class Library:
-    """What ctypes would load from libnvidia-ml.so.1: functions that return codes, and fill the structures of nvml.h.
+    """Replacement of libnvidia-ml.so.1: functions that return codes and fill structures of nvml.h.
 
-    What is not here no one may call: the second version of the memory's structure counts differently, and an index
-    means another card to NVML than to CUDA.
+    Functions that must not be used are missing: version 2 of the memory structure counts
+    differently, and an index means another card to NVML than to CUDA.
     """
 
     def __init__(self, machine: FakeGpu) -> None:
         self._machine = machine
         self._is_open = False
         self._handles: list[Card] = []
-        self._words: dict[int, ctypes.Array] = {}  # kept, since C is given their addresses
+        self._words: dict[int, ctypes.Array] = {}  # kept alive, since C has their addresses
         offered = {
             "nvmlInitWithFlags": (self._init, (c_uint,)),
             "nvmlSystemGetDriverVersion": (self._driver_version, (c_void_p, c_uint)),
@@ -259,7 +259,7 @@ class Library:
             ),
         }
         self._functions = {
-            name: ctypes.CFUNCTYPE(c_int, *arguments)(self._asked(name, function))
+            name: ctypes.CFUNCTYPE(c_int, *arguments)(self._counted(name, function))
             for name, (function, arguments) in offered.items()
         }
         self._functions["nvmlErrorString"] = ctypes.CFUNCTYPE(c_void_p, c_int)(self._error_string)
@@ -269,8 +269,8 @@ class Library:
             raise AttributeError(f"undefined symbol: {name}")
         return self._functions[name]
 
-    def _asked(self, name: str, function: Callable[..., int]) -> Callable[..., int]:
-        def answer(*arguments: object) -> int:
+    def _counted(self, name: str, function: Callable[..., int]) -> Callable[..., int]:
+        def call(*arguments: object) -> int:
             self._machine.calls[name] += 1
             if name in self._machine.refusals:
                 return self._machine.refusals[name]
@@ -278,7 +278,7 @@ class Library:
                 return pynvml.NVML_ERROR_UNINITIALIZED
             return function(*arguments)
 
-        return answer
+        return call
 
     def _init(self, flags: int) -> int:
         self._is_open = True
@@ -338,3 +338,19 @@ class Library:
             code, ctypes.create_string_buffer(f"error {code} of the driver".encode())
         )
         return ctypes.addressof(words)
+
+
+def three_cards() -> tuple[Card, ...]:
+    """Cards that differ in the memory used by other processes: 1, 2 and 3 GiB."""
+    return tuple(
+        Card(uuid, others=i * GIB)
+        for i, uuid in enumerate(("aaaa-1111", "bbbb-2222", "bbcc-3333"), start=1)
+    )
+
+
+@contextlib.contextmanager
+def tensor_on(device: str, nbytes: int) -> Iterator[None]:
+    """Hold a real tensor of that many bytes."""
+    tensor = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    yield
+    del tensor

@@ -4,14 +4,17 @@ import ast
 import importlib
 import importlib.util
 import inspect
+import re
 import subprocess
 import sys
+import typing
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 import autobatch
+from autobatch import errors
 
 PACKAGE = Path(autobatch.__file__).parent
 HEAVY = {
@@ -33,28 +36,29 @@ LAYERS = (
     ("_search", "_throughput"),
     ("_plan", "_latency", "_noise", "_accumulation"),
     ("_report",),
-    ("sinks", "testing"),
+    ("report", "sinks", "testing"),
     ("_subject",),
     ("_tune",),
     ("_find",),
     ("lightning",),
-    ("_demo",),
     ("__main__",),
 )
 LAYER = {name: height for height, row in enumerate(LAYERS) for name in row}
 
-# Arrows that point up, "_module -> _other", each with its reason.
-UPWARD: dict[str, str] = {
-    "_latency.search -> _report.units": "the sentence about too few calls",
-    "_settings -> _latency": "the limit as a record",
+# Imports of a higher row, "_module -> _other", each with its reason. There are no others.
+UPWARD: dict[str, str] = {}
+# Imports inside a function that would be a cycle within their folder
+DEFERRED: dict[str, str] = {
     "_report -> _report.text": "a report prints itself",
     "_report -> _report.figure": "report.plot() loads matplotlib with the picture",
     "_report -> _report.notebook": "a notebook asks the object itself for its HTML",
 }
+# Modules that users import from
+PUBLIC = ("errors", "lightning", "report", "sinks", "testing")
 
 
 def sources() -> dict[str, ast.Module]:
-    """Every module of the package by its name within it; the package itself is "__init__"."""
+    """Return every module by its name within the package; the package itself is "__init__"."""
     return {
         path.relative_to(PACKAGE)
         .with_suffix("")
@@ -69,7 +73,7 @@ MODULES = sources()
 
 
 def imported(tree: ast.Module) -> set[str]:
-    """The modules of the package that this one imports, wherever it does so, for types only as well."""
+    """Return the modules of the package that a module imports, in functions and for types too."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -93,85 +97,115 @@ ARROWS = {
 }  # the package's own __init__ is the façade: it names everything, and loads nothing
 
 
-def test_every_module_has_its_place_in_the_layers():
-    assert {name.partition(".")[0] for name in ARROWS} == set(LAYER)
+def part_of(name: str) -> str:
+    """Return the folder of a module, or the module itself where it is at the top."""
+    return name.partition(".")[0]
+
+
+def points_up(name: str, other: str) -> bool:
+    if other == "__init__":  # the façade is above everything
+        return True
+    return part_of(name) != part_of(other) and LAYER[part_of(other)] >= LAYER[part_of(name)]
+
+
+def test_every_folder_and_top_module_has_a_layer():
+    assert {part_of(name) for name in ARROWS} == set(LAYER)
 
 
 @pytest.mark.parametrize("name", ARROWS)
-def test_a_module_imports_only_from_below_itself(name):
-    part = name.partition(".")[0]
+def test_modules_import_only_from_lower_layers(name):
+    upward = {f"{name} -> {other}" for other in ARROWS[name] if points_up(name, other)}
+
+    assert upward <= set(UPWARD)
+
+
+def test_only_the_documented_upward_imports_exist():
+    arrows = {f"{name} -> {other}" for name in ARROWS for other in ARROWS[name]}
     upward = {
-        other
-        for other in ARROWS[name]
-        if other == "__init__"
-        or (other.partition(".")[0] != part and LAYER[other.partition(".")[0]] >= LAYER[part])
+        f"{name} -> {other}" for name in ARROWS for other in ARROWS[name] if points_up(name, other)
     }
 
-    assert {f"{name} -> {other}" for other in upward} <= set(UPWARD)
+    assert upward == set(UPWARD)
+    assert set(DEFERRED) <= arrows
 
 
-def test_an_arrow_that_may_point_up_still_exists():
-    arrows = {f"{name} -> {other}" for name in ARROWS for other in ARROWS[name]}
-
-    assert set(UPWARD) <= arrows
-
-
-def test_no_module_imports_itself_by_way_of_others():
+def test_imports_form_no_cycle():
+    excepted = UPWARD | DEFERRED
     downward = {
-        name: {other for other in others if f"{name} -> {other}" not in UPWARD}
+        name: {other for other in others if f"{name} -> {other}" not in excepted}
         for name, others in ARROWS.items()
     }
 
     TopologicalSorter(downward).prepare()
 
 
-def test_a_cycle_would_be_found():
+def test_an_import_cycle_would_be_found():
     with pytest.raises(CycleError):
         TopologicalSorter(ARROWS | {"errors": {"_tune"}}).prepare()
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_a_module_says_in_one_sentence_what_it_holds(name):
+def test_module_docstrings_begin_with_one_sentence(name):
     first, *rest = (ast.get_docstring(MODULES[name]) or "").splitlines()
 
     assert first.endswith(".")
     assert not rest or rest[0] == ""
 
 
+# Removed once every module is rewritten: strict, so it announces itself
+@pytest.mark.xfail(reason="other docstrings are still being rewritten", strict=True)
+def test_docstrings_begin_with_a_verb_or_noun_phrase():
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    documented = [
+        (name, node)
+        for name, tree in MODULES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, kinds)
+    ]
+
+    found = [
+        f"{name}, line {getattr(node, 'lineno', 1)}: {(ast.get_docstring(node) or '')[:60]}"
+        for name, node in documented
+        if re.match(r"(What|Whether|Where|How|Which|Why)\b", ast.get_docstring(node) or "")
+    ]
+
+    assert not found, "\n".join(found)
+
+
 def loaded_by(code: str) -> set[str]:
     program = f"import sys; {code}; print(*sys.modules)"
-    told = subprocess.run(
+    run = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    return HEAVY & set(told.stdout.split())
+    return HEAVY & set(run.stdout.split())
 
 
-def test_import_autobatch_is_light():
+def test_importing_autobatch_loads_no_heavy_package():
     assert loaded_by("import autobatch; dir(autobatch)") == set()
 
 
-def test_a_heavy_import_would_be_found():
+def test_loading_a_heavy_package_would_be_found():
     assert loaded_by("import autobatch; autobatch.find") >= {"torch", "pydantic"}
 
 
-def test_all_names_what_the_lazy_table_holds():
+def test_all_lists_exactly_the_lazily_loaded_names():
     assert autobatch.__all__ == sorted(autobatch.__all__)
     assert set(autobatch.__all__) == set(autobatch._HOMES)
 
 
-def test_type_checkers_see_the_same_names_in_the_same_places():
-    told = {
+def test_type_checkers_see_the_same_names_and_modules():
+    seen = {
         alias.name: node.module.removeprefix("autobatch.")
         for node in ast.walk(MODULES["__init__"])
         if isinstance(node, ast.ImportFrom) and node.module.startswith("autobatch")
         for alias in node.names
     }
 
-    assert told == autobatch._HOMES
+    assert seen == autobatch._HOMES
 
 
 @pytest.mark.parametrize("name", autobatch.__all__)
-def test_every_public_name_can_be_had(name):
+def test_every_public_name_can_be_imported(name):
     if autobatch._HOMES[name] == "lightning":
         needs_lightning()
 
@@ -181,17 +215,17 @@ def test_every_public_name_can_be_had(name):
     assert name in dir(autobatch)
 
 
-def test_a_name_that_is_not_there_is_an_attribute_error():
+def test_unknown_names_raise_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'largest_batch'"):
         autobatch.largest_batch  # noqa: B018
 
 
-def test_the_version_is_that_of_the_distribution():
+def test_version_comes_from_the_distribution():
     assert autobatch.__version__.count(".") == 2
 
 
-@pytest.mark.parametrize("name", ["errors", "lightning", "sinks", "testing"])
-def test_a_public_module_offers_only_names_it_has(name):
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_modules_define_every_name_in_all(name):
     if name == "lightning":
         needs_lightning()
 
@@ -200,7 +234,62 @@ def test_a_public_module_offers_only_names_it_has(name):
     assert all(hasattr(module, offered) for offered in module.__all__)
 
 
-def test_the_two_doors_have_their_keywords_in_common():
+def annotations_of(kind: type) -> list[str]:
+    """Return the annotations of public fields, and of the results of properties and methods."""
+    fields = [
+        text for name, text in vars(kind).get("__annotations__", {}).items() if name[0] != "_"
+    ]
+    getters = [
+        member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+        for name, member in vars(kind).items()
+        if name[0] != "_"
+    ]
+    return fields + [getattr(each, "__annotations__", {}).get("return", "None") for each in getters]
+
+
+def classes_in(annotation: str, kind: type) -> set[type]:
+    """Return the classes of autobatch that an annotation of a class names."""
+    from_elsewhere = {"Path": object, "Axes": object, "Figure": object}  # for type checkers only
+    value = eval(annotation, vars(sys.modules[kind.__module__]) | from_elsewhere)
+    found, open_ = set(), [value]
+    while open_:
+        each = open_.pop()
+        open_ += typing.get_args(each)
+        if isinstance(each, type) and each.__module__.startswith("autobatch"):
+            found.add(each)
+    return found
+
+
+def test_every_type_of_a_report_is_in_the_public_module():
+    from autobatch import report
+
+    public = {getattr(report, name) for name in report.__all__}
+    seen, open_ = set(), [report.TuningReport]
+    while open_:
+        kind = open_.pop()
+        seen.add(kind)
+        for annotation in annotations_of(kind):
+            open_ += classes_in(annotation, kind) - seen - set(open_)
+
+    assert {report.CurvePoint, report.Settings, report.StreamRow} <= seen
+    assert seen <= public
+
+
+def test_every_autobatch_error_is_defined_and_drawn_in_errors():
+    elsewhere = {
+        node.name
+        for name, tree in MODULES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+        if name != "errors" and {getattr(base, "id", "") for base in node.bases} & {*errors.__all__}
+    }
+    drawn = ast.get_docstring(MODULES["errors"])
+
+    assert elsewhere == set()
+    assert all(f"{name} " in drawn or f"{name}\n" in drawn for name in errors.__all__)
+
+
+def test_find_and_autobatch_share_their_keywords():
     needs_lightning()
     finds = inspect.signature(autobatch.find).parameters
     tunes = inspect.signature(autobatch.AutoBatch).parameters

@@ -31,7 +31,7 @@ def run(script, *arguments, needs):
     return ran.stdout
 
 
-def test_the_benchmark_of_the_tradeoff_compares_predicted_with_measured_order(tmp_path):
+def test_tradeoff_compares_predicted_with_measured_order(tmp_path):
     page, numbers = tmp_path / "page.md", tmp_path / "numbers.json"
     page.write_text(
         "Before.\n<!-- tradeoff.py -->old<!-- end of tradeoff.py -->\nAfter.\n",
@@ -66,7 +66,7 @@ def test_the_benchmark_of_the_tradeoff_compares_predicted_with_measured_order(tm
     assert verdicts[0]["choice"] in text
 
 
-def test_the_benchmark_of_the_noise_scale_prints_a_ratio_of_each_kind():
+def test_noise_scale_prints_a_ratio_of_each_kind():
     lightning_of = ["pytorch_lightning", "lightning"]
     if not any(map(importlib.util.find_spec, lightning_of)):
         pytest.skip("needs Lightning")
@@ -78,7 +78,7 @@ def test_the_benchmark_of_the_noise_scale_prints_a_ratio_of_each_kind():
 
 
 @pytest.mark.timeout(600)
-def test_the_benchmark_of_searches_compares_all_on_the_same_work(tmp_path):
+def test_search_compares_all_tools_on_the_same_work(tmp_path):
     page, short, numbers, figure = (tmp_path / name for name in ("p.md", "s.md", "n.json", "f.png"))
     for each in (page, short):
         each.write_text("<!-- search.py -->old<!-- end of search.py -->\n", "utf-8")
@@ -108,12 +108,12 @@ def test_the_benchmark_of_searches_compares_all_on_the_same_work(tmp_path):
         ours = [c for c in cells if c["contestant"] in {"find", "find, bare peaks"}]
         assert not [c for c in ours if c["is_unsafe"]]
         assert all(0.99 <= c["ratio"] <= 1 for c in ours if c["true"] and c["rises"])
-    # Others provoke what they look for
+    # Other searches run out of memory on purpose
     assert max(c["result"]["unfit"] for c in found["curves"]) > 10
     assert re.search(r"(?m)^\| unsafe answers +\| +0 \| +0 \| +met \|$", printed)
 
 
-def test_the_benchmark_of_overhead_measures_every_part(tmp_path):
+def test_overhead_measures_every_part(tmp_path):
     numbers = tmp_path / "numbers.json"
 
     run(
@@ -129,3 +129,15 @@ def test_the_benchmark_of_overhead_measures_every_part(tmp_path):
     assert all(row["numbers"] for row in rows)
     for row in rows[1:]:
         assert min(row["numbers"]) >= 0, row["what"]
+
+
+def test_measure_prints_every_row_of_its_table(tmp_path):
+    numbers = tmp_path / "numbers.json"
+
+    printed = run("measure.py", "--json", numbers, needs=["pytorch_lightning"])
+
+    found = json.loads(numbers.read_text(encoding="utf-8"))
+    assert len(found) == 10
+    assert all(f"| {name} " in printed for name in found)
+    find, fit = map(int, found["frames from find / fit to the user's step"].split(" / "))
+    assert 1 < find < fit

@@ -1,4 +1,4 @@
-"""The stand-in for torch's allocator, held against what that one is documented and read to do."""
+"""The model of torch's allocator, against the documented and observed behaviour of the original."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def allocator(room=1000 * MIB):
 
 
 @pytest.mark.parametrize(
-    ("asked", "segment"),
+    ("nbytes", "segment"),
     [
         (1, 2 * MIB),
         (MIB, 2 * MIB),
@@ -25,10 +25,10 @@ def allocator(room=1000 * MIB):
         (21 * MIB + 1, 22 * MIB),
     ],
 )
-def test_a_device_is_asked_for_segments(asked, segment):
+def test_memory_is_reserved_in_segments(nbytes, segment):
     it = allocator()
 
-    it.allocate(asked)
+    it.allocate(nbytes)
 
     assert it.reserved == it.peak == segment
 
@@ -44,14 +44,14 @@ def test_blocks_share_a_segment_until_it_is_full():
     assert it.reserved == 40 * MIB
 
 
-def test_a_little_rest_of_a_large_block_is_not_cut_off():
+def test_a_small_rest_of_a_large_block_is_not_split_off():
     it = allocator()
     it.free(it.allocate(100 * MIB))
 
     assert it.allocate(99 * MIB).size == 100 * MIB
 
 
-def test_what_was_freed_is_used_again_the_smallest_that_will_do_first():
+def test_freed_blocks_are_reused_smallest_fitting_first():
     it = allocator()
     for block in [it.allocate(size * MIB) for size in (100, 50, 200)]:
         it.free(block)
@@ -63,7 +63,7 @@ def test_what_was_freed_is_used_again_the_smallest_that_will_do_first():
     assert it.reserved == 350 * MIB
 
 
-def test_neighbours_that_are_free_are_one_block():
+def test_free_neighbours_are_merged():
     it = allocator()
     it.free(it.allocate(100 * MIB))
     parts = [it.allocate(size * MIB) for size in (30, 30, 40)]
@@ -75,7 +75,7 @@ def test_neighbours_that_are_free_are_one_block():
     assert it.reserved == 100 * MIB
 
 
-def test_a_segment_stays_while_a_block_of_it_lives():
+def test_a_segment_stays_while_one_of_its_blocks_lives():
     it = allocator()
     it.free(it.allocate(100 * MIB))
     small = it.allocate(16 * MIB)
@@ -90,7 +90,7 @@ def test_a_segment_stays_while_a_block_of_it_lives():
     assert it.reserved == 100 * MIB
 
 
-def test_the_cache_is_emptied_before_memory_is_refused_and_that_is_counted():
+def test_emptying_the_cache_before_a_refusal_counts_as_a_retry():
     it = allocator(room=100 * MIB)
     it.free(it.allocate(60 * MIB))
 
@@ -101,7 +101,7 @@ def test_the_cache_is_emptied_before_memory_is_refused_and_that_is_counted():
     assert (it.repeated, it.refused) == (2, 1)
 
 
-def test_real_tensors_are_reserved_for_and_refused():
+def test_real_tensors_are_reserved_and_refused():
     it = allocator(room=64 * MIB)
     ledger = CachingLedger(it)
 

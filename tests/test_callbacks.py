@@ -1,4 +1,4 @@
-"""Other callbacks in the same Trainer, and tuning anew at an epoch."""
+"""Other callbacks in the same Trainer, and tuning again at an epoch."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader
 
 import autobatch
 from autobatch.testing import SimulatedAccelerator
+from lightning_here import Model, data, pl, tuner
+from lightning_here import quiet_trainer as trainer
 from sameness import same
-from test_lightning import Model, data, pl, trainer, tuner
 
 callbacks = pl.callbacks
 
@@ -27,7 +28,7 @@ def loader(size=4, length=600, **options):
 
 
 class Monitored(Model):
-    """Has what callbacks look for: a learning rate, a schedule, a metric of validation."""
+    """A module with a learning rate, a schedule and a metric of validation for callbacks."""
 
     flops_per_batch = 1
 
@@ -49,7 +50,7 @@ class Monitored(Model):
 
 
 def fit(path, *others, size=4, accumulate=1, **options):
-    """What a training with these callbacks ends with."""
+    """Train with these callbacks, and return the final state."""
     pl.seed_everything(1, verbose=False)
     model = Monitored(size)
     fitted = trainer(
@@ -102,7 +103,7 @@ LOGS = {"rate monitor", "throughput"}
 @pytest.mark.filterwarnings("ignore:.*does not have a `forward`", "ignore:Swapping scheduler")
 @pytest.mark.parametrize("first", [True, False], ids=["first", "last"])
 @pytest.mark.parametrize("case", CASES)
-def test_with_another_callback_training_is_the_same_to_the_bit(case, first, tmp_path, capsys):
+def test_training_with_another_callback_is_bit_identical(case, first, tmp_path, capsys):
     def run(*ours, **options):
         path = tmp_path / ("tuned" if ours else "by hand")
         logger = pl.loggers.CSVLogger(path) if case in LOGS else False
@@ -123,7 +124,7 @@ def test_with_another_callback_training_is_the_same_to_the_bit(case, first, tmp_
     assert tuned["epochs"] == (2 if case == "early stopping" else 3)
 
 
-def test_the_learning_rate_is_found_at_the_size_that_was_found(tmp_path):
+def test_learning_rate_finder_runs_at_the_tuned_batch_size(tmp_path):
     seen = []
 
     class Finder(callbacks.LearningRateFinder):
@@ -139,13 +140,13 @@ def test_the_learning_rate_is_found_at_the_size_that_was_found(tmp_path):
     assert result["lr"] != 1e-3
 
 
-def test_a_fit_after_the_learning_rate_was_found_does_not_take_itself_for_resumed(
+def test_a_fit_after_learning_rate_finder_is_not_taken_for_resumed(
     tmp_path,
 ):
     callback = tuner()
     finder = callbacks.LearningRateFinder(num_training_steps=20)
     fit(tmp_path, callback, finder)
-    assert callback._checkpoint is not None  # of the finder
+    assert callback._run.checkpoint is not None  # of the finder
 
     fit(tmp_path, callback)
 
@@ -170,7 +171,7 @@ def test_every_checkpoint_holds_the_plan(tmp_path):
         assert state["accumulate_grad_batches"] == plan.accumulate_grad_batches
 
 
-def test_throughput_counts_the_samples_of_the_size_found(tmp_path):
+def test_throughput_monitor_counts_the_tuned_batch_size(tmp_path):
     logger, callback = pl.loggers.CSVLogger(tmp_path), tuner()
     monitor = CASES["throughput"]()
 
@@ -189,11 +190,11 @@ def test_throughput_counts_the_samples_of_the_size_found(tmp_path):
     assert all(samples == size * batches for samples, batches in counted)
 
 
-# Tuning anew at an epoch
+# Tuning again at an epoch
 
 
 class Frozen(pl.LightningModule):
-    """A head that is trained from the start, and a wide backbone that is let free later."""
+    """A head that is trained from the start, and a wide backbone that is unfrozen later."""
 
     def __init__(self, batch_size=4):
         super().__init__()
@@ -205,7 +206,7 @@ class Frozen(pl.LightningModule):
     def training_step(self, batch, batch_idx):
         loss = F.cross_entropy(self.net(self.backbone(batch[0])), batch[1])
         self.log("loss", loss)
-        # A new list, so that what trials add is given back
+        # A new list, so that trials are restored
         self.record = [*self.record, (self.current_epoch, len(batch[0]), loss.item())]
         return loss
 
@@ -244,7 +245,7 @@ def finetuned(callback, *others, epochs=3, source=None, **options):
 
 
 def wide(**options):
-    """Without speed in it: the largest that fits, whose accumulation reaches the target."""
+    """Without timing: the largest fit whose accumulation reaches the target."""
     return tuner(
         device=SimulatedAccelerator(ROOM),
         search=autobatch.Bisection(),
@@ -252,7 +253,7 @@ def wide(**options):
     )
 
 
-def test_at_a_milestone_it_tunes_anew_for_the_same_effective_batch():
+def test_retuning_keeps_the_effective_batch_size():
     reports = []
 
     class Look(pl.Callback):
@@ -260,7 +261,7 @@ def test_at_a_milestone_it_tunes_anew_for_the_same_effective_batch():
             if batch_idx == 0:
                 reports.append((callback.report, fitted.num_training_batches))
 
-    # Given, so that only memory decides: it fits while the backbone is frozen, and then no more
+    # Given, so that only memory decides: it fits only while the backbone is frozen
     callback = wide(plan=autobatch.BatchPlan(120, 2))
     model, fitted = finetuned(callback, finetuning(), Look())
 
@@ -278,11 +279,11 @@ def test_at_a_milestone_it_tunes_anew_for_the_same_effective_batch():
     assert fitted.global_step == 3 * 3
     assert callback.report.model_copy(update={"loading": None}) == second
     assert fitted.accumulate_grad_batches == second.plan.accumulate_grad_batches
-    assert "Tuned anew at epoch 1, for the effective batch of 240." in second.notes
+    assert "Tuned again at epoch 1, for the effective batch of 240." in second.notes
 
 
-def test_without_milestones_the_unfrozen_model_would_not_have_fitted():
-    """What the first plan leaves out: the backbone that is trained from the second epoch on."""
+def test_without_retuning_the_unfrozen_model_does_not_fit():
+    """The first plan does not know of the backbone, which is trained from the second epoch."""
     first, second = wide(retune_at_epochs=()), wide()
 
     finetuned(first, finetuning())
@@ -292,7 +293,7 @@ def test_without_milestones_the_unfrozen_model_would_not_have_fitted():
 
 
 class BySwitch(pl.Callback):
-    """What a person would write: another size and accumulation from an epoch on, in place."""
+    """A callback by hand that changes batch size and accumulation at an epoch."""
 
     def __init__(self, plan, data_loader):
         self.plan, self.loader = plan, data_loader
@@ -309,7 +310,7 @@ class BySwitch(pl.Callback):
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["global", "own generator"])
-def test_training_goes_on_as_if_the_numbers_had_been_changed_by_hand(own, monkeypatch):
+def test_training_after_retuning_is_identical_to_a_change_by_hand(own, monkeypatch):
     def run(*others, size=4, **options):
         pl.seed_everything(1, verbose=False)
         generator = torch.Generator().manual_seed(3) if own else None
@@ -324,7 +325,7 @@ def test_training_goes_on_as_if_the_numbers_had_been_changed_by_hand(own, monkey
             fitted.global_step,
         )
 
-    # Both plans are given, so that only the change is compared
+    # Both plans are given, so that the comparison is of the change alone
     plans = [autobatch.BatchPlan(60, 2), autobatch.BatchPlan(20, 6)]
     device = SimulatedAccelerator("2MiB")
     callback = tuner(plan=plans[0], retune_at_epochs=[1], device=device)
@@ -367,7 +368,7 @@ class Drawn(pl.LightningDataModule):
     [{}, {"reload_dataloaders_every_n_epochs": 1}, {"val_check_interval": 0.5}],
     ids=["", "reload", "validation"],
 )
-def test_at_a_milestone_the_loader_of_a_hook_follows_and_validation_too(options):
+def test_retuning_changes_loaders_of_hooks_and_validation(options):
     validations = []
 
     class Look(pl.Callback):
@@ -389,7 +390,7 @@ def test_at_a_milestone_the_loader_of_a_hook_follows_and_validation_too(options)
     assert source.batch_size == size
 
 
-def test_a_milestone_is_seen_by_the_progress_bar(capsys):
+def test_the_progress_bar_shows_the_retuned_epoch(capsys):
     totals = []
 
     class Bar(callbacks.TQDMProgressBar):
@@ -402,7 +403,7 @@ def test_a_milestone_is_seen_by_the_progress_bar(capsys):
     assert dict(totals) == {epoch: len(model.sizes(epoch)) for epoch in range(3)}
 
 
-def test_a_checkpoint_after_a_milestone_holds_the_plan_that_was_found_there(tmp_path):
+def test_a_checkpoint_after_retuning_holds_the_new_plan(tmp_path):
     callback = wide()
     _, fitted = finetuned(callback, finetuning())
     fitted.save_checkpoint(tmp_path / "last.ckpt")
@@ -413,17 +414,17 @@ def test_a_checkpoint_after_a_milestone_holds_the_plan_that_was_found_there(tmp_
     assert state["AutoBatch"]["micro_batch_size"] == plan.micro_batch_size
 
 
-def test_the_report_of_the_milestone_is_written_beside_the_logs(tmp_path):
+def test_the_report_of_retuning_is_written_beside_the_logs(tmp_path):
     callback, logger = wide(), pl.loggers.CSVLogger(tmp_path)
 
     finetuned(callback, finetuning(), logger=logger, log_every_n_steps=1)
 
     written = json.loads((Path(logger.log_dir) / "autobatch.json").read_text())
-    assert any("Tuned anew" in note for note in written["notes"])
+    assert any("Tuned again" in note for note in written["notes"])
 
 
-def test_a_milestone_leaves_no_trace_where_the_plan_stays():
-    """Trials in the middle of training: optimizer state, schedule, metrics and random state are given back."""
+def test_retuning_that_keeps_the_plan_leaves_no_trace():
+    """Trials in the middle of training restore optimizers, schedules, metrics and random state."""
 
     def run(*ours, size=4, accumulate=1):
         pl.seed_everything(1, verbose=False)
@@ -444,12 +445,12 @@ def test_a_milestone_leaves_no_trace_where_the_plan_stays():
     plan = callback.report.plan
     by_hand = run(size=plan.micro_batch_size, accumulate=plan.accumulate_grad_batches)
 
-    assert "Tuned anew at epoch 2, for the effective batch of 59." in (callback.report.notes)
-    assert callback._first.plan == plan
+    assert "Tuned again at epoch 2, for the effective batch of 59." in (callback.report.notes)
+    assert callback._run.first.plan == plan
     assert same(tuned, by_hand)
 
 
-def test_a_resumed_run_tunes_at_the_milestones_that_are_still_to_come(tmp_path):
+def test_a_resumed_run_retunes_at_the_remaining_epochs(tmp_path):
     first = wide(retune_at_epochs=())
     _, begun = finetuned(first, finetuning(epoch=2), epochs=1)
     begun.save_checkpoint(tmp_path / "last.ckpt")
@@ -467,7 +468,7 @@ def test_a_resumed_run_tunes_at_the_milestones_that_are_still_to_come(tmp_path):
     assert model.sizes(2)[0] == again.report.plan.micro_batch_size
 
 
-def test_after_fit_the_loader_and_the_loop_are_their_own_again():
+def test_fit_with_retuning_restores_the_loader_and_the_loop():
     callback, data_loader, fitted = wide(), loader(), None
     fitted = trainer(callback, finetuning(), max_epochs=2)
 
@@ -477,7 +478,7 @@ def test_after_fit_the_loader_and_the_loop_are_their_own_again():
     assert "advance" not in vars(fitted.fit_loop)
 
 
-def test_a_user_error_in_a_trial_of_a_milestone_passes_through_and_all_is_given_back():
+def test_a_user_error_while_retuning_passes_and_restores_everything():
     class Fails(Frozen):
         def training_step(self, batch, batch_idx):
             if self.current_epoch == 1:
@@ -495,6 +496,6 @@ def test_a_user_error_in_a_trial_of_a_milestone_passes_through_and_all_is_given_
 
 
 @pytest.mark.parametrize("epochs", [[0], [1.5], 3, "12", [True], None])
-def test_epochs_that_are_none_are_refused_at_the_door(epochs):
+def test_bad_epochs_to_retune_at_are_refused(epochs):
     with pytest.raises(ValueError, match="retune_at_epochs="):
         autobatch.AutoBatch(retune_at_epochs=epochs)

@@ -8,7 +8,7 @@ from autobatch.testing import PaperDevice
 
 
 def found(device, *, needs=1, **options):
-    """A search with a workload that refuses fewer samples than it needs, as layers that take a variance do."""
+    """Tune a workload that refuses fewer samples than it needs, as BatchNorm does."""
 
     def train(batch_size, accumulate):
         if batch_size < needs:

@@ -10,6 +10,7 @@ from importlib.metadata import entry_points
 import pytest
 
 import autobatch
+from autobatch import __main__ as shell
 from autobatch import sinks
 from autobatch.__main__ import main
 from autobatch._report.layout import UNICODE, terminal
@@ -38,10 +39,10 @@ def autobatch_from_the_shell(*arguments, cwd):
 
 
 def one_sentence(capsys) -> str:
-    """What was said on standard error, when that is one line and all that was said."""
-    said = capsys.readouterr()
-    assert said.out == ""
-    (line,) = said.err.splitlines()
+    """Return the only line on standard error, with nothing on standard output."""
+    output = capsys.readouterr()
+    assert output.out == ""
+    (line,) = output.err.splitlines()
     return line
 
 
@@ -51,14 +52,14 @@ def test_the_command_is_installed():
     assert command.load() is main
 
 
-def test_without_a_command_the_usage_is_shown(capsys):
+def test_usage_is_printed_without_a_command(capsys):
     with pytest.raises(SystemExit, match="2"):
         main([])
 
     assert "usage: autobatch" in capsys.readouterr().err
 
 
-def test_version(capsys):
+def test_version_is_printed(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])
 
@@ -68,7 +69,7 @@ def test_version(capsys):
 # demo
 
 
-def test_a_directory_that_can_not_be_made_is_refused_before_the_demo_runs(tmp_path, capsys):
+def test_demo_refuses_an_impossible_directory_before_it_runs(tmp_path, capsys):
     pytest.importorskip("pytorch_lightning")
     pytest.importorskip("sklearn")
     (tmp_path / "file").touch()
@@ -80,7 +81,7 @@ def test_a_directory_that_can_not_be_made_is_refused_before_the_demo_runs(tmp_pa
 
 
 @pytest.mark.slow
-def test_the_demo_tunes_trains_and_reports(tmp_path):
+def test_demo_tunes_trains_and_reports(tmp_path):
     pytest.importorskip("pytorch_lightning")
     pytest.importorskip("sklearn")
 
@@ -91,8 +92,8 @@ def test_the_demo_tunes_trains_and_reports(tmp_path):
     report = autobatch.TuningReport.read(tmp_path / "here/autobatch.json")
     printed, _, last = ran.stdout.strip().rpartition("\n\n")
     at_first, _, later = printed.partition("\n\nautobatch · DigitsNet")
-    measured_since = {"noise": None, "loading": None}
-    assert at_first == str(report.model_copy(update=measured_since))
+    measured_later = {"noise": None, "loading": None}
+    assert at_first == str(report.model_copy(update=measured_later))
     assert f"autobatch · DigitsNet{later}" == terminal(completed(report), UNICODE)
     assert report.plan.effective_batch_size == 256
     assert report.plan.accumulate_grad_batches > 1
@@ -104,7 +105,7 @@ def test_the_demo_tunes_trains_and_reports(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
 
 
-def test_the_demo_says_what_it_needs(monkeypatch, capsys):
+def test_demo_names_the_packages_it_needs(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     monkeypatch.setitem(sys.modules, "pytorch_lightning", sys)
 
@@ -113,13 +114,12 @@ def test_the_demo_says_what_it_needs(monkeypatch, capsys):
     assert "pip install" in one_sentence(capsys)
 
 
-def test_the_demo_says_where_it_could_not_write(tmp_path, monkeypatch, capsys):
+def test_demo_names_the_path_it_cannot_write(tmp_path, monkeypatch, capsys):
     pytest.importorskip("pytorch_lightning")
     pytest.importorskip("sklearn")
-    from autobatch import _demo
-
+    result = shell.DemoResult(example(), accuracy=0.9, updates=96)
     (tmp_path / "taken").touch()
-    monkeypatch.setattr(_demo, "run", lambda: _demo.DemoResult(example(), accuracy=0.9, updates=96))
+    monkeypatch.setattr(shell, "run_demo", lambda: result)
 
     assert main(["demo", "--directory", str(tmp_path / "taken")]) == 2
 
@@ -129,7 +129,7 @@ def test_the_demo_says_where_it_could_not_write(tmp_path, monkeypatch, capsys):
 # probe
 
 
-def test_probe_shows_the_surroundings_and_every_device(capsys):
+def test_probe_prints_the_environment_and_every_device(capsys):
     assert main(["probe"]) == 0
 
     shown = capsys.readouterr().out
@@ -142,7 +142,7 @@ def test_probe_shows_the_surroundings_and_every_device(capsys):
     assert re.search(r"read from +\S", shown)
 
 
-def test_probe_says_which_devices_were_hidden(monkeypatch, capsys):
+def test_probe_prints_cuda_visible_devices(monkeypatch, capsys):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
 
     main(["probe"])
@@ -151,29 +151,29 @@ def test_probe_says_which_devices_were_hidden(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("processes", "told"),
+    ("processes", "shown"),
     [
         ({41: 3 * GIB, 7: None}, "7: unknown, 41: 3 GiB"),
-        ({}, "none that NVML tells of"),
+        ({}, "none listed by NVML"),
     ],
 )
-def test_probe_tells_who_holds_a_gpus_memory(monkeypatch, capsys, processes, told):
+def test_probe_prints_the_memory_of_each_process_on_a_gpu(monkeypatch, capsys, processes, shown):
     FakeGpu((Card("aaaa", processes=processes),)).install(monkeypatch)
 
     assert main(["probe"]) == 0
 
-    shown = capsys.readouterr().out
-    assert f"  processes          {told}\n" in shown
-    assert f"  NVML               driver {DRIVER}\n" in shown
+    output = capsys.readouterr().out
+    assert f"  processes          {shown}\n" in output
+    assert f"  NVML               driver {DRIVER}\n" in output
 
 
-def test_probe_shows_a_gpu_that_can_not_be_read_by_the_sentence_that_says_so(monkeypatch, capsys):
+def test_probe_prints_the_error_of_an_unreadable_gpu(monkeypatch, capsys):
     gpu = FakeGpu().install(monkeypatch)
     gpu.lose()
 
     assert main(["probe"]) == 0
 
-    assert "NVML said: GPU is lost. Pass device=" in capsys.readouterr().out
+    assert "NVML failed: GPU is lost. Pass device=" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -183,14 +183,14 @@ def test_probe_shows_a_gpu_that_can_not_be_read_by_the_sentence_that_says_so(mon
         ("67108864", "64 MiB at a memory_limit of 64 MiB"),
     ],
 )
-def test_probe_takes_a_limit_as_text_and_as_bytes(limit, budget, capsys):
+def test_probe_accepts_a_limit_as_text_or_bytes(limit, budget, capsys):
     assert main(["probe", "--memory-limit", limit]) == 0
 
     assert budget in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("limit", ["0", "1", "1.5", "much", "nan", "-1GiB"])
-def test_probe_refuses_a_limit_that_is_none(limit, capsys):
+def test_probe_refuses_a_bad_limit(limit, capsys):
     assert main(["probe", f"--memory-limit={limit}"]) == 2
 
     assert re.match(r"autobatch: memory_limit=.*\.$", one_sentence(capsys))
@@ -205,7 +205,7 @@ def test_show_prints_a_report(report, capsys):
     assert capsys.readouterr().out == f"{example()}\n"
 
 
-def test_show_draws_a_report_as_well(report, tmp_path, capsys):
+def test_show_also_draws_a_report(report, tmp_path, capsys):
     path = tmp_path / "tradeoff.svg"
 
     assert main(["show", str(report), "--figure", str(path)]) == 0
@@ -214,7 +214,7 @@ def test_show_draws_a_report_as_well(report, tmp_path, capsys):
     assert capsys.readouterr().out == f"{example()}\n"
 
 
-def test_show_refuses_what_it_can_not_draw_before_it_prints(report, tmp_path, capsys):
+def test_show_refuses_an_unknown_figure_format_before_printing(report, tmp_path, capsys):
     path = tmp_path / "tradeoff.doc"
 
     assert main(["show", str(report), "--figure", str(path)]) == 2
@@ -231,7 +231,7 @@ def test_show_works_from_the_shell(report, tmp_path):
     assert shown.stderr == ""
 
 
-def test_show_refuses_a_file_that_is_not_there(tmp_path, capsys):
+def test_show_refuses_a_missing_file(tmp_path, capsys):
     path = tmp_path / "nowhere.json"
 
     assert main(["show", str(path)]) == 2
@@ -240,7 +240,7 @@ def test_show_refuses_a_file_that_is_not_there(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "reason"),
     [
         (b"not a report", "is not JSON"),
         (b"\xff\xfe\x00", "it is not UTF-8 text"),
@@ -250,16 +250,16 @@ def test_show_refuses_a_file_that_is_not_there(tmp_path, capsys):
         (b"", "is not JSON"),
     ],
 )
-def test_show_refuses_what_is_no_report(content, said, tmp_path, capsys):
+def test_show_refuses_files_that_are_not_reports(content, reason, tmp_path, capsys):
     path = tmp_path / "some.json"
     path.write_bytes(content)
 
     assert main(["show", str(path)]) == 2
 
-    assert said in one_sentence(capsys)
+    assert reason in one_sentence(capsys)
 
 
-def test_show_refuses_a_report_of_a_later_version(report, capsys):
+def test_show_refuses_a_later_schema_version(report, capsys):
     stored = json.loads(report.read_text(encoding="utf-8"))
     report.write_text(json.dumps(stored | {"schema_version": 99}), encoding="utf-8")
 
@@ -268,7 +268,7 @@ def test_show_refuses_a_report_of_a_later_version(report, capsys):
     assert "schema_version=99" in one_sentence(capsys)
 
 
-def test_no_traceback_reaches_the_shell(tmp_path):
+def test_errors_are_printed_without_a_traceback(tmp_path):
     refused = autobatch_from_the_shell("show", "nowhere.json", cwd=tmp_path)
 
     assert refused.returncode == 2

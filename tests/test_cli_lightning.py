@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from test_lightning import HERE
+import autobatch
+from lightning_here import HERE
 
 pytest.importorskip("jsonargparse")
 
@@ -48,7 +49,7 @@ print("RESULT", json.dumps({
     "effective": callback.report.plan.effective_batch_size,
     "settings": callback.report.settings.model_dump(),
     "search": type(callback._asked.search).__name__,
-    "epochs": sorted(callback._milestones._epochs),
+    "epochs": sorted(callback._epochs),
 }))
 """
 
@@ -75,7 +76,7 @@ def fit(package, *arguments, built_in=False):
     return json.loads(line.removeprefix("RESULT"))
 
 
-# One package speaks for both, but where time does not matter
+# Both packages in slow tests only
 PACKAGES = [HERE[0], *(pytest.param(name, marks=pytest.mark.slow) for name in HERE[1:])]
 
 
@@ -87,7 +88,7 @@ PACKAGES = [HERE[0], *(pytest.param(name, marks=pytest.mark.slow) for name in HE
         pytest.param("autobatch.lightning.AutoBatch", marks=pytest.mark.slow),
     ],
 )
-def test_a_file_names_the_callback_and_its_arguments(package, name, tmp_path):
+def test_a_yaml_file_names_the_callback_and_its_arguments(package, name, tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text(f"""
 trainer:
@@ -146,3 +147,10 @@ def test_a_program_builds_the_callback_in(package):
 def test_a_bad_argument_on_the_command_line_is_named():
     with pytest.raises(AssertionError, match="target_batch_size"):
         fit(HERE[0], "--autobatch.target_batch_size=many", built_in=True)
+
+
+@pytest.mark.parametrize("name", ["AutoBatch", "NoiseScale"])
+def test_yaml_files_hold_the_public_path(name):
+    public = getattr(autobatch, name)
+
+    assert f"{public.__module__}.{public.__qualname__}" == f"autobatch.lightning.{name}"

@@ -159,7 +159,7 @@ def test_a_turn_takes_enough_updates(seconds, is_enough):
     assert enough(seconds) is is_enough
 
 
-# What they come to
+# Points of the curve
 
 
 def test_a_point_is_the_median_with_its_deciles_per_micro_batch():
@@ -313,7 +313,7 @@ def test_the_curve_keeps_to_its_twenty_seconds():
 
     searched = len(report.trials)
     assert report.curve
-    assert paper.clock() - began[searched] <= 20 + 5  # and what a trial takes
+    assert paper.clock() - began[searched] <= 20 + 5  # and the time of a trial
 
 
 def slow_on_paper():
@@ -445,7 +445,7 @@ def test_a_slower_small_batch_is_seen_as_slower_per_sample():
 
 
 def watched():
-    """A small real model on a simulated accelerator, and the sizes at which its training was started."""
+    """Return a loop over a small real model, and the list of sizes it was started with."""
     model = torch.nn.Linear(64, 8)
     optimizer = torch.optim.Adam(model.parameters())
     started = []

@@ -1,4 +1,4 @@
-"""Whether a batch in parts has the gradient of the whole, on losses of which that is known."""
+"""Gradient of a batch in two halves, on losses with a known difference."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def contrastive(net, x, y):
 
 
 def token_mean(net, x, y):
-    """A sample weighs as many tokens as it has."""
+    """The weight of a sample is its number of tokens."""
     tokens = torch.exp(2 * x[:, 0])
     losses = F.cross_entropy(net(x), y, reduction="none")
     return (tokens * losses).sum() / tokens.sum()
@@ -66,12 +66,12 @@ def split(loss, net, *, threshold):
     return split_gradient(gradient_of(loss, net), batch_of(), SAMPLES, threshold)
 
 
-def test_a_mean_over_samples_splits(net):
+def test_mean_over_samples_splits(net):
     assert split(mean, net, threshold=1e-5) is None
 
 
 @pytest.mark.parametrize("loss", [contrastive, token_mean])
-def test_a_loss_that_is_no_mean_over_samples_does_not(net, loss):
+def test_loss_other_than_a_mean_over_samples_does_not_split(net, loss):
     found = split(loss, net, threshold=0.01)
 
     assert found.samples == SAMPLES
@@ -79,7 +79,7 @@ def test_a_loss_that_is_no_mean_over_samples_does_not(net, loss):
     assert not found.is_sum
 
 
-def test_how_much_it_changes_is_the_distance_over_the_gradient_of_the_whole(net):
+def test_change_is_the_distance_over_the_norm_of_the_whole_gradient(net):
     x, y = batch_of()
     gradient = gradient_of(contrastive, net)
     flat = [
@@ -93,25 +93,25 @@ def test_how_much_it_changes_is_the_distance_over_the_gradient_of_the_whole(net)
     assert found.change == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_a_sum_over_samples_is_told_apart(net):
+def test_sum_over_samples_is_recognised(net):
     assert split(added_up, net, threshold=0.01) == Splitting(
         SAMPLES, pytest.approx(0.5, rel=1e-4), is_sum=True
     )
 
 
-def test_below_the_threshold_nothing_is_said(net):
+def test_change_below_the_threshold_is_none(net):
     change = split(contrastive, net, threshold=0.01).change
 
     assert split(contrastive, net, threshold=0.99 * change) is not None
     assert split(contrastive, net, threshold=1.01 * change) is None
 
 
-def test_of_a_step_that_draws_random_numbers_nothing_is_said(net):
+def test_step_with_random_numbers_is_undecided(net):
     with pytest.raises(UndecidedError, match="the same batch gave gradients"):
         split(noisy, net, threshold=0.01)
 
 
-def test_weights_that_the_loss_does_not_use_do_no_harm(net):
+def test_unused_weights_have_no_effect(net):
     unused = nn.Linear(2, 2)
     weights = [*unused.parameters(), *net.parameters()]
     gradient = lambda batch: torch.autograd.grad(  # noqa: E731
@@ -121,7 +121,7 @@ def test_weights_that_the_loss_does_not_use_do_no_harm(net):
     assert split_gradient(gradient, batch_of(), SAMPLES, 0.01) is None
 
 
-def test_weights_that_one_half_alone_uses_count(net):
+def test_weights_used_by_one_half_only_count(net):
     def gradient(batch):
         x, _ = batch
         first = bool((x[0] == batch_of()[0][0]).all())
@@ -129,17 +129,17 @@ def test_weights_that_one_half_alone_uses_count(net):
 
     found = split_gradient(gradient, batch_of(), SAMPLES, 0.01)
 
-    # Of the first weight the halves say 1 and nothing, half of that on average, and the whole says 1
+    # The first weight: 1 and none in the halves, 0.5 on average, and 1 in the whole
     assert found.change == pytest.approx(0.5 / 10**0.5)
 
 
 @pytest.mark.parametrize("number", [0.0, float("nan"), float("inf")])
-def test_without_a_gradient_nothing_is_said(number):
+def test_gradient_without_a_finite_norm_is_undecided(number):
     with pytest.raises(UndecidedError, match="norm of"):
         split_gradient(lambda _: [torch.full((2,), number)], batch_of(), SAMPLES, 0.01)
 
 
-def test_the_gradient_of_half_a_batch_may_be_no_number():
+def test_gradient_of_half_a_batch_that_is_not_finite_is_undecided():
     def gradient(batch):
         return [torch.full((2,), 1.0 if len(batch[0]) == SAMPLES else torch.nan)]
 
@@ -147,7 +147,7 @@ def test_the_gradient_of_half_a_batch_may_be_no_number():
         split_gradient(gradient, batch_of(), SAMPLES, 0.01)
 
 
-# What can be split
+# Containers
 
 
 Pair = collections.namedtuple("Pair", "x y")  # noqa: PYI024
@@ -164,7 +164,7 @@ Pair = collections.namedtuple("Pair", "x y")  # noqa: PYI024
         lambda x, y: {"x": x, "names": [str(each) for each in y.tolist()]},
     ],
 )
-def test_batches_are_split_in_all_their_containers(wrapped):
+def test_batches_are_split_in_all_containers(wrapped):
     seen = []
     x, y = batch_of()
     whole = wrapped(x, y)
@@ -198,12 +198,12 @@ def same(one, other):
         torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
     ],
 )
-def test_what_has_no_row_for_each_sample_is_not_split(batch):
+def test_batch_without_one_row_per_sample_is_not_split(batch):
     with pytest.raises(UndecidedError):
         split_gradient(lambda _: [torch.ones(1)], batch, SAMPLES, 0.01)
 
 
-def test_a_step_that_writes_into_its_batch_changes_no_other_part(net):
+def test_step_that_writes_into_its_batch_changes_no_other_part(net):
     def writes(net, x, y):
         return mean(net, x.mul_(2), y)
 
@@ -219,7 +219,7 @@ def test_a_step_that_writes_into_its_batch_changes_no_other_part(net):
 # Layers
 
 
-def test_layers_that_use_the_batch_are_counted():
+def test_layers_with_batch_statistics_are_counted():
     net = nn.Sequential(
         nn.BatchNorm1d(3),
         nn.BatchNorm2d(3).eval(),  # running statistics
@@ -233,7 +233,7 @@ def test_layers_that_use_the_batch_are_counted():
     assert not batch_norms(nn.Linear(1, 1).modules())
 
 
-def test_nothing_is_dropped_and_all_is_given_back():
+def test_dropout_is_off_and_then_restored():
     net = nn.ModuleDict(
         {
             "drop": nn.Dropout(0.5),

@@ -28,7 +28,7 @@ def loader(batch_size, length=240):
 
 
 class Model(pl.LightningModule):
-    """Takes so many KiB per sample to validate, and records the sizes of real batches."""
+    """A module with a given memory per sample, which records the sizes of real batches."""
 
     def __init__(self, kib=1):
         super().__init__()
@@ -81,7 +81,7 @@ def tuner(capacity="256KiB", **options):
 # Validation beside training
 
 
-def test_validation_keeps_its_size_where_it_fits():
+def test_validation_keeps_a_size_that_fits():
     model, callback = Model(), tuner("2MiB")
 
     trainer(callback).fit(model, loader(4), loader(60))
@@ -91,8 +91,8 @@ def test_validation_keeps_its_size_where_it_fits():
     assert not any("Validation runs" in note for note in callback.report.notes)
 
 
-def test_validation_that_does_not_fit_is_shrunk_and_does_not_crash():
-    """The model's own size, its gradients and its optimizer state leave less room than an empty device has."""
+def test_validation_that_does_not_fit_gets_a_smaller_batch():
+    """Parameters, gradients and optimizer state leave less memory than an empty device has."""
     model, callback, passed = Model(kib=4), tuner("256KiB"), loader(60)
 
     trainer(callback).fit(model, loader(4), passed)
@@ -102,13 +102,13 @@ def test_validation_that_does_not_fit_is_shrunk_and_does_not_crash():
     assert max(model.sizes) == size
     assert f"Validation runs batches of {size} instead of 60" in callback.report.notes[-1]
     assert passed.batch_size == passed.batch_sampler.batch_size == 60
-    # What it was shrunk to is about what fits: half as much again does not
+    # The smaller size is close to the limit: half as much again does not fit
     held = 3 * sum(p.numel() * 4 for p in model.parameters())
     budget = callback.report.budget
     assert held + size * 4 * 1024 <= budget < held + 1.5 * size * 4 * 1024 + 20_000
 
 
-def test_a_size_beyond_the_data_is_tried_as_far_as_it_goes():
+def test_a_size_beyond_the_data_is_tried_at_the_length_of_the_data():
     model, callback, passed = Model(kib=4), tuner("256KiB"), loader(500, length=20)
 
     trainer(callback).fit(model, loader(4), passed)
@@ -118,7 +118,7 @@ def test_a_size_beyond_the_data_is_tried_as_far_as_it_goes():
     assert not any("Validation runs" in note for note in callback.report.notes)
 
 
-def test_the_sanity_check_runs_at_the_size_that_fits():
+def test_the_sanity_check_runs_at_a_size_that_fits():
     model, callback = Model(kib=4), tuner("256KiB")
     sanity = []
 
@@ -131,7 +131,7 @@ def test_the_sanity_check_runs_at_the_size_that_fits():
     assert sanity == [callback.report.validation_batch_size]
 
 
-def test_validation_that_fits_at_no_size_is_told_before_anything_is_changed():
+def test_validation_that_fits_at_no_size_is_refused_before_changes():
     model, callback, passed = Model(kib=300), tuner("256KiB"), loader(4)
 
     sentence = "Training fits, but validation does not beside it. No batch size fits"
@@ -143,7 +143,7 @@ def test_validation_that_fits_at_no_size_is_told_before_anything_is_changed():
 
 
 def test_each_of_several_validation_loaders_is_tried():
-    """The first is harmless; the second has the large samples."""
+    """The first loader has small samples, the second large ones."""
 
     class Second(Model):
         def validation_step(self, batch, batch_idx, dataloader_idx=0):
@@ -159,7 +159,7 @@ def test_each_of_several_validation_loaders_is_tried():
     assert second == 2 * first
 
 
-def test_validation_is_tried_at_the_size_that_its_hook_gives_with_the_plan():
+def test_validation_is_tried_at_the_size_its_hook_gives_with_the_plan():
     class Data(pl.LightningDataModule):
         def __init__(self, batch_size=4):
             super().__init__()
@@ -180,7 +180,7 @@ def test_validation_is_tried_at_the_size_that_its_hook_gives_with_the_plan():
     assert max(model.sizes) == report.validation_batch_size
 
 
-def test_validation_that_grows_in_training_is_shrunk_again_where_it_is_tuned_anew():
+def test_retuning_shrinks_validation_that_has_grown():
     class Growing(Model):
         def on_train_epoch_start(self):
             self.kib = 4 * 4**self.current_epoch
@@ -202,7 +202,7 @@ def test_validation_that_grows_in_training_is_shrunk_again_where_it_is_tuned_ane
     assert passed.batch_size == passed.batch_sampler.batch_size == 100
 
 
-def test_no_validation_is_tried_where_there_is_none():
+def test_no_validation_is_tried_if_there_is_none():
     model, callback = Model(), tuner()
 
     trainer(callback, limit_val_batches=0).fit(model, loader(4), loader(60))
@@ -211,7 +211,7 @@ def test_no_validation_is_tried_where_there_is_none():
     assert model.evaluated == []
 
 
-def test_validation_whose_size_can_not_be_changed_is_left_alone_and_told():
+def test_validation_with_a_fixed_size_is_kept_and_noted():
     model, callback = Model(), tuner("2MiB")
     batches = [tuple(data(8).tensors)]
 
@@ -221,7 +221,7 @@ def test_validation_whose_size_can_not_be_changed_is_left_alone_and_told():
     assert any("Validation was not tried" in note for note in callback.report.notes)
 
 
-def test_what_a_start_hook_of_validation_makes_is_there_in_a_trial():
+def test_a_validation_trial_has_the_attributes_made_by_start_hooks():
     class Prepared(Model):
         def on_validation_epoch_start(self):
             self.outputs = []
@@ -237,7 +237,7 @@ def test_what_a_start_hook_of_validation_makes_is_there_in_a_trial():
     assert model.outputs == [60] * 4
 
 
-def test_training_with_validation_is_the_same_to_the_bit_as_by_hand():
+def test_training_with_validation_is_bit_identical_to_training_by_hand():
     class Dropped(Model):
         def __init__(self):
             super().__init__(kib=4)
@@ -273,13 +273,13 @@ def test_training_with_validation_is_the_same_to_the_bit_as_by_hand():
     assert same(tuned, by_hand)
 
 
-# By itself
+# Evaluation alone
 
 METHODS = ["validate", "test", "predict"]
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_without_a_target_the_largest_batch_that_fits_is_taken(method):
+def test_evaluation_without_a_target_takes_the_largest_fit(method):
     model, callback, passed = Model(kib=4), tuner(target_batch_size=None), loader(4)
 
     getattr(trainer(callback), method)(model, passed)
@@ -298,7 +298,7 @@ def test_without_a_target_the_largest_batch_that_fits_is_taken(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_with_a_target_its_own_size_is_kept_where_it_fits(method):
+def test_evaluation_with_a_target_keeps_its_own_size_if_it_fits(method):
     model, callback = Model(), tuner("2MiB", target_batch_size=512)
 
     getattr(trainer(callback), method)(model, loader(16))
@@ -307,7 +307,7 @@ def test_with_a_target_its_own_size_is_kept_where_it_fits(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_with_a_target_a_size_that_does_not_fit_is_shrunk(method):
+def test_evaluation_with_a_target_shrinks_a_size_that_does_not_fit(method):
     model, callback = Model(kib=4), tuner(target_batch_size=512)
 
     getattr(trainer(callback), method)(model, loader(120))
@@ -316,7 +316,7 @@ def test_with_a_target_a_size_that_does_not_fit_is_shrunk(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_results_are_those_of_the_same_size_by_hand(method):
+def test_results_equal_those_of_the_same_size_by_hand(method):
     def run(*callbacks, size=4):
         pl.seed_everything(1, verbose=False)
         model = Model(kib=4)
@@ -348,7 +348,7 @@ def test_tune_evaluates_nothing_and_changes_nothing(method):
     assert model.sizes == {4}
 
 
-def test_an_error_in_a_trial_passes_through_and_gives_the_loop_back():
+def test_an_error_in_an_evaluation_trial_passes_and_restores_the_loop():
     class Broken(Model):
         def test_step(self, batch, batch_idx):
             raise ZeroDivisionError("mine")
@@ -362,7 +362,7 @@ def test_an_error_in_a_trial_passes_through_and_gives_the_loop_back():
     assert passed.batch_size == 4
 
 
-def test_testing_after_training_leaves_the_plan_of_the_training_in_the_checkpoint():
+def test_testing_after_training_keeps_the_plan_in_the_checkpoint():
     model, callback = Model(), tuner("2MiB")
     fitted = trainer(callback)
     fitted.fit(model, loader(4))
@@ -377,7 +377,7 @@ def test_testing_after_training_leaves_the_plan_of_the_training_in_the_checkpoin
 
 @pytest.mark.parametrize("target", [None, 24])
 @pytest.mark.parametrize("method", METHODS)
-def test_loaders_that_can_not_be_resized_are_run_as_they_are(method, target, caplog):
+def test_loaders_with_a_fixed_size_run_unchanged(method, target, caplog):
     model, callback = Model(), tuner("2MiB", target_batch_size=target)
     batches = DataLoader([tuple(data(8).tensors)], batch_size=None)
 
@@ -397,7 +397,7 @@ def test_loaders_that_can_not_be_resized_are_run_as_they_are(method, target, cap
         ({"dataloaders": []}, "give fit its train_dataloaders"),
     ],
 )
-def test_arguments_that_do_not_go_together_are_refused(options, sentence):
+def test_loaders_for_another_method_are_refused(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         tuner().tune(trainer(), Model(), **options)
 
@@ -412,11 +412,11 @@ def test_several_loaders_keep_their_proportion():
     assert second == 2 * first
 
 
-# Within a limit on latency
+# Latency limit
 
 
 @pytest.mark.parametrize("method", ["validate", "test", "predict"])
-def test_the_largest_batch_that_answers_in_time_is_applied(method):
+def test_the_largest_batch_within_the_latency_limit_is_applied(method):
     model, passed = Model(), loader(4)
     callback = tuner("64KiB", target_batch_size=None, latency_limit=30.0)
 
@@ -433,14 +433,14 @@ def test_the_largest_batch_that_answers_in_time_is_applied(method):
     assert passed.batch_size == 4
 
 
-def test_steps_that_are_too_slow_bound_the_batch():
+def test_slow_steps_limit_the_batch_size():
     class Slow(Model):
         def predict_step(self, batch, batch_idx):
             time.sleep(0.06 if len(batch[0]) > 4 else 0.0)
             return super().predict_step(batch, batch_idx)
 
     model = Slow()
-    # Half of the calls, on however busy a machine
+    # Half of the calls, even on a busy machine
     limit = {"latency_limit": 0.04, "percentile": 50}
     callback = tuner("1MiB", target_batch_size=None, **limit)
 
@@ -460,7 +460,7 @@ def test_a_call_is_a_batch_of_each_loader_in_turn():
     assert any("A call is one batch of each of the 2 loaders" in note for note in report.notes)
 
 
-def test_a_limit_on_latency_is_refused_where_fit_trains():
+def test_a_latency_limit_is_refused_for_fit():
     model, passed = Model(), loader(4)
     callback = autobatch.AutoBatch(latency_limit=0.1)
     sentence = (
@@ -477,12 +477,12 @@ def test_a_limit_on_latency_is_refused_where_fit_trains():
     assert callback.report is None
 
 
-def test_a_limit_on_latency_and_a_target_exclude_each_other():
-    with pytest.raises(ValueError, match=r"^latency_limit=0\.1 is about inference"):
+def test_a_latency_limit_and_a_target_exclude_each_other():
+    with pytest.raises(ValueError, match=r"^latency_limit=0\.1 is for inference"):
         autobatch.AutoBatch(latency_limit=0.1, target_batch_size=64)
 
 
-def test_a_percentile_of_no_limit_is_refused_here_too():
+def test_a_percentile_without_a_latency_limit_is_refused():
     with pytest.raises(
         ValueError,
         match=r"^percentile=95 says how many calls have to meet latency_limi",

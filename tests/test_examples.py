@@ -16,13 +16,13 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 def packages_of(script: Path) -> set[str]:
     tree = ast.parse(script.read_text(encoding="utf-8"))
     nodes = list(ast.walk(tree))
-    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    chosen = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-    return {name.partition(".")[0] for name in plain | chosen}
+    modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    origins = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    return {name.partition(".")[0] for name in modules | origins}
 
 
 @pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.py")), ids=lambda p: p.name)
-def test_an_example_runs(script, tmp_path):
+def test_examples_run_and_print_a_report(script, tmp_path):
     for package in packages_of(script):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"needs {package}")
@@ -34,17 +34,17 @@ def test_an_example_runs(script, tmp_path):
         encoding="utf-8",
         check=False,
         cwd=tmp_path,
-        # Small networks gain nothing from more threads, and lose much where the cores are busy
+        # Small networks gain nothing from more threads, and lose much if the cores are busy
         env=os.environ | {"PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"},
     )
 
     assert ran.returncode == 0, ran.stderr
-    # It shows a report
+    # A report was printed
     assert re.search(r"(?m)^  (Micro-batch|Batches of) \d+ ", ran.stdout)
 
 
-def test_no_example_hides_a_package():
-    """A script called `lightning.py` would be imported instead of Lightning."""
+def test_no_example_has_the_name_of_a_package():
+    """A script named `lightning.py` would be imported instead of Lightning."""
     names = {script.stem for script in EXAMPLES.glob("*.py")}
 
     assert names

@@ -125,7 +125,7 @@ def test_the_allocator_cap_of_the_user_is_restored(monkeypatch):
 
 
 def test_out_of_memory_at_any_allocation_of_a_trial_is_survived():
-    """Refuse each allocation of the first trial in turn: state comes back, nothing is left over, an answer is verified."""
+    """Refuse each allocation of the first trial in turn: state is restored, nothing leaks."""
     model, optimizer = perceptron()
     workload = training(model, optimizer)
     probe = SimulatedAccelerator("1MiB")
@@ -149,7 +149,7 @@ def test_out_of_memory_at_any_allocation_of_a_trial_is_survived():
         assert report.trials[0].outcome is Outcome.OUT_OF_MEMORY
         assert report.plan.micro_batch_size in {t.batch_size for t in report.trials if t.fits}
         assert unchanged(before, state_of(model, optimizer))
-        device.attach(model)  # `seen` is bound anew at each restore
+        device.attach(model)  # each restore binds a new tensor to `seen`
         assert device.read().reserved == at_rest
 
 
@@ -199,7 +199,7 @@ def test_parameters_outside_of_modules_are_restored():
 
 
 def test_every_trial_starts_from_the_same_state():
-    """A scheduler that is made for twenty steps would otherwise be stepped past its end by the search."""
+    """Without that, the search would step a scheduler of twenty steps past its end."""
     model, optimizer = perceptron()
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=20)
 

@@ -1,4 +1,4 @@
-"""What Lightning's own tests assert of its BatchSizeFinder, law by law, as it holds for AutoBatch.
+"""The laws that Lightning's own tests hold for its BatchSizeFinder, one by one, for AutoBatch.
 
 The docstrings give the number of the law; where one makes no sense here, the docstring says why, and the test shows
 what stands in its place.
@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader
 
 import autobatch
 from autobatch.testing import SimulatedAccelerator
+from lightning_here import Model, data, pl
+from lightning_here import quiet_trainer as trainer
 from sameness import same
-from test_lightning import Model, data, pl, trainer
 
 half = importlib.import_module("lightning_cases").half
 
@@ -141,7 +142,7 @@ def test_the_size_is_written_everywhere_and_the_datamodule_wins(
 
 @pytest.mark.parametrize("most", [7, 8, 64])
 def test_with_enough_memory_the_result_is_the_bound(most):
-    """2. There are neither modes nor margins that a result would follow from: the bound is what remains."""
+    """2. No mode and no margin reduces the result: only the bound does."""
     report = tuner("1GiB", max_micro_batch_size=most).tune(trainer(), Everything(), loader())
 
     assert report.plan.micro_batch_size == most
@@ -213,7 +214,7 @@ def test_a_hyperparameter_alone_is_updated_and_the_data_set_bounds_it(where):
 
 
 def test_an_attribute_and_a_hyperparameter_of_one_name_are_both_set():
-    """6. The finder warns that it changes only one of the two; here both follow, so there is nothing to warn of."""
+    """6. The finder warns that it changes only one of the two; AutoBatch changes both."""
     model, in_use, callback = Hooked(), InUse(), tuner()
     model.batch_size = 4
 
@@ -249,7 +250,7 @@ def test_a_loader_that_is_passed_is_tuned(method):
 
 
 def test_a_known_plan_takes_one_trial():
-    """9. There is no max_trials, of which 0 would return a size that nobody ran: what is known is still verified."""
+    """9. No max_trials=0 can return a size that nobody ran: a known plan is still verified."""
     report = tuner(plan=autobatch.BatchPlan(4)).tune(trainer(), Everything(), loader())
 
     assert [trial.batch_size for trial in report.trials] == [4]
@@ -266,7 +267,7 @@ def test_an_unknown_mode_is_refused():
 
 
 def test_trials_rebuild_no_loader(caplog):
-    """11. Trials make their batches without the loaders: hooks are asked as often for one trial as for ten."""
+    """11. Trials make batches without loaders: hooks run as often for one trial as for ten."""
 
     def asked(**options):
         model, callback = Hooked(), tuner(target_batch_size=120, **options)
@@ -283,7 +284,7 @@ def test_trials_rebuild_no_loader(caplog):
     assert model.hooks == again.hooks
     assert training == report.plan.micro_batch_size
     assert set(model.sizes) == {training}
-    # Each trial is told once
+    # Each trial is logged once
     sizes = [trial.batch_size for trial in report.trials]
     assert all(f" {size:,}" in str(report) for size in sizes)
     assert any(record.name == "autobatch" for record in caplog.records)
@@ -348,7 +349,7 @@ def test_loaders_of_evaluations_are_refused_for_fit():
 
 
 def test_several_loaders_of_an_evaluation_are_tuned():
-    """15. The finder refuses them, and several ranks as well: of those, test_ranks.py and ddp_cases.py tell."""
+    """15. The finder refuses them, and several ranks as well, which test_ranks.py tests."""
     model, callback = Everything(), tuner(max_micro_batch_size=60)
 
     trainer(callback).test(model, [loader(4), loader(8)])
@@ -476,7 +477,7 @@ def test_the_bound_itself_is_run(method, most, length):
 
 
 def test_an_attribute_is_verified_against_the_real_batch():
-    """A hook that ignores it is no way out: the loader itself is changed, and one batch of it read back."""
+    """A hook may ignore the size: the loader itself is changed, and one batch read back."""
 
     class Ignores(Everything):
         def train_dataloader(self):

@@ -1,4 +1,4 @@
-"""What is claimed of CUDA: on a CUDA device with `pytest -m gpu`, and always on one of paper, to prove these tests."""
+"""Tests of CUDA: on a real device with `pytest -m gpu`, and on paper to check the tests."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ KINDS = [
     pytest.param("paper", marks=pytest.mark.slow),
     pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_CUDA]),
 ]
-SMALL, BAD, NEXT = 8, 64, 16  # sizes tried where one of them runs out of memory
+SMALL, BAD, NEXT = 8, 64, 16  # sizes of a search whose second trial runs out of memory
 
 
 def fits(report):
     return [trial for trial in report.trials if trial.fits]
 
 
-def told_of(report):
-    """What a person would want to see where a claim fails: MiB at the peak of each size, and how it ended."""
+def details_of(report):
+    """Return outcome and peak in MiB of each size, for the output of a failed test."""
     return "\n".join(
         f"  {trial.batch_size}: {trial.outcome}, {(trial.peak or 0) / 2**20:.1f}"
         for trial in report.trials
@@ -44,7 +44,7 @@ def told_of(report):
 # The probe
 
 
-def test_another_process_is_counted_with_its_context_and_lessens_the_budget(place):
+def test_another_process_lowers_the_budget_by_its_memory_and_context(place):
     before = place.probe.read()
 
     with place.neighbour(place.bytes(2)) as context:
@@ -57,7 +57,7 @@ def test_another_process_is_counted_with_its_context_and_lessens_the_budget(plac
     assert lost == during.foreign - before.foreign
 
 
-def test_what_another_process_takes_is_kept_out_of_the_search(place):
+def test_memory_taken_by_another_process_is_kept_out_of_the_search(place):
     model = place.network()
     train = training(place, model, torch.optim.AdamW(model.parameters()))
     options = {"device": place.probe, "max_micro_batch_size": SMALL}
@@ -84,7 +84,7 @@ def test_the_cap_holds_while_the_device_has_room(place):
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5])
-def test_the_users_own_cap_holds_in_a_search_and_is_back_after_it(place, share):
+def test_a_users_cap_holds_in_a_search_and_is_restored(place, share):
     torch.cuda.set_per_process_memory_fraction(share, 0)
     model = place.network()
     caps = []
@@ -110,7 +110,7 @@ def test_the_users_own_cap_holds_in_a_search_and_is_back_after_it(place, share):
 
 @dataclass(frozen=True)
 class Sizes:
-    """Tries these, and is content."""
+    """Search that tries these sizes."""
 
     sizes: tuple[int, ...]
 
@@ -119,7 +119,7 @@ class Sizes:
 
 
 class Grows(torch.autograd.Function):
-    """A backward pass that takes so many bytes for itself."""
+    """Identity whose backward pass allocates a number of bytes."""
 
     @staticmethod
     def forward(ctx, x, nbytes):
@@ -133,7 +133,7 @@ class Grows(torch.autograd.Function):
 
 
 def all_but(place, nbytes):
-    """Tensors that leave room for one of so many bytes, and for small ones."""
+    """Return tensors that fill the device except for a number of bytes."""
     room = place.tensor(nbytes)
     size, taken = place.bytes(1), []
     while size >= nbytes // 8:
@@ -146,7 +146,7 @@ def all_but(place, nbytes):
 
 
 @pytest.mark.parametrize("where", ["forward", "backward", "optimizer"])
-def test_after_a_real_out_of_memory_all_is_given_back_and_the_next_trial_runs(place, where):
+def test_everything_is_restored_after_a_real_out_of_memory(place, where):
     model = place.network()
     optimizer = torch.optim.AdamW(model.parameters())
     weights = {name: value.clone() for name, value in model.state_dict().items()}
@@ -158,7 +158,7 @@ def test_after_a_real_out_of_memory_all_is_given_back_and_the_next_trial_runs(pl
         while True:
             rows = batch_size
             if batch_size == BAD and where == "forward":
-                # The samples fit, and what the first layer makes of them does not
+                # The samples fit, but not the output of the first layer
                 rows = place.bytes(1) // (2 * place.width)
             loss = model(place.samples(rows)).square().mean()
             if batch_size == BAD and where == "backward":
@@ -166,7 +166,7 @@ def test_after_a_real_out_of_memory_all_is_given_back_and_the_next_trial_runs(pl
             loss.backward()
             ballast = None
             if batch_size == BAD and where == "optimizer":
-                # Room for the first half of the first state, not for the second
+                # Room for half of the first optimizer state only
                 ballast = all_but(place, largest * 3 // 2)
             try:
                 optimizer.step()
@@ -194,10 +194,10 @@ def test_after_a_real_out_of_memory_all_is_given_back_and_the_next_trial_runs(pl
     assert all(torch.equal(weights[n], value) for n, value in model.state_dict().items())
 
 
-def test_a_search_that_runs_into_the_limit_leaves_nothing_on_the_device(place):
+def test_a_search_that_reaches_the_limit_leaves_the_device_empty(place):
     model = place.network()
     train = training(place, model, torch.optim.AdamW(model.parameters()))
-    next(train(SMALL, 1))  # what the libraries keep for good
+    next(train(SMALL, 1))  # allocations that libraries keep
     model.zero_grad()
     held = place.held()
 
@@ -214,31 +214,31 @@ def test_a_search_that_runs_into_the_limit_leaves_nothing_on_the_device(place):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_error_that_ends_the_context_stays_the_users(kind):
+def test_an_error_that_ends_the_context_reaches_the_user(kind):
     ran = alone("assertion", kind)
 
     assert ran.returncode != 0
     assert "autobatch was trying batch_size=8" in ran.stderr
     if kind == "cuda":
         assert "device-side assert" in ran.stderr
-        assert "autobatch could not give everything back" in ran.stderr
+        assert "autobatch could not restore everything" in ran.stderr
     else:
         assert "IndexError" in ran.stderr
 
 
-# What is found
+# Search
 
 
 def largest_by_scan(place, train, budget):
-    """The largest size that fits, by trials alone: no peak is read to choose the next."""
+    """Return the largest fit by bisection, which reads no memory."""
     search = autobatch.Bisection(resolution=0.01 if place.is_real else 0.02)
     report = autobatch.find(train, device=place.probe, memory_limit=budget, search=search)
-    print(f"scan of {budget / 2**20:.1f} MiB\n{told_of(report)}")
+    print(f"scan of {budget / 2**20:.1f} MiB\n{details_of(report)}")
     return max(trial.batch_size for trial in fits(report))
 
 
 @pytest.mark.parametrize("gib", [2, 8, 24])
-def test_the_size_found_is_the_largest_that_a_scan_finds_but_for_3_percent(place, gib):
+def test_the_size_found_is_within_3_percent_of_a_scan(place, gib):
     if place.is_real:
         free = torch.cuda.mem_get_info(0)[0]
         if free < place.bytes(gib):
@@ -251,14 +251,14 @@ def test_the_size_found_is_the_largest_that_a_scan_finds_but_for_3_percent(place
 
     assert report.budget <= budget
     assert all(trial.peak <= report.budget for trial in fits(report))
-    print(told_of(report))
-    # The same model, which is where it was: what a cache can be used for depends on where others lie in it
+    print(details_of(report))
+    # The same model at the same addresses: the use of a cache depends on its fragmentation
     truth = largest_by_scan(place, train, budget)
     print(f"{gib} GiB: found {report.plan.micro_batch_size}, scan {truth}")
     assert report.plan.micro_batch_size >= 0.97 * truth
 
 
-def test_a_search_is_recorded_and_played_back_without_the_device(place, tmp_path):
+def test_a_recorded_search_is_replayed_without_the_device(place, tmp_path):
     model = place.network()
     train = training(place, model, torch.optim.AdamW(model.parameters()))
     recorder = Recorder(place.probe, allocator=lambda: {"kept": place.held()})
@@ -320,8 +320,8 @@ def compiled(place, model, optimizer):
 
 
 def convolutions(place, model, optimizer):
-    """With cuDNN trying its algorithms, each with a workspace of its own."""
-    # Two of its blocks: every kind of convolution is tried anew at every size
+    """Train with cuDNN's benchmark, which tries algorithms with different workspaces."""
+    # Two blocks only: the benchmark repeats for every convolution and size
     network = ResNet().stem[:2].to(place.device)
     stepped = torch.optim.AdamW(network.parameters())
 
@@ -349,9 +349,9 @@ def convolutions(place, model, optimizer):
         (convolutions, 1),
     ],
 )
-def test_training_with_what_was_found_never_runs_out_of_memory(place, monkeypatch, how, accumulate):
+def test_training_with_the_plan_never_runs_out_of_memory(place, monkeypatch, how, accumulate):
     if not place.is_real and how in (in_fp16, compiled, convolutions):
-        pytest.skip("on paper only what the CPU does as a GPU would")
+        pytest.skip("not the same on the CPU")
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", how is convolutions)
     model = place.network()
     optimizer = torch.optim.AdamW(model.parameters())
@@ -366,16 +366,16 @@ def test_training_with_what_was_found_never_runs_out_of_memory(place, monkeypatc
 
     ooms = trained_on(place, train, report)
 
-    print(f"{how.__name__}: {report.plan}\n{told_of(report)}")
+    print(f"{how.__name__}: {report.plan}\n{details_of(report)}")
     if how is compiled:
         torch.compiler.reset()
     assert report.plan.accumulate_grad_batches >= accumulate
     assert ooms == 0
 
 
-def test_a_cache_full_of_holes_is_counted_and_trains_as_found(place):
+def test_a_fragmented_cache_is_counted_and_trains(place):
     mib = place.bytes(1 / 1024)
-    # Of these allocations several share a segment, which can not be given back while one of them lives
+    # Several of these allocations share a segment, which stays while one of them lives
     blocks = [place.tensor((3 + k % 7) * mib) for k in range(256)]
     del blocks[::2]
     place.probe.release()
@@ -389,7 +389,7 @@ def test_a_cache_full_of_holes_is_counted_and_trains_as_found(place):
 
     print(f"{reading.reserved - held} bytes between {held}")
     assert reading.reserved >= sum(block.numel() for block in blocks)
-    # What lies between them stays with this process: far more than the one segment asked for
+    # Memory between them stays reserved: far more than one segment
     assert reading.reserved - held >= 20 * mib
     assert trained_on(place, train, report) == 0
 
@@ -397,7 +397,7 @@ def test_a_cache_full_of_holes_is_counted_and_trains_as_found(place):
 # No trace
 
 
-def test_weights_state_and_random_numbers_are_given_back(place):
+def test_weights_state_and_random_numbers_are_restored(place):
     model = place.network()
     optimizer = torch.optim.AdamW(model.parameters())
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -417,7 +417,7 @@ def test_weights_state_and_random_numbers_are_given_back(place):
         assert torch.equal(device, torch.cuda.get_rng_state())
 
 
-# Settings that a process reads once
+# Settings read once per process
 
 
 def alone(case, kind, **environment):
@@ -432,7 +432,7 @@ def alone(case, kind, **environment):
     )
 
 
-def told(ran):
+def result_of(ran):
     assert ran.returncode == 0, ran.stderr[-4000:]
     return json.loads(ran.stdout.strip().splitlines()[-1])
 
@@ -455,12 +455,12 @@ ALLOCATORS = {
         ),
     ],
 )
-def test_every_allocator_of_torch_can_be_searched_and_trained_on(kind, settings):
+def test_every_allocator_of_torch_works(kind, settings):
     # The first name is the newer one; each version of torch reads one of them
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-    asked = dict.fromkeys(names, settings) if settings else {}
+    environment = dict.fromkeys(names, settings) if settings else {}
 
-    found = told(alone("allocator", kind, **asked))
+    found = result_of(alone("allocator", kind, **environment))
 
     print(found)
     fitting = [size for size, outcome, _ in found["trials"] if outcome == "fit"]
@@ -469,23 +469,23 @@ def test_every_allocator_of_torch_can_be_searched_and_trained_on(kind, settings)
     assert found["ooms"] == 0
     assert found["share"] == 1.0
     if kind == "cuda":
-        asked_for = "cudaMallocAsync" if "Async" in settings else "native"
-        assert found["backend"] == asked_for
-    is_asked = "segments:True" in settings
-    if is_asked and not found["expandable"]:
-        pytest.skip("here torch has no expandable segments, and does without")
-    assert found["expandable"] == is_asked
+        expected = "cudaMallocAsync" if "Async" in settings else "native"
+        assert found["backend"] == expected
+    is_requested = "segments:True" in settings
+    if is_requested and not found["expandable"]:
+        pytest.skip("torch has no expandable segments on this platform")
+    assert found["expandable"] == is_requested
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_after_tuning_is_the_same_to_the_bit(kind):
+def test_training_after_tuning_is_bit_identical(kind):
     needs_lightning()
 
     # Without this cuBLAS is not deterministic, and torch refuses it
-    found = told(alone("identity", kind, CUBLAS_WORKSPACE_CONFIG=":4096:8"))
+    found = result_of(alone("identity", kind, CUBLAS_WORKSPACE_CONFIG=":4096:8"))
 
     assert found["differs"] == []
-    assert found["effective"] == found["asked"] == 120
+    assert found["effective"] == found["target"] == 120
     assert found["updates"] == 8
 
 
@@ -493,8 +493,8 @@ def test_training_after_tuning_is_the_same_to_the_bit(kind):
 def test_one_process_of_ddp_is_tuned_and_trains(kind):
     needs_lightning()
 
-    # One process needs no network; a machine may have none
-    found = told(alone("ddp", kind, GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo"))
+    # One process needs no network, and the machine may have none
+    found = result_of(alone("ddp", kind, GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo"))
 
     assert found["backend"] == ("nccl" if kind == "cuda" else "gloo")
     assert found["wrapped"] == "DistributedDataParallel"
@@ -509,12 +509,12 @@ def needs_lightning():
         pytest.skip("needs Lightning")
 
 
-# Several devices, and parts of one: in test_probes.py on paper, here where there are any
+# Several devices and MIG instances; on paper they are tested in test_cuda_probe.py
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_each_of_several_devices_is_read_as_itself():
+def test_each_of_several_devices_is_read():
     probes = [CudaProbe(0), CudaProbe(1)]
     before = [probe.read() for probe in probes]
     tensor = torch.empty(2**30, dtype=torch.uint8, device="cuda:1")
@@ -532,7 +532,7 @@ def test_each_of_several_devices_is_read_as_itself():
     not os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("MIG-"),
     reason="needs CUDA_VISIBLE_DEVICES to name a MIG instance",
 )
-def test_a_real_mig_instance_is_read_as_itself():
+def test_a_real_mig_instance_is_read():
     probe = CudaProbe(0)
 
     assert probe.source == "NVML"

@@ -1,4 +1,4 @@
-"""What is claimed of CUDA in a Trainer: see test_gpu.py."""
+"""Tests of CUDA in a Trainer: see test_gpu.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MIB = 2**20
 
 
 class Numbers(Dataset):
-    """No data: each step makes its samples on the device, so that none are on the host."""
+    """Indices only: each step creates its samples on the device."""
 
     def __len__(self):
         return 10_000_000
@@ -47,14 +47,14 @@ def trainer(place, *callbacks, **options):
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_trial_peaks_where_the_same_steps_of_a_fit_do(place, accumulate, precision):
-    size = place.bytes(1) // (4 * place.width)  # several GiB, of which a segment is little
+def test_a_trial_has_the_peak_of_the_same_steps_in_fit(place, accumulate, precision):
+    size = place.bytes(1) // (4 * place.width)  # several GiB, many times a segment
     plan = autobatch.BatchPlan(size, accumulate)
     tuner = autobatch.AutoBatch(plan=plan, device=place.probe)
     options = {"precision": precision, "accumulate_grad_batches": accumulate}
     loader = DataLoader(Numbers(), size)
     report = tuner.tune(trainer(place, **options), Module(place), loader)
-    gc.collect()  # the Trainer and the module that were tuned hold one another
+    gc.collect()  # Trainer and module refer to each other
     place.probe.release()
     held = place.probe.read().reserved
 
@@ -63,14 +63,16 @@ def test_a_trial_peaks_where_the_same_steps_of_a_fit_do(place, accumulate, preci
         trainer(place, **options).fit(module, loader)
     peak = place.probe.read().peak
 
-    tried = report.trials[-1].peak
-    print(f"tried {tried / MIB:.3f} MiB, in a fit {peak / MIB:.3f}, {held / MIB:.3f} held before")
+    trial_peak = report.trials[-1].peak
+    print(
+        f"trial {trial_peak / MIB:.3f} MiB, in a fit {peak / MIB:.3f}, {held / MIB:.3f} held before"
+    )
     assert set(module.sizes) == {size}
-    # On paper the loader's batches, which are on the host, are charged too
-    assert tried == pytest.approx(peak, rel=0.01 if place.is_real else 0.03)
+    # On paper the batches of the loader, on the host, are charged too
+    assert trial_peak == pytest.approx(peak, rel=0.01 if place.is_real else 0.03)
 
 
-def test_a_trainer_trains_with_what_was_found(place):
+def test_a_trainer_trains_with_the_plan(place):
     module = Module(place)
     largest = 64 * (place.width // 64)
     callback = autobatch.AutoBatch(

@@ -1,4 +1,4 @@
-"""The host's memory: what is left of it, the copy that tuning keeps there, and what loaders make ahead."""
+"""Host memory: available memory, the copy of a snapshot, and prefetched batches."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import nn
 import autobatch
 from autobatch._memory.host import HostMemory
 from autobatch._trials.snapshot import Snapshot
+from kernel_files import group, machine, old_group
 from sameness import same
-from test_probes import group, machine, old_group
 
 GIB, MIB, KIB = 2**30, 2**20, 2**10
 
 
-# What is left
+# Available memory
 
 
-def test_what_is_available_is_what_the_kernel_says(tmp_path):
-    assert HostMemory.here(machine(tmp_path)).available == 600 * KIB
+def test_available_memory_is_read_from_the_kernel(tmp_path):
+    assert HostMemory.read(machine(tmp_path)).available == 600 * KIB
 
 
 @pytest.mark.parametrize(
@@ -34,23 +34,23 @@ def test_what_is_available_is_what_the_kernel_says(tmp_path):
     ids=["version 2", "version 1"],
 )
 def test_a_control_group_leaves_less(tmp_path, groups, files):
-    host = HostMemory.here(machine(tmp_path, groups=groups, files=files))
+    host = HostMemory.read(machine(tmp_path, groups=groups, files=files))
 
     assert host.available == 180 * KIB
 
 
-def test_where_nothing_says_nothing_is_known(tmp_path):
-    assert HostMemory.here(tmp_path) == HostMemory(available=None, shared=None)
+def test_memory_is_unknown_without_kernel_files(tmp_path):
+    assert HostMemory.read(tmp_path) == HostMemory(available=None, shared=None)
 
 
-def test_the_shared_memory_is_as_large_as_its_file_system(tmp_path):
+def test_shared_memory_is_the_size_of_its_file_system(tmp_path):
     (tmp_path / "dev/shm").mkdir(parents=True)
-    said = os.statvfs(tmp_path)
+    status = os.statvfs(tmp_path)
 
-    assert HostMemory.here(tmp_path).shared == said.f_frsize * said.f_blocks
+    assert HostMemory.read(tmp_path).shared == status.f_frsize * status.f_blocks
 
 
-# What a snapshot takes
+# Size of a snapshot
 
 
 def test_the_estimate_counts_parameters_buffers_gradients_and_state_once():
@@ -67,7 +67,7 @@ def test_the_estimate_counts_parameters_buffers_gradients_and_state_once():
     assert Snapshot.bytes_of(tied, optimizer) == 2 * weights + buffers + state
 
 
-def test_what_holds_no_memory_counts_nothing():
+def test_lazy_and_meta_tensors_count_nothing():
     lazy, empty = nn.LazyLinear(3), nn.Linear(1000, 1000, device="meta")
     sparse = nn.Embedding(1000, 10, sparse=True)
     sparse(torch.tensor([1])).sum().backward()
@@ -78,22 +78,22 @@ def test_what_holds_no_memory_counts_nothing():
 
 # In a Trainer
 
-lightning = pytest.importorskip("test_lightning")
+lightning = pytest.importorskip("lightning_here")
 loaders = pytest.importorskip("autobatch.lightning._trainer_notes")
 
 
 @pytest.fixture
 def host(monkeypatch):
-    """Sets what the host has."""
+    """Set the memory of the host."""
 
     def has(*, available=10**12, shared=10**12):
         memory = HostMemory(available, shared)
-        monkeypatch.setattr(HostMemory, "here", classmethod(lambda _: memory))
+        monkeypatch.setattr(HostMemory, "read", classmethod(lambda _: memory))
 
     return has
 
 
-def test_a_copy_that_the_host_has_no_room_for_is_refused_and_nothing_is_touched(host):
+def test_a_copy_too_large_for_the_host_is_refused_beforehand(host):
     host(available=10 * KIB)
     model, loader, callback = (
         lightning.Model(),
@@ -106,14 +106,14 @@ def test_a_copy_that_the_host_has_no_room_for_is_refused_and_nothing_is_touched(
         autobatch.AutobatchError,
         match=r"on the host: 21 KiB, where 10 KiB are available\. Free host memory",
     ) as caught:
-        lightning.trainer(callback).fit(model, loader)
+        lightning.quiet_trainer(callback).fit(model, loader)
 
     assert "\n" not in str(caught.value)
     assert same(before, dict(model.state_dict()))
     assert (model.sizes, loader.batch_size, callback.report) == ([], 4, None)
 
 
-def test_all_ranks_of_a_machine_share_it(host):
+def test_ranks_of_a_machine_share_host_memory(host):
     host(available=10 * MIB)
     things = [nn.Linear(1000, 1000, bias=False)]
 
@@ -124,34 +124,34 @@ def test_all_ranks_of_a_machine_share_it(host):
         loaders.room_for_copy(things, 3)
 
 
-def test_where_nothing_says_what_is_left_nothing_is_refused(host):
+def test_nothing_is_refused_if_host_memory_is_unknown(host):
     host(available=None, shared=None)
     callback = lightning.tuner()
 
-    lightning.trainer(callback).fit(lightning.Model(), lightning.plain())
+    lightning.quiet_trainer(callback).fit(lightning.Model(), lightning.plain())
 
     assert callback.report.plan.effective_batch_size == 120
 
 
-def test_a_copy_of_more_than_a_gibibyte_is_told():
+def test_a_copy_of_more_than_a_gibibyte_is_noted():
     assert loaders.copied(GIB, 1) is None
     assert loaders.copied(3 * GIB, 1) == (
-        "To give everything back, tuning kept a copy of parameters, buffers, gradients and optimizer state on the "
+        "To restore everything, tuning kept a copy of parameters, buffers, gradients and optimizer state on the "
         "host: 3 GiB."
     )
     assert "host: 3 GiB on each of 2 ranks." in loaders.copied(3 * GIB, 2)
 
 
-def test_a_large_copy_is_told_in_the_report(monkeypatch):
-    monkeypatch.setattr(loaders, "_MUCH", 20 * KIB)
+def test_a_large_copy_is_noted_in_the_report(monkeypatch):
+    monkeypatch.setattr(loaders, "_NOTED_COPY", 20 * KIB)
     callback = lightning.tuner()
 
-    lightning.trainer(callback).fit(lightning.Model(), lightning.plain())
+    lightning.quiet_trainer(callback).fit(lightning.Model(), lightning.plain())
 
     assert any("on the host: 21 KiB." in note for note in callback.report.notes)
 
 
-def test_batches_that_shared_memory_has_no_room_for_are_told(host):
+def test_batches_too_large_for_shared_memory_are_noted(host):
     host(shared=64 * MIB)
     loader = SimpleNamespace(num_workers=4, prefetch_factor=2)
 
@@ -163,7 +163,7 @@ def test_batches_that_shared_memory_has_no_room_for_are_told(host):
     )
 
 
-def test_batches_that_the_host_has_no_room_for_are_told(host):
+def test_batches_too_large_for_the_host_are_noted(host):
     host(available=GIB)
     loader = SimpleNamespace(num_workers=4, prefetch_factor=2)
 
@@ -176,7 +176,7 @@ def test_batches_that_the_host_has_no_room_for_are_told(host):
     assert loaders.ahead(loader, 128, MIB, 1) is None
 
 
-def test_a_loader_without_workers_makes_nothing_ahead(host):
+def test_a_loader_without_workers_prefetches_nothing(host):
     host(available=1, shared=1)
 
     loader = SimpleNamespace(num_workers=0, prefetch_factor=None)
@@ -184,14 +184,14 @@ def test_a_loader_without_workers_makes_nothing_ahead(host):
     assert loaders.ahead(loader, 512, GIB, 1) is None
 
 
-@pytest.mark.parametrize(("shared", "told"), [(8 * KIB, True), (9 * KIB, False)])
-def test_the_report_tells_of_the_loaders_own_batches(host, shared, told):
+@pytest.mark.parametrize(("shared", "noted"), [(8 * KIB, True), (9 * KIB, False)])
+def test_the_report_notes_prefetched_batches_of_the_loader(host, shared, noted):
     host(shared=shared)
     callback = lightning.tuner(plan=autobatch.BatchPlan(60, 2))
     loader = torch.utils.data.DataLoader(lightning.data(), batch_size=4, num_workers=1)
 
-    lightning.trainer(callback, max_epochs=1).fit(lightning.Model(), loader)
+    lightning.quiet_trainer(callback, max_epochs=1).fit(lightning.Model(), loader)
 
     # A sample has 16 numbers of 4 bytes, and a label of 8
     note = "num_workers=1 × prefetch_factor=2 × batches of 60 (4.2 KiB each) would need 8.4 KiB of shared"
-    assert any(note in each for each in callback.report.notes) is told
+    assert any(note in each for each in callback.report.notes) is noted

@@ -1,3 +1,5 @@
+"""Gradient of the last accumulation window of an epoch, with repair_last_window."""
+
 from __future__ import annotations
 
 import importlib
@@ -30,7 +32,7 @@ def data(length):
 
 
 class Model(pl.LightningModule):
-    """Keeps its weights, so that every update shows the gradient that belongs to its samples."""
+    """Keeps its weights: every update has the gradient of its samples at the same point."""
 
     rate = 0.0
 
@@ -111,7 +113,7 @@ WINDOWS = {
 
 @pytest.mark.parametrize("case", WINDOWS)
 @pytest.mark.parametrize("kind", ["loader", "stream", "batch sampler", "sampler beneath"])
-def test_the_last_update_of_every_epoch_has_the_gradient_of_its_samples_at_once(case, kind):
+def test_last_update_has_the_gradient_of_its_samples_in_one_batch(case, kind):
     length, expected = WINDOWS[case]
     loader = {
         "loader": DataLoader(data(length), 4, shuffle=True),
@@ -131,7 +133,7 @@ def test_the_last_update_of_every_epoch_has_the_gradient_of_its_samples_at_once(
 
 
 class Blocks(BatchSampler):
-    """A batch sampler of a class of one's own."""
+    """A batch sampler of another class."""
 
     def __init__(self, length, batch_size):
         super().__init__(range(length), batch_size, drop_last=False)
@@ -145,7 +147,7 @@ class Blocks(BatchSampler):
         ({"reload_dataloaders_every_n_epochs": 1}, [32, 21]),
     ],
 )
-def test_the_window_is_the_one_that_the_trainer_makes(options, expected):
+def test_window_follows_the_arguments_of_the_trainer(options, expected):
     model = Model()
 
     fit(model, DataLoader(data(53), 4), **options)
@@ -155,8 +157,8 @@ def test_the_window_is_the_one_that_the_trainer_makes(options, expected):
         torch.testing.assert_close(gradient, in_one_batch(model, window))
 
 
-def test_without_it_the_last_update_is_what_lightning_makes_of_it():
-    """The comparison can fail, and the note of the report says how: in size and in weight."""
+def test_without_repair_the_last_update_is_wrong_and_a_note_shows_it():
+    """The size of the gradient and the weights of samples are wrong."""
     model = Model()
 
     report = fit(model, DataLoader(data(45), 4), repair=False)
@@ -172,7 +174,7 @@ def test_without_it_the_last_update_is_what_lightning_makes_of_it():
     )
 
 
-def test_the_share_that_the_note_names_is_the_one_that_is_measured():
+def test_share_in_the_note_is_the_measured_one():
     model = Model()
 
     report = fit(model, DataLoader(data(40), 4), repair=False)
@@ -202,7 +204,7 @@ def test_the_share_that_the_note_names_is_the_one_that_is_measured():
     ],
     ids=["few", "short"],
 )
-def test_only_what_is_wrong_with_the_last_update_is_told(length, note):
+def test_note_shows_only_the_errors_of_this_last_update(length, note):
     report = fit(Model(), DataLoader(data(length), 4), repair=False)
 
     assert report.notes[1] == note
@@ -218,13 +220,13 @@ def test_only_what_is_wrong_with_the_last_update_is_told(length, note):
     ],
     ids=["whole windows", "repaired", "no accumulation", "limited to whole windows"],
 )
-def test_nothing_is_said_of_a_last_update_that_is_as_it_should_be(length, options):
+def test_correct_last_update_has_no_note(length, options):
     report = fit(Model(), DataLoader(data(length), 4), **options)
 
     assert not any("repair_last_window" in note for note in report.notes)
 
 
-def test_nothing_is_said_of_a_stream_whose_length_is_not_known():
+def test_stream_of_unknown_length_has_no_note():
     report = fit(Model(), DataLoader(Stream(45), 4), repair=False)
 
     assert not any("repair_last_window" in note for note in report.notes)
@@ -240,7 +242,7 @@ class Normalised(Model):
 
 
 @pytest.mark.parametrize(("target", "drop_last"), [(16, False), (None, False), (16, True)])
-def test_an_epoch_does_not_end_with_a_sample_that_a_layer_refuses(target, drop_last):
+def test_epoch_does_not_end_with_a_batch_size_that_a_layer_refuses(target, drop_last):
     callback = autobatch.AutoBatch(
         target_batch_size=target,
         max_micro_batch_size=16,
@@ -255,7 +257,7 @@ def test_an_epoch_does_not_end_with_a_sample_that_a_layer_refuses(target, drop_l
 
 
 @pytest.mark.parametrize(("length", "whole"), [(64, WHOLE), (45, 1)])
-def test_where_there_is_nothing_to_repair_nothing_changes(length, whole):
+def test_repair_without_a_partial_window_changes_nothing(length, whole):
     def weights(*, repair):
         torch.manual_seed(2)
         model = Model()
@@ -266,7 +268,7 @@ def test_where_there_is_nothing_to_repair_nothing_changes(length, whole):
     assert same(weights(repair=True), weights(repair=False))
 
 
-def test_the_repair_comes_before_clipping():
+def test_repair_comes_before_clipping():
     limit, model = 0.01, Model()
     model.rate = 1e-12
 
@@ -296,7 +298,7 @@ class Half(Model):
             return F.cross_entropy(self.net(batch[0].float()), batch[1])
 
 
-def test_it_holds_under_a_scaler_whose_gradients_are_unscaled_in_between():
+def test_repair_holds_under_a_gradient_scaler():
     plugins = importlib.import_module(f"{pl.__name__}.plugins.precision")
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     precision, model = plugins.MixedPrecision("16-mixed", "cpu", scaler=scaler), Half()
@@ -309,7 +311,7 @@ def test_it_holds_under_a_scaler_whose_gradients_are_unscaled_in_between():
 
 
 class Skips(Model):
-    """Leaves out the micro-batches that it is told to."""
+    """Returns no loss for some micro-batches."""
 
     skipped = ()
 
@@ -319,7 +321,7 @@ class Skips(Model):
 
 @pytest.mark.filterwarnings("ignore:.*returned `None`")
 @pytest.mark.parametrize(("skipped", "expected"), [((4,), 13), ((6,), 16)])
-def test_a_micro_batch_that_the_step_leaves_out_is_not_counted(skipped, expected):
+def test_micro_batch_without_a_loss_is_not_counted(skipped, expected):
     model = Skips()
     model.skipped = skipped
 
@@ -331,7 +333,7 @@ def test_a_micro_batch_that_the_step_leaves_out_is_not_counted(skipped, expected
 
 
 class Resumable(DataLoader):
-    """Goes on where it was, as a loader with a state does."""
+    """Continues at its position, as a loader with a state."""
 
     given = skipped = 0
 
@@ -350,8 +352,8 @@ class Resumable(DataLoader):
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended")
 @pytest.mark.parametrize(("kind", "last"), [(DataLoader, 32), (Resumable, 29)])
-def test_a_resumed_epoch_counts_from_where_its_loader_begins(tmp_path, kind, last):
-    """Lightning goes on with the batch index it was saved at, and begins the data of most loaders anew."""
+def test_resumed_epoch_counts_from_the_start_of_its_loader(tmp_path, kind, last):
+    """Lightning continues with the saved batch index, and most loaders begin their data again."""
     first, model = Model(), Model()
     first.on_train_batch_end = lambda _, __, index: (
         index == 3 and first.trainer.save_checkpoint(tmp_path / "within.ckpt")
@@ -366,11 +368,11 @@ def test_a_resumed_epoch_counts_from_where_its_loader_begins(tmp_path, kind, las
         torch.testing.assert_close(gradient, in_one_batch(model, window))
 
 
-# What is refused
+# Errors
 
 
 @pytest.mark.parametrize("value", [1, "yes", None])
-def test_what_is_neither_true_nor_false_is_refused_at_the_door(value):
+def test_repair_neither_true_nor_false_is_refused(value):
     with pytest.raises(ValueError, match=f"repair_last_window={value!r} is not a"):
         autobatch.AutoBatch(repair_last_window=value)
 
@@ -388,9 +390,9 @@ class ByHand(Model):
 
 @pytest.mark.parametrize(
     ("model", "sentence"),
-    [(Quasi, "LBFGS evaluates one several times"), (ByHand, "optimises by hand")],
+    [(Quasi, "LBFGS evaluates one several times"), (ByHand, "uses manual optimization")],
 )
-def test_what_can_not_be_repaired_is_refused_before_anything_is_touched(model, sentence):
+def test_unrepairable_training_is_refused_before_any_change(model, sentence):
     made, loader = model(), DataLoader(data(45), 4)
     before = {name: value.clone() for name, value in made.state_dict().items()}
 
@@ -404,14 +406,14 @@ def test_what_can_not_be_repaired_is_refused_before_anything_is_touched(model, s
 
 
 class Twice(torch.optim.SGD):
-    """Evaluates its closure twice, as an optimizer does that looks around first."""
+    """Evaluates its closure twice, as sharpness-aware optimizers do."""
 
     def step(self, closure):
         closure()
         return super().step(closure)
 
 
-def test_an_optimizer_that_evaluates_twice_is_refused_at_its_first_update():
+def test_optimizer_that_evaluates_twice_is_refused_at_its_first_update():
     model = Model()
     model.configure_optimizers = lambda: Twice(model.parameters(), 0.1)
 
@@ -419,7 +421,7 @@ def test_an_optimizer_that_evaluates_twice_is_refused_at_its_first_update():
         fit(model, DataLoader(data(45), 4))
 
 
-def test_a_stream_whose_batches_do_not_say_how_many_samples_they_hold_is_refused():
+def test_stream_with_uncountable_batches_is_refused():
     def by_time(samples):
         x, y = zip(*samples, strict=True)
         return torch.stack(x).T, torch.stack(y)

@@ -41,7 +41,7 @@ def test_a_tensor_counts_from_its_allocation_to_its_death():
     ],
     ids=["view", "in place", "expand", "detach", "slice", "numpy"],
 )
-def test_what_shares_a_storage_counts_once(make):
+def test_tensors_that_share_a_storage_count_once(make):
     ledger = Ledger()
 
     with ledger.watching(None, 0):
@@ -52,7 +52,7 @@ def test_what_shares_a_storage_counts_once(make):
     del y
 
 
-def test_a_view_of_data_that_was_never_attached_stays_on_the_host():
+def test_views_of_unattached_data_are_not_charged():
     data, ledger = torch.zeros(1024), Ledger()
 
     with ledger.watching(None, 0):
@@ -62,7 +62,7 @@ def test_a_view_of_data_that_was_never_attached_stays_on_the_host():
     del batch
 
 
-def test_attached_objects_count_with_gradients_and_state():
+def test_attached_objects_include_gradients_and_state():
     model = nn.Linear(16, 16, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     model(torch.ones(1, 16)).sum().backward()
@@ -75,7 +75,7 @@ def test_attached_objects_count_with_gradients_and_state():
     assert ledger.current == 3 * KIB
 
 
-def test_an_allocation_past_the_limit_is_refused_before_it_is_made():
+def test_an_allocation_beyond_the_limit_is_refused_beforehand():
     ledger = Ledger()
 
     with ledger.watching(2 * KIB, 0):
@@ -123,7 +123,7 @@ def test_a_step_leaves_nothing_but_parameters_gradients_and_state():
     assert ledger.current == at_rest
 
 
-def test_losses_and_weights_are_the_same_under_the_ledger():
+def test_training_is_bit_identical_under_the_ledger():
     def train(watched):
         torch.manual_seed(0)
         model = Perceptron()
@@ -141,7 +141,7 @@ def test_losses_and_weights_are_the_same_under_the_ledger():
     assert all(torch.equal(a, b) for a, b in zip(watched, plain, strict=True))
 
 
-def test_the_profile_is_of_the_last_step_and_ends_at_its_peak():
+def test_the_profile_covers_the_last_step():
     ledger = Ledger()
 
     with ledger.watching(None, 100) as watch:
@@ -154,7 +154,7 @@ def test_the_profile_is_of_the_last_step_and_ends_at_its_peak():
     assert watch.profile == (2 * KIB + 100, 4 * KIB + 100)
 
 
-def test_a_tensor_of_another_thread_is_credited_when_it_dies():
+def test_a_tensor_of_another_thread_is_credited_at_its_death():
     ledger, made = Ledger(), []
 
     def work():
@@ -217,7 +217,7 @@ def test_random_numbers_are_drawn_once(draw):
     assert torch.equal(plain, torch.get_rng_state())
 
 
-def test_equal_numbers_of_other_types_make_results_of_other_sizes():
+def test_the_type_of_a_number_decides_the_size_of_a_result():
     x, ledger = torch.ones(256, dtype=torch.int8), Ledger()
 
     with ledger.watching(300, 0):
@@ -229,7 +229,7 @@ def test_equal_numbers_of_other_types_make_results_of_other_sizes():
     del y
 
 
-def test_a_parameter_without_memory_yet_counts_nothing():
+def test_a_lazy_parameter_counts_nothing():
     ledger = Ledger()
 
     ledger.attach(nn.LazyLinear(4, bias=False))

@@ -1,4 +1,4 @@
-"""The size that the training step really receives, whatever kind of loader it comes from."""
+"""Batch size of the training step with every kind of loader."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ class Stream(IterableDataset):
 
 
 class Own(DataLoader):
-    """A subclass whose arguments are not those of DataLoader."""
+    """A subclass with other arguments than DataLoader."""
 
     def __init__(self, *, samples, name):
         super().__init__(samples, batch_size=4, shuffle=True)
@@ -149,7 +149,7 @@ def combined(mode):
     return combined_loader.CombinedLoader(loaders, mode)
 
 
-# What is passed to fit, by name
+# Loaders passed to fit, by name
 PASSED = {
     "plain": plain,
     "shuffled": lambda: plain(shuffle=True),
@@ -175,7 +175,7 @@ PASSED = {
     "min_size": lambda: combined("min_size"),
     "max_size_cycle": lambda: combined("max_size_cycle"),
 }
-# What a module or a datamodule makes
+# Loaders made by a module or a datamodule
 MADE = {
     "hook with attribute": Attribute,
     "hook without": HardCoded,
@@ -188,7 +188,7 @@ ROWS = [*PASSED, *MADE]
 
 @functools.cache
 def fitted(row):
-    """A model trained for two epochs, the callback that tuned it, the Trainer, and what was passed: to be looked at."""
+    """Train for two epochs, and return the model, the callback, the Trainer and the loaders."""
     model = MADE.get(row, Model)()
     passed = PASSED[row]() if row in PASSED else None
     tuner = autobatch.AutoBatch(
@@ -218,7 +218,7 @@ def flat(loaders):
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_every_step_of_every_epoch_receives_the_size_found(row):
+def test_every_step_receives_the_chosen_size(row):
     model, tuner, _, passed = fitted(row)
 
     plan = tuner.report.plan
@@ -248,7 +248,7 @@ def sampler_of(loader):
 
 
 @pytest.mark.parametrize("row", PASSED)
-def test_the_sampler_stays_the_same_and_the_order_is_shuffled_where_it_was(row):
+def test_sampler_and_shuffling_stay(row):
     before = [type(sampler_of(loader)) for loader in flat(PASSED[row]())]
     model, _, _, passed = fitted(row)
 
@@ -267,7 +267,7 @@ def test_the_sampler_stays_the_same_and_the_order_is_shuffled_where_it_was(row):
 
 
 @pytest.mark.parametrize("row", PASSED)
-def test_what_was_passed_has_its_own_size_again(row):
+def test_passed_loaders_have_their_own_size_after_fit(row):
     before = [batch_size(loader) for loader in flat(PASSED[row]())]
 
     *_, passed = fitted(row)
@@ -280,8 +280,8 @@ class Renamed(DataLoader):
         super().__init__(samples, batch_size=size, **options)
 
 
-def test_a_loader_that_lightning_makes_anew_at_its_own_size_is_told_before_training():
-    """As for several ranks, it is made from what its `__init__` was given, which is not called a batch size."""
+def test_loader_made_again_at_its_own_size_is_refused_before_training():
+    """Lightning makes it from its arguments, as for several ranks, and none is called batch_size."""
 
     class FromHook(Model):
         def train_dataloader(self):
@@ -301,7 +301,7 @@ def test_a_loader_that_lightning_makes_anew_at_its_own_size_is_told_before_train
 
     with (
         pytest.warns(UserWarning, match="overfit"),
-        pytest.raises(autobatch.AutobatchError, match="a Renamed, anew with batches of 4"),
+        pytest.raises(autobatch.AutobatchError, match="a Renamed, again with batches of 4"),
     ):
         trainer.fit(model)
 

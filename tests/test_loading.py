@@ -1,11 +1,11 @@
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
-from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from autobatch._report.notes import waiting
 from autobatch._throughput.loading import Loading, loading_watch
@@ -14,7 +14,7 @@ from report_examples import example
 
 
 class Slow(Dataset):
-    """Takes its time."""
+    """20 ms per sample."""
 
     def __len__(self):
         return 6
@@ -25,13 +25,13 @@ class Slow(Dataset):
 
 
 class Within(Slow):
-    """Reads another loader."""
+    """Reads another loader for each sample."""
 
     def __getitem__(self, index):
         return next(iter(DataLoader(Slow())))
 
 
-def test_what_a_loader_takes_is_counted():
+def test_reading_a_loader_is_timed():
     began = time.perf_counter()
 
     with loading_watch(time.perf_counter) as waited:
@@ -43,7 +43,7 @@ def test_what_a_loader_takes_is_counted():
     assert 6 * 0.02 <= waited.seconds <= took
 
 
-def test_a_loader_within_a_data_set_is_not_counted_twice():
+def test_a_loader_inside_a_dataset_is_not_timed_twice():
     began = time.perf_counter()
 
     with loading_watch(time.perf_counter) as waited:
@@ -55,7 +55,7 @@ def test_a_loader_within_a_data_set_is_not_counted_twice():
     assert waited.seconds <= took
 
 
-def test_what_a_step_takes_is_not_counted():
+def test_steps_are_not_counted_as_waiting():
     loader = DataLoader(TensorDataset(torch.ones(4)), 1)
     ticks = iter(range(100))
 
@@ -64,11 +64,11 @@ def test_what_a_step_takes_is_not_counted():
             for _ in range(10):
                 next(ticks)
 
-    # A tick to read each batch, and one to find that there are no more
+    # One tick per batch, and one for the end of the data
     assert (waited.seconds, waited.batches) == (5, 4)
 
 
-def test_a_loader_that_fails_leaves_the_watch_sound():
+def test_timing_continues_after_a_loader_fails():
     class Broken(Slow):
         def __getitem__(self, index):
             raise RuntimeError("no such sample")
@@ -82,7 +82,7 @@ def test_a_loader_that_fails_leaves_the_watch_sound():
     assert waited.seconds >= 0.02
 
 
-def test_streams_and_workers_are_counted_alike():
+def test_iterable_datasets_and_workers_are_timed():
     class Stream(IterableDataset):
         def __iter__(self):
             return iter([1, 2, 3])
@@ -94,20 +94,55 @@ def test_streams_and_workers_are_counted_alike():
     assert waited.batches == 9
 
 
-def test_afterwards_loaders_are_what_they_were():
-    fetch = _BaseDataLoaderIter.__next__
+def test_loaders_are_not_timed_after_the_watch():
+    begin = DataLoader.__iter__
+    batches = None
 
     with pytest.raises(KeyError), loading_watch(time.perf_counter) as waited:
-        assert _BaseDataLoaderIter.__next__ is not fetch
+        batches = iter(DataLoader(Slow()))
         raise KeyError
 
+    next(batches)
     next(iter(DataLoader(Slow())))
 
-    assert _BaseDataLoaderIter.__next__ is fetch
+    assert DataLoader.__iter__ is begin
     assert waited.batches == 0
 
 
-# What is said of it
+def test_loaders_of_other_threads_are_not_timed():
+    with loading_watch(time.perf_counter) as waited:
+        thread = threading.Thread(target=lambda: list(DataLoader(Slow())))
+        thread.start()
+        thread.join()
+
+    assert waited.batches == 0
+
+
+def test_iterators_keep_their_length_and_attributes():
+    with loading_watch(time.perf_counter):
+        batches = iter(DataLoader(Slow(), num_workers=1))
+
+        assert iter(batches) is batches
+        assert len(batches) == 6
+        assert batches._num_workers == 1
+
+
+def test_loaders_that_override_iteration_are_timed():
+    class Endless(DataLoader):
+        """Keeps one iterator, as loaders that reuse their workers do."""
+
+        def __iter__(self):
+            batches = super().__iter__()
+            for _ in range(len(self)):
+                yield next(batches)
+
+    with loading_watch(time.perf_counter) as waited:
+        assert len(list(Endless(Slow()))) == 6
+
+    assert waited.batches == 6
+
+
+# Notes
 
 
 @pytest.mark.parametrize(
@@ -117,17 +152,17 @@ def test_afterwards_loaders_are_what_they_were():
         (0.31, "Data loading took 31 % of the time: more workers before more batch."),
     ],
 )
-def test_waiting_is_told_from_a_tenth_of_the_time_on(wait, note):
+def test_waiting_is_noted_above_a_tenth_of_the_time(wait, note):
     assert waiting(Loading(wait, 1 - wait, 100)) == note
 
 
-def test_where_nothing_was_measured_nothing_is_said():
+def test_no_note_without_a_measurement():
     assert waiting(None) is None
     assert waiting(Loading(0.2, 0.2, 100)) is None  # a moment
     assert waiting(Loading(0.0, 0.0, 0)) is None
 
 
-def test_a_report_says_so_wherever_it_is_shown():
+def test_the_note_appears_in_every_form_of_a_report():
     report = example(loading=Loading(31.0, 69.0, 200))
     note = "Data loading took 31 % of the time"
 

@@ -47,7 +47,7 @@ class Model(pl.LightningModule):
 
 
 class Named(Model):
-    """A module that keeps its hyperparameters."""
+    """A module with saved hyperparameters."""
 
     def __init__(self, batch_size=4, width=256):
         super().__init__()
@@ -64,7 +64,7 @@ class Data(pl.LightningDataModule):
 
 
 class Mine(pl.loggers.logger.Logger):
-    """Somebody else's logger, which says what it was given."""
+    """A custom logger that records its calls."""
 
     name, version, log_dir = "mine", 0, None
 
@@ -82,7 +82,7 @@ class Mine(pl.loggers.logger.Logger):
 
 
 class Draws(Mine):
-    """One that makes up a name for its run, of everybody's random numbers."""
+    """A logger that draws the name of its run from the global random state."""
 
     def log_hyperparams(self, params):
         super().log_hyperparams(params)
@@ -116,7 +116,7 @@ def trainer(*callbacks, **options):
 
 
 def fit(*loggers, model=None, datamodule=None, **options):
-    """The report of a run that was logged here."""
+    """Fit with a logger, and return the report."""
     pl.seed_everything(1, verbose=False)
     callback, model = tuner(), model or Named()
     loader = None if datamodule else DataLoader(data(), batch_size=4, shuffle=True)
@@ -152,10 +152,10 @@ def speeds(report):
     return {row.batch_size: row.samples_per_second for row in report.sizes}
 
 
-# What every logger gets
+# Every logger
 
 
-def test_a_csv_logger_keeps_the_users_hyperparameters_beside_those_found(tmp_path):
+def test_csv_logger_keeps_hyperparameters_of_user_and_plan(tmp_path):
     logger = pl.loggers.CSVLogger(tmp_path)
 
     report = fit(logger)
@@ -170,7 +170,7 @@ def test_a_csv_logger_keeps_the_users_hyperparameters_beside_those_found(tmp_pat
     assert_files(logger.log_dir, report)
 
 
-def test_the_size_found_is_logged_where_module_and_datamodule_both_name_it(tmp_path):
+def test_the_tuned_size_is_logged_for_module_and_datamodule(tmp_path):
     logger = pl.loggers.CSVLogger(tmp_path)
 
     report = fit(logger, datamodule=Data())
@@ -183,7 +183,7 @@ def test_the_size_found_is_logged_where_module_and_datamodule_both_name_it(tmp_p
     }
 
 
-def test_a_logger_of_somebody_else_gets_hyperparameters_and_files(tmp_path):
+def test_a_custom_logger_gets_hyperparameters_and_files(tmp_path):
     logger = Mine(str(tmp_path / "here"))
 
     report = fit(logger)
@@ -197,7 +197,7 @@ def test_a_logger_of_somebody_else_gets_hyperparameters_and_files(tmp_path):
     assert logger.steps == list(range(8))  # of training
 
 
-def test_files_go_where_a_logger_saves_that_has_no_directory_of_its_own(tmp_path):
+def test_files_go_to_the_save_directory_without_a_log_directory(tmp_path):
     class Saves(Mine):
         save_dir = str(tmp_path)
 
@@ -208,7 +208,7 @@ def test_files_go_where_a_logger_saves_that_has_no_directory_of_its_own(tmp_path
     assert_files(tmp_path, report)
 
 
-def test_a_directory_that_is_not_on_this_machine_gets_the_files_too():
+def test_a_remote_log_directory_gets_the_files():
     fsspec = importlib.import_module("fsspec")
     logger = pl.loggers.CSVLogger("memory://logs")
 
@@ -223,7 +223,7 @@ def test_a_directory_that_is_not_on_this_machine_gets_the_files_too():
     assert text("autobatch.md") == sinks.to_markdown(report)
 
 
-def test_who_wants_no_hyperparameters_logged_gets_the_files_alone(tmp_path):
+def test_without_logged_hyperparameters_only_files_are_written(tmp_path):
     logger = pl.loggers.CSVLogger(tmp_path)
 
     report = fit(logger, enable_autolog_hparams=False)
@@ -233,7 +233,7 @@ def test_who_wants_no_hyperparameters_logged_gets_the_files_alone(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["CSVLogger", Draws])
-def test_the_metrics_are_those_of_a_run_with_the_numbers_written_by_hand(kind, tmp_path):
+def test_logged_metrics_equal_those_of_a_run_by_hand(kind, tmp_path):
     def rows(callbacks, where, size, accumulate):
         watching = pl.loggers.CSVLogger(where)
         other = [kind()] if kind is Draws else []
@@ -256,7 +256,7 @@ def test_the_metrics_are_those_of_a_run_with_the_numbers_written_by_hand(kind, t
     assert len(steps) == 8
 
 
-def test_a_logger_that_fails_is_told_in_one_line_and_the_others_get_theirs(tmp_path, caplog):
+def test_a_failing_logger_warns_in_one_line_and_stops_no_other(tmp_path, caplog):
     failing, working = Fails(str(tmp_path / "failing")), Mine()
 
     with caplog.at_level(logging.WARNING, logger="autobatch"):
@@ -270,7 +270,7 @@ def test_a_logger_that_fails_is_told_in_one_line_and_the_others_get_theirs(tmp_p
     assert values(report).items() <= working.hyperparameters.items()
 
 
-def test_files_that_can_not_be_written_are_told(tmp_path, caplog):
+def test_files_that_cannot_be_written_warn(tmp_path, caplog):
     (tmp_path / "taken").touch()
     logger = Mine(str(tmp_path / "taken"))
 
@@ -285,7 +285,7 @@ def test_files_that_can_not_be_written_are_told(tmp_path, caplog):
 @pytest.mark.parametrize(
     "options", [{"barebones": True, "log_every_n_steps": None}, {"logger": False}]
 )
-def test_where_there_is_no_logger_nothing_is_written(options, tmp_path, monkeypatch):
+def test_nothing_is_written_without_a_logger(options, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     callback = tuner()
 
@@ -301,7 +301,7 @@ def test_where_there_is_no_logger_nothing_is_written(options, tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_fast_run_for_developers_is_left_alone(tmp_path):
+def test_a_fast_dev_run_logs_nothing(tmp_path):
     callback, logger = tuner(), pl.loggers.CSVLogger(tmp_path)
 
     fitted = trainer(callback, logger=logger, fast_dev_run=True)
@@ -312,7 +312,7 @@ def test_a_fast_run_for_developers_is_left_alone(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_logger_of_a_fast_run_takes_a_report_and_keeps_nothing(tmp_path, monkeypatch, caplog):
+def test_the_logger_of_a_fast_dev_run_keeps_nothing(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     fitted = trainer(logger=pl.loggers.CSVLogger(tmp_path), fast_dev_run=True)
 
@@ -336,13 +336,13 @@ def test_only_rank_zero_logs(rank, monkeypatch):
 
 @pytest.mark.parametrize("package", HERE)
 @pytest.mark.parametrize("kind", _loggers._OF_KIND)
-def test_a_logger_is_known_by_its_class_in_the_lightning_package_in_use(package, kind):
+def test_loggers_are_recognized_by_classes_of_the_package_in_use(package, kind):
     known = getattr(importlib.import_module(f"{package}.loggers"), kind)
     fitted = importlib.import_module(package).Trainer(barebones=True)
 
     class Own(known):
         def __init__(self):
-            """Needs none of the packages that the real one asks for."""
+            """Create one without the packages of the real one."""
 
     assert _loggers._parts(Own(), fitted) == _loggers._OF_KIND[kind]
     assert _loggers._parts(Mine(), fitted) == _loggers._OF_OTHERS
@@ -364,7 +364,7 @@ def events(logger):
 
 
 def hyperparameters_shown(read):
-    """What TensorBoard's page of hyperparameters has of a run."""
+    """Return the hyperparameters on TensorBoard's page."""
     metadata = importlib.import_module("tensorboard.plugins.hparams.metadata")
     content = read.SummaryMetadata(metadata.SESSION_START_INFO_TAG).plugin_data.content
     shown = metadata.parse_session_start_info_plugin_data(content).hparams
@@ -372,7 +372,7 @@ def hyperparameters_shown(read):
 
 
 @pytest.mark.slow
-def test_tensorboard_gets_the_report_as_text_and_the_speed_curve(tmp_path):
+def test_tensorboard_gets_the_report_as_text_and_the_throughput(tmp_path):
     logger = tensorboard(tmp_path)
 
     report = fit(logger)
@@ -405,7 +405,7 @@ def test_tensorboard_keeps_the_users_hyperparameters(tmp_path):
 
 
 @pytest.mark.slow
-def test_tensorboard_shows_those_found_where_the_user_has_none(tmp_path):
+def test_tensorboard_shows_the_plan_without_user_hyperparameters(tmp_path):
     logger = tensorboard(tmp_path)
 
     report = fit(logger, model=Model())
@@ -415,7 +415,7 @@ def test_tensorboard_shows_those_found_where_the_user_has_none(tmp_path):
 
 
 @pytest.mark.slow
-def test_tensorboard_still_shows_what_a_module_logs_when_training_starts(tmp_path):
+def test_tensorboard_shows_hyperparameters_logged_at_training_start(tmp_path):
     class Late(Named):
         def on_train_start(self):
             self.logger.log_hyperparams(self.hparams, {"accuracy": 0.0})
@@ -452,7 +452,7 @@ def wandb(tmp_path, monkeypatch):
 
 
 def records(path):
-    """What a run that is kept offline holds: records of protobuf, in blocks of 32 KiB as LevelDB has them."""
+    """Return the protobuf records of an offline run, in blocks of 32 KiB as in LevelDB."""
     record = importlib.import_module("wandb.proto.wandb_internal_pb2").TrialHistory
     content, at, parts = path.read_bytes(), 7, []
     while at + 7 <= len(content):
@@ -472,7 +472,7 @@ def items(update):
 
 
 @pytest.mark.slow
-def test_wandb_gets_hyperparameters_a_table_a_summary_and_files(tmp_path, wandb):
+def test_wandb_gets_hyperparameters_table_summary_and_files(tmp_path, wandb):
     class TrainingSteps(Named):
         def on_train_start(self):
             self.logger.experiment.log({"mine": 5}, step=0)
@@ -480,7 +480,7 @@ def test_wandb_gets_hyperparameters_a_table_a_summary_and_files(tmp_path, wandb)
     report = fit(wandb, model=TrainingSteps())
 
     directory = Path(wandb.experiment.dir)
-    # Unlike `finish`, it waits for the process that writes the run to end
+    # Unlike `finish`, it waits until the process that writes the run ends
     importlib.import_module("wandb").teardown()
     config, summary, history = {}, {}, []
     for record in records(next(directory.parent.glob("*.wandb"))):
@@ -493,7 +493,7 @@ def test_wandb_gets_hyperparameters_a_table_a_summary_and_files(tmp_path, wandb)
     assert summary["autobatch/samples_per_second"] == pytest.approx(speeds(report)[size])
     assert summary["autobatch/peak_bytes"] == peaks(report)[size]
     assert summary["autobatch/largest_fit"] == report.largest_fit
-    # What the user logs at step 0 is neither lost nor moved
+    # Values that the user logs at step 0 are neither lost nor moved
     assert history[0].items() >= {"mine": 5, "_step": 0}.items()
     table = json.loads((directory / history[0]["autobatch/sizes/path"]).read_text())
     sizes = json.loads(report.to_json())["sizes"]
@@ -514,7 +514,7 @@ def mlflow(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_mlflow_gets_hyperparameters_the_speed_curve_and_files(tmp_path, mlflow):
+def test_mlflow_gets_hyperparameters_throughput_and_files(tmp_path, mlflow):
     report = fit(mlflow)
 
     client, run = mlflow.experiment, mlflow.run_id
@@ -533,7 +533,7 @@ def test_mlflow_gets_hyperparameters_the_speed_curve_and_files(tmp_path, mlflow)
 
 
 @pytest.mark.slow
-def test_mlflow_takes_the_same_hyperparameters_twice_and_tells_of_others(mlflow, caplog):
+def test_mlflow_accepts_equal_hyperparameters_and_warns_of_others(mlflow, caplog):
     """Another fit in the same run may find another size."""
     report, fitted = example(), trainer(logger=mlflow)
     other = report.model_copy(update={"plan": autobatch.BatchPlan(16, 16)})

@@ -47,7 +47,7 @@ def test_a_float_up_to_one_is_a_share(share):
         (" 2 MiB ", 2 * 2**20),
     ],
 )
-def test_whole_numbers_and_text_are_bytes(value, nbytes):
+def test_integers_and_text_are_bytes(value, nbytes):
     assert parse_memory_limit(value) == nbytes
     assert isinstance(parse_memory_limit(value), int)
     assert parse_bytes("capacity", value) == nbytes
@@ -85,7 +85,7 @@ def test_whole_numbers_and_text_are_bytes(value, nbytes):
         ),
     ],
 )
-def test_a_bad_limit_is_refused_in_one_sentence_that_names_it(value):
+def test_a_bad_limit_is_refused_in_one_sentence(value):
     with pytest.raises(
         ValueError,
         match=r"^memory_limit=.* must be a share .*, a whole number .* or text",
@@ -99,12 +99,12 @@ def test_a_bad_limit_is_refused_in_one_sentence_that_names_it(value):
 
 
 @pytest.mark.parametrize(("value", "limit"), [(np.float32(0.5), 0.5), (np.int64(4096), 4096)])
-def test_numbers_of_numpy_are_numbers(value, limit):
+def test_numpy_scalars_are_accepted(value, limit):
     assert parse_memory_limit(value) == limit
     assert type(parse_memory_limit(value)) is type(limit)
 
 
-def test_a_limit_of_one_is_refused_because_it_could_mean_two_things():
+def test_the_ambiguous_limit_of_one_is_refused():
     with pytest.raises(
         ValueError,
         match=r"^memory_limit=1 could mean one byte or the whole device; write 1\.0",
@@ -113,7 +113,7 @@ def test_a_limit_of_one_is_refused_because_it_could_mean_two_things():
 
 
 @pytest.mark.parametrize("value", [0, -5, True, 0.5, 2.0, None, "0B", "many"])
-def test_a_bad_amount_is_refused_in_one_sentence_that_names_the_parameter(value):
+def test_a_bad_amount_is_refused_and_the_parameter_named(value):
     with pytest.raises(
         ValueError,
         match=r"^capacity=.* must be a whole number of bytes above 0, or text such as",
@@ -143,13 +143,13 @@ def test_a_bad_amount_is_refused_in_one_sentence_that_names_the_parameter(value)
         (-GIB * 3 // 2, "-1.5 GiB"),
     ],
 )
-def test_amounts_are_written_in_binary_units_with_about_three_digits(nbytes, text):
+def test_bytes_are_formatted_in_binary_units(nbytes, text):
     assert format_bytes(nbytes) == text
 
 
 @given(st.integers(min_value=1, max_value=2**50))
 @example(GIB - 2**18)
-def test_what_is_written_can_be_read_back(nbytes):
+def test_formatted_bytes_can_be_parsed(nbytes):
     assert parse_bytes("capacity", format_bytes(nbytes)) == pytest.approx(nbytes, rel=0.05)
 
 
@@ -160,24 +160,24 @@ def reading(*, total: int, used: int, reserved: int) -> MemoryReading:
     return MemoryReading(total=total, used=used, reserved=reserved, peak=reserved, failures=0)
 
 
-def test_a_share_is_of_the_whole_device_less_what_others_hold():
+def test_a_share_refers_to_the_device_minus_other_processes():
     assert memory_budget(reading(total=1000, used=300, reserved=100), 0.9) == 700
 
 
-def test_an_amount_is_an_allowance_as_far_as_others_leave_it():
+def test_an_amount_is_limited_by_other_processes():
     assert memory_budget(reading(total=1000, used=300, reserved=100), 500) == 500
     assert memory_budget(reading(total=1000, used=900, reserved=100), 500) == 200
 
 
 @pytest.mark.parametrize(("cap", "budget"), [(None, 700), (900, 700), (400, 400)])
-def test_a_budget_goes_no_further_than_what_the_user_lets_the_process_hold(cap, budget):
+def test_a_budget_is_at_most_the_users_cap(cap, budget):
     capped = MemoryReading(total=1000, used=300, reserved=100, peak=0, failures=0, cap=cap)
 
     assert memory_budget(capped, 0.9) == budget
     assert memory_budget(capped, 10_000) == min(800, cap or 800)
 
 
-def test_a_budget_may_be_nothing_or_less():
+def test_a_budget_may_be_negative():
     assert memory_budget(reading(total=1000, used=950, reserved=0), 0.5) == -450
     assert memory_budget(reading(total=1000, used=1100, reserved=0), 500) == -100
 
@@ -186,7 +186,7 @@ sizes = st.integers(min_value=0, max_value=2**45)
 
 
 @given(sizes, sizes, sizes, st.floats(0.001, 1.0) | st.integers(2, 2**45))
-def test_within_the_budget_nobody_is_pushed_off_the_device(total, used, reserved, limit):
+def test_the_budget_leaves_room_for_other_processes(total, used, reserved, limit):
     seen = reading(total=total, used=used, reserved=reserved)
 
     assert memory_budget(seen, limit) + seen.foreign <= total
@@ -196,7 +196,7 @@ def test_within_the_budget_nobody_is_pushed_off_the_device(total, used, reserved
 
 
 def raised(error, *, inside=None, cause=None):
-    """An exception as Python leaves it when it was raised, while another was handled or because of it."""
+    """Return an exception raised while another was handled, or because of it."""
     try:
         if inside is not None:
             try:
@@ -225,11 +225,11 @@ SHAPES = "mat1 and mat2 shapes cannot be multiplied (8x5 and 6x7)"
 
 
 class NcclError(RuntimeError):
-    """Like torch.distributed.DistBackendError, which CPU builds may lack."""
+    """Stand-in for torch.distributed.DistBackendError, which CPU builds may lack."""
 
 
 class OutOfResources(Exception):  # noqa: N818 -- Triton's name
-    """Like triton.runtime.errors.OutOfResources."""
+    """Stand-in for triton.runtime.errors.OutOfResources."""
 
 
 def oom() -> torch.OutOfMemoryError:
@@ -331,7 +331,7 @@ SOMETHING_ELSE = {
 
 
 @pytest.mark.parametrize("error", TOO_LARGE.values(), ids=TOO_LARGE)
-def test_out_of_memory_is_known_however_it_is_said_or_wrapped(error):
+def test_out_of_memory_is_recognised_in_all_its_forms(error):
     assert is_oom(error)
 
 
@@ -340,7 +340,7 @@ def test_other_errors_are_not_out_of_memory(error):
     assert not is_oom(error)
 
 
-def test_a_suppressed_context_does_not_count():
+def test_a_suppressed_context_is_ignored():
     try:
         try:
             raise oom()
@@ -352,14 +352,14 @@ def test_a_suppressed_context_does_not_count():
     assert not is_oom(error)
 
 
-def test_an_error_of_a_real_allocation_is_out_of_memory():
+def test_a_real_allocation_error_is_out_of_memory():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
 
     assert is_oom(caught.value)
 
 
-def test_telling_errors_apart_does_not_import_torch():
+def test_is_oom_does_not_import_torch():
     code = (
         "import sys; from autobatch._memory.oom import is_oom; "
         "assert is_oom(MemoryError()) and is_oom(RuntimeError('CUDA out of memory.')) and not is_oom(KeyError('x')); "

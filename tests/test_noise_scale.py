@@ -1,264 +1,18 @@
+"""noise_scale() around a plain PyTorch loop."""
+
 from __future__ import annotations
 
-import dataclasses
 import importlib
-import itertools
 import math
-import random
-from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import autobatch
-from autobatch._noise import Window, read
-from autobatch._noise.hooks import NoiseRecord
 from sameness import same
-
-# The estimate, on paper
-
-
-def square(vector):
-    return sum(x * x for x in vector)
-
-
-def mean(vectors):
-    return [sum(column) / Fraction(len(vectors)) for column in zip(*vectors, strict=True)]
-
-
-def window_of(parts, update=1):
-    """The window of an update whose parts have these per-sample gradients."""
-    means = [mean(part) for part in parts]
-    count = sum(map(len, parts))
-    return Window(
-        update,
-        sum(map(square, means)) / Fraction(len(parts)),
-        square(mean([each for part in parts for each in part])),
-        Fraction(len(parts) * count, sum(count // len(p) for p in parts) or 1)
-        if len({len(part) for part in parts}) > 1
-        else len(parts[0]),
-        count,
-    )
-
-
-POPULATION = ((3, 1), (-1, 2), (1, 0))  # per-sample gradients, each as likely
-
-
-def truth(population):
-    center = mean(population)
-    spread = [[x - c for x, c in zip(each, center, strict=True)] for each in population]
-    return square(center), sum(map(square, spread)) / Fraction(len(population))
-
-
-def exact(part, parts):
-    """|G|² and tr Σ by the estimator, averaged over every update that chance could make."""
-    windows = [
-        window_of([drawn[at : at + part] for at in range(0, len(drawn), part)])
-        for drawn in itertools.product(POPULATION, repeat=part * parts)
-    ]
-    # Fractions all the way, but for the two divisions by floats of `noise`
-    signal = sum(each.signal for each in windows) / len(windows)
-    noise = sum(each.noise for each in windows) / len(windows)
-    return signal, noise
-
-
-@pytest.mark.parametrize(("part", "parts"), [(1, 2), (1, 4), (2, 2), (3, 2), (2, 3)])
-def test_both_estimates_are_unbiased_over_every_update_that_chance_could_make(part, parts):
-    signal, noise = exact(part, parts)
-
-    assert signal == truth(POPULATION)[0]
-    assert noise == pytest.approx(float(truth(POPULATION)[1]), rel=1e-12)
-
-
-def test_the_mean_of_ratios_is_another_number():
-    windows = [
-        window_of([drawn[:2], drawn[2:]]) for drawn in itertools.product(POPULATION, repeat=4)
-    ]
-    signal, noise = truth(POPULATION)
-
-    of_means = sum(w.noise for w in windows) / sum(w.signal for w in windows)
-    ratios = [w.noise / w.signal for w in windows if w.signal > 0]
-
-    assert of_means == pytest.approx(float(noise / signal))
-    assert sum(ratios) / len(ratios) > 1.25 * of_means
-
-
-def gaussian(count, *, signal=1.0, noise=40.0, part=8, parts=4, width=50, seed=0):
-    """Windows of an update with normal per-sample gradients: noise scale `noise / signal`."""
-    generator = torch.Generator().manual_seed(seed)
-    center = torch.full((width,), math.sqrt(signal / width), dtype=torch.float64)
-    deviation = math.sqrt(noise / width / part)
-    drawn = center + deviation * torch.randn(
-        count, parts, width, generator=generator, dtype=torch.float64
-    )
-    small = drawn.square().sum(-1).mean(-1)
-    big = drawn.mean(1).square().sum(-1)
-    return [
-        Window(update, *norms, part, part * parts)
-        for update, *norms in zip(range(1, count + 1), small.tolist(), big.tolist(), strict=True)
-    ]
-
-
-def test_a_settled_reading_is_a_number_with_its_interval():
-    reading = read(gaussian(400), updates=400, is_warming_up=False)
-
-    assert reading.state == "ok"
-    assert reading.samples == pytest.approx(40, rel=0.15)
-    assert reading.low < reading.samples < reading.high < 4 * reading.low
-    assert reading.windows == 200
-    assert (reading.first_update, reading.last_update) == (201, 400)
-    assert reading.batch_size == 32
-    assert reading.reason is None
-
-
-def test_nine_intervals_in_ten_hold_the_truth():
-    readings = [
-        read(gaussian(200, seed=seed), updates=200, is_warming_up=False) for seed in range(100)
-    ]
-
-    held = sum(each.low <= 40 <= each.high for each in readings)
-
-    assert 80 <= held <= 98  # of a hundred, always the same ones
-    assert sum(each.samples for each in readings) / 100 == pytest.approx(40, rel=0.02)
-
-
-@settings(max_examples=20)
-@given(st.floats(1e-20, 1e20))
-def test_a_factor_that_all_windows_share_changes_nothing(factor):
-    windows = gaussian(120)
-    scaled = [dataclasses.replace(w, small=w.small * factor, big=w.big * factor) for w in windows]
-
-    reading = read(windows, updates=120, is_warming_up=False)
-    other = read(scaled, updates=120, is_warming_up=False)
-
-    assert other.samples == pytest.approx(reading.samples)
-    assert (other.low, other.high) == pytest.approx((reading.low, reading.high))
-
-
-def test_nothing_is_said_before_anything_is_measured():
-    reading = read([], updates=0, is_warming_up=False)
-
-    assert (reading.state, reading.samples) == ("settling", None)
-
-
-def test_gradients_that_are_never_finite_are_told_once_a_run_would_have_settled():
-    windows = [Window(5 * i, math.nan, math.nan, 8, 32) for i in range(1, 41)]
-
-    early = read(windows[:10], updates=50, is_warming_up=False)
-    late = read(windows, updates=200, is_warming_up=False)
-
-    assert early.state == "settling"
-    assert late.state == "unavailable"
-    assert late.reason == "no gradient that was measured is finite"
-
-
-@pytest.mark.parametrize(
-    ("windows", "updates", "is_warming_up", "reason"),
-    [
-        (gaussian(99), 99, False, "it takes 100 updates or more, and there were 99"),
-        (gaussian(200), 200, True, "the learning rate was still rising"),
-        (
-            gaussian(200)[193:],
-            200,
-            False,
-            "it takes 8 measured updates in the later half of a run, and there were 7",
-        ),
-    ],
-)
-def test_a_reading_too_early_is_settling_and_says_what_it_is_at_least_and_why(
-    windows, updates, is_warming_up, reason
-):
-    reading = read(windows, updates=updates, is_warming_up=is_warming_up)
-
-    assert (reading.state, reading.reason) == ("settling", reason)
-    assert reading.samples == reading.low > 0
-    assert reading.high is None
-
-
-@pytest.mark.parametrize("signal", [0.0, 0.1])  # noise scales of infinity and of 400
-def test_a_gradient_that_can_not_be_told_from_noise_gives_a_lower_bound(signal):
-    readings = [
-        read(gaussian(100, signal=signal, seed=seed), updates=100, is_warming_up=False)
-        for seed in range(40)
-    ]
-
-    vague = [each for each in readings if each.state == "at_least"]
-    assert len(vague) >= 30  # by chance, some intervals are narrow
-    assert all(each.samples == each.low > 100 for each in vague)
-    assert all(each.high is None for each in vague)
-    assert all(math.isfinite(each.low) for each in vague)
-    if signal:
-        assert sum(each.low < 400 for each in readings) >= 34
-
-
-def test_samples_that_are_all_alike_have_no_noise():
-    alike = [Window(update, 2.0, 2.0, 8, 32) for update in range(1, 201)]
-
-    reading = read(alike, updates=200, is_warming_up=False)
-
-    assert (reading.state, reading.samples, reading.high) == ("ok", 0.0, 0.0)
-
-
-def test_only_the_later_half_of_the_updates_counts():
-    early = gaussian(100, signal=100.0)
-    late = [dataclasses.replace(w, update=w.update + 100) for w in gaussian(100)]
-
-    reading = read([*early, *late], updates=200, is_warming_up=False)
-
-    assert reading == read(late, updates=200, is_warming_up=False)
-
-
-def test_windows_that_overflowed_do_not_count():
-    windows = gaussian(200)
-    broken = [
-        *windows,
-        Window(150, math.inf, math.inf, 8, 32),
-        Window(151, math.nan, 1.0, 8, 32),
-    ]
-
-    assert read(broken, updates=200, is_warming_up=False) == read(
-        windows, updates=200, is_warming_up=False
-    )
-
-
-def test_the_interval_is_the_same_every_time_and_draws_no_random_number_of_the_run():
-    windows = gaussian(200)
-    random.seed(1)
-    before = random.getstate(), torch.get_rng_state()
-
-    readings = {read(windows, updates=200, is_warming_up=False) for _ in range(3)}
-
-    assert len(readings) == 1
-    assert same((random.getstate(), torch.get_rng_state()), before)
-
-
-# The learning rate
-
-
-def rates(*values):
-    record = NoiseRecord()
-    optimizer = torch.optim.SGD([torch.zeros(1)], 0.1)
-    for value in values:
-        optimizer.param_groups[0]["lr"] = value
-        record.watch_rate(optimizer)
-    return record._is_warming_up
-
-
-def test_a_rate_that_has_only_risen_is_a_warm_up_and_one_that_stays_or_fell_is_none():
-    assert rates(0.1, 0.2, 0.3)
-    assert not rates(0.1, 0.2, 0.3, 0.3)
-    assert not rates(0.3, 0.2, 0.3)
-    assert not rates(0.1)
-    assert not rates(torch.tensor(0.1), torch.tensor(0.2))
-
-
-# A loop of one's own
-
 
 WIDTH = 6
 
@@ -307,7 +61,7 @@ def measured(model=None, optimizer=None, every=1, **options):
     return noise.reading
 
 
-def test_the_noise_scale_of_known_data_is_found():
+def test_noise_scale_of_known_data_is_measured():
     readings = [measured(updates=400, seed=seed) for seed in range(2)]
 
     for reading in readings:
@@ -317,7 +71,7 @@ def test_the_noise_scale_of_known_data_is_found():
         assert (reading.first_update, reading.last_update) == (201, 400)
 
 
-def test_it_is_the_same_however_the_loss_is_divided():
+def test_scale_of_the_loss_has_no_effect():
     reading = measured()
 
     for scale in (0.25, 1000.0):
@@ -326,7 +80,7 @@ def test_it_is_the_same_however_the_loss_is_divided():
         assert other.high == pytest.approx(reading.high, rel=1e-4)
 
 
-def test_clipping_and_unscaling_before_the_step_do_not_touch_it():
+def test_clipping_before_the_step_has_no_effect():
     model = Linear()
     reading = measured()
 
@@ -338,7 +92,7 @@ def test_clipping_and_unscaling_before_the_step_do_not_touch_it():
     assert clipped == reading
 
 
-def test_one_update_in_five_is_measured():
+def test_every_5_measures_one_update_in_five():
     reading = measured(updates=400, every=5)
 
     assert reading.windows == 40
@@ -346,7 +100,7 @@ def test_one_update_in_five_is_measured():
     assert reading.samples == pytest.approx(4, rel=0.4)
 
 
-def test_it_can_be_read_in_the_middle_of_training():
+def test_reading_is_available_during_training():
     model = Linear()
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
 
@@ -399,7 +153,7 @@ def everything(watch):
     return model.state_dict(), torch.get_rng_state()
 
 
-def test_training_is_the_same_to_the_bit():
+def test_training_is_bit_identical():
     assert same(everything(watch=True), everything(watch=False))
 
 
@@ -413,7 +167,7 @@ def steppers():
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_no_hook_is_left(fails):
+def test_no_hook_remains(fails):
     model, before = Linear(), steppers()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
 
@@ -431,7 +185,7 @@ def test_no_hook_is_left(fails):
     assert steppers() == before
 
 
-def test_hooks_are_there_only_in_the_updates_that_are_measured():
+def test_hooks_exist_only_in_measured_updates():
     model, seen = Linear(), []
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
 
@@ -450,7 +204,7 @@ def test_hooks_are_there_only_in_the_updates_that_are_measured():
 # Real gradients
 
 
-def test_it_agrees_with_the_gradients_of_all_samples_of_a_real_network():
+def test_reading_agrees_with_per_sample_gradients_of_a_real_network():
     datasets = pytest.importorskip("sklearn.datasets")
     digits = datasets.load_digits()
     x = torch.tensor(digits.data, dtype=torch.float32) / 16
@@ -502,7 +256,7 @@ def reason_of(reading):
     return reading.reason
 
 
-def test_an_update_of_one_backward_pass_has_no_two_batch_sizes():
+def test_update_of_one_backward_pass_is_unavailable():
     assert "accumulate over two or more" in reason_of(measured(accumulate=1, updates=5))
 
 
@@ -520,12 +274,12 @@ class Checkpointed(Linear):
         )
 
 
-def test_a_reentrant_checkpoint_is_noticed_and_another_is_not_in_the_way():
+def test_only_a_reentrant_checkpoint_is_unavailable():
     assert "use_reentrant=False" in reason_of(measured(Checkpointed(use_reentrant=True), updates=5))
     assert measured(Checkpointed(use_reentrant=False)).windows == 60
 
 
-def test_gradients_of_gradients_are_noticed():
+def test_gradients_of_gradients_are_unavailable():
     class Penalised(Linear):
         def forward(self, x):
             loss = super().forward(x) + self.w.square().sum()
@@ -535,7 +289,7 @@ def test_gradients_of_gradients_are_noticed():
     assert "create_graph" in reason_of(measured(Penalised(), updates=5))
 
 
-def test_an_optimizer_that_evaluates_a_batch_again_is_noticed():
+def test_lbfgs_is_unavailable():
     model = Linear()
     optimizer = torch.optim.LBFGS(model.parameters(), 0.01)
 
@@ -545,7 +299,7 @@ def test_an_optimizer_that_evaluates_a_batch_again_is_noticed():
     assert "LBFGS" in reason_of(reading)
 
 
-def test_sharded_parameters_are_noticed():
+def test_sharded_parameters_are_unavailable():
     class FullyShardedDataParallel(Linear):
         """Of the same name."""
 
@@ -554,7 +308,7 @@ def test_sharded_parameters_are_noticed():
     )
 
 
-def test_a_gradient_that_was_there_before_is_noticed():
+def test_gradients_left_from_earlier_updates_are_unavailable():
     model = Linear()
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
     optimizer.zero_grad = lambda: None
@@ -564,7 +318,7 @@ def test_a_gradient_that_was_there_before_is_noticed():
     assert "not that of its backward passes" in reason_of(reading)
 
 
-def test_gradients_that_are_zeroed_instead_of_dropped_are_fine():
+def test_gradients_set_to_zero_are_measured_like_none():
     model = Linear()
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
     drop = optimizer.zero_grad
@@ -573,7 +327,7 @@ def test_gradients_that_are_zeroed_instead_of_dropped_are_fine():
     assert measured(model, optimizer) == measured()
 
 
-def test_an_update_of_fewer_samples_is_left_out():
+def test_update_with_fewer_samples_is_skipped():
     model = Linear()
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
 
@@ -587,7 +341,7 @@ def test_an_update_of_fewer_samples_is_left_out():
     assert "micro_batch_size=8" in reason_of(measured(size=5, updates=5))
 
 
-def test_an_update_of_another_number_of_batches_is_left_out():
+def test_update_with_another_number_of_batches_is_skipped():
     model = Linear()
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
 
@@ -601,7 +355,7 @@ def test_an_update_of_another_number_of_batches_is_left_out():
     assert noise.reading.batch_size == 32
 
 
-def test_a_loss_that_overflows_is_left_out():
+def test_update_with_an_overflow_is_skipped():
     model = Linear()
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
 
@@ -614,7 +368,7 @@ def test_a_loss_that_overflows_is_left_out():
     assert noise.reading.windows == 99
 
 
-def test_an_optimizer_of_something_else_ends_no_update():
+def test_optimizer_of_another_model_ends_no_update():
     model, other = Linear(), Linear()
     own = torch.optim.SGD(model.parameters(), 0.0)
     foreign = torch.optim.SGD(other.parameters(), 0.0)
@@ -625,7 +379,7 @@ def test_an_optimizer_of_something_else_ends_no_update():
     assert noise.reading == measured()
 
 
-def test_a_scaled_loss_is_measured_and_a_step_that_it_skips_is_left_out():
+def test_scaled_loss_is_measured_except_in_skipped_steps():
     model = Linear()
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=50)
@@ -647,7 +401,7 @@ def test_a_scaled_loss_is_measured_and_a_step_that_it_skips_is_left_out():
 
 
 @pytest.mark.slow
-def test_a_compiled_model_is_not_compiled_anew():
+def test_compiled_model_is_not_compiled_again():
     testing = importlib.import_module("torch._dynamo.testing")
     counter = testing.CompileCounterWithBackend("aot_eager")
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Linear())
@@ -673,7 +427,7 @@ def test_a_compiled_model_is_not_compiled_anew():
         ({"micro_batch_size": 2, "model": 3}, "model=int has no parameters"),
     ],
 )
-def test_an_argument_that_can_not_be_is_refused(options, message):
+def test_invalid_arguments_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         autobatch.noise_scale(**{"model": Linear(), **options})
 
@@ -685,7 +439,7 @@ def test_an_argument_that_can_not_be_is_refused(options, message):
         (True, "the optimizer that was given never stepped"),
     ],
 )
-def test_a_loop_that_ends_without_a_step_has_no_updates_to_measure(given, reason):
+def test_loop_without_a_step_is_unavailable_once_it_ends(given, reason):
     model = Linear()
     own = torch.optim.SGD(model.parameters(), 0.0)
     other = torch.optim.SGD(Linear().parameters(), 0.0)
@@ -704,7 +458,7 @@ def test_a_loop_that_ends_without_a_step_has_no_updates_to_measure(given, reason
     assert noise.reading.state == "ok"
 
 
-def test_it_is_entered_once_at_a_time():
+def test_context_manager_is_entered_once_at_a_time():
     noise = autobatch.noise_scale(Linear(), micro_batch_size=8)
 
     with noise, pytest.raises(RuntimeError, match="entered already"):

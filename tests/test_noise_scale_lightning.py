@@ -1,10 +1,10 @@
+"""NoiseScale in a Trainer."""
+
 from __future__ import annotations
 
 import importlib
-import math
 import random
 import re
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -15,11 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import autobatch
-from autobatch.testing import SimulatedAccelerator
 from lightning_here import pl, quiet_trainer
 from sameness import same
 
-_halves = importlib.import_module("autobatch.lightning._noise_scale")
 torchmetrics = importlib.import_module("torchmetrics")
 
 
@@ -108,7 +106,7 @@ class Recorded(pl.loggers.logger.Logger):
 
 
 def fitted(callback, *, kind=Busy, batches=None, **options):
-    """What a training leaves behind."""
+    """Train, and return everything that training changed."""
     pl.seed_everything(1, verbose=False)
     model, logger = kind(), Recorded()
     options = {"max_epochs": 2, "logger": logger, "log_every_n_steps": 5, **options}
@@ -140,7 +138,7 @@ def fitted(callback, *, kind=Busy, batches=None, **options):
     ],
     ids=str,
 )
-def test_training_is_the_same_to_the_bit(options):
+def test_training_is_bit_identical(options):
     callback = autobatch.NoiseScale(every=2, split_every=3)
 
     _, watched = fitted(callback, **options)
@@ -157,7 +155,7 @@ def scaled():
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
-def test_training_with_a_scaled_loss_is_the_same_to_the_bit(accumulate):
+def test_training_with_a_scaled_loss_is_bit_identical(accumulate):
     callback = autobatch.NoiseScale(every=2, split_every=3)
     options = {"accumulate_grad_batches": accumulate, "kind": Model, "max_epochs": 4}
 
@@ -170,26 +168,26 @@ def test_training_with_a_scaled_loss_is_the_same_to_the_bit(accumulate):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 4])
-def test_the_scale_of_a_loss_does_not_matter(accumulate):
+def test_scale_of_the_loss_has_no_effect(accumulate):
     options = {"accumulate_grad_batches": accumulate, "max_epochs": accumulate}
     plain, under = (autobatch.NoiseScale(every=1, split_every=1) for _ in range(2))
 
-    read(plain, PriorPlan(), **options)
-    read(under, PriorPlan(), plugins=[scaled()], **options)
+    read(plain, KnownNoise(), **options)
+    read(under, KnownNoise(), plugins=[scaled()], **options)
 
     assert under.reading.samples == pytest.approx(plain.reading.samples, rel=0.05)
 
 
-def test_a_lightning_that_lacks_what_is_needed_is_said_to(monkeypatch):
+def test_lightning_without_a_needed_name_is_unavailable(monkeypatch):
     noise = importlib.import_module("autobatch.lightning._noise_scale")
-    monkeypatch.setattr(noise, "_PRIVATE", ("fit_loop.no_more",))
+    monkeypatch.setattr(noise, "name_missing_to_noise_scale", lambda _: "fit_loop.no_more")
 
-    reading = read(autobatch.NoiseScale(), PriorPlan(), limit_train_batches=3)
+    reading = read(autobatch.NoiseScale(), KnownNoise(), limit_train_batches=3)
 
     assert "has no fit_loop.no_more" in reason_of(reading)
 
 
-def test_more_than_a_thousand_entries_of_a_list_are_given_back():
+def test_list_of_more_than_a_thousand_entries_is_restored():
     class Long(Busy):
         def __init__(self):
             super().__init__()
@@ -206,7 +204,7 @@ def test_more_than_a_thousand_entries_of_a_list_are_given_back():
 # The number
 
 
-class PriorPlan(pl.LightningModule):
+class KnownNoise(pl.LightningModule):
     """The loss -w·x has the gradient -x: its noise scale is that of the data."""
 
     def __init__(self, extra=None, total=False):
@@ -240,14 +238,14 @@ def read(callback, model, batches=None, **options):
 @pytest.mark.parametrize(
     ("model", "options"),
     [
-        (PriorPlan(), {"max_epochs": 5, "accumulate_grad_batches": 4}),
-        (PriorPlan(), {}),
-        (PriorPlan(total=True), {}),
-        pytest.param(PriorPlan(), {"gradient_clip_val": 1e-3}, marks=pytest.mark.slow),
+        (KnownNoise(), {"max_epochs": 5, "accumulate_grad_batches": 4}),
+        (KnownNoise(), {}),
+        (KnownNoise(total=True), {}),
+        pytest.param(KnownNoise(), {"gradient_clip_val": 1e-3}, marks=pytest.mark.slow),
     ],
     ids=["accumulated", "split", "a sum", "clipped"],
 )
-def test_the_noise_scale_of_known_data_is_found(model, options):
+def test_noise_scale_of_known_data_is_measured(model, options):
     reading = read(autobatch.NoiseScale(every=1, split_every=1), model, **options)
 
     assert reading.state == "ok"
@@ -255,54 +253,41 @@ def test_the_noise_scale_of_known_data_is_found(model, options):
     assert reading.batch_size == 8 * options.get("accumulate_grad_batches", 1)
 
 
-def test_dropout_is_noise_that_both_halves_have():
+def test_dropout_adds_noise_to_both_halves():
     """The variance of a dropped x is (1 + 0.25) / 0.5 - 0.25 = 2.25: a noise scale of 9."""
-    model = PriorPlan(nn.Dropout(0.5))
+    model = KnownNoise(nn.Dropout(0.5))
 
     reading = read(autobatch.NoiseScale(split_every=1), model, max_epochs=2)
 
     assert reading.samples == pytest.approx(9, rel=0.3)
 
 
-def test_a_batch_of_an_odd_size_is_split_too():
-    reading = read(autobatch.NoiseScale(split_every=1), PriorPlan(), known_loader(5), max_epochs=1)
+def test_batch_of_an_odd_size_is_split():
+    reading = read(autobatch.NoiseScale(split_every=1), KnownNoise(), known_loader(5), max_epochs=1)
 
     assert reading.batch_size == 5
     assert reading.samples == pytest.approx(4, rel=0.3)
 
 
-def test_one_half_is_enough_where_it_tells_the_other():
-    class Counted(PriorPlan):
-        calls = ()
-
-        def training_step(self, batch, batch_idx):
-            type(self).calls += (len(batch[0]),)
-            return super().training_step(batch, batch_idx)
-
-    read(autobatch.NoiseScale(split_every=5), Counted(), limit_train_batches=11)
-
-    assert Counted.calls == (8, 4, 4, *[8] * 5, 4, *[8] * 5, 4)
-
-
 # When
 
 
-def test_the_last_update_of_an_epoch_is_left_out_where_it_is_of_less():
+def test_last_update_with_fewer_batches_is_skipped():
     callback = autobatch.NoiseScale(every=1)
 
     # 7 micro-batches of 8: one whole update of four, and one of three
     reading = read(
-        callback, PriorPlan(), known_loader(8, 56), max_epochs=8, accumulate_grad_batches=4
+        callback, KnownNoise(), known_loader(8, 56), max_epochs=8, accumulate_grad_batches=4
     )
 
     assert reading.windows == 4  # of the later 8 updates
     assert reading.last_update == 15
 
 
-def test_updates_of_batches_of_several_sizes_are_left_out():
+def test_update_with_batches_of_several_sizes_is_skipped():
     reading = read(
         autobatch.NoiseScale(every=1),
-        PriorPlan(),
+        KnownNoise(),
         known_loader(8, 60),
         max_epochs=8,
         accumulate_grad_batches=4,
@@ -312,24 +297,24 @@ def test_updates_of_batches_of_several_sizes_are_left_out():
     assert reading.windows == 4
 
 
-def test_it_is_settling_at_first():
-    reading = read(autobatch.NoiseScale(every=1), PriorPlan(), accumulate_grad_batches=4)
+def test_first_reading_is_settling_with_a_lower_bound():
+    reading = read(autobatch.NoiseScale(every=1), KnownNoise(), accumulate_grad_batches=4)
 
     assert reading.state == "settling"
     assert reading.samples == reading.low
 
 
-def test_a_run_that_resumes_goes_on_with_its_windows(tmp_path):
+def test_resumed_run_keeps_its_windows(tmp_path):
     whole, first, second = (autobatch.NoiseScale(every=2) for _ in range(3))
     options = {"accumulate_grad_batches": 4}
-    read(whole, PriorPlan(), max_epochs=4, **options)
+    read(whole, KnownNoise(), max_epochs=4, **options)
 
     pl.seed_everything(2, verbose=False)
     trainer = quiet_trainer(first, max_epochs=2, **options)
-    trainer.fit(PriorPlan(), known_loader())
+    trainer.fit(KnownNoise(), known_loader())
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     again = quiet_trainer(second, max_epochs=4, **options)
-    again.fit(PriorPlan(), known_loader(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    again.fit(KnownNoise(), known_loader(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
 
     assert second.reading.state == "ok"
     assert second.reading.windows == whole.reading.windows
@@ -337,11 +322,11 @@ def test_a_run_that_resumes_goes_on_with_its_windows(tmp_path):
     assert kept(second)[:40] == kept(first)
 
 
-def test_a_second_fit_begins_anew():
+def test_second_fit_starts_a_new_record():
     callback = autobatch.NoiseScale(every=1)
-    read(callback, PriorPlan(), accumulate_grad_batches=4, max_epochs=2)
+    read(callback, KnownNoise(), accumulate_grad_batches=4, max_epochs=2)
 
-    reading = read(callback, PriorPlan(), accumulate_grad_batches=4, limit_train_batches=40)
+    reading = read(callback, KnownNoise(), accumulate_grad_batches=4, limit_train_batches=40)
 
     assert reading.state == "settling"
     assert reading.last_update == 10
@@ -352,7 +337,7 @@ def test_loggers_get_the_reading():
 
     read(
         callback,
-        PriorPlan(),
+        KnownNoise(),
         accumulate_grad_batches=4,
         max_epochs=3,
         logger=logger,
@@ -372,8 +357,8 @@ def hooks_of(model):
 
 @pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 4}], ids=str)
 @pytest.mark.parametrize("fails_at", [None, 6])
-def test_no_hook_is_left(options, fails_at):
-    class Fails(PriorPlan):
+def test_no_hook_remains(options, fails_at):
+    class Fails(KnownNoise):
         def training_step(self, batch, batch_idx):
             if batch_idx == fails_at:
                 raise ZeroDivisionError
@@ -399,7 +384,7 @@ def reason_of(reading):
     return reading.reason
 
 
-class ByHand(PriorPlan):
+class ByHand(KnownNoise):
     def __init__(self):
         super().__init__()
         self.automatic_optimization = False
@@ -411,13 +396,13 @@ class ByHand(PriorPlan):
         optimizer.zero_grad()
 
 
-class Iterated(PriorPlan):
+class Iterated(KnownNoise):
     def training_step(self, dataloader_iter):
         batch, *_ = next(dataloader_iter)
         return super().training_step(batch, 0)
 
 
-class Particular(PriorPlan):
+class Particular(KnownNoise):
     """Takes whole batches only."""
 
     def training_step(self, batch, batch_idx):
@@ -425,7 +410,7 @@ class Particular(PriorPlan):
         return super().training_step(batch, batch_idx)
 
 
-class Changing(PriorPlan):
+class Changing(KnownNoise):
     """Moves a teacher within the step."""
 
     def __init__(self):
@@ -438,13 +423,13 @@ class Changing(PriorPlan):
         return super().training_step(batch, batch_idx)
 
 
-class Checkpointed(PriorPlan):
+class Checkpointed(KnownNoise):
     def training_step(self, batch, batch_idx):
         x = batch[0].requires_grad_()
         return checkpoint(lambda x: -(x @ self.w).mean(), x, use_reentrant=True)
 
 
-class Compiled(PriorPlan):
+class Compiled(KnownNoise):
     def __init__(self):
         super().__init__(nn.Linear(6, 6))
         self.extra.compile(backend="eager")
@@ -454,16 +439,16 @@ class Compiled(PriorPlan):
 @pytest.mark.parametrize(
     ("kind", "batch_size", "reason"),
     [
-        (ByHand, 8, "optimises by hand"),
+        (ByHand, 8, "manual optimization"),
         (Iterated, 8, "takes its batches from an iterator"),
         (Particular, 8, r"fails on half a batch \(AssertionError"),
         (Changing, 8, "training_step changes parameters itself"),
         (Checkpointed, 8, "use_reentrant=False"),
         (Compiled, 8, "torch.compile"),
-        (PriorPlan, 1, "of one sample"),
+        (KnownNoise, 1, "of one sample"),
     ],
 )
-def test_a_module_that_can_not_be_measured_trains_on_and_it_is_said_why(kind, batch_size, reason):
+def test_unmeasurable_module_trains_on_and_the_reading_has_a_reason(kind, batch_size, reason):
     callback = autobatch.NoiseScale()
     model = kind()
 
@@ -474,8 +459,8 @@ def test_a_module_that_can_not_be_measured_trains_on_and_it_is_said_why(kind, ba
         assert model.teacher.tolist() == [30.0] * 6
 
 
-def test_a_half_that_runs_out_of_memory_is_no_error():
-    class Full(PriorPlan):
+def test_half_batch_out_of_memory_is_no_error():
+    class Full(KnownNoise):
         def training_step(self, batch, batch_idx):
             if len(batch[0]) < 8:
                 raise torch.OutOfMemoryError("CUDA out of memory")
@@ -488,48 +473,9 @@ def test_a_half_that_runs_out_of_memory_is_no_error():
     ("options", "message"),
     [({"every": 0}, "^every=0"), ({"split_every": "no"}, "^split_every='no'")],
 )
-def test_an_interval_that_is_none_is_refused(options, message):
+def test_invalid_intervals_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         autobatch.NoiseScale(**options)
-
-
-# Batches
-
-
-@dataclass
-class Pair:
-    x: torch.Tensor
-    names: list[str]
-
-
-def test_a_batch_is_cut_in_all_its_parts():
-    x = torch.arange(4.0)
-    batch = {"pair": Pair(x, ["a", "b", "c", "d"]), "more": [(x + 1, 7), None]}
-
-    rest = _halves._cut(batch, 4, 1, 4)
-
-    assert same(rest["pair"].x, torch.tensor([1.0, 2.0, 3.0]))
-    assert rest["pair"].names == ["b", "c", "d"]
-    assert same(rest["more"][0][0], torch.tensor([2.0, 3.0, 4.0]))
-    assert rest["more"][0][1] == 7
-    assert rest["more"][1] is None
-    assert _halves.rows_in(batch) == {4}
-    rest["pair"].x.zero_()
-    assert x.sum() == 6  # what was cut is a copy
-
-
-@pytest.mark.parametrize(
-    ("batch", "reason"),
-    [
-        ([torch.zeros(4), torch.zeros(3)], "have 3, 4 rows"),
-        ([1, 2], "have no rows"),
-        ([torch.zeros(4), object()], "plain containers"),
-        ([torch.zeros(1)], "one sample"),
-    ],
-)
-def test_a_batch_that_can_not_be_cut_is_said_to_be_one(batch, reason):
-    with pytest.raises(_halves.NotDividedError, match=reason):
-        _halves._samples_of_batch(batch)
 
 
 def kept(noise):
@@ -539,115 +485,8 @@ def kept(noise):
     return checkpoint["autobatch.NoiseScale"]["windows"]
 
 
-def test_a_trainer_takes_one_of_them_and_says_so():
+def test_trainer_with_two_noise_scales_is_refused():
     trainer = quiet_trainer(autobatch.NoiseScale(), autobatch.NoiseScale(every=2))
 
     with pytest.raises(autobatch.AutobatchError, match="callbacks holds 2 NoiseScale"):
         trainer.fit(Model(), loader())
-
-
-# Beside AutoBatch
-
-
-def tuner(target=60, **options):
-    device = SimulatedAccelerator("450KiB")
-    return autobatch.AutoBatch(target_batch_size=target, device=device, **options)
-
-
-class Wide(Model):
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(16, 256), nn.ReLU(), nn.Linear(256, 4))
-
-
-def test_the_report_of_autobatch_is_completed_when_training_ends(tmp_path, capsys):
-    callback, noise = tuner(), autobatch.NoiseScale(every=1, split_every=1)
-    logger = pl.loggers.CSVLogger(tmp_path)
-    trainer = quiet_trainer(noise, callback, logger=logger, max_epochs=30)
-
-    trainer.fit(Wide(), loader())
-
-    report = callback.report
-    assert report.noise == noise.reading
-    assert report.noise.windows > 20
-    assert report.noise.batch_size == report.plan.effective_batch_size
-    written = autobatch.TuningReport.read(next(tmp_path.rglob("autobatch.json")))
-    assert written == report
-    printed = capsys.readouterr().out
-    assert printed.count("= 60 per update") == 1
-    assert printed.count("what training showed") == 1
-
-
-def test_a_run_too_short_for_a_noise_scale_says_so_and_repeats_no_table(capsys):
-    callback, noise = tuner(), autobatch.NoiseScale()
-
-    quiet_trainer(noise, callback).fit(Wide(), loader())
-
-    _, showed = capsys.readouterr().out.split("what training showed")
-    assert "it takes 100 updates or more, and there were 8" in " ".join(showed.split())
-    assert "per update" not in showed
-    assert len(showed.strip().splitlines()) <= 3
-
-
-def test_a_logger_gets_the_numbers_of_the_plan_once():
-    logger = Recorded()
-    callbacks = (tuner(), autobatch.NoiseScale())
-
-    quiet_trainer(*callbacks, logger=logger).fit(Wide(), loader())
-
-    told = [each for each in logger.hyperparameters if "autobatch/batch_size" in each]
-    assert len(told) == 1
-
-
-def test_without_a_plan_of_this_fit_nothing_is_told_at_its_end(capsys):
-    callbacks = (tuner(), autobatch.NoiseScale())
-    quiet_trainer(*callbacks).fit(Wide(), loader())
-    capsys.readouterr()
-
-    quiet_trainer(*callbacks, fast_dev_run=True).fit(Wide(), loader())
-
-    assert "per update" not in capsys.readouterr().out
-
-
-def test_trials_are_not_measured():
-    class Watched(Wide):
-        seen = ()
-
-        def training_step(self, batch, batch_idx):
-            type(self).seen += (any(map(bool, hooks_of(self))),)
-            return super().training_step(batch, batch_idx)
-
-    callback = tuner(120, retune_at_epochs=[1])
-    noise, started = autobatch.NoiseScale(every=1), []
-
-    def per_epoch():  # which plan each tuning takes, a clock says
-        return math.ceil(240 / callback.report.plan.micro_batch_size)
-
-    class Starts(pl.Callback):
-        def on_train_start(self, trainer, module):
-            started.append((len(Watched.seen), per_epoch()))
-
-    trainer = quiet_trainer(noise, callback, Starts(), max_epochs=2)
-    trainer.fit(Watched(), loader())
-
-    ((trials, first),) = started
-    assert trials > 3
-    assert not any(Watched.seen[:trials])
-    assert all(Watched.seen[trials : trials + first])
-    assert not all(Watched.seen[trials:])  # the trials of epoch 1
-    assert all(Watched.seen[-per_epoch() :])
-
-
-@pytest.mark.slow
-def test_training_beside_autobatch_is_the_same_to_the_bit():
-    def trained(*callbacks):
-        pl.seed_everything(1, verbose=False)
-        model = Wide()
-        quiet_trainer(*callbacks).fit(model, loader())
-        return model.state_dict(), torch.get_rng_state()
-
-    plan = autobatch.BatchPlan(30, 2)  # which of several is as fast, a clock would say
-    assert same(
-        trained(tuner(plan=plan), autobatch.NoiseScale(every=1, split_every=1)),
-        trained(tuner(plan=plan)),
-    )

@@ -1,4 +1,4 @@
-"""What benchmarks/on_gpu.sh does on a GPU, run in little on a simulated one."""
+"""benchmarks/on_gpu.sh, in short on a simulated GPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def on_gpu(tmp_path_factory):
-    """The folder that everything for a GPU was written to, run in little on a simulated one."""
+    """Run the script in short on a simulated GPU, and return the folder of its results."""
     if not any(map(importlib.util.find_spec, ("pytorch_lightning", "lightning"))):
         pytest.skip("needs Lightning")
     folder = tmp_path_factory.mktemp("on_gpu")
@@ -41,7 +41,7 @@ def on_gpu(tmp_path_factory):
 
 
 @pytest.mark.timeout(600)
-def test_everything_for_a_gpu_is_one_command(on_gpu):
+def test_one_command_runs_everything_for_a_gpu(on_gpu):
     _, _, short = (on_gpu / "log.txt").read_text(encoding="utf-8").partition("=== in short\n")
 
     parts = ["what autobatch sees", "tests", "benchmark", "recordings"]
@@ -50,7 +50,7 @@ def test_everything_for_a_gpu_is_one_command(on_gpu):
 
 
 @pytest.mark.parametrize("given", ["--device", "--device tpu", "--part all", "cpu"])
-def test_what_is_asked_for_wrongly_is_told_before_anything_runs(tmp_path, given):
+def test_bad_arguments_are_refused_before_anything_runs(tmp_path, given):
     ran = subprocess.run(
         ["bash", BENCHMARKS / "on_gpu.sh", tmp_path / "results", *given.split()],
         capture_output=True,
@@ -64,11 +64,11 @@ def test_what_is_asked_for_wrongly_is_told_before_anything_runs(tmp_path, given)
 
 
 def test_one_part_can_be_run_alone(tmp_path):
-    asked = "--device cpu --part recordings"
+    arguments = "--device cpu --part recordings"
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
     ran = subprocess.run(
-        ["bash", BENCHMARKS / "on_gpu.sh", tmp_path, *asked.split()],
+        ["bash", BENCHMARKS / "on_gpu.sh", tmp_path, *arguments.split()],
         capture_output=True,
         text=True,
         check=False,
@@ -84,7 +84,7 @@ def test_one_part_can_be_run_alone(tmp_path):
     assert re.fullmatch(r"recordings: went well, \d+ s\n", short)
 
 
-def test_an_environment_that_lacks_something_is_told_before_anything_runs(tmp_path):
+def test_an_incomplete_environment_is_refused_before_anything_runs(tmp_path):
     python = tmp_path / "python3"
     python.write_text("#!/bin/sh\necho no module named rich >&2\nexit 1\n")
     python.chmod(0o755)
@@ -98,17 +98,17 @@ def test_an_environment_that_lacks_something_is_told_before_anything_runs(tmp_pa
     )
 
     assert ran.returncode == 2
-    assert f"{python} lacks what is named above: install autobatch" in ran.stderr
+    assert f"{python} lacks the module named above: install autobatch" in ran.stderr
     assert not ran.stdout
 
 
 @pytest.mark.timeout(600)
-def test_the_benchmark_of_a_gpu_compares_ways_to_find_a_batch_size(on_gpu):
-    told = json.loads((on_gpu / "gpu.json").read_text(encoding="utf-8"))
+def test_the_gpu_benchmark_compares_ways_to_find_a_batch_size(on_gpu):
+    results = json.loads((on_gpu / "gpu.json").read_text(encoding="utf-8"))
     text = (on_gpu / "gpu.md").read_text(encoding="utf-8")
 
-    assert told["surroundings"]["device"] == "simulated accelerator"
-    (result,) = told["results"]
+    assert results["surroundings"]["device"] == "simulated accelerator"
+    (result,) = results["results"]
     rows = {row["method"]: row for row in result["rows"]}
     own = rows["autobatch"]
     assert own["found"] >= max(row["found"] or 0 for row in rows.values()) * 0.97
@@ -124,7 +124,7 @@ def test_the_benchmark_of_a_gpu_compares_ways_to_find_a_batch_size(on_gpu):
 
 
 @pytest.mark.timeout(600)
-def test_a_search_is_recorded_and_played_back(on_gpu):
+def test_a_search_is_recorded_and_replayed(on_gpu):
     device = ReplayedDevice(on_gpu / "u-net.json")
     recording = device.recording
 
@@ -135,7 +135,7 @@ def test_a_search_is_recorded_and_played_back(on_gpu):
     assert report.plan.micro_batch_size >= 0.98 * device.largest
 
 
-def test_the_page_of_benchmarks_has_a_place_for_those_of_a_gpu():
+def test_the_benchmark_page_has_a_section_for_gpus():
     page = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
 
     assert page.count("<!-- gpu.py -->") == page.count("<!-- end of gpu.py -->") == 1

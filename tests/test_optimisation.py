@@ -37,7 +37,7 @@ class Model(pl.LightningModule):
 
 
 class ByHand(Model):
-    """Two optimizers, of which the second steps every so many micro-batches, with one more part frozen."""
+    """Two optimizers, of which the second steps after several micro-batches, and a frozen part."""
 
     def __init__(self, every=1):
         super().__init__()
@@ -86,10 +86,10 @@ def trainable(model):
     return {name: each.requires_grad for name, each in model.named_parameters()}
 
 
-# Optimising by hand
+# Manual optimization
 
 
-def test_a_module_that_optimises_by_hand_trains_at_the_size_found():
+def test_manual_optimization_trains_at_the_tuned_batch_size():
     callback, model = tuner(), ByHand()
     fitted, accumulations = trainer(callback), set()
     model.seen = lambda *_: accumulations.add(fitted.accumulate_grad_batches)
@@ -104,7 +104,7 @@ def test_a_module_that_optimises_by_hand_trains_at_the_size_found():
     assert callback.report.subject == "ByHand · AdamW + SGD · 32-true"
 
 
-def test_what_is_left_to_a_module_that_optimises_by_hand_is_told():
+def test_the_accumulation_left_to_manual_optimization_is_noted():
     callback = tuner(target_batch_size=None, plan=autobatch.BatchPlan(30, 4))
 
     trainer(callback).fit(ByHand(), loader())
@@ -116,7 +116,7 @@ def test_what_is_left_to_a_module_that_optimises_by_hand_is_told():
     )
 
 
-def test_nothing_is_left_to_it_where_a_micro_batch_is_an_update():
+def test_manual_optimization_without_accumulation_needs_no_note():
     callback = tuner(target_batch_size=None, plan=autobatch.BatchPlan(30))
 
     trainer(callback).fit(ByHand(), loader())
@@ -138,7 +138,7 @@ def test_a_trial_lasts_until_every_optimizer_has_stepped(every):
         assert {(name, size) for size in ran} <= stepped
 
 
-def test_a_module_that_never_steps_is_not_waited_for_without_end():
+def test_a_module_that_never_steps_ends_its_trial():
     class Idle(ByHand):
         def training_step(self, batch, batch_idx):
             self.net(batch[0]).mean().backward()
@@ -150,7 +150,7 @@ def test_a_module_that_never_steps_is_not_waited_for_without_end():
 
 
 def fails(model, error):
-    """Let its steps fail in the middle, with other parameters switched off, once the micro-batch is large."""
+    """Make steps of large micro-batches fail while other parameters are frozen."""
     count = itertools.count()
 
     def seen(_, size):
@@ -161,7 +161,7 @@ def fails(model, error):
     return model
 
 
-def test_memory_that_runs_out_between_toggle_and_untoggle_freezes_nothing():
+def test_out_of_memory_between_toggle_and_untoggle_freezes_nothing():
     model, callback = fails(ByHand(), torch.OutOfMemoryError("mine")), tuner()
     before, seen = trainable(model), []
     model.on_train_start = lambda: seen.append(trainable(model))
@@ -176,7 +176,7 @@ def test_memory_that_runs_out_between_toggle_and_untoggle_freezes_nothing():
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("mine"), ZeroDivisionError()])
-def test_what_was_hooked_into_the_optimizers_is_gone_after_a_step_that_failed(error):
+def test_a_failed_step_leaves_no_hooks_in_the_optimizers(error):
     model, fitted = fails(ByHand(), error), trainer()
     before = trainable(model)
 
@@ -195,7 +195,7 @@ def test_what_was_hooked_into_the_optimizers_is_gone_after_a_step_that_failed(er
     assert trainable(model) == before
 
 
-def test_training_goes_on_after_tuning_by_hand_ran_out_of_memory():
+def test_training_runs_after_manual_optimization_was_out_of_memory():
     def weights(*, tuned):
         pl.seed_everything(1, verbose=False)
         model, fitted = ByHand(), trainer()
@@ -222,7 +222,7 @@ def test_training_goes_on_after_tuning_by_hand_ran_out_of_memory():
         (120, {}, {"limit_train_batches": 7, "max_epochs": 2}),
     ],
 )
-def test_a_schedule_has_as_many_steps_as_training_makes(target, options, limits):
+def test_a_schedule_has_as_many_steps_as_training(target, options, limits):
     lengths = []
 
     class Scheduled(Model):
@@ -240,7 +240,7 @@ def test_a_schedule_has_as_many_steps_as_training_makes(target, options, limits)
     assert fitted.lr_scheduler_configs[0].scheduler.last_epoch == fitted.global_step
 
 
-# Optimizers of other kinds
+# Other optimizers
 
 
 class Quasi(Model):
@@ -260,8 +260,8 @@ class Quasi(Model):
         return torch.optim.LBFGS(self.parameters(), 1e-12, max_iter=2)
 
 
-def test_what_accumulation_does_to_lbfgs_is_told_and_true():
-    """It adds the gradients of every evaluation of the last micro-batch to what was accumulated."""
+def test_the_note_about_lbfgs_with_accumulation_is_true():
+    """LBFGS adds the gradients of each evaluation of the last micro-batch."""
     model = Quasi()
     callback = tuner(
         target_batch_size=None,
@@ -287,9 +287,9 @@ def test_what_accumulation_does_to_lbfgs_is_told_and_true():
     )
 
 
-def test_an_optimizer_that_extends_the_step_of_another_is_timed_once():
+def test_an_optimizer_around_another_is_timed_once():
     class Looks(torch.optim.SGD):
-        """Goes a little further before it steps."""
+        """An optimizer that evaluates its closure once before its step."""
 
         def step(self, closure):
             closure()
@@ -334,11 +334,11 @@ def test_a_compiled_module_trains_compiled_after_tuning():
     assert ran.count(True) >= 600 // callback.report.plan.micro_batch_size
 
 
-# What is refused
+# Refusals
 
 
 class Accumulates(strategies.SingleDeviceStrategy):
-    """Owns the accumulation, as DeepSpeed does."""
+    """A strategy that sets the accumulation, as DeepSpeed does."""
 
     handles_gradient_accumulation = True
 
@@ -356,14 +356,14 @@ class Accumulates(strategies.SingleDeviceStrategy):
         (
             {"strategy": Accumulates(device="cpu")},
             (
-                "its strategy, Accumulates, accumulates by a number of its own that a plan can not change "
+                "its strategy, Accumulates, sets the accumulation itself, and a plan cannot change it "
                 "(with another strategy the plan sets the accumulation)"
             ),
         ),
     ],
     ids=["scheduler", "strategy"],
 )
-def test_whoever_else_sets_the_accumulation_is_named_with_the_way_out(options, problem):
+def test_other_settings_of_the_accumulation_are_refused_with_a_remedy(options, problem):
     callbacks, model = [tuner(), *options.pop("callbacks", ())], Model()
     random_state = torch.get_rng_state()
 
@@ -377,7 +377,7 @@ def test_whoever_else_sets_the_accumulation_is_named_with_the_way_out(options, p
     assert torch.equal(random_state, torch.get_rng_state())
 
 
-def test_tuned_anew_a_module_by_hand_is_left_to_accumulate_by_itself():
+def test_retuning_leaves_accumulation_to_manual_optimization():
     class SingleProcess(Model):
         def __init__(self):
             super().__init__()

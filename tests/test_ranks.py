@@ -24,7 +24,7 @@ needs_lightning = pytest.mark.skipif(
 )
 
 
-# What several trials of one size come to
+# Trials of one size, merged over ranks
 
 
 def trial(peak=100, seconds=1.0, **options):
@@ -81,7 +81,7 @@ def free_port():
 
 
 def finish(*processes):
-    """Wait for all; what hangs is killed, and fails the test."""
+    """Wait for all processes; kill those that hang, and fail the test."""
     outputs = []
     for process in processes:
         try:
@@ -114,7 +114,7 @@ def results(directory):
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """What two ranks started by torchrun say of several cases, one after another in the same processes."""
+    """Results of two ranks in several cases, one after another in the same two processes."""
     where = tmp_path_factory.mktemp("ranks")
     cases = (
         "passed",

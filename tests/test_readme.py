@@ -1,5 +1,8 @@
+"""README.md and docs: every block of code runs, and names, defaults and links are right."""
+
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
 import subprocess
@@ -18,25 +21,39 @@ from autobatch._report.text import completed
 from autobatch._report.tradeoff import LearningRateRule
 from autobatch.testing import SimulatedAccelerator
 from report_examples import example, full_example
-from test_architecture import LAYER
+from test_architecture import LAYER, PUBLIC
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 PACKAGE = Path(autobatch.__file__).parent
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+    )
+}
+README = PAGES["README.md"]
+KEYWORDS = PAGES["docs/keywords.md"]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+
+
+def python_of(page: str, *, trainer: bool) -> list[str]:
+    """Return the blocks of a page that use a Trainer, or those that do not."""
+    return [block for block in blocks("python", page) if ("trainer" in block) == trainer]
 
 
 def outline(text: str) -> list[str]:
-    """The words of a report's lines, without its numbers: what every report of its kind has in common."""
-    told = text.partition("\n  ! ")[0]  # notes say what is particular to a run
-    lines = [re.findall(r"[^\W\d_]{2,}", line) for line in told.splitlines()]
+    """Return the first word of each line above the notes, which are particular to a run."""
+    above = text.partition("\n  ! ")[0]
+    lines = [re.findall(r"[^\W\d_]{2,}", line) for line in above.splitlines()]
     return [words[0] for words in lines if words]
 
 
-# The code
+# Code
 
 
 class Digits(nn.Module):
@@ -50,7 +67,7 @@ class Digits(nn.Module):
 
 @pytest.fixture
 def names(monkeypatch, tmp_path):
-    """What the README leaves to its reader, and 1 MiB wherever the host's memory would be read."""
+    """The names that pages leave to their reader; host memory is 1 MiB."""
     monkeypatch.chdir(tmp_path)
     device = SimulatedAccelerator("1MiB")
     monkeypatch.setitem(detect._PROBES, "cpu", lambda _: device)
@@ -64,11 +81,8 @@ def names(monkeypatch, tmp_path):
     }
 
 
-def run(block: str, names: dict[str, object]) -> None:
-    exec(compile(block, "README.md", "exec"), names)
-
-
-def test_the_blocks_about_a_trainer_tune_and_train_and_measure(names, capsys):
+@pytest.fixture
+def module():
     pl = pytest.importorskip("pytorch_lightning")
 
     class Module(pl.LightningModule):
@@ -83,34 +97,45 @@ def test_the_blocks_about_a_trainer_tune_and_train_and_measure(names, capsys):
         def configure_optimizers(self):
             return torch.optim.AdamW(self.parameters())
 
-    names |= {"model": Module()}
-    for block in blocks("python"):
-        if "trainer" in block:
-            run(block, names)
+    return Module()
+
+
+def run(page: str, names: dict[str, object], *, trainer: bool) -> None:
+    for block in python_of(PAGES[page], trainer=trainer):
+        exec(compile(block, page, "exec"), names)
+
+
+@pytest.mark.parametrize("page", [p for p, text in PAGES.items() if python_of(text, trainer=True)])
+def test_code_with_a_trainer_runs(page, names, module, capsys):
+    names["model"] = module
+
+    run(page, names, trainer=True)
 
     assert "= 256 per update" in capsys.readouterr().out
     written = Path("lightning_logs/version_0/autobatch.json")
     assert autobatch.TuningReport.read(written).plan.effective_batch_size == 256
-    assert names["report"].plan.effective_batch_size == 256
-    again = Path("lightning_logs/version_1/autobatch.json")
-    assert autobatch.TuningReport.read(again).noise == names["noise"].reading
+    if "noise" in names:
+        assert autobatch.TuningReport.read(written).noise == names["noise"].reading
 
 
-def test_the_other_blocks_run_one_after_the_other(names, capsys):
-    for block in blocks("python"):
-        if "trainer" not in block:
-            run(block, names)
+@pytest.mark.parametrize("page", [p for p, text in PAGES.items() if python_of(text, trainer=False)])
+def test_code_without_a_trainer_runs(page, names, capsys):
+    run(page, names, trainer=False)
 
-    assert "= 256 per update" in capsys.readouterr().out
-    assert names["noise"].reading.state != "unavailable"
-    assert names["again"].plan == names["report"].plan
-    assert len(names["again"].trials) == 1
+    printed = capsys.readouterr().out
+    if "print(autobatch.find(" in PAGES[page]:
+        assert "= 256 per update" in printed
+    if "again" in names:
+        assert names["again"].plan == names["report"].plan
+        assert len(names["again"].trials) == 1
+    if "noise" in names:
+        assert names["noise"].reading.state != "unavailable"
 
 
-# The commands
+# Commands
 
 
-def test_the_two_commands_are_the_ones_that_ci_runs():
+def test_ci_runs_the_two_commands_of_the_readme():
     script = (ROOT / ".ci/run").read_text(encoding="utf-8")
     extract = re.search(r"^readme_command\(\) {.*?^}$", script, re.MULTILINE | re.DOTALL)[0]
 
@@ -126,7 +151,7 @@ def test_the_two_commands_are_the_ones_that_ci_runs():
     assert '"$second"' in script
 
 
-def test_the_commands_install_the_tested_versions_and_run_the_main_job_and_the_tests():
+def test_commands_install_tested_versions_then_run_demo_and_tests():
     demo, tests = (block.strip().split(" && ") for block in blocks("bash"))
 
     assert demo[0] == tests[0] == "python -m venv .venv"
@@ -136,14 +161,16 @@ def test_the_commands_install_the_tested_versions_and_run_the_main_job_and_the_t
     assert tests[2] == ".venv/bin/pytest -n 2 --dist loadfile"
 
 
-# The report
+# The demo's report
 
 
-def test_the_report_is_one_that_the_demo_prints_now():
-    shown = README.partition("<!-- the demo prints -->\n```text\n")[2]
-    shown = shown.partition("\n```\n<!-- and ends -->")[0]
+def quoted(page: str) -> str:
+    shown = PAGES[page].partition("<!-- the demo prints -->\n```text\n")[2]
+    return shown.partition("\n```\n<!-- and ends -->")[0]
 
-    printed, _, last = shown.rpartition("\n\n")
+
+def test_report_page_quotes_current_demo_output():
+    printed, _, last = quoted("docs/report.md").rpartition("\n\n")
 
     header, plan = printed.splitlines()[0], printed.splitlines()[3]
     assert header.startswith(
@@ -164,64 +191,146 @@ def test_the_report_is_one_that_the_demo_prints_now():
     assert "% of the held-out digits right after" in last
 
 
-# The map, and the rest
+def test_readme_quotes_the_first_block_of_that_output():
+    first, _, _ = quoted("docs/report.md").partition("\n\n  Effective batch")
+
+    assert quoted("README.md") == first
+    assert len(first.splitlines()) <= 24
 
 
-def test_the_map_names_every_folder_and_module_of_the_top():
-    map_of_folders = README.partition("## Map")[2].partition("\n## ")[0]
+# Folders, links and names
 
-    named = re.findall(r"\[`(\S+)`\]\(src/autobatch/\S+\)", map_of_folders)
+
+def map_of_folders() -> str:
+    return README.partition("## Folders")[2]
+
+
+def test_map_names_every_folder_and_top_module():
+    named = re.findall(r"\[`(\S+)`\]\(src/autobatch/\S+\)", map_of_folders())
 
     assert sorted(name.rstrip("/").removesuffix(".py") for name in named) == sorted(
         set(LAYER) - {"_subject", "_demo", "__main__"}
     )
 
 
-def test_the_map_goes_from_the_entry_points_down():
-    map_of_folders = README.partition("## Map")[2].partition("\n## ")[0]
-    rows = re.findall(r"src/autobatch/(\w+)", map_of_folders)
+def test_map_is_ordered_from_entry_points_downwards():
+    rows = re.findall(r"src/autobatch/(\w+)", map_of_folders())
 
     heights = [LAYER[name.removesuffix(".py")] for name in rows]
 
     assert heights == sorted(heights, reverse=True)
 
 
-def test_every_link_leads_somewhere():
-    links = re.findall(r"\]\(([^)\s]+)\)", README)
+def test_architecture_page_names_every_folder_and_top_module():
+    named = re.findall(r"(?m)^[├└]── (\w+)(?:\.py|/)", PAGES["docs/architecture.md"])
 
-    here = [link for link in links if "://" not in link]
-
-    assert here
-    assert [link for link in here if not (ROOT / link).exists()] == []
+    assert sorted(named) == sorted({*LAYER, "__init__"} - {"_demo"})
 
 
-def test_every_file_that_is_named_exists():
-    named = re.findall(r"`((?:lightning/|tests/|\.ci/)?_?[a-z_]+(?:\.py|/run))`", README)
-    places = (PACKAGE, ROOT)
+def test_architecture_page_names_existing_functions_on_the_path():
+    rows = re.findall(r"(?m)^\| `([\w.]+)` \| `([\w./]+)` \|", PAGES["docs/architecture.md"])
+    frames = [(name, file) for name, file in rows if "." not in file.removesuffix(".py")]
 
-    assert named
-    assert [name for name in named if not any((place / name).exists() for place in places)] == []
+    assert len(frames) == 8
+    for name, file in frames:
+        text = (PACKAGE / file).read_text(encoding="utf-8")
+        owner, _, function = name.rpartition(".")
+        assert re.search(rf"\bdef {function}\b", text)
+        assert not owner or re.search(rf"\bclass {owner}\b", text)
 
 
-def test_the_keywords_are_those_of_the_two_doors_with_their_defaults():
-    rows = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", README, re.MULTILINE))
-    finds = inspect.signature(autobatch.find).parameters
-    own = {"restore", "dataset_size", "workload"}
-    common = {name: finds[name].default for name in finds.keys() - own}
-    tunes = {name: default for name, default in rows.items() if name not in common}
+def test_readme_has_at_most_1000_words():
+    assert len(README.split()) <= 1000
 
-    assert {name: rows[name] for name in common} == {
-        name: repr(default).replace("'", '"') for name, default in common.items()
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_existing_files_and_headings(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", PAGES[page])
+
+    local = [link.partition("#") for link in links if "://" not in link]
+
+    folder = (ROOT / page).parent
+    assert [path for path, _, _ in local if not (folder / path).exists()] == []
+    for path, _, anchor in local:
+        text = (folder / path).read_text(encoding="utf-8") if anchor else ""
+        assert not anchor or re.search(rf"(?im)^#+ {anchor.replace('-', ' ')}$", text)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_named_files_exist(page):
+    named = re.findall(r"`((?:\w+/)*_?[a-z_]+\.py|(?:tests|\.ci|benchmarks)/[\w./]+)`", PAGES[page])
+    optional = {"tests/recordings"}  # made by the first recording
+
+    missing = {
+        name for name in named if not any((place / name).exists() for place in (PACKAGE, ROOT))
     }
-    autobatchs = pytest.importorskip("autobatch.lightning", exc_type=ImportError).AutoBatch
-    parameters = inspect.signature(autobatchs).parameters
-    assert tunes == {
-        name: repr(parameters[name].default).replace("'", '"')
-        for name in parameters.keys() - common.keys()
+
+    assert missing <= optional
+
+
+def test_docs_index_lists_every_page():
+    listed = re.findall(r"(?m)^([a-z-]+)$", PAGES["docs/index.md"])
+
+    assert {f"docs/{name}.md" for name in [*listed, "index"]} == {
+        page for page in PAGES if page.startswith("docs/")
     }
 
 
-def test_every_sink_is_named():
-    for name in ("json_file", "markdown_file", "figure_file", "log"):
+def defaults_in(page: str) -> dict[str, str]:
+    return dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", page, re.MULTILINE))
+
+
+def defaults_of(function) -> dict[str, str]:
+    return {
+        name: repr(parameter.default).replace("'", '"')
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+
+
+def test_readme_lists_the_common_keywords_with_their_defaults():
+    of_find = defaults_of(autobatch.find)
+    common = {name: of_find[name] for name in of_find.keys() - {"restore", "dataset_size"}}
+
+    assert defaults_in(README) == common
+
+
+def test_keyword_page_lists_all_keywords_with_their_defaults():
+    lightning = pytest.importorskip("autobatch.lightning", exc_type=ImportError)
+
+    assert defaults_in(KEYWORDS) == (
+        defaults_of(lightning.AutoBatch) | defaults_of(lightning.NoiseScale)
+    )
+    assert all(f"| `{name}` |" in KEYWORDS for name in ("restore", "dataset_size"))
+
+
+def test_readme_comparison_agrees_with_the_full_table():
+    full = PAGES["docs/comparison.md"].replace("`", "").replace("bare peaks", "peak memory only")
+    cells = [
+        [cell.strip().replace("`", "") for cell in row.split("|")[1:-1]]
+        for row in re.findall(r"(?m)^\| .* \| \d\.\d\d \| \d+ \| \d+ \|$", README)
+    ]
+
+    assert len(cells) == 5
+    for name, *numbers in cells:
+        row = re.search(rf"(?m)^\| {name} +\|(.*)$", full)[1].split("|")
+        assert [cell.split()[0] for cell in row[:3]] == numbers
+
+
+def test_report_page_names_every_sink():
+    for name in ("console", "json_file", "markdown_file", "figure_file", "log"):
         assert name in sinks.__all__
-        assert name in README
+        assert f"`sinks.{name}" in PAGES["docs/report.md"]
+
+
+def test_api_page_documents_every_public_name():
+    page = PAGES["docs/api.md"]
+
+    in_modules = {
+        name
+        for module in set(PUBLIC) - {"lightning"}
+        if f"automodule:: autobatch.{module}" in page
+        for name in importlib.import_module(f"autobatch.{module}").__all__
+    }
+    assert all(f":: autobatch.{name}" in page or name in in_modules for name in autobatch.__all__)
+    assert all(f"automodule:: autobatch.{name}" in page for name in set(PUBLIC) - {"lightning"})

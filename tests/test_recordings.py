@@ -1,4 +1,4 @@
-"""Searches on a device that was recorded: any file in tests/recordings, and what is recorded here on simulated ones."""
+"""Searches on recordings: all files in tests/recordings, and simulated devices."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def replayed(recording, **options):
 # Recording
 
 
-def test_a_recorder_changes_nothing_of_a_search():
+def test_recording_does_not_change_a_search():
     plain = PaperDevice(10_000, fixed=100, per_sample=7)
 
     report, _ = on_paper()
@@ -67,7 +67,7 @@ def test_a_recorder_changes_nothing_of_a_search():
     assert report.plan == without.plan
 
 
-def test_every_trial_is_kept_with_what_the_device_said_of_it(simulated):
+def test_every_trial_is_recorded_with_its_readings(simulated):
     report, recording = simulated
 
     assert [
@@ -80,7 +80,7 @@ def test_every_trial_is_kept_with_what_the_device_said_of_it(simulated):
     assert recording.runs[0].allocator == {"num_ooms": 7}
 
 
-def test_a_run_that_ran_out_of_memory_is_kept_as_one_that_failed():
+def test_a_run_out_of_memory_is_recorded_as_failed():
     _, recording = recorded(
         SimulatedAccelerator("600KiB"),
         perceptron(),
@@ -94,9 +94,7 @@ def test_a_run_that_ran_out_of_memory_is_kept_as_one_that_failed():
 
 
 @pytest.mark.parametrize(("steps", "fits"), [({0}, True), ({1}, False)])
-def test_a_run_whose_allocator_made_room_in_the_first_step_alone_came_through(
-    monkeypatch, tmp_path, steps, fits
-):
+def test_a_run_with_retries_in_the_first_step_only_fits(monkeypatch, tmp_path, steps, fits):
     gpu = FakeGpu().install(monkeypatch)
     recorder = Recorder(CudaProbe(0))
 
@@ -115,7 +113,7 @@ def test_a_run_whose_allocator_made_room_in_the_first_step_alone_came_through(
     assert run.ran_out is not fits
 
 
-def test_what_others_hold_is_kept_as_it_was_in_each_run():
+def test_memory_of_other_processes_is_recorded_per_run():
     device = PaperDevice(10_000, fixed=100, per_sample=7)
 
     def train(batch_size, accumulate):
@@ -128,7 +126,7 @@ def test_what_others_hold_is_kept_as_it_was_in_each_run():
     assert foreign == [100 * number for number in range(1, len(foreign) + 1)]
 
 
-def test_a_size_that_was_refused_for_something_else_did_not_run_out_of_memory():
+def test_a_refused_size_is_not_recorded_as_out_of_memory():
     device = PaperDevice(10_000, fixed=100, per_sample=3000)
 
     def train(batch_size, accumulate):
@@ -145,7 +143,7 @@ def test_a_size_that_was_refused_for_something_else_did_not_run_out_of_memory():
     assert again.needs(2, 1) < 9100
 
 
-def test_a_loop_that_ends_is_started_again_under_the_recorder():
+def test_a_loop_that_ends_is_restarted_under_the_recorder():
     device = PaperDevice(10_000, fixed=100, per_sample=7)
 
     def train(batch_size, accumulate):
@@ -161,7 +159,7 @@ def test_a_loop_that_ends_is_started_again_under_the_recorder():
 # The file
 
 
-def test_a_recording_is_the_same_after_it_was_kept(simulated, tmp_path):
+def test_a_recording_is_equal_after_write_and_read(simulated, tmp_path):
     _, recording = simulated
     path = tmp_path / "recordings" / "perceptron.json"
 
@@ -172,26 +170,26 @@ def test_a_recording_is_the_same_after_it_was_kept(simulated, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema_version": 2, "runs": []}', "not JSON"])
-def test_a_file_that_holds_none_is_refused(tmp_path, text):
+def test_a_file_without_a_recording_is_refused(tmp_path, text):
     path = tmp_path / "other.json"
     path.write_text(text)
 
-    with pytest.raises(AutobatchError, match=r"other\.json holds no recording of"):
+    with pytest.raises(AutobatchError, match=r"other\.json does not hold a recording of"):
         Recording.read(path)
 
 
-def test_a_file_with_a_run_too_little_said_of_is_refused(simulated, tmp_path):
+def test_a_file_with_an_incomplete_run_is_refused(simulated, tmp_path):
     path = tmp_path / "short.json"
     simulated[1].write(path)
-    told = json.loads(path.read_text())
-    del told["runs"][0]["after"]["peak"]
-    path.write_text(json.dumps(told))
+    content = json.loads(path.read_text())
+    del content["runs"][0]["after"]["peak"]
+    path.write_text(json.dumps(content))
 
-    with pytest.raises(AutobatchError, match="holds no recording"):
+    with pytest.raises(AutobatchError, match="does not hold a recording"):
         Recording.read(path)
 
 
-def test_a_recording_of_failures_alone_is_not_played_back(simulated):
+def test_a_recording_without_a_fit_is_not_replayed(simulated):
     from dataclasses import replace
 
     runs = tuple(replace(run, steps=0) for run in simulated[1].runs)
@@ -200,10 +198,10 @@ def test_a_recording_of_failures_alone_is_not_played_back(simulated):
         ReplayedDevice(replace(simulated[1], runs=runs))
 
 
-# Playing back
+# Replay
 
 
-def test_a_search_on_a_recording_finds_what_was_found_on_the_device(simulated):
+def test_a_search_on_a_replay_finds_the_same_plan(simulated):
     report, recording = simulated
 
     again = replayed(recording)
@@ -213,7 +211,7 @@ def test_a_search_on_a_recording_finds_what_was_found_on_the_device(simulated):
     assert again.device.name == "replay of simulated accelerator"
 
 
-def test_a_size_that_was_run_peaks_and_takes_what_it_did(simulated):
+def test_a_recorded_size_repeats_its_peak_and_time(simulated):
     _, recording = simulated
     run = recording.runs[-1]
     device = ReplayedDevice(recording)
@@ -226,7 +224,7 @@ def test_a_size_that_was_run_peaks_and_takes_what_it_did(simulated):
     assert device.clock() == pytest.approx(run.step_seconds)
 
 
-def test_from_the_smallest_size_that_failed_on_memory_runs_out():
+def test_memory_runs_out_from_the_smallest_failure_on():
     _, recording = recorded(
         SimulatedAccelerator("600KiB"),
         perceptron(),
@@ -247,7 +245,7 @@ def test_from_the_smallest_size_that_failed_on_memory_runs_out():
     assert device.largest < failed
 
 
-def test_between_sizes_that_were_run_memory_lies_on_a_line():
+def test_memory_is_interpolated_between_recorded_sizes():
     _, recording = on_paper()
     device = ReplayedDevice(recording)
 
@@ -255,7 +253,7 @@ def test_between_sizes_that_were_run_memory_lies_on_a_line():
         assert device.needs(size, 1) == pytest.approx(100 + 7 * size, rel=0.01)
 
 
-def test_what_others_took_meanwhile_they_take_again():
+def test_a_replay_repeats_memory_taken_by_other_processes():
     device = PaperDevice(10_000, fixed=100, per_sample=7)
 
     def train(batch_size, accumulate):
@@ -273,7 +271,7 @@ def test_what_others_took_meanwhile_they_take_again():
 
 @pytest.mark.parametrize("search", [autobatch.GuidedBisection(), autobatch.Bisection()], ids=repr)
 @pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.stem)
-def test_on_what_was_recorded_of_real_devices_the_largest_fit_is_found(path, search):
+def test_searches_find_the_largest_fit_on_recordings_of_real_devices(path, search):
     recording = Recording.read(path)
     device = ReplayedDevice(recording)
 

@@ -8,8 +8,9 @@ from torch.utils.data import DataLoader
 
 import autobatch
 from autobatch.testing import SimulatedAccelerator
+from lightning_here import Model, data, pl, tuner
+from lightning_here import quiet_trainer as trainer
 from sameness import same
-from test_lightning import Model, data, pl, trainer, tuner
 
 pytestmark = pytest.mark.filterwarnings(
     # Lightning's advice about checkpoints within an epoch
@@ -22,7 +23,7 @@ def loader(size=4, length=600):
 
 
 def scheduled(size=4):
-    """A model whose learning rate shows how many epochs were counted."""
+    """A model whose learning rate shows the number of epochs."""
     pl.seed_everything(1, verbose=False)
     model = Model(size)
 
@@ -35,7 +36,7 @@ def scheduled(size=4):
 
 
 def checkpoint(path, *callbacks, size=4, **options):
-    """The path of a checkpoint that a first run wrote after an epoch."""
+    """Return the path of a checkpoint written after an epoch."""
     begun = trainer(*callbacks, max_epochs=1, **options)
     begun.fit(scheduled(size), loader(size))
     begun.save_checkpoint(path / "last.ckpt")
@@ -43,7 +44,7 @@ def checkpoint(path, *callbacks, size=4, **options):
 
 
 def checkpoint_within(path, *callbacks):
-    """The path of a checkpoint that a first run wrote in the middle of an epoch."""
+    """Return the path of a checkpoint written in the middle of an epoch."""
 
     class Save(pl.Callback):
         def on_train_batch_end(self, fitted, *_):
@@ -55,7 +56,7 @@ def checkpoint_within(path, *callbacks):
 
 
 def resumed(path, *callbacks, size=4, **options):
-    """What a resumed run ends with."""
+    """Resume a run, and return its final state."""
     fitted, model = trainer(*callbacks, **{"max_epochs": 3, **options}), scheduled(size)
     fitted.fit(model, loader(size), ckpt_path=path)
     return {
@@ -69,7 +70,7 @@ def resumed(path, *callbacks, size=4, **options):
 
 
 def by_hand(plan):
-    """The Trainer's argument and the loader's size that a plan stands for."""
+    """Return the argument of the Trainer and the batch size of the loader for a plan."""
     return {
         "size": plan.micro_batch_size,
         "accumulate_grad_batches": plan.accumulate_grad_batches,
@@ -81,7 +82,7 @@ PLAN = autobatch.BatchPlan(60, 2)
 
 
 def known():
-    """Tuned in one trial, to the same plan on any machine; it does not fit the smaller device."""
+    """Return a callback with a plan that needs one trial, and does not fit the smaller device."""
     return tuner(plan=PLAN)
 
 
@@ -95,7 +96,7 @@ def test_the_checkpoint_holds_the_device_in_plain_types(tmp_path):
     assert {type(value) for value in state.values()} == {int, str}
 
 
-def test_on_another_device_a_run_is_tuned_anew_for_the_same_effective_batch(tmp_path):
+def test_another_device_is_tuned_again_for_the_same_effective_batch_size(tmp_path):
     first = known()
     again = tuner(target_batch_size=None, device=SimulatedAccelerator(SMALLER))
     path = checkpoint(tmp_path, first)
@@ -106,13 +107,13 @@ def test_on_another_device_a_run_is_tuned_anew_for_the_same_effective_batch(tmp_
     assert plan.effective_batch_size == before.effective_batch_size == 120
     assert plan.micro_batch_size < before.micro_batch_size
     assert len(again.report.trials) > 1
-    assert any("Tuned anew" in note for note in again.report.notes)
+    assert any("Tuned again" in note for note in again.report.notes)
     plain = checkpoint(tmp_path, **by_hand(before))
     assert same(tuned, resumed(plain, **by_hand(plan)))
     assert (tuned["epoch"], tuned["step"]) == (3, 15)
 
 
-def test_a_plan_that_fits_no_more_is_replaced_between_epochs(tmp_path):
+def test_a_plan_that_no_longer_fits_is_replaced_between_epochs(tmp_path):
     crowded = SimulatedAccelerator("450KiB", foreign="200KiB")
     again = tuner(target_batch_size=None, device=crowded)
 
@@ -125,7 +126,7 @@ def test_a_plan_that_fits_no_more_is_replaced_between_epochs(tmp_path):
     )
 
 
-def test_a_limit_below_the_plan_of_the_checkpoint_leads_to_another(tmp_path):
+def test_a_limit_below_the_plan_of_the_checkpoint_changes_the_plan(tmp_path):
     again = tuner(max_micro_batch_size=20)
 
     resumed(checkpoint(tmp_path, known()), again)
@@ -134,7 +135,7 @@ def test_a_limit_below_the_plan_of_the_checkpoint_leads_to_another(tmp_path):
     assert again.report.plan.micro_batch_size <= 20
 
 
-def test_within_an_epoch_the_plan_is_kept_on_any_device_it_fits(tmp_path):
+def test_within_an_epoch_the_plan_stays_on_any_device_it_fits(tmp_path):
     first, again = known(), tuner(device=SimulatedAccelerator("2MiB"))
 
     resumed(checkpoint_within(tmp_path, first), again)
@@ -160,7 +161,7 @@ def test_within_an_epoch_a_plan_that_does_not_fit_is_refused(tmp_path):
     assert callback.report is None
 
 
-def test_a_run_that_counts_steps_keeps_its_plan_as_lightning_goes_on_with_its_epoch(
+def test_a_run_with_max_steps_resumes_its_epoch_with_its_plan(
     tmp_path,
 ):
     path = checkpoint(tmp_path, known())
@@ -172,7 +173,7 @@ def test_a_run_that_counts_steps_keeps_its_plan_as_lightning_goes_on_with_its_ep
 
 
 def changed(path, change):
-    """The checkpoint with another state of the callback."""
+    """Change the state of the callback in a checkpoint."""
     content = torch.load(path, weights_only=True)
     change(content["callbacks"])
     torch.save(content, path)
@@ -183,7 +184,7 @@ def two_ranks(callbacks):
     callbacks["AutoBatch"] |= {"micro_batch_size": 30, "world_size": 2}
 
 
-def test_with_another_number_of_ranks_a_run_is_tuned_anew_between_epochs(tmp_path):
+def test_another_world_size_is_tuned_again_between_epochs(tmp_path):
     again = tuner(target_batch_size=None)
     path = changed(checkpoint(tmp_path, known()), two_ranks)
     asked = torch.load(path, weights_only=True)["callbacks"]["AutoBatch"]
@@ -195,14 +196,14 @@ def test_with_another_number_of_ranks_a_run_is_tuned_anew_between_epochs(tmp_pat
     assert again.report.plan.world_size == 1
 
 
-def test_with_another_number_of_ranks_a_run_is_refused_within_an_epoch(tmp_path):
+def test_another_world_size_is_refused_within_an_epoch(tmp_path):
     path = changed(checkpoint_within(tmp_path, known()), two_ranks)
 
     with pytest.raises(autobatch.AutobatchError, match="trained on 2"):
         resumed(path, tuner(target_batch_size=None))
 
 
-def test_a_state_without_the_device_is_verified_by_one_trial(tmp_path):
+def test_a_checkpoint_without_a_device_is_verified_by_one_trial(tmp_path):
     def older(callbacks):
         plan = ("micro_batch_size", "accumulate_grad_batches", "world_size")
         state = callbacks["AutoBatch"]
@@ -216,7 +217,7 @@ def test_a_state_without_the_device_is_verified_by_one_trial(tmp_path):
     assert len(again.report.trials) == 1
 
 
-def test_a_target_that_was_missed_knowingly_may_be_asked_for_again(tmp_path):
+def test_a_target_that_was_missed_is_accepted_again(tmp_path):
     first, again = tuner(target_batch_size=127), tuner(target_batch_size=127)
     path = checkpoint(tmp_path, first)
 
@@ -229,7 +230,7 @@ def test_a_target_that_was_missed_knowingly_may_be_asked_for_again(tmp_path):
 # A checkpoint of a run without AutoBatch
 
 
-def test_a_run_without_a_plan_is_tuned_between_epochs_and_goes_on(tmp_path):
+def test_a_run_without_a_plan_is_tuned_between_epochs(tmp_path):
     callback = tuner()
     path = checkpoint(tmp_path)
 
@@ -240,7 +241,7 @@ def test_a_run_without_a_plan_is_tuned_between_epochs_and_goes_on(tmp_path):
     assert (tuned["epoch"], tuned["step"]) == (3, 160)
 
 
-def test_a_known_plan_serves_where_the_checkpoint_has_none(tmp_path):
+def test_a_known_plan_is_used_if_the_checkpoint_has_none(tmp_path):
     plan = autobatch.BatchPlan(20, 6)
     callback = tuner(plan=plan)
 
@@ -257,12 +258,12 @@ def test_a_run_without_a_plan_is_refused_within_an_epoch(tmp_path):
         resumed(path, tuner())
 
 
-def test_weights_alone_are_refused(tmp_path):
+def test_a_checkpoint_of_weights_only_is_refused(tmp_path):
     begun = trainer(tuner(), max_epochs=1)
     begun.fit(scheduled(), loader())
     begun.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
 
-    with pytest.raises(autobatch.AutobatchError, match="holds nothing of callbacks"):
+    with pytest.raises(autobatch.AutobatchError, match="holds no state of callbacks"):
         resumed(tmp_path / "weights.ckpt", tuner())
 
 
@@ -283,7 +284,7 @@ def test_a_second_fit_verifies_the_plan_of_the_first_by_one_trial():
     assert any("found before" in note for note in callback.report.notes)
 
 
-def test_a_second_fit_searches_where_the_plan_does_not_fit_any_more():
+def test_a_second_fit_searches_if_the_plan_no_longer_fits():
     callback = tuner(search=autobatch.Bisection())
     callback.tune(trainer(), Model(), loader())
     verified = callback._last.model_copy(update={"plan": PLAN})
@@ -310,7 +311,7 @@ class Other(Model):
     ],
     ids=["module", "data", "precision"],
 )
-def test_a_second_fit_of_something_else_is_searched_for(model, length, options):
+def test_a_second_fit_of_another_module_or_data_searches(model, length, options):
     callback = tuner()
     trainer(callback).fit(Model(), loader())
 
@@ -319,8 +320,8 @@ def test_a_second_fit_of_something_else_is_searched_for(model, length, options):
     assert len(callback.report.trials) > 1
 
 
-def test_a_second_fit_without_a_target_keeps_the_accumulation_of_its_own_trainer():
-    # Well below what fits: the plan of the first fit would be verified
+def test_a_second_fit_without_a_target_keeps_its_accumulation():
+    # Well below the largest fit: the plan of the first fit would be verified
     callback = tuner(target_batch_size=None, max_micro_batch_size=50)
     trainer(callback, accumulate_grad_batches=3).fit(Model(), loader())
 
@@ -330,7 +331,7 @@ def test_a_second_fit_without_a_target_keeps_the_accumulation_of_its_own_trainer
     assert len(callback.report.trials) > 1
 
 
-def test_what_tune_found_needs_one_trial_in_fit():
+def test_fit_after_tune_needs_one_trial():
     callback = tuner()
     found = callback.tune(trainer(), Model(), loader())
 

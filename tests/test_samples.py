@@ -1,4 +1,4 @@
-"""What trials run on: the largest samples that a bounded look finds."""
+"""Samples of trials: the largest ones found in bounded time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from autobatch.testing import SimulatedAccelerator
 from lightning_here import pl
 
 _samples = importlib.import_module("autobatch.lightning._trial_data")
-tiled = importlib.import_module("autobatch.lightning._trial_data").tiled
 
 LONG = 20  # times as long as the others
 
@@ -90,7 +89,7 @@ def fit(dataset, device, collate_fn=padded, workers=0, **options):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_data_set_with_one_long_sample_trains_through(workers):
+def test_training_survives_one_long_sample(workers):
     device = SimulatedAccelerator("4MiB")
 
     model, report = fit(Sequences(1000, long_at=617), device, workers=workers)
@@ -102,8 +101,8 @@ def test_a_data_set_with_one_long_sample_trains_through(workers):
     assert any("Samples differ in size" in note for note in report.notes)
 
 
-def test_without_the_long_sample_far_more_would_have_been_taken():
-    """So that the test above shows something."""
+def test_without_the_long_sample_the_batch_is_far_larger():
+    """The long sample of the test above has an effect."""
     _, with_it = fit(Sequences(1000, long_at=617), SimulatedAccelerator("4MiB"))
     _, without = fit(Sequences(1000, long_at=None), SimulatedAccelerator("4MiB"))
 
@@ -111,7 +110,7 @@ def test_without_the_long_sample_far_more_would_have_been_taken():
     assert without.look.is_even
 
 
-def test_a_stream_is_looked_at_too():
+def test_samples_of_a_stream_are_read():
     _, report = fit(Stream(1000, long_at=617), SimulatedAccelerator("4MiB"))
 
     assert report.look.read == 1000
@@ -119,7 +118,7 @@ def test_a_stream_is_looked_at_too():
     assert not report.look.is_even
 
 
-def test_where_one_in_many_was_not_seen_the_report_says_how_many_were_looked_at():
+def test_report_shows_the_number_of_samples_read_of_a_large_data_set():
     dataset = Sequences(100_000, long_at=99_999)
     callback = autobatch.AutoBatch(device=SimulatedAccelerator("4MiB"))
 
@@ -135,7 +134,7 @@ def test_where_one_in_many_was_not_seen_the_report_says_how_many_were_looked_at(
     assert "of 100,000; all of one size" in str(report)
 
 
-def test_a_data_set_is_read_once_however_many_sizes_are_tried():
+def test_data_set_is_read_once_for_all_trials():
     dataset = Sequences(200, long_at=3)
     callback = autobatch.AutoBatch(
         device=SimulatedAccelerator("4MiB"), search=autobatch.Bisection()
@@ -148,12 +147,12 @@ def test_a_data_set_is_read_once_however_many_sizes_are_tried():
     )
 
     assert len(report.trials) > 5
-    # Given back after every trial, as every attribute is
+    # Restored after every trial, as every attribute
     assert dataset.reads == []
     assert report.look.read == 200
 
 
-def test_a_slow_data_set_is_read_for_seconds_at_most(monkeypatch):
+def test_slow_data_set_is_read_for_seconds_at_most(monkeypatch):
     clock = iter(range(1000))
     monkeypatch.setattr(_samples.time, "monotonic", lambda: next(clock))
 
@@ -164,8 +163,8 @@ def test_a_slow_data_set_is_read_for_seconds_at_most(monkeypatch):
     assert "of 1,000; all of one size" in str(report)
 
 
-def test_the_first_samples_read_are_spread_over_the_whole():
-    scattered = _samples._scattered(list(range(1000)))
+def test_first_samples_read_are_spread_over_the_data_set():
+    scattered = _samples._spread(list(range(1000)))
 
     assert sorted(scattered) == list(range(1000))
     for count in (16, 64, 160):
@@ -187,12 +186,12 @@ def test_the_first_samples_read_are_spread_over_the_whole():
     ],
     ids=["tensor", "text", "numbers", "tuple", "array", "list", "dtype"],
 )
-def test_what_is_larger_counts_as_larger(small, large):
-    assert _samples._size(small, 4) < _samples._size(large, 4)
-    assert _samples._size(small, 4) == _samples._size(small, 4)
+def test_larger_samples_count_as_larger(small, large):
+    assert _samples._data_size(small, 4) < _samples._data_size(large, 4)
+    assert _samples._data_size(small, 4) == _samples._data_size(small, 4)
 
 
-def test_the_user_may_say_what_is_largest():
+def test_worst_case_replaces_reading_samples():
     asked = []
 
     def worst_case(batch_size):
@@ -216,12 +215,12 @@ def test_the_user_may_say_what_is_largest():
     assert report.plan.micro_batch_size == pytest.approx(seen.plan.micro_batch_size, rel=0.1)
 
 
-def test_a_worst_case_that_can_not_be_called_is_refused():
-    with pytest.raises(ValueError, match="worst_case=7 can not be called"):
+def test_worst_case_that_is_no_function_is_refused():
+    with pytest.raises(ValueError, match="worst_case=7 cannot be called"):
         autobatch.AutoBatch(worst_case=7)
 
 
-def test_a_worst_case_that_ignores_its_argument_is_refused():
+def test_worst_case_that_ignores_its_argument_is_refused():
     callback = autobatch.AutoBatch(
         device=SimulatedAccelerator("4MiB"), worst_case=lambda _: torch.ones(3, 16, 4)
     )
@@ -234,14 +233,14 @@ def test_a_worst_case_that_ignores_its_argument_is_refused():
         )
 
 
-def test_where_all_samples_were_read_no_larger_one_is_feared():
+def test_note_after_reading_all_samples_warns_of_no_larger_one():
     _, report = fit(Sequences(200, long_at=3), SimulatedAccelerator("4MiB"))
 
     (note,) = (note for note in report.notes if "differ in size" in note)
     assert note.endswith("Trials ran the largest of all 200, and times are for these.")
 
 
-def test_a_plain_list_is_a_data_set():
+def test_plain_list_is_a_data_set():
     samples = [torch.ones(16, 4) for _ in range(64)]
 
     model, report = fit(samples, SimulatedAccelerator("4MiB"), target_batch_size=32)
@@ -267,11 +266,11 @@ def _labelled():
     ],
     ids=["plain", "with an attribute", "with a gradient", "parameter", "conjugated"],
 )
-def test_a_collate_function_may_reshape_a_sample_and_the_next_batch_has_it_as_it_was(
+def test_collate_function_may_reshape_samples_without_effect_on_others(
     tensor,
 ):
     with torch.no_grad():
-        alias = _samples._unshared(tensor)
+        alias = _samples._copied(tensor, _samples._alias)
 
     assert type(alias) is type(tensor)
     assert vars(alias) == vars(tensor)
@@ -292,14 +291,14 @@ class TrialHistory(UserDict):
     pass
 
 
-def told(part):
-    """A batch as something that can be compared, types and all."""
+def comparable(part):
+    """Return a batch as lists and dicts with the types of its parts."""
     if isinstance(part, torch.Tensor):
         return part.dtype, part.tolist()
     if isinstance(part, (dict, UserDict)):
-        return type(part), {name: told(one) for name, one in part.items()}
+        return type(part), {name: comparable(one) for name, one in part.items()}
     if isinstance(part, (list, tuple)):
-        return type(part), [told(one) for one in part]
+        return type(part), [comparable(one) for one in part]
     return part
 
 
@@ -317,13 +316,13 @@ def told(part):
         lambda i: torch.full((), i),
     ],
 )
-def test_a_batch_that_is_repeated_is_what_collating_its_samples_again_would_give(sample, size):
+def test_repeated_batch_equals_collating_its_samples_again(sample, size):
     samples = [sample(i) for i in range(4)]
 
-    repeated = tiled(default_collate(samples), 4, size)
+    repeated = _samples.repeated(default_collate(samples), 4, size)
 
     expected = default_collate([samples[i % 4] for i in range(size)])
-    assert told(repeated) == told(expected)
+    assert comparable(repeated) == comparable(expected)
 
 
 @pytest.mark.parametrize(
@@ -337,11 +336,11 @@ def test_a_batch_that_is_repeated_is_what_collating_its_samples_again_would_give
         object(),
     ],
 )
-def test_what_is_not_one_entry_for_each_sample_is_not_repeated(batch):
-    assert tiled(batch, 4, 10) is None
+def test_batch_without_one_entry_per_sample_is_not_repeated(batch):
+    assert _samples.repeated(batch, 4, 10) is None
 
 
-def test_a_large_batch_of_few_samples_is_collated_once(monkeypatch):
+def test_large_batch_of_few_samples_is_collated_once(monkeypatch):
     collated = []
 
     def counted(samples):

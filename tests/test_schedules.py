@@ -1,4 +1,4 @@
-"""What is told of learning rates and their schedules where the effective batch changes."""
+"""Notes about learning rates and schedules if the effective batch size changes."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ SCHEDULES = {
 
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")
-def test_a_schedule_of_so_many_updates_is_told_in_samples(name):
+def test_the_length_of_a_schedule_is_noted_in_samples(name):
     schedule, updates = SCHEDULES[name]
 
     report = fit(Scheduled(schedule))
@@ -105,13 +105,13 @@ def test_a_schedule_of_so_many_updates_is_told_in_samples(name):
         lambda o, _: lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)),
     ],
 )
-def test_a_schedule_that_does_not_say_its_length_is_told_without(schedule):
+def test_a_schedule_without_a_known_length_is_noted_without(schedule):
     (note,) = counted(fit(Scheduled(schedule)))
 
     assert "each of 32 samples now instead of 4" in note
 
 
-def test_a_schedule_that_may_have_read_the_batch_size_is_told_without_a_length():
+def test_a_schedule_that_may_read_the_batch_size_is_noted_without_a_length():
     def read(optimizer, module):
         return lr_scheduler.CosineAnnealingLR(optimizer, 256 // module.batch_size)
 
@@ -120,7 +120,7 @@ def test_a_schedule_that_may_have_read_the_batch_size_is_told_without_a_length()
     assert "each of 32 samples now instead of 4" in note
 
 
-def test_a_frequency_counts_as_well():
+def test_the_frequency_of_a_schedule_counts():
     schedule, _ = SCHEDULES["CosineAnnealingLR"]
 
     (note,) = counted(fit(Scheduled(schedule, frequency=3)))
@@ -128,7 +128,7 @@ def test_a_frequency_counts_as_well():
     assert "its 300 steps now cover 9,600 samples instead of 1,200" in note
 
 
-def test_a_schedule_that_asked_the_trainer_for_its_length_covers_the_same_data():
+def test_a_schedule_by_estimated_steps_covers_the_same_data():
     made = []
 
     def asked(optimizer, module):
@@ -153,7 +153,7 @@ def test_a_schedule_that_asked_the_trainer_for_its_length_covers_the_same_data()
         ),
     ],
 )
-def test_where_updates_cover_what_they_did_nothing_is_said(module, options):
+def test_an_unchanged_effective_batch_size_needs_no_note(module, options):
     assert counted(fit(module, **options)) == []
 
 
@@ -174,7 +174,7 @@ def test_the_rule_of_the_optimizer_is_in_the_report(optimizer, rule, told):
     assert told in report.notes[0]
 
 
-def test_an_optimizer_without_a_rule_is_not_guessed_at():
+def test_an_optimizer_without_a_rule_gets_none():
     report = fit(Scheduled(None, optimizer="Adadelta"))
 
     assert report.learning_rate is None
@@ -189,7 +189,7 @@ def test_no_learning_rate_is_changed():
     assert module.trainer.optimizers[0].param_groups[0]["lr"] == 0.01
 
 
-def test_the_same_effective_batch_wants_the_same_learning_rate():
+def test_the_same_effective_batch_size_keeps_the_learning_rate():
     report = fit(Scheduled(None), batch_size=32)
 
     assert report.learning_rate == LearningRateRule("AdamW", "square-root")

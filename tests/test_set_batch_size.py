@@ -1,4 +1,4 @@
-"""Loaders whose batches go by something else than a number of samples, with a setter of the user's."""
+"""Loaders with batches of another unit than samples, and the user's `set_batch_size`."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 import autobatch
+from lightning_here import Model, data, pl, tuner
+from lightning_here import quiet_trainer as trainer
 from sameness import same
-from test_lightning import Model, data, pl, trainer, tuner
 
 LENGTHS = [1 + index % 7 for index in range(600)]  # tokens of each sample
-MEAN = 4  # of them
+MEAN = 4  # tokens
 
 
 class Budget(Sampler):
-    """Batches of as many samples, in random order, as a budget of tokens allows."""
+    """Batches of samples in random order, within a budget of tokens."""
 
     def __init__(self, tokens):
         self.tokens = tokens
@@ -48,7 +49,7 @@ class Indexed(Dataset):
 
 
 class Tokens(Model):
-    """Records the samples of each batch it trains on, and its tokens."""
+    """Records the samples and tokens of each training batch."""
 
     def __init__(self):
         super().__init__()
@@ -76,7 +77,7 @@ def tokens_tuned(**options):
     return tuner(set_batch_size=budget, **options)
 
 
-def test_training_goes_by_the_budget_that_was_set():
+def test_training_uses_the_budget_that_was_set():
     model, loader, callback = Tokens(), by_budget(), tokens_tuned()
     sizes = []
 
@@ -93,7 +94,7 @@ def test_training_goes_by_the_budget_that_was_set():
     assert sorted(model.tokens)[len(model.tokens) // 2] > MEAN * (plan.micro_batch_size - 3)
 
 
-def test_after_fit_the_loader_has_its_own_budget_again():
+def test_loader_has_its_own_budget_after_fit():
     loader = by_budget()
 
     trainer(tokens_tuned()).fit(Tokens(), loader)
@@ -101,7 +102,7 @@ def test_after_fit_the_loader_has_its_own_budget_again():
     assert loader.batch_sampler.tokens == 16
 
 
-def test_after_an_error_in_training_too():
+def test_loader_has_its_own_budget_after_an_error():
     class Explode(pl.Callback):
         def on_train_batch_end(self, *_):
             raise ZeroDivisionError("mine")
@@ -114,8 +115,8 @@ def test_after_an_error_in_training_too():
     assert loader.batch_sampler.tokens == 16
 
 
-def test_training_is_the_same_to_the_bit_as_with_the_budget_written_by_hand():
-    """So is a second fit: the order of the data goes on where the first has left it."""
+def test_training_is_bit_identical_to_a_budget_written_by_hand():
+    """A second fit is, too: it continues the order of the data."""
 
     def trained(tokens, *callbacks, **options):
         pl.seed_everything(1, verbose=False)
@@ -136,7 +137,7 @@ def test_training_is_the_same_to_the_bit_as_with_the_budget_written_by_hand():
     assert same(tuned, by_hand)
 
 
-def test_the_size_it_has_by_itself_is_that_of_its_first_batch():
+def test_search_starts_at_the_size_of_the_first_batch():
     loader = by_budget(40)
     random_numbers = loader.batch_sampler.random.bit_generator.state
     first = len(next(iter(by_budget(40).batch_sampler)))
@@ -148,9 +149,9 @@ def test_the_size_it_has_by_itself_is_that_of_its_first_batch():
     assert loader.batch_sampler.tokens == 40
 
 
-def test_trials_run_as_many_samples_as_they_say():
+def test_trials_run_the_number_of_samples_in_the_report():
     class TrainerLimits(Tokens):
-        sizes_seen: list[int] = []  # noqa: RUF012 -- outside of what trials give back
+        sizes_seen: list[int] = []  # noqa: RUF012 -- trials do not restore it
 
         def training_step(self, batch, batch_idx):
             self.sizes_seen.append(len(batch[0]))
@@ -159,12 +160,12 @@ def test_trials_run_as_many_samples_as_they_say():
     report = tokens_tuned().tune(trainer(), TrainerLimits(), by_budget())
 
     tried = {trial.batch_size for trial in report.trials}
-    # Whether batches can be split is tested on another, and on its halves
+    # The test of splitting takes another batch and its halves
     assert set(TrainerLimits.sizes_seen) - tried <= {32, 16}
     assert tried <= set(TrainerLimits.sizes_seen)
 
 
-def test_a_loader_that_a_hook_makes_each_epoch_is_set_each_time():
+def test_loader_made_by_a_hook_is_set_each_epoch():
     class Hooked(Tokens):
         def train_dataloader(self):
             return by_budget()
@@ -180,7 +181,7 @@ def test_a_loader_that_a_hook_makes_each_epoch_is_set_each_time():
     assert most - 7 < max(model.tokens[half:]) <= most
 
 
-def test_a_setter_serves_a_plain_loader_too():
+def test_setter_changes_a_plain_loader():
     def resize(loader, batch_size):
         loader.batch_sampler.batch_size = batch_size
 
@@ -196,7 +197,7 @@ def test_a_setter_serves_a_plain_loader_too():
     assert loader.batch_sampler.batch_size == 4
 
 
-def test_a_setter_may_put_another_sampler_in_its_place():
+def test_setter_may_replace_the_sampler():
     def another(loader, batch_size):
         object.__setattr__(loader, "batch_sampler", Budget(MEAN * batch_size))
 
@@ -209,12 +210,12 @@ def test_a_setter_may_put_another_sampler_in_its_place():
     assert loader.batch_sampler is own
 
 
-def test_a_setter_that_changes_nothing_is_refused():
+def test_setter_that_changes_nothing_is_refused():
     loader, model = by_budget(), Tokens()
 
     with pytest.raises(
         autobatch.AutobatchError,
-        match=r"set_batch_size leaves its first batch at (\d+) samples, be it asked for \1 or for",
+        match=r"set_batch_size leaves its first batch at (\d+) samples, both at \1 and at",
     ) as caught:
         trainer(tuner(set_batch_size=lambda *_: None)).fit(model, loader)
 
@@ -222,14 +223,14 @@ def test_a_setter_that_changes_nothing_is_refused():
     assert (model.batches, loader.batch_sampler.tokens) == ([], 16)
 
 
-def test_a_first_batch_that_holds_all_data_need_not_change():
+def test_first_batch_with_all_data_need_not_change():
     callback = tuner(target_batch_size=None, set_batch_size=budget)
     report = callback.tune(trainer(), Tokens(), by_budget(MEAN * 600))
 
     assert report.plan.micro_batch_size > 1
 
 
-def test_without_a_setter_the_way_out_is_named():
+def test_error_without_a_setter_names_set_batch_size():
     with pytest.raises(
         autobatch.AutobatchError, match=r"Budget, has no batch_size \(set_batch_size"
     ):
@@ -237,7 +238,7 @@ def test_without_a_setter_the_way_out_is_named():
 
 
 @pytest.mark.parametrize("least", [1, 20], ids=["at first", "when it is applied"])
-def test_an_error_of_the_setter_passes_through_and_leaves_the_loader_as_it_was(least):
+def test_error_of_the_setter_passes_through_and_restores_the_loader(least):
     def explode(loader, batch_size):
         budget(loader, batch_size)
         if batch_size >= least:
@@ -252,8 +253,8 @@ def test_an_error_of_the_setter_passes_through_and_leaves_the_loader_as_it_was(l
 
 
 @pytest.mark.parametrize("given", [3, "tokens", [budget]])
-def test_a_setter_that_can_not_be_called_is_refused_at_the_door(given):
-    with pytest.raises(ValueError, match=r"set_batch_size=.* can not be called"):
+def test_setter_that_is_no_function_is_refused(given):
+    with pytest.raises(ValueError, match=r"set_batch_size=.* cannot be called"):
         tuner(set_batch_size=given)
 
 

@@ -58,7 +58,7 @@ def disturb(model, optimizer):
     np.random.rand()
 
 
-def test_everything_is_given_back():
+def test_everything_is_restored():
     model, optimizer = trained()
     before = inventory(model, optimizer)
 
@@ -71,7 +71,7 @@ def test_everything_is_given_back():
     assert not hasattr(model, "extra")
 
 
-def test_it_can_be_given_back_again_and_again():
+def test_a_snapshot_can_be_restored_repeatedly():
     model, optimizer = trained()
     before = inventory(model, optimizer)
 
@@ -83,7 +83,7 @@ def test_it_can_be_given_back_again_and_again():
             assert same(before, inventory(model, optimizer))
 
 
-def test_training_goes_on_as_if_nothing_had_been():
+def test_training_continues_bit_identically():
     def run(tuned):
         model, optimizer = trained()
         if tuned:
@@ -99,7 +99,7 @@ def test_training_goes_on_as_if_nothing_had_been():
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_it_is_given_back_whatever_happened(error):
+def test_everything_is_restored_after_an_error(error):
     model, optimizer = trained()
     before = inventory(model, optimizer)
 
@@ -126,7 +126,7 @@ def test_tensors_stay_the_same_objects():
     assert groups is optimizer.param_groups[0]
 
 
-def test_modules_and_optimizers_are_captured_at_first_touch():
+def test_modules_and_optimizers_are_captured_at_first_use():
     torch.manual_seed(0)
     model = Perceptron()
     optimizer = torch.optim.AdamW(model.parameters())
@@ -149,7 +149,7 @@ def test_modules_and_optimizers_are_captured_at_first_touch():
     ]
 
 
-def test_no_hook_is_left_behind():
+def test_hooks_are_removed():
     model, optimizer = trained()
     touched = []
 
@@ -164,7 +164,7 @@ def test_no_hook_is_left_behind():
     assert not touched
 
 
-def test_a_model_that_a_workload_makes_for_itself_may_die():
+def test_a_model_of_the_workload_may_die():
     with (
         Snapshot() as snapshot,
         snapshot.at_first_forward(lambda _: None),
@@ -181,7 +181,7 @@ def test_a_model_that_a_workload_makes_for_itself_may_die():
         assert not snapshot.alive
 
 
-def test_buffers_keep_their_storage_though_nothing_else_holds_them():
+def test_buffers_keep_their_storage():
     model, optimizer = trained()
 
     with Snapshot() as snapshot:
@@ -192,7 +192,7 @@ def test_buffers_keep_their_storage_though_nothing_else_holds_them():
     assert addresses == [model.layers[1].running_var.data_ptr()]
 
 
-def test_gradients_of_before_do_not_stay_on_the_device():
+def test_earlier_gradients_do_not_stay_on_the_device():
     model, optimizer = trained()
 
     with Snapshot() as snapshot:
@@ -214,7 +214,7 @@ def test_gradients_of_before_do_not_stay_on_the_device():
     ],
     ids=["torch", "python", "numpy", "old numpy"],
 )
-def test_generators_are_given_back(thing, draw):
+def test_generators_are_restored(thing, draw):
     with Snapshot() as snapshot:
         snapshot.capture(thing)
         drawn = draw(thing)
@@ -223,7 +223,7 @@ def test_generators_are_given_back(thing, draw):
     assert draw(thing) == drawn
 
 
-def test_a_grad_scaler_in_the_middle_of_a_step_is_given_back():
+def test_a_grad_scaler_is_restored_in_the_middle_of_a_step():
     model, optimizer = trained()
     scaler = torch.amp.GradScaler("cpu")
 
@@ -237,7 +237,7 @@ def test_a_grad_scaler_in_the_middle_of_a_step_is_given_back():
     assert scaler.get_scale() == torch.amp.GradScaler("cpu").get_scale()
 
 
-def test_a_scheduler_is_given_back():
+def test_a_scheduler_is_restored():
     _, optimizer = trained()
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=10)
 
@@ -252,7 +252,7 @@ def test_a_scheduler_is_given_back():
     assert scheduler.get_last_lr() != reached
 
 
-def test_light_capture_leaves_data_alone():
+def test_light_capture_does_not_restore_data():
     class Data:
         def __init__(self):
             self.reads, self.table, self.rows = 0, torch.zeros(4), list(range(5000))
@@ -267,7 +267,7 @@ def test_light_capture_leaves_data_alone():
     assert data.table.tolist() == [1.0] * 4
 
 
-def test_one_object_that_refuses_keeps_no_other_from_its_own():
+def test_a_failing_object_does_not_keep_others_from_being_restored():
     class Stubborn:
         def state_dict(self):
             return {}
@@ -294,7 +294,7 @@ def interruptible():
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_an_interrupt_while_giving_back_waits_until_everything_is_back():
+def test_an_interrupt_waits_until_everything_is_restored():
     model, optimizer = trained()
     before = inventory(model, optimizer)
 
@@ -314,7 +314,7 @@ def test_an_interrupt_while_giving_back_waits_until_everything_is_back():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_what_is_first_seen_at_a_step_is_given_back_without_the_gradient_of_that_step():
+def test_parameters_first_seen_at_a_step_are_restored_without_gradient():
     weight = nn.Parameter(torch.ones(3))
     optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
 
@@ -327,7 +327,7 @@ def test_what_is_first_seen_at_a_step_is_given_back_without_the_gradient_of_that
     assert not optimizer.state
 
 
-def test_an_expanded_buffer_is_given_back():
+def test_an_expanded_buffer_is_restored():
     model = nn.Linear(2, 2)
     model.register_buffer("mask", torch.ones(1, 1).expand(4, 4))
     model.steps = []
@@ -341,7 +341,7 @@ def test_an_expanded_buffer_is_given_back():
     assert model.steps == []
 
 
-def test_a_helper_that_knows_its_own_state_is_given_back():
+def test_an_attribute_with_a_state_dict_is_restored():
     """An average of weights, say, that is no module."""
 
     class Average:
@@ -364,7 +364,7 @@ def test_a_helper_that_knows_its_own_state_is_given_back():
     assert model.average.shadow["w"].tolist() == [0, 0]
 
 
-def test_an_error_in_the_body_is_not_hidden_by_what_can_not_be_given_back():
+def test_an_error_in_the_body_is_not_hidden_by_a_failed_restore():
     class Refuses:
         def state_dict(self):
             return {}
@@ -379,4 +379,4 @@ def test_an_error_in_the_body_is_not_hidden_by_what_can_not_be_given_back():
         raise KeyError("user")
 
     (note,) = caught.value.__notes__
-    assert note.startswith("autobatch could not give everything back: RuntimeError(")
+    assert note.startswith("autobatch could not restore everything: RuntimeError(")

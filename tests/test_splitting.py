@@ -1,4 +1,4 @@
-"""What a Trainer is told of layers and losses that accumulation changes."""
+"""Notes on layers and losses that accumulation changes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def points():
 
 
 class Texts(Dataset):
-    """Sequences of as many tokens as it happens."""
+    """Sequences of random length."""
 
     def __init__(self):
         generator = torch.Generator().manual_seed(6)
@@ -43,7 +43,7 @@ class Texts(Dataset):
 
 
 class Points(pl.LightningModule):
-    """Learns from points by a mean over samples, unless it says otherwise."""
+    """Learns from points by a mean over samples."""
 
     def __init__(self, *between):
         super().__init__()
@@ -79,7 +79,7 @@ class Random(Points):
 
 
 class Stubborn(Points):
-    """Takes no batch but whole ones."""
+    """Accepts whole batches only."""
 
     def loss(self, x, y):
         if len(x) < 16:
@@ -139,30 +139,30 @@ def fit(
     return callback.report.notes
 
 
-def is_told(notes):
+def has_note(notes):
     return any("Splitting a batch" in note for note in notes)
 
 
-def test_a_mean_over_samples_is_not_spoken_of():
+def test_mean_over_samples_has_no_note():
     module = Points()
 
     notes = fit(module)
 
-    assert not is_told(notes)
+    assert not has_note(notes)
     assert module.batches == 6 * [16]
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
-def test_rounding_is_not_taken_for_a_loss_that_does_not_split(precision):
+def test_rounding_has_no_note(precision):
     class Converted(Points):
         def loss(self, x, y):
             return super().loss(x.to(self.net[0].weight.dtype), y)
 
-    assert not is_told(fit(Converted(), precision=precision))
+    assert not has_note(fit(Converted(), precision=precision))
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_a_loss_that_compares_samples_is_told(precision):
+def test_loss_that_compares_samples_has_a_note(precision):
     notes = fit(Contrastive(), precision=precision)
 
     (note,) = (note for note in notes if "Splitting" in note)
@@ -170,49 +170,49 @@ def test_a_loss_that_compares_samples_is_told(precision):
     assert "does not reproduce a batch of 64" in note
 
 
-def test_a_mean_over_tokens_is_told_where_lengths_differ():
+def test_mean_over_tokens_of_different_lengths_has_a_note():
     notes = fit(Tokens(), DataLoader(Texts(), 8, collate_fn=Texts.padded))
 
-    assert is_told(notes)
+    assert has_note(notes)
 
 
-def test_a_loss_that_adds_up_is_told_as_one():
+def test_sum_over_samples_has_a_note_of_its_own():
     notes = fit(AddedUp())
 
-    assert not is_told(notes)
+    assert not has_note(notes)
     assert any("its gradient is 1/4" in note for note in notes)
 
 
 @pytest.mark.parametrize("layer", [nn.Dropout(0.5), nn.GroupNorm(3, 12), nn.LayerNorm(12)])
-def test_layers_that_treat_each_sample_by_itself_are_not_spoken_of(layer):
-    assert not is_told(fit(Points(layer)))
+def test_layers_without_batch_statistics_have_no_note(layer):
+    assert not has_note(fit(Points(layer)))
 
 
-def test_batch_norm_is_told_by_its_layers_alone():
+def test_batch_norm_has_a_note_without_a_test():
     module = Points(nn.BatchNorm1d(12))
 
     notes = fit(module, size=16)
 
     assert "1 BatchNorm layer uses the statistics of 16 samples, not 64." in notes
-    assert not is_told(notes)
+    assert not has_note(notes)
 
 
 @pytest.mark.filterwarnings("ignore:Found 1 module")
-def test_batch_norm_that_is_frozen_is_not_spoken_of():
+def test_frozen_batch_norm_has_no_note():
     module = Points(nn.BatchNorm1d(12).eval())
 
     assert not any("BatchNorm" in note for note in fit(module))
 
 
 @pytest.mark.parametrize("module", [Contrastive, lambda: Points(nn.BatchNorm1d(12))])
-def test_without_accumulation_there_is_nothing_to_say(module):
+def test_plan_without_accumulation_has_no_note(module):
     notes = fit(module(), size=32, whole=1)
 
-    assert not is_told(notes)
+    assert not has_note(notes)
     assert not any("BatchNorm" in note for note in notes)
 
 
-def test_a_step_that_needs_what_the_start_of_a_run_makes_is_tested_too():
+def test_step_that_needs_a_start_hook_is_tested():
     class Prepared(Contrastive):
         def on_train_start(self):
             self.temperature = 2.0
@@ -220,31 +220,31 @@ def test_a_step_that_needs_what_the_start_of_a_run_makes_is_tested_too():
         def loss(self, x, y):
             return super().loss(x, y) / self.temperature
 
-    assert is_told(fit(Prepared()))
+    assert has_note(fit(Prepared()))
 
 
-def test_batch_norm_is_told_where_a_module_optimises_by_hand_as_well():
+def test_batch_norm_under_manual_optimization_has_a_note():
     notes = fit(ByHand(nn.BatchNorm1d(12)))
 
     assert "1 BatchNorm layer uses the statistics of 16 samples, not 64." in notes
 
 
-# Where it can not be tested
+# Without a result
 
 
 @pytest.mark.parametrize(("seconds", "tested"), [(1e-3, False), (600, True)])
-def test_the_test_is_left_out_where_time_is_up_and_that_is_told(seconds, tested):
+def test_test_is_left_out_without_time_and_a_note_shows_it(seconds, tested):
     module = Contrastive()
 
     notes = fit(module, time_limit=seconds)
 
-    assert is_told(notes) == tested
+    assert has_note(notes) == tested
     assert any("left no time to test" in note for note in notes) != tested
-    assert module.batches == 6 * [16], "training is what it was"
+    assert module.batches == 6 * [16], "training is unchanged"
 
 
 @pytest.mark.parametrize("module", [ByHand(), Points(nn.BatchNorm1d(12))])
-def test_nothing_is_said_of_time_where_there_is_nothing_to_test(module):
+def test_no_note_on_time_without_anything_to_test(module):
     assert not any("left no time" in note for note in fit(module, time_limit=1e-3))
 
 
@@ -262,17 +262,17 @@ def why(caplog):
         (Silent, {"size": 24, "whole": 2}, "returned no loss"),
     ],
 )
-def test_where_it_can_not_tell_it_is_silent_and_training_goes_on(module, options, reason, why):
+def test_undecided_test_has_no_note_and_training_continues(module, options, reason, why):
     trained = module()
 
     notes = fit(trained, **options)
 
-    assert not is_told(notes)
+    assert not has_note(notes)
     assert trained.batches
     assert reason in why()[0]
 
 
-def test_a_half_that_fails_calls_no_hook_of_the_module():
+def test_failing_half_calls_no_hook_of_the_module():
     started = []
 
     class Starting(Stubborn):
@@ -286,7 +286,7 @@ def test_a_half_that_fails_calls_no_hook_of_the_module():
     assert started == [module]  # by training itself
 
 
-def test_a_batch_without_a_row_for_each_sample_is_not_split(why):
+def test_batch_without_one_row_per_sample_is_not_split(why):
     class Odd(Points):
         def training_step(self, batch, batch_idx):
             x, _ = batch
@@ -297,11 +297,11 @@ def test_a_batch_without_a_row_for_each_sample_is_not_split(why):
 
     notes = fit(Odd(), DataLoader(points(), 8, collate_fn=collated))
 
-    assert not is_told(notes)
+    assert not has_note(notes)
     assert "a int in a batch" in why()[0]
 
 
-def test_where_memory_runs_out_nothing_is_said_and_all_of_it_is_given_back(why, monkeypatch):
+def test_out_of_memory_has_no_note_and_memory_is_freed(why, monkeypatch):
     device = SimulatedAccelerator("64MiB")
     monkeypatch.setattr(
         "autobatch.lightning._accumulation.memory_budget", lambda *_: device.ledger.current
@@ -311,18 +311,18 @@ def test_where_memory_runs_out_nothing_is_said_and_all_of_it_is_given_back(why, 
 
     quiet_trainer(callback, max_epochs=1).fit(module, DataLoader(points(), 8))
 
-    assert not is_told(callback.report.notes)
+    assert not has_note(callback.report.notes)
     assert "OutOfMemoryError" in why()[0]
     assert module.batches == 6 * [16]
 
 
-def test_a_module_that_optimises_by_hand_is_not_tested(why):
-    assert not is_told(fit(ByHand()))
+def test_manual_optimization_is_not_tested(why):
+    assert not has_note(fit(ByHand()))
     assert why() == []
 
 
-def test_the_test_leaves_no_trace():
-    """Weights after training, and what was drawn, are those of a run that was not tested."""
+def test_test_leaves_no_trace_in_training():
+    """Weights and random numbers after training equal those of a run without a test."""
 
     def trained(module):
         torch.manual_seed(3)
@@ -342,14 +342,14 @@ def test_the_test_leaves_no_trace():
     tested, untested = Drawing(), Untested()
     one = trained(tested)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("autobatch.lightning._accumulation.Splits._tested", lambda *_: None)
+        patch.setattr("autobatch.lightning._accumulation.SplittingTest._tested", lambda *_: None)
         other = trained(untested)
 
     assert tested.seen == untested.seen
     assert all(map(torch.equal, one, other))
 
 
-def test_tune_alone_tells_it_too():
+def test_tune_alone_has_the_note():
     module = Contrastive()
     callback = autobatch.AutoBatch(
         target_batch_size=64,
@@ -360,16 +360,16 @@ def test_tune_alone_tells_it_too():
 
     report = callback.tune(quiet_trainer(), module, DataLoader(points(), 8))
 
-    assert is_told(report.notes)
+    assert has_note(report.notes)
     assert module.batches == []
 
 
-# What it is tested on
+# The batch that is split
 
 
 @pytest.fixture
 def batches(monkeypatch):
-    """What is split."""
+    """Batches that are split."""
     seen = []
     monkeypatch.setattr(
         "autobatch.lightning._accumulation.split_gradient",
@@ -378,7 +378,7 @@ def batches(monkeypatch):
     return seen
 
 
-def test_the_samples_are_as_they_come_large_and_small_each_of_them_once(batches):
+def test_split_batch_holds_ordinary_samples_each_once(batches):
     texts = Texts()
 
     fit(Tokens(), DataLoader(texts, 8, collate_fn=Texts.padded))
@@ -392,14 +392,14 @@ def test_the_samples_are_as_they_come_large_and_small_each_of_them_once(batches)
 
 
 @pytest.mark.parametrize(("size", "samples"), [(2, 2), (15, 14), (32, 32), (33, 32), (48, 32)])
-def test_the_batch_is_even_and_not_larger_than_it_has_to_be(batches, size, samples):
+def test_split_batch_has_an_even_size_up_to_32(batches, size, samples):
     fit(Points(), size=size, whole=2)
 
     ((batch, said),) = batches
     assert said == samples == len(batch[0])
 
 
-def test_what_the_user_makes_is_split_where_they_make_it(batches):
+def test_worst_case_batch_is_split(batches):
     made = []
 
     def largest(size):

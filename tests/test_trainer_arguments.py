@@ -1,4 +1,4 @@
-"""Arguments of the Trainer that count batches or steps, or switch parts of it off."""
+"""Arguments of the Trainer that count batches or steps, or disable parts of it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from torch.utils.data import DataLoader
 
 import autobatch
 from autobatch.testing import SimulatedAccelerator
+from lightning_here import Model, data, pl, tuner
+from lightning_here import quiet_trainer as trainer
 from sameness import same
-from test_lightning import Model, data, pl, trainer, tuner
 
 PLAN = autobatch.BatchPlan(60, 2)
 
@@ -19,7 +20,7 @@ def loader(size=4, length=600, **options):
 
 
 def known(**options):
-    """Tuned in one trial, to the same plan on any machine."""
+    """Return a callback with a plan that needs one trial."""
     return tuner(plan=PLAN, **options)
 
 
@@ -34,7 +35,7 @@ class Hooked(Model):
         return loader(self.hparams.batch_size, shuffle=True)
 
 
-def test_a_limit_that_counts_batches_is_told_in_samples():
+def test_a_limit_in_batches_is_noted_in_samples():
     told = notes(limit_train_batches=5)
 
     assert (
@@ -44,11 +45,11 @@ def test_a_limit_that_counts_batches_is_told_in_samples():
 
 
 @pytest.mark.parametrize("limit", [1.0, 0.5, 1000])
-def test_a_limit_that_keeps_its_share_is_not_told(limit):
+def test_a_limit_as_a_share_is_not_noted(limit):
     assert not any("limit_train_batches" in note for note in notes(limit_train_batches=limit))
 
 
-def test_a_limit_over_a_stream_is_told_in_samples():
+def test_a_limit_of_a_stream_is_noted_in_samples():
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):
             return iter(data())
@@ -63,7 +64,7 @@ def test_a_limit_over_a_stream_is_told_in_samples():
     )
 
 
-def test_a_share_of_an_epoch_that_is_less_than_a_batch_is_refused():
+def test_a_share_of_an_epoch_below_one_batch_is_refused():
     model, data_loader, callback = Model(), loader(), known()
     fitted = trainer(callback, limit_train_batches=0.05)
 
@@ -73,7 +74,7 @@ def test_a_share_of_an_epoch_that_is_less_than_a_batch_is_refused():
     assert (model.sizes, data_loader.batch_size) == ([], 4)
 
 
-def test_validation_that_counts_batches_is_told_in_samples():
+def test_a_validation_interval_in_batches_is_noted_in_samples():
     model = Model()
 
     told = notes(model, loader(20, 20), val_check_interval=5)
@@ -86,7 +87,7 @@ def test_validation_that_counts_batches_is_told_in_samples():
     assert not any("val_check_interval" in note for note in notes(val_check_interval=5))
 
 
-def test_validation_that_would_never_come_is_refused_before_anything_is_applied():
+def test_a_validation_interval_beyond_the_epoch_is_refused():
     model, data_loader, callback = Model(), loader(), known()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     fitted = trainer(callback, val_check_interval=11)
@@ -106,7 +107,7 @@ def test_validation_that_would_never_come_is_refused_before_anything_is_applied(
 
 
 @pytest.mark.parametrize("options", [{"check_val_every_n_epoch": None}, {"limit_val_batches": 0}])
-def test_an_interval_over_epochs_or_without_validation_is_trained(options):
+def test_an_interval_over_epochs_or_without_validation_is_accepted(options):
     model = Model()
     try:
         trainer(val_check_interval=11, max_epochs=1, **options).fit(
@@ -120,7 +121,7 @@ def test_an_interval_over_epochs_or_without_validation_is_trained(options):
     assert len(model.sizes) == 20
 
 
-def test_logging_that_becomes_rare_is_told(tmp_path):
+def test_epochs_too_short_for_a_logged_step_are_noted(tmp_path):
     logger = pl.loggers.CSVLogger(tmp_path)
 
     assert (
@@ -131,7 +132,7 @@ def test_logging_that_becomes_rare_is_told(tmp_path):
     assert not any("log_every" in note for note in notes())
 
 
-def test_a_number_of_steps_is_told_in_samples():
+def test_max_steps_is_noted_in_samples():
     model = Model()
 
     told = notes(model, max_steps=4)
@@ -144,7 +145,7 @@ def test_a_number_of_steps_is_told_in_samples():
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("amount", [4, 0.4])
 @pytest.mark.parametrize("hooked", [True, False])
-def test_overfitting_trains_on_the_same_first_batches_at_the_size_found(hooked, amount, shuffle):
+def test_overfit_batches_trains_on_the_first_batches_of_the_tuned_size(hooked, amount, shuffle):
     class Shown(Hooked if hooked else Model):
         def training_step(self, batch, batch_idx):
             self.seen = [*getattr(self, "seen", []), batch[0].sum().item()]
@@ -161,7 +162,7 @@ def test_overfitting_trains_on_the_same_first_batches_at_the_size_found(hooked, 
     tuned, by_hand = fit(callback), fit(size=60, accumulate_grad_batches=2)
 
     assert tuned.sizes == by_hand.sizes == [60] * 8
-    # What an earlier trial saw is not in the record: attributes are given back
+    # Attributes set in earlier trials are restored
     assert tuned.seen == by_hand.seen
     assert tuned.seen[:4] == tuned.seen[4:]
     assert same(dict(tuned.state_dict()), dict(by_hand.state_dict()))
@@ -191,7 +192,7 @@ def test_overfitting_trains_on_the_same_first_batches_at_the_size_found(hooked, 
     ids=lambda options: next(iter(options)),
 )
 @pytest.mark.filterwarnings("ignore:.*[Dd]eterministic", "ignore:.*Anomaly Detection")
-def test_training_is_the_same_to_the_bit_under(options, capsys):
+def test_training_is_bit_identical_with_trainer_argument(options, capsys):
     def fit(*callbacks, size=4, accumulate=1):
         pl.seed_everything(1, verbose=False)
         model = Model(size)
@@ -213,7 +214,7 @@ def test_training_is_the_same_to_the_bit_under(options, capsys):
     assert same(dict(tuned.state_dict()), dict(by_hand.state_dict()))
 
 
-def test_a_run_whose_time_is_up_at_once_is_tuned_and_ends():
+def test_a_run_without_time_left_is_tuned_and_ends():
     model, callback = Model(), tuner(device=SimulatedAccelerator("450KiB"))
 
     trainer(callback, max_time={"seconds": 0}).fit(model, loader())
@@ -222,7 +223,7 @@ def test_a_run_whose_time_is_up_at_once_is_tuned_and_ends():
     assert len(model.sizes) <= 1
 
 
-# What AutoBatch needs of Lightning's inside
+# Private names of Lightning
 
 
 def delete_step(fitted, monkeypatch):
@@ -246,7 +247,7 @@ def delete_stage(fitted, monkeypatch):
     ],
 )
 @pytest.mark.parametrize("tune", [False, True], ids=["fit", "tune"])
-def test_a_lightning_without_what_is_needed_is_refused(monkeypatch, delete, name, tune):
+def test_a_lightning_without_a_needed_name_is_refused(monkeypatch, delete, name, tune):
     model, callback, data_loader = Model(), known(), loader()
     fitted = trainer(*([] if tune else [callback]))
     delete(fitted, monkeypatch)

@@ -179,7 +179,7 @@ def test_the_allocator_may_retry_in_the_first_step_only(monkeypatch, steps, outc
 
 
 def convolution(gpu, chosen):
-    """What cuDNN does that tries its algorithms: once for each size it asks for more than there is, then for less."""
+    """Imitate cuDNN's benchmark: once per size it asks for too much memory, then for less."""
 
     def train(batch_size, accumulate):
         while True:
@@ -274,7 +274,7 @@ def test_the_generator_is_closed_under_the_modes_it_was_started_under():
 
 
 def test_steps_go_on_until_an_optimizer_has_stepped():
-    """A GradScaler skips its first steps while the scale settles: no optimizer state exists until then."""
+    """A GradScaler skips its first steps while its scale settles, without optimizer state."""
     model, optimizer = perceptron()
     scaler = torch.amp.GradScaler("cpu")
     probe = SimulatedAccelerator("1GiB")
@@ -315,7 +315,7 @@ def test_the_optimizer_is_timed_without_its_closure():
 
     trial = attempt(train, 4, Ticking("1GiB"))
 
-    # Four readings in a step: into the optimizer, into the closure, out of it, and out again: 3 ticks less 1.
+    # Four readings in a step, around the optimizer and around its closure: 3 ticks less 1
     assert trial.optimizer_seconds == 2.0
     assert trial.step_seconds == 5.0
 
@@ -329,7 +329,7 @@ def count_allocations(workload):
 
 @pytest.mark.parametrize("autograd_branches", [False, True])
 def test_memory_running_out_at_any_allocation_leaves_nothing_behind(autograd_branches):
-    """Refuse every single allocation of a trial in turn: it is a failed trial, no tensor is left, the next one runs."""
+    """Refuse each allocation of a trial in turn: the trial fails, and no tensor is left."""
     from autobatch._trials.snapshot import Snapshot
 
     model, optimizer = perceptron()
@@ -355,7 +355,7 @@ def test_memory_running_out_at_any_allocation_leaves_nothing_behind(autograd_bra
             probe.ledger.refuse_at = allocation
             trial = attempt(workload, 4, probe, steps=2)
             snapshot.restore()
-            probe.attach(model, optimizer)  # a buffer that was bound anew is a new tensor
+            probe.attach(model, optimizer)  # a restored buffer is a new tensor
 
             assert trial.outcome is Outcome.OUT_OF_MEMORY
             assert probe.read().reserved == at_rest, (

@@ -1,4 +1,4 @@
-"""What a fit measures of its loader."""
+"""Waiting time for the loader, measured in a fit."""
 
 from __future__ import annotations
 
@@ -72,10 +72,10 @@ def fit(model, data, validation=None, **options):
     return callback.report
 
 
-def test_a_slow_loader_is_most_of_the_time(caplog):
+def test_a_slow_loader_takes_most_of_the_time(caplog):
     report = fit(Model(), Slow(20))
 
-    # Of 20 batches there are 19 intervals, and the first three come while all warms up
+    # 20 batches have 19 intervals, of which the first three are warm-up
     assert report.loading.batches == 16
     assert report.loading.wait_seconds >= 16 * SECONDS
     assert report.loading.share > 0.5
@@ -83,13 +83,13 @@ def test_a_slow_loader_is_most_of_the_time(caplog):
     assert "Data loading took" in caplog.text
 
 
-def test_a_stream_that_is_read_ahead_is_waited_for_too():
+def test_waiting_for_a_prefetched_stream_counts():
     report = fit(Model(), Stream())
 
     assert report.loading.share > 0.5
 
 
-def test_a_fast_loader_beside_a_slow_step_is_the_smaller_part():
+def test_a_fast_loader_takes_the_smaller_part():
     report = fit(Busy(), Slow(20, seconds=0.0))
 
     assert report.loading.batches == 16
@@ -97,7 +97,7 @@ def test_a_fast_loader_beside_a_slow_step_is_the_smaller_part():
     assert report.loading.share < 0.5
 
 
-def test_validation_is_no_waiting():
+def test_validation_does_not_count_as_waiting():
     validation = DataLoader(torch.ones(3, 4), 1)
 
     report = fit(Validated(), Slow(20, 0.0), validation, val_check_interval=1)
@@ -108,15 +108,15 @@ def test_validation_is_no_waiting():
 def test_several_epochs_are_measured_as_one():
     report = fit(Model(), Slow(8), max_epochs=3)
 
-    # Of each epoch but the first all seven intervals, and those that are left of the first
+    # All seven intervals of each epoch, less the warm-up in the first
     assert report.loading.batches == 7 + 7 + 4
 
 
-def test_of_a_few_batches_nothing_is_said():
+def test_a_few_batches_are_not_reported():
     assert fit(Model(), Slow(12)).loading is None
 
 
-def test_the_loop_has_its_own_watch_again():
+def test_fit_restores_the_profiler_calls_of_the_loop():
     class Watching(pl.Callback):
         def on_train_end(self, trainer, pl_module):
             fetcher = trainer.fit_loop._data_fetcher
@@ -133,11 +133,11 @@ def test_the_loop_has_its_own_watch_again():
     assert watching.watch is trainer.fit_loop.epoch_loop
 
 
-# By a clock of one's own
+# With a simulated clock
 
 
 class Trainer:
-    """As much of one as is looked at."""
+    """The attributes of a Trainer that the timer uses."""
 
     def __init__(self, device="cpu"):
         self.fit_loop = self.strategy = self._data_fetcher = self
@@ -164,7 +164,7 @@ def run(wait, clock, trainer, batches, *, waits, steps):
         trainer._stop_profiler()
 
 
-def test_waiting_and_the_rest_add_up_to_all_of_the_time():
+def test_waiting_and_steps_add_up_to_the_whole_time():
     clock, trainer = Clock(), Trainer()
     wait = DataLoaderTimer(clock)
 
@@ -178,7 +178,7 @@ def test_waiting_and_the_rest_add_up_to_all_of_the_time():
     assert trainer.profiled == 24 * ["start", "stop"]
 
 
-def test_it_looks_at_so_many_batches_and_then_no_more():
+def test_the_timer_stops_after_200_batches():
     clock, trainer = Clock(), Trainer()
     start = trainer._start_profiler
     wait = DataLoaderTimer(clock)
@@ -189,7 +189,7 @@ def test_it_looks_at_so_many_batches_and_then_no_more():
     assert trainer._start_profiler is start
 
 
-def test_what_comes_between_is_not_counted():
+def test_interruptions_are_not_counted():
     clock, trainer = Clock(), Trainer()
     wait = DataLoaderTimer(clock)
 
@@ -204,7 +204,7 @@ def test_what_comes_between_is_not_counted():
 
 
 @pytest.mark.parametrize(("is_done", "share"), [(True, 0.3), (False, 0.0)])
-def test_on_a_gpu_a_wait_counts_only_where_the_queue_ran_empty(is_done, share, monkeypatch):
+def test_on_a_gpu_a_wait_counts_only_with_an_empty_queue(is_done, share, monkeypatch):
     class Event:
         def record(self, stream):
             assert stream == "of cuda:1"

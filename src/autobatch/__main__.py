@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import platform
 import sys
 import time
+import warnings
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
 from autobatch.errors import AutobatchError
 
@@ -17,12 +20,13 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from autobatch._memory import MemoryProbe
+    from autobatch._report import TuningReport
 
-_PACKAGES = ("torch", "lightning", "pytorch-lightning", "nvidia-ml-py")
+_PACKAGES: Final = ("torch", "lightning", "pytorch-lightning", "nvidia-ml-py")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 when it went well, 2 after one sentence on stderr when it could not."""
+    """Run one command; return 0, or 2 after an error in one sentence on stderr."""
     options = _parser().parse_args(arguments)
     try:
         options.command(options)
@@ -40,65 +44,46 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
 
     demo = commands.add_parser(
-        "demo", help="tune and train a small real model on this machine, no GPU needed"
+        "demo", help="tune and train a small real model on this machine; no GPU needed"
     )
     demo.add_argument(
         "--directory",
         type=Path,
         default=Path("autobatch-demo"),
-        help="where the report goes; %(default)s unless told otherwise",
+        help="directory of the report (default: %(default)s)",
     )
     demo.set_defaults(command=_demo)
 
     probe = commands.add_parser(
-        "probe",
-        help="what memory autobatch sees: devices, other processes, budget, and why",
+        "probe", help="print the memory that autobatch sees: devices, other processes, budget"
     )
     probe.add_argument(
         "--memory-limit",
         default="0.9",
-        help='a share such as 0.9, bytes, or text such as "10GiB"; %(default)s unless told otherwise',
+        help='a share such as 0.9, bytes, or text such as "10GiB" (default: %(default)s)',
     )
     probe.set_defaults(command=_probe)
 
     show = commands.add_parser("show", help="print a report, or draw it")
     show.add_argument("report", type=Path, help="the JSON file of a report")
     show.add_argument(
-        "--figure",
-        type=Path,
-        help="a file to draw it into as well: .png, .svg or .pdf",
+        "--figure", type=Path, help="also draw the report into this file: .png, .svg or .pdf"
     )
     show.set_defaults(command=_show)
     return parser
 
 
-def _demo(options: argparse.Namespace) -> None:
-    try:
-        import matplotlib as mpl  # noqa: F401 -- asked for before anything is printed
-        import pytorch_lightning  # noqa: F401
-        import sklearn  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise AutobatchError(
-            f'The demo needs {error.name}: pip install "lightning-autobatch[demo]".'
-        ) from None
-    from autobatch import _demo, sinks
+def _show(options: argparse.Namespace) -> None:
+    from autobatch import sinks
+    from autobatch._report import TuningReport
 
-    try:
-        options.directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise AutobatchError(
-            f"--directory={options.directory} can not be made: {error.strerror}."
-        ) from None
-    began = time.perf_counter()
-    result = _demo.run()  # the callback prints the report
-    path = options.directory / "autobatch.json"
-    drawn = options.directory / "tradeoff.png"
-    sinks.json_file(path)(result.report)
-    sinks.figure_file(drawn)(result.report)
-    print(
-        f"\n{result.accuracy:.1%} of the held-out digits right after {result.updates} updates; "
-        f"{time.perf_counter() - began:.0f} s in all. The report is in {path}, its picture in {drawn}."
-    )
+    report = TuningReport.read(options.report)
+    if options.figure is not None:
+        sinks.figure_file(options.figure)(report)  # first: an error leaves nothing printed
+    sinks.console(report)
+
+
+# probe
 
 
 def _probe(options: argparse.Namespace) -> None:
@@ -108,30 +93,20 @@ def _probe(options: argparse.Namespace) -> None:
     from autobatch._memory.detect import detect
 
     limit = parse_memory_limit(_number_or_text(options.memory_limit))
-    _print(_surroundings())
+    _print(_environment())
     for name in ("cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))):
         try:
             probe = detect(name, torch.device(name))
-            seen = _seen(probe, limit)
+            rows = _memory_rows(probe, limit)
         except AutobatchError as error:
             print(f"\n{name}\n  {error}")
         else:
             print(f"\n{probe.name}")
-            _print(seen)
+            _print(rows)
 
 
-def _show(options: argparse.Namespace) -> None:
-    from autobatch import sinks
-    from autobatch._report import TuningReport
-
-    report = TuningReport.read(options.report)
-    if options.figure is not None:
-        sinks.figure_file(options.figure)(report)  # what can not be drawn is said first
-    sinks.console(report)
-
-
-def _surroundings() -> dict[str, str]:
-    """What a bug report has to say besides memory."""
+def _environment() -> dict[str, str]:
+    """Versions and devices, as a bug report needs them."""
     import torch
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -145,7 +120,7 @@ def _surroundings() -> dict[str, str]:
         "python": f"{platform.python_version()} on {platform.platform()}",
         **{package: _version_of(package) for package in _PACKAGES},
         "CUDA devices": devices,
-        "NVML": _nvml(),
+        "NVML": _nvml_driver(),
     }
 
 
@@ -156,8 +131,7 @@ def _version_of(package: str) -> str:
         return "not installed"
 
 
-def _nvml() -> str:
-    """The driver that NVML speaks for, or why it does not speak."""
+def _nvml_driver() -> str:
     try:
         import pynvml
 
@@ -167,7 +141,7 @@ def _nvml() -> str:
         return f"none: {error}"
 
 
-def _seen(probe: MemoryProbe, limit: float) -> dict[str, str]:
+def _memory_rows(probe: MemoryProbe, limit: float) -> dict[str, str]:
     from autobatch._memory import format_bytes, memory_budget
 
     reading = probe.read()
@@ -175,27 +149,27 @@ def _seen(probe: MemoryProbe, limit: float) -> dict[str, str]:
     shown = limit if isinstance(limit, float) else format_bytes(limit)
     return {
         "total": format_bytes(reading.total),
-        "others hold": format_bytes(reading.foreign),
+        "other processes": format_bytes(reading.foreign),
         "this process": format_bytes(reading.reserved),
         "budget": f"{format_bytes(budget)} at a memory_limit of {shown}",
         "read from": probe.source,
-        **_processes(probe),
+        **_process_row(probe),
     }
 
 
-def _processes(probe: MemoryProbe) -> dict[str, str]:
-    """Who holds a GPU's memory, as far as NVML tells; in a container these may be the host's numbers, or none."""
+def _process_row(probe: MemoryProbe) -> dict[str, str]:
+    """Memory of each process on a GPU; in a container, IDs may be those of the host or missing."""
     from autobatch._memory import format_bytes
     from autobatch._memory.cuda import CudaProbe
 
-    found = probe.processes() if isinstance(probe, CudaProbe) else None
-    if found is None:
+    processes = probe.processes() if isinstance(probe, CudaProbe) else None
+    if processes is None:
         return {}
-    told = [
-        f"{process}: {'unknown' if held is None else format_bytes(held)}"
-        for process, held in sorted(found.items())
+    texts = [
+        f"{process}: {'unknown' if used is None else format_bytes(used)}"
+        for process, used in sorted(processes.items())
     ]
-    return {"processes": ", ".join(told) or "none that NVML tells of"}
+    return {"processes": ", ".join(texts) or "none listed by NVML"}
 
 
 def _print(rows: dict[str, str]) -> None:
@@ -204,13 +178,158 @@ def _print(rows: dict[str, str]) -> None:
 
 
 def _number_or_text(text: str) -> float | str:
-    """What the same words mean in Python: 0.9 is a share, 10737418240 are bytes, the rest is text."""
+    """Read a number as Python does: 0.9 is a share, 10737418240 are bytes, the rest is text."""
     for kind in (int, float):
         try:
             return kind(text)
         except ValueError:
             continue
     return text
+
+
+# demo
+
+_DEMO_MEMORY: Final = "8MiB"  # small enough to be filled by images of 8 × 8 pixels
+_DEMO_STEPS: Final = 10  # per trial; they take milliseconds, and more steps give steadier times
+# Each digit is trained with these shifts in pixels and with noise, or the network memorises it
+_DEMO_SHIFTS: Final = ((0, 0), (0, 1), (1, 0), (0, -1))
+
+
+@dataclass(frozen=True, slots=True)
+class DemoResult:
+    """Report of the demo, and the accuracy on held-out digits after training, 0 to 1."""
+
+    report: TuningReport
+    accuracy: float
+    updates: int
+
+
+def _demo(options: argparse.Namespace) -> None:
+    try:
+        import matplotlib as mpl  # noqa: F401 -- checked before anything is printed
+        import pytorch_lightning  # noqa: F401
+        import sklearn  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise AutobatchError(
+            f'The demo needs {error.name}: pip install "lightning-autobatch[demo]".'
+        ) from None
+    from autobatch import sinks
+
+    try:
+        options.directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AutobatchError(
+            f"--directory={options.directory} cannot be created: {error.strerror}."
+        ) from None
+    began = time.perf_counter()
+    result = run_demo()  # the callback prints the report
+    report_path = options.directory / "autobatch.json"
+    figure_path = options.directory / "tradeoff.png"
+    sinks.json_file(report_path)(result.report)
+    sinks.figure_file(figure_path)(result.report)
+    print(
+        f"\n{result.accuracy:.1%} of the held-out digits right after {result.updates} updates; "
+        f"{time.perf_counter() - began:.0f} s in all. "
+        f"The report is in {report_path}, its picture in {figure_path}."
+    )
+
+
+def run_demo() -> DemoResult:
+    """Tune and train a network on the CPU, with a simulated accelerator of a few MiB.
+
+    torch is left with one thread: more do not speed up so small a network.
+    """
+    import pytorch_lightning as pl
+    import torch
+    from sklearn.datasets import load_digits
+    from torch.utils.data import DataLoader, TensorDataset, random_split
+
+    from autobatch.lightning import AutoBatch, NoiseScale
+    from autobatch.testing import SimulatedAccelerator
+
+    _silence_lightning()
+    torch.set_num_threads(1)
+    pl.seed_everything(0, verbose=False)
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
+    data = TensorDataset(images, torch.tensor(digits.target))
+    train, held_out = random_split(data, [0.8, 0.2])
+
+    model = _digits_net()
+    tuner = AutoBatch(
+        target_batch_size=256,
+        repair_last_window=True,
+        steps_per_trial=_DEMO_STEPS,
+        device=SimulatedAccelerator(_DEMO_MEMORY),
+    )
+    trainer = pl.Trainer(
+        max_epochs=10,
+        callbacks=[tuner, NoiseScale(every=2)],
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    augmented = TensorDataset(*_augmented(*train[:]))
+    trainer.fit(model, DataLoader(augmented, batch_size=8, shuffle=True))
+
+    if tuner.report is None:
+        raise RuntimeError("fit ended without a report")
+    inputs, labels = next(iter(DataLoader(held_out, batch_size=len(held_out))))
+    with torch.no_grad():
+        accuracy = (model.eval()(inputs).argmax(1) == labels).float().mean().item()
+    return DemoResult(tuner.report, accuracy, trainer.global_step)
+
+
+def _augmented(images: Any, labels: Any) -> tuple[Any, Any]:
+    """Return shifted and noisy copies of the images, with their labels."""
+    import torch
+
+    shifted = [torch.roll(images, shift, dims=(2, 3)) for shift in _DEMO_SHIFTS]
+    noisy = [copy + 0.3 * torch.randn_like(copy) for copy in shifted]
+    return torch.cat(noisy), labels.repeat(len(_DEMO_SHIFTS))
+
+
+def _silence_lightning() -> None:
+    """Hide Lightning's device lines and its advice on workers, which would bury the report."""
+    for name in [name for name in logging.root.manager.loggerDict if "lightning" in name]:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*does not have many workers")
+    warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # raised inside torch
+
+
+def _digits_net() -> Any:
+    import pytorch_lightning as pl
+    import torch
+    from torch import nn
+
+    class DigitsNet(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(
+                nn.Conv2d(1, 32, 3, padding=1),
+                nn.BatchNorm2d(32),
+                nn.ReLU(),
+                nn.Conv2d(32, 64, 3, padding=1),
+                nn.BatchNorm2d(64),
+                nn.ReLU(),
+                nn.MaxPool2d(2),
+                nn.Flatten(),
+                nn.Linear(1024, 10),
+            )
+
+        def forward(self, images: torch.Tensor) -> Any:
+            return self.layers(images)
+
+        def training_step(self, batch: Any, _: int) -> torch.Tensor:
+            images, labels = batch
+            return nn.functional.cross_entropy(self(images), labels)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters(), lr=2e-3)
+
+    return DigitsNet()
 
 
 if __name__ == "__main__":

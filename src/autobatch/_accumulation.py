@@ -1,10 +1,8 @@
-"""Check that accumulating micro-batches reproduces one large batch: BatchNorm, and the gradient of two halves."""
+"""Check that accumulating micro-batches reproduces one large batch: BatchNorm, and two halves."""
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
@@ -13,41 +11,44 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from autobatch._trials.batches import cut, is_plain_list, leaves
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-# Of each parameter; None where the loss does not depend on it
+# One tensor for each parameter; None if the loss does not depend on it
 Gradient: TypeAlias = "Sequence[torch.Tensor | None]"
 
-# Times what the same batch changes when it is taken twice: less is the step's own chance
-_CLEAR: Final = 3.0
+# A difference counts if it is more than this many times the difference between two gradients of
+# the same batch, which is due to random numbers in the step
+_TIMES_RANDOM: Final = 3.0
 
 
 @dataclass(frozen=True, slots=True)
 class BatchNorms:
-    """Layers that normalise by the batch they see.
+    """Number of layers that normalize with the statistics of the current batch.
 
     Args:
-        alone: Those that see one micro-batch of one rank.
-        together: Those that see the micro-batches of all ranks, by SyncBatchNorm.
+        alone: Layers that see one micro-batch of one rank.
+        together: SyncBatchNorm layers, which see the micro-batches of all ranks.
     """
 
     alone: int
     together: int
 
     def __bool__(self) -> bool:
-        """Whether there are any."""
+        """Return True if there are any."""
         return self.alone + self.together > 0
 
 
 @dataclass(frozen=True, slots=True)
 class Splitting:
-    """A batch whose gradient is not the mean of those of its halves: measured.
+    """Measured difference between the gradient of a batch and the mean gradient of its halves.
 
     Args:
-        samples: In the batch.
-        change: Distance of the two, as a share of the gradient of the whole.
-        is_sum: Whether it is the sum of them instead.
+        samples: Samples in the batch.
+        change: Norm of the difference, as a share of the norm of the whole gradient.
+        is_sum: The whole gradient is the sum of those of the halves instead.
     """
 
     samples: int
@@ -56,11 +57,11 @@ class Splitting:
 
 
 class UndecidedError(Exception):
-    """The test can not tell, and why."""
+    """The test of splitting has no result; the message is the reason."""
 
 
 def batch_norms(parts: Iterable[object]) -> BatchNorms:
-    """Count the layers that use the statistics of a batch: those in train mode, or without running ones."""
+    """Count the layers that use batch statistics: in train mode, or without running statistics."""
     norms = [
         part
         for part in parts
@@ -73,7 +74,7 @@ def batch_norms(parts: Iterable[object]) -> BatchNorms:
 
 @contextmanager
 def without_dropout(module: torch.nn.Module) -> Iterator[None]:
-    """Let no layer of torch's own drop anything; all else stays in its mode."""
+    """Turn off dropout in the layers of torch; everything else stays in its mode."""
     former: list[tuple[Any, str, Any]] = []
     for part in module.modules():
         if isinstance(part, _DropoutNd):
@@ -92,74 +93,84 @@ def without_dropout(module: torch.nn.Module) -> Iterator[None]:
 def split_gradient(
     gradient: Callable[[Any], Gradient], batch: Any, samples: int, threshold: float
 ) -> Splitting | None:
-    """How far the mean gradient of two halves is from that of the batch; None where that is below the threshold.
+    """Compare the mean gradient of two halves of a batch with the gradient of the whole.
 
-    `gradient` may draw random numbers: where the same batch taken twice differs about as much, nothing is said. It is
-    called three or four times, and two gradients are kept at a time.
+    `gradient` is called three or four times, and two gradients are kept at a time. It may draw
+    random numbers: a difference that is not clear of their effect is no result.
+
+    Returns:
+        None if the difference is at most `threshold`.
 
     Raises:
-        UndecidedError: The batch can not be split, or what is measured is no number, or chance.
+        UndecidedError: The batch cannot be split, a gradient is not finite, or the difference
+            may be random.
     """
+    _check_splittable(batch, samples)
     half = samples // 2
-    first = _cut(batch, samples, slice(0, half))
-    second = _cut(batch, samples, slice(half, 2 * half))
+    first = cut(batch, samples, slice(0, half))
+    second = cut(batch, samples, slice(half, 2 * half))
     both = _sum(gradient(first), gradient(second))
-    whole = gradient(_cut(batch, samples, slice(None)))
-    size = _distance(whole, whole, 0.0)
-    if not 0 < size < math.inf:
-        raise UndecidedError(f"the gradient of {samples} samples has a norm of {size}")
-    change = _distance(whole, both, 0.5) / size
+    whole = gradient(cut(batch, samples, slice(None)))
+    norm = _distance(whole, whole, 0.0)
+    if not 0 < norm < math.inf:
+        raise UndecidedError(f"the gradient of {samples} samples has a norm of {norm}")
+    change = _distance(whole, both, 0.5) / norm
     if not math.isfinite(change):
-        raise UndecidedError("the gradient of half a batch is no number")
+        raise UndecidedError("the gradient of half a batch is not finite")
     if change <= threshold:
         return None
-    is_sum = _distance(whole, both, 1.0) / size <= threshold
+    is_sum = _distance(whole, both, 1.0) / norm <= threshold
     del both
-    again = _distance(whole, gradient(_cut(batch, samples, slice(None))), 1.0) / size
-    if not _CLEAR * again < change:
+    repeated = gradient(cut(batch, samples, slice(None)))
+    random = _distance(whole, repeated, 1.0) / norm
+    if not _TIMES_RANDOM * random < change:
         raise UndecidedError(
-            f"the same batch gave gradients {again:.2g} apart, its halves {change:.2g}"
+            f"the same batch gave gradients {random:.2g} apart, its halves {change:.2g}"
         )
     return Splitting(samples, change, is_sum)
 
 
-def _cut(batch: Any, samples: int, rows: slice) -> Any:
-    """Some samples of a batch, in tensors and containers of their own: a step may write into them."""
-    if isinstance(batch, torch.Tensor):
-        if batch.is_nested or batch.dim() == 0 or len(batch) != samples:
+def _check_splittable(batch: Any, samples: int) -> None:
+    """Raise `UndecidedError` for anything in a batch that is not one row for each sample."""
+    for leaf in leaves(batch):
+        if isinstance(leaf, torch.Tensor):
+            if leaf.is_nested or leaf.dim() == 0 or len(leaf) != samples:
+                raise UndecidedError(
+                    f"a tensor of shape {tuple(leaf.shape)} is not one of {samples} samples"
+                )
+        elif not (leaf is None or _is_empty(leaf) or _is_texts(leaf, samples)):
             raise UndecidedError(
-                f"a tensor of shape {tuple(batch.shape)} is not one of {samples} samples"
+                f"a {type(leaf).__name__} in a batch is not one of {samples} samples"
             )
-        return batch[rows].clone()
-    if isinstance(batch, MutableMapping):
-        cut = copy.copy(batch)
-        cut.update({key: _cut(part, samples, rows) for key, part in batch.items()})
-        return cut
-    if isinstance(batch, list):
-        if len(batch) == samples and all(isinstance(part, str) for part in batch):
-            return batch[rows]
-        return [_cut(part, samples, rows) for part in batch]
-    if isinstance(batch, tuple):
-        parts = [_cut(part, samples, rows) for part in batch]
-        return type(batch)(*parts) if hasattr(batch, "_fields") else tuple(parts)
-    if batch is None:
-        return None
-    raise UndecidedError(f"a {type(batch).__name__} in a batch is not one of {samples} samples")
+
+
+def _is_empty(leaf: Any) -> bool:
+    return is_plain_list(leaf) and all(part is None for part in leaf)
+
+
+def _is_texts(leaf: Any, samples: int) -> bool:
+    is_list = is_plain_list(leaf) and len(leaf) == samples
+    return is_list and all(isinstance(part, str) for part in leaf)
 
 
 def _sum(one: Gradient, other: Gradient) -> Gradient:
-    return [a if b is None else b if a is None else a + b for a, b in zip(one, other, strict=True)]
+    total: list[torch.Tensor | None] = []
+    for a, b in zip(one, other, strict=True):
+        if a is None or b is None:
+            total.append(b if a is None else a)
+        else:
+            total.append(a + b)
+    return total
 
 
 def _distance(one: Gradient, other: Gradient, weight: float) -> float:
-    """The norm of one gradient less so much of the other."""
+    """Return the norm of `one - weight * other`; a missing gradient counts as zero."""
     squares = 0.0
     for a, b in zip(one, other, strict=True):
-        if a is None or b is None:
-            left = a if a is not None else b
-            share = 1.0 if a is not None else weight
-            if left is not None:
-                squares += share * share * left.double().square().sum().item()
-        else:
+        if a is not None and b is not None:
             squares += (a.double() - weight * b.double()).square().sum().item()
+        elif a is not None:
+            squares += a.double().square().sum().item()
+        elif b is not None:
+            squares += weight * weight * b.double().square().sum().item()
     return math.sqrt(squares) if math.isfinite(squares) else squares

@@ -14,7 +14,6 @@ from pydantic import (
     model_validator,
 )
 
-from autobatch._latency import LatencyLimit
 from autobatch._memory import parse_memory_limit
 
 _ALLOWED: Final = {
@@ -59,6 +58,19 @@ Count = Annotated[int, BeforeValidator(_index), Field(ge=1, strict=True)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
 
 
+@dataclass(frozen=True, slots=True)
+class LatencyLimit:
+    """Limit on the time of one inference call.
+
+    Args:
+        seconds: Longest time of a call.
+        percentile: Percentage of all calls that have to meet it.
+    """
+
+    seconds: float
+    percentile: float
+
+
 class Settings(BaseModel):
     """Validated arguments of a tuning run.
 
@@ -90,9 +102,9 @@ class Settings(BaseModel):
     def _has_one_aim(self) -> Settings:
         if self.latency_limit is not None and self.target_batch_size is not None:
             raise ValueError(
-                f"latency_limit={self.latency_limit:g} is for inference, and "
-                f"target_batch_size={self.target_batch_size} counts the samples of training "
-                "updates; give one of the two."
+                f"latency_limit={self.latency_limit:g} is about inference, which has no updates, "
+                f"and target_batch_size={self.target_batch_size} counts the samples of an update; "
+                "give one of the two."
             )
         return self
 

@@ -41,7 +41,7 @@ class Subject(Protocol):
 
     @property
     def can_accumulate(self) -> bool:
-        """Whether the workload can accumulate gradients."""
+        """True if the workload can accumulate gradients."""
 
     @property
     def accumulate(self) -> int:

@@ -1,29 +1,40 @@
-"""Everything autobatch raises on its own account, drawn as a tree.
+"""Exceptions raised by autobatch, as a tree.
 
 AutobatchError
-├── DoesNotFitError    no batch size that may be used fits the budget, or answers in time
-├── ShortTrialError    a workload ended before its trial had run
-└── ProbeError         a device's memory can not be read
+├── DoesNotFitError        no allowed batch size fits the budget, or meets the latency limit
+├── ShortTrialError        a workload ended before its trial was complete
+├── ProbeError             the memory of a device cannot be read
+└── FixedBatchSizeError    the batch size of a DataLoader cannot be changed
 
-A bad argument is a plain `ValueError`. A user's own exception passes through as it is.
+A bad argument is a plain `ValueError`. Exceptions of the user's code pass through unchanged.
 """
 
 from __future__ import annotations
 
-__all__ = ["AutobatchError", "DoesNotFitError", "ProbeError", "ShortTrialError"]
+__all__ = [
+    "AutobatchError",
+    "DoesNotFitError",
+    "FixedBatchSizeError",
+    "ProbeError",
+    "ShortTrialError",
+]
 
 
 class AutobatchError(Exception):
-    """What autobatch raises on its own account; also raised when a set-up is one it can not tune."""
+    """Base of all exceptions of autobatch; also raised for a set-up that cannot be tuned."""
 
 
 class DoesNotFitError(AutobatchError):
-    """No batch size that may be used fits the budget, or answers within the limit; the message lists what was tried."""
+    """No allowed batch size fits the budget or meets the latency limit; lists all trials."""
 
 
 class ShortTrialError(AutobatchError):
-    """A workload ended before the trial had run all of its steps, so nothing was proven."""
+    """A workload ended before all steps of its trial had run, so nothing was proven."""
 
 
 class ProbeError(AutobatchError):
-    """A device does not exist, or its memory can not be read."""
+    """A device does not exist, or its memory cannot be read."""
+
+
+class FixedBatchSizeError(AutobatchError):
+    """The batch size of a DataLoader cannot be changed; AutoBatch only."""

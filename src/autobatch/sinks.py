@@ -13,15 +13,7 @@ from rich.live import Live
 
 from autobatch._memory import format_bytes
 from autobatch._report import TuningReport, files
-from autobatch._report.layout import (
-    ASCII,
-    COLOURED,
-    UNICODE,
-    WIDTH,
-    Glyphs,
-    renderable,
-    terminal,
-)
+from autobatch._report.layout import COLOURED, WIDTH, glyphs_for, renderable, terminal
 from autobatch._report.text import completed, page
 from autobatch._report.units import rounded
 from autobatch._trials import Outcome, Trial
@@ -62,7 +54,7 @@ def completed_on_console(report: TuningReport) -> None:
 
 
 def _print(content: Page) -> None:
-    glyphs = _glyphs_for(sys.stdout.encoding)
+    glyphs = glyphs_for(sys.stdout.encoding)
     output = Console(width=WIDTH, theme=COLOURED)
     if output.is_terminal:
         output.print(renderable(content, glyphs))
@@ -124,15 +116,6 @@ def _markdown_table(table: Table) -> str:
     return "\n\n".join(text for text in (table.title, "\n".join(lines), table.foot) if text)
 
 
-def _glyphs_for(encoding: str | None) -> Glyphs:
-    """Return all glyphs if the encoding has them, otherwise their ASCII stand-ins."""
-    try:
-        "▶×·–−±▏▉█".encode(encoding or "ascii")
-    except (UnicodeEncodeError, LookupError):
-        return ASCII
-    return UNICODE
-
-
 @contextmanager
 def progress() -> Iterator[Progress]:
     """Log one line per trial to the logger "autobatch"; on a terminal, show the running trial."""
@@ -178,8 +161,7 @@ class _ProgressLine:
         self._log_lines.tried(trial, best=best, budget=budget)
 
     def _show(self, line: str) -> None:
-        glyphs = _glyphs_for(sys.stderr.encoding)
-        self._live.update(glyphs.spell(line), refresh=True)
+        self._live.update(glyphs_for(sys.stderr.encoding).spell(line), refresh=True)
 
 
 def _result(trial: Trial, budget: int) -> str:

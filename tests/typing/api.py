@@ -26,6 +26,23 @@ from autobatch import (
     TuningReport,
     sinks,
 )
+from autobatch.errors import FixedBatchSizeError
+from autobatch.report import (
+    CurvePoint,
+    Device,
+    EffectiveRow,
+    Latency,
+    LearningRateRule,
+    LineFit,
+    Loading,
+    Look,
+    Optimum,
+    Settings,
+    SpeedRow,
+    StepTimes,
+    Stream,
+    StreamRow,
+)
 from autobatch.testing import PaperDevice, SimulatedAccelerator
 
 model = nn.Linear(64, 10)
@@ -86,6 +103,20 @@ for trial in found.trials:
     assert_type(trial.peak, int | None)
     assert_type(trial.step_seconds, float | None)
 
+assert_type(found.settings, Settings)
+assert_type(found.device, Device)
+assert_type(found.curve, tuple[CurvePoint, ...])
+assert_type(found.look, Look | None)
+assert_type(found.loading, Loading | None)
+assert_type(found.learning_rate, LearningRateRule | None)
+assert_type(found.latencies, tuple[Latency, ...])
+assert_type(found.sizes, tuple[SpeedRow, ...])
+assert_type(found.pace, StepTimes)
+assert_type(found.fit, LineFit | None)
+assert_type(found.effective, tuple[EffectiveRow, ...])
+assert_type(found.optimum, Optimum | None)
+assert_type(found.stream(30), Stream)
+assert_type(found.stream(30).best, StreamRow | None)
 assert_type(found.knee, int | None)
 assert_type(found.cameras(30), int)
 for row in found.stream(29.97).rows:
@@ -150,7 +181,7 @@ try:
     autobatch.find(train)
 except DoesNotFitError:
     pass
-except (ShortTrialError, ProbeError):
+except (ShortTrialError, ProbeError, FixedBatchSizeError):
     pass
 except AutobatchError:
     pass

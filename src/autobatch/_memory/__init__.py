@@ -1,4 +1,4 @@
-"""Memory of a device: readings, limits and the budget."""
+"""Memory of a device: readings, limits and the budget, in bytes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _BYTES_PER = {
 }
 
 
-# The end of every ProbeError: the way out.
+# Last sentence of every ProbeError: the remedy
 PROBE_REMEDY: Final = (
     "Pass device= a MemoryProbe of your own, or autobatch.testing.SimulatedAccelerator('8GiB')."
 )
@@ -33,16 +33,16 @@ PROBE_REMEDY: Final = (
 
 @dataclass(frozen=True, slots=True)
 class MemoryReading:
-    """What a device's memory looks like at one moment; all in bytes but `failures` and `retries`.
+    """Memory of a device at one moment, in bytes; `failures` and `retries` are counts.
 
     Args:
-        total: What the device has.
-        used: What all processes hold together.
-        reserved: What this process holds and could give back.
-        peak: The most this process has held since the trial began.
-        failures: Allocations that were refused, or had to be retried, so far.
-        cap: What the user lets this process hold at most; None where nothing was said.
-        retries: How many of the failures were retries, once the allocator had emptied its cache.
+        total: Capacity of the device.
+        used: Memory used by all processes together.
+        reserved: Memory of this process that it could release.
+        peak: Maximum of `reserved` since the trial began.
+        failures: Allocations refused or retried so far.
+        cap: The user's own limit for this process; None if there is none.
+        retries: Failures that succeeded after the allocator had emptied its cache.
     """
 
     total: int
@@ -55,20 +55,20 @@ class MemoryReading:
 
     @property
     def refused(self) -> int:
-        """Allocations that were refused for good, so far."""
+        """Allocations that failed for good, so far."""
         return self.failures - self.retries
 
     @property
     def foreign(self) -> int:
-        """Bytes that are not ours to free: other processes, and this process's own device context."""
+        """Bytes this process cannot free: other processes, and its own device context."""
         return max(0, self.used - self.reserved)
 
 
 class Watch(Protocol):
-    """What a probe that sees every allocation gives out while a trial runs."""
+    """Allocations of a running trial, from a probe that sees each of them."""
 
     def mark(self) -> None:
-        """A new optimizer step begins."""
+        """Begin a new optimizer step."""
 
     @property
     def profile(self) -> tuple[int, ...]:
@@ -76,34 +76,34 @@ class Watch(Protocol):
 
 
 class MemoryProbe(Protocol):
-    """One device whose memory can be read and capped."""
+    """Device whose memory can be read and capped."""
 
     @property
     def name(self) -> str:
-        """What a person calls the device."""
+        """Name of the device for people."""
 
     @property
     def source(self) -> str:
-        """Where the readings come from, and why from there."""
+        """Origin of the readings, and the reason for it."""
 
     def read(self) -> MemoryReading:
-        """Read the memory as it is now."""
+        """Return the present memory."""
 
     def limited(self, budget: int) -> AbstractContextManager[Watch | None]:
-        """Reset the peak; until the end, allocations that would take this process past `budget` bytes raise out-of-memory."""
+        """Reset the peak; in the body, an allocation beyond `budget` bytes is out of memory."""
 
     def attach(self, *objects: Any) -> None:
-        """Tell the probe what already lives on the device; a no-op where the device knows."""
+        """Account for objects that are on the device already; a no-op if the device does so."""
 
     def release(self) -> None:
-        """Give cached memory back to the device."""
+        """Return cached memory to the device."""
 
     def clock(self) -> float:
-        """Seconds, read after all queued work is done."""
+        """Return the time in seconds after all queued work is done."""
 
 
 def parse_bytes(name: str, value: int | str) -> int:
-    """Bytes, from a whole number or from text such as "10GiB"; `name` is the parameter an error speaks of."""
+    """Return bytes from a whole number or a text such as "10GiB"; errors name the parameter."""
     amount = _bytes(value)
     if amount is None:
         raise ValueError(
@@ -113,28 +113,29 @@ def parse_bytes(name: str, value: int | str) -> int:
 
 
 def parse_memory_limit(value: float | str) -> float | int:
-    """A share of the device as a float, or bytes as an int."""
+    """Return a share of the device as a float, or bytes as an int."""
     if isinstance(value, Real) and not isinstance(value, (int, float)):
-        value = int(value) if isinstance(value, Integral) else float(value)  # numpy's
+        value = int(value) if isinstance(value, Integral) else float(value)  # a NumPy scalar
     if isinstance(value, float) and 0.0 < value <= 1.0:
         return value
     if value == 1 and type(value) is int:
         raise ValueError(
-            "memory_limit=1 could mean one byte or the whole device; write 1.0 for the whole device."
+            "memory_limit=1 could mean one byte or the whole device; "
+            "write 1.0 for the whole device."
         )
     amount = _bytes(value)
     if amount is None:
         raise ValueError(
-            f"memory_limit={value!r} must be a share above 0.0 and up to 1.0, a whole number of bytes above 0, "
-            "or text such as '10GiB'."
+            f"memory_limit={value!r} must be a share above 0.0 and up to 1.0, "
+            "a whole number of bytes above 0, or text such as '10GiB'."
         )
     return amount
 
 
 def format_bytes(n: int) -> str:
-    """Bytes for people: "7.6 GiB", "512 MiB", "12 B"."""
+    """Return bytes for people: "7.6 GiB", "512 MiB", "12 B"."""
     units = ("B", "KiB", "MiB", "GiB", "TiB")
-    # 1023.9 KiB would round to 1024: the next unit begins half a unit early
+    # 1023.9 KiB would be rounded to 1024: the next unit begins half a unit early
     power = next((i for i in range(len(units)) if abs(n) < 1023.5 * 1024**i), len(units) - 1)
     amount = n / 1024**power
     decimals = 1 if abs(amount) < 99.95 else 0  # noqa: PLR2004 -- three digits are enough
@@ -143,7 +144,7 @@ def format_bytes(n: int) -> str:
 
 
 def memory_budget(reading: MemoryReading, limit: float) -> int:
-    """Bytes this process may hold under a parsed limit; zero or less where others hold too much."""
+    """Return the bytes this process may hold; zero or less if other processes use too much."""
     if isinstance(limit, float):
         budget = int(limit * reading.total) - reading.foreign
     else:
@@ -152,7 +153,6 @@ def memory_budget(reading: MemoryReading, limit: float) -> int:
 
 
 def _bytes(value: object) -> int | None:
-    """Bytes above zero, or None where the value names none."""
     amount: int | None = None
     if isinstance(value, int) and not isinstance(value, bool):
         amount = value

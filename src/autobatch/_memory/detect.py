@@ -6,9 +6,7 @@ from typing import TYPE_CHECKING
 
 from autobatch._memory import PROBE_REMEDY
 from autobatch._memory.cuda import CudaProbe
-from autobatch._memory.host import (
-    HostProbe,
-)
+from autobatch._memory.host import HostProbe
 from autobatch.errors import ProbeError
 
 if TYPE_CHECKING:
@@ -18,12 +16,23 @@ if TYPE_CHECKING:
 
     from autobatch._memory import MemoryProbe
 
+# Back ends by torch's device type; a new one is a class and an entry here
+_PROBES: dict[str, Callable[[int | None], MemoryProbe]] = {
+    "cpu": lambda _index: HostProbe(),
+    "cuda": CudaProbe,
+}
+
 
 def detect(device: str | torch.device | MemoryProbe | None, default: torch.device) -> MemoryProbe:
-    """The probe for a device: named, found, or brought along."""
+    """Return the probe for a device, or the probe itself if one is passed.
+
+    Raises:
+        ValueError: The device does not exist.
+        ProbeError: There is no back end for the device, or its memory cannot be read.
+    """
     import torch
 
-    seen = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    visible = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     if device is None:
         device = default
     elif isinstance(device, str):
@@ -31,28 +40,23 @@ def detect(device: str | torch.device | MemoryProbe | None, default: torch.devic
             device = torch.device(device)
         except RuntimeError as error:
             raise ValueError(
-                f"device={device!r} is not the name of a device; this process sees {', '.join(seen)}."
+                f"device={device!r} is not the name of a device; "
+                f"this process sees {', '.join(visible)}."
             ) from error
     elif not isinstance(device, torch.device):
         if isinstance(device, type) or not hasattr(device, "limited"):
             raise ValueError(
                 f"device={device!r} is neither a MemoryProbe nor the name of a device; "
-                f"this process sees {', '.join(seen)}."
+                f"this process sees {', '.join(visible)}."
             )
         return device
     if device.type not in _PROBES:
         raise ProbeError(
-            f"autobatch can not read the memory of device={str(device)!r}, only of {' and '.join(_PROBES)}. {PROBE_REMEDY}"
+            f"autobatch cannot read the memory of device={str(device)!r}, "
+            f"only of {' and '.join(_PROBES)}. {PROBE_REMEDY}"
         )
-    if not {device.type, f"{device.type}:{device.index or 0}"}.intersection(seen):
+    if not {device.type, f"{device.type}:{device.index or 0}"}.intersection(visible):
         raise ValueError(
-            f"device={str(device)!r} does not exist; this process sees {', '.join(seen)}."
+            f"device={str(device)!r} does not exist; this process sees {', '.join(visible)}."
         )
     return _PROBES[device.type](device.index)
-
-
-# A new back end is a class and an entry here
-_PROBES: dict[str, Callable[[int | None], MemoryProbe]] = {
-    "cpu": lambda _index: HostProbe(),
-    "cuda": CudaProbe,
-}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-# The dispatch mode and its off-switch have no public home; read from torch 2.13.
+# The dispatch mode and the switch that disables it have no public name in torch 2.13
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
@@ -23,19 +23,39 @@ if TYPE_CHECKING:
 
 
 def unobserved() -> contextlib.AbstractContextManager[None]:
-    """Run the body with every dispatch mode off: our own bookkeeping is not the user's memory."""
+    """Run the body without dispatch modes: copies by autobatch are not the user's memory."""
     return _disable_current_modes()
 
 
 def eager() -> contextlib.AbstractContextManager[Any]:
-    """Keep compiled modules eager: one first called under a dispatch mode stays uncompiled for good."""
+    """Keep compiled modules eager: if first called under a dispatch mode, they never compile."""
     if "torch._dynamo" not in sys.modules:
         return contextlib.nullcontext()
     return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
 
 
+class StepProfile:
+    """Bytes held after each allocation of the last complete step."""
+
+    def __init__(self, offset: int) -> None:
+        self._offset = offset  # bytes added to every value
+        self._complete: list[int] | None = None
+        self._running: list[int] = []
+
+    def mark(self) -> None:
+        """Begin a new optimizer step."""
+        self._complete, self._running = self._running, []
+
+    def add(self, nbytes: int) -> None:
+        self._running.append(nbytes + self._offset)
+
+    @property
+    def profile(self) -> tuple[int, ...]:
+        return tuple(self._running if self._complete is None else self._complete)
+
+
 class _Entry:
-    """One live storage: the bytes charged for it, and the reference that tells of its death."""
+    """One live storage: bytes charged, and a reference whose callback credits its death."""
 
     __slots__ = ("nbytes", "ref")
 
@@ -45,82 +65,71 @@ class _Entry:
 
 
 class Ledger:
-    """Follows tensor storages from allocation to death, on real tensors of any device.
+    """Bytes of live tensor storages, from allocation to death, on real tensors of any device.
 
-    Charged is each new storage that an operator returns while `watching`, and what was attached. Views and in-place
-    results share a storage and count once. Memory that a kernel takes and gives back inside one operator is not seen,
-    nor are tensors made in another process. `current` and `peak` are bytes, `failures` counts refused allocations.
+    Each new storage that an operator returns while `watching` is charged, and each storage
+    attached. Views and in-place results share a storage and count once. Memory that a kernel
+    allocates and frees inside one operator is not seen, nor are tensors made in another process.
+    `current` and `peak` are bytes, `failures` counts refused allocations.
 
     Args:
-        says: How its errors begin, by which others know what they are about.
+        message: First words of its out-of-memory errors, by which other libraries recognise them.
     """
 
-    def __init__(self, says: str = "out of memory") -> None:
-        self._says = says
+    def __init__(self, message: str = "out of memory") -> None:
+        self._message = message
         self.current = 0
         self.peak = 0
         self.failures = 0
         self.allocations = 0  # since watching began
-        # This allocation is refused, once: how tests let memory run out anywhere
+        # Number of one allocation to refuse, once: tests inject out of memory anywhere with it
         self.refuse_at: int | None = None
         self._limit: int | None = None
         self._entries: dict[int, _Entry] = {}
         self._sizes: dict[Any, int | None] = {}
-        self._steps: list[list[int]] = [[]]
-        # Re-entrant, because a storage may die, and report it, while an entry is being written.
+        self._profile = StepProfile(0)
+        # Re-entrant: a storage may die, and call back, while an entry is being written
         self._lock = threading.RLock()
 
     def attach(self, *objects: Any) -> None:
-        """Charge what lives already: modules with gradients, optimizers with state, tensors in any container."""
+        """Charge existing tensors: of modules, gradients, optimizer states and containers."""
         for tensor in _tensors_of(objects):
             for storage in _storages(tensor):
                 self._enter(storage)
 
     @contextlib.contextmanager
-    def watching(self, limit: int | None, offset: int) -> Iterator[_Steps]:
-        """Charge what this thread allocates, from a fresh peak; raise out-of-memory past `limit` bytes.
+    def watching(self, limit: int | None, offset: int) -> Iterator[StepProfile]:
+        """Charge allocations of this thread from a fresh peak; more than `limit` is out of memory.
 
-        `offset` is added to every number of the profile, for probes that count more than tensors.
+        `offset` is added to every value of the profile, for probes that count more than tensors.
         """
         self._limit, self.peak, self.allocations = limit, self.current, 0
-        self._steps = [[]]
+        self._profile = StepProfile(offset)
         try:
             with eager(), _Mode(self):
-                yield _Steps(self, offset)
+                yield self._profile
         finally:
             self._limit = None
 
-    def mark(self) -> None:
-        """A new step begins."""
-        self._steps = [*self._steps[-1:], []]
-
-    @property
-    def last_step(self) -> list[int]:
-        """Bytes after each allocation between the last two marks."""
-        return self._steps[0]
-
     def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run one operator and charge what it allocates, having refused what would not fit."""
+        """Run one operator and charge its result; refuse it beforehand if it would not fit."""
         if self._limit is not None:
-            # Asked before it is run: an absurd request must not take the host down with it.
+            # Before it runs: an absurd request must not take down the host
             expected = self._expected(func, args, kwargs)
             if expected and self.current + expected > self._limit:
                 raise self._refusal(expected)
         result = func(*args, **kwargs)
-        given: set[int] | None = None
-        for tensor in tree_leaves(result):
-            if not isinstance(tensor, torch.Tensor):
-                continue
-            for storage in _storages(tensor):
-                if _key(storage) not in self._entries:
-                    given = _identities((args, kwargs)) if given is None else given
-                    if _key(storage) in given:
-                        continue
-                self._charge(storage)
+        arguments: dict[int, int] | None = None  # collected only if needed
+        for storage in _storages_in(result):
+            if _key(storage) not in self._entries:
+                arguments = _sizes_in((args, kwargs)) if arguments is None else arguments
+                if _key(storage) in arguments:
+                    continue  # a view of data that was never attached
+            self._charge(storage)
         return result
 
     def _enter(self, storage: torch.UntypedStorage) -> int:
-        """Note a storage at its present size; the bytes it grew by."""
+        """Enter a storage at its present size, and return the bytes it grew by."""
         key, nbytes = _key(storage), storage.nbytes()
         with self._lock:
             entry = self._entries.get(key)
@@ -135,7 +144,7 @@ class Ledger:
         return growth
 
     def _charge(self, storage: torch.UntypedStorage) -> None:
-        """Note what an operator allocated; refuse it where it passes the limit."""
+        """Enter an allocation, or refuse it beyond the limit."""
         entry = self._entries.get(_key(storage))
         growth = storage.nbytes() - (entry.nbytes if entry else 0)
         if growth > 0:
@@ -144,7 +153,7 @@ class Ledger:
                 raise self._refusal(growth)
         if growth:
             self._enter(storage)
-            self._steps[-1].append(self.current)
+            self._profile.add(self.current)
 
     def _is_refused(self, growth: int) -> bool:
         if self.allocations == self.refuse_at:
@@ -155,8 +164,8 @@ class Ledger:
     def _credit(self, key: int, ref: weakref.ref[torch.UntypedStorage]) -> None:
         with self._lock:
             entry = self._entries.get(key)
+            # A younger storage at the same address has another reference
             if entry is not None and entry.ref is ref:
-                # Not a younger storage at a reused address
                 del self._entries[key]
                 self.current -= entry.nbytes
 
@@ -164,50 +173,35 @@ class Ledger:
         self.failures += 1
         if self._limit is None:
             return torch.OutOfMemoryError(
-                f"{self._says}. Tried to allocate {format_bytes(wanted)}."
+                f"{self._message}. Tried to allocate {format_bytes(wanted)}."
             )
         free = max(self._limit - self.current, 0)
         return torch.OutOfMemoryError(
-            f"{self._says}. Tried to allocate {format_bytes(wanted)}, of a limit of {format_bytes(self._limit)} "
-            f"{format_bytes(free)} is free."
+            f"{self._message}. Tried to allocate {format_bytes(wanted)}; "
+            f"{format_bytes(free)} of a limit of {format_bytes(self._limit)} is free."
         )
 
     def _expected(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> int | None:
-        """Bytes an operator will return, found on the meta device and remembered; None where only running it tells."""
+        """Bytes an operator will allocate, from a run on the meta device; None if unknown."""
         returns = func._schema.returns  # type: ignore[attr-defined]
         if not returns or all(value.alias_info is not None for value in returns):
             return 0  # views and in-place operators allocate nothing
         if torch.Tag.nondeterministic_seeded in func.tags:  # type: ignore[attr-defined]
-            return None  # asked twice it would draw twice
+            return None  # a run on the meta device would draw random numbers too
         try:
             key = (func, _signature(args), _signature(tuple(sorted(kwargs.items()))))
             if key in self._sizes:
                 return self._sizes[key]
-        except TypeError:  # an argument that can not be hashed
+        except TypeError:  # an argument that cannot be hashed
             return None
         self._sizes[key] = size = _size_on_meta(func, args, kwargs)
         return size
 
 
-class _Steps:
-    """What a probe hands to the trial: where steps begin, and the profile of the last one."""
-
-    def __init__(self, ledger: Ledger, offset: int) -> None:
-        self._ledger = ledger
-        self._offset = offset
-
-    def mark(self) -> None:
-        self._ledger.mark()
-
-    @property
-    def profile(self) -> tuple[int, ...]:
-        return tuple(nbytes + self._offset for nbytes in self._ledger.last_step)
-
-
 class _Mode(TorchDispatchMode):
-    """Shows the ledger every operator of this thread."""
+    """Pass every operator of this thread to the ledger."""
 
     def __init__(self, ledger: Ledger) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -222,7 +216,7 @@ class _Mode(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if os.getpid() != self._process:
-            # A DataLoader worker, forked while the mode was on: not our memory
+            # A DataLoader worker forked while the mode was on: memory of another process
             return func(*args, **(kwargs or {}))
         return self._ledger.run(func, args, kwargs or {})
 
@@ -242,12 +236,12 @@ def _tensors_of(objects: Iterable[Any]) -> Iterator[torch.Tensor]:
 
 
 def _key(storage: torch.UntypedStorage) -> int:
-    """What two handles of one storage have in common: its address."""
-    return int(storage._cdata)  # torch 2.13 has no public name for it
+    """Address of a storage, the same for all its handles; torch 2.13 has no public name for it."""
+    return int(storage._cdata)
 
 
 def _storages(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
-    """Every storage behind a tensor: several where it wraps others or is sparse, none where it is opaque."""
+    """Yield the storages of a tensor: several if it wraps others or is sparse, none if opaque."""
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter) and hasattr(
         type(tensor), "__tensor_flatten__"
     ):
@@ -259,7 +253,7 @@ def _storages(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
         try:
             storage = tensor.untyped_storage()
         except (NotImplementedError, RuntimeError):
-            return  # functorch wrappers and opaque tensors have none to show: there is nothing to count
+            return  # functorch wrappers and opaque tensors have no storage
         yield storage
     elif tensor.layout is torch.sparse_coo:
         yield from _storages(tensor._indices())
@@ -270,9 +264,15 @@ def _storages(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
         yield from _storages(tensor.values())
 
 
-def _identities(values: Any) -> set[int]:
-    tensors = (leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor))
-    return {_key(storage) for tensor in tensors for storage in _storages(tensor)}
+def _storages_in(values: Any) -> Iterator[torch.UntypedStorage]:
+    for leaf in tree_leaves(values):
+        if isinstance(leaf, torch.Tensor):
+            yield from _storages(leaf)
+
+
+def _sizes_in(values: Any) -> dict[int, int]:
+    """Bytes of each storage by its address."""
+    return {_key(storage): storage.nbytes() for storage in _storages_in(values)}
 
 
 def _size_on_meta(
@@ -282,18 +282,13 @@ def _size_on_meta(
         with unobserved(), torch.no_grad():
             result = func(*_on_meta(args), **_on_meta(kwargs))
     except Exception:
-        # No meta kernel, or a shape that depends on data: charged after the fact
+        # No meta kernel, or a shape that depends on data: charged after the operator has run
         return None
-    tensors = (leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor))
-    return sum(
-        {
-            _key(storage): storage.nbytes() for tensor in tensors for storage in _storages(tensor)
-        }.values()
-    )
+    return sum(_sizes_in(result).values())
 
 
 def _signature(value: Any) -> Any:
-    """What of an argument decides the size of the result; TypeError where it can not be hashed."""
+    """Properties of an argument that decide the size of the result; TypeError if not hashable."""
     if isinstance(value, torch.Tensor):
         layout = value.stride() if value.layout is torch.strided else value.layout
         return (value.shape, layout, value.dtype, value.requires_grad)
@@ -304,14 +299,14 @@ def _signature(value: Any) -> Any:
     if isinstance(value, torch.Generator):
         return None
     hash(value)
-    return type(value), value  # 2, 2.0 and True are equal, and make results of different types
+    return type(value), value  # 2, 2.0 and True are equal, but their results differ in type
 
 
 def _on_meta(value: Any) -> Any:
-    """An argument without its data."""
+    """Return an argument without its data."""
     if isinstance(value, torch.Tensor):
         if value.dim() == 0:
-            return value  # scalars mix with meta tensors, and some operators read them
+            return value  # scalars mix with meta tensors, and some operators read their value
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
     if isinstance(value, torch.device):
         return torch.device("meta")

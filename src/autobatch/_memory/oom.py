@@ -5,61 +5,74 @@ from __future__ import annotations
 import re
 import sys
 
-# What a RuntimeError says when a batch was too large. Matched without regard to case; kernels that ran out of shared
-# memory ("out of resource"), asserts and illegal accesses are bugs, and must not be found here.
+# Messages of a RuntimeError that means the batch was too large, matched without regard to case.
+# Kernels out of shared memory ("out of resource"), asserts and illegal accesses are bugs: they must
+# not match.
 _MESSAGES = (
-    "out of memory",  # CUDA, HIP, XPU, MPS, Triton, NCCL ("Cuda failure 'out of memory'"): pytorch#152302
-    "Caught OutOfMemoryError in",  # DataParallel and DataLoader re-raise a replica's error with its traceback
-    "Failed to CUDA calloc",  # NCCL's buffers lie outside the caching allocator: nccl#1235
-    "CUBLAS_STATUS_ALLOC_FAILED",  # its handle and workspace
-    "CUDNN_STATUS_ALLOC_FAILED",  # its workspace
-    "CUDNN_STATUS_INTERNAL_ERROR",  # what cuDNN says when its handle finds no room
-    "CUDNN_STATUS_NOT_SUPPORTED",  # no algorithm left once those that need a workspace are out
-    "unable to find an engine",  # the same, from cuDNN's version 8 interface
-    "unable to find a valid cuDNN algorithm",  # the same, from its version 7 interface: marqo#101
-    "DefaultCPUAllocator: can't allocate memory",  # Linux, where malloc was refused
-    "DefaultCPUAllocator: not enough memory",  # Windows
-    "std::bad_alloc",  # host memory, from C++
-    "could not create a primitive(?! descriptor)",  # oneDNN: no room for scratch; a descriptor is a bad shape
-    "32-?bit ?index ?math",  # CUDA kernels that count in 32 bits; one batch less may fit: pytorch#80020
-    "INT_MAX elements",  # the same, in normalisation, sorting and nonzero
+    # CUDA, HIP, XPU, MPS, Triton, NCCL ("Cuda failure 'out of memory'"): pytorch#152302
+    "out of memory",
+    # DataParallel and DataLoader raise the error of a replica again, with its traceback
+    "Caught OutOfMemoryError in",
+    # Buffers of NCCL are allocated outside the caching allocator: nccl#1235
+    "Failed to CUDA calloc",
+    # Handle and workspace of cuBLAS
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    # Workspace of cuDNN
+    "CUDNN_STATUS_ALLOC_FAILED",
+    # cuDNN has no memory for its handle
+    "CUDNN_STATUS_INTERNAL_ERROR",
+    # cuDNN has no algorithm left that does without a workspace
+    "CUDNN_STATUS_NOT_SUPPORTED",
+    # The same in cuDNN's version 8 interface
+    "unable to find an engine",
+    # The same in cuDNN's version 7 interface: marqo#101
+    "unable to find a valid cuDNN algorithm",
+    # Linux, if malloc fails
+    "DefaultCPUAllocator: can't allocate memory",
+    # Windows, if malloc fails
+    "DefaultCPUAllocator: not enough memory",
+    # Host memory, from C++
+    "std::bad_alloc",
+    # oneDNN has no scratch memory; "primitive descriptor" would be a bad shape
+    "could not create a primitive(?! descriptor)",
+    # CUDA kernels with 32-bit indices; a smaller batch may fit: pytorch#80020
+    "32-?bit ?index ?math",
+    # The same in normalisation, sorting and nonzero
+    "INT_MAX elements",
 )
 _TOO_LARGE = re.compile("|".join(_MESSAGES), re.IGNORECASE)
 
+# Raised while out of memory was being handled, these are bugs of the handler
+_BUGS = (AttributeError, ImportError, LookupError, NameError, TypeError)
+
 
 def is_oom(error: BaseException) -> bool:
-    """Whether an exception, or one that led to it, says that memory ran out or the batch was too large for a kernel."""
+    """Return True if an exception, or one that led to it, means that the batch was too large."""
     seen: set[int] = set()
     pending = [error]
     while pending:
         error = pending.pop()
-        # An interrupt is never out-of-memory, also when it came while one was handled
+        # An interrupt is never out of memory, even if raised while handling one
         if id(error) in seen or not isinstance(error, Exception):
             continue
         seen.add(id(error))
-        if _says_too_large(error):
+        if _is_too_large(error):
             return True
         if isinstance(error, ExceptionGroup):
             pending.extend(error.exceptions)
-        led_to_it = error.__cause__
+        reason = error.__cause__
         if not error.__suppress_context__ and not isinstance(error, _BUGS):
-            led_to_it = error.__context__
-        if led_to_it is not None:
-            pending.append(led_to_it)
+            reason = error.__context__
+        if reason is not None:
+            pending.append(reason)
     return False
 
 
-# An error of these kinds while out-of-memory was being handled is a bug in the handler
-_BUGS = (AttributeError, ImportError, LookupError, NameError, TypeError)
-
-
-def _says_too_large(error: Exception) -> bool:
-    # Where torch was never imported no error of its kind can exist, and asking must not import it
-    torch_error: type[Exception] | None = getattr(
-        sys.modules.get("torch"), "OutOfMemoryError", None
-    )
-    if isinstance(error, MemoryError) or (
-        torch_error is not None and isinstance(error, torch_error)
-    ):
+def _is_too_large(error: Exception) -> bool:
+    if isinstance(error, MemoryError):
+        return True
+    # If torch was never imported there can be no such error, and the check must not import it
+    torch_error = getattr(sys.modules.get("torch"), "OutOfMemoryError", None)
+    if torch_error is not None and isinstance(error, torch_error):
         return True
     return isinstance(error, RuntimeError) and _TOO_LARGE.search(str(error)) is not None

@@ -13,31 +13,32 @@ if TYPE_CHECKING:
 
 NoiseState: TypeAlias = Literal["settling", "ok", "at_least", "unavailable"]
 
-KEPT: Final = 200  # windows at most; only the later half of all updates counts anyway
-_SETTLED: Final = 100  # updates: in the first of a run the noise scale is far too low
-_ENOUGH: Final = 8  # windows: from fewer, nothing is said of how sure it is
-_SPREAD: Final = 4.0  # an interval wider than this factor is only a lower bound
-_DRAWS: Final = 200  # of the bootstrap
-_TAIL: Final = 0.05  # on each side of the interval
-_QUANTILE: Final = NormalDist().inv_cdf(1 - _TAIL)  # of that, in standard errors
-_SEED: Final = 0  # of a generator of its own: the same windows always read the same
+MAX_WINDOWS: Final = 200  # kept of a run; only the later half of all updates counts anyway
+_MIN_UPDATES: Final = 100  # in the first updates of a run the noise scale is far too low
+_MIN_WINDOWS: Final = 8  # with fewer, an interval means nothing
+_MAX_INTERVAL: Final = 4.0  # an interval wider than this factor is only a lower bound
+_RESAMPLES: Final = 200  # of the bootstrap
+_TAIL: Final = 0.05  # probability on each side of the interval
+_TAIL_ERRORS: Final = NormalDist().inv_cdf(1 - _TAIL)  # the same in standard errors
+_SEED: Final = 0  # of a separate generator: the same windows always give the same reading
 
 
 @dataclass(frozen=True, slots=True)
 class NoiseReading:
-    """The gradient noise scale, as far as a training run shows it: measured.
+    """The gradient noise scale, measured in a training run so far.
 
     Args:
-        state: "ok"; "settling" in the first updates, where it is still much too low; "at_least" where `samples` is a
-            lower bound; "unavailable" where nothing could be measured, for the `reason`.
-        samples: The noise scale, tr Σ / |G|², in samples; None where nothing is known.
-        low: Lower end of its interval, in samples.
-        high: Upper end of its interval, in samples; None where there is none.
-        windows: Updates that were measured.
-        first_update: The first of them that counts, from 1.
+        state: "ok"; "settling" during the first updates, while it is still far too low;
+            "at_least" if `samples` is a lower bound; "unavailable" if nothing could be measured,
+            for the `reason`.
+        samples: The noise scale, tr Σ / |G|², in samples; None if unknown.
+        low: Lower end of its 90 % interval, in samples.
+        high: Upper end of its 90 % interval, in samples; None if there is none.
+        windows: Measured updates that count.
+        first_update: The first of them, from 1.
         last_update: The last of them.
         batch_size: Samples per update while it was measured, over all ranks.
-        reason: Why it is unavailable, or settling still.
+        reason: Reason for "unavailable", or for "settling".
     """
 
     state: NoiseState
@@ -53,15 +54,15 @@ class NoiseReading:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """One update that was measured: its gradient's squared norm at two batch sizes.
+    """One measured update: the squared norm of its gradient at two batch sizes.
 
-    A factor that all windows have in common, such as a loss divided by the accumulation, changes nothing.
+    A factor that all windows share, such as a loss divided by the accumulation, has no effect.
 
     Args:
-        update: Which update it was, from 1.
+        update: Number of the update, from 1.
         small: Mean squared norm of the gradients of its parts.
         big: Squared norm of their mean, the gradient of the whole update.
-        part_size: Samples of a part; of parts of several sizes the harmonic mean.
+        part_size: Samples of a part; for parts of several sizes the harmonic mean.
         batch_size: Samples of the whole update, over all ranks.
     """
 
@@ -73,47 +74,48 @@ class Window:
 
     @property
     def signal(self) -> float:
-        """An unbiased estimate of |G|², the squared norm of the true gradient; by chance it may be negative."""
+        """Unbiased estimate of |G|², the squared norm of the true gradient; may be negative."""
         part, whole = self.part_size, self.batch_size
         return (whole * self.big - part * self.small) / (whole - part)
 
     @property
     def noise(self) -> float:
-        """An unbiased estimate of tr Σ, the variance of the gradients of single samples."""
+        """Unbiased estimate of tr Σ, the variance of the gradients of single samples."""
         return (self.small - self.big) / (1 / self.part_size - 1 / self.batch_size)
 
     @property
     def is_finite(self) -> bool:
-        """Whether it is of numbers, as it is not where a scaled loss overflowed."""
+        """False after an overflow, as of a scaled loss."""
         return math.isfinite(self.small) and math.isfinite(self.big)
 
 
-def read(windows: Sequence[Window], *, updates: int, is_warming_up: bool) -> NoiseReading:
-    """What these windows say after so many updates of a run.
+def estimate(windows: Sequence[Window], *, updates: int, is_warming_up: bool) -> NoiseReading:
+    """Estimate the noise scale from the windows of a run after `updates` updates.
 
-    The noise scale rises while a run begins and its gradient shrinks: only the later half of the updates counts. Both
-    estimates are averaged first and divided then: the mean of ratios would be too high by any factor, since a ratio
-    whose denominator comes near zero outweighs all others.
+    The noise scale rises while a run begins and its gradient shrinks: only the later half of the
+    updates counts. Signal and noise are averaged first and divided then: a mean of ratios would be
+    too high by any factor, since a ratio with a denominator near zero outweighs all others.
     """
-    counted = [window for window in windows if window.is_finite and window.update > updates // 2][
-        -KEPT:
-    ]
+    later = [window for window in windows if window.is_finite and window.update > updates // 2]
+    counted = later[-MAX_WINDOWS:]
     last = windows[-1].update if windows else 0
-    if updates >= _SETTLED and windows and not any(w.is_finite for w in windows):
-        why = "no gradient that was measured is finite"
-        return NoiseReading("unavailable", last_update=last, reason=why)
-    unsettled = _unsettled(updates, len(counted), is_warming_up=is_warming_up)
+    if updates >= _MIN_UPDATES and windows and not any(w.is_finite for w in windows):
+        reason = "no measured gradient is finite"
+        return NoiseReading("unavailable", last_update=last, reason=reason)
+    unsettled = _reason_unsettled(updates, len(counted), is_warming_up=is_warming_up)
     if not counted:
         return NoiseReading("settling", last_update=last, reason=unsettled)
-    low, high = _interval(counted)
+    low, high = _bootstrap_interval(counted)
     if math.isinf(low):
-        low = _detectable(counted)
-    estimate = _ratio(counted)
-    is_vague = math.isinf(estimate) or high > _SPREAD * low
-    state: NoiseState = "settling" if unsettled else "at_least" if is_vague else "ok"
+        low = _lower_bound(counted)
+    samples = _ratio_of_means(counted)
+    is_vague = math.isinf(samples) or high > _MAX_INTERVAL * low
+    state: NoiseState = "at_least" if is_vague else "ok"
+    if unsettled:
+        state = "settling"
     return NoiseReading(
         state,
-        samples=estimate if state == "ok" else _finite(low),
+        samples=samples if state == "ok" else _finite(low),
         low=_finite(low),
         high=_finite(high) if state == "ok" else None,
         windows=len(counted),
@@ -124,12 +126,15 @@ def read(windows: Sequence[Window], *, updates: int, is_warming_up: bool) -> Noi
     )
 
 
-def _unsettled(updates: int, counted: int, *, is_warming_up: bool) -> str | None:
-    """What a run still lacks, of which so many updates were seen, and so many of its later half measured."""
-    if updates < _SETTLED:
-        return f"it takes {_SETTLED} updates or more, and there were {updates}"
-    if counted < _ENOUGH:
-        return f"it takes {_ENOUGH} measured updates in the later half of a run, and there were {counted}"
+def _reason_unsettled(updates: int, counted: int, *, is_warming_up: bool) -> str | None:
+    """Return a reason why the number is still too low, from the updates and the windows so far."""
+    if updates < _MIN_UPDATES:
+        return f"it takes {_MIN_UPDATES} updates or more, and there were {updates}"
+    if counted < _MIN_WINDOWS:
+        return (
+            f"it takes {_MIN_WINDOWS} measured updates in the later half of a run, "
+            f"and there were {counted}"
+        )
     return "the learning rate was still rising" if is_warming_up else None
 
 
@@ -137,34 +142,37 @@ def _finite(number: float) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _ratio(windows: Sequence[Window]) -> float:
-    """The ratio of means; infinite where no gradient can be told from noise."""
-    return _divided(
+def _ratio_of_means(windows: Sequence[Window]) -> float:
+    return _noise_scale(
         fmean(window.noise for window in windows),
         fmean(window.signal for window in windows),
     )
 
 
-def _divided(noise: float, signal: float) -> float:
+def _noise_scale(noise: float, signal: float) -> float:
+    """Divide noise by signal; infinite if no gradient can be distinguished from noise."""
     return max(0.0, noise) / signal if signal > 0 else math.inf
 
 
-def _detectable(windows: Sequence[Window]) -> float:
-    """The noise scale by the largest |G|² that so many windows could have missed; infinite where that is unknown."""
+def _lower_bound(windows: Sequence[Window]) -> float:
+    """Return the noise scale at the largest |G|² that these windows could have missed.
+
+    Infinite if there is one window only.
+    """
     if len(windows) == 1:
         return math.inf
     error = stdev(window.signal for window in windows) / math.sqrt(len(windows))
-    return _divided(fmean(window.noise for window in windows), _QUANTILE * error)
+    return _noise_scale(fmean(window.noise for window in windows), _TAIL_ERRORS * error)
 
 
-def _interval(windows: Sequence[Window]) -> tuple[float, float]:
-    """Where nine in ten ratios lie when windows are drawn anew from those that were measured."""
+def _bootstrap_interval(windows: Sequence[Window]) -> tuple[float, float]:
+    """Return the interval of nine in ten ratios of windows resampled with replacement."""
     generator = random.Random(_SEED)  # noqa: S311 -- no secret
     pairs = [(window.noise, window.signal) for window in windows]
     ratios = []
-    for _ in range(_DRAWS):
+    for _ in range(_RESAMPLES):
         drawn = generator.choices(pairs, k=len(pairs))
-        ratios.append(_divided(sum(n for n, _ in drawn), sum(s for _, s in drawn)))
+        ratios.append(_noise_scale(sum(n for n, _ in drawn), sum(s for _, s in drawn)))
     ratios.sort()
-    tail = round(_TAIL * _DRAWS)
+    tail = round(_TAIL * _RESAMPLES)
     return ratios[tail], ratios[-1 - tail]

@@ -10,22 +10,25 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch.autograd.function import BackwardCFunction
 
-from autobatch._noise import KEPT, NoiseReading, Window, read
+from autobatch._noise import MAX_WINDOWS, NoiseReading, Window, estimate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
 _SHARDED: Final = frozenset({"FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"})
-_EXCESS: Final = 1.001  # the mean's norm may exceed the mean norm by rounding only
-_PATIENCE: Final = 2  # updates that may be skipped before it is said why
+# The norm of a mean exceeds the mean norm by rounding only; more is gradient of other passes
+_ROUNDING: Final = 1.001
+_MIN_SKIPPED: Final = 2  # skipped updates before a reading shows the reason
 
 
 def obstacle(model: torch.nn.Module, optimizer: Any) -> str | None:
-    """Why no gradient of this model can be measured, if that is plain from the start."""
-    kinds = {kind.__name__ for part in model.modules() for kind in type(part).__mro__}
-    sharded = sorted(kinds & _SHARDED)
-    if sharded or any(type(each).__name__ == "DTensor" for each in model.parameters()):
-        return f"the parameters are sharded ({sharded[0] if sharded else 'DTensor'}): no rank sees a whole gradient"
+    """Return a reason why no gradient of this model can be measured, if one is known at the start."""
+    classes = {kind.__name__ for part in model.modules() for kind in type(part).__mro__}
+    sharded = sorted(classes & _SHARDED)
+    if not sharded and any(type(each).__name__ == "DTensor" for each in model.parameters()):
+        sharded = ["DTensor"]
+    if sharded:
+        return f"the parameters are sharded ({sharded[0]}): no rank sees a whole gradient"
     if isinstance(optimizer, torch.optim.LBFGS):
         return "LBFGS evaluates the same batch several times in a step"
     return None
@@ -33,17 +36,17 @@ def obstacle(model: torch.nn.Module, optimizer: Any) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class GradientNorms:
-    """What was taken of one update, its numbers still on the device.
+    """Squared gradient norms of one update, still on the device.
 
     Args:
-        update: Which update, from 1.
+        update: Number of the update, from 1.
         passes: Backward passes of each rank.
-        world_size: Ranks that the numbers were summed over.
-        part_size: Samples of a backward pass; of passes of several sizes the harmonic mean.
+        world_size: Ranks over which the norms were summed.
+        part_size: Samples of a backward pass; for passes of several sizes the harmonic mean.
         batch_size: Samples of the update, over all ranks.
-        unit: What the loss of a backward pass was multiplied by, so that windows of different factors compare.
-        sums: Over ranks: squared norms of the passes, of the whole gradient, of what there was before, and how many
-            ranks found nothing wrong.
+        unit: Factor of the loss of a backward pass, divided out so that windows compare.
+        sums: Four sums over ranks: squared norms of the passes, of the whole gradient, of the
+            gradient before the update, and the number of ranks without a problem.
     """
 
     update: int
@@ -55,48 +58,48 @@ class GradientNorms:
     sums: torch.Tensor
 
     def window(self) -> Window | None:
-        """The numbers on the host; None where the gradient is not that of these passes."""
+        """Fetch the numbers; None if the gradient is not the sum over these passes."""
         small, big, before, sound = self.sums.tolist()
         unit = float(self.unit) ** 2
         small /= self.passes * self.world_size * unit
         big /= self.passes**2 * self.world_size * unit
-        if sound < self.world_size or before > 0 or big > _EXCESS * small:
+        if sound < self.world_size or before > 0 or big > _ROUNDING * small:
             return None
         return Window(self.update, small, big, self.part_size, self.batch_size)
 
 
 class NoiseRecord:
-    """The windows of a run that were measured, and those that could not be."""
+    """The measured and the skipped windows of a run."""
 
     def __init__(self) -> None:
-        self.updates = 0  # seen so far
-        self.obstacle: str | None = None  # why nothing will be measured
-        self._taken: deque[GradientNorms] = deque(maxlen=KEPT)  # waiting to be read
-        self._windows: deque[Window] = deque(maxlen=KEPT)
+        self.updates = 0  # so far, measured or not
+        self.obstacle: str | None = None  # reason to measure nothing more
+        self._pending: deque[GradientNorms] = deque(maxlen=MAX_WINDOWS)  # still on the device
+        self._windows: deque[Window] = deque(maxlen=MAX_WINDOWS)
         self._skipped = 0
-        self._why: str | None = None  # the last was skipped
+        self._skip_reason: str | None = None
         self._rate: float | None = None
         self._is_warming_up = False
         self._has_fallen = False
 
-    def add(self, taken: GradientNorms) -> None:
-        """Keep one update's numbers."""
-        self._taken.append(taken)
+    def add(self, norms: GradientNorms) -> None:
+        """Keep the norms of one update."""
+        self._pending.append(norms)
 
     def skip(self, reason: str) -> None:
-        """Remember why an update could not be measured."""
+        """Count an update that could not be measured."""
         self._skipped += 1
-        self._why = reason
+        self._skip_reason = reason
 
     def give_up(self, reason: str) -> None:
-        """Remember why nothing more will be measured."""
+        """Measure nothing more; the first reason stays."""
         self.obstacle = self.obstacle or reason
 
     def watch_rate(self, optimizer: Any) -> None:
-        """See whether the learning rate still rises from the start of the run."""
+        """Check for a learning rate that has only risen since the start of the run."""
         rate = optimizer.param_groups[0].get("lr")
         if not isinstance(rate, float | int):
-            return  # on the device, where a look would wait for it
+            return  # a tensor: reading it would wait for the device
         if self._rate is not None:
             self._has_fallen |= rate < self._rate
             self._is_warming_up = rate > self._rate and not self._has_fallen
@@ -104,29 +107,27 @@ class NoiseRecord:
 
     @property
     def reading(self) -> NoiseReading:
-        """The noise scale by what is known now."""
+        """The noise scale so far."""
         if self.obstacle is not None:
             return NoiseReading("unavailable", reason=self.obstacle)
         self._fetch()
-        reading = read(
-            tuple(self._windows),
-            updates=self.updates,
-            is_warming_up=self._is_warming_up,
+        reading = estimate(
+            tuple(self._windows), updates=self.updates, is_warming_up=self._is_warming_up
         )
-        if not reading.windows and self._skipped >= _PATIENCE:
-            return NoiseReading("unavailable", reason=self._why)
+        if not reading.windows and self._skipped >= _MIN_SKIPPED:
+            return NoiseReading("unavailable", reason=self._skip_reason)
         return reading
 
     def _fetch(self) -> None:
-        while self._taken:
-            window = self._taken.popleft().window()
+        while self._pending:
+            window = self._pending.popleft().window()
             if window is None:
                 self.skip("the gradient of an update is not that of its backward passes")
             else:
                 self._windows.append(window)
 
     def state_dict(self) -> dict[str, Any]:
-        """What there is to go on with, in plain numbers."""
+        """Return the state to resume from, in plain numbers."""
         self._fetch()
         return {
             "updates": self.updates,
@@ -137,25 +138,26 @@ class NoiseRecord:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Resume from a state."""
         self.updates = state["updates"]
         self._windows.clear()
         self._windows.extend(Window(*numbers) for numbers in state["windows"])
 
 
 class GradientNormHook:
-    """Measures the backward passes of one update: the norm of each, and that of the gradient they add up to.
+    """Measures one update: the norm of each backward pass, and of the gradient they add up to.
 
-    A hook on a parameter sees the gradient of the pass that runs, before it is accumulated and before any other rank's
-    is added. It adds one squared norm to a scalar on the device; nothing is copied, changed or waited for.
+    A hook on a parameter receives the gradient of the current pass, before it is accumulated and
+    before the gradients of other ranks are added. The hook adds one squared norm to a scalar on the
+    device; it copies nothing, changes nothing and does not wait for the device.
     """
 
     def __init__(self) -> None:
         self._parameters: list[torch.Tensor] = []
         self._handles: list[Any] = []
-        self._passes: set[int] = set()
-        self._sums: dict[torch.device, torch.Tensor] = {}  # of the passes
-        self._before: torch.Tensor | None = None
+        self._passes: set[int] = set()  # ids of the backward passes so far
+        self._sums: dict[torch.device, torch.Tensor] = {}  # squared norms of the passes
+        self._before: torch.Tensor | None = None  # squared norm at the start of the update
         self._whole: torch.Tensor | None = None
         self._passes_in_whole = 0
         self._after_pass: Callable[[], None] | None = None
@@ -163,7 +165,7 @@ class GradientNormHook:
 
     @property
     def is_open(self) -> bool:
-        """Whether an update is being measured."""
+        """True while an update is measured."""
         return bool(self._handles)
 
     @property
@@ -176,14 +178,14 @@ class GradientNormHook:
         parameters: Iterable[torch.Tensor],
         after_pass: Callable[[], None] | None = None,
     ) -> None:
-        """Begin with an update; `after_pass` is called when a pass is complete, with all ranks' gradients."""
+        """Begin an update; `after_pass` runs when a pass is complete, gradients of all ranks included."""
         self.close()
         self._parameters = [each for each in parameters if each.requires_grad]
         self._after_pass = after_pass
-        self._handles = [each.register_hook(self._see) for each in self._parameters]
+        self._handles = [each.register_hook(self._on_gradient) for each in self._parameters]
 
     def close(self) -> None:
-        """Take the hooks away and forget the update."""
+        """Remove the hooks and forget the update."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -194,67 +196,103 @@ class GradientNormHook:
         self._passes_in_whole = 0
 
     def take_whole(self) -> None:
-        """Measure what the passes so far have added up to: to be called before anything clips or rescales it."""
+        """Measure the accumulated gradient; call it before anything clips or rescales it."""
         gradients = [each.grad for each in self._parameters if each.grad is not None]
         self._whole = squared_norm(gradients)
         self._passes_in_whole = self.passes
 
     def sums(self, group: Any | None, *, sound: bool = True) -> torch.Tensor:
-        """Of this update over the ranks of a group, of which all have to ask: see `Taken`.
+        """Return `GradientNorms.sums` of this update over a group; every rank of it has to call this.
 
-        A rank that saw something wrong says so: it must not keep the others waiting.
+        A rank that found a problem takes part with `sound=False`, so that no rank waits for it.
         """
         sound = sound and self.passes == self._passes_in_whole > 0
         device = next(iter(self._sums), torch.device("cpu"))
         if not self._sums and self._parameters:
             device = self._parameters[0].device
-        nothing = torch.zeros((), dtype=_precise(device), device=device)
-        parts = [each.to(nothing) for each in self._sums.values()]
-        small = torch.stack(parts).sum() if parts else nothing
-        whole = nothing if self._whole is None else self._whole.to(nothing)
-        before = nothing if self._before is None else self._before.to(nothing)
-        sums = torch.stack((small, whole, before, torch.full_like(nothing, sound)))
+        zero = torch.zeros((), dtype=_sum_dtype(device), device=device)
+        parts = [each.to(zero) for each in self._sums.values()]
+        small = torch.stack(parts).sum() if parts else zero
+        whole = zero if self._whole is None else self._whole.to(zero)
+        before = zero if self._before is None else self._before.to(zero)
+        sums = torch.stack((small, whole, before, torch.full_like(zero, sound)))
         if group is not None:
             torch.distributed.all_reduce(sums, group=group)
         return sums
 
-    def _see(self, gradient: torch.Tensor) -> None:
-        # The pass that runs, by the number that torch 2.6 to 2.13 gives it
-        running = torch._C._current_graph_task_id()
-        if running not in self._passes:
-            self._begin_pass(running)
+    def _on_gradient(self, gradient: torch.Tensor) -> None:
+        current = _current_backward_pass()
+        if current not in self._passes:
+            self._begin_pass(current)
         if gradient.requires_grad:
-            self.problem = "a gradient is taken to be differentiated again (create_graph=True)"
+            self.problem = "a gradient is differentiated again (create_graph=True)"
         device = gradient.device
         if device not in self._sums:
             self._sums[device] = torch.zeros((), dtype=torch.float32, device=device)
         norm = torch.linalg.vector_norm(_values(gradient.detach()), dtype=torch.float32)
         self._sums[device].addcmul_(norm, norm)
 
-    def _begin_pass(self, running: int) -> None:
+    def _begin_pass(self, current: int) -> None:
         if not self._passes:
-            left = [each.grad for each in self._parameters if each.grad is not None]
-            self._before = squared_norm(left) if left else None
-        self._passes.add(running)
-        if _is_nested():
+            existing = [each.grad for each in self._parameters if each.grad is not None]
+            self._before = squared_norm(existing) if existing else None
+        self._passes.add(current)
+        if _is_nested_backward():
             self.problem = (
                 "a reentrant checkpoint runs backward passes within a backward pass; "
-                "use_reentrant=False does without"
+                "use use_reentrant=False"
             )
         if self._after_pass is not None:
-            # Called when the pass is complete; there it is queued again, after the callback in which
-            # DistributedDataParallel puts the gradients of all ranks in place.
+            # Queued twice: the second call comes after the callback in which
+            # DistributedDataParallel puts the gradients of all ranks in place
             after = self._after_pass
-            _queue(lambda: _queue(after))
+            _at_end_of_backward(lambda: _at_end_of_backward(after))
 
 
-def _queue(callback: Callable[[], None]) -> None:
-    # The way of torch's own FSDP to the end of a backward pass; torch 2.6 to 2.13 have no public one
+def squared_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """Return the squared norm of all tensors together, as a scalar on the device of the first."""
+    if not tensors:
+        return None
+    norms = _foreach_norm([_values(each.detach()) for each in tensors])
+    device = norms[0].device
+    total = torch.stack([each.to(device) for each in norms]).to(_sum_dtype(device))
+    return total.square().sum()
+
+
+def _values(gradient: torch.Tensor) -> torch.Tensor:
+    """Return the numbers of a gradient; of a sparse one those that are not zero."""
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
+
+
+def _sum_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+
+
+# Private API of torch, read from torch 2.6 to 2.13
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Return True for a module compiled in place with `module.compile()`."""
+    return getattr(module, "_compiled_call_impl", None) is not None
+
+
+def write_counts(tensors: Iterable[torch.Tensor]) -> list[int]:
+    """Return for each tensor the number of times it was changed in place."""
+    return [each._version for each in tensors]
+
+
+def _current_backward_pass() -> int:
+    """Return the id of the running backward pass."""
+    return torch._C._current_graph_task_id()
+
+
+def _at_end_of_backward(callback: Callable[[], None]) -> None:
+    """Run a callback when the running backward pass is complete, as FSDP of torch does."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
-def _is_nested() -> bool:
-    """Whether this pass was started by the backward of a function in another, as reentrant checkpoints do."""
+def _is_nested_backward() -> bool:
+    """Check for a backward pass started within another by a function, as by a reentrant checkpoint."""
     frame: Any = sys._getframe()
     while frame is not None:
         if frame.f_code is BackwardCFunction.apply.__code__:
@@ -263,22 +301,5 @@ def _is_nested() -> bool:
     return False
 
 
-def squared_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """The squared norm of all of them together, as a scalar on the first one's device."""
-    if not tensors:
-        return None
-    norms = torch._foreach_norm(
-        [_values(each.detach()) for each in tensors], 2, dtype=torch.float32
-    )
-    device = norms[0].device
-    total = torch.stack([each.to(device) for each in norms]).to(_precise(device))
-    return total.square().sum()
-
-
-def _values(gradient: torch.Tensor) -> torch.Tensor:
-    """The numbers of a gradient: of a sparse one those that are not zero."""
-    return gradient.coalesce().values() if gradient.is_sparse else gradient
-
-
-def _precise(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64
+def _foreach_norm(tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+    return torch._foreach_norm(tensors, 2, dtype=torch.float32)

@@ -92,6 +92,15 @@ UNICODE: Final = Glyphs("utf-8")
 ASCII: Final = Glyphs("ascii", str.maketrans("▶×·–−█▉▊▋▌▍▎▏±µ", ">x---#####   ~u"))
 
 
+def glyphs_for(encoding: str | None) -> Glyphs:
+    """Return all glyphs if the encoding has them, otherwise their ASCII stand-ins."""
+    try:
+        "▶×·–−±▏▉█".encode(encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return ASCII
+    return UNICODE
+
+
 def terminal(page: Page, glyphs: Glyphs) -> str:
     """Return a page as plain text."""
     out = io.StringIO()

@@ -14,24 +14,25 @@ if TYPE_CHECKING:
 
 
 class Search(Protocol):
-    """Which batch size to try next: a pure function of the history, so that ranks and reruns agree."""
+    """Choose the next batch size: a pure function of the trials, so that ranks and reruns agree."""
 
     def propose(self, trials: Sequence[Trial], *, start: int, high: int, budget: int) -> int | None:
-        """Name a size never tried, from 1 to `high`, or None: the largest fit is the answer."""
+        """Return an untried size from 1 to `high`, or None if the largest fit is the answer."""
 
 
 @dataclass(frozen=True)
 class Bisection:
-    """Double until a size fails, then halve what is in doubt; never reads memory.
+    """Double until a size fails, then bisect; never reads memory.
 
     Args:
-        resolution: How far the largest fit may end below a size that failed, as a share of it; at least one sample.
+        resolution: Largest gap between the largest fit and the smallest failure at which the search
+            ends, as a share of the latter; at least one sample.
     """
 
     resolution: float = 0.01
 
     def __post_init__(self) -> None:
-        _check_resolution(self.resolution)
+        check_resolution(self.resolution)
 
     def propose(
         self,
@@ -41,24 +42,25 @@ class Bisection:
         high: int,
         budget: int,  # noqa: ARG002
     ) -> int | None:
-        """Name a size never tried, from 1 to `high`, or None: the largest fit is the answer."""
+        """Return an untried size from 1 to `high`, or None if the largest fit is the answer."""
         if not trials:
             return min(start, high)
-        bracket = _Bracket.of(trials, high)
-        return None if bracket.closed(self.resolution) else bracket.middle
+        bracket = Bracket.of(trials, high)
+        return None if bracket.is_closed(self.resolution) else bracket.middle
 
 
-class _Bracket(NamedTuple):
-    good: int  # largest size that fits; 0 when none does
-    refused: int  # largest size too small for the workload; 0 when none is
-    bad: int | None  # smallest failure above these: one below a fit is noise
-    high: int
+class Bracket(NamedTuple):
+    """Interval that contains the largest batch size that fits."""
+
+    good: int  # largest size that fits; 0 if none does
+    refused: int  # largest size too small for the workload; 0 if there is none
+    bad: int | None  # smallest failure above both: a failure below a fit is noise
+    high: int  # largest size allowed
 
     @classmethod
-    def of(cls, trials: Sequence[Trial], high: int) -> _Bracket:
+    def of(cls, trials: Sequence[Trial], high: int) -> Bracket:
         good = max((t.batch_size for t in trials if t.fits), default=0)
-        small = [t.batch_size for t in trials if t.outcome is Outcome.REFUSED]
-        refused = max(small, default=0)
+        refused = max((t.batch_size for t in trials if t.outcome is Outcome.REFUSED), default=0)
         failed = [t.batch_size for t in trials if not t.fits]
         above = [size for size in failed if size > max(good, refused)]
         return cls(good, refused, min(above, default=None), high)
@@ -69,15 +71,14 @@ class _Bracket(NamedTuple):
 
     @property
     def middle(self) -> int:
-        if self.bad is None:
-            return self.clip(2 * self.low)
-        return self.clip((self.low + self.bad) // 2)
+        return self.clip(2 * self.low if self.bad is None else (self.low + self.bad) // 2)
 
     def clip(self, size: float) -> int:
+        """Return the nearest size inside the bracket."""
         ceiling = self.high if self.bad is None else min(self.high, self.bad - 1)
         return int(min(max(size, self.low + 1), ceiling))
 
-    def closed(self, resolution: float) -> bool:
+    def is_closed(self, resolution: float) -> bool:
         if self.low >= self.high:
             return True
         if self.bad is None:
@@ -86,6 +87,7 @@ class _Bracket(NamedTuple):
         return self.bad - self.low <= gap
 
 
-def _check_resolution(resolution: float) -> None:
+def check_resolution(resolution: float) -> None:
+    """Raise ValueError unless the resolution is a share between 0 and 1."""
     if not isinstance(resolution, float) or not 0 < resolution < 1:
         raise ValueError(f"resolution must lie between 0 and 1, got {resolution!r}.")

@@ -1,4 +1,7 @@
-"""Extrapolate peak memory to the budget with lines and parabolas."""
+"""Extrapolate peak memory to the budget with straight lines and parabolas.
+
+Arithmetic that decides a batch size is on whole bytes: a peak equal to the budget fits.
+"""
 
 from __future__ import annotations
 
@@ -11,186 +14,187 @@ if TYPE_CHECKING:
 
     from autobatch._trials import Trial
 
-PROOF: Final = 3  # points that prove a line
-NO_LIMIT: Final = sys.maxsize  # where memory does not grow with the size
-# Of a measured peak: profiles that miss one by more are not believed
-_MISBELIEF: Final = 0.01
-# Of a line, from its base: points that are nearer say little of where it goes
-_APART: Final = 0.1
-_ROUNDING: Final = 2  # bytes by which a point may miss a line that it is on
+MIN_POINTS: Final = 3  # readings on one line that prove it
+UNLIMITED: Final = sys.maxsize  # limit where memory does not grow with the batch size
+# Profiles that miss a measured peak by a larger share are not used
+_MAX_PROFILE_ERROR: Final = 0.01
+# Share of the length of a line; points nearer to its first one do not test its slope
+_MIN_DISTANCE: Final = 0.1
+_ROUNDING: Final = 2  # bytes; a smaller deviation from a line is rounding
 
 
 class Reading(NamedTuple):
-    """What a trial of a size held."""
+    """Memory of one trial, in bytes."""
 
-    size: int
+    size: int  # samples
     fits: bool
     peak: int
-    left: int  # bytes between the peak and the budget
-    room: int  # bytes between what was resident and the budget
+    left: int  # from the peak to the budget
+    room: int  # from memory resident before the trial to the budget
     profile: tuple[int, ...]
 
     @property
     def headroom(self) -> float:
-        """How many times what the trial took would fill the room."""
+        """Factor by which the memory of the trial may grow to fill the room."""
         return self.room / max(1, self.room - self.left)
 
     @property
-    def in_proportion(self) -> int:
-        """A size that fits if memory is a maximum of straight lines that start at or above what was resident."""
+    def proportional_limit(self) -> int:
+        """A size that fits if memory is a maximum of lines that start above resident memory."""
         return int(self.size * self.headroom)
 
 
 def readings_of(trials: Sequence[Trial], budget: int) -> list[Reading]:
-    """Every size whose peak was read, smallest first."""
-    read = {
+    """Return the latest reading of every size whose peak is known, smallest size first."""
+    readings = {
         t.batch_size: Reading(
-            size=t.batch_size,
-            fits=t.fits,
-            peak=t.peak,
-            left=budget - t.peak,
-            room=budget - t.resident,
-            profile=t.profile,
+            t.batch_size, t.fits, t.peak, budget - t.peak, budget - t.resident, t.profile
         )
         for t in trials
         if t.peak is not None
     }
-    return [read[size] for size in sorted(read)]
+    return [readings[size] for size in sorted(readings)]
 
 
-def profiled(readings: list[Reading]) -> list[Reading]:
-    """Leave out size 1: a single sample takes other paths through the code."""
-    return [r for r in readings if r.size > 1 and len(r.profile) > 1]
-
-
-def limit_of(a: Reading, b: Reading) -> int:
-    """Size at which the line through two readings reaches the budget."""
+def limit_through(a: Reading, b: Reading) -> int:
+    """Return the size at which the line through two readings reaches the budget."""
     rise = b.peak - a.peak
-    return b.size + b.left * (b.size - a.size) // rise if rise > 0 else NO_LIMIT
+    return b.size + b.left * (b.size - a.size) // rise if rise > 0 else UNLIMITED
 
 
 class LinearFit(NamedTuple):
-    """A straight line through the last sizes that fit."""
+    """A straight line through the first and the last of several readings that fit."""
 
-    base: Reading
-    top: Reading
+    first: Reading
+    last: Reading
     points: int
-    witnesses: int  # of the points between its ends, those that are far enough from the first to say anything
-    stray: float  # how far one of them lies off it at most, as a share of the room
-    is_noisy: bool  # whether they lie on both sides of it
-    is_bent: bool  # whether they all lie below it: memory rises ever faster
+    witnesses: int  # points between both ends and far enough from the first to test the slope
+    residual: float  # largest distance of a point from the line, as a share of the room
+    is_noisy: bool  # points lie on both sides of the line
+    is_convex: bool  # all points between the ends lie below the line: memory rises ever faster
 
     @classmethod
     def through(cls, fits: Sequence[Reading], tolerance: float) -> LinearFit:
-        """Through as many of the last ones, at least two, as lie on it but for so much, as a share of the room."""
-        top = fits[-1]
-        line = cls(fits[-2], top, 2, 0, 0.0, is_noisy=False, is_bent=False)
-        for count in range(PROOF, len(fits) + 1):
-            base, *between = fits[-count:-1]
-            slope = (top.peak - base.peak) / (top.size - base.size)
-            off = [r.peak - base.peak - slope * (r.size - base.size) for r in between]
-            stray = max(map(abs, off)) / max(1, top.room)
-            if stray > tolerance:
+        """Fit as many of the last readings, at least two, as the tolerance allows."""
+        last = fits[-1]
+        line = cls(fits[-2], last, 2, 0, 0.0, is_noisy=False, is_convex=False)
+        for count in range(MIN_POINTS, len(fits) + 1):
+            first, *between = fits[-count:-1]
+            slope = (last.peak - first.peak) / (last.size - first.size)
+            deviations = [r.peak - first.peak - slope * (r.size - first.size) for r in between]
+            residual = max(map(abs, deviations)) / max(1, last.room)
+            if residual > tolerance:
                 break
-            apart = (top.size - base.size) * _APART
+            distance = (last.size - first.size) * _MIN_DISTANCE
             line = cls(
-                base,
-                top,
+                first,
+                last,
                 count,
-                sum(r.size - base.size >= apart for r in between),
-                stray,
-                is_noisy=min(off) < 0 < max(off),
-                is_bent=max(off) < 0,
+                sum(r.size - first.size >= distance for r in between),
+                residual,
+                is_noisy=min(deviations) < 0 < max(deviations),
+                is_convex=max(deviations) < 0,
             )
         return line
 
     @property
     def is_proven(self) -> bool:
-        """Whether others than its ends show that it is one."""
+        """Return True if points besides both ends confirm the line."""
         return self.witnesses > 0
 
     @property
     def slope(self) -> float:
         """Bytes per sample."""
-        return (self.top.peak - self.base.peak) / (self.top.size - self.base.size)
+        return (self.last.peak - self.first.peak) / (self.last.size - self.first.size)
 
     @property
     def limit(self) -> int:
-        """Size at which it reaches the budget."""
-        return limit_of(self.base, self.top)
+        """Size at which the line reaches the budget."""
+        return limit_through(self.first, self.last)
 
     @property
-    def doubt(self) -> float:
-        """Sizes below the limit that may not fit, since readings stray: the more, the further it is followed."""
+    def uncertainty(self) -> float:
+        """Error of the limit in samples, from the residual; grows with the extrapolation."""
         if self.slope <= 0:
             return 0.0
-        apart = self.top.size - self.base.size
-        further = 1 + max(0, self.limit - self.top.size) / apart
-        return further * self.stray * self.top.room / self.slope
+        length = self.last.size - self.first.size
+        leverage = 1 + max(0, self.limit - self.last.size) / length
+        return leverage * self.residual * self.last.room / self.slope
 
     def is_parallel(self, other: LinearFit, tolerance: float) -> bool:
-        """Whether both rise alike over the sizes of this one, but for a share of the room."""
-        apart = self.top.size - self.base.size
-        return abs(self.slope - other.slope) * apart <= tolerance * self.top.room
+        """Compare slopes: the rise over this line may differ by `tolerance` times the room."""
+        length = self.last.size - self.first.size
+        return abs(self.slope - other.slope) * length <= tolerance * self.last.room
 
 
 class QuadraticFit(NamedTuple):
-    """Bytes over the size: a straight line, or where they rise ever faster, a parabola."""
+    """Bytes as a function of the size: a parabola that rises ever faster, else a straight line."""
 
-    size: int
+    size: int  # the last size fitted
     held: int  # bytes at that size
-    rise: int  # bytes, from an earlier size to it
-    apart: int  # how far below it that one was
-    bend: float  # bytes per sample and sample: how it leaves the line through these two
+    rise: int  # bytes from an earlier size to the last one
+    run: int  # samples from that earlier size to the last one
+    curvature: float  # bytes per sample squared; 0 for a straight line
 
     @classmethod
     def through(cls, sizes: Sequence[int], held: Sequence[int]) -> QuadraticFit:
-        """Through the first and the last of two or three points, and through the middle one if that lies below."""
+        """Fit two or three points; of three on a concave curve, the line through the last two."""
         (a, b), c = sizes[:2], sizes[-1]
-        rise, apart = held[-1] - held[0], c - a
-        below = rise * (b - a) // apart - (held[1] - held[0])
+        rise, run = held[-1] - held[0], c - a
+        below = rise * (b - a) // run - (held[1] - held[0])  # bytes, of the middle point
         if below < -_ROUNDING:
-            # It may go on as it last did, and no flatter
+            # Concave: the steepest continuation that is still safe is the last segment
             return cls(c, held[-1], held[-1] - held[1], c - b, 0.0)
-        bend = below / ((b - a) * (c - b)) if below > _ROUNDING else 0.0
-        return cls(c, held[-1], rise, apart, bend)
+        curvature = below / ((b - a) * (c - b)) if below > _ROUNDING else 0.0
+        return cls(c, held[-1], rise, run, curvature)
+
+    @classmethod
+    def through_peaks(cls, readings: Sequence[Reading]) -> QuadraticFit:
+        return cls.through([r.size for r in readings], [r.peak for r in readings])
 
     def at(self, size: int) -> float:
-        """Bytes held at a size."""
-        further = size - self.size
-        straight = self.held + self.rise * further / self.apart
-        return straight + self.bend * further * (further + self.apart)
+        """Return the bytes at a size."""
+        distance = size - self.size
+        straight = self.held + self.rise * distance / self.run
+        return straight + self.curvature * distance * (distance + self.run)
 
     def limit(self, budget: int) -> int:
-        """The largest size at which it does not pass the budget."""
+        """Return the largest size at or below the budget."""
         left = budget - self.held
-        if self.bend:
-            steep = self.rise / self.apart + self.bend * self.apart
-            root = math.sqrt(max(0.0, steep**2 + 4 * self.bend * left))
-            return self.size + math.floor((root - steep) / (2 * self.bend))
+        if self.curvature:
+            slope = self.rise / self.run + self.curvature * self.run
+            root = math.sqrt(max(0.0, slope**2 + 4 * self.curvature * left))
+            return self.size + math.floor((root - slope) / (2 * self.curvature))
         if self.rise > 0:
-            return self.size + left * self.apart // self.rise
-        return NO_LIMIT
+            return self.size + left * self.run // self.rise
+        return UNLIMITED
 
 
-def profile_limit(readings: list[Reading]) -> int | None:
-    """Size at which the first allocation of a step would reach the budget; None where profiles miss a peak."""
-    if len(seen := profiled(readings)) <= 1:
+def with_profiles(readings: Sequence[Reading]) -> list[Reading]:
+    """Select readings with profiles; size 1 takes other paths through the code and is left out."""
+    return [r for r in readings if r.size > 1 and len(r.profile) > 1]
+
+
+def profile_limit(readings: Sequence[Reading]) -> int | None:
+    """Return the size at which one allocation of a step reaches the budget.
+
+    None if there are too few profiles, or if they contradict a measured peak.
+    """
+    profiled = with_profiles(readings)
+    if len(profiled) < 2:  # noqa: PLR2004 -- a line needs two
         return None
-    read = [*seen[:2], *seen[2:][-1:]]
-    counts = [len(r.profile) for r in read]
-    count = min(counts)
-    if max(counts) > 2 * count:
+    fitted = [*profiled[:2], *profiled[2:][-1:]]
+    lengths = [len(r.profile) for r in fitted]
+    count = min(lengths)
+    if max(lengths) > 2 * count:
         return None
-    sizes = [r.size for r in read]
-    # Aligned from the end: loading the data, at the start, may take one allocation per sample.
-    held = zip(*(r.profile[-count:] for r in read), strict=True)
-    curves = [QuadraticFit.through(sizes, each) for each in held]
+    # Aligned at the end: loading the data, at the start, may take one allocation per sample
+    allocations = zip(*(r.profile[-count:] for r in fitted), strict=True)
+    curves = [QuadraticFit.through([r.size for r in fitted], held) for held in allocations]
     for r in readings:
-        foretold = (
-            max(r.profile[-count:]) if r in read else max(curve.at(r.size) for curve in curves)
-        )
-        if r.size > 1 and abs(foretold - r.peak) > _MISBELIEF * r.peak:
+        in_fit = r in fitted
+        peak = max(r.profile[-count:]) if in_fit else max(curve.at(r.size) for curve in curves)
+        if r.size > 1 and abs(peak - r.peak) > _MAX_PROFILE_ERROR * r.peak:
             return None
-    budget = seen[0].peak + seen[0].left
+    budget = profiled[0].peak + profiled[0].left
     return min(curve.limit(budget) for curve in curves)

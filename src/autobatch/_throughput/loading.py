@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +13,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """Waiting for data, beside the steps it is for: measured.
+    """Time spent waiting for data during training steps: measured.
 
     Args:
-        wait_seconds: Seconds spent waiting for the next batch, of all that were measured.
-        step_seconds: Seconds between, in which steps ran.
-        batches: How many batches that was.
+        wait_seconds: Seconds spent waiting for the next batch.
+        step_seconds: Seconds spent in steps.
+        batches: Number of batches.
     """
 
     wait_seconds: float
@@ -26,19 +27,14 @@ class Loading:
 
     @property
     def share(self) -> float:
-        """Share of the time that was spent waiting, 0 to 1."""
-        whole = self.wait_seconds + self.step_seconds
-        return self.wait_seconds / whole if whole else 0.0
+        """Share of the time spent waiting, 0 to 1."""
+        total = self.wait_seconds + self.step_seconds
+        return self.wait_seconds / total if total else 0.0
 
 
 @dataclass(slots=True)
 class Waited:
-    """Waiting for data, as it is counted.
-
-    Args:
-        seconds: Spent in it so far.
-        batches: That came of it.
-    """
+    """Running totals of a `loading_watch`: seconds spent waiting, and batches received."""
 
     seconds: float = 0.0
     batches: int = 0
@@ -46,35 +42,80 @@ class Waited:
 
 @contextlib.contextmanager
 def loading_watch(clock: Callable[[], float]) -> Iterator[Waited]:
-    """Count what every DataLoader of this process makes its reader wait while the body runs.
+    """Time the DataLoaders that this thread begins to iterate in the body.
 
-    A clock that waits for queued work keeps the device's own time out of the count; one that does not counts that as
-    well where reading a batch waits for the device.
+    A workload may create its loaders anywhere, so the public `DataLoader.__iter__` is replaced for
+    the duration of the body; it returns an iterator that is timed until the body ends. Iterators
+    of other threads, and those created before, are left alone.
+
+    With a clock that waits for queued work, time of the device is not counted as waiting; with any
+    other clock it is, if reading a batch waits for the device.
     """
-    from torch.utils.data import dataloader
+    from torch.utils.data import DataLoader
 
-    # Private in torch 2.13: the class that every DataLoader's iterator extends, and where all of them fetch
-    kind: Any = dataloader._BaseDataLoaderIter  # noqa: SLF001 -- there is no public place
-    fetch = kind.__next__
-    waited = Waited()
-    depth = 0  # a data set may read another loader
+    stopwatch = _Stopwatch(clock)
+    begin_iteration = DataLoader.__iter__
 
-    def timed(iterator: Any) -> Any:
-        nonlocal depth
-        if depth:
-            return fetch(iterator)
-        depth += 1
-        began = clock()
+    def begin_timed_iteration(loader: DataLoader[Any]) -> Any:
+        batches = begin_iteration(loader)
+        return _TimedIterator(batches, stopwatch) if stopwatch.is_running else batches
+
+    DataLoader.__iter__ = begin_timed_iteration  # type: ignore[method-assign] # restored below
+    try:
+        yield stopwatch.waited
+    finally:
+        DataLoader.__iter__ = begin_iteration  # type: ignore[method-assign]
+        stopwatch.stop()
+
+
+class _Stopwatch:
+    """Measures reads of batches by one thread."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.waited = Waited()
+        self._clock = clock
+        self._thread: int | None = threading.get_ident()
+        self._is_reading = False
+
+    @property
+    def is_running(self) -> bool:
+        """Return True in the thread that is measured, until the watch is stopped."""
+        return self._thread == threading.get_ident()
+
+    def stop(self) -> None:
+        self._thread = None
+
+    def read(self, batches: Iterator[Any]) -> Any:
+        if self._is_reading or not self.is_running:  # a dataset may read another loader
+            return next(batches)
+        self._is_reading = True
+        began = self._clock()
         try:
-            batch = fetch(iterator)
+            batch = next(batches)
         finally:
-            depth -= 1
-            waited.seconds += clock() - began
-        waited.batches += 1
+            self._is_reading = False
+            self.waited.seconds += self._clock() - began
+        self.waited.batches += 1
         return batch
 
-    kind.__next__ = timed
-    try:
-        yield waited
-    finally:
-        kind.__next__ = fetch
+
+class _TimedIterator:
+    """Iterator of a DataLoader whose reads are timed; all else is passed on to the original."""
+
+    def __init__(self, batches: Any, stopwatch: _Stopwatch) -> None:
+        self._batches = batches
+        self._stopwatch = stopwatch
+
+    def __iter__(self) -> _TimedIterator:
+        return self
+
+    def __next__(self) -> Any:
+        return self._stopwatch.read(self._batches)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_batches":  # a copy that is not initialised yet
+            raise AttributeError(name)
+        return getattr(self._batches, name)

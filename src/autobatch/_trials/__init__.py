@@ -23,7 +23,7 @@ class Trial:
 
     Args:
         batch_size: Samples per forward pass.
-        outcome: How it ended.
+        outcome: Outcome of the trial.
         peak: Most memory this process held during the trial, in bytes; None when it did not end.
         step_seconds: Seconds per micro-batch, its share of the optimizer step included; None when
             not timed. Without a point on the throughput curve they may be longer, since memory was
@@ -47,7 +47,7 @@ class Trial:
 
     @property
     def fits(self) -> bool:
-        """Whether it ran and stayed in the budget."""
+        """True if the batch size ran and stayed in the budget."""
         return self.outcome is Outcome.FIT
 
     @property

@@ -1,70 +1,236 @@
-"""Save and restore a single value: tensor, generator, container or global RNG state."""
+"""Save and restore single values: tensors, generators, containers, objects, global RNG state.
+
+`save` picks a class for a value by its type; a new kind of value is a class and a registration.
+"""
 
 from __future__ import annotations
 
+import functools
 import random
 import sys
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias, overload
+import weakref
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, overload
 
 import torch
 from torch.utils.weak import TensorWeakRef
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
-# Puts a value back as it was, in place where it can, and returns it
-Restore: TypeAlias = "Callable[[], Any]"
+_LARGE: Final = 1000  # entries; a larger container holds data rather than state
+# Types of values without parts that a trial could change
+_PLAIN: Final = frozenset({int, float, complex, bool, str, bytes, type(None)})
+
+
+class Saved(Protocol):
+    """A value as it was when it was saved."""
+
+    def restore(self) -> Any:
+        """Restore the value, in place if possible, and return it."""
+
+
+SaveFunction: TypeAlias = "Callable[[Any, Memo], Saved]"
+
+
+class Memo:
+    """Everything saved so far; a value held in several places is saved once, in its first state."""
+
+    def __init__(self) -> None:
+        self.objects: dict[int, SavedObject] = {}
+        self.tensors: dict[int, SavedTensor] = {}
+        self.generators: dict[int, SavedGenerator] = {}
+        self.open: set[int] = set()  # containers being saved
+        self.restores = 0  # number of restores so far
+        self.with_gradients = True  # of tensors saved from now on
+
+    def forget_dead_tensors(self) -> None:
+        self.tensors = {key: saved for key, saved in self.tensors.items() if not saved.is_dead}
+
+    def clear(self) -> None:
+        self.objects.clear()
+        self.tensors.clear()
+        self.generators.clear()
+
+    def add(self, thing: Any) -> None:
+        """Save a tensor, a generator, or an object with its attributes and its state_dict."""
+        key = id(thing)
+        if key in self.objects:
+            return
+        if isinstance(thing, torch.Tensor) or is_generator(thing):
+            self.objects[key] = SavedObject(lambda: thing, save(thing, self))
+        elif isinstance(thing, (torch.nn.Module, torch.optim.Optimizer)):
+            self.add_attributes(thing, save)  # torch keeps their state in attributes
+        else:
+            reference = self._reference(thing)
+            attributes = SavedAttributes(reference, _save_attributes(thing, save, self))
+            has_state = hasattr(thing, "state_dict")
+            state = save(thing.state_dict(), self) if has_state else None
+            self.objects[key] = SavedObject(reference, attributes, state)
+
+    def add_attributes(self, thing: Any, save_attribute: SaveFunction) -> None:
+        """Save the attributes of an object by a function for their values."""
+        if id(thing) not in self.objects:
+            reference = self._reference(thing)
+            attributes = _save_attributes(thing, save_attribute, self)
+            self.objects[id(thing)] = SavedObject(reference, SavedAttributes(reference, attributes))
+
+    def _reference(self, thing: Any) -> Callable[[], Any]:
+        """Return a weak reference that removes the entry; a firm one if the type has none."""
+        key = id(thing)
+        try:
+            return weakref.ref(thing, lambda _: self.objects.pop(key, None))
+        except TypeError:
+            return lambda: thing
+
+
+def save(value: Any, memo: Memo) -> Saved:
+    """Save one value with all that it contains."""
+    if id(value) in memo.open:  # a container that contains itself
+        return Unchanged(value)
+    memo.open.add(id(value))
+    try:
+        if _has_state(value):
+            return SavedState(value, save(value.state_dict(), memo))
+        return _save(value, memo)
+    finally:
+        memo.open.discard(id(value))
+
+
+def save_light(value: Any, memo: Memo) -> Saved:
+    """Save counters, generators and small containers, but no tensors, arrays and data."""
+    is_container = isinstance(value, (dict, list, set, tuple, deque))
+    is_data = is_container and len(value) > _LARGE
+    if is_data or isinstance(value, torch.Tensor) or _is_array(value):
+        return Unchanged(value)
+    return save(value, memo)
+
+
+def save_shallow(value: Any, memo: Memo) -> Saved:
+    """Save one value; of a large container only its entries, not the contents of these."""
+    if isinstance(value, (list, deque, dict, set)) and len(value) > _LARGE:
+        return SavedCopy(value, value.copy())
+    return save(value, memo)
+
+
+def is_generator(value: object) -> bool:
+    """Recognise the random number generators of torch, Python and NumPy."""
+    numpy = sys.modules.get("numpy")
+    if isinstance(value, (torch.Generator, random.Random)):
+        return True
+    return numpy is not None and isinstance(
+        value, (numpy.random.Generator, numpy.random.RandomState)
+    )
+
+
+@functools.singledispatch
+def _save(value: Any, memo: Memo) -> Saved:
+    # NumPy is not imported for this, and has no registration
+    if is_generator(value):
+        return memo.generators.setdefault(id(value), SavedGenerator(value))
+    if _is_array(value):
+        return SavedArray(value, value.copy())
+    return Unchanged(value)
+
+
+@_save.register(torch.Tensor)
+def _(value: torch.Tensor, memo: Memo) -> Saved:
+    known = memo.tensors.get(id(value))
+    if known is not None and known.is_of(value):
+        return known
+    if value.is_meta or torch.nn.parameter.is_lazy(value):  # nothing to copy yet
+        return Unchanged(value)
+    memo.tensors[id(value)] = saved = SavedTensor(value, memo)
+    return saved
+
+
+@_save.register(torch.optim.Optimizer)
+def _(value: torch.optim.Optimizer, memo: Memo) -> Saved:
+    memo.add(value)
+    return Unchanged(value)
+
+
+@_save.register(dict)
+def _(value: dict[Any, Any], memo: Memo) -> Saved:
+    return SavedDict(value, {key: save(item, memo) for key, item in value.items()})
+
+
+@_save.register(list)
+@_save.register(deque)
+def _(value: Any, memo: Memo) -> Saved:
+    if all(type(item) in _PLAIN for item in value):
+        return SavedCopy(value, value.copy())
+    return SavedSequence(value, [save(item, memo) for item in value])
+
+
+@_save.register(set)
+def _(value: set[Any], memo: Memo) -> Saved:  # noqa: ARG001
+    return SavedCopy(value, value.copy())
+
+
+@_save.register(tuple)
+def _(value: tuple[Any, ...], memo: Memo) -> Saved:
+    return SavedTuple(value, [save(item, memo) for item in value])
+
+
+@dataclass(frozen=True, slots=True)
+class Unchanged:
+    """A value that a trial cannot change, or that is restored elsewhere."""
+
+    value: Any
+
+    def restore(self) -> Any:
+        return self.value
 
 
 class SavedTensor:
-    """Puts values, gradient and `requires_grad` back into the same tensor, or into a new one if it has died.
+    """Values, gradient, hooks and `requires_grad` of a tensor, copied to the host.
 
-    The original is not held: a gradient or a hidden state that training would have freed must not stay on the device.
+    They are written back into the same tensor, or into a new one if it has died. The tensor is not
+    held: a gradient or a hidden state that training would free must not stay on the device.
     """
 
-    def __init__(
-        self, tensor: torch.Tensor, passes: Callable[[], int], *, with_gradient: bool
-    ) -> None:
-        self._ref = TensorWeakRef(tensor)
+    def __init__(self, tensor: torch.Tensor, memo: Memo) -> None:
+        self._reference = TensorWeakRef(tensor)
         self._device = tensor.device
         self._is_leaf = tensor.is_leaf
-        self._needs_gradient = tensor.requires_grad
+        self._requires_grad = tensor.requires_grad
         self._copy = _on_host(tensor)
-        gradient = tensor.grad if tensor.is_leaf and with_gradient else None
+        gradient = tensor.grad if tensor.is_leaf and memo.with_gradients else None
         self._gradient = None if gradient is None else _on_host(gradient)
-        self._hooks = _kept_hooks(tensor) if tensor.is_leaf else {}
-        self._passes = passes
-        self._given_in = -1
+        self._hooks = _save_hooks(tensor) if tensor.is_leaf else {}
+        self._memo = memo
+        self._restored_in = -1
 
-    def keeps(self, tensor: torch.Tensor) -> bool:
-        return self._ref() is tensor
+    def is_of(self, tensor: torch.Tensor) -> bool:
+        return self._reference() is tensor
 
     @property
     def is_dead(self) -> bool:
-        return self._ref() is None
+        return self._reference() is None
 
-    def __call__(self) -> torch.Tensor:
-        tensor: torch.Tensor | None = self._ref()
-        if tensor is not None and self._given_in == self._passes():
-            return tensor  # held in several places, given back once
-        self._given_in = self._passes()
-        tensor = self._rewritten(tensor)
+    def restore(self) -> torch.Tensor:
+        tensor: torch.Tensor | None = self._reference()
+        if tensor is not None and self._restored_in == self._memo.restores:
+            return tensor  # held in several places, restored once
+        self._restored_in = self._memo.restores
+        tensor = self._with_values(tensor)
         if self._is_leaf:
-            tensor.requires_grad_(self._needs_gradient)
+            tensor.requires_grad_(self._requires_grad)
             tensor.grad = self._on_device(self._gradient)
-        for name, hooks in self._hooks.items():
-            former = None if hooks is None else hooks()
-            if getattr(tensor, name) is not former:
-                setattr(tensor, name, former)
+        for name, saved in self._hooks.items():
+            hooks = saved.restore()
+            if getattr(tensor, name) is not hooks:
+                setattr(tensor, name, hooks)
         return tensor
 
-    def _rewritten(self, tensor: torch.Tensor | None) -> torch.Tensor:
+    def _with_values(self, tensor: torch.Tensor | None) -> torch.Tensor:
         if tensor is None or tensor.is_inference() or self._is_leaf > tensor.is_leaf:
             tensor = self._on_device(self._copy)
-            self._ref = TensorWeakRef(tensor)
+            self._reference = TensorWeakRef(tensor)
         elif _is_expanded(tensor):
-            # Elements that share memory can not be written one by one; as a rule no one has
+            # Elements that share memory cannot be written one by one; they rarely change
             if not torch.equal(_on_host(tensor), self._copy):
                 tensor.data = self._on_device(self._copy)
         elif tensor.shape == self._copy.shape and tensor.dtype == self._copy.dtype:
@@ -81,13 +247,13 @@ class SavedTensor:
         return None if copy is None else copy.to(self._device, copy=True)
 
 
-def _kept_hooks(tensor: torch.Tensor) -> dict[str, Restore | None]:
-    """What gives the hooks of a leaf back: the same dictionaries, by which their handles know them."""
-    kept: dict[str, Restore | None] = {}
+def _save_hooks(tensor: torch.Tensor) -> dict[str, Saved]:
+    """Save the hooks of a leaf in the same dictionaries, which their handles refer to."""
+    saved: dict[str, Saved] = {}
     for name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
         hooks = getattr(tensor, name)
-        kept[name] = None if hooks is None else partial(refill, hooks, hooks.update, {**hooks})
-    return kept
+        saved[name] = Unchanged(None) if hooks is None else SavedCopy(hooks, {**hooks})
+    return saved
 
 
 def _is_expanded(tensor: torch.Tensor) -> bool:
@@ -101,73 +267,183 @@ def _on_host(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
-def keep_random_state() -> Restore:
-    cpu = torch.get_rng_state()
-    # Asking CUDA for its state would create a context on a machine where nothing uses it.
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    numpy = sys.modules.get("numpy")
-    arrays = numpy.random.get_state() if numpy else None
-    python = random.getstate()
+class SavedGenerator:
+    """State of a random number generator of torch, Python or NumPy."""
 
-    def give_back() -> None:
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
-        if numpy:
-            numpy.random.set_state(arrays)
-        random.setstate(python)
+    def __init__(self, generator: Any) -> None:
+        self._generator = generator
+        if isinstance(generator, random.Random):
+            self._state: Any = generator.getstate()
+        elif hasattr(generator, "bit_generator"):
+            self._state = generator.bit_generator.state
+        else:
+            self._state = generator.get_state()
 
-    return give_back
-
-
-def is_generator(value: object) -> bool:
-    numpy = sys.modules.get("numpy")
-    kinds = (
-        torch.Generator,
-        random.Random,
-        *((numpy.random.Generator, numpy.random.RandomState) if numpy else ()),
-    )
-    return isinstance(value, kinds)
+    def restore(self) -> Any:
+        generator = self._generator
+        if isinstance(generator, random.Random):
+            generator.setstate(self._state)
+        elif hasattr(generator, "bit_generator"):
+            generator.bit_generator.state = self._state
+        else:
+            generator.set_state(self._state)
+        return generator
 
 
-def is_array(value: object) -> bool:
+class SavedRandomState:
+    """Global random state of torch, CUDA, NumPy and Python."""
+
+    def __init__(self) -> None:
+        self._torch = torch.get_rng_state()
+        # A query of CUDA's state would create a context, even if nothing else uses the device
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+        self._numpy = sys.modules.get("numpy")
+        self._numpy_state = self._numpy.random.get_state() if self._numpy else None
+        self._python = random.getstate()
+
+    def restore(self) -> None:
+        torch.set_rng_state(self._torch)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state_all(self._cuda)
+        if self._numpy:
+            self._numpy.random.set_state(self._numpy_state)
+        random.setstate(self._python)
+
+
+@dataclass(frozen=True, slots=True)
+class SavedCopy:
+    """A container with the entries it had; the entries themselves are not restored."""
+
+    container: Any
+    entries: Any
+
+    def restore(self) -> Any:
+        return _refill(self.container, self.entries)
+
+
+@dataclass(frozen=True, slots=True)
+class SavedDict:
+    container: dict[Any, Any]
+    items: Mapping[Any, Saved]
+
+    def restore(self) -> Any:
+        return _refill(self.container, {key: item.restore() for key, item in self.items.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class SavedSequence:
+    """A list or a deque."""
+
+    container: Any
+    items: Sequence[Saved]
+
+    def restore(self) -> Any:
+        return _refill(self.container, [item.restore() for item in self.items])
+
+
+@dataclass(frozen=True, slots=True)
+class SavedTuple:
+    """A tuple; a new one only if an item had to be replaced, as a tensor that died."""
+
+    value: tuple[Any, ...]
+    items: Sequence[Saved]
+
+    def restore(self) -> tuple[Any, ...]:
+        items = [item.restore() for item in self.items]
+        if all(new is old for new, old in zip(items, self.value, strict=True)):
+            return self.value
+        kind = type(self.value)
+        return kind(*items) if hasattr(self.value, "_fields") else kind(items)
+
+
+@dataclass(frozen=True, slots=True)
+class SavedArray:
+    """A NumPy array; a new one if its shape has changed or it is read-only."""
+
+    array: Any
+    values: Any
+
+    def restore(self) -> Any:
+        if self.array.shape != self.values.shape or not self.array.flags.writeable:
+            return self.values.copy()
+        self.array[...] = self.values
+        return self.array
+
+
+@dataclass(frozen=True, slots=True)
+class SavedState:
+    """An object with a state_dict that is not a module: schedulers, scalers, weight averages."""
+
+    owner: Any
+    state: Saved
+
+    def restore(self) -> Any:
+        self.owner.load_state_dict(self.state.restore())
+        return self.owner
+
+
+@dataclass(frozen=True, slots=True)
+class SavedAttributes:
+    """All attributes of an object; torch keeps parameters, modes, hooks and state in them too."""
+
+    reference: Callable[[], Any]
+    attributes: Mapping[str, Saved]
+
+    def restore(self) -> None:
+        owner = self.reference()
+        if owner is None:
+            return
+        for name in owner.__dict__.keys() - self.attributes.keys():
+            del owner.__dict__[name]
+        failure = None
+        for name, saved in self.attributes.items():
+            try:
+                owner.__dict__[name] = saved.restore()
+            except Exception as error:  # the others must still be restored
+                failure = failure or error
+        if failure is not None:
+            raise failure
+
+
+@dataclass(frozen=True, slots=True)
+class SavedObject:
+    """An object captured by a snapshot."""
+
+    reference: Callable[[], Any]
+    value: Saved
+    state: Saved | None = None
+
+    def restore(self) -> None:
+        owner = self.reference()
+        if owner is not None and self.state is not None:
+            owner.load_state_dict(self.state.restore())
+        # Last: a state_dict leaves out details such as a half-done step of a GradScaler
+        self.value.restore()
+
+
+def _save_attributes(thing: Any, save_attribute: SaveFunction, memo: Memo) -> dict[str, Saved]:
+    attributes = getattr(thing, "__dict__", {})
+    return {name: save_attribute(value, memo) for name, value in attributes.items()}
+
+
+def _has_state(value: object) -> bool:
+    # Some DataLoaders have a state_dict that starts their workers; optimizers are saved as objects
+    excluded = (torch.nn.Module, torch.optim.Optimizer, torch.utils.data.DataLoader, type)
+    if isinstance(value, excluded):
+        return False
+    return hasattr(value, "state_dict") and hasattr(value, "load_state_dict")
+
+
+def _is_array(value: object) -> bool:
     numpy = sys.modules.get("numpy")
     return numpy is not None and isinstance(value, numpy.ndarray)
 
 
-def keep_generator(generator: Any) -> Restore:
-    """A source of random numbers of torch, python or numpy, each with its own words for the same thing."""
-    if isinstance(generator, random.Random):
-        version = generator.getstate()
-        return lambda: generator.setstate(version) or generator  # type: ignore[func-returns-value]
-    if hasattr(generator, "bit_generator"):
-        numbers = generator.bit_generator.state
-        return lambda: setattr(generator.bit_generator, "state", numbers) or generator  # type: ignore[func-returns-value]
-    state = generator.get_state()
-    return lambda: generator.set_state(state) or generator
-
-
-def keep_tuple(value: tuple[Any, ...], elements: list[Restore]) -> Restore:
-    """The very same tuple where its elements are the same, which they are but for tensors that died."""
-
-    def give_back() -> tuple[Any, ...]:
-        given = [item() for item in elements]
-        if all(new is old for new, old in zip(given, value, strict=True)):
-            return value
-        return type(value)(*given) if hasattr(value, "_fields") else type(value)(given)
-
-    return give_back
-
-
-def refill(container: Any, fill: Callable[[Any], object], contents: Any) -> Any:
-    """The same container with other contents: made before it is emptied, which may be what keeps a tensor alive."""
+def _refill(container: Any, entries: Any) -> Any:
+    """Replace the entries of a container; `entries` may be all that keeps a tensor alive."""
     container.clear()
-    fill(contents)
+    if isinstance(container, (list, deque)):
+        container.extend(entries)
+    else:
+        container.update(entries)
     return container
-
-
-def rewrite(array: Any, values: Any) -> Any:
-    if array.shape != values.shape or not array.flags.writeable:
-        return values.copy()
-    array[...] = values
-    return array

@@ -54,12 +54,12 @@ class OptimizerWatch:
 
     @property
     def never_stepped(self) -> bool:
-        """Whether gradients were computed, and no optimizer of torch has stepped."""
+        """True if gradients were computed, and no optimizer of torch has stepped."""
         return self.has_seen_gradients and not self.steps
 
     @property
     def steps_every_pass(self) -> bool:
-        """Whether optimizers stepped after each backward pass, in all updates.
+        """True if optimizers stepped after each backward pass, in all updates.
 
         A single whole update disproves it: the end of the data may cut others short.
         """

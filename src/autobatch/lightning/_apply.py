@@ -10,166 +10,203 @@ from torch.utils.data import DataLoader
 
 from autobatch._trials.snapshot import Snapshot
 from autobatch.errors import AutobatchError
+from autobatch.lightning._compat import (
+    data_source,
+    forget_combined_loader,
+    hyperparameters,
+    patched,
+)
 from autobatch.lightning._dataloaders import Loaders, Rebatched, capture_order
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from autobatch._plan import BatchPlan
-    from autobatch.lightning._dataloaders import SetBatchSize
+    from autobatch.lightning._batch_size import SetBatchSize
+    from autobatch.lightning._trainer import Trainer
 
 
 def apply(
     plan: BatchPlan,
-    trainer: Any,
+    trainer: Trainer,
     module: Any,
     batch_arg_name: str,
     batch_sizes: Sequence[int],
     before: BeforeOptimizers,
     setter: SetBatchSize | None,
 ) -> Rebatched:
-    """Let this Trainer train with the plan; `undo` on what is returned gives the user's loader its own size again.
+    """Make this Trainer train with a plan.
 
-    Optimizers and schedulers are made anew, since their learning rates and lengths may be built from the batch size,
-    and from the random state in which they were made first. Where anything fails, loader, accumulation and attributes
-    are as they were; `AutobatchError` where a loader does not follow. `batch_sizes` are those of each loader, which
-    `setter` sets where the user has a way of their own.
+    `undo` of the result restores the batch size of the user's loader.
+
+    Optimizers and schedulers are created again, since their learning rates and lengths may depend
+    on the batch size. They start from the random state in which they were created the first time.
+
+    Args:
+        plan: The plan.
+        trainer: The Trainer.
+        module: The module.
+        batch_arg_name: Attribute or hyperparameter that names the batch size.
+        batch_sizes: Batch size of each loader.
+        before: The state from before the optimizers were created.
+        setter: The user's function that sets the batch size of a loader.
+
+    Raises:
+        AutobatchError: A loader does not follow. Loader, accumulation and attributes are restored
+            then, as after any other error.
     """
     with ExitStack() as undo:
-        rebatched = Rebatched(trainer.fit_loop._data_source, batch_sizes, setter)
+        rebatched = Rebatched(data_source(trainer.fit_loop), batch_sizes, setter)
         undo.callback(rebatched.undo)
         _check_sizes(rebatched, trainer, module)
         undo.callback(setattr, trainer, "accumulate_grad_batches", trainer.accumulate_grad_batches)
-        if module.automatic_optimization:  # by hand, the module accumulates
-            trainer.accumulate_grad_batches = plan.accumulate_grad_batches
+        _set_accumulation(plan, trainer, module)
         before.restore()
         for holder in _holders(module, batch_arg_name):
             undo.callback(holder.set, holder.value)
             holder.set(plan.micro_batch_size)
-        _remake_optimizers(trainer)
+        _recreate_optimizers(trainer)
         undo.pop_all()  # all went well: `undo` is the caller's now
     return rebatched
 
 
 def apply_between_epochs(
     plan: BatchPlan,
-    trainer: Any,
+    trainer: Trainer,
     module: Any,
     batch_arg_name: str,
     batch_sizes: Sequence[int],
     former: Rebatched,
 ) -> Rebatched:
-    """Let this Trainer go on with another plan, in the epoch that is about to ask for its first batch.
+    """Make this Trainer continue with another plan in the epoch that starts now.
 
-    Optimizers and schedulers stay: they hold what training has made of them. The loader is asked for anew, as
-    `reload_dataloaders_every_n_epochs` does; one that was passed to `fit` is the same, with its order where it was.
-    Where anything fails, the user's loader has its own size again, and training is over.
+    Optimizers and schedulers stay: they hold the state of training. Lightning asks for the loader
+    again, as with `reload_dataloaders_every_n_epochs`; one that was passed to `fit` is the same,
+    and the order of its data continues. After an error the user's loader has its own batch size
+    again, and training ends.
     """
     fit_loop = trainer.fit_loop
     former.undo()
     with ExitStack() as undo:
-        rebatched = Rebatched(fit_loop._data_source, batch_sizes, former.setter)
+        rebatched = Rebatched(data_source(fit_loop), batch_sizes, former.setter)
         undo.callback(rebatched.undo)
         _check_sizes(rebatched, trainer, module)
-        if module.automatic_optimization:  # by hand, the module accumulates
-            trainer.accumulate_grad_batches = plan.accumulate_grad_batches
-        for holder in _holders(module, batch_arg_name):
-            holder.set(plan.micro_batch_size)
+        _set_accumulation(plan, trainer, module)
+        name_batch_size(module, batch_arg_name, plan.micro_batch_size)
         with Snapshot() as snapshot:
-            # Lightning 2.6 starts the loader when it sets it up, and once more when the epoch runs
-            if isinstance(fit_loop._data_source.instance, DataLoader):
-                capture_order(fit_loop._data_source.instance, snapshot)
-            fit_loop._combined_loader = None
+            # Lightning 2.6 starts the loader when it sets it up, and again when the epoch runs
+            loader = data_source(fit_loop).instance
+            if isinstance(loader, DataLoader):
+                capture_order(loader, snapshot)
+            forget_combined_loader(fit_loop)
             fit_loop.setup_data()
         if trainer.progress_bar_callback is not None:
-            # It has looked at the number of batches already
+            # It has read the number of batches already
             trainer.progress_bar_callback.on_train_epoch_start(trainer, module)
         undo.pop_all()
     return rebatched
 
 
-def _check_sizes(rebatched: Rebatched, trainer: Any, module: Any) -> None:
+def _check_sizes(rebatched: Rebatched, trainer: Trainer, module: Any) -> None:
     with Snapshot() as snapshot:
-        # A hook is asked for the loader here and again by training: it must not see that it was
+        # Training asks the hook of the module for the loader again: this call must leave no trace
         snapshot.capture_light(module, trainer.datamodule)
-        source = trainer.fit_loop._data_source
+        source = data_source(trainer.fit_loop)
         loaders = Loaders(trainer, source, mode="max_size_cycle", setter=rebatched.setter)
         loaders.capture_order(snapshot)
         rebatched.check(loaders)
 
 
-class BeforeOptimizers:
-    """How things were when the Trainer was about to make its optimizers.
+def _set_accumulation(plan: BatchPlan, trainer: Trainer, module: Any) -> None:
+    if module.automatic_optimization:  # with manual optimization, the module accumulates
+        trainer.accumulate_grad_batches = plan.accumulate_grad_batches
 
-    A schedule that asks for its length makes the loader, and draws random numbers, before any callback can look:
-    made anew, it has to find what it found the first time.
+
+def _recreate_optimizers(trainer: Trainer) -> None:
+    """Call `configure_optimizers` as `Strategy.setup` of Lightning 2.6 does, at the new size."""
+    # A schedule that asked for its length has set up the loader already
+    forget_combined_loader(trainer.fit_loop)
+    trainer.strategy.setup_optimizers(trainer)
+    trainer.strategy.setup_precision_plugin()
+
+
+class BeforeOptimizers:
+    """State of module, datamodule and loader just before the Trainer creates its optimizers.
+
+    A schedule that asks for its length makes Lightning set up the loader and draw random numbers
+    before any callback runs. When it is created again it has to start from the same state.
     """
 
     def __init__(self) -> None:
         self._snapshot: Snapshot | None = None
+        self._patch: patched | None = None
 
-    def watch(self, trainer: Any) -> None:
-        """Look when `Strategy.setup` of Lightning 2.6 comes to the optimizers, the first time."""
-        strategy = trainer.strategy
-        # What hides the class's own method goes when it was called, or with the next fit
-        vars(strategy).pop("setup_optimizers", None)
-        make = strategy.setup_optimizers
+    def watch(self, trainer: Trainer) -> None:
+        """Capture the state when `Strategy.setup` of Lightning 2.6 creates the optimizers."""
+        self.forget()
+        create = trainer.strategy.setup_optimizers
 
-        def look_and_make(*arguments: Any) -> Any:
-            vars(strategy).pop("setup_optimizers", None)
+        def capture_and_create(*arguments: Any) -> Any:
+            self.forget()
             self._snapshot = Snapshot().__enter__()
             self._snapshot.capture_light(trainer.lightning_module, trainer.datamodule)
-            loader = trainer.fit_loop._data_source.instance
+            loader = data_source(trainer.fit_loop).instance
             if isinstance(loader, DataLoader):
                 capture_order(loader, self._snapshot)
-            return make(*arguments)
+            return create(*arguments)
 
-        strategy.setup_optimizers = look_and_make
+        self._patch = patched(trainer.strategy, setup_optimizers=capture_and_create)
+        self._patch.__enter__()
 
     def restore(self) -> None:
-        """Give back what was there; what was captured is kept no longer."""
+        """Restore the state that was captured, and drop it."""
         if self._snapshot is not None:
             self._snapshot.restore()
         self.forget()
 
     def forget(self) -> None:
-        """Let go of what was captured."""
+        """Drop the state that was captured, and capture none."""
+        if self._patch is not None:
+            self._patch.restore()
+            self._patch = None
         if self._snapshot is not None:
             self._snapshot.forget()
             self._snapshot = None
 
 
 def name_batch_size(module: Any, name: str, batch_size: int) -> None:
-    """Set it wherever the module or its datamodule has it by this name."""
+    """Set the batch size in all attributes and hyperparameters of this name."""
     for holder in _holders(module, name):
         holder.set(batch_size)
 
 
 def is_named(module: Any, name: str) -> bool:
-    """Whether the module or its datamodule has the batch size by this name."""
+    """Return whether the module or its datamodule holds the batch size under this name."""
     return bool(_holders(module, name))
 
 
 def checked_name(batch_arg_name: str) -> str:
-    """The name, refused where nothing can be called that."""
+    """Return the name; `ValueError` if it cannot be one."""
     if isinstance(batch_arg_name, str) and batch_arg_name.isidentifier():
         return batch_arg_name
     raise ValueError(
-        f"batch_arg_name={batch_arg_name!r} is no name; give that of an attribute or hyperparameter."
+        f"batch_arg_name={batch_arg_name!r} is no name; give that of an attribute or "
+        "hyperparameter."
     )
 
 
 def check_name(module: Any, name: str) -> None:
-    """Refuse the name of a batch size that was asked for and is nowhere; the usual one may be missing."""
-    if name != "batch_size" and not _holders(module, name):
+    """Raise `AutobatchError` if nothing has this name; the default one may be missing."""
+    if name != "batch_size" and not is_named(module, name):
         raise AutobatchError(
-            f"batch_arg_name={name!r} is no attribute or hyperparameter of the module or its datamodule."
+            f"batch_arg_name={name!r} is no attribute or hyperparameter of the module or its "
+            "datamodule."
         )
 
 
 @dataclass
 class _Holder:
-    """A place that names the batch size: an attribute of an object, or an entry of hyperparameters."""
+    """An attribute of an object, or an entry of its hyperparameters, that holds the batch size."""
 
     owner: Any
     name: str
@@ -188,27 +225,15 @@ class _Holder:
 
 
 def _holders(module: Any, name: str) -> list[_Holder]:
-    """Wherever the module or its datamodule has it, and where it is logged from."""
+    """Return all places of the module and its datamodule that hold a value of this name."""
     holders = []
     for owner in (module, module.trainer.datamodule):
         if hasattr(owner, name) and not _is_read_only(owner, name):
             holders.append(_Holder(owner, name))
-        # Lightning 2.6 logs what it kept at the start
-        for kept in ("_hparams", "_hparams_initial"):
-            hyperparameters = getattr(owner, kept, None)
-            if hyperparameters is not None and name in hyperparameters:
-                holders.append(_Holder(hyperparameters, name))
+        holders += [_Holder(each, name) for each in hyperparameters(owner) if name in each]
     return holders
 
 
 def _is_read_only(owner: Any, name: str) -> bool:
     attribute = getattr(type(owner), name, None)
     return isinstance(attribute, property) and attribute.fset is None
-
-
-def _remake_optimizers(trainer: Any) -> None:
-    """Call `configure_optimizers` again, as `Strategy.setup` of Lightning 2.6 does, on a loader of the new size."""
-    # Made early, if a schedule asked for its length
-    trainer.fit_loop._combined_loader = None
-    trainer.strategy.setup_optimizers(trainer)
-    trainer.strategy.setup_precision_plugin()

@@ -1,26 +1,60 @@
-"""The installed Lightning package."""
+"""The installed Lightning package, and every private name of it that autobatch uses.
+
+An accessor can read only what the protocols of `_trainer` declare (mypy holds that) or `Imported`
+names, and `missing_name` looks for all of it: a Lightning without one of them is refused before
+anything is touched. Everything was read from Lightning 2.6.6.
+"""
 
 from __future__ import annotations
 
 import importlib
 import sys
-from typing import Any, Final
+from collections import OrderedDict
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, Final, Self, get_type_hints
 
+from autobatch.lightning._trainer import (
+    CombinedLoader,
+    DataFetcher,
+    LightningModule,
+    MeasuredTrainer,
+    Trainer,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, MutableMapping
+
+    from autobatch.lightning._trainer import (
+        DataSource,
+        EpochLoop,
+        EvaluationLoop,
+        FitLoop,
+        LoggerConnector,
+        MeasuredEpochLoop,
+        MeasuredFitLoop,
+        PredictionLoop,
+    )
+
+TESTED: Final = "2.6.0 to 2.6.6"
 _PACKAGES: Final = ("lightning.pytorch", "pytorch_lightning")
 
 
 def callback_class() -> type:
-    """The Callback of the Lightning package in use; of each that is installed, where none is imported yet.
+    """Return the Callback of the imported Lightning package, else of all installed ones.
 
-    `lightning.pytorch` and `pytorch_lightning` are two packages, and neither knows the other's class.
+    `lightning.pytorch` and `pytorch_lightning` are two packages, and neither knows the class of the
+    other.
     """
-    imported = [package for package in _PACKAGES if package in sys.modules]
+    imported = [name for name in _PACKAGES if name in sys.modules]
     found = []
-    for package in imported or _PACKAGES:
+    for name in imported or _PACKAGES:
         try:
-            found.append(importlib.import_module(package).Callback)
+            found.append(importlib.import_module(name).Callback)
         except ModuleNotFoundError as error:
-            if error.name not in (package, package.partition(".")[0]):
+            if error.name not in (name, name.partition(".")[0]):
                 raise
     if not found:
         raise ImportError(
@@ -31,13 +65,287 @@ def callback_class() -> type:
 
 
 def package_of(trainer: Any) -> str:
-    """The Lightning package this Trainer comes from: "lightning.pytorch" or "pytorch_lightning"."""
+    """Return the name of the Lightning package a Trainer comes from."""
     modules = (kind.__module__ for kind in type(trainer).__mro__ if kind.__name__ == "Trainer")
-    return next(name for name in map(_root, modules) if name)
+    return next(name for module in modules for name in _PACKAGES if module.startswith(name))
 
 
-def _root(module: str) -> str:
-    return next(
-        (name for name in _PACKAGES if module.startswith(name)),
-        "",
-    )
+def package(trainer: Any) -> Any:
+    """Return the Lightning package a Trainer comes from."""
+    return sys.modules[package_of(trainer)]
+
+
+class Imported(StrEnum):
+    """Functions and classes of the Lightning package, by their paths."""
+
+    CALL_MODULE_HOOK = "trainer.call._call_lightning_module_hook"
+    CALL_STRATEGY_HOOK = "trainer.call._call_strategy_hook"
+    COMBINED_LOADER = "utilities.combined_loader.CombinedLoader"
+    DUMMY_LOGGER = "loggers.logger.DummyLogger"
+    FETCHER = "loops.fetchers._PrefetchDataFetcher"
+    SAVE_HPARAMS = "core.saving.save_hparams_to_yaml"
+    TUNER_EXIT = "utilities.exceptions._TunerExitException"
+
+    def of(self, trainer: Any) -> Any:
+        """Return it from the package a Trainer comes from, all of whose modules are imported."""
+        return attrgetter(self)(package(trainer))
+
+
+# Accessors of the private names
+
+
+def data_source(loop: FitLoop | PredictionLoop) -> DataSource:
+    """Return the source that a loop asks for loaders."""
+    return loop._data_source
+
+
+def combined_loader(loop: FitLoop | EvaluationLoop) -> Any:
+    """Return the loaders that a loop has set up; None before that."""
+    return loop._combined_loader
+
+
+def forget_combined_loader(loop: FitLoop | EvaluationLoop) -> None:
+    """Make a loop ask for its loaders again when it sets them up."""
+    loop._combined_loader = None
+
+
+def combination_mode(loader: CombinedLoader) -> str:
+    """Return the way a CombinedLoader combines several loaders, such as "sequential"."""
+    return loader._mode
+
+
+def requires_distributed_sampler(trainer: Trainer, loader: Any) -> bool:
+    """Return whether Lightning will distribute the samples of a loader over the ranks."""
+    return trainer._data_connector._requires_distributed_sampler(loader)
+
+
+def data_fetcher(loop: FitLoop | MeasuredFitLoop) -> DataFetcher | None:
+    """Return the object between a training loop and its loader; None before training starts."""
+    return loop._data_fetcher
+
+
+def fetch_profiler(fetcher: DataFetcher) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Return the functions called before and after each fetch."""
+    return fetcher._start_profiler, fetcher._stop_profiler
+
+
+def patched_fetch_profiler(
+    fetcher: DataFetcher, before: Callable[[], Any], after: Callable[[], Any]
+) -> patched:
+    """Replace the functions called before and after each fetch."""
+    return patched(fetcher, _start_profiler=before, _stop_profiler=after)
+
+
+def build_step_kwargs(
+    loop: EpochLoop | MeasuredEpochLoop, batch: Any, index: int
+) -> OrderedDict[str, Any]:
+    """Return the arguments of `training_step`."""
+    return loop._build_kwargs(OrderedDict(), batch, index)
+
+
+def build_evaluation_kwargs(
+    loop: EvaluationLoop | PredictionLoop, batch: Any, index: int, dataloader_idx: int | None
+) -> OrderedDict[str, Any]:
+    """Return the arguments of the batch hooks of an evaluation."""
+    return loop._build_kwargs(batch, index, dataloader_idx)
+
+
+def build_step_args(
+    loop: EvaluationLoop | PredictionLoop, arguments: OrderedDict[str, Any], step: str
+) -> tuple[Any, ...]:
+    """Return the arguments of an evaluation step, given those of its batch hooks."""
+    return loop._build_step_args_from_hook_kwargs(arguments, step)
+
+
+def training_step_result(loop: EpochLoop, arguments: OrderedDict[str, Any]) -> Any:
+    """Call `training_step` as automatic optimization does, and return its `ClosureResult`."""
+    return loop.automatic_optimization._training_step(arguments)
+
+
+def should_accumulate(loop: MeasuredEpochLoop) -> bool:
+    """Return whether the optimizer does not step after the current batch."""
+    return loop._should_accumulate()
+
+
+def batches_that_stepped(loop: MeasuredEpochLoop) -> int:
+    """Return the step at which Lightning logs."""
+    return loop._batches_that_stepped
+
+
+def active_loop(trainer: Trainer) -> Any:
+    """Return the loop of the stage the Trainer is in."""
+    return trainer._active_loop
+
+
+def call_module_hook(trainer: Trainer, name: str, *arguments: Any) -> Any:
+    """Call a hook of the module as the loops do."""
+    return Imported.CALL_MODULE_HOOK.of(trainer)(trainer, name, *arguments)
+
+
+def call_strategy_hook(trainer: Trainer, name: str, *arguments: Any, **keywords: Any) -> Any:
+    """Call a method of the strategy as the loops do."""
+    return Imported.CALL_STRATEGY_HOOK.of(trainer)(trainer, name, *arguments, **keywords)
+
+
+def before_batch_transfer(module: LightningModule, batch: Any, dataloader_idx: int) -> Any:
+    """Run the hook of the module before a batch is moved to the device."""
+    return module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
+
+
+def logger_connector(trainer: Trainer) -> LoggerConnector:
+    """Return the object that collects the values of `self.log`."""
+    return trainer._logger_connector
+
+
+@contextmanager
+def fresh_results(trainer: Trainer, loggers: list[Any]) -> Iterator[None]:
+    """Collect logged values and results in new objects while the body runs."""
+    connector: Any = type(trainer._logger_connector)
+    validate, test = trainer.validate_loop, trainer.test_loop
+    with (
+        patched(trainer, _logger_connector=connector(trainer), _loggers=loggers),
+        patched(validate, _results=type(validate._results)(training=False)),
+        patched(test, _results=type(test._results)(training=False)),
+    ):
+        yield
+
+
+# Names that only some objects have; their absence is no error
+
+
+def start_method(strategy: Any) -> str:
+    """Return the way a strategy starts its processes: "popen" unless they are spawned or forked."""
+    method: str = getattr(strategy, "_start_method", "popen")
+    return method
+
+
+def averages_models(strategy: Any) -> bool:
+    """Return whether a strategy averages models in optimizer steps."""
+    return getattr(strategy, "_model_averaging_period", None) is not None
+
+
+def hyperparameters(owner: Any) -> list[MutableMapping[str, Any]]:
+    """Return the hyperparameters of a module or datamodule, and those that Lightning logs."""
+    kept = (getattr(owner, name, None) for name in ("_hparams", "_hparams_initial"))
+    return [each for each in kept if each is not None]
+
+
+@dataclass(frozen=True, slots=True)
+class SavedArguments:
+    """Arguments of a loader or sampler that a hook made; Lightning copies it with them for ranks.
+
+    Args:
+        names: Of the positional arguments.
+        positional: Their values.
+        keywords: The others, in a dict that may be changed.
+    """
+
+    names: tuple[str, ...]
+    positional: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+
+def saved_arguments(made: Any) -> SavedArguments | None:
+    """Return the arguments Lightning saved of a loader or sampler; None if it saved none."""
+    names = getattr(made, "__pl_saved_arg_names", None)
+    if names is None:
+        return None
+    positional = getattr(made, "__pl_saved_args")
+    return SavedArguments(names, positional, getattr(made, "__pl_saved_kwargs"))
+
+
+def save_positional(made: Any, positional: tuple[Any, ...]) -> None:
+    """Replace the positional arguments Lightning saved, past the guards of a DataLoader."""
+    object.__setattr__(made, "__pl_saved_args", positional)
+
+
+# The check
+
+
+def missing_name(trainer: Any) -> str | None:
+    """Return the first attribute that AutoBatch uses and this Lightning lacks, if any."""
+    return next(_missing_to_autobatch(trainer), None)
+
+
+def name_missing_to_noise_scale(trainer: Any) -> str | None:
+    """Return the first attribute that NoiseScale uses and this Lightning lacks, if any."""
+    return next(_missing(trainer, MeasuredTrainer), None)
+
+
+def _missing_to_autobatch(trainer: Any) -> Iterator[str]:
+    yield from _missing(trainer, Trainer)
+    yield from _missing(trainer.lightning_module, LightningModule, "lightning_module.")
+    for name in Imported:
+        try:
+            name.of(trainer)
+        except AttributeError:
+            yield name
+    # These two have their attributes only once they are made
+    loader, fetcher = Imported.COMBINED_LOADER.of(trainer)([]), Imported.FETCHER.of(trainer)()
+    yield from _missing(loader, CombinedLoader, "CombinedLoader.")
+    yield from _missing(fetcher, DataFetcher, "_DataFetcher.")
+
+
+def _missing(owner: Any, protocol: Any, path: str = "") -> Iterator[str]:
+    """Yield the paths of the attributes that a protocol declares and an object lacks."""
+    for name, kind in get_type_hints(protocol).items():
+        # The class first: reading a property may do something, as `log_dir` does
+        if not (hasattr(type(owner), name) or hasattr(owner, name)):
+            yield path + name
+        elif getattr(kind, "_is_protocol", False):
+            yield from _missing(getattr(owner, name), kind, f"{path}{name}.")
+
+
+# Replacing attributes
+
+
+class patched:  # noqa: N801 -- reads as what it does: with patched(owner, name=value)
+    """Replace attributes of an object while the body runs, and restore exactly what was there.
+
+    A value goes into the `vars` of the object, where it hides a method or an attribute of the
+    class, and is deleted from there if the object had none of its own. Properties are set. A class
+    rather than a generator, so that a callback that holds one can be copied and pickled.
+
+    Example:
+        >>> with patched(loop, setup_data=replacement):  # doctest: +SKIP
+        ...     trainer.validate(model)
+    """
+
+    def __init__(self, owner: Any, **values: Any) -> None:
+        self._owner = owner
+        self._values = values
+        self._former: dict[str, Any] = {}  # without the names that were absent
+        self._is_active = False
+
+    def __enter__(self) -> Self:
+        self._is_active = True
+        for name, value in self._values.items():
+            if name in vars(self._owner) or _is_property(self._owner, name):
+                self._former[name] = getattr(self._owner, name)
+            _set(self._owner, name, value)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        """Restore what was there; a second call changes nothing."""
+        if not self._is_active:
+            return
+        self._is_active = False
+        for name in self._values:
+            if name in self._former:
+                _set(self._owner, name, self._former[name])
+            else:
+                vars(self._owner).pop(name, None)
+
+
+def _set(owner: Any, name: str, value: Any) -> None:
+    if _is_property(owner, name):
+        setattr(owner, name, value)
+    else:
+        vars(owner)[name] = value
+
+
+def _is_property(owner: Any, name: str) -> bool:
+    return hasattr(getattr(type(owner), name, None), "__set__")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -11,19 +10,83 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from autobatch.lightning._compat import package_of
+from autobatch.lightning._compat import Imported, fresh_results, package, patched
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-# No batch of a trial is the last of an epoch, and a module may still make an int of it
-_ENDLESS: Final = 2**31
+    from autobatch.lightning._trainer import AnyTrainer, Trainer
+
+# No batch of a trial is the last of an epoch. Not infinity: a module may convert the number to int.
+_BATCHES_PER_EPOCH: Final = 2**31
 
 
-def _mute_logger(kind: type) -> Callable[[str | None], Any]:
-    """A logger that writes nothing, and says it would write where the real one does."""
+@contextmanager
+def silenced(trainer: AnyTrainer) -> Iterator[None]:
+    """Run the body without loggers and profiler: Lightning writes to them outside of callbacks."""
+    with patched(trainer, loggers=_silent_loggers(trainer), profiler=_silent_profiler(trainer)):
+        yield
 
-    class Mute(kind):  # type: ignore[misc]  # of the Lightning package in use
+
+@contextmanager
+def scratch(trainer: Trainer) -> Iterator[None]:
+    """Run the body on new loops, results, loggers, callbacks and a new profiler.
+
+    Progress, metrics and results live in these objects (Lightning 2.6), and are empty in new ones.
+    """
+    fit_loop: Any = trainer.fit_loop
+    loops: tuple[Any, ...] = (trainer.validate_loop, trainer.test_loop, trainer.predict_loop)
+    with ExitStack() as stack:
+        replace = stack.enter_context
+        epoch_loop = type(fit_loop.epoch_loop)(trainer)
+        replace(patched(fit_loop, epoch_loop=epoch_loop, max_batches=_BATCHES_PER_EPOCH))
+        replace(fresh_results(trainer, _silent_loggers(trainer)))
+        replace(patched(trainer, callbacks=[], profiler=_silent_profiler(trainer)))
+        # Not replaced, but changed by trials
+        restored = ("accumulate_grad_batches", "should_stop")
+        replace(patched(trainer, **{name: getattr(trainer, name) for name in restored}))
+        for loop in loops:
+            replace(patched(loop, batch_progress=type(loop.batch_progress)()))
+        yield
+
+
+@contextmanager
+def apart(trainer: Trainer) -> Iterator[None]:
+    """Run the body on this rank alone: its steps wait for no other rank.
+
+    With `DistributedDataParallel`, a rank that is out of memory would leave the others waiting for
+    its gradients. Replaced are the collectives of the strategy (`self.log(sync_dist=True)`,
+    `self.all_gather`), SyncBatchNorm and the synchronization of torchmetrics. Collectives that a
+    module calls by itself cannot be seen.
+    """
+    if trainer.world_size == 1:
+        yield
+        return
+    with ExitStack() as stack:
+        module = trainer.lightning_module
+        # Lightning 2.6 runs the steps of `strategy.model`
+        stack.enter_context(patched(trainer.strategy, model=module))
+        stack.enter_context(patched(trainer.strategy, **_local_collectives(trainer.world_size)))
+        for part in module.modules():
+            if isinstance(part, torch.nn.SyncBatchNorm):
+                forward = partial(_BatchNorm.forward, part)
+                stack.enter_context(patched(part, forward=forward))
+            elif _is_metric(part):
+                stack.enter_context(
+                    patched(part, distributed_available_fn=lambda: False, dist_sync_on_step=False)
+                )
+        yield
+
+
+def _silent_loggers(trainer: AnyTrainer) -> list[Any]:
+    """Return one logger that writes nothing, or none if the Trainer has none."""
+    return [_silent_logger(trainer)(trainer.log_dir)] if trainer.loggers else []
+
+
+def _silent_logger(trainer: AnyTrainer) -> Callable[[str | None], Any]:
+    """Return a class of loggers that write nothing, and name the directory of the real one."""
+
+    class Silent(Imported.DUMMY_LOGGER.of(trainer)):  # type: ignore[misc]  # found at run time
         def __init__(self, directory: str | None) -> None:
             super().__init__()
             self._directory = directory
@@ -34,94 +97,15 @@ def _mute_logger(kind: type) -> Callable[[str | None], Any]:
 
         log_dir = save_dir
 
-    return Mute
+    return Silent
 
 
-def _mute_loggers(trainer: Any) -> list[Any]:
-    """One that writes nothing, where there are any."""
-    package = package_of(trainer)
-    mute = _mute_logger(importlib.import_module(f"{package}.loggers.logger").DummyLogger)
-    return [mute(trainer.log_dir)] if trainer.loggers else []
+def _silent_profiler(trainer: AnyTrainer) -> Any:
+    return package(trainer).profilers.PassThroughProfiler()
 
 
-def _blind_profiler(trainer: Any) -> Any:
-    profilers = importlib.import_module(f"{package_of(trainer)}.profilers")
-    return profilers.PassThroughProfiler()
-
-
-@contextmanager
-def silenced(trainer: Any) -> Iterator[None]:
-    """Keep a run from loggers and profiler, which Lightning 2.6 has write before and after any callback can look."""
-    loggers, profiler = trainer.loggers, trainer.profiler
-    trainer.loggers = _mute_loggers(trainer)
-    trainer.profiler = _blind_profiler(trainer)
-    try:
-        yield
-    finally:
-        trainer.loggers, trainer.profiler = loggers, profiler
-
-
-@contextmanager
-def scratch(trainer: Any) -> Iterator[None]:
-    """Run the body on loops, results, loggers, callbacks and a profiler of its own; the Trainer's see nothing of it.
-
-    Progress, metrics and results of Lightning 2.6 live in these objects, and start afresh with new ones.
-    """
-    fit_loop = trainer.fit_loop
-    evaluations = (trainer.validate_loop, trainer.test_loop)
-    swaps: tuple[tuple[Any, str, Any], ...] = (
-        (fit_loop, "epoch_loop", type(fit_loop.epoch_loop)(trainer)),
-        (fit_loop, "max_batches", _ENDLESS),
-        (trainer, "_logger_connector", type(trainer._logger_connector)(trainer)),
-        (trainer, "_loggers", _mute_loggers(trainer)),
-        (trainer, "callbacks", []),
-        (trainer, "profiler", _blind_profiler(trainer)),
-        (trainer, "accumulate_grad_batches", trainer.accumulate_grad_batches),
-        (trainer, "should_stop", trainer.should_stop),
-        *((loop, "_results", type(loop._results)(training=False)) for loop in evaluations),
-        *(
-            (loop, "batch_progress", type(loop.batch_progress)())
-            for loop in (*evaluations, trainer.predict_loop)
-        ),
-    )
-    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in swaps]
-    try:
-        for owner, name, stand_in in swaps:
-            setattr(owner, name, stand_in)
-        yield
-    finally:
-        for owner, name, original in originals:
-            setattr(owner, name, original)
-
-
-@contextmanager
-def apart(trainer: Any) -> Iterator[None]:
-    """While the body runs, a step of this rank is its own affair, and no other rank is waited for.
-
-    Through `DistributedDataParallel` a rank that is out of memory would leave the others waiting for its gradients.
-    Neutralised are the strategy's own collectives (`self.log(sync_dist=True)`, `self.all_gather`), SyncBatchNorm and
-    the synchronisation of torchmetrics; collectives that a module calls by itself can not be seen.
-    """
-    if trainer.world_size == 1:
-        yield
-        return
-    with ExitStack() as undo:
-        strategy, module = trainer.strategy, trainer.lightning_module
-        undo.callback(setattr, strategy, "model", strategy.model)
-        strategy.model = module  # Lightning 2.6 steps whatever this is
-        for name, answer in _answers(trainer.world_size).items():
-            _hide(strategy, name, answer, undo)
-        for part in module.modules():
-            if isinstance(part, torch.nn.SyncBatchNorm):
-                _hide(part, "forward", partial(_BatchNorm.forward, part), undo)
-            elif _is_metric(part):
-                _hide(part, "distributed_available_fn", lambda: False, undo)
-                _hide(part, "dist_sync_on_step", False, undo)
-        yield
-
-
-def _answers(world_size: int) -> dict[str, Any]:
-    """What the collectives of a strategy of Lightning 2.6 would say, if all ranks were like this one."""
+def _local_collectives(world_size: int) -> dict[str, Any]:
+    """Return collectives of a strategy (Lightning 2.6), as if all ranks were like this one."""
     return {
         "reduce": lambda tensor, *_, **__: tensor,
         "all_gather": lambda tensor, *_, **__: torch.stack([tensor] * world_size),
@@ -129,16 +113,6 @@ def _answers(world_size: int) -> dict[str, Any]:
         "barrier": lambda *_, **__: None,
         "reduce_boolean_decision": lambda decision, *_, **__: decision,
     }
-
-
-def _hide(owner: Any, name: str, stand_in: Any, undo: ExitStack) -> None:
-    """Let an attribute of the instance hide what the class says, or what it said itself."""
-    attributes = vars(owner)
-    if name in attributes:
-        undo.callback(attributes.__setitem__, name, attributes[name])
-    else:
-        undo.callback(attributes.pop, name, None)
-    attributes[name] = stand_in
 
 
 def _is_metric(part: object) -> bool:

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 
 from autobatch._throughput.loading import Loading
+from autobatch.lightning._compat import data_fetcher, fetch_profiler, patched_fetch_profiler
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_WARM_UP: Final = 3  # batches that are not counted: kernels are chosen, workers have read ahead
+    from autobatch.lightning._compat import patched
+    from autobatch.lightning._trainer import Trainer
+
+_WARM_UP: Final = 3  # batches before the first that counts: kernels are chosen, workers read ahead
 _MOST: Final = 200  # batches to measure
-_LEAST: Final = 10  # batches that tell something
+_LEAST: Final = 10  # batches, below which the measurement is not reported
 
 
 class DataLoaderTimer:
-    """Times the first batches of a fit: how long the loader is waited for, and how long the rest takes.
+    """Measure the waiting time for the loader, and the rest, in the first batches of a fit.
 
-    Counted is the time from one batch to the next within an epoch, without what comes between them on its own account
-    (validation, a checkpoint, a new epoch and its workers). On a GPU the wait counts only where the queue had run empty
-    by its end: asked of an event, so that nothing is held up. Where it did, all of that wait counts, though the queue
-    may have emptied halfway through. That part has run on no GPU yet.
+    The time from one batch to the next within an epoch counts, unless something else comes between
+    them (validation, a checkpoint, a new epoch and its workers). On a GPU a wait counts only if all
+    queued work was finished at its end; an event shows this without holding up the device. All of
+    that wait counts then, although the queue may have become empty in the middle of it. This part
+    has not run on a GPU yet.
 
     Args:
         clock: Seconds, on the host.
@@ -31,23 +36,22 @@ class DataLoaderTimer:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
-        self._seen = 0
-        self._waited = self._seconds = 0.0
-        self._counted = 0
-        self._wait = 0.0  # for the batch that comes next
-        self._began: float | None = None  # the batch that runs
-        self._fetcher: Any = None
-        self._former: tuple[Any, Any] = (None, None)
+        self._seen = 0  # batches
+        self._counted = 0  # batches
+        self._waited = self._seconds = 0.0  # of the batches that count
+        self._wait = 0.0  # for the next batch
+        self._began: float | None = None  # start of the current batch; None if it does not count
+        self._patch: patched | None = None
 
     @property
     def loading(self) -> Loading | None:
-        """What was measured; None where it was too little to tell."""
+        """The measurement; None if it is of too few batches."""
         if self._counted < _LEAST:
             return None
         return Loading(self._waited, self._seconds - self._waited, self._counted)
 
-    def start_batch(self, trainer: Any) -> None:
-        """A batch has come: count the time since the one before."""
+    def start_batch(self, trainer: Trainer) -> None:
+        """Count the time since the previous batch."""
         now = self._clock()
         if self._began is not None and self._seen > _WARM_UP:
             self._waited += self._wait
@@ -61,32 +65,29 @@ class DataLoaderTimer:
             self._watch(trainer)
 
     def interrupt(self) -> None:
-        """Something else comes before the next batch: do not count it."""
+        """Do not count the time until the next batch: something else takes part of it."""
         self._began = None
 
     def stop(self) -> None:
-        """Watch no longer; what was measured stays."""
+        """Stop measuring, and keep the measurement."""
         self.interrupt()
-        if self._fetcher is not None:
-            fetcher, self._fetcher = self._fetcher, None
-            fetcher._start_profiler, fetcher._stop_profiler = self._former
+        if self._patch is not None:
+            self._patch.restore()
+            self._patch = None
 
-    def _watch(self, trainer: Any) -> None:
-        """Stand between the loop and its loader, where Lightning 2.6 has its profiler stand, set anew each epoch."""
-        fetcher = trainer.fit_loop._data_fetcher
-        if fetcher is None or fetcher._start_profiler == self._before_fetch:
+    def _watch(self, trainer: Trainer) -> None:
+        """Replace the profiler calls around a fetch; Lightning 2.6 sets them in each epoch."""
+        fetcher = data_fetcher(trainer.fit_loop)
+        if fetcher is None or fetch_profiler(fetcher)[0] == self._before_fetch:
             return
-        self._fetcher = fetcher
-        self._former = fetcher._start_profiler, fetcher._stop_profiler
+        self._former = fetch_profiler(fetcher)
         self._device = trainer.strategy.root_device
-        fetcher._start_profiler, fetcher._stop_profiler = (
-            self._before_fetch,
-            self._after_fetch,
-        )
+        self._patch = patched_fetch_profiler(fetcher, self._before_fetch, self._after_fetch)
+        self._patch.__enter__()
 
     def _before_fetch(self) -> None:
         self._former[0]()
-        self._is_busy = _queue(self._device)
+        self._is_busy = _pending_work(self._device)
         self._asked = self._clock()
 
     def _after_fetch(self) -> None:
@@ -96,8 +97,8 @@ class DataLoaderTimer:
         self._former[1]()
 
 
-def _queue(device: torch.device) -> Callable[[], bool]:
-    """Whether what is queued on a device now is still running, at any later time."""
+def _pending_work(device: torch.device) -> Callable[[], bool]:
+    """Return a function that tests whether the work that is queued on a device now still runs."""
     if device.type != "cuda":
         return lambda: False
     event = torch.cuda.Event()

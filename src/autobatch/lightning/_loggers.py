@@ -12,43 +12,47 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from autobatch import sinks
 from autobatch._report.units import plain
 from autobatch._trials.snapshot import Snapshot
-from autobatch.lightning._compat import package_of
+from autobatch.lightning._compat import Imported, package
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from autobatch._report import TuningReport
+    from autobatch.lightning._trainer import Trainer
 
     Part: TypeAlias = Callable[[TuningReport, Any, Any], None]
 
 _log = logging.getLogger("autobatch")
 
 
-def log_report(report: TuningReport, trainer: Any) -> None:
-    """Give every logger of a Trainer what its kind can hold of the report; a failure is told, and stops nothing.
+def log_report(report: TuningReport, trainer: Trainer) -> None:
+    """Write to each logger of a Trainer the parts of the report that it can hold, on rank zero.
 
-    Only rank zero does. Random numbers that a logger draws meanwhile are not missing in training.
+    A failure is logged, and stops nothing. Random numbers that a logger draws meanwhile do not
+    change training.
     """
     _log_parts(report, trainer, frozenset(), logging.WARNING)
 
 
-def refresh_report(report: TuningReport, trainer: Any) -> None:
-    """Write a report that was completed over the one that was logged, where a logger keeps it whole."""
-    # What a logger does not take, it has been said of the first
+def refresh_report(report: TuningReport, trainer: Trainer) -> None:
+    """Write a completed report over the first one, in loggers that keep whole reports."""
+    # The first report has logged a warning about each failure already
     _log_parts(report, trainer, _ONCE, logging.DEBUG)
 
 
-def _log_parts(report: TuningReport, trainer: Any, left_out: frozenset[Part], level: int) -> None:
+def _log_parts(
+    report: TuningReport, trainer: Trainer, omitted: frozenset[Part], level: int
+) -> None:
     if not trainer.is_global_zero:
         return
     with Snapshot():
         for logger in trainer.loggers:
-            tried = (
+            results = (
                 _try(part, report, logger, trainer)
                 for part in _parts(logger, trainer)
-                if part not in left_out
+                if part not in omitted
             )
-            failures = [error for error in tried if error is not None]
+            failures = [error for error in results if error is not None]
             if failures:
                 _log.log(
                     level,
@@ -58,8 +62,8 @@ def _log_parts(report: TuningReport, trainer: Any, left_out: frozenset[Part], le
                 )
 
 
-def _try(part: Part, report: TuningReport, logger: Any, trainer: Any) -> Exception | None:
-    """Log one part; what went wrong, if anything."""
+def _try(part: Part, report: TuningReport, logger: Any, trainer: Trainer) -> Exception | None:
+    """Log one part, and return the exception, if any."""
     try:
         part(report, logger, trainer)
     except Exception as error:
@@ -67,12 +71,12 @@ def _try(part: Part, report: TuningReport, logger: Any, trainer: Any) -> Excepti
     return None
 
 
-def _parts(logger: Any, trainer: Any) -> tuple[Part, ...]:
-    """What a logger of this kind gets; the classes are those of the Lightning package in use."""
-    kinds = importlib.import_module(f"{package_of(trainer)}.loggers")
+def _parts(logger: Any, trainer: Trainer) -> tuple[Part, ...]:
+    """Return the parts of the report for a logger of this kind."""
+    kinds = package(trainer).loggers
     return next(
         (parts for kind, parts in _OF_KIND.items() if isinstance(logger, getattr(kinds, kind))),
-        _OF_OTHERS,
+        _OF_OTHER_KINDS,
     )
 
 
@@ -88,32 +92,32 @@ def _values(report: TuningReport) -> dict[str, int]:
     }
 
 
-def _hyperparameters(report: TuningReport, logger: Any, trainer: Any) -> None:
-    """Beside the user's own, of which none is logged again: some loggers take each name once."""
+def _hyperparameters(report: TuningReport, logger: Any, trainer: Trainer) -> None:
+    """Log the plan alone, since some loggers take each hyperparameter once."""
     if trainer.enable_autolog_hparams:
         logger.log_hyperparams(_values(report))
 
 
-def _hyperparameters_first(report: TuningReport, logger: Any, trainer: Any) -> None:
-    """As the others, for a logger whose first hyperparameters are its last."""
+def _hyperparameters_first(report: TuningReport, logger: Any, trainer: Trainer) -> None:
+    """Log the plan in a logger whose first hyperparameters are its last."""
     if not trainer.enable_autolog_hparams:
         return
     if logger.hparams:
-        # TensorBoard shows what a run logs first; a second time would only repeat the placeholder of its metric
+        # TensorBoard shows the first hyperparameters of a run; a second time repeats the
+        # placeholder of its metric
         logger.hparams.update(_values(report))
     else:
         logger.log_hyperparams(_values(report))
-    # Lightning 2.6 has written the file, and writes none that is there
-    saving = importlib.import_module(f"{package_of(trainer)}.core.saving")
+    # Lightning 2.6 has written the file by now, and does not overwrite it
     path = os.path.join(logger.log_dir, logger.NAME_HPARAMS_FILE)  # noqa: PTH118 -- may be a URL
-    saving.save_hparams_to_yaml(path, logger.hparams)
+    Imported.SAVE_HPARAMS.of(trainer)(path, logger.hparams)
 
 
 # Files
 
 
 def _files(report: TuningReport, logger: Any, _: Any) -> None:
-    """Beside the logs, or at least where the logger saves what it saves, if that is a directory."""
+    """Write the report beside the logs, if the logger has a directory."""
     directory = getattr(logger, "log_dir", None) or getattr(logger, "save_dir", None)
     if not isinstance(directory, str | os.PathLike):
         return
@@ -121,7 +125,7 @@ def _files(report: TuningReport, logger: Any, _: Any) -> None:
 
 
 def _run_files(report: TuningReport, logger: Any, _: Any) -> None:
-    """In the directory whose files W&B keeps with the run."""
+    """Write the report into the directory whose files W&B keeps with the run."""
     _write(report, logger.experiment.dir)
 
 
@@ -136,7 +140,7 @@ def _write(report: TuningReport, directory: str) -> None:
         sinks.json_file(Path(directory) / "autobatch.json")(report)
         sinks.markdown_file(Path(directory) / "autobatch.md")(report)
         return
-    # Lightning's own loggers write wherever fsspec can
+    # Lightning's own loggers write to URLs with fsspec
     remote = importlib.import_module("fsspec")
     with remote.open(f"{directory}/autobatch.json", "w", encoding="utf-8") as file:
         file.write(report.to_json() + "\n")
@@ -147,13 +151,13 @@ def _write(report: TuningReport, directory: str) -> None:
 # Tables, curves and text
 
 
-def _text(report: TuningReport, logger: Any, trainer: Any) -> None:
+def _text(report: TuningReport, logger: Any, trainer: Trainer) -> None:
     text = sinks.to_markdown(report)
     logger.experiment.add_text("autobatch/report", text, trainer.global_step)
 
 
 def _curve(report: TuningReport, logger: Any, _: Any) -> None:
-    """Speed and memory over the micro-batch, which stands where a step of training would."""
+    """Log throughput and memory over the micro-batch size, in place of the training step."""
     for row in report.sizes:
         values: dict[str, float] = {"autobatch/samples_per_second": row.samples_per_second}
         if row.peak is not None:
@@ -162,7 +166,7 @@ def _curve(report: TuningReport, logger: Any, _: Any) -> None:
 
 
 def _table(report: TuningReport, logger: Any, _: Any) -> None:
-    """The sizes as they stand in the JSON of a report, in the row that training logs next: no step is used up."""
+    """Log the sizes of the JSON report, without a step of its own."""
     rows = json.loads(report.to_json())["sizes"]
     if not rows:
         return
@@ -190,6 +194,6 @@ _OF_KIND: Final[dict[str, tuple[Part, ...]]] = {
     "WandbLogger": (_hyperparameters, _run_files, _table, _summary),
     "MLFlowLogger": (_hyperparameters, _artifacts, _curve),
 }
-_OF_OTHERS: Final[tuple[Part, ...]] = (_hyperparameters, _files)
-# What a logger would have twice
+_OF_OTHER_KINDS: Final[tuple[Part, ...]] = (_hyperparameters, _files)
+# Parts that a completed report does not change
 _ONCE: Final = frozenset({_hyperparameters, _hyperparameters_first, _curve, _table})

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PriorPlan:
-    """What to verify before a search, or instead of one.
+    """A plan to verify before a search, or instead of one.
 
     Args:
         plan: A plan to verify by one trial; None: search at once.
-        target: The effective batch a search has to reach; None: what the user asked for.
-        refusal: What a person is told where the plan does not fit and nothing else may be trained; None: search.
-        note: What the report says of it.
+        target: The effective batch size a search has to reach; None: the one of the settings.
+        refusal: The error if the plan does not fit and no other plan may be trained; None: search.
+        note: The note in the report; None: the plan is the user's own.
     """
 
     plan: BatchPlan | None = None
@@ -42,20 +42,20 @@ class DeviceId:
 
     @classmethod
     def of(cls, name: str, total: int, world_size: int) -> DeviceId:
-        """Another device of the same make will do: its index is left out."""
+        """Return the device without its index: another one of the same make is as good."""
         return cls(re.sub(r" \(cuda:\d+\)$", "", name), total, world_size)
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What a checkpoint tells of the run that goes on from it.
+    """A checkpoint, as far as a resumed run depends on it.
 
     Args:
-        between_epochs: Whether no epoch is left half done.
-        plan: What it was trained with; None where it was trained without AutoBatch.
-        target: The effective batch that was asked for.
-        device: Where that was; None where an older version of autobatch wrote it.
-        total: Bytes of that device.
+        between_epochs: True if no epoch is unfinished.
+        plan: The plan it was trained with; None if it was trained without AutoBatch.
+        target: The effective batch size of the settings.
+        device: The device; None if an older version of autobatch wrote the checkpoint.
+        total: Memory of that device in bytes.
     """
 
     between_epochs: bool
@@ -66,9 +66,9 @@ class Checkpoint:
 
     @classmethod
     def of(cls, checkpoint: dict[str, Any], *, max_steps: int) -> Checkpoint:
-        """Read the progress of Lightning 2.6's loops, by the rule by which its `_FitLoop` goes on with an epoch.
+        """Read the progress of the loops as `_FitLoop` of Lightning 2.6 does.
 
-        A run that counts steps goes on with the last epoch even where that was finished.
+        A run with `max_steps` resumes the last epoch even if that was finished.
         """
         loops = checkpoint.get("loops") or {}
         progress = loops.get("fit_loop", {}).get("epoch_progress", {}).get("current")
@@ -78,7 +78,7 @@ class Checkpoint:
         return cls(between_epochs=ready == started == progress["processed"])
 
     def with_state(self, state: dict[str, Any]) -> Checkpoint:
-        """Add what `state_of` wrote, as far as that is there."""
+        """Add the values that `state_of` wrote; older versions wrote fewer."""
         plan = BatchPlan(
             state["micro_batch_size"],
             state["accumulate_grad_batches"],
@@ -94,8 +94,8 @@ class Checkpoint:
 
     @staticmethod
     def state_of(report: TuningReport) -> dict[str, Any]:
-        """The plan and where it was verified, in plain numbers and text: it travels in the checkpoint."""
-        here = _here(report)
+        """Return the plan and its device for the checkpoint, in plain numbers and text."""
+        here = _device_of(report)
         return {
             **asdict(report.plan),
             "target_batch_size": report.settings.target_batch_size,
@@ -104,7 +104,7 @@ class Checkpoint:
         }
 
     def check_target(self, settings: Settings) -> None:
-        """Refuse an effective batch that is not the one it was trained with."""
+        """Raise `AutobatchError` if the settings ask for another effective batch size."""
         target = settings.target_batch_size
         if target is None or self.plan is None:
             return
@@ -112,11 +112,12 @@ class Checkpoint:
         if target not in (effective, self.target):
             raise AutobatchError(
                 f"The checkpoint was trained with {effective} samples per update, and "
-                f"target_batch_size={target} asks for another number: a resumed run goes on with its plan."
+                f"target_batch_size={target} asks for another number: a resumed run goes on with "
+                "its plan."
             )
 
     def was_on(self, here: DeviceId) -> bool:
-        """Whether it was trained on such a device; where it does not say, one trial will."""
+        """Return whether it was trained on such a device; for an unknown one a trial decides."""
         if self.plan is None or self.plan.world_size != here.world_size:
             return False
         return self.device is None or (self.device, self.total) == (
@@ -133,7 +134,7 @@ def known_at_start(
     here: DeviceId,
     settings: Settings,
 ) -> PriorPlan:
-    """What is known when a fit starts: the checkpoint's plan before the user's own, and that before the last fit's."""
+    """Return the plan of the checkpoint, else of the user, else of the previous fit."""
     if checkpoint is not None and (own is None or checkpoint.plan is not None):
         return _of_checkpoint(checkpoint, here, settings)
     if own is not None:
@@ -142,7 +143,7 @@ def known_at_start(
 
 
 def _of_checkpoint(checkpoint: Checkpoint, here: DeviceId, settings: Settings) -> PriorPlan:
-    """What a resumed run goes on with: its plan, or another of the same effective batch where that may be."""
+    """Return the plan of the checkpoint; between epochs it may change."""
     plan = checkpoint.plan
     if plan is None:
         return PriorPlan(
@@ -150,12 +151,12 @@ def _of_checkpoint(checkpoint: Checkpoint, here: DeviceId, settings: Settings) -
         )
     effective = plan.effective_batch_size
     if not checkpoint.between_epochs:
-        return _kept(plan, here)
+        return _within_epoch(plan, here)
     if not checkpoint.was_on(here) or not _allowed(plan, settings):
         return PriorPlan(
             target=effective,
-            note=f"Tuned anew for the checkpoint's effective batch of {effective:,}: it was trained with "
-            f"{_told(plan)}{_where(checkpoint, here)}.",
+            note=f"Tuned again for the checkpoint's effective batch of {effective:,}: it was "
+            f"trained with {_in_words(plan)}{_on_device(checkpoint, here)}.",
         )
     return PriorPlan(
         plan,
@@ -167,10 +168,10 @@ def _of_checkpoint(checkpoint: Checkpoint, here: DeviceId, settings: Settings) -
 def _of_last_fit(
     report: TuningReport | None, job: Subject, here: DeviceId, settings: Settings
 ) -> PriorPlan:
-    """The plan of the fit before, where that was asked the same about the same kind of module, data and device."""
+    """Return the plan of the previous fit, if settings, module, data and device are the same."""
     if report is None:
         return PriorPlan()
-    same = report.subject == job.name and report.settings == settings and _here(report) == here
+    same = report.subject == job.name and report.settings == settings and _device_of(report) == here
     kept = (
         settings.target_batch_size is not None
         or report.plan.accumulate_grad_batches == job.accumulate
@@ -180,14 +181,14 @@ def _of_last_fit(
     return PriorPlan(report.plan, note="One trial verified the plan that was found before.")
 
 
-def _kept(plan: BatchPlan, here: DeviceId) -> PriorPlan:
+def _within_epoch(plan: BatchPlan, here: DeviceId) -> PriorPlan:
     refusal = (
-        f"The checkpoint was written within an epoch, which can only be finished with {_told(plan)}, and on "
-        f"{here.world_size} × {here.device} that does not fit"
+        "The checkpoint was written within an epoch, which can only be finished with "
+        f"{_in_words(plan)}, and on {here.world_size} × {here.device} that does not fit"
     )
     way_out = (
-        "Free memory on the device, raise memory_limit, or resume from a checkpoint that was written between epochs "
-        "(of a Trainer without max_steps)."
+        "Free memory on the device, raise memory_limit, or resume from a checkpoint that was "
+        "written between epochs (of a Trainer without max_steps)."
     )
     if plan.world_size != here.world_size:
         raise AutobatchError(f"{refusal}: it was trained on {plan.world_size}. {way_out}")
@@ -198,7 +199,7 @@ def _kept(plan: BatchPlan, here: DeviceId) -> PriorPlan:
     )
 
 
-def _here(report: TuningReport) -> DeviceId:
+def _device_of(report: TuningReport) -> DeviceId:
     device = report.device
     return DeviceId.of(device.name, device.total, report.plan.world_size)
 
@@ -208,11 +209,11 @@ def _allowed(plan: BatchPlan, settings: Settings) -> bool:
     return all(bound is None or plan.micro_batch_size <= bound for bound in bounds)
 
 
-def _told(plan: BatchPlan) -> str:
+def _in_words(plan: BatchPlan) -> str:
     return f"micro-batches of {plan.micro_batch_size:,} × {plan.accumulate_grad_batches:,}"
 
 
-def _where(checkpoint: Checkpoint, here: DeviceId) -> str:
+def _on_device(checkpoint: Checkpoint, here: DeviceId) -> str:
     if checkpoint.was_on(here) or checkpoint.plan is None:
         return ""
     device = checkpoint.device or here.device

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeGuard
 
 from torch.optim import lr_scheduler
 
@@ -13,6 +13,7 @@ from autobatch._memory.host import HostMemory
 from autobatch._report.notes import stretched_schedule
 from autobatch._trials.snapshot import Snapshot
 from autobatch.errors import AutobatchError
+from autobatch.lightning._compat import combined_loader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -20,22 +21,24 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
     from autobatch._plan import BatchPlan
+    from autobatch.lightning._trainer import Trainer
 
 
 @dataclass(frozen=True, slots=True)
 class TrainerLimits:
-    """The arguments of a Trainer that are numbers of batches or steps.
+    """Arguments of a Trainer that count batches or steps.
 
     Args:
-        trainer: Whose arguments they are.
-        max_steps: Updates after which it stops; -1 for no such limit.
-        validates: Whether it validates at all.
-        batches: Micro-batches that the loader has at a micro-batch size; None where it has no length.
-        samples: Samples that an epoch trains on with a plan, where that is known.
-        before: What was trained with until now.
+        trainer: The Trainer.
+        max_steps: Updates after which training stops; -1 for no limit.
+        validates: True if the Trainer validates.
+        batches: Function of a micro-batch size: micro-batches of the loader; None if it has no
+            length.
+        samples: Function of a plan: samples that an epoch trains on; None if unknown.
+        before: The plan until now.
     """
 
-    trainer: Any
+    trainer: Trainer
     max_steps: int
     validates: bool
     batches: Callable[[int], int | None]
@@ -43,7 +46,7 @@ class TrainerLimits:
     before: BatchPlan
 
     def check(self, plan: BatchPlan) -> None:
-        """Refuse a plan with which an epoch has too few batches for what the Trainer was told."""
+        """Raise `AutobatchError` if an epoch has too few batches with this plan."""
         trainer, size = self.trainer, plan.micro_batch_size
         batches, limit = self.batches(size), trainer.limit_train_batches
         if batches is None:
@@ -51,8 +54,9 @@ class TrainerLimits:
         taken = min(batches, limit) if _is_count(limit) else int(batches * limit)
         if taken == 0:
             raise AutobatchError(
-                f"{self._limit}={limit} of the {batches} micro-batches of {size} that an epoch has is less than one, "
-                f"so nothing would be trained. Raise {self._limit}, or lower max_micro_batch_size."
+                f"{self._limit}={limit} of the {batches} micro-batches of {size} that an epoch has "
+                f"is less than one, so nothing would be trained. Raise {self._limit}, or lower "
+                "max_micro_batch_size."
             )
         interval = trainer.val_check_interval
         if (
@@ -62,25 +66,26 @@ class TrainerLimits:
             and trainer.limit_val_batches > 0
         ):
             raise AutobatchError(
-                f"val_check_interval={interval} counts micro-batches, and of {size} samples an epoch has only "
-                f"{taken} instead of {self.batches(self.before.micro_batch_size)}, so validation would never come. "
-                "Give it as a share of an epoch (a float up to 1.0), set check_val_every_n_epoch=None to count over "
-                "epochs, or lower max_micro_batch_size."
+                f"val_check_interval={interval} counts micro-batches, and of {size} samples an "
+                f"epoch has only {taken} instead of {self.batches(self.before.micro_batch_size)}, "
+                "so validation would never come. Give it as a share of an epoch (a float up to "
+                "1.0), set check_val_every_n_epoch=None to count over epochs, or lower "
+                "max_micro_batch_size."
             )
 
     def remarks(self, plan: BatchPlan) -> tuple[str, ...]:
-        """What these numbers come to with a plan, where that is not what they were."""
-        told = (
+        """Return a note for each argument that covers more or fewer samples than before."""
+        notes = (
             self._limited(plan),
             self._validated(plan),
             self._logged(plan),
             self._stopped(plan),
         )
-        return tuple(remark for remark in told if remark)
+        return tuple(note for note in notes if note)
 
     @property
     def _limit(self) -> str:
-        # The Trainer of Lightning 2.6 makes the one of the other
+        # Lightning 2.6 sets limit_train_batches to the value of overfit_batches
         return "overfit_batches" if self.trainer.overfit_batches else "limit_train_batches"
 
     def _limited(self, plan: BatchPlan) -> str | None:
@@ -91,8 +96,8 @@ class TrainerLimits:
         if now == then:
             return None
         return (
-            f"{self._limit}={limit} counts micro-batches: an epoch trains on {now:,} samples instead of "
-            f"{then:,}."
+            f"{self._limit}={limit} counts micro-batches: an epoch trains on {now:,} samples "
+            f"instead of {then:,}."
         )
 
     def _samples_of(self, limit: int, plan: BatchPlan) -> int:
@@ -109,12 +114,12 @@ class TrainerLimits:
             return None
         now, then = (interval * each.micro_batch_size * each.world_size for each in (plan, before))
         return (
-            f"val_check_interval={interval} counts micro-batches: validation comes every {now:,} samples instead of "
-            f"every {then:,}."
+            f"val_check_interval={interval} counts micro-batches: validation comes every {now:,} "
+            f"samples instead of every {then:,}."
         )
 
     def _logged(self, plan: BatchPlan) -> str | None:
-        """Where an epoch was long enough for a logged step, and is no more."""
+        """Return a note if epochs become too short for a logged step."""
         every = self.trainer.log_every_n_steps
         now, then = self._updates(plan), self._updates(self.before)
         if not self.trainer.loggers or now is None or then is None:
@@ -136,29 +141,30 @@ class TrainerLimits:
         if steps == -1 or now == then:
             return None
         return (
-            f"max_steps={steps:,} counts updates: training ends after {steps * now:,} samples instead of "
-            f"{steps * then:,}."
+            f"max_steps={steps:,} counts updates: training ends after {steps * now:,} samples "
+            f"instead of {steps * then:,}."
         )
 
 
-def _is_count(value: object) -> bool:
+def _is_count(value: object) -> TypeGuard[int]:
     return isinstance(value, int)
 
 
 def schedules(
-    trainer: Any, before: BatchPlan, plan: BatchPlan, *, is_named: bool
+    trainer: Trainer, before: BatchPlan, plan: BatchPlan, *, is_named: bool
 ) -> tuple[str, ...]:
-    """What schedules that step with every update cover with a plan, where that is not what they covered.
+    """Return a note for each schedule over updates that covers more or fewer samples than before.
 
-    A schedule that took its length from `estimated_stepping_batches` has made Lightning 2.6 set the training loader
-    up before `fit` starts, which is how it is told: with the plan it is made anew, and covers the same data. One that
-    may have computed its length from the batch size, where that is named, is told without a number.
+    A schedule that takes its length from `estimated_stepping_batches` makes Lightning 2.6 set up
+    the training loader before `fit` starts, which shows here. It is created again with the plan,
+    and covers the same data. A schedule that may compute its length from the batch size, because
+    that has a name, gets a note without a number.
     """
-    if trainer.fit_loop._combined_loader is not None:
+    if combined_loader(trainer.fit_loop) is not None:
         return ()
     if not trainer.lightning_module.automatic_optimization:
         return ()
-    told = (
+    notes = (
         stretched_schedule(
             type(config.scheduler).__name__,
             None if is_named else _updates(config),
@@ -168,7 +174,7 @@ def schedules(
         for config in trainer.lr_scheduler_configs
         if config.interval == "step"
     )
-    return tuple(dict.fromkeys(note for note in told if note))
+    return tuple(dict.fromkeys(note for note in notes if note))
 
 
 def _updates(config: Any) -> int | None:
@@ -177,17 +183,17 @@ def _updates(config: Any) -> int | None:
 
 
 def _length(scheduler: Any) -> int | None:
-    """Steps after which a scheduler is through; None where it never is, or does not say."""
+    """Return the steps after which a scheduler ends; None if it never does, or does not show it."""
     if isinstance(scheduler, lr_scheduler.SequentialLR):
         last = _length(scheduler._schedulers[-1])
         return None if last is None else scheduler._milestones[-1] + last
     if isinstance(scheduler, lr_scheduler.MultiStepLR):
         return max(scheduler.milestones, default=None)
     if isinstance(scheduler, lr_scheduler.LambdaLR):
-        # As the schedules of Hugging Face's transformers are made
-        made = [each for each in scheduler.lr_lambdas if isinstance(each, partial)]
-        known = [each.keywords.get("num_training_steps") for each in made]
-        return next((each for each in known if isinstance(each, int)), None)
+        # Schedules of Hugging Face's transformers are partials
+        partials = [each for each in scheduler.lr_lambdas if isinstance(each, partial)]
+        lengths = [each.keywords.get("num_training_steps") for each in partials]
+        return next((length for length in lengths if isinstance(length, int)), None)
     for name in ("total_steps", "T_max", "total_iters"):
         length = getattr(scheduler, name, None)
         if isinstance(length, int):
@@ -195,56 +201,60 @@ def _length(scheduler: Any) -> int | None:
     return None
 
 
-_MUCH: Final = 2**30  # bytes of a copy that a person should hear of
+_NOTED_COPY: Final = 2**30  # bytes above which a note mentions the copy
 
 
-def room_for_copy(things: Sequence[Any], ranks: int) -> int:
-    """Bytes that a snapshot of these copies to the host; `ranks` processes share it.
+def room_for_copy(captured: Sequence[Any], ranks: int) -> int:
+    """Return the bytes that a snapshot copies to host memory, which `ranks` processes share.
 
     Raises:
-        AutobatchError: The host has not that much.
+        AutobatchError: The host has less memory available.
     """
-    own = Snapshot.bytes_of(*things)
-    needed, available = own * ranks, HostMemory.here().available
+    own = Snapshot.bytes_of(*captured)
+    needed, available = own * ranks, HostMemory.read().available
     if available is not None and needed > available:
         raise AutobatchError(
-            f"To give everything back after its trials, AutoBatch keeps a copy of parameters, buffers, gradients and "
-            f"optimizer state on the host: {_for(own, ranks)}, where {format_bytes(available)} are available. Free "
-            "host memory, raise the limit of this container or job, or write batch size and accumulation by hand."
+            "To restore everything after its trials, AutoBatch keeps a copy of parameters, "
+            f"buffers, gradients and optimizer state on the host: {_for(own, ranks)}, where "
+            f"{format_bytes(available)} are available. Free host memory, raise the limit of this "
+            "container or job, or write batch size and accumulation by hand."
         )
     return own
 
 
 def copied(nbytes: int, ranks: int) -> str | None:
-    """What a person should know of that copy."""
-    if nbytes <= _MUCH:
+    """Return a note about a large copy on the host."""
+    if nbytes <= _NOTED_COPY:
         return None
     return (
-        "To give everything back, tuning kept a copy of parameters, buffers, gradients and optimizer state on the "
-        f"host: {_for(nbytes, ranks)}."
+        "To restore everything, tuning kept a copy of parameters, buffers, gradients and "
+        f"optimizer state on the host: {_for(nbytes, ranks)}."
     )
 
 
 def ahead(
     loader: DataLoader[Any], batch_size: int, bytes_per_sample: int, ranks: int
 ) -> str | None:
-    """What a person should know of the batches that workers make ahead, where the host has no room for them."""
-    each = batch_size * bytes_per_sample
-    factor = loader.prefetch_factor or 1  # without workers there is none
-    needed = loader.num_workers * factor * each
-    host = HostMemory.here()
+    """Return a note if the batches that workers prefetch do not fit in host memory."""
+    nbytes = batch_size * bytes_per_sample
+    factor = loader.prefetch_factor or 1  # None without workers
+    needed = loader.num_workers * factor * nbytes
+    host = HostMemory.read()
     on_ranks = f" on each of {ranks} ranks" if ranks > 1 else ""
-    made = (
+    prefetched = (
         f"num_workers={loader.num_workers} × prefetch_factor={factor} × batches of {batch_size:,} "
-        f"({format_bytes(each)} each) would need {format_bytes(needed)} of"
+        f"({format_bytes(nbytes)} each) would need {format_bytes(needed)} of"
     )
     if host.shared is not None and needed * ranks > host.shared:
         return (
-            f"{made} shared memory{on_ranks}, and /dev/shm has {format_bytes(host.shared)}: lower one of the two, or "
-            "enlarge it (docker run --shm-size)."
+            f"{prefetched} shared memory{on_ranks}, and /dev/shm has {format_bytes(host.shared)}: "
+            "lower one of the two, or enlarge it (docker run --shm-size)."
         )
     if host.available is not None and needed * ranks > host.available:
-        return f"{made} host memory{on_ranks}, and {format_bytes(host.available)} are available: lower one of the two."
+        return (
+            f"{prefetched} host memory{on_ranks}, and {format_bytes(host.available)} are "
+            "available: lower one of the two."
+        )
     return None
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import heapq
 import time
-from collections.abc import MutableMapping, Sized
+from collections.abc import Sized
 from functools import cached_property
 from itertools import chain, cycle, islice
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 from torch.utils.data import (
@@ -23,7 +23,9 @@ from torch.utils.data import (
 
 from autobatch._memory.ledger import unobserved
 from autobatch._report.notes import Look
-from autobatch.lightning._dataloaders import capture_order, sampler_of
+from autobatch._trials.batches import map_leaves
+from autobatch.lightning._batch_size import sampler_of
+from autobatch.lightning._dataloaders import capture_order
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,37 +33,38 @@ if TYPE_CHECKING:
     from autobatch._trials.snapshot import Snapshot
     from autobatch.lightning._dataloaders import Loaders
 
-
-# How far to look for the largest samples
-_MOST: Final = 1000  # samples
-_SECONDS: Final = 5.0
-_KEPT: Final = 64  # samples kept of those; larger batches repeat them
-_FIRST: Final = 32  # samples kept as they came, of whatever size
-_CHUNK: Final = 16  # samples read at once
-_DEEP: Final = 4  # containers within containers that are looked into for a sample's size
+# Samples are read up to either limit
+_MAX_READ: Final = 1000  # samples
+_MAX_SECONDS: Final = 5.0
+_READ_AT_ONCE: Final = 16  # samples between two looks at the clock
+_LARGEST_KEPT: Final = 64  # samples; larger batches repeat them
+_FIRST_KEPT: Final = 32  # samples in their own order, of any size
+_SIZE_DEPTH: Final = 4  # nested containers that count for the size of a sample
 
 
 def checked_worst_case(
     worst_case: Callable[[int], Any] | None,
 ) -> Callable[[int], Any] | None:
-    """What was given, refused where it can not make a batch."""
+    """Return `worst_case`; `ValueError` if it is not a function."""
     if worst_case is None or callable(worst_case):
         return worst_case
     raise ValueError(
-        f"worst_case={worst_case!r} can not be called; give a function of a batch size that returns a batch."
+        f"worst_case={worst_case!r} cannot be called; "
+        "give a function of a batch size that returns a batch."
     )
 
 
 class Samples:
     """Batches of any size, collated from the largest samples of the loaders' data sets.
 
-    Samples are read the way the loader reads: in a worker process where it has workers, so that the data set of this
-    process stays as it is; else here, where the snapshot gives the data set's own attributes and generators back.
+    Samples are read as the loader reads them. With workers a worker process reads, and the data set
+    of this process stays as it is. Otherwise this process reads, and the snapshot restores the
+    attributes and generators of the data set.
 
     Args:
-        loaders: Whose data.
-        snapshot: Gives back what reading changes.
-        worst_case: The user's own word for the largest batch of a size, instead of a look.
+        loaders: The loaders.
+        snapshot: Restores everything that reading changes.
+        worst_case: The user's function for the largest batch of a size; nothing is read then.
     """
 
     def __init__(
@@ -73,14 +76,14 @@ class Samples:
         self._loaders = loaders
         self._sources = [_Source(loader, snapshot) for loader in loaders.each]
         self._worst_case = worst_case
-        self._made: dict[int, int] = {}  # size of what that made, by batch size
+        self._worst_case_data: dict[int, int] = {}  # amount of data by batch size
 
     def batches(self, batch_size: int) -> Sequence[Any]:
-        """What steps get on the host, one after another and over again: one batch, or one of each loader in turn."""
+        """Return the batches that steps take in turn: one, or one of each sequential loader."""
         with unobserved(), torch.no_grad():
             if self._worst_case is not None:
                 batch = self._worst_case(batch_size)
-                self._check_grows(batch_size, batch)
+                self._check_growth(batch_size, batch)
                 return [batch]
             sizes = self._loaders.sizes_at(batch_size)
             parts = [source.batch(size) for source, size in zip(self._sources, sizes, strict=True)]
@@ -89,7 +92,7 @@ class Samples:
         return [self._loaders.structured(parts)]
 
     def ordinary(self, batch_size: int) -> Any:
-        """A batch of samples as they come, large and small, each of them once; None where too few were read."""
+        """Return a batch of samples in reading order, each of them once; None if too few were read."""
         with unobserved(), torch.no_grad():
             if self._worst_case is not None:
                 return self._worst_case(batch_size)
@@ -103,23 +106,24 @@ class Samples:
 
     @property
     def bytes_each(self) -> tuple[int, ...]:
-        """Of the largest sample of each loader; nothing where the user has said what is largest."""
+        """Size of the largest sample of each loader; empty with a `worst_case`."""
         if self._worst_case is not None:
             return ()
         return tuple(source.bytes_each for source in self._sources)
 
-    def _check_grows(self, batch_size: int, batch: Any) -> None:
-        self._made[batch_size] = size = _size(batch, _DEEP)
-        for other, made in self._made.items():
-            if other != batch_size and made == size:
+    def _check_growth(self, batch_size: int, batch: Any) -> None:
+        data = _data_size(batch, _SIZE_DEPTH)
+        self._worst_case_data[batch_size] = data
+        for other, other_data in self._worst_case_data.items():
+            if other != batch_size and other_data == data:
                 raise ValueError(
-                    f"worst_case made as much data for {batch_size} samples as for {other}; it has to make a batch of "
-                    "as many as it is asked for."
+                    f"worst_case made as much data for {batch_size} samples as for {other}; "
+                    "it has to make a batch of the size it is called with."
                 )
 
     @property
     def look(self) -> Look | None:
-        """What the look found, over all loaders; None where the user has said what is largest."""
+        """Number and sizes of the samples read, over all loaders; None with a `worst_case`."""
         if self._worst_case is not None:
             return None
         found = [source.look for source in self._sources]
@@ -132,34 +136,34 @@ class Samples:
 
 
 class _Source:
-    """One loader's samples."""
+    """Samples of one loader."""
 
     def __init__(self, loader: DataLoader[Any], snapshot: Snapshot) -> None:
         self._loader = loader
         self._snapshot = snapshot
 
     def batch(self, batch_size: int) -> Any:
-        """The largest samples, as the loader would collate them."""
+        """Return the largest samples, collated by the loader's function."""
         samples = self._largest.samples
         if batch_size > len(samples) and self._loader.collate_fn is default_collate:
-            batch = tiled(self._collated(samples), len(samples), batch_size)
+            batch = repeated(self._collated(samples), len(samples), batch_size)
             if batch is not None:
                 return batch
         return self._collated(islice(cycle(samples), batch_size))
 
     def ordinary(self, batch_size: int) -> Any:
-        """Samples as they were read; None where those were fewer."""
+        """Return the first samples, collated; None if fewer were read."""
         first = self._largest.first[:batch_size]
         return self._collated(first) if len(first) == batch_size else None
 
     def _collated(self, samples: Iterable[Any]) -> Any:
         self._snapshot.capture_light(self._loader.collate_fn)
         # Copies, since a collate function may take its samples apart
-        return self._loader.collate_fn([_unshared(sample) for sample in samples])
+        return self._loader.collate_fn([_copied(sample, _alias) for sample in samples])
 
     @property
     def bytes_each(self) -> int:
-        return max((_size(each, _DEEP) for each in self._largest.samples), default=0)
+        return max((_data_size(each, _SIZE_DEPTH) for each in self._largest.samples), default=0)
 
     @property
     def look(self) -> Look:
@@ -173,26 +177,26 @@ class _Source:
         return len(sampler) if isinstance(sampler, Sized) else None
 
     @cached_property
-    def _largest(self) -> _Largest:
-        largest = _Largest()
+    def _largest(self) -> _LargestSamples:
+        largest = _LargestSamples()
         began = time.monotonic()
         for chunk in self._chunks():
             largest.add(chunk)
-            if largest.read >= _MOST or time.monotonic() - began > _SECONDS:
+            if largest.read >= _MAX_READ or time.monotonic() - began > _MAX_SECONDS:
                 break
         return largest
 
     def _chunks(self) -> Iterator[list[Any]]:
         dataset = self._loader.dataset
         if isinstance(dataset, IterableDataset):
-            # In a worker always: here, what a stream has given would be missing in training
-            yield from self._reader(batch_size=_CHUNK)
+            # Always in a worker: samples of a stream that this process reads are lost to training
+            yield from self._worker(batch_size=_READ_AT_ONCE)
             return
         capture_order(self._loader, self._snapshot)
-        indices = _scattered(list(islice(self._indices(), _MOST)))
-        chunks = [indices[at : at + _CHUNK] for at in range(0, len(indices), _CHUNK)]
+        indices = _spread(list(islice(self._indices(), _MAX_READ)))
+        chunks = [indices[at : at + _READ_AT_ONCE] for at in range(0, len(indices), _READ_AT_ONCE)]
         if self._loader.num_workers:
-            yield from self._reader(batch_sampler=chunks)
+            yield from self._worker(batch_sampler=chunks)
             return
         self._snapshot.capture_light(*_layers(dataset))
         for chunk in chunks:
@@ -202,7 +206,7 @@ class _Source:
                 yield [dataset[index] for index in chunk]
 
     def _indices(self) -> Iterable[Any]:
-        """Which samples to read: spread over the data set, or the first that a sampler of the user's names."""
+        """Return indices spread over the data set, or the first of a user's sampler."""
         batches = self._loader.batch_sampler
         sampler = sampler_of(self._loader)
         if type(batches) is not BatchSampler:
@@ -210,10 +214,12 @@ class _Source:
         if type(sampler) not in (RandomSampler, SequentialSampler):
             return sampler  # type: ignore[no-any-return]  # an iterable of indices
         length = len(sampler.data_source)
-        return (at * length // _MOST for at in range(_MOST)) if length > _MOST else range(length)
+        if length <= _MAX_READ:
+            return range(length)
+        return (at * length // _MAX_READ for at in range(_MAX_READ))
 
-    def _reader(self, **batches: Any) -> DataLoader[Any]:
-        """One worker process that reads lists of samples."""
+    def _worker(self, **batches: Any) -> DataLoader[Any]:
+        """Return a loader of lists of samples with one worker process."""
         return DataLoader(
             self._loader.dataset,
             **batches,
@@ -225,49 +231,56 @@ class _Source:
         )
 
 
-class _Largest:
-    """The largest samples seen, the largest first; of equally large ones those seen first."""
+class _Sized(NamedTuple):
+    """A sample that was read; the largest compares highest, and then the first that was read."""
+
+    size: int
+    order: int  # 0, -1, -2, ...
+    sample: Any
+
+
+class _LargestSamples:
+    """The largest samples that were read, the largest first; of the same size the first ones."""
 
     def __init__(self) -> None:
         self.read = 0
         self.is_even = True  # all of one size so far
         self.first: list[Any] = []
-        self._heap: list[tuple[int, int, Any]] = []
+        self._heap: list[_Sized] = []  # no two are equal: samples are not compared
 
     def add(self, samples: Iterable[Any]) -> None:
         for sample in samples:
-            entry = (_size(sample, _DEEP), -self.read, sample)
-            self.is_even &= not self._heap or entry[0] == self._heap[0][0]
+            entry = _Sized(_data_size(sample, _SIZE_DEPTH), -self.read, sample)
+            self.is_even &= not self._heap or entry.size == self._heap[0].size
             self.read += 1
-            if len(self.first) < _FIRST:
-                entry = _held(entry)
-                self.first.append(entry[2])
-                heapq.heappush(self._heap, entry)  # it keeps more than those
-            elif len(self._heap) < _KEPT:
-                heapq.heappush(self._heap, _held(entry))
+            if len(self.first) < _FIRST_KEPT:
+                entry = _cloned(entry)
+                self.first.append(entry.sample)
+                heapq.heappush(self._heap, entry)  # which keeps more than the first
+            elif len(self._heap) < _LARGEST_KEPT:
+                heapq.heappush(self._heap, _cloned(entry))
             elif entry[:2] > self._heap[0][:2]:
-                heapq.heapreplace(self._heap, _held(entry))
+                heapq.heapreplace(self._heap, _cloned(entry))
 
     @property
     def samples(self) -> list[Any]:
-        return [sample for *_, sample in sorted(self._heap, key=lambda e: e[:2])][::-1]
+        return [entry.sample for entry in sorted(self._heap, reverse=True)]
 
 
-def _held(entry: tuple[int, int, Any]) -> tuple[int, int, Any]:
-    """The entry with tensors of its own: what comes from a worker holds an open file for each."""
-    size, order, sample = entry
-    return size, order, _unshared(sample, torch.Tensor.clone)
+def _cloned(entry: _Sized) -> _Sized:
+    """Clone the tensors of an entry: a tensor from a worker holds an open file."""
+    return entry._replace(sample=_copied(entry.sample, torch.Tensor.clone))
 
 
-def _scattered(indices: list[Any]) -> list[Any]:
-    """The same in another order, so that any first part of it is spread over the whole."""
+def _spread(indices: list[Any]) -> list[Any]:
+    """Reorder indices so that any first part of them is spread over the whole."""
     bits = max(1, (len(indices) - 1).bit_length())
     order = sorted(range(len(indices)), key=lambda at: int(f"{at:0{bits}b}"[::-1], base=2))
     return [indices[at] for at in order]
 
 
-def _size(sample: Any, depth: int) -> int:
-    """How much data a sample holds, in a measure of its own: bytes of tensors and arrays, characters, numbers."""
+def _data_size(sample: Any, depth: int) -> int:
+    """Return the amount of data in a sample: bytes of tensors and arrays, characters, numbers."""
     if isinstance(sample, torch.Tensor):
         return sample.numel() * sample.element_size()
     nbytes = getattr(sample, "nbytes", None)
@@ -275,19 +288,40 @@ def _size(sample: Any, depth: int) -> int:
         return nbytes
     if isinstance(sample, (str, bytes)):
         return len(sample)
-    if depth == 0:
+    parts = _contents(sample)
+    if depth == 0 or parts is None:
         return 1
+    return sum(_data_size(part, depth - 1) for part in parts)
+
+
+def _contents(sample: Any) -> Iterable[Any] | None:
+    """Return the parts of a container or the attributes of an object; None for a plain value."""
     if isinstance(sample, dict):
-        return sum(_size(part, depth - 1) for part in sample.values())
+        return sample.values()
     if isinstance(sample, (list, tuple)):
-        return sum(_size(part, depth - 1) for part in sample)
-    if hasattr(sample, "__dict__"):
-        return sum(_size(part, depth - 1) for part in vars(sample).values())
-    return 1
+        return sample
+    return vars(sample).values() if hasattr(sample, "__dict__") else None
+
+
+def _copied(sample: Any, copy_tensor: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Return a sample in containers of its own, with copies of its tensors."""
+
+    def copy_leaf(leaf: Any) -> Any:
+        return copy_tensor(leaf) if isinstance(leaf, torch.Tensor) else copy.copy(leaf)
+
+    return map_leaves(copy_leaf, sample, is_leaf=_is_copied_whole)
+
+
+def _is_copied_whole(part: Any) -> bool:
+    """Check for an object of a class that may do more than hold parts, as a dataclass or TensorDict."""
+    return not isinstance(part, (dict, list)) and type(part) is not tuple
 
 
 def _alias(tensor: torch.Tensor) -> torch.Tensor:
-    """Another tensor of the same storage; copying one costs ten times as much, and large batches are many samples."""
+    """Return another tensor of the same storage, ten times as fast as a copy of a plain tensor.
+
+    Large batches are many samples.
+    """
     is_plain = type(tensor) is torch.Tensor and tensor.layout is torch.strided
     has_more = (
         tensor.requires_grad
@@ -297,75 +331,49 @@ def _alias(tensor: torch.Tensor) -> torch.Tensor:
         or tensor.is_neg()
     )
     if is_plain and not has_more:
-        where = tensor.storage_offset(), tensor.size(), tensor.stride()
-        return tensor.new_empty(0).set_(tensor.untyped_storage(), *where)
+        view = tensor.storage_offset(), tensor.size(), tensor.stride()
+        return tensor.new_empty(0).set_(tensor.untyped_storage(), *view)
     return copy.copy(tensor)
 
 
-def _unshared(sample: Any, copied: Callable[[torch.Tensor], torch.Tensor] = _alias) -> Any:
-    """A sample in containers of its own; what they contain is shared, but for tensors as `copied` has it."""
-    if isinstance(sample, dict):
-        unshared = copy.copy(sample)
-        unshared.update((key, _unshared(part, copied)) for key, part in sample.items())
-        return unshared
-    if isinstance(sample, list):
-        return [_unshared(part, copied) for part in sample]
-    if type(sample) is tuple:
-        return tuple(_unshared(part, copied) for part in sample)
-    if isinstance(sample, torch.Tensor):
-        return copied(sample)
-    return copy.copy(sample)
-
-
 def _layers(dataset: Any) -> list[Any]:
-    """A data set, those that it wraps (Subset, ConcatDataset and their like), and its transforms."""
-    held = getattr(dataset, "__dict__", {}).values()  # a plain list has none
-    parts = [part for part in held if hasattr(part, "__dict__")]
+    """Return a data set, the data sets it wraps, as Subset and ConcatDataset do, and its transforms."""
+    attributes = getattr(dataset, "__dict__", {}).values()  # a plain list has none
+    parts = [part for part in attributes if hasattr(part, "__dict__")]
     inner = [*parts, *(getattr(dataset, "datasets", None) or ())]
     wrapped = [part for part in inner if isinstance(part, Dataset)]
     return [dataset, *parts, *(layer for part in wrapped for layer in _layers(part))]
 
 
-def tiled(batch: Any, samples: int, batch_size: int) -> Any:
-    """What collating its samples over and over again, up to a batch size, would give; None where that is not known.
+def repeated(batch: Any, samples: int, batch_size: int) -> Any:
+    """Repeat the samples of a collated batch up to a batch size; None if that is not possible.
 
-    Collating takes time for each sample; repeating what was collated takes next to none.
+    The result is the batch that collating the repeated samples would give. Collating takes time
+    for each sample, and repeating next to none.
 
     Args:
-        batch: What `torch.utils.data.default_collate` (torch 2.13) made of them.
-        samples: How many it was made of.
-        batch_size: How many it should be.
+        batch: A batch made by `torch.utils.data.default_collate` (torch 2.13).
+        samples: Number of samples in it.
+        batch_size: Number of samples in the result.
     """
+
+    def repeat_leaf(leaf: Any) -> Any:
+        if type(leaf) is torch.Tensor and leaf.layout is torch.strided and leaf.dim():
+            if len(leaf) == samples:
+                return leaf[torch.arange(batch_size) % samples]
+        elif type(leaf) in (list, tuple):
+            if not leaf:
+                return leaf
+            if len(leaf) == samples and all(isinstance(entry, (str, bytes)) for entry in leaf):
+                return type(leaf)(islice(cycle(leaf), batch_size))
+        raise _NotRepeatableError
+
     try:
-        return _tiled(batch, samples, batch_size)
-    except _UnknownError:
-        # However deep it was met, the loader's own function has to do all of it
+        return map_leaves(repeat_leaf, batch)
+    except _NotRepeatableError:
+        # However deep it is, the loader's own function has to collate the whole batch
         return None
 
 
-class _UnknownError(Exception):
-    """Something that is not known to be one entry for each sample."""
-
-
-def _tiled(part: Any, samples: int, batch_size: int) -> Any:
-    def each(parts: Iterable[Any]) -> list[Any]:
-        return [_tiled(one, samples, batch_size) for one in parts]
-
-    kind = type(part)
-    if kind is torch.Tensor and part.layout is torch.strided and part.dim():
-        if len(part) != samples:
-            raise _UnknownError
-        return part[torch.arange(batch_size) % samples]
-    if isinstance(part, MutableMapping):
-        whole = copy.copy(part)
-        whole.update(zip(part, each(part.values()), strict=True))
-        return whole
-    if isinstance(part, tuple) and hasattr(part, "_fields"):
-        return kind(*each(part))
-    if kind not in (list, tuple):
-        raise _UnknownError
-    if part and all(isinstance(entry, (str, bytes)) for entry in part):
-        if len(part) != samples:
-            raise _UnknownError
-        return kind(islice(cycle(part), batch_size))
-    return kind(each(part))
+class _NotRepeatableError(Exception):
+    """A leaf without one entry for each sample."""

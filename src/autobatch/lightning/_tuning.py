@@ -18,17 +18,17 @@ from autobatch._trials.context import MemoryBudget, TrialContext
 from autobatch._trials.optimizers import OptimizerWatch
 from autobatch._trials.snapshot import Snapshot
 from autobatch._tune import known_plan, tune, versions
-from autobatch.errors import AutobatchError, DoesNotFitError
+from autobatch.errors import AutobatchError, DoesNotFitError, FixedBatchSizeError
 from autobatch.lightning._accumulation import (
-    Splits,
+    SplittingTest,
     batches_trained,
     check_repairable,
     last_samples,
-    told,
+    update_notes,
 )
 from autobatch.lightning._apply import is_named, name_batch_size
-from autobatch.lightning._compat import package_of
-from autobatch.lightning._dataloaders import FixedBatchSizeError, Loaders
+from autobatch.lightning._compat import data_source, package_of
+from autobatch.lightning._dataloaders import Loaders
 from autobatch.lightning._isolation import apart, scratch
 from autobatch.lightning._resume import DeviceId, PriorPlan
 from autobatch.lightning._trainer_notes import (
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from autobatch._subject import Subject
     from autobatch._trials.time_limit import TimeLimit
     from autobatch._trials.workload import Workload
-    from autobatch.lightning._dataloaders import SetBatchSize
+    from autobatch.lightning._batch_size import SetBatchSize
     from autobatch.lightning._workloads import Stage
 
 
@@ -62,7 +62,7 @@ KnownAt: TypeAlias = "Callable[[Subject, DeviceId, Settings], PriorPlan]"
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class CallbackArguments:
     """Arguments of a callback.
 
     Args:
@@ -102,7 +102,7 @@ class Tuned:
 def tune_training(
     trainer: Any,
     module: Any,
-    asked: Asked,
+    arguments: CallbackArguments,
     known_at: KnownAt,
     trained: BatchPlan | None,
 ) -> Tuned:
@@ -115,18 +115,18 @@ def tune_training(
             excludes the plan.
         DoesNotFitError: No batch size fits.
     """
-    if asked.repairs:
+    if arguments.repairs:
         check_repairable(trainer, module)
     # Read now: scratch loops, which replace the Trainer's own while trials run, have none of these
     validates = trainer.enable_validation
-    validation = trainer.fit_loop.epoch_loop.val_loop._data_source
+    validation = data_source(trainer.fit_loop.epoch_loop.val_loop)
     max_steps = trainer.max_steps
-    with trial_context(trainer, module, asked) as (context, copied_bytes):
+    with trial_context(trainer, module, arguments) as (context, copied_bytes):
         loaders = Loaders(
             trainer,
-            trainer.fit_loop._data_source,
+            data_source(trainer.fit_loop),
             mode="max_size_cycle",
-            setter=asked.set_batch_size,
+            setter=arguments.set_batch_size,
         )
         accumulate = trainer.accumulate_grad_batches
         limits = TrainerLimits(
@@ -137,17 +137,17 @@ def tune_training(
             samples=partial(_samples_trained, trainer, loaders),
             before=trained or BatchPlan(loaders.batch_size, accumulate, trainer.world_size),
         )
-        samples = Samples(loaders, context.snapshot, asked.worst_case)
-        set_name = partial(name_batch_size, module, asked.batch_arg_name)
+        samples = Samples(loaders, context.snapshot, arguments.worst_case)
+        set_name = partial(name_batch_size, module, arguments.batch_arg_name)
         workload = TrainingSteps(trainer, samples, set_name)
-        splits = Splits(
+        splits = SplittingTest(
             trainer,
             module,
             samples,
             workload,
             set_name,
             context.probe,
-            asked.settings.memory_limit,
+            arguments.settings.memory_limit,
             context.snapshot,
             context.ranks,
         )
@@ -155,7 +155,7 @@ def tune_training(
             workload=workload,
             trainer=trainer,
             module=module,
-            asked=asked,
+            arguments=arguments,
             loaders=loaders,
             samples=samples,
             limits=limits,
@@ -164,13 +164,13 @@ def tune_training(
             accumulate=accumulate,
             copied_bytes=copied_bytes,
         )
-        settings = asked.settings.model_copy(update={"dataset_size": loaders.samples})
+        settings = arguments.settings.model_copy(update={"dataset_size": loaders.samples})
         context.optimizers.expected = True
         if not module.automatic_optimization:
             # Lightning steps in automatic optimization; a user may forget to
             context.optimizers.look_at(module)
         known = known_at(subject, _device_id(trainer, context), settings)
-        report = verify_or_search(known, subject, settings, context, asked.search)
+        report = verify_or_search(known, subject, settings, context, arguments.search)
         limits.check(report.plan)
         tuned = Tuned(report, loaders.sizes_at(report.plan.micro_batch_size))
         if not validates:
@@ -180,7 +180,7 @@ def tune_training(
         return _with_validation(tuned, subject, validation)
 
 
-def tune_evaluation(trainer: Any, module: Any, asked: Asked, stage: Stage) -> Tuned:
+def tune_evaluation(trainer: Any, module: Any, arguments: CallbackArguments, stage: Stage) -> Tuned:
     """Find the largest batch for validation, testing or prediction; restore all state.
 
     With a target the run is about training: the loaders keep their batch size if it fits.
@@ -189,10 +189,10 @@ def tune_evaluation(trainer: Any, module: Any, asked: Asked, stage: Stage) -> Tu
         AutobatchError: A loader's batch size cannot be changed.
         DoesNotFitError: No batch size fits.
     """
-    with trial_context(trainer, module, asked) as (context, _):
-        loaders = Loaders(trainer, getattr(trainer, stage.loop)._data_source, mode="sequential")
-        settings = _without_target(asked.settings, loaders.samples)
-        samples = Samples(loaders, context.snapshot, asked.worst_case)
+    with trial_context(trainer, module, arguments) as (context, _):
+        loaders = Loaders(trainer, data_source(stage.loop_of(trainer)), mode="sequential")
+        settings = _without_target(arguments.settings, loaders.samples)
+        samples = Samples(loaders, context.snapshot, arguments.worst_case)
         subject = LightningEvaluation(
             EvaluationSteps(trainer, samples, stage, None),
             trainer,
@@ -204,11 +204,11 @@ def tune_evaluation(trainer: Any, module: Any, asked: Asked, stage: Stage) -> Tu
             loaders.batch_size,
         )
         curve_seconds = _settings.DEFAULTS.curve_seconds
-        if asked.settings.target_batch_size is not None:
-            report = _own_or_smaller(subject, context, asked.search, curve_seconds)
+        if arguments.settings.target_batch_size is not None:
+            report = _own_or_smaller(subject, context, arguments.search, curve_seconds)
             return Tuned(report, _own_or_smaller_sizes(loaders, report))
         report = tune(
-            subject, settings, context, asked.search, known=None, curve_seconds=curve_seconds
+            subject, settings, context, arguments.search, known=None, curve_seconds=curve_seconds
         )
         return Tuned(report, loaders.sizes_at(report.plan.micro_batch_size))
 
@@ -221,11 +221,11 @@ class LightningTraining:
         workload: Runs training steps.
         trainer: The Trainer, on scratch loops.
         module: The module to train.
-        asked: Arguments of the callback.
+        arguments: Arguments of the callback.
         loaders: The training loaders.
         samples: Makes the batches.
         limits: Arguments of the Trainer that count batches or steps.
-        splits: Tests whether a split batch gives the same gradient.
+        splits: Tests for a split batch with another gradient.
         context: Resources of the trials.
         accumulate: Accumulation of the Trainer.
         copied_bytes: Bytes of the copy of all state that is kept on the host.
@@ -235,11 +235,11 @@ class LightningTraining:
     workload: TrainingSteps
     trainer: Any
     module: Any
-    asked: Asked
+    arguments: CallbackArguments
     loaders: Loaders
     samples: Samples
     limits: TrainerLimits
-    splits: Splits
+    splits: SplittingTest
     context: TrialContext
     accumulate: int
     copied_bytes: int
@@ -297,12 +297,12 @@ class LightningTraining:
         return (never_stepped(),) if self.context.optimizers.never_stepped else ()
 
     def plan_notes(self, plan: BatchPlan, time_limit: TimeLimit) -> tuple[str, ...]:
-        has_name = is_named(self.module, self.asked.batch_arg_name)
+        has_name = is_named(self.module, self.arguments.batch_arg_name)
         return (
             *((self.first_note,) if self.first_note else ()),
-            *self.splits.told(plan, time_limit),
+            *self.splits.notes(plan, time_limit),
             *schedules(self.trainer, self.limits.before, plan, is_named=has_name),
-            *told(self.trainer, self.loaders, plan, repaired=self.asked.repairs),
+            *update_notes(self.trainer, self.loaders, plan, repaired=self.arguments.repairs),
             *self.limits.remarks(plan),
             *self._host_notes(plan),
         )
@@ -390,12 +390,14 @@ class LightningEvaluation:
 
 
 @contextmanager
-def trial_context(trainer: Any, module: Any, asked: Asked) -> Iterator[tuple[TrialContext, int]]:
+def trial_context(
+    trainer: Any, module: Any, arguments: CallbackArguments
+) -> Iterator[tuple[TrialContext, int]]:
     """Capture all state that trials may change, and isolate the Trainer; restore it at the end.
 
     Yields the resources of the trials, and the bytes of the copy that is kept on the host.
     """
-    probe = detect(asked.device, module.device)
+    probe = detect(arguments.device, module.device)
     with (
         current_ranks() as ranks,
         ranks.abort_together(),
@@ -415,7 +417,7 @@ def trial_context(trainer: Any, module: Any, asked: Asked) -> Iterator[tuple[Tri
         snapshot.capture_light(trainer.datamodule)
         context = TrialContext(
             probe=probe,
-            budget=MemoryBudget(probe, asked.settings.memory_limit),
+            budget=MemoryBudget(probe, arguments.settings.memory_limit),
             snapshot=snapshot,
             optimizers=optimizers,
             first_touch=nullcontext,  # the module and its optimizers are captured already
@@ -466,7 +468,7 @@ def verify_or_search(
 
 def _with_validation(tuned: Tuned, training: LightningTraining, source: Any) -> Tuned:
     """Return the result with the validation batch size that fits beside the state of training."""
-    trainer, asked, context = training.trainer, training.asked, training.context
+    trainer, arguments, context = training.trainer, training.arguments, training.context
     try:
         loaders = Loaders(trainer, source, mode="sequential")
     except FixedBatchSizeError as error:
@@ -479,13 +481,13 @@ def _with_validation(tuned: Tuned, training: LightningTraining, source: Any) -> 
         trainer,
         training.module,
         VALIDATION,
-        asked.settings,
+        arguments.settings,
         loaders,
         samples,
         loaders.batch_size,
     )
     try:
-        found = _own_or_smaller(subject, context, asked.search, curve_seconds=0.0)
+        found = _own_or_smaller(subject, context, arguments.search, curve_seconds=0.0)
     except DoesNotFitError as error:
         raise DoesNotFitError(
             f"Training fits, but validation does not beside it. {error}"

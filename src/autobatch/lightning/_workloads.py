@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections import OrderedDict
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, cycle
@@ -14,96 +12,45 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import torch
 
 from autobatch._memory.oom import is_oom
-from autobatch.lightning._compat import package_of
+from autobatch.lightning._compat import (
+    active_loop,
+    before_batch_transfer,
+    build_evaluation_kwargs,
+    build_step_args,
+    build_step_kwargs,
+    call_module_hook,
+    call_strategy_hook,
+    logger_connector,
+    package,
+    patched,
+    training_step_result,
+)
 
 if TYPE_CHECKING:
+    from collections import OrderedDict
     from collections.abc import Callable, Generator, Iterator, Sequence
 
+    from autobatch.lightning._trainer import ManualOptimization, PredictionLoop, Trainer
     from autobatch.lightning._trial_data import Samples
 
 _START_HOOKS: Final = ("on_fit_start", "on_train_start", "on_train_epoch_start")
-
-
-class StartHooks:
-    """The module's hooks at the start of a run, which trials call only where a step fails without what they make.
-
-    They are left out otherwise: what they do outside of the module could not be taken back.
-
-    Args:
-        trainer: The Trainer.
-        names: Those that are called once, in their order.
-        batch: The one that is called before each batch.
-    """
-
-    def __init__(self, trainer: Any, names: Sequence[str], batch: str) -> None:
-        self._trainer = trainer
-        self._names = names
-        self._batch = batch
-        self._call = importlib.import_module(f"{package_of(trainer)}.trainer.call")
-        self._are_needed = False
-
-    def first(self, step: Callable[[], None]) -> None:
-        """Take the first step of a trial, with what it needs."""
-        if not self._are_needed:
-            try:
-                step()
-            except Exception as error:
-                if is_oom(error) or not self._overridden(*self._names, self._batch):
-                    raise
-                self._are_needed = True
-            else:
-                return
-        self.before_run()
-        step()
-
-    def before_run(self) -> None:
-        """Call what belongs before a run, where a first step has shown that it is needed."""
-        for hook in self._overridden(*self._names) if self._are_needed else ():
-            self._call._call_lightning_module_hook(self._trainer, hook)
-
-    def before_batch(self, *arguments: Any) -> None:
-        """Call what belongs before a batch, where that is needed."""
-        if self._are_needed:
-            hook = self._call._call_lightning_module_hook
-            hook(self._trainer, self._batch, *arguments)
-
-    def _overridden(self, *names: str) -> list[str]:
-        kind = importlib.import_module(package_of(self._trainer)).LightningModule
-        own = type(self._trainer.lightning_module)
-        return [name for name in names if getattr(own, name, None) is not getattr(kind, name)]
-
-
-def on_device(trainer: Any, batch: Any, dataloader_idx: int) -> Any:
-    """A batch made ready for a step, as the loops of Lightning 2.6 do it."""
-    if trainer.strategy.root_device.type == "cpu":
-        # Where the transfer copies nothing, a copy stands for it: a step may write into its batch.
-        applying = importlib.import_module("lightning_utilities.core.apply_func")
-        batch = applying.apply_to_collection(batch, torch.Tensor, torch.clone)
-    batch = trainer.precision_plugin.convert_input(batch)
-    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
-    call = importlib.import_module(f"{package_of(trainer)}.trainer.call")
-    return call._call_strategy_hook(
-        trainer, "batch_to_device", batch, dataloader_idx=dataloader_idx
-    )
-
-
-# Micro-batches granted until every optimizer of a module that optimises by hand has stepped
-_PATIENCE: Final = 32
+# Micro-batches in which every optimizer of a module with manual optimization has to step once
+_FIRST_STEPS_WITHIN: Final = 32
 
 
 class TrainingSteps:
-    """Optimizer steps of a Trainer at any batch size: precision, clipping, closures and hooks are the real ones.
+    """Optimizer steps of a Trainer at any batch size, with its precision, clipping and hooks.
 
-    A batch goes the way it goes in Lightning 2.6's `_TrainingEpochLoop.advance`, without what belongs to an epoch:
-    callbacks, batch hooks, schedulers, logging and validation.
+    A batch takes the path of `_TrainingEpochLoop.advance` in Lightning 2.6, without the parts that
+    belong to an epoch: callbacks, batch hooks, schedulers, logging and validation.
 
     Args:
         trainer: The Trainer.
         samples: Makes the batches.
-        named: Told the batch size before the first step, since a step may look at the attribute that names it.
+        named: Sets the attribute that names the batch size, which a step may read.
     """
 
-    def __init__(self, trainer: Any, samples: Samples, named: Callable[[int], None]) -> None:
+    def __init__(self, trainer: Trainer, samples: Samples, named: Callable[[int], None]) -> None:
         self._trainer = trainer
         self._samples = samples
         self._named = named
@@ -112,16 +59,16 @@ class TrainingSteps:
     def __call__(self, batch_size: int, accumulate: int) -> Generator[None]:
         """Yield after each optimizer step."""
         if self._is_automatic:
-            # By hand it is the module that accumulates: the Trainer's number would only disturb the bookkeeping
+            # With manual optimization the module accumulates: the number would only disturb
+            # Lightning's counters
             self._trainer.accumulate_grad_batches = accumulate
         self._named(batch_size)
         batches = cycle(self._samples.batches(batch_size))
-        begin = partial(self._begin, next(batches))
-        with _waiting(self._trainer.optimizers) as waiting:
-            self._hooks.first(begin)
+        with _optimizers_to_step(self._trainer.optimizers) as waiting:
+            self._hooks.first(partial(self._begin, next(batches)))
             taken = 1
-            while waiting and not self._is_automatic and taken < _PATIENCE:
-                # Some step every few micro-batches only, and need their memory then
+            while waiting and not self._is_automatic and taken < _FIRST_STEPS_WITHIN:
+                # Some optimizers step every few micro-batches only, and need their memory then
                 self._micro_batch(next(batches), taken)
                 taken += 1
         for index in count(taken):
@@ -130,18 +77,17 @@ class TrainingSteps:
             self._micro_batch(next(batches), index)
 
     def loss(self, batch: Any) -> Any:
-        """What `training_step` makes of a batch that is on the device, as automatic optimisation calls it, and no more.
+        """Run `training_step` alone on a batch on the device, and return its loss.
 
-        None where the module says that there is nothing to learn from it. A trial has run before.
+        None if the module skips the batch. A trial has to run before.
         """
         trainer, loop = self._trainer, self._trainer.fit_loop.epoch_loop
         loop.batch_progress.reset()
         self._hooks.before_run()
-        trainer._logger_connector.on_batch_start(batch)  # `self.log` needs it
+        logger_connector(trainer).on_batch_start(batch)
         self._hooks.before_batch(batch, 0)
-        arguments = loop._build_kwargs(OrderedDict(), batch, 0)
-        result = loop.automatic_optimization._training_step(arguments)
-        trainer._logger_connector.on_batch_end()
+        result = training_step_result(loop, build_step_kwargs(loop, batch, 0))
+        logger_connector(trainer).on_batch_end()
         return result.closure_loss
 
     @property
@@ -156,31 +102,31 @@ class TrainingSteps:
         trainer, loop = self._trainer, self._trainer.fit_loop.epoch_loop
         batch = on_device(trainer, batch, 0)
         loop.batch_progress.increment_ready()
-        trainer._logger_connector.on_batch_start(batch)  # `self.log` needs it
+        logger_connector(trainer).on_batch_start(batch)
         self._hooks.before_batch(batch, index)
         loop.batch_progress.increment_started()
-        arguments = loop._build_kwargs(OrderedDict(), batch, index)
+        arguments = build_step_kwargs(loop, batch, index)
         if self._is_automatic:
             loop.automatic_optimization.run(trainer.optimizers[0], index, arguments)
         else:
-            _run_by_hand(loop.manual_optimization, arguments)
+            _run_manual_optimization(loop.manual_optimization, arguments)
         loop.batch_progress.increment_processed()
-        trainer._logger_connector.on_batch_end()
+        logger_connector(trainer).on_batch_end()
         loop.batch_progress.increment_completed()
 
 
-def _run_by_hand(loop: Any, arguments: OrderedDict[str, Any]) -> None:
+def _run_manual_optimization(loop: ManualOptimization, arguments: OrderedDict[str, Any]) -> None:
     try:
         loop.run(arguments)
     except BaseException:
-        # Lightning 2.6 takes what it hooked into the optimizers out again only where the step succeeds
+        # Lightning 2.6 removes its hooks from the optimizers only if the step succeeds
         loop.on_run_end()
         raise
 
 
-@contextmanager
-def _waiting(optimizers: list[Any]) -> Iterator[set[int]]:
-    """The optimizers that have not stepped yet, by their ids: kept up to date while the body runs."""
+@contextlib.contextmanager
+def _optimizers_to_step(optimizers: list[Any]) -> Iterator[set[int]]:
+    """Yield the ids of optimizers that have not stepped yet; the set shrinks in the body."""
     waiting = set(map(id, optimizers))
     hooks = [
         optimizer.register_step_post_hook(lambda stepped, *_: waiting.discard(id(stepped)))
@@ -194,14 +140,72 @@ def _waiting(optimizers: list[Any]) -> Iterator[set[int]]:
             hook.remove()
 
 
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """One of the ways in which a Trainer of Lightning 2.6 runs a module without training it.
+def on_device(trainer: Trainer, batch: Any, dataloader_idx: int) -> Any:
+    """Prepare a batch for a step as the loops of Lightning 2.6 do."""
+    if trainer.strategy.root_device.type == "cpu":
+        # The transfer copies nothing here, and a step may write into its batch
+        applying = importlib.import_module("lightning_utilities.core.apply_func")
+        batch = applying.apply_to_collection(batch, torch.Tensor, torch.clone)
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = before_batch_transfer(trainer.lightning_module, batch, dataloader_idx)
+    return call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=dataloader_idx)
+
+
+class StartHooks:
+    """Hooks of the module at the start of a run; trials call them only if a step needs them.
+
+    Otherwise they are left out, because their effects outside of the module could not be restored.
 
     Args:
-        name: Of the function of the Trainer, and of its state meanwhile.
-        hook: What the module's hooks are called after: "validation" of `on_validation_start`.
-        loop: The attribute of the Trainer that holds its loop.
+        trainer: The Trainer.
+        names: Hooks that are called once, in their order.
+        batch: The hook that is called before each batch.
+    """
+
+    def __init__(self, trainer: Trainer, names: Sequence[str], batch: str) -> None:
+        self._trainer = trainer
+        self._names = names
+        self._batch = batch
+        self._are_needed = False
+
+    def first(self, step: Callable[[], None]) -> None:
+        """Run the first step of a trial, with the hooks if it needs them."""
+        if not self._are_needed:
+            try:
+                step()
+            except Exception as error:
+                if is_oom(error) or not self._overridden(*self._names, self._batch):
+                    raise
+                self._are_needed = True
+            else:
+                return
+        self.before_run()
+        step()
+
+    def before_run(self) -> None:
+        """Call the hooks that start a run, if a first step needed them."""
+        for hook in self._overridden(*self._names) if self._are_needed else ():
+            call_module_hook(self._trainer, hook)
+
+    def before_batch(self, *arguments: Any) -> None:
+        """Call the hook before a batch, if a first step needed it."""
+        if self._are_needed:
+            call_module_hook(self._trainer, self._batch, *arguments)
+
+    def _overridden(self, *names: str) -> list[str]:
+        kind = package(self._trainer).LightningModule
+        own = type(self._trainer.lightning_module)
+        return [name for name in names if getattr(own, name, None) is not getattr(kind, name)]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One of the methods of a Trainer of Lightning 2.6 that run a module without training it.
+
+    Args:
+        name: Name of the method, and of the state of the Trainer meanwhile.
+        hook: Name in the hooks of the module: "validation" of `on_validation_start`.
+        loop: Attribute of the Trainer that holds its loop.
     """
 
     name: Literal["validate", "test", "predict"]
@@ -210,8 +214,13 @@ class Stage:
 
     @property
     def step(self) -> str:
-        """The module's step."""
+        """Name of the step of the module."""
         return f"{self.hook}_step"
+
+    def loop_of(self, trainer: Trainer) -> PredictionLoop:
+        """Return the loop of a Trainer."""
+        loop: PredictionLoop = getattr(trainer, self.loop)
+        return loop
 
 
 VALIDATION: Final = Stage("validate", "validation", "validate_loop")
@@ -228,7 +237,7 @@ STAGES: Final[dict[str, Stage]] = {
 def loaders_for(
     method: str, train_dataloaders: Any, val_dataloaders: Any, dataloaders: Any
 ) -> tuple[Any, ...]:
-    """The loaders that a method of the Trainer takes, in its order; `ValueError` where others were given."""
+    """Return the loaders that a method of the Trainer takes; `ValueError` for any other."""
     if method == "fit":
         if dataloaders is not None:
             raise ValueError(
@@ -237,7 +246,8 @@ def loaders_for(
         return (train_dataloaders, val_dataloaders)
     if method not in STAGES:
         raise ValueError(
-            f"method={method!r} is none of a Trainer's; give 'fit', 'validate', 'test' or 'predict'."
+            f"method={method!r} is none of a Trainer's; give 'fit', 'validate', 'test' or "
+            "'predict'."
         )
     if train_dataloaders is not None or val_dataloaders is not None:
         raise ValueError(
@@ -246,43 +256,41 @@ def loaders_for(
     return (dataloaders,)
 
 
-def before_data(trainer: Any, stage: Stage, act: Callable[[], None]) -> Callable[[], None]:
-    """Act before the loop of a stage sets its data up: the first moment at which the model is on its device.
+def before_data(trainer: Trainer, stage: Stage, act: Callable[[], None]) -> patched:
+    """Call `act` once before the loop of a stage sets up its data; the model is on its device.
 
-    What hides the method of the loops of Lightning 2.6 goes with the call, or by what is returned.
+    Restore the patch that is returned if the loop never gets there.
     """
-    loop = getattr(trainer, stage.loop)
-
-    def forget() -> None:
-        vars(loop).pop("setup_data", None)
+    loop = stage.loop_of(trainer)
 
     def act_and_set_up() -> None:
-        forget()
-        # The loop has switched gradients off; trials switch them for themselves
+        patch.restore()
+        # The loop has disabled gradients; trials do so by themselves
         with torch.inference_mode(mode=False), torch.enable_grad():
             act()
         loop.setup_data()
 
-    loop.setup_data = act_and_set_up
-    return forget
+    patch = patched(loop, setup_data=act_and_set_up)
+    return patch.__enter__()
 
 
 class EvaluationSteps:
-    """Steps without gradients at any batch size, a batch of each loader in turn.
+    """Steps without gradients at any batch size, with a batch of each loader in turn.
 
-    A batch goes the way it goes in `_EvaluationLoop._evaluation_step` and `_PredictionLoop._predict_step` of Lightning
-    2.6, without callbacks, batch hooks and logging.
+    A batch takes the path of `_EvaluationLoop._evaluation_step` and `_PredictionLoop._predict_step`
+    in Lightning 2.6, without callbacks, batch hooks and logging.
 
     Args:
         trainer: The Trainer.
         samples: Makes the batches.
-        stage: Which steps.
-        after: A training loop of which one update runs first: what it leaves on the device stays while validating.
+        stage: The stage.
+        after: A training loop, of which one update runs first: its memory stays in use while
+            validating.
     """
 
     def __init__(
         self,
-        trainer: Any,
+        trainer: Trainer,
         samples: Samples,
         stage: Stage,
         after: Callable[[], Generator[Any]] | None,
@@ -291,16 +299,15 @@ class EvaluationSteps:
         self._samples = samples
         self._stage = stage
         self._after = after
-        self._call = importlib.import_module(f"{package_of(trainer)}.trainer.call")
         names = (f"on_{stage.hook}_start", f"on_{stage.hook}_epoch_start")
         self._hooks = StartHooks(trainer, names, f"on_{stage.hook}_batch_start")
 
     def __call__(self, batch_size: int, accumulate: int) -> Iterator[None]:
-        """Yield after each round of the loaders; there is nothing to accumulate."""
+        """Yield after each round of the loaders; nothing is accumulated."""
         batches = self._samples.batches(batch_size)
         with contextlib.ExitStack() as after:
             if self._after is not None:
-                after.callback(_give_modes_back(self._trainer.lightning_module))
+                after.enter_context(_modes_restored(self._trainer.lightning_module))
                 next(after.enter_context(contextlib.closing(self._after())))
             with self._evaluating():
                 self._hooks.first(lambda: self._round(batches, 0))
@@ -312,39 +319,35 @@ class EvaluationSteps:
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
         state = self._trainer.state
-        former, state.stage = state.stage, type(state.stage)(self._stage.name)
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            state.stage = former
+        with patched(state, stage=type(state.stage)(self._stage.name)), torch.no_grad():
+            yield
 
     def _round(self, batches: Sequence[Any], index: int) -> None:
-        hook = f"on_{self._stage.hook}_model_eval"
-        self._call._call_lightning_module_hook(self._trainer, hook)
+        call_module_hook(self._trainer, f"on_{self._stage.hook}_model_eval")
         for position, batch in enumerate(batches):
             self._step(batch, index, position if len(batches) > 1 else None)
 
     def _step(self, batch: Any, index: int, dataloader_idx: int | None) -> None:
-        trainer, loop = self._trainer, self._trainer._active_loop
+        trainer, loop = self._trainer, active_loop(self._trainer)
         batch = on_device(trainer, batch, dataloader_idx or 0)
-        arguments = loop._build_kwargs(batch, index, dataloader_idx)
+        arguments = build_evaluation_kwargs(loop, batch, index, dataloader_idx)
         loop.batch_progress.increment_ready()
-        logs = self._stage.hook != "predict"
-        if logs:  # `self.log` needs it
-            trainer._logger_connector.on_batch_start(batch, dataloader_idx)
+        is_logging = self._stage.hook != "predict"
+        if is_logging:
+            logger_connector(trainer).on_batch_start(batch, dataloader_idx)
         self._hooks.before_batch(*arguments.values())
-        given = loop._build_step_args_from_hook_kwargs(arguments, self._stage.step)
-        self._call._call_strategy_hook(trainer, self._stage.step, *given)
-        if logs:
-            trainer._logger_connector.on_batch_end()
+        step = self._stage.step
+        call_strategy_hook(trainer, step, *build_step_args(loop, arguments, step))
+        if is_logging:
+            logger_connector(trainer).on_batch_end()
 
 
-def _give_modes_back(module: torch.nn.Module) -> Callable[[], None]:
+@contextlib.contextmanager
+def _modes_restored(module: torch.nn.Module) -> Iterator[None]:
+    """Restore the training mode of each submodule after the body."""
     modes = {part: part.training for part in module.modules()}
-
-    def give_back() -> None:
+    try:
+        yield
+    finally:
         for part, mode in modes.items():
             part.training = mode
-
-    return give_back

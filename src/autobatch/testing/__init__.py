@@ -1,4 +1,4 @@
-"""Devices to test against without a GPU."""
+"""Devices without a GPU: simulated, on paper, and replayed from a recording."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ __all__ = [
 
 
 class SimulatedAccelerator:
-    """An accelerator of any size on the CPU: real tensors, exact accounting, honest out-of-memory errors.
+    """Accelerator of any size on the CPU: real tensors and out-of-memory errors, exact accounting.
 
-    Every live tensor byte counts; the allocation that would pass the capacity raises `torch.OutOfMemoryError`.
+    Every byte of a live tensor counts; an allocation beyond the capacity raises
+    `torch.OutOfMemoryError`.
 
     Args:
         capacity: Memory of the device, in bytes or as text such as "2GiB".
-        foreign: What other processes hold of it, in bytes or as text; may be set again at any time.
-        name: What reports call it.
+        foreign: Memory used by other processes, in bytes or as text; may be changed at any time.
+        name: Name of the device in reports.
 
     Example:
         >>> import autobatch
@@ -55,12 +56,12 @@ class SimulatedAccelerator:
         self.capacity = parse_bytes("capacity", capacity)
         self.foreign = foreign
         self.name = name
-        # Other tools know an out-of-memory error by these words
+        # Other libraries recognise out of memory by these words
         self.ledger = Ledger("CUDA out of memory")
 
     @property
     def foreign(self) -> int:
-        """Bytes that other processes hold; may be set again at any time, also as text."""
+        """Bytes used by other processes; may be changed at any time, also as text."""
         return self._foreign
 
     @foreign.setter
@@ -71,7 +72,7 @@ class SimulatedAccelerator:
         return f"SimulatedAccelerator({self.capacity}, foreign={self.foreign})"
 
     def read(self) -> MemoryReading:
-        """Total, used (others' and ours), ours, the peak of ours, and the allocations refused."""
+        """Return the present memory, by the ledger."""
         ledger = self.ledger
         return MemoryReading(
             total=self.capacity,
@@ -83,40 +84,41 @@ class SimulatedAccelerator:
 
     @contextlib.contextmanager
     def limited(self, budget: int) -> Iterator[Watch]:
-        """Charge what the body allocates; past `budget`, or past what the capacity leaves, it is out of memory."""
-        with self.ledger.watching(min(budget, self.capacity - self.foreign), offset=0) as steps:
-            yield steps
+        """Charge allocations of the body; beyond `budget` or the capacity is out of memory."""
+        with self.ledger.watching(min(budget, self.capacity - self.foreign), offset=0) as watch:
+            yield watch
 
     def attach(self, *objects: Any) -> None:
-        """Charge what already lives: modules, optimizers, tensors in any container."""
+        """Charge existing objects: modules, optimizers, tensors in any container."""
         self.ledger.attach(*objects)
 
     def release(self) -> None:
-        """Nothing: the ledger credits a tensor when it dies, nothing is cached."""
+        """Do nothing: there is no cache, a tensor is freed when it dies."""
 
     def clock(self) -> float:
-        """Wall-clock seconds."""
+        """Return wall-clock seconds."""
         return time.perf_counter()
 
 
 class PaperDevice:
-    """A device on paper, with a workload to match: memory, speed and clock by formula, exact and without tensors.
+    """Device whose memory, speed and clock follow formulas, with a matching workload; no tensors.
 
-    A step at batch size b holds `fixed + per_sample * b`, plus the jumps reached, plus `state` once a step was done;
-    it takes `seconds_per_step + seconds_per_sample * b` on the device's own clock.
+    A step of batch size b holds `fixed + per_sample * b` bytes, plus all jumps up to b, plus
+    `state` after the first step. It takes `seconds_per_step + seconds_per_sample * b` on the
+    device's own clock.
 
     Args:
         capacity: Memory of the device, in bytes or as text.
         fixed: Bytes held at any batch size.
         per_sample: Bytes per sample.
-        jumps: Bytes added from a batch size on, by that size.
-        state: Bytes that appear when the first step ends, and stay: optimizer state.
-        memory: Bytes of a step by batch size, instead of `fixed`, `per_sample` and `jumps`.
-        noise: Relative spread of the peak, uniform in ±noise.
+        jumps: Bytes added at and above a batch size, by that size.
+        state: Bytes of optimizer state, allocated at the end of the first step and kept.
+        memory: Function from batch size to bytes, instead of `fixed`, `per_sample` and `jumps`.
+        noise: Relative noise of the peak, uniform in ±noise.
         seed: Seed of the noise.
-        foreign: What other processes hold, in bytes; may be set again at any time.
-        seconds_per_step: Seconds of a micro-batch of no samples.
-        seconds_per_sample: Seconds each sample adds.
+        foreign: Bytes used by other processes; may be changed at any time.
+        seconds_per_step: Seconds of a micro-batch, without its samples.
+        seconds_per_sample: Seconds that each sample adds.
 
     Example:
         >>> import autobatch
@@ -146,7 +148,7 @@ class PaperDevice:
     ) -> None:
         self.capacity = parse_bytes("capacity", capacity)
         self.foreign = foreign
-        self.sizes_run: list[int] = []  # in order, one entry per time the workload was started
+        self.sizes_run: list[int] = []  # one entry for each start of the workload
         self._fixed = fixed
         self._per_sample = per_sample
         self._jumps = dict(jumps or {})
@@ -162,11 +164,11 @@ class PaperDevice:
         self._limit: int | None = None
 
     def needs(self, batch_size: int) -> int:
-        """Bytes of a step at this size, without noise and with the state there."""
+        """Return the bytes of a step at this size, with state and without noise."""
         return self._curve(batch_size) + self._state
 
     def workload(self, batch_size: int, accumulate: int) -> Generator[int]:
-        """A training loop on paper, to be given to `autobatch.find`."""
+        """Run a training loop on the device; pass this method to `autobatch.find`."""
         self.sizes_run.append(batch_size)
         spread = 1 + self._noise * self._random.uniform(-1, 1)
         for _ in itertools.count():
@@ -179,7 +181,7 @@ class PaperDevice:
             yield batch_size
 
     def read(self) -> MemoryReading:
-        """What the formulas say."""
+        """Return the present memory, by the formulas."""
         return MemoryReading(
             total=self.capacity,
             used=self.foreign + self._held,
@@ -190,7 +192,7 @@ class PaperDevice:
 
     @contextlib.contextmanager
     def limited(self, budget: int) -> Iterator[None]:
-        """Past `budget`, or past what the capacity leaves, the workload is out of memory."""
+        """Let the workload run out of memory beyond `budget` or the capacity."""
         self._limit, self._peak = min(budget, self.capacity - self.foreign), self._held
         try:
             yield
@@ -198,14 +200,14 @@ class PaperDevice:
             self._limit = None
 
     def attach(self, *objects: Any) -> None:
-        """Nothing: there are no tensors."""
+        """Do nothing: there are no tensors."""
 
     def release(self) -> None:
-        """Let go of what the last step held; the state stays."""
+        """Free the memory of the last step; optimizer state stays."""
         self._held = self._state * self._has_state
 
     def clock(self) -> float:
-        """Seconds on the device's own clock, which only its workload moves."""
+        """Return seconds on the device's own clock, which only its workload advances."""
         return self._now
 
     def _curve(self, batch_size: int) -> int:
@@ -220,7 +222,8 @@ class PaperDevice:
         if self._limit is not None and nbytes > self._limit:
             self._failures += 1
             raise torch.OutOfMemoryError(
-                f"CUDA out of memory. On paper a step takes {format_bytes(nbytes)}, of {format_bytes(self._limit)}."
+                f"CUDA out of memory. A step on paper takes {format_bytes(nbytes)}, "
+                f"of a limit of {format_bytes(self._limit)}."
             )
         self._held = nbytes
         self._peak = max(self._peak, nbytes)

@@ -1,4 +1,4 @@
-"""Record the memory and time of real trials, and replay them without a GPU."""
+"""Record memory and time of real trials, and replay them without a GPU."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ _SCHEMA_VERSION: Final = 1
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One batch size run under a cap, and what the device said before and after.
+    """One batch size run under a cap, with memory readings before and after.
 
     Args:
         batch_size: Samples per forward pass.
         accumulate: Micro-batches per optimizer step.
-        budget: Bytes it was capped at.
-        before: The reading when it began.
-        after: The reading when it had ended, however it did.
-        steps: Optimizer steps that it came through.
-        step_seconds: Median seconds of a micro-batch, the first step left out; None where there was no second.
-        allocator: Statistics of the allocator when it had ended, under the allocator's own names.
-        first: The reading when its first step had ended; None where that did not.
+        budget: Cap in bytes.
+        before: Reading at the start.
+        after: Reading at the end, also after a failure.
+        steps: Optimizer steps completed.
+        step_seconds: Median seconds of a micro-batch without the first step; None for one step.
+        allocator: Statistics of the allocator at the end, under its own names.
+        first: Reading after the first step; None if that did not complete.
     """
 
     batch_size: int
@@ -51,12 +51,12 @@ class Run:
 
     @property
     def fits(self) -> bool:
-        """Whether it came through within the budget."""
+        """Return True if the run completed within the budget."""
         return self.steps > 0 and not self.ran_out
 
     @property
     def ran_out(self) -> bool:
-        """Whether memory was refused, or asked for again after the first step, or the budget was passed."""
+        """Return True after a refusal, a retry since the first step, or an exceeded budget."""
         start = self.first or self.before
         return (
             self.after.refused > self.before.refused
@@ -67,15 +67,15 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """The runs of a search on a device, in their order.
+    """Runs of a search on a device, in order.
 
     Args:
-        device: What the device is called.
-        source: Where its memory was read.
-        subject: What was trained.
-        memory_limit: What was allowed, as it was asked for.
-        environment: Versions of what was running.
-        runs: What was tried.
+        device: Name of the device.
+        source: Origin of its memory readings.
+        subject: Name of the model trained.
+        memory_limit: Limit of the search, as passed by the user.
+        environment: Versions of the software.
+        runs: All runs.
     """
 
     device: str
@@ -86,42 +86,38 @@ class Recording:
     runs: tuple[Run, ...]
 
     def write(self, path: str | Path) -> None:
-        """Keep it in a file of JSON."""
-        told = {"schema_version": _SCHEMA_VERSION, **asdict(self)}
-        files.write(Path(path), f"{json.dumps(told, indent=1)}\n".encode())
+        """Write the recording to a JSON file."""
+        content = {"schema_version": _SCHEMA_VERSION, **asdict(self)}
+        files.write(Path(path), f"{json.dumps(content, indent=1)}\n".encode())
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
-        """Read one that was written; `AutobatchError` where the file holds none."""
+        """Read a recording from a file; raise `AutobatchError` for any other content."""
         try:
-            told = json.loads(Path(path).read_text(encoding="utf-8"))
-            version = told.pop("schema_version")
-            runs = tuple(map(_run_of, told.pop("runs")))
-            recording = cls(**told, runs=runs)
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            if content.pop("schema_version") != _SCHEMA_VERSION:
+                raise ValueError("another schema_version")  # noqa: TRY301 -- like any bad content
+            runs = tuple(map(_run_from, content.pop("runs")))
+            return cls(**content, runs=runs)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise _no_recording(path) from error
-        if version != _SCHEMA_VERSION:
-            raise _no_recording(path)
-        return recording
+            raise AutobatchError(
+                f"{path} does not hold a recording of schema_version {_SCHEMA_VERSION}."
+            ) from error
 
 
-def _run_of(told: dict[str, Any]) -> Run:
-    readings = {name: MemoryReading(**told[name]) for name in ("before", "after")}
-    if told.get("first") is not None:
-        readings["first"] = MemoryReading(**told["first"])
-    return Run(**{**told, **readings})
-
-
-def _no_recording(path: str | Path) -> AutobatchError:
-    return AutobatchError(f"{path} holds no recording of schema_version {_SCHEMA_VERSION}.")
+def _run_from(content: dict[str, Any]) -> Run:
+    before, after = (MemoryReading(**content[name]) for name in ("before", "after"))
+    first = content.get("first")
+    first = None if first is None else MemoryReading(**first)
+    return Run(**{**content, "before": before, "after": after, "first": first})
 
 
 class Recorder:
-    """A probe that passes everything on to another one, and keeps what that said of each run.
+    """Probe that wraps another one, and records the readings of each run.
 
     Args:
-        probe: The device.
-        allocator: Asks the allocator for statistics that may be kept besides.
+        probe: Probe of the device.
+        allocator: Function that returns further statistics to record.
 
     Example:
         >>> recorder = Recorder(probe)  # doctest: +SKIP
@@ -140,27 +136,11 @@ class Recorder:
         self._first: MemoryReading | None = None
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._probe, name)  # name, source, and what else there may be
-
-    def read(self) -> MemoryReading:
-        """What the device says."""
-        return self._probe.read()
-
-    def attach(self, *objects: Any) -> None:
-        """Pass on what already lives."""
-        self._probe.attach(*objects)
-
-    def release(self) -> None:
-        """Have cached memory given back."""
-        self._probe.release()
-
-    def clock(self) -> float:
-        """The device's own clock."""
-        return self._probe.clock()
+        return getattr(self._probe, name)  # everything that is not recorded
 
     @contextlib.contextmanager
     def limited(self, budget: int) -> Iterator[Watch | None]:
-        """Cap the device, and keep what it says before and after."""
+        """Cap the device, and record its readings before and after."""
         before = self._probe.read()
         self._size, self._seconds, self._first = 0, [], None
         try:
@@ -173,7 +153,7 @@ class Recorder:
     def watching(
         self, workload: Callable[[int, int], Iterator[Any]]
     ) -> Callable[[int, int], Iterator[Any]]:
-        """The same training loop, of which is known which size runs and how long its steps take."""
+        """Return the same training loop, with batch sizes and step times recorded."""
 
         @functools.wraps(workload)
         def watched(batch_size: int, accumulate: int) -> Generator[Any]:
@@ -183,12 +163,12 @@ class Recorder:
                 while True:
                     began = self.clock()
                     try:
-                        said = next(steps)
+                        samples = next(steps)
                     except StopIteration:
                         return
                     self._seconds.append(self.clock() - began)
                     self._first = self._first or self._probe.read()
-                    yield said
+                    yield samples
 
         return watched
 
@@ -199,7 +179,7 @@ class Recorder:
         memory_limit: float | str,
         environment: Mapping[str, str] | None = None,
     ) -> Recording:
-        """All of it so far."""
+        """Return the recording of all runs so far."""
         return Recording(
             device=self._probe.name,
             source=self._probe.source,
@@ -225,14 +205,14 @@ class Recorder:
 
 
 class ReplayedDevice:
-    """A device that says again what one said that was recorded, with a workload to match; without tensors.
+    """Device that repeats the readings of a recording, with a matching workload; no tensors.
 
-    A size that was run peaks at what was read then; between such sizes, and beyond them, peaks lie on straight lines.
-    From the smallest size that failed on, memory runs out. What others held is what they held in the run of the same
-    number; after the last it stays.
+    A recorded size peaks at its recorded value; other peaks lie on straight lines through these.
+    At and above the smallest size that failed, memory runs out. Memory of other processes is that
+    of the run of the same number; after the last run it stays.
 
     Args:
-        recording: What was recorded, or the file that holds it.
+        recording: A recording, or the path of its file.
 
     Example:
         >>> device = ReplayedDevice("tests/recordings/resnet.json")  # doctest: +SKIP
@@ -244,12 +224,12 @@ class ReplayedDevice:
             recording = Recording.read(recording)
         if not any(run.fits for run in recording.runs):
             raise ValueError(
-                f"recording={recording.subject!r} has no run that fits; there is nothing to play back."
+                f"recording={recording.subject!r} has no run that fits; there is nothing to replay."
             )
         self.recording = recording
         self.name = f"replay of {recording.device}"
         self.source = "a recording"
-        self._began = 0  # runs so far
+        self._started = 0  # number of runs
         self._held = self._run.before.reserved
         self._peak = self._failures = 0
         self._limit: int | None = None
@@ -257,11 +237,11 @@ class ReplayedDevice:
 
     @property
     def largest(self) -> int:
-        """The largest size that was run and fits."""
+        """Largest recorded size that fits."""
         return max(run.batch_size for run in self.recording.runs if run.fits)
 
     def needs(self, batch_size: int, accumulate: int) -> int:
-        """Bytes at the peak of a step."""
+        """Return the peak bytes of a step."""
         runs = self._of_pattern(accumulate)
         peaks = {run.batch_size: run.after.peak for run in runs if run.fits}
         failed = [run for run in runs if run.ran_out and run.batch_size > max(peaks)]
@@ -272,7 +252,7 @@ class ReplayedDevice:
         return max(at_least, int(_on_lines(peaks, batch_size)))
 
     def workload(self, batch_size: int, accumulate: int) -> Generator[int]:
-        """The training loop that was recorded, as far as memory and time go."""
+        """Run a training loop with the recorded memory and times."""
         needed = self.needs(batch_size, accumulate)
         seconds = self._step_seconds(batch_size, accumulate)
         while True:
@@ -281,11 +261,11 @@ class ReplayedDevice:
             yield batch_size
 
     def read(self) -> MemoryReading:
-        """The total and what others hold as they were, the rest as it is in this run."""
-        said = self._run.after if self._limit is None else self._run.before
+        """Return the recorded total and use by other processes, and the memory of this replay."""
+        recorded = self._run.after if self._limit is None else self._run.before
         return MemoryReading(
-            total=said.total,
-            used=said.foreign + self._held,
+            total=recorded.total,
+            used=recorded.foreign + self._held,
             reserved=self._held,
             peak=self._peak,
             failures=self._failures,
@@ -293,8 +273,8 @@ class ReplayedDevice:
 
     @contextlib.contextmanager
     def limited(self, budget: int) -> Iterator[None]:
-        """Past `budget` the workload is out of memory."""
-        self._began += 1
+        """Let the workload run out of memory beyond `budget`."""
+        self._started += 1
         self._limit, self._peak = budget, self._held
         try:
             yield
@@ -302,23 +282,23 @@ class ReplayedDevice:
             self._limit = None
 
     def attach(self, *objects: Any) -> None:
-        """Nothing: there are no tensors."""
+        """Do nothing: there are no tensors."""
 
     def release(self) -> None:
-        """Let go of what the last step held, but for what the runs began with."""
+        """Free the memory of the last step, down to the memory at the start of the run."""
         self._held = self._run.before.reserved
 
     def clock(self) -> float:
-        """Seconds on a clock that only the workload moves."""
+        """Return seconds on a clock that only the workload advances."""
         return self._now
 
     @property
     def _run(self) -> Run:
         runs = self.recording.runs
-        return runs[min(max(self._began - 1, 0), len(runs) - 1)]
+        return runs[min(max(self._started - 1, 0), len(runs) - 1)]
 
     def _of_pattern(self, accumulate: int) -> list[Run]:
-        """Runs that kept gradients alive as this one does; all of them where there are none that fit."""
+        """Runs with gradient accumulation, or without; all runs if none of these fits."""
         alike = [run for run in self.recording.runs if (run.accumulate > 1) == (accumulate > 1)]
         fitting = any(run.fits for run in alike)
         return alike if fitting else list(self.recording.runs)
@@ -337,14 +317,14 @@ class ReplayedDevice:
         if self._limit is not None and nbytes > self._limit:
             self._failures += 1
             raise torch.OutOfMemoryError(
-                f"out of memory, as recorded: {format_bytes(nbytes)}, of {format_bytes(self._limit)}."
+                f"out of memory, as recorded: {format_bytes(nbytes)} of {format_bytes(self._limit)}."
             )
         self._held = max(self._held, nbytes)  # an allocator keeps what it has
         self._peak = max(self._peak, self._held)
 
 
 def _on_lines(points: Mapping[int, float], at: int) -> float:
-    """The value there, on straight lines through neighbouring points, the outer ones drawn on."""
+    """Interpolate linearly between neighbouring points, and extrapolate beyond the outer ones."""
     if at in points:
         return points[at]
     if len(points) == 1:

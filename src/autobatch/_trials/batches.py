@@ -1,0 +1,109 @@
+"""Walk through the containers of a batch: its leaves, its rows, some of its samples."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import MutableMapping
+from dataclasses import fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+# Neither torch.utils._pytree nor apply_to_collection of lightning_utilities serves: the first takes
+# dataclasses and mappings of other classes for leaves, the second shows leaves of given types only,
+# and both take a list of strings apart, which is one leaf with a row for each sample.
+
+_PLAIN: Final = (int, float, complex, bool, str, bytes, type(None))
+
+
+def leaves(batch: Any) -> Iterator[Any]:
+    """Yield everything in the containers of a batch; a list of plain values is one leaf."""
+    parts = _parts(batch)
+    if parts is None:
+        yield batch
+        return
+    for part in parts:
+        yield from leaves(part)
+
+
+def map_leaves(
+    change: Callable[[Any], Any],
+    batch: Any,
+    *,
+    is_leaf: Callable[[Any], bool] | None = None,
+) -> Any:
+    """Return a batch in containers of its own, with `change(leaf)` in place of each leaf.
+
+    Containers for which `is_leaf` is true are leaves as well.
+    """
+    parts = None if is_leaf is not None and is_leaf(batch) else _parts(batch)
+    if parts is None:
+        return change(batch)
+    return _rebuilt(batch, [map_leaves(change, part, is_leaf=is_leaf) for part in parts])
+
+
+def row_counts(batch: Any) -> set[int]:
+    """Return the number of rows of every tensor: the samples of the batch, if all agree."""
+    tensors = (leaf for leaf in leaves(batch) if isinstance(leaf, torch.Tensor))
+    return {len(tensor) for tensor in tensors if tensor.ndim}
+
+
+def listed(counts: set[int]) -> str:
+    """Return numbers of rows as words: "3, 4", or "no"."""
+    return ", ".join(map(str, sorted(counts))) or "no"
+
+
+def cut(batch: Any, samples: int, rows: slice) -> Any:
+    """Return some rows of a batch of `samples`; a step may write into its tensors, which are copies."""
+
+    def cut_leaf(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            return leaf[rows].clone() if leaf.ndim else leaf.clone()
+        return leaf[rows] if is_plain_list(leaf) and len(leaf) == samples else leaf
+
+    return map_leaves(cut_leaf, batch)
+
+
+def is_plain_list(value: Any) -> bool:
+    """Check for a list or tuple without tensors and containers, such as the names of the samples."""
+    is_list = isinstance(value, (list, tuple)) and not hasattr(value, "_fields")
+    return is_list and all(isinstance(each, _PLAIN) for each in value)
+
+
+def is_plain(value: Any) -> bool:
+    """Check for a number, text or None, or a list of these."""
+    return isinstance(value, _PLAIN) or is_plain_list(value)
+
+
+def _parts(batch: Any) -> Sequence[Any] | None:
+    """Return the contents of a container; None for a leaf."""
+    if isinstance(batch, MutableMapping):
+        return list(batch.values())
+    if isinstance(batch, (list, tuple)):
+        return None if is_plain_list(batch) else batch
+    if is_dataclass(batch) and not isinstance(batch, type):
+        return [getattr(batch, field.name) for field in fields(batch)]
+    return None
+
+
+def _rebuilt(container: Any, parts: Sequence[Any]) -> Any:
+    """Return a container of the same kind with other contents."""
+    if isinstance(container, MutableMapping):
+        # A copy keeps a default factory and attributes; item by item, since ModelOutput of
+        # transformers refuses update()
+        mapping = copy.copy(container)
+        for key, part in zip(container, parts, strict=True):
+            mapping[key] = part
+        return mapping
+    if isinstance(container, list):
+        items = copy.copy(container)
+        items[:] = parts
+        return items
+    if isinstance(container, tuple):
+        kind = type(container)
+        return kind(*parts) if hasattr(container, "_fields") else kind(parts)
+    pairs = zip(fields(container), parts, strict=True)
+    return replace(container, **{field.name: part for field, part in pairs if field.init})

@@ -1,0 +1,170 @@
+"""Change the batch size of one DataLoader, and restore it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
+
+from torch.utils.data import DataLoader
+
+from autobatch.lightning._compat import save_positional, saved_arguments
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+# The user's set_batch_size
+SetBatchSize: TypeAlias = Callable[[DataLoader[Any], int], None]
+
+_MISSING: Final = object()
+
+
+def batch_size_of(loader: DataLoader[Any]) -> int:
+    """Return the batch size of the batch sampler; `loader.batch_size` is None with a user's one."""
+    return int(loader.batch_sampler.batch_size)  # type: ignore[union-attr]  # only for loaders with one
+
+
+def sampler_of(loader: DataLoader[Any]) -> Any:
+    """Return the sampler of single samples, which is not `loader.sampler` under a batch sampler."""
+    return getattr(loader.batch_sampler, "sampler", loader.sampler)
+
+
+class BatchSizeChange(Protocol):
+    """A loader whose batch size was changed."""
+
+    loader: DataLoader[Any]
+
+    @property
+    def holds(self) -> bool:
+        """True while nobody else has changed the batch size again."""
+
+    def restore(self) -> None:
+        """Give the loader its former batch size."""
+
+
+@contextmanager
+def changed_batch_size(
+    loader: DataLoader[Any], batch_size: int, setter: SetBatchSize | None
+) -> Iterator[None]:
+    """Change the batch size of a loader while the body runs."""
+    change = change_batch_size(loader, batch_size, setter)
+    try:
+        yield
+    finally:
+        change.restore()
+
+
+def change_batch_size(
+    loader: DataLoader[Any], batch_size: int, setter: SetBatchSize | None
+) -> BatchSizeChange:
+    """Change the batch size of a loader, by the user's setter if there is one."""
+    if setter is None:
+        former = batch_size_of(loader)
+        _resize(loader, batch_size)
+        return _Resized(loader, former, batch_size)
+    return _SetByUser(loader, _assigned_by(setter, loader, batch_size))
+
+
+@dataclass
+class _Resized:
+    """A loader with another `batch_size` of its batch sampler."""
+
+    loader: DataLoader[Any]
+    former: int
+    batch_size: int
+
+    @property
+    def holds(self) -> bool:
+        return batch_size_of(self.loader) == self.batch_size
+
+    def restore(self) -> None:
+        _resize(self.loader, self.former)
+
+
+def _resize(loader: DataLoader[Any], batch_size: int) -> None:
+    loader.batch_sampler.batch_size = batch_size  # type: ignore[union-attr]  # only for loaders with one
+    if loader.batch_size is not None:
+        # DataLoader refuses plain assignment; iteration uses the batch sampler
+        object.__setattr__(loader, "batch_size", batch_size)
+    for made in (loader, loader.batch_sampler):
+        _update_saved_arguments(made, batch_size)
+
+
+def _update_saved_arguments(made: Any, batch_size: int) -> None:
+    """Update the arguments from which Lightning 2.6 makes a hook's loader again for several ranks."""
+    saved = saved_arguments(made)
+    if saved is None:
+        return
+    if "batch_size" in saved.names:
+        at = saved.names.index("batch_size")
+        save_positional(made, (*saved.positional[:at], batch_size, *saved.positional[at + 1 :]))
+    elif "batch_size" in inspect.signature(type(made).__init__).parameters:
+        saved.keywords["batch_size"] = batch_size
+
+
+@dataclass
+class _SetByUser:
+    """A loader after `set_batch_size`; only the assigned attributes are restored.
+
+    The order of the data, in generators and counters, goes on.
+    """
+
+    loader: DataLoader[Any]
+    assigned: list[_Assignment]
+
+    @property
+    def holds(self) -> bool:
+        return all(each.holds for each in self.assigned)
+
+    def restore(self) -> None:
+        for each in self.assigned:
+            each.restore()
+
+
+@dataclass(frozen=True, slots=True)
+class _Assignment:
+    """An attribute that was assigned, in the `vars` of its object."""
+
+    attributes: dict[str, Any]
+    name: str
+    before: Any  # _MISSING if there was no such attribute
+    after: Any
+
+    @property
+    def holds(self) -> bool:
+        return self.attributes.get(self.name, _MISSING) is self.after
+
+    def restore(self) -> None:
+        if self.before is _MISSING:
+            self.attributes.pop(self.name, None)
+        else:
+            self.attributes[self.name] = self.before
+
+
+def _assigned_by(
+    setter: SetBatchSize, loader: DataLoader[Any], batch_size: int
+) -> list[_Assignment]:
+    """Call a setter, and return the attributes it assigned; restore them if it raises."""
+    owners = (loader, loader.batch_sampler, loader.sampler, sampler_of(loader))
+    attributes = [vars(owner) for owner in owners if owner is not None]
+    before = [dict(each) for each in attributes]
+    try:
+        setter(loader, batch_size)
+    except BaseException:
+        for assignment in _differences(before, attributes):
+            assignment.restore()
+        raise
+    return _differences(before, attributes)
+
+
+def _differences(
+    before: Sequence[dict[str, Any]], attributes: Sequence[dict[str, Any]]
+) -> list[_Assignment]:
+    return [
+        _Assignment(now, name, former.get(name, _MISSING), now.get(name, _MISSING))
+        for former, now in zip(before, attributes, strict=True)
+        for name in former.keys() | now.keys()
+        if former.get(name, _MISSING) is not now.get(name, _MISSING)
+    ]

@@ -1,0 +1,203 @@
+"""A Lightning Trainer, as far as autobatch uses it.
+
+These protocols list every attribute that is used, public or private, as Lightning 2.6.0 to 2.6.6
+have them. mypy accepts no other, and `missing_name` looks for each of them before a run is tuned. A
+Callable is a method: a trial may replace it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict  # noqa: TC003 -- `missing_name` evaluates the annotations
+from collections.abc import Callable  # noqa: TC003
+from typing import Any, Protocol
+
+
+class DataSource(Protocol):
+    """`_DataLoaderSource`: one for each loop."""
+
+    instance: Any  # loaders that were passed, or the module or datamodule with the hook
+    dataloader: Callable[[], Any]
+
+
+class BatchProgress(Protocol):
+    """`_BatchProgress`."""
+
+    reset: Callable[[], None]
+    increment_ready: Callable[[], None]
+    increment_started: Callable[[], None]
+    increment_processed: Callable[[], None]
+    increment_completed: Callable[[], None]
+
+
+class PredictionLoop(Protocol):
+    """`_PredictionLoop`."""
+
+    batch_progress: BatchProgress
+    setup_data: Callable[[], None]
+    _build_kwargs: Callable[..., OrderedDict[str, Any]]
+    _build_step_args_from_hook_kwargs: Callable[..., tuple[Any, ...]]
+    _data_source: DataSource
+
+
+class EvaluationLoop(PredictionLoop, Protocol):
+    """`_EvaluationLoop`, for validation and testing."""
+
+    _combined_loader: Any
+    _results: Any
+
+
+class AutomaticOptimization(Protocol):
+    """`_AutomaticOptimization`."""
+
+    run: Callable[..., Any]
+    _training_step: Callable[[OrderedDict[str, Any]], Any]
+
+
+class ManualOptimization(Protocol):
+    """`_ManualOptimization`."""
+
+    run: Callable[..., Any]
+    on_run_end: Callable[[], Any]
+
+
+class DataFetcher(Protocol):
+    """`_DataFetcher`, between a loop and its loader."""
+
+    _start_profiler: Callable[[], Any]
+    _stop_profiler: Callable[[], Any]
+
+
+class MeasuredEpochLoop(Protocol):
+    """`_TrainingEpochLoop`, as far as NoiseScale uses it."""
+
+    _batches_that_stepped: int
+    _build_kwargs: Callable[..., OrderedDict[str, Any]]
+    _should_accumulate: Callable[[], bool]
+
+
+class EpochLoop(Protocol):
+    """`_TrainingEpochLoop`, as far as AutoBatch uses it."""
+
+    automatic_optimization: AutomaticOptimization
+    manual_optimization: ManualOptimization
+    batch_progress: BatchProgress
+    val_loop: EvaluationLoop
+    _build_kwargs: Callable[..., OrderedDict[str, Any]]
+
+
+class MeasuredFitLoop(Protocol):
+    """`_FitLoop`, as far as NoiseScale uses it."""
+
+    epoch_loop: MeasuredEpochLoop
+    _data_fetcher: DataFetcher | None  # None until training starts
+
+
+class FitLoop(Protocol):
+    """`_FitLoop`, as far as AutoBatch uses it."""
+
+    advance: Callable[[], None]
+    epoch_loop: EpochLoop
+    max_batches: int | float
+    restarted_mid_epoch: bool
+    restarted_on_epoch_end: bool
+    setup_data: Callable[[], None]
+    _combined_loader: Any  # None until the loader is set up
+    _data_fetcher: DataFetcher | None  # None until training starts
+    _data_source: DataSource
+
+
+class Strategy(Protocol):
+    """`Strategy`."""
+
+    handles_gradient_accumulation: bool
+    model: Any  # the module, or DistributedDataParallel around it
+    root_device: Any  # torch.device
+    setup_optimizers: Callable[[Any], None]
+    setup_precision_plugin: Callable[[], None]
+
+
+class LightningModule(Protocol):
+    """`LightningModule`."""
+
+    automatic_optimization: bool
+    _on_before_batch_transfer: Callable[..., Any]
+
+
+class LoggerConnector(Protocol):
+    """`_LoggerConnector`, which `self.log` needs."""
+
+    on_batch_start: Callable[..., None]
+    on_batch_end: Callable[[], None]
+
+
+class DataConnector(Protocol):
+    """`_DataConnector`."""
+
+    _requires_distributed_sampler: Callable[[Any], bool]
+
+
+class CombinedLoader(Protocol):
+    """`CombinedLoader`."""
+
+    flattened: list[Any]
+    iterables: Any
+    _mode: str
+
+
+class AnyTrainer(Protocol):
+    """`Trainer`, as far as both callbacks use it."""
+
+    accumulate_grad_batches: int
+    callbacks: list[Any]
+    global_step: int
+    is_global_zero: bool
+    is_last_batch: bool
+    lightning_module: Any
+    log_dir: str | None
+    log_every_n_steps: int
+    loggers: list[Any]
+    optimizers: list[Any]
+    precision_plugin: Any
+    profiler: Any
+    strategy: Strategy
+    train_dataloader: Any
+    world_size: int
+
+
+class MeasuredTrainer(AnyTrainer, Protocol):
+    """`Trainer`, as far as NoiseScale uses it."""
+
+    fit_loop: MeasuredFitLoop
+
+
+class Trainer(AnyTrainer, Protocol):
+    """`Trainer`, as far as AutoBatch uses it."""
+
+    check_val_every_n_epoch: int | None
+    ckpt_path: Any
+    current_epoch: int
+    datamodule: Any
+    enable_autolog_hparams: bool
+    enable_validation: bool
+    fast_dev_run: int | bool
+    fit_loop: FitLoop
+    limit_train_batches: int | float
+    limit_val_batches: int | float
+    lr_scheduler_configs: list[Any]
+    max_epochs: int | None
+    max_steps: int
+    num_devices: int
+    num_training_batches: int | float
+    overfit_batches: int | float
+    precision: str
+    predict_loop: PredictionLoop
+    progress_bar_callback: Any
+    should_stop: bool
+    state: Any
+    test_loop: EvaluationLoop
+    val_check_interval: int | float
+    validate_loop: EvaluationLoop
+    _active_loop: Any
+    _data_connector: DataConnector
+    _logger_connector: LoggerConnector
+    _loggers: list[Any]

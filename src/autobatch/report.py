@@ -1,0 +1,41 @@
+"""The types that a TuningReport is made of, for annotations and isinstance checks.
+
+Import the report itself from here or from `autobatch`. Its numbers are bytes, seconds and samples.
+"""
+
+from __future__ import annotations
+
+from autobatch._latency import Latency, Stream, StreamRow
+from autobatch._noise import NoiseReading
+from autobatch._plan import BatchPlan
+from autobatch._report import Device, TuningReport
+from autobatch._report.notes import Look
+from autobatch._report.tradeoff import EffectiveRow, LearningRateRule, NoiseRange, Optimum
+from autobatch._settings import LatencyLimit, Settings
+from autobatch._throughput import CurvePoint, LineFit, SpeedRow, StepTimes
+from autobatch._throughput.loading import Loading
+from autobatch._trials import Outcome, Trial
+
+__all__ = [
+    "BatchPlan",
+    "CurvePoint",
+    "Device",
+    "EffectiveRow",
+    "Latency",
+    "LatencyLimit",
+    "LearningRateRule",
+    "LineFit",
+    "Loading",
+    "Look",
+    "NoiseRange",
+    "NoiseReading",
+    "Optimum",
+    "Outcome",
+    "Settings",
+    "SpeedRow",
+    "StepTimes",
+    "Stream",
+    "StreamRow",
+    "Trial",
+    "TuningReport",
+]
