@@ -564,7 +564,7 @@ def ignores_accumulate(plan: BatchPlan) -> str | None:
     )
 
 
-def by_hand(plan: BatchPlan) -> str | None:
+def manual_optimization(plan: BatchPlan) -> str | None:
     """Note a module with manual optimization, which has to accumulate by itself."""
     if plan.accumulate_grad_batches == 1:
         return None
