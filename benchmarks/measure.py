@@ -8,8 +8,8 @@ package of the given checkout. Counted are:
 - frames: functions of the package on the call stack when the user's code runs for the first time, in `find` and in `fit`,
   Lightning's own functions left out;
 - modules that call each other back: pairs of modules of which each calls a function of the other during one `find`;
-- following `target_batch_size`: the functions of one `find` that get the target as an argument, alone or in a record, or
-  whose variables have "target" in their name, in the order of their first call. Files entered are the distinct files, returns
+- following `target_batch_size`: the functions of one `find` that get the target as an argument, or use a name with "target",
+  in the order of their first call. Files entered are the distinct files, returns
   are changes to a file that was left before;
 - tests with private names: test functions that use a name imported from a private module, or a private name, directly
   or through a function of their file.
@@ -27,7 +27,7 @@ import re
 import subprocess
 import sys
 import tokenize
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pages import table
@@ -182,17 +182,8 @@ class Recorder:
         if any("target" in name for name in (*code.co_names, *code.co_varnames)):
             return True
         arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-        return any(self._holds_target(frame.f_locals.get(name)) for name in arguments)
-
-    def _holds_target(self, value) -> bool:
-        if isinstance(value, int):
-            return value == TARGET
-        if not is_dataclass(value) and not hasattr(type(value), "model_fields"):
-            return False
-        fields = getattr(value, "__dict__", None) or {
-            name: getattr(value, name, None) for name in getattr(type(value), "__slots__", ())
-        }
-        return any(type(each) is int and each == TARGET for each in fields.values())
+        values = [frame.f_locals.get(name) for name in arguments]
+        return any(type(value) is int and value == TARGET for value in values)
 
 
 def recorded_find(folder: str) -> tuple[Recorder, list[str]]:

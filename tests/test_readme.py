@@ -227,13 +227,11 @@ def test_architecture_page_names_every_folder_and_top_module():
     assert sorted(named) == sorted({*LAYER, "__init__"} - {"_demo"})
 
 
-# Removed once the path is as short as the page shows: strict, so it announces itself
-@pytest.mark.xfail(reason="the path of a run is still being straightened", strict=True)
 def test_architecture_page_names_existing_functions_on_the_path():
     rows = re.findall(r"(?m)^\| `([\w.]+)` \| `([\w./]+)` \|", PAGES["docs/architecture.md"])
     frames = [(name, file) for name, file in rows if "." not in file.removesuffix(".py")]
 
-    assert len(frames) == 6
+    assert len(frames) == 8
     for name, file in frames:
         text = (PACKAGE / file).read_text(encoding="utf-8")
         owner, _, function = name.rpartition(".")

@@ -342,7 +342,7 @@ def test_test_leaves_no_trace_in_training():
     tested, untested = Drawing(), Untested()
     one = trained(tested)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("autobatch.lightning._accumulation.Splits._tested", lambda *_: None)
+        patch.setattr("autobatch.lightning._accumulation.SplittingTest._tested", lambda *_: None)
         other = trained(untested)
 
     assert tested.seen == untested.seen

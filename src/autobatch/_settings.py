@@ -14,7 +14,6 @@ from pydantic import (
     model_validator,
 )
 
-from autobatch._latency import LatencyLimit
 from autobatch._memory import parse_memory_limit
 
 _ALLOWED: Final = {
@@ -57,6 +56,19 @@ def _limit(value: Any) -> Any:
 
 Count = Annotated[int, BeforeValidator(_index), Field(ge=1, strict=True)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyLimit:
+    """Limit on the time of one inference call.
+
+    Args:
+        seconds: Longest time of a call.
+        percentile: Percentage of all calls that have to meet it.
+    """
+
+    seconds: float
+    percentile: float
 
 
 class Settings(BaseModel):

@@ -20,7 +20,7 @@ from autobatch._plan import (
     per_rank,
 )
 from autobatch._report import Device, TuningReport
-from autobatch._report.latency import latency_notes, nothing_within
+from autobatch._report.latency import latency_notes, nothing_within, too_slow_reason
 from autobatch._report.notes import Bound, TuningResult, notes, tightest_bound
 from autobatch._search.guided import GuidedBisection
 from autobatch._throughput.curve import Throughput, add_to_curve, measure_throughput
@@ -214,10 +214,11 @@ def find_largest_fit(
         if trial.batch_size < size:  # the workload could not fill it
             sizes = sizes.limited(trial.batch_size)
         _check_size_is_used(trial, trials.trials)
-        reason = latency.beyond(trial.batch_size) if latency and trial.fits else None
-        if reason is not None:  # larger sizes would fit, but are too slow
+        too_slow = latency.too_slow(trial.batch_size) if latency and trial.fits else None
+        if latency and too_slow:  # larger sizes would fit, but take too long
             high = min(sizes.high, trial.batch_size)
-            sizes = SearchRange(sizes.start, high, Bound(high, reason))
+            bound = Bound(high, too_slow_reason(too_slow, latency.limit))
+            sizes = SearchRange(sizes.start, high, bound)
     return sizes
 
 

@@ -5,13 +5,13 @@ Import the report itself from here or from `autobatch`. Its numbers are bytes, s
 
 from __future__ import annotations
 
-from autobatch._latency import Latency, LatencyLimit, Stream, StreamRow
+from autobatch._latency import Latency, Stream, StreamRow
 from autobatch._noise import NoiseReading
 from autobatch._plan import BatchPlan
 from autobatch._report import Device, TuningReport
 from autobatch._report.notes import Look
 from autobatch._report.tradeoff import EffectiveRow, LearningRateRule, NoiseRange, Optimum
-from autobatch._settings import Settings
+from autobatch._settings import LatencyLimit, Settings
 from autobatch._throughput import CurvePoint, LineFit, SpeedRow, StepTimes
 from autobatch._throughput.loading import Loading
 from autobatch._trials import Outcome, Trial

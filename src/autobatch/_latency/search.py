@@ -1,470 +1,341 @@
-"""Find the largest batch within a latency limit by timing calls."""
+"""Find the largest batch within a latency limit by timing calls.
+
+Trials show roughly how long a size takes; timed calls decide. The search narrows down between the
+largest size within the limit and the smallest above it, times the answer well, and then smaller
+sizes. docs/latency-search.md compares it with plain bisection.
+"""
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from autobatch._latency import (
+    FEWEST_CALLS,
+    SMALLEST_SECONDS,
     Latency,
+    TooSlow,
     Unfinished,
-    crossing,
+    calls_above,
     enough_calls,
-    ladder,
     largest_within,
-    may_be_over,
-    next_size,
-    promising,
     slowest,
-    smallest_over,
 )
-from autobatch._report.units import SECONDS, quantity
-from autobatch._trials.timing import time_calls
+from autobatch._latency.timer import TURN, Goal, LatencyTimer, turn_seconds, warm_up
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
-    from autobatch._latency import LatencyLimit
-    from autobatch._trials.context import TrialContext
+    from autobatch._settings import LatencyLimit
     from autobatch._trials.runner import TrialRunner
-    from autobatch._trials.workload import Workload
 
-
-SECONDS_TIMED: Final = 20.0  # that all timing may take
-# Of it, what may be spent by the time that the largest in time is found, and that it has calls enough
-_SEEKING: Final = 0.6
-_SETTLING: Final = 0.85
-_STEPS: Final = 24  # sizes that are asked about in one go: a doubt of 1 : 100,000 is gone by then
-_GROWTH: Final = 16  # times a size, for the next to try, where that is fast
-_BEYOND: Final = 4  # times the limit, that the next may take
-_DOUBT: Final = 2.0  # seconds, for the calls of a size that are over the limit only in part
-_HICCUP: Final = 0.5  # seconds; no disturbance takes so long as to be taken for a step
-_TICK: Final = 1e-9  # seconds; a clock may not have moved at all
-_MISS: Final = 1 / 16  # of a size that is foretold to take as long as the limit
-
-
-@dataclass(frozen=True, slots=True)
-class _Told:
-    """What a rank tells the others of the calls it has timed."""
-
-    latencies: tuple[Latency, ...]
-    too_slow: frozenset[int]  # sizes of which even the fastest call is over the limit
-    spent: float  # seconds
-    agrees: bool  # to what it was asked
+SECONDS_TIMED: Final = 20.0  # limit of all timed calls together
+_FOR_ANSWER: Final = 0.85  # share of it for the answer, if its calls are too slow for 100 of them
+# Seconds of a call; 100 slower ones take more than half of the time, so trials alone find the size
+SLOW_CALL: Final = SECONDS_TIMED / 2 / FEWEST_CALLS
+_CLOSE: Final = 1 / 32  # of a size: the range in which the search ends
+# Share of the range that the next size keeps from both of its ends, so that it always shrinks
+_MARGIN: Final = 1 / 4
+# The next size of the memory search: at most this many times the largest that fits …
+_GROWTH: Final = 16
+# … and expected to take at most this many times the limit, of quick calls and of slow ones
+_OVERSHOOT: Final = 4.0
+_OVERSHOOT_SLOW: Final = 1 + 1 / 16
 
 
 class LatencySearch:
-    """What each size answers in, the same on every rank: as slow as the slowest.
+    """Find the largest size within a limit; the slowest rank decides.
 
     Args:
-        limit: What a call may take.
-        trials: The runner of the trials; every rank times with it.
+        limit: Limit on the time of a call.
+        trials: The trials of the run; every rank times calls with it.
     """
 
     def __init__(self, limit: LatencyLimit, trials: TrialRunner) -> None:
-        self.latencies: tuple[Latency, ...] = ()
         self.limit = limit
+        self.latencies: tuple[Latency, ...] = ()  # of the sizes that were timed, ascending
         self._trials = trials
-        self._calls = LatencyTimer(trials.workload, trials.context)
+        self._timer = LatencyTimer(trials.workload, trials.context)
         self._enough = enough_calls(limit.percentile)
-        self._too_slow: frozenset[int] = frozenset()
-        self._refused: frozenset[int] = frozenset()  # by memory, once they were timed
-        self._spent = 0.0  # seconds, by the rank that spent most
+        # Seconds of a call: the first one is not timed
+        self._longest = min(limit.seconds, _FOR_ANSWER * SECONDS_TIMED / 2)
+        self._refused: frozenset[int] = frozenset()  # out of memory when they were timed
+        self._spent = 0.0  # seconds of the rank that spent most
         self._is_out_of_time = False
         self._lacks_trials = False
 
     @property
-    def _steps(self) -> Mapping[int, float]:
-        """Seconds of a step of each size that fits; of what memory refused since, beyond any limit."""
-        return {**self._trials.step_seconds, **dict.fromkeys(self._refused, math.inf)}
-
-    # How far trials go
-
-    @property
     def reach(self) -> int:
-        """How far to go up from the largest size that fits: where steps are slow, one too many is dear."""
-        steps = self._steps
+        """The largest size that is worth a trial next, above the largest that fits."""
+        steps = self._known.steps
         size = max(steps)
-        if steps[size] > _HICCUP:
-            aim = (1 + _MISS) * self._foretold(steps)
-            return max(size + 1, int(min(2 * size, aim)))
-        slack = _BEYOND if self._longest <= _HICCUP else 1 + _MISS
-        most = slack * self._longest / steps[size] if steps[size] else _GROWTH
-        return int(size * max(2, min(_GROWTH, most)))
+        if steps[size] > SLOW_CALL:
+            smaller = max((other for other in steps if other < size), default=0)
+            lower = (smaller, steps.get(smaller, 0.0))
+            crossing = _crossing(lower, (size, steps[size]), self._longest)
+            return max(size + 1, int(min(2 * size, _OVERSHOOT_SLOW * max(0.0, crossing))))
+        overshoot = _OVERSHOOT if self._longest <= SLOW_CALL else _OVERSHOOT_SLOW
+        growth = overshoot * self._longest / max(steps[size], SMALLEST_SECONDS)
+        return int(size * max(2, min(_GROWTH, growth)))
 
-    def beyond(self, size: int) -> str | None:
-        """Why nothing above a size that fits is of use; None where a larger one may be within the limit."""
-        step = self._steps[size]
+    def too_slow(self, size: int) -> TooSlow | None:
+        """Return the reason why nothing above a size that fits is of use; None if it may be."""
+        step, limit = self._known.steps[size], self.limit.seconds
         if step <= self._longest:
             return None
-        limit = f"latency_limit={self.limit.seconds:g} seconds"
-        if step <= _HICCUP:
-            # A few quick steps arouse suspicion, no more
-            over = self._is_too_slow(size)
-            return f"at {size} every call takes longer than {limit}" if over else None
-        took = quantity(step, SECONDS)
-        if step > self.limit.seconds:
-            return f"at {size} a step of its trial took {took}, longer than {limit}"
-        return (
-            f"at {size} a step of its trial took {took}, too long to be timed again and again in "
-            f"{SECONDS_TIMED:g} seconds"
-        )
-
-    @property
-    def _longest(self) -> float:
-        """Seconds of a call that is of use: one is left out before the first that is timed."""
-        return min(self.limit.seconds, SECONDS_TIMED / 2)
-
-    def _foretold(self, steps: Mapping[int, float]) -> float:
-        """The size whose step should take as long as a call may."""
-        *_, small, size = 0, *sorted(steps)
-        lower = (small, steps.get(small, 0.0))
-        return max(0.0, crossing(lower, (size, steps[size]), self._longest))
-
-    def _is_too_slow(self, size: int) -> bool:
-        """Whether it is over the limit with the fastest of its first calls."""
-        if size not in self._timed and self._has_time(size, SECONDS_TIMED):
-            self._turn(size, SECONDS_TIMED)
-        return size in self._too_slow
-
-    # What is timed
+        if step > SLOW_CALL:
+            return TooSlow(size, step)
+        # A few quick steps may have been disturbed: calls decide
+        latency = self._latency(size)
+        if latency is None and self._has_time(size, FEWEST_CALLS):
+            self._time_turn(size)
+            latency = self._latency(size)
+        if latency is None or min(latency.p50_seconds, latency.at_percentile_seconds) <= limit:
+            return None
+        return TooSlow(size, None)
 
     def measure(self) -> None:
-        """Find the largest size that answers in time, make sure of it, and time smaller ones, in this order.
-
-        Where there is time for enough calls of all of them, they take turns.
-        """
-        self._seek(_SEEKING * SECONDS_TIMED)
-        self._take_turns()
-        self._settle(_SETTLING * SECONDS_TIMED)
-        self._survey()
-        self._settle(SECONDS_TIMED)
+        """Find the largest size within the limit, time it well, and then time smaller sizes."""
+        self._find_largest()
+        self._time_smaller()
         if not self.latencies:
-            # A single call takes longer than all timing should: two of them are better than no answer
-            steps, seconds = self._trials.step_seconds, self.limit.seconds
-            in_time = [size for size, step in steps.items() if step <= seconds]
-            self._stay(max(in_time, default=min(steps)), 1, math.inf)
+            # A call takes longer than all timing should: one timed call is better than none
+            steps = self._trials.step_seconds
+            in_time = (size for size, step in steps.items() if step <= self.limit.seconds)
+            size = max(in_time, default=min(steps))
+            self._on_every_rank(partial(self._timer.stay, size, math.inf, Goal(1), math.inf))
 
     @property
     def unfinished(self) -> Unfinished:
-        """What there was no time for, or no trial."""
-        seconds, steps = self.limit.seconds, self._steps
-        best = largest_within(self.latencies, seconds)
-        over = smallest_over(self.latencies, self._trials.step_seconds, seconds)
-        timed = set(self._timed)
-        below = ladder(best.batch_size) if best else []
+        """Sizes for which time or trials were missing."""
+        known, best = self._known, self._best
+        over = min(known.over(self.limit.seconds), default=None)
+        below = _powers_of_two(best.batch_size) if best else []
         is_cut = self._is_out_of_time and not self._lacks_trials
         return Unfinished(
             seconds=SECONDS_TIMED if is_cut else None,
-            is_open=next_size(self.latencies, steps, seconds, math.inf) is not None,
+            is_open=known.next_size(self.limit.seconds) is not None,
             over=over,
-            by_trial=over is not None and over not in timed,
-            left_out=tuple(size for size in below if size not in timed),
+            by_trial=over is not None and over not in known.timed,
+            left_out=tuple(size for size in below if size not in known.timed),
         )
 
-    def _seek(self, until: float) -> None:
-        """Time what tells most about where the limit lies: one turn each, and more where that leaves a doubt."""
-        for _ in range(_STEPS):
-            affordable = max(0.0, until - self._spent) / 2
-            size = next_size(self.latencies, self._steps, self.limit.seconds, affordable)
-            if size is None:
-                break
-            if size not in self._steps:
-                if not (self._has_time(size, until) and self._is_run(size)):
-                    self._settle_for_less(affordable, until)
-                    break
-            elif not self._look_at(size, until):
-                break
-        unasked = next_size(self.latencies, self._steps, self.limit.seconds, math.inf)
-        if unasked is not None:
-            self._is_out_of_time |= not self._affords(unasked, until)
-
-    def _is_run(self, size: int) -> bool:
-        """Whether a trial shows that it fits; else none is to come that would say where the limit lies."""
-        fits = self._trials.fits(size)
-        self._lacks_trials |= not fits
-        return fits
-
-    def _settle_for_less(self, affordable: float, until: float) -> None:
-        """Time the largest size that its trial shows to be in time, where there are to be no more trials."""
-        limit = self.limit.seconds
-        aim = min(limit, affordable)
-        size = promising(self.latencies, self._steps, limit, aim)
-        if size is not None:
-            self._look_at(size, until)
-
-    def _look_at(self, size: int, until: float) -> bool:
-        """Time a turn; where only some of its calls are over the limit, as many as it takes; False without time.
-
-        Of slow calls trials have told where to look: it is the one, and the first call, left out, is paid for once.
-        """
-        if not self._has_time(size, until):
-            return False
-        if self._steps[size] > _HICCUP:
-            return self._stay(size, self._enough, _SETTLING * SECONDS_TIMED)
-        if not self._turn(size, until):
-            return False
-        here = self._latency(size)
-        if (
-            here is not None
-            and here.p50_seconds <= self.limit.seconds < here.at_percentile_seconds
-            and self._enough * here.p50_seconds < _DOUBT
-        ):
-            # Of the calls of one turn, a single one that was disturbed decides
-            self._rounds([size], until)
-        return True
-
-    def _take_turns(self) -> None:
-        """Calls enough for powers of two up to the largest in time, if there is time for all of them."""
-        best = largest_within(self.latencies, self.limit.seconds)
-        if best is None:
-            return
-        sizes = ladder(best.batch_size)
-        needed = sum(self._seconds_for(size) for size in sizes)
-        if self._spent + needed > _SETTLING * SECONDS_TIMED:
-            return
-        self._rounds([size for size in sizes if self._trials.fits(size)], SECONDS_TIMED)
-
-    def _seconds_for(self, size: int) -> float:
-        """What the calls would take that a size still lacks, with those that are left out."""
-        known = self._latency(size)
-        lacking = max(0, self._enough - (known.calls if known else 0))
-        return lacking / 10 * turn_seconds(self._expected(size))
-
-    def _settle(self, until: float) -> None:
-        """As many calls as it takes for the largest size that seems to be within the limit, or for the next."""
+    def _find_largest(self) -> None:
+        """Time sizes around the limit, until the largest within it has enough calls."""
         while True:
-            self._seek(until)
-            best = largest_within(self.latencies, self.limit.seconds)
+            while (size := self._next_size()) is not None and self._time_candidate(size):
+                pass
+            best = self._best
             if best is None or best.calls >= self._enough:
                 return
-            size, lacking = best.batch_size, self._enough - best.calls
-            if not self._has_time(size, until):
-                return
-            self._stay(size, lacking, until)
+            # Where it fails, the next smaller one is timed well before sizes in between
+            while best is not None and best.calls < self._enough:
+                if not self._time_well(best.batch_size):
+                    return
+                best = self._best
 
-    def _survey(self) -> None:
-        """Smaller sizes, for what they give: a single sample first, and then from the slowest on."""
-        best = largest_within(self.latencies, self.limit.seconds)
-        first, *others = ladder(best.batch_size) if best else [min(self._trials.step_seconds)]
-        sizes = [first, *reversed(others)]
-        for size in sizes:
-            if size in self._timed or not self._affords(size, SECONDS_TIMED):
-                continue
-            if self._trials.fits(size):
-                self._turn(size, SECONDS_TIMED)
-        self._rounds([s for s in sizes if s in self._timed], SECONDS_TIMED)
+    def _next_size(self) -> int | None:
+        """Run trials until the next size to time is known; None if there is none."""
+        while True:
+            known, left = self._known, _FOR_ANSWER * SECONDS_TIMED - self._spent
+            affordable = min(self._longest, left / 2)  # the first call is not timed
+            size = known.next_size(affordable)
+            if size is None or size in known.steps:
+                return size
+            if self._lacks_trials or not self._has_time(size, 0):
+                return known.candidate(affordable)
+            self._lacks_trials = not self._trials.fits(size)
 
-    # How long things take, and whether there is time for them
+    def _time_candidate(self, size: int) -> bool:
+        """Time one turn of a quick size, or a slow size well; return False if time is out."""
+        if self._expected(size) > SLOW_CALL:
+            return self._time_well(size)
+        # The answer comes first: afterwards there has to be time for its calls
+        if not self._has_time(size, FEWEST_CALLS):
+            return False
+        self._time_turn(size)
+        latency, limit = self._latency(size), self.limit.seconds
+        is_in_doubt = latency and latency.p50_seconds <= limit < latency.at_percentile_seconds
+        if is_in_doubt and self._affords(size, 2 * self._enough):
+            # Of the few calls of one turn, a single late one may be noise
+            self._time_well(size)
+        return True
+
+    def _time_well(self, size: int) -> bool:
+        """Time calls of a size until they are enough or too many are late; False if time is out."""
+        latency, seconds = self._latency(size), self._expected(size)
+        calls = latency.calls if latency else 0
+        until = _FOR_ANSWER * SECONDS_TIMED
+        fewest = self._spent + (FEWEST_CALLS - calls + warm_up(seconds)) * seconds
+        if until < fewest <= SECONDS_TIMED:
+            until = SECONDS_TIMED
+        if self._spent + turn_seconds(seconds) > until:
+            self._is_out_of_time = True
+            return False
+        affordable = calls + max(1, int((until - self._spent) / seconds))
+        goal = self._goal(min(self._enough, affordable))
+        self._on_every_rank(partial(self._timer.stay, size, seconds, goal, until), size)
+        return True
+
+    def _time_smaller(self) -> None:
+        """Time a single sample, then powers of two below the answer from the largest, in turns."""
+        best = self._best
+        sizes = _powers_of_two(best.batch_size) if best else [min(self._trials.step_seconds)]
+        first, *others = sizes
+        for size in (first, *reversed(others)):
+            if self._latency(size) is None and self._affords(size, 0) and self._trials.fits(size):
+                self._time_turn(size)
+        expected = {size: self._expected(size) for size in sizes if self._latency(size)}
+        goal = self._goal(self._enough)
+        self._on_every_rank(partial(self._timer.take_turns, expected, goal, SECONDS_TIMED))
+
+    def _time_turn(self, size: int) -> None:
+        seconds = self._expected(size)
+        self._on_every_rank(partial(self._timer.stay, size, seconds, TURN, SECONDS_TIMED), size)
+
+    def _goal(self, calls: int) -> Goal:
+        """Return a goal that also ends when the percentile cannot be within the limit any more."""
+        return Goal(calls, self.limit.seconds, calls_above(calls, self.limit.percentile))
+
+    def _on_every_rank(self, time: Callable[[], bool], size: int | None = None) -> None:
+        """Time calls on every rank and restore all state; remember `size` if memory refused it."""
+        context = self._trials.context
+        with context.ranks.abort_together():
+            ran = time()
+            context.snapshot.restore()
+            latencies = self._timer.latencies(self.limit.percentile)
+            ranks = self._trials.gather(_RankTimes(latencies, self._timer.spent, ran))
+        sizes = frozenset.intersection(
+            *(frozenset(each.batch_size for each in rank.latencies) for rank in ranks)
+        )
+        merged = slowest(rank.latencies for rank in ranks)
+        self.latencies = tuple(each for each in merged if each.batch_size in sizes)
+        self._spent = max(rank.spent for rank in ranks)
+        if size is not None and not all(rank.ran for rank in ranks):
+            self._refused |= {size}
 
     @property
-    def _timed(self) -> list[int]:
-        return [each.batch_size for each in self.latencies]
+    def _known(self) -> KnownTimes:
+        # Other processes may have taken the memory since a trial
+        refused = dict.fromkeys(self._refused, math.inf)
+        timed = {each.batch_size: each.at_percentile_seconds for each in self.latencies}
+        return KnownTimes(self.limit.seconds, timed, {**self._trials.step_seconds, **refused})
+
+    @property
+    def _best(self) -> Latency | None:
+        return largest_within(self.latencies, self.limit.seconds)
 
     def _latency(self, size: int) -> Latency | None:
-        return next((e for e in self.latencies if e.batch_size == size), None)
+        return next((each for each in self.latencies if each.batch_size == size), None)
 
     def _expected(self, size: int) -> float:
-        """Seconds of a call: as timed, as in its trial, or as the sizes around it tell."""
-        known = {
-            **self._trials.step_seconds,
-            **{e.batch_size: e.p50_seconds for e in self.latencies},
-        }
-        if size in known:
-            return known[size]
-        sizes = sorted(known)
-        above = bisect_left(sizes, size)
-        if above == 0:
-            return known[sizes[0]]
-        low = sizes[above - 1]
-        if above == len(sizes):
-            return known[low] * size / low
-        high = sizes[above]
-        share = (size - low) / (high - low)
-        return (1 - share) * known[low] + share * known[high]
+        """Seconds of a call: median if timed, else of its trial, else of the next larger size."""
+        timed = {each.batch_size: each.p50_seconds for each in self.latencies}
+        known = {**self._trials.step_seconds, **timed}
+        nearest = min((each for each in known if each >= size), default=max(known))
+        return max(SMALLEST_SECONDS, known[nearest])
 
-    def _has_time(self, size: int, until: float) -> bool:
-        affords = self._affords(size, until)
+    def _affords(self, size: int, calls: int) -> bool:
+        """Return whether there is time for a turn and for further calls of the same length."""
+        seconds = self._expected(size)
+        return self._spent + turn_seconds(seconds) + calls * seconds <= SECONDS_TIMED
+
+    def _has_time(self, size: int, calls: int) -> bool:
+        affords = self._affords(size, calls)
         self._is_out_of_time |= not affords
         return affords
 
-    def _affords(self, size: int, until: float) -> bool:
-        return self._together(partial(self._calls.affords, self._expected(size), until))
 
-    def _turn(self, size: int, until: float) -> bool:
-        expected = self._expected(size)
-        return self._ran(size, partial(self._calls.turn, size, expected, until))
-
-    def _stay(self, size: int, calls: int, until: float) -> bool:
-        """Time so many calls in one go, fewer where more are over the limit than the percentile allows."""
-        expected = self._expected(size)
-        known = self._calls.seconds.get(size, [])
-        room = (until - self._calls.spent) / max(expected, _TICK)
-        many = len(known) + int(min(calls, max(1.0, room)))
-        spare = may_be_over(many, self.limit.percentile)
-
-        def is_done(seconds: Sequence[float]) -> bool:
-            late = sum(each > self.limit.seconds for each in (*known, *seconds))
-            return len(seconds) >= calls or late > spare
-
-        return self._ran(size, partial(self._calls.stay, size, expected, is_done, until))
-
-    def _ran(self, size: int, act: Callable[[], bool]) -> bool:
-        """Whether a size was timed: others may have taken the memory since its trial."""
-        ran = self._together(act)
-        if not ran:
-            self._refused |= {size}
-        return ran
-
-    def _rounds(self, sizes: list[int], until: float) -> None:
-        expected = {size: self._expected(size) for size in sizes}
-        self._together(lambda: self._calls.rounds(expected, self._is_known, until))
-
-    def _is_known(self, seconds: Sequence[float]) -> bool:
-        """Whether the calls of a size are enough, or show that it is too slow in any case."""
-        return len(seconds) >= self._enough or self._is_over(seconds)
-
-    def _is_over(self, seconds: Sequence[float]) -> bool:
-        return min(seconds, default=0.0) > self.limit.seconds
-
-    def _together(self, act: Callable[[], object]) -> bool:
-        """Let every rank act, put everything back, and take in what they have timed; whether all of them agreed."""
-
-        def told() -> _Told:
-            agreed = act()
-            self._trials.context.snapshot.restore()
-            return self._told(agrees=bool(agreed))
-
-        said = self._trials.everywhere(told)
-        everywhere = frozenset.intersection(
-            *(frozenset(each.batch_size for each in told.latencies) for told in said)
-        )
-        self.latencies = tuple(
-            each
-            for each in slowest(told.latencies for told in said)
-            if each.batch_size in everywhere
-        )
-        self._too_slow = frozenset.union(*(told.too_slow for told in said))
-        self._spent = max(told.spent for told in said)
-        return all(told.agrees for told in said)
-
-    def _told(self, *, agrees: bool) -> _Told:
-        timed = {size: each for size, each in self._calls.seconds.items() if each}
-        return _Told(
-            latencies=tuple(
-                Latency.of(size, seconds, self.limit.percentile) for size, seconds in timed.items()
-            ),
-            too_slow=frozenset(size for size, seconds in timed.items() if self._is_over(seconds)),
-            spent=self._calls.spent,
-            agrees=agrees,
-        )
-
-
-_TURN: Final = 10  # calls that a size has in its turn, one after the other
-_TURN_SECONDS: Final = 0.5  # after which the turn of a slow one is over
-# Before those that are timed: the first starts the workload, the second may still find caches cold
-_BEFORE: Final = 2
-_SLOW: Final = 0.25  # seconds of a call, beside which cold caches are nothing
-
-
-def _before(call_seconds: float) -> int:
-    """How many calls of a turn are left out."""
-    return 1 if call_seconds >= _SLOW else _BEFORE
-
-
-def turn_seconds(call_seconds: float) -> float:
-    """What a turn takes, all its calls together."""
-    most = call_seconds + (_TURN_SECONDS if call_seconds < _TURN_SECONDS else 0.0)
-    return _before(call_seconds) * call_seconds + min(_TURN * call_seconds, most)
-
-
-class LatencyTimer:
-    """Times calls, on this rank.
-
-    How long they take differs from minute to minute: where sizes take turns, this falls on all of them alike.
+@dataclass(frozen=True, slots=True)
+class KnownTimes:
+    """Seconds of a call, as far as they are known.
 
     Args:
-        workload: Answers one batch each time it yields.
-        context: What trials run on.
+        limit: Limit on the time of a call.
+        timed: At the percentile, by size, from timed calls.
+        steps: Of a step in its trial, by size, for all sizes that fit.
     """
 
-    def __init__(self, workload: Workload, context: TrialContext) -> None:
-        self.seconds: dict[int, list[float]] = {}  # of each call, by size
-        self.spent = 0.0  # seconds, all told
-        self._workload = workload
-        self._context = context
+    limit: float
+    timed: Mapping[int, float]
+    steps: Mapping[int, float]
 
-    def rounds(
-        self,
-        expected: Mapping[int, float],
-        is_done: Callable[[Sequence[float]], bool],
-        until: float,
-    ) -> None:
-        """Let sizes take turns until the calls of each are all it takes, or so many seconds are spent all told.
+    def next_size(self, longest: float) -> int | None:
+        """Return the size to time next, or to run a trial of; None if the answer is known.
 
-        `expected` is what a call of each size takes.
+        First the largest that its trial shows to be in time; then sizes between the largest within
+        the limit and the smallest above it. Slow steps are believed without timed calls.
+
+        Args:
+            longest: Seconds of a call that there is time for.
         """
-        waiting = list(expected)
-        while waiting:
-            waiting = [
-                size
-                for size in waiting
-                if not is_done(self.seconds.get(size, ()))
-                and self.affords(expected[size], until)
-                and self.turn(size, expected[size], until)
-            ]
+        candidate = self.candidate(longest)
+        low, seconds = self._best, self.timed.get(self._best, 0.0)
+        if candidate is not None:
+            low, seconds = candidate, self.steps[candidate]
+            if seconds <= SLOW_CALL:
+                return candidate
+        over = {size: each for size, each in self.over(longest).items() if size > low}
+        if not over or seconds > longest:
+            return candidate
+        high = min(over)
+        if high - low > max(1, _CLOSE * low):
+            return _inside(low, high, _crossing((low, seconds), (high, over[high]), longest))
+        if candidate is not None:
+            return candidate
+        return high if high not in self.timed and over[high] <= SLOW_CALL else None
 
-    def affords(self, call_seconds: float, until: float) -> bool:
-        """Whether a turn of calls that take so long should be over before so many seconds are spent."""
-        return self.spent + turn_seconds(call_seconds) <= until
-
-    def turn(self, size: int, call_seconds: float, until: float) -> bool:
-        """Time some calls of one size; False where memory, which had room for its trial, has none any more."""
-        return self._time(
-            size,
-            call_seconds,
-            until,
-            lambda seconds: len(seconds) >= _TURN or sum(seconds) >= _TURN_SECONDS,
+    def candidate(self, longest: float) -> int | None:
+        """Return the largest size above the best that is in time by its trial but not timed."""
+        sizes = (
+            size
+            for size, seconds in self.steps.items()
+            if size > self._best and size not in self.timed and seconds <= longest
         )
+        return max(sizes, default=None)
 
-    def stay(
-        self,
-        size: int,
-        call_seconds: float,
-        is_done: Callable[[Sequence[float]], bool],
-        until: float,
-    ) -> bool:
-        """Time calls of one size, one after the other, until they are all it takes; False likewise."""
-        return self._time(size, call_seconds, until, is_done)
+    def over(self, longest: float) -> dict[int, float]:
+        """Return larger sizes than the best that are over the limit, with their seconds."""
+        timed = {size: each for size, each in self.timed.items() if each > self.limit}
+        tried = {
+            size: each
+            for size, each in self.steps.items()
+            if each > longest and size not in self.timed
+        }
+        return {size: each for size, each in (timed | tried).items() if size > self._best}
 
-    def _time(
-        self,
-        size: int,
-        call_seconds: float,
-        until: float,
-        enough: Callable[[Sequence[float]], bool],
-    ) -> bool:
-        clock = self._context.probe.clock
-        began, spent = clock(), self.spent
+    @property
+    def _best(self) -> int:
+        """Largest timed size within the limit; 0 if there is none."""
+        within = (size for size, seconds in self.timed.items() if seconds <= self.limit)
+        return max(within, default=0)
 
-        def is_over(seconds: Sequence[float]) -> bool:
-            if not seconds or enough(seconds):
-                return bool(seconds)
-            return spent + clock() - began + max(seconds) > until
 
-        seconds = time_calls(
-            self._workload,
-            size,
-            before=_before(call_seconds),
-            is_new=size not in self.seconds,
-            enough=is_over,
-            context=self._context,
-        )
-        self.spent += clock() - began
-        # Of what does not fit any more, no call counts
-        known = self.seconds.get(size, [])
-        self.seconds[size] = [] if seconds is None else [*known, *seconds]
-        return seconds is not None
+def _crossing(lower: tuple[int, float], upper: tuple[int, float], seconds: float) -> float:
+    """Size at which the line through two sizes reaches a time; infinity if it does not rise."""
+    rise = (upper[1] - lower[1]) / (upper[0] - lower[0])
+    return lower[0] + (seconds - lower[1]) / rise if rise > 0 else math.inf
+
+
+def _inside(low: int, high: int, size: float) -> int:
+    """Move a size into the range, away from both ends."""
+    margin = _MARGIN * (high - low)
+    kept = min(max(size, low + margin), high - margin)
+    return min(max(int(kept), low + 1), high - 1)
+
+
+def _powers_of_two(largest: int) -> list[int]:
+    """Return the powers of two up to the largest size, and that size."""
+    powers = [2**power for power in range(largest.bit_length())]
+    return powers if powers[-1] == largest else [*powers, largest]
+
+
+@dataclass(frozen=True, slots=True)
+class _RankTimes:
+    """Timed calls of one rank."""
+
+    latencies: tuple[Latency, ...]
+    spent: float  # seconds
+    ran: bool  # False if memory did not suffice

@@ -4,139 +4,117 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from autobatch._latency import enough_calls, knee, largest_within, stream, tells_percentile
+from autobatch._latency import enough_calls, is_below_slowest, knee, largest_within, stream
 from autobatch._report.layout import Column, Fact
-from autobatch._report.tables import bar, measures, numbers, table_of
-from autobatch._report.units import BYTES, SECONDS, aligned, percent, quantity, unit_for
+from autobatch._report.tables import bar, counts, measures, numbers, table_of, thinned
+from autobatch._report.units import BYTES, SECONDS, counted, duration, percent, rounded, unit_for
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
-    from autobatch._latency import Latency, LatencyLimit, Unfinished
+    from autobatch._latency import Latency, TooSlow, Unfinished
     from autobatch._report.layout import Table
+    from autobatch._settings import LatencyLimit
 
-_SIZES: Final = 12  # rows of the table: the whole report is one screen
-_SIZES_TOLD: Final = 6  # one by one, how many calls each had
-_ALWAYS: Final = (50, 90, 99)  # percentiles that are shown
-# What was timed: at most 51 characters, for one line of the page
-_IN_A_CALL: Final = "with all that the workload does in a call"
-_IN_A_STEP: Final = "with the copy to the device, without reading data"
-_DISTURBED: Final = 3  # times the median, which a workload alone seldom takes
-# Of the chosen size: a knee closer to it is of no interest
-_SMALLER: Final = 2 / 3
+_LISTED: Final = 6  # sizes below the table that are listed one by one
+_NOISY: Final = 3  # times the median: calls of a workload alone seldom differ by more
+_KNEE_APART: Final = 2 / 3  # of the chosen size: a knee above it is not worth a line
 
 
 def within(limit: LatencyLimit) -> str:
-    """The limit, as an answer says it."""
-    return f"within {quantity(limit.seconds, SECONDS)}"
+    """Return the limit as part of a sentence."""
+    return f"within {duration(limit.seconds)}"
 
 
 def percentile_told(limit: LatencyLimit, latencies: Sequence[Latency], chosen: int) -> str:
-    """How many of the calls are to meet it; of few calls, that those have."""
-    here = _row(latencies, chosen)
-    if here is not None and not tells_percentile(here.calls, limit.percentile):
-        return f"{_calls(here.calls)} timed, asked for {limit.percentile:g} %"
+    """Return the share of calls that has to meet the limit, or the number of calls if few."""
+    row = _row(latencies, chosen)
+    if row is not None and not is_below_slowest(row.calls, limit.percentile):
+        return f"{counted(row.calls, 'call')} timed, asked for {limit.percentile:g} %"
     if limit.percentile >= 100:  # noqa: PLR2004 -- all of them
         return "every call that was timed"
     return f"{limit.percentile:g} % of calls"
 
 
-def _row(latencies: Sequence[Latency], size: int) -> Latency | None:
-    return next((each for each in latencies if each.batch_size == size), None)
-
-
-def _calls(count: int) -> str:
-    return f"{count:,} call{'s' if count > 1 else ''}"
+def too_slow_reason(too_slow: TooSlow, limit: LatencyLimit) -> str:
+    """Return why the memory search did not go above a size."""
+    size, seconds = too_slow.batch_size, too_slow.step_seconds
+    if seconds is None:
+        return f"at {size} at least half of the calls take longer than {_parameter(limit)}"
+    took = f"at {size} a step of its trial took {duration(seconds)}"
+    if seconds > limit.seconds:
+        return f"{took}, longer than {_parameter(limit)}"
+    return f"{took}, too long to be timed repeatedly"
 
 
 def nothing_within(latencies: Sequence[Latency], limit: LatencyLimit) -> str:
-    """What was measured where no size meets the limit, and the way out."""
-    told = f"No batch size answers {within(limit)}"
+    """Return the error for a limit that no size meets."""
+    nothing = f"No batch size answers {within(limit)}"
     if not latencies:
-        return f"{told}: none could be timed."
-    least = min(latencies, key=lambda each: each.batch_size)
-    samples = (
-        "a single sample"
-        if least.batch_size == 1
-        else f"a batch of {least.batch_size:,}, the smallest that was timed,"
-    )
-    took = quantity(least.at_percentile_seconds, SECONDS)
-    middle = quantity(least.p50_seconds, SECONDS)
+        return f"{nothing}: none could be timed."
+    row = min(latencies, key=lambda each: each.batch_size)
+    smallest = f"a batch of {row.batch_size:,}, the smallest that was timed,"
+    batch = "a single sample" if row.batch_size == 1 else smallest
+    slowest = duration(row.at_percentile_seconds)
     at = f"at the {_ordinal(limit.percentile)} percentile"
-    if not tells_percentile(least.calls, limit.percentile):
-        at = f"in the slowest of {_calls(least.calls)}"
+    if not is_below_slowest(row.calls, limit.percentile):
+        at = f"in the slowest of {counted(row.calls, 'call')}"
     return (
-        f"{told}: {samples} takes {took} {at}, {middle} at the median. "
-        "Raise latency_limit, lower percentile, or make the model faster."
+        f"{nothing}: {batch} takes {slowest} {at}, {duration(row.p50_seconds)} at the "
+        "median. Raise latency_limit, lower percentile, or make the model faster."
     )
 
 
 def latency_facts(
     latencies: Sequence[Latency], limit: LatencyLimit, chosen: int, task: str
 ) -> list[Fact]:
-    """What the chosen size means; nothing where it was not timed."""
-    here = _row(latencies, chosen)
-    if here is None:
+    """Return the facts about the chosen size; none if it was not timed."""
+    row = _row(latencies, chosen)
+    if row is None:
         return []
-    facts = [_latency_fact(latencies, here, limit), _speed_fact(latencies, here)]
+    facts = [_latency_fact(latencies, row, limit), _speed_fact(latencies, row)]
     bend = knee(latencies)
-    if bend is not None and bend.batch_size <= _SMALLER * chosen:
-        facts.append(_knee_fact(latencies, bend, here))
-    facts.append(_streams_fact(latencies, here, limit))
-    many = f"{_calls(here.calls)} timed"
-    facts.append(Fact("Calls", many, _IN_A_CALL if task == "answer" else _IN_A_STEP))
-    return facts
-
-
-def _latency_fact(latencies: Sequence[Latency], here: Latency, limit: LatencyLimit) -> Fact:
-    middle = quantity(here.p50_seconds, SECONDS)
-    top = quantity(here.at_percentile_seconds, SECONDS)
-    name = _name(limit.percentile)
-    if not tells_percentile(here.calls, limit.percentile):
-        name = "max"
-    over = min(
-        (e.batch_size for e in latencies if e.batch_size > here.batch_size),
-        default=None,
-    )
-    spare = f"{quantity(max(0.0, limit.seconds - here.at_percentile_seconds), SECONDS)} to spare"
-    return Fact(
-        "Latency",
-        f"{middle}, {name} {top}",
-        f"{spare}; {over:,} is over the limit" if over else spare,
-    )
-
-
-def _speed_fact(latencies: Sequence[Latency], here: Latency) -> Fact:
-    fastest = max(latencies, key=lambda each: each.samples_per_second)
-    speed, most = (aligned([e.samples_per_second])[0] for e in (here, fastest))
-    share = percent(here.samples_per_second / fastest.samples_per_second)
-    remark = f"{share} of the fastest measured ({most} at {fastest.batch_size:,})"
-    if here == fastest:
-        many = len(latencies)
-        remark = f"the fastest of {many} sizes timed" if many > 1 else ""
-    return Fact("Speed", f"{speed} samples/s", remark)
-
-
-def _knee_fact(latencies: Sequence[Latency], bend: Latency, here: Latency) -> Fact:
-    most = max(each.samples_per_second for each in latencies)
-    sooner, later = (quantity(each.at_percentile_seconds, SECONDS) for each in (bend, here))
-    return Fact(
-        "Knee",
-        f"batches of {bend.batch_size:,}",
-        f"{percent(bend.samples_per_second / most)} of the fastest, in {sooner} instead of {later}",
-    )
-
-
-def _streams_fact(latencies: Sequence[Latency], here: Latency, limit: LatencyLimit) -> Fact:
-    """Streams with a sample in each span of the limit: cameras, where that is one frame."""
+    if bend is not None and bend.batch_size <= _KNEE_APART * chosen:
+        facts.append(_knee_fact(latencies, bend, row))
+    # Streams with one sample per limit: cameras, if that is the time of one frame
     rate = 1 / limit.seconds
     best = stream(latencies, rate, None).best
     alone = f"; alone: batches of {best.batch_size:,}" if best else ""
-    return Fact(
-        "Streams",
-        f"{here.batch_size:,} at {_rounded(rate)} samples/s",
-        f"a sample of each per batch{alone}",
-    )
+    streams = f"{chosen:,} at {_rounded(rate)} samples/s"
+    facts.append(Fact("Streams", streams, f"a sample of each per batch{alone}"))
+    timed = "with the copy to the device, without reading data"
+    if task == "answer":
+        timed = "with all that the workload does in a call"
+    facts.append(Fact("Calls", f"{counted(row.calls, 'call')} timed", timed))
+    return facts
+
+
+def _latency_fact(latencies: Sequence[Latency], row: Latency, limit: LatencyLimit) -> Fact:
+    median, top = (duration(each) for each in (row.p50_seconds, row.at_percentile_seconds))
+    name = "max"
+    if is_below_slowest(row.calls, limit.percentile):
+        name = _name(limit.percentile)
+    spare = duration(max(0.0, limit.seconds - row.at_percentile_seconds))
+    over = _next_larger(latencies, row.batch_size)
+    comment = f"; {over.batch_size:,} is over the limit" if over else ""
+    return Fact("Latency", f"{median}, {name} {top}", f"{spare} to spare{comment}")
+
+
+def _speed_fact(latencies: Sequence[Latency], row: Latency) -> Fact:
+    fastest = max(latencies, key=lambda each: each.samples_per_second)
+    speed, highest = (rounded(each.samples_per_second) for each in (row, fastest))
+    share = percent(row.samples_per_second / fastest.samples_per_second)
+    comment = f"{share} of the fastest measured ({highest} at {fastest.batch_size:,})"
+    if row == fastest:
+        comment = f"the fastest of {len(latencies)} sizes timed" if len(latencies) > 1 else ""
+    return Fact("Speed", f"{speed} samples/s", comment)
+
+
+def _knee_fact(latencies: Sequence[Latency], bend: Latency, row: Latency) -> Fact:
+    share = bend.samples_per_second / max(each.samples_per_second for each in latencies)
+    sooner, later = (duration(each.at_percentile_seconds) for each in (bend, row))
+    comment = f"{percent(share)} of the fastest, in {sooner} instead of {later}"
+    return Fact("Knee", f"batches of {bend.batch_size:,}", comment)
 
 
 def latency_table(
@@ -145,118 +123,96 @@ def latency_table(
     chosen: int,
     peaks: Mapping[int, int | None],
 ) -> Table:
-    """The sizes that were timed, with what was measured."""
-    shown = _thinned(latencies, limit, chosen)
-    most = max(each.samples_per_second for each in latencies)
-    shares = [each.samples_per_second / most for each in shown]
-    over = [each.at_percentile_seconds > limit.seconds for each in shown]
+    """Return the sizes that were timed, with percentiles, throughput and peak memory."""
+    shown = _one_screen(latencies, limit, chosen)
+    fastest = max(each.samples_per_second for each in latencies)
+    shares = [each.samples_per_second / fastest for each in shown]
+    bars = tuple(
+        "over the limit" if each.at_percentile_seconds > limit.seconds else bar(share)
+        for each, share in zip(shown, shares, strict=True)
+    )
     return table_of(
         [
-            Column("batch", tuple(f"{each.batch_size:,}" for each in shown)),
-            *_quantiles(shown, limit.percentile),
+            counts("batch", [each.batch_size for each in shown]),
+            *_percentiles(shown, limit.percentile),
             numbers("samples/s", [each.samples_per_second for each in shown]),
-            Column(
-                "",
-                tuple(
-                    "over the limit" if slow else bar(share)
-                    for share, slow in zip(shares, over, strict=True)
-                ),
-                align="<",
-            ),
+            Column("", bars, align="<"),
             Column("of fastest", tuple(map(percent, shares))),
             measures("peak {}", [peaks.get(each.batch_size) for each in shown], BYTES),
         ],
         chosen=[each.batch_size == chosen for each in shown],
-        foot=_foot(latencies, shown, limit),
+        foot=_foot(shown, len(latencies) - len(shown), limit),
     )
 
 
-def _foot(latencies: Sequence[Latency], shown: Sequence[Latency], limit: LatencyLimit) -> str:
-    told = [_counts(shown, limit)]
-    if len(shown) < len(latencies):
-        told.append(f"{len(latencies) - len(shown)} more timed; report.latencies has them all")
-    return ". ".join(each for each in told if each)
+def _one_screen(latencies: Sequence[Latency], limit: LatencyLimit, chosen: int) -> list[Latency]:
+    """Leave out sizes, but not the chosen one, the knee, or the smallest above the limit."""
+    over = (each for each in latencies if each.at_percentile_seconds > limit.seconds)
+    above = next((each for each in over if each.batch_size > chosen), None)
+    keep = {chosen, *(each.batch_size for each in (above, knee(latencies)) if each)}
+    sizes = thinned([each.batch_size for each in latencies], keep)
+    return [each for each in latencies if each.batch_size in sizes]
 
 
-def _counts(shown: Sequence[Latency], limit: LatencyLimit) -> str:
-    """How many calls stand behind the sizes with few, and what that does to the percentiles."""
-    few = [each for each in shown if each.calls < enough_calls(limit.percentile)]
-    if not few:
-        return ""
-    blind = [e for e in few if not tells_percentile(e.calls, limit.percentile)]
-    what = f"; there {_name(limit.percentile)} is the slowest" if blind == few else ""
-    return f"Timed: {_by_count(few)}{what}"
-
-
-def _by_count(latencies: Sequence[Latency]) -> str:
-    """Calls and their sizes, "2 calls at 16; 1 call at 1, 2"; of many, between what and what."""
-    sizes: dict[int, list[str]] = {}
-    for each in latencies:
-        sizes.setdefault(each.calls, []).append(str(each.batch_size))
-    if len(latencies) > _SIZES_TOLD:
-        least, most = min(sizes), max(sizes)
-        between = _calls(most) if least == most else f"{least:,} to {_calls(most)}"
-        return f"{between} at {len(latencies)} sizes"
-    return "; ".join(f"{_calls(n)} at {', '.join(each)}" for n, each in sizes.items())
-
-
-def _quantiles(latencies: Sequence[Latency], percentile: float) -> list[Column]:
-    """Three columns in one unit, that of the percentile that was asked for among them."""
+def _percentiles(latencies: Sequence[Latency], percentile: float) -> list[Column]:
+    """Return three columns in one unit, the percentile of the limit among them."""
     columns = {
         50.0: [each.p50_seconds for each in latencies],
         90.0: [each.p90_seconds for each in latencies],
         99.0: [each.p99_seconds for each in latencies],
     }
-    if percentile not in _ALWAYS:
+    if percentile not in columns:
         del columns[90.0]
         columns[percentile] = [each.at_percentile_seconds for each in latencies]
     unit = unit_for([each for column in columns.values() for each in column], SECONDS)
     return [
-        numbers(
-            f"{_name(percent)} {unit.name}",
-            [value / unit.factor for value in columns[percent]],
-        )
-        for percent in sorted(columns)
+        numbers(f"{_name(each)} {unit.name}", [value / unit.factor for value in columns[each]])
+        for each in sorted(columns)
     ]
 
 
-def _thinned(latencies: Sequence[Latency], limit: LatencyLimit, chosen: int) -> list[Latency]:
-    """A screenful: without the sizes closest to their neighbours."""
-    shown = list(latencies)
-    over = (e for e in shown if e.at_percentile_seconds > limit.seconds)
-    above = next((each for each in over if each.batch_size > chosen), None)
-    keep = {chosen, *(e.batch_size for e in (above, knee(latencies)) if e)}
-    while len(shown) > _SIZES:
-        spare = [
-            (after.batch_size / before.batch_size, each.batch_size, each)
-            for before, each, after in zip(shown, shown[1:], shown[2:], strict=False)
-            if each.batch_size not in keep
-        ]
-        shown.remove(min(spare)[-1])
-    return shown
+def _foot(shown: Sequence[Latency], left_out: int, limit: LatencyLimit) -> str:
+    """Return the number of calls of sizes with few, and of sizes that are not shown."""
+    sentences = []
+    few = [each for each in shown if each.calls < enough_calls(limit.percentile)]
+    if few:
+        is_slowest = not any(is_below_slowest(each.calls, limit.percentile) for each in few)
+        slowest = f"; there {_name(limit.percentile)} is the slowest" if is_slowest else ""
+        sentences.append(f"Timed: {_by_count(few)}{slowest}")
+    if left_out:
+        sentences.append(f"{left_out} more timed; report.latencies has them all")
+    return ". ".join(sentences)
 
 
-# What a person should know
+def _by_count(latencies: Sequence[Latency]) -> str:
+    """Return calls with their sizes, "2 calls at 16; 1 call at 1, 2"; a range if many."""
+    sizes: dict[int, list[str]] = {}
+    for each in latencies:
+        sizes.setdefault(each.calls, []).append(str(each.batch_size))
+    if len(latencies) <= _LISTED:
+        return "; ".join(
+            f"{counted(calls, 'call')} at {', '.join(at)}" for calls, at in sizes.items()
+        )
+    fewest, most = min(sizes), max(sizes)
+    calls = counted(most, "call") if fewest == most else f"{fewest:,} to {counted(most, 'call')}"
+    return f"{calls} at {len(latencies)} sizes"
 
 
 def latency_notes(
-    latencies: Sequence[Latency],
-    limit: LatencyLimit,
-    chosen: int,
-    unfinished: Unfinished,
+    latencies: Sequence[Latency], limit: LatencyLimit, chosen: int, unfinished: Unfinished
 ) -> tuple[str, ...]:
-    """All that there is to say of it."""
-    told = (
+    """Return the notes about latency: waiting, sizes that were not timed, few calls, noise."""
+    notes = (
         _filling(latencies, limit, chosen),
         _open(chosen, unfinished),
         _few_calls(latencies, limit, chosen),
         _left_out(unfinished),
         _over_by_trial(unfinished),
-        _disturbed(latencies, limit, chosen, unfinished),
-        _disturbed_above(latencies, limit, chosen),
-        _not_monotone(latencies, limit),
+        _noise(latencies, limit, chosen, unfinished),
+        _noise_above(latencies, limit, chosen),
+        _slow_smaller_sizes(latencies, limit),
     )
-    return tuple(note for note in told if note)
+    return tuple(note for note in notes if note)
 
 
 def _filling(latencies: Sequence[Latency], limit: LatencyLimit, chosen: int) -> str | None:
@@ -265,110 +221,121 @@ def _filling(latencies: Sequence[Latency], limit: LatencyLimit, chosen: int) -> 
     row = next((row for row in one.rows if row.batch_size == chosen), None)
     if row is None or chosen == 1:
         return None
-    filling = quantity(row.filling_seconds, SECONDS)
-    told = (
-        f"Waiting for a batch to fill comes on top: one stream of {_rounded(rate)} samples/s takes {filling} to fill "
-        f"{chosen:,}"
+    filling = duration(row.filling_seconds)
+    note = (
+        "Waiting for a batch to fill comes on top: one stream of "
+        f"{_rounded(rate)} samples/s takes {filling} to fill {chosen:,}"
     )
     if one.best is None or one.best.batch_size >= chosen:
-        return f"{told}."
-    soonest = quantity(one.best.worst_seconds, SECONDS)
-    return f"{told}; in batches of {one.best.batch_size:,} it is answered within {soonest}."
+        return f"{note}."
+    soonest = duration(one.best.worst_seconds)
+    return f"{note}; in batches of {one.best.batch_size:,} it is answered within {soonest}."
 
 
 def _open(chosen: int, unfinished: Unfinished) -> str | None:
-    """Where a larger size may be in time as well, and was not asked."""
     if not unfinished.is_open:
         return None
-    where = f"sizes above {chosen:,}"
+    sizes = f"sizes above {chosen:,}"
     if unfinished.over == chosen + 2:
-        where = f"batches of {chosen + 1:,}"
+        sizes = f"batches of {chosen + 1:,}"
     elif unfinished.over is not None:
-        where = f"sizes between {chosen:,} and {unfinished.over:,}"
+        sizes = f"sizes between {chosen:,} and {unfinished.over:,}"
     if unfinished.seconds is None:
-        return f"Not timed were {where}: they may answer in time too."
-    return (
-        f"Timing stopped after {unfinished.seconds:g} seconds, all that it may take: {where} may answer in time "
-        "too."
-    )
+        return f"Not timed were {sizes}: they may answer in time too."
+    limit = f"after {unfinished.seconds:g} seconds, its limit"
+    return f"Timing stopped {limit}: {sizes} may answer in time too."
 
 
 def _few_calls(latencies: Sequence[Latency], limit: LatencyLimit, chosen: int) -> str | None:
-    enough = enough_calls(limit.percentile)
-    here = _row(latencies, chosen)
-    if here is None or here.calls >= enough:
+    enough, row = enough_calls(limit.percentile), _row(latencies, chosen)
+    if row is None or row.calls >= enough:
         return None
-    told = f"There was no time for {enough:,} calls at {chosen:,}, only for {here.calls:,}"
-    if tells_percentile(here.calls, limit.percentile):
-        return f"{told}."
-    return f"{told}: what stands for the {_ordinal(limit.percentile)} percentile is the slowest of them."
+    note = f"There was no time for {enough:,} calls at {chosen:,}, only for {row.calls:,}"
+    if is_below_slowest(row.calls, limit.percentile):
+        return f"{note}."
+    return f"{note}: the {_ordinal(limit.percentile)} percentile is the slowest of them."
 
 
 def _left_out(unfinished: Unfinished) -> str | None:
     if not unfinished.left_out:
         return None
-    sizes = ", ".join(f"{size:,}" for size in unfinished.left_out)
-    return f"Smaller sizes that were not timed, {sizes}, may suit a single stream better, or be as fast."
+    sizes = _listed(unfinished.left_out)
+    return (
+        f"Smaller sizes were not timed ({sizes}): they may suit one stream better, or be as fast."
+    )
 
 
 def _over_by_trial(unfinished: Unfinished) -> str | None:
     if unfinished.over is None or not unfinished.by_trial:
         return None
-    return f"{unfinished.over:,} took longer than the limit in the few steps of its trial; its calls were not timed."
+    return (
+        f"Batches of {unfinished.over:,} took longer than the limit in the few steps of their "
+        "trial; their calls were not timed."
+    )
 
 
-def _disturbed(
-    latencies: Sequence[Latency],
-    limit: LatencyLimit,
-    chosen: int,
-    unfinished: Unfinished,
+def _noise(
+    latencies: Sequence[Latency], limit: LatencyLimit, chosen: int, unfinished: Unfinished
 ) -> str | None:
-    """Where few calls take much longer than the others, and a larger size was over the limit."""
-    here = _row(latencies, chosen)
-    if here is None or here.at_percentile_seconds < _DISTURBED * here.p50_seconds:
+    row = _row(latencies, chosen)
+    if row is None or not _is_noisy(row):
         return None
-    slower = (e.at_percentile_seconds for e in latencies if e.batch_size > chosen)
-    if unfinished.over is None and all(taken <= limit.seconds for taken in slower):
-        return None  # something else than the limit ends it here
-    times = here.at_percentile_seconds / here.p50_seconds
+    larger = (each.at_percentile_seconds for each in latencies if each.batch_size > chosen)
+    if unfinished.over is None and all(seconds <= limit.seconds for seconds in larger):
+        return None  # the limit was not the reason to stop at this size
     return (
-        f"At {chosen:,} the {_ordinal(limit.percentile)} percentile is {times:,.0f} times the median: something disturbs "
-        "the calls, on a quiet machine larger batches may answer in time."
+        f"At {chosen:,} the {_ordinal(limit.percentile)} percentile is "
+        f"{row.at_percentile_seconds / row.p50_seconds:,.0f} times the median, probably from "
+        "noise: on a quiet machine larger batches may answer in time."
     )
 
 
-def _disturbed_above(latencies: Sequence[Latency], limit: LatencyLimit, chosen: int) -> str | None:
-    """Where the next size is over the limit by some of its calls only, far from the others."""
-    above = [each for each in latencies if each.batch_size > chosen]
-    over = min(above, key=lambda each: each.batch_size, default=None)
-    if over is None or over.p50_seconds > limit.seconds:
+def _noise_above(latencies: Sequence[Latency], limit: LatencyLimit, chosen: int) -> str | None:
+    over = _next_larger(latencies, chosen)
+    if over is None or over.p50_seconds > limit.seconds or not _is_noisy(over):
         return None
-    if over.at_percentile_seconds < _DISTURBED * over.p50_seconds:
-        return None
+    median, slow = (duration(s) for s in (over.p50_seconds, over.at_percentile_seconds))
     return (
-        f"Half of the calls at {over.batch_size:,} take no longer than {quantity(over.p50_seconds, SECONDS)}, and some "
-        f"{quantity(over.at_percentile_seconds, SECONDS)}: on a quiet machine larger batches may answer in time."
+        f"Half of the calls at {over.batch_size:,} take no longer than {median}, and some {slow}: "
+        "on a quiet machine larger batches may answer in time."
     )
 
 
-def _not_monotone(latencies: Sequence[Latency], limit: LatencyLimit) -> str | None:
-    """A smaller size over the limit that a larger one meets: slow by itself, or disturbed."""
+def _slow_smaller_sizes(latencies: Sequence[Latency], limit: LatencyLimit) -> str | None:
     best = largest_within(latencies, limit.seconds)
-    odd = [
-        f"{each.batch_size:,}"
-        for each in latencies
-        if best and each.batch_size < best.batch_size and each.at_percentile_seconds > limit.seconds
-    ]
-    if not odd:
+    over = [each.batch_size for each in latencies if each.at_percentile_seconds > limit.seconds]
+    smaller = [size for size in over if best and size < best.batch_size]
+    if not smaller:
         return None
     return (
-        f"Batches of {', '.join(odd)} are over the limit though larger ones meet it: the machine was disturbed, or has "
-        "a slow way with these sizes."
+        f"Batches of {_listed(smaller)} are over the limit although larger ones meet it: noise, "
+        "or slow kernels for these shapes."
     )
+
+
+def _row(latencies: Iterable[Latency], size: int) -> Latency | None:
+    return next((each for each in latencies if each.batch_size == size), None)
+
+
+def _next_larger(latencies: Iterable[Latency], size: int) -> Latency | None:
+    larger = (each for each in latencies if each.batch_size > size)
+    return min(larger, key=lambda each: each.batch_size, default=None)
+
+
+def _is_noisy(latency: Latency) -> bool:
+    return latency.at_percentile_seconds >= _NOISY * latency.p50_seconds
+
+
+def _parameter(limit: LatencyLimit) -> str:
+    return f"latency_limit={limit.seconds:g} seconds"
+
+
+def _listed(sizes: Iterable[int]) -> str:
+    return ", ".join(f"{size:,}" for size in sizes)
 
 
 def _rounded(rate: float) -> str:
-    """A rate to three digits, "30": that of a limit is seldom round."""
+    """Return a rate to three digits, "30": the reciprocal of a limit is seldom round."""
     value = float(f"{rate:.3g}")
     return f"{value:,.0f}" if value >= 1000 else f"{value:g}"  # noqa: PLR2004 -- no exponent
 

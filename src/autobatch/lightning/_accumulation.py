@@ -20,8 +20,8 @@ from autobatch._memory import memory_budget, parse_memory_limit
 from autobatch._memory.ledger import eager
 from autobatch._report.notes import (
     batch_norm,
-    by_hand,
     last_window,
+    manual_optimization,
     not_additive,
     not_tested,
     repeated_closures,
@@ -62,7 +62,7 @@ _FP16_LOSS_SCALE: Final = 2.0**10  # keeps small gradients above zero in 16 bits
 
 
 @dataclass(frozen=True, slots=True)
-class Splits:
+class SplittingTest:
     """Test of the training step: does splitting a batch change its gradient?
 
     Args:
@@ -87,7 +87,7 @@ class Splits:
     snapshot: Snapshot
     ranks: Ranks
 
-    def told(self, plan: BatchPlan, deadline: TimeLimit) -> tuple[str, ...]:
+    def notes(self, plan: BatchPlan, time_limit: TimeLimit) -> tuple[str, ...]:
         """Return notes on the gradients of a plan that accumulates; every rank calls it.
 
         The test runs a few training steps, and is left out if the time limit does not allow them.
@@ -97,13 +97,14 @@ class Splits:
         norms = batch_norms(self.module.modules())
         size = _even_samples(plan)
         is_tested = self.module.automatic_optimization and not norms and size > 0
-        if is_tested and not deadline.allows(size, deadline.nearest(size), 0.0):
-            return (not_tested(deadline.limit or 0.0),)
+        if is_tested and not time_limit.allows(size, time_limit.nearest(size), 0.0):
+            return (not_tested(time_limit.limit or 0.0),)
         # Gathered without a test as well: no rank may wait for another. Each rank has data of its
         # own, and the result of the first counts
         found, *_ = self.ranks.gather(self._tested(size) if is_tested else None)
-        notes = (not_additive(found, plan),) if found else ()
-        return (*batch_norm(norms, plan), *notes)
+        if found is None:
+            return batch_norm(norms, plan)
+        return (*batch_norm(norms, plan), not_additive(found, plan))
 
     def _tested(self, size: int) -> Splitting | None:
         """Run the test; None without a result, which must not stop training."""
@@ -189,11 +190,13 @@ def last_samples(trainer: Any, loaders: Loaders, batch_size: int) -> int | None:
     return _samples_after(batches - 1, samples, batch_size)
 
 
-def told(trainer: Any, loaders: Loaders, plan: BatchPlan, *, repaired: bool) -> tuple[str, ...]:
+def update_notes(
+    trainer: Any, loaders: Loaders, plan: BatchPlan, *, repaired: bool
+) -> tuple[str, ...]:
     """Return notes on the updates of an epoch with a plan."""
     note: str | None = None
     if not trainer.lightning_module.automatic_optimization:
-        note = by_hand(plan)
+        note = manual_optimization(plan)
     elif isinstance(trainer.optimizers[0], torch.optim.LBFGS):
         note = repeated_closures(plan)
     elif not repaired:

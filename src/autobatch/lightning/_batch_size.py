@@ -23,7 +23,8 @@ _MISSING: Final = object()
 
 def batch_size_of(loader: DataLoader[Any]) -> int:
     """Return the batch size of the batch sampler; `loader.batch_size` is None with a user's one."""
-    return int(loader.batch_sampler.batch_size)  # type: ignore[union-attr]  # only for loaders with one
+    sampler: Any = loader.batch_sampler
+    return int(sampler.batch_size)
 
 
 def sampler_of(loader: DataLoader[Any]) -> Any:
@@ -84,16 +85,17 @@ class _Resized:
 
 
 def _resize(loader: DataLoader[Any], batch_size: int) -> None:
-    loader.batch_sampler.batch_size = batch_size  # type: ignore[union-attr]  # only for loaders with one
+    sampler: Any = loader.batch_sampler
+    sampler.batch_size = batch_size
     if loader.batch_size is not None:
         # DataLoader refuses plain assignment; iteration uses the batch sampler
         object.__setattr__(loader, "batch_size", batch_size)
-    for made in (loader, loader.batch_sampler):
+    for made in (loader, sampler):
         _update_saved_arguments(made, batch_size)
 
 
 def _update_saved_arguments(made: Any, batch_size: int) -> None:
-    """Update the arguments from which Lightning 2.6 makes a hook's loader again for several ranks."""
+    """Update the arguments from which Lightning 2.6 makes a loader again for several ranks."""
     saved = saved_arguments(made)
     if saved is None:
         return

@@ -20,11 +20,11 @@ from autobatch._trials.snapshot import Snapshot
 from autobatch._tune import known_plan, tune, versions
 from autobatch.errors import AutobatchError, DoesNotFitError, FixedBatchSizeError
 from autobatch.lightning._accumulation import (
-    Splits,
+    SplittingTest,
     batches_trained,
     check_repairable,
     last_samples,
-    told,
+    update_notes,
 )
 from autobatch.lightning._apply import is_named, name_batch_size
 from autobatch.lightning._compat import data_source, package_of
@@ -140,7 +140,7 @@ def tune_training(
         samples = Samples(loaders, context.snapshot, arguments.worst_case)
         set_name = partial(name_batch_size, module, arguments.batch_arg_name)
         workload = TrainingSteps(trainer, samples, set_name)
-        splits = Splits(
+        splits = SplittingTest(
             trainer,
             module,
             samples,
@@ -225,7 +225,7 @@ class LightningTraining:
         loaders: The training loaders.
         samples: Makes the batches.
         limits: Arguments of the Trainer that count batches or steps.
-        splits: Tests whether a split batch gives the same gradient.
+        splits: Tests for a split batch with another gradient.
         context: Resources of the trials.
         accumulate: Accumulation of the Trainer.
         copied_bytes: Bytes of the copy of all state that is kept on the host.
@@ -239,7 +239,7 @@ class LightningTraining:
     loaders: Loaders
     samples: Samples
     limits: TrainerLimits
-    splits: Splits
+    splits: SplittingTest
     context: TrialContext
     accumulate: int
     copied_bytes: int
@@ -300,9 +300,9 @@ class LightningTraining:
         has_name = is_named(self.module, self.arguments.batch_arg_name)
         return (
             *((self.first_note,) if self.first_note else ()),
-            *self.splits.told(plan, time_limit),
+            *self.splits.notes(plan, time_limit),
             *schedules(self.trainer, self.limits.before, plan, is_named=has_name),
-            *told(self.trainer, self.loaders, plan, repaired=self.arguments.repairs),
+            *update_notes(self.trainer, self.loaders, plan, repaired=self.arguments.repairs),
             *self.limits.remarks(plan),
             *self._host_notes(plan),
         )

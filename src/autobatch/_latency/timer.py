@@ -1,0 +1,125 @@
+"""Time single calls of a workload, one batch size after another."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from autobatch._latency import Latency
+from autobatch._trials.timing import time_calls
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from autobatch._trials.context import TrialContext
+    from autobatch._trials.workload import Workload
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """Timed calls after which a size is done.
+
+    Args:
+        calls: Number of calls in all.
+        limit: Seconds after which a call is late.
+        most_late: Late calls that do not end it earlier.
+        seconds: Time that the calls of one stay may take.
+    """
+
+    calls: int
+    limit: float = math.inf
+    most_late: int = 0
+    seconds: float = math.inf
+
+    def is_reached(self, seconds: Sequence[float]) -> bool:
+        late = sum(each > self.limit for each in seconds)
+        return len(seconds) >= self.calls or late > self.most_late
+
+
+# The calls of a size before the next size has its turn: as many as begin within the time
+TURN: Final = Goal(calls=10, seconds=0.5)
+
+
+class LatencyTimer:
+    """Times single calls on this rank.
+
+    Args:
+        workload: Answers one batch each time it yields.
+        context: Resources of the trials.
+    """
+
+    def __init__(self, workload: Workload, context: TrialContext) -> None:
+        self.spent = 0.0  # seconds, with the calls that are left out
+        self._seconds: dict[int, list[float]] = {}  # of each call, by size
+        self._workload, self._context = workload, context
+
+    def latencies(self, percentile: float) -> tuple[Latency, ...]:
+        """Return the latency of every size that was timed."""
+        timed = ((size, seconds) for size, seconds in self._seconds.items() if seconds)
+        return tuple(Latency.of(size, seconds, percentile) for size, seconds in timed)
+
+    def take_turns(self, expected: Mapping[int, float], goal: Goal, until: float) -> bool:
+        """Time sizes in turns until each reaches the goal: drift of the machine affects all alike.
+
+        Args:
+            expected: Seconds of a call, by size.
+            goal: Number of calls of each size.
+            until: Seconds that may be spent by then, earlier calls included.
+        """
+        waiting = list(expected)
+        while waiting:
+            waiting = [
+                size
+                for size in waiting
+                if not goal.is_reached(self._seconds.get(size, ()))
+                and self.spent + turn_seconds(expected[size]) <= until
+                and self._time(size, expected[size], TURN, until)
+            ]
+        return True
+
+    def stay(self, size: int, expected: float, goal: Goal, until: float) -> bool:
+        """Time one size until it reaches the goal; False if it is out of memory.
+
+        Other processes may have taken memory since the trial of the size.
+        """
+        known = self._seconds.get(size, [])
+        late = sum(each > goal.limit for each in known)
+        rest = Goal(goal.calls - len(known), goal.limit, goal.most_late - late, goal.seconds)
+        return self._time(size, expected, rest, until)
+
+    def _time(self, size: int, expected: float, goal: Goal, until: float) -> bool:
+        clock = self._context.probe.clock
+        began, spent = clock(), self.spent
+
+        def is_enough(seconds: Sequence[float]) -> bool:
+            if not seconds:
+                return False
+            is_out_of_time = spent + clock() - began + max(seconds) > until
+            return is_out_of_time or goal.is_reached(seconds) or sum(seconds) >= goal.seconds
+
+        seconds = time_calls(
+            self._workload,
+            size,
+            before=warm_up(expected),
+            is_new=size not in self._seconds,
+            enough=is_enough,
+            context=self._context,
+        )
+        self.spent += clock() - began
+        # No call of a size counts that does not fit any more
+        self._seconds[size] = [] if seconds is None else [*self._seconds.get(size, []), *seconds]
+        return seconds is not None
+
+
+def warm_up(call_seconds: float) -> int:
+    """Calls that are not timed: the first starts the workload, the second may find cold caches."""
+    is_slow = call_seconds >= 0.25  # noqa: PLR2004 -- seconds, beside which cold caches are nothing
+    return 1 if is_slow else 2
+
+
+def turn_seconds(call_seconds: float) -> float:
+    """Return the time of a turn, warm-up included."""
+    # One call at least, and the last one may begin just before the time is over
+    seconds = call_seconds + (TURN.seconds if call_seconds < TURN.seconds else 0.0)
+    return warm_up(call_seconds) * call_seconds + min(TURN.calls * call_seconds, seconds)
