@@ -21,7 +21,7 @@ myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
-autodoc_default_options = {"members": True, "show-inheritance": False}
+autodoc_default_options = {"exclude-members": "model_config"}
 # Fields are described once, in the class docstring
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
@@ -29,11 +29,23 @@ python_use_unqualified_type_names = True
 default_role = "code"  # docstrings mark code with single backticks
 
 
-def escape_bars(_app, _kind, _name, _object, _options, lines):
-    """Keep |G|, a norm in a docstring, from being read as a substitution."""
+def protect(_app, kind, _name, _documented, _options, lines):
+    """Keep |G|, a norm, from being read as a substitution, and "x: y" of a property as a type; indent trees."""
     lines[:] = [re.sub(r"(?<!\S)\|(?=\S)", r"\\|", line) for line in lines]
+    if kind == "property" and lines:
+        lines[0] = lines[0].replace(": ", " – ")
+    branches = [at for at, line in enumerate(lines) if line.startswith(("├", "└"))]
+    if branches:  # a tree is shown as it is
+        first, last = branches[0] - 1, branches[-1] + 1
+        lines[first:last] = ["::", "", *(f"    {line}" for line in lines[first:last])]
+
+
+def shorten_models(_app, _kind, _name, documented, _options, signature, result):
+    """Leave out the signature of a pydantic model, whose fields are in its docstring."""
+    return ("", None) if hasattr(documented, "model_fields") else (signature, result)
 
 
 def setup(app):
-    """Register the correction of docstrings."""
-    app.connect("autodoc-process-docstring", escape_bars)
+    """Register the corrections of docstrings and signatures."""
+    app.connect("autodoc-process-docstring", protect, priority=400)  # before napoleon
+    app.connect("autodoc-process-signature", shorten_models)
