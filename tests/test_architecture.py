@@ -152,8 +152,6 @@ def test_module_docstrings_begin_with_one_sentence(name):
     assert not rest or rest[0] == ""
 
 
-# Removed once every module is rewritten: strict, so it announces itself
-@pytest.mark.xfail(reason="other docstrings are still being rewritten", strict=True)
 def test_docstrings_begin_with_a_verb_or_noun_phrase():
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     documented = [
