@@ -48,7 +48,7 @@ print("RESULT", json.dumps({
     "sizes": sorted(set(cli.model.sizes)),
     "effective": callback.report.plan.effective_batch_size,
     "settings": callback.report.settings.model_dump(),
-    "search": type(callback._asked.search).__name__,
+    "search": type(callback._arguments.search).__name__,
     "epochs": sorted(callback._epochs),
 }))
 """

@@ -478,7 +478,7 @@ def test_a_latency_limit_is_refused_for_fit():
 
 
 def test_a_latency_limit_and_a_target_exclude_each_other():
-    with pytest.raises(ValueError, match=r"^latency_limit=0\.1 is for inference"):
+    with pytest.raises(ValueError, match=r"^latency_limit=0\.1 is about inference"):
         autobatch.AutoBatch(latency_limit=0.1, target_batch_size=64)
 
 

@@ -23,8 +23,9 @@ from autobatch._noise import NoiseReading
 from autobatch._plan import BatchPlan
 from autobatch._report import Device
 from autobatch._report.figure import style
-from autobatch._report.figure.style import count, factor, short
+from autobatch._report.figure.style import count, short
 from autobatch._report.tradeoff import LearningRateRule
+from autobatch._report.units import factor
 from autobatch._throughput import CurvePoint
 from autobatch._trials import Outcome, Trial
 from autobatch.errors import AutobatchError
@@ -300,7 +301,7 @@ def test_inference_shows_latency_and_throughput():
 
     assert "Latency of one batch, ms" in shown
     assert "32: p99 14.5 ms" in shown
-    assert "120 timed calls" in shown
+    assert "120 timed calls of each size, with all that the workload does in a call" in shown
     assert "limit 33.3 ms" in shown
     assert "over the limit" in shown
     assert "batches of 8 give 97 % of the fastest" in shown
@@ -554,7 +555,7 @@ def test_counts_are_exact_up_to_five_digits(value, text):
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0.354, "×0.35"), (1, "×1"), (1.41, "×1.4"), (70.7, "×70.7")]
+    ("value", "text"), [(0.354, "×0.35"), (1, "×1"), (1.41, "×1.4"), (70.7, "×71")]
 )
 def test_factors_have_two_digits(value, text):
     assert factor(value) == text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import importlib
 
 import pytest
@@ -38,3 +39,9 @@ def test_one_half_runs_once_halves_have_added_up():
 def test_batch_without_two_halves_is_refused(batch, reason):
     with pytest.raises(half_batch.NotDividedError, match=reason):
         half_batch._samples_of(batch)
+
+
+def test_samples_in_mappings_of_other_classes_are_counted():
+    batch = collections.UserDict(ids=torch.zeros(4, 2), names=["a", "b", "c", "d"])
+
+    assert half_batch._samples_of(batch) == 4

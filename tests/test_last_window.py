@@ -39,7 +39,7 @@ class Model(pl.LightningModule):
     def __init__(self):
         super().__init__()
         self.net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
-        self.updates = []  # the gradients before clipping, and the samples behind them
+        self.updates = []  # gradients before clipping, with their samples
         self.clipped = []
         self.window = []
 
@@ -100,7 +100,7 @@ class Stream(IterableDataset):
 
 
 WINDOWS = {
-    # samples, and those behind each update of an epoch
+    # samples per epoch, and per update
     "few micro-batches": (48, [32, 16]),
     "one micro-batch": (40, [32, 8]),
     "few, the last short": (45, [32, 13]),

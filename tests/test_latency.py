@@ -161,7 +161,7 @@ def test_the_default_percentile_is_the_99th():
 
 def test_a_latency_limit_excludes_a_target_and_a_plan():
     with pytest.raises(
-        ValueError, match=r"^latency_limit=1 is for inference, and target_batch_size=64 "
+        ValueError, match=r"^latency_limit=1 is about inference, which has no updates"
     ):
         found(Paper(lambda *_: 0.0), target_batch_size=64)
     with pytest.raises(ValueError, match=r"^plan=.+ is verified, and latency_limit=1 "):

@@ -112,7 +112,7 @@ class Data(pl.LightningDataModule):
 
 
 class Blocks(Sampler):
-    """A batch sampler of one's own."""
+    """A custom batch sampler."""
 
     def __init__(self, length, batch_size):
         self.length, self.batch_size = length, batch_size
@@ -163,7 +163,7 @@ PASSED = {
     "batch sampler of torch": lambda: DataLoader(
         data(), batch_sampler=BatchSampler(RandomSampler(data()), 4, drop_last=False)
     ),
-    "batch sampler of one's own": lambda: DataLoader(data(), batch_sampler=Blocks(240, 4)),
+    "custom batch sampler": lambda: DataLoader(data(), batch_sampler=Blocks(240, 4)),
     "subclass": lambda: Own(samples=data(), name="mine"),
     "stream": lambda: DataLoader(Stream(), 4),
     "workers": lambda: plain(shuffle=True, num_workers=1),
@@ -260,9 +260,7 @@ def test_sampler_and_shuffling_stay(row):
         is_own = isinstance(loader.batch_sampler, Blocks)
         is_shuffled = is_own or not isinstance(sampler_of(loader), IN_ORDER)
         assert (first == list(range(60))) is not is_shuffled
-        if (
-            is_shuffled and row != "distributed sampler"
-        ):  # its order is that of the epoch it is told
+        if is_shuffled and row != "distributed sampler":  # its order depends on set_epoch()
             assert first != second
 
 
@@ -281,7 +279,7 @@ class Renamed(DataLoader):
 
 
 def test_loader_made_again_at_its_own_size_is_refused_before_training():
-    """Lightning makes it from its arguments, as for several ranks, and none is called batch_size."""
+    """Lightning makes it from its arguments, as for several ranks; none is batch_size."""
 
     class FromHook(Model):
         def train_dataloader(self):

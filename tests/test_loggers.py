@@ -345,7 +345,7 @@ def test_loggers_are_recognized_by_classes_of_the_package_in_use(package, kind):
             """Create one without the packages of the real one."""
 
     assert _loggers._parts(Own(), fitted) == _loggers._OF_KIND[kind]
-    assert _loggers._parts(Mine(), fitted) == _loggers._OF_OTHERS
+    assert _loggers._parts(Mine(), fitted) == _loggers._OF_OTHER_KINDS
 
 
 # TensorBoard

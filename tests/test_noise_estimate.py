@@ -27,7 +27,7 @@ def mean(vectors):
 
 
 def window_of(parts, update=1):
-    """The window of an update whose parts have these per-sample gradients."""
+    """Return the window of an update, given the per-sample gradients of its parts."""
     means = [mean(part) for part in parts]
     count = sum(map(len, parts))
     return Window(
@@ -41,7 +41,7 @@ def window_of(parts, update=1):
     )
 
 
-POPULATION = ((3, 1), (-1, 2), (1, 0))  # per-sample gradients, each as likely
+POPULATION = ((3, 1), (-1, 2), (1, 0))  # per-sample gradients, equally likely
 
 
 def truth(population):
@@ -51,7 +51,7 @@ def truth(population):
 
 
 def exact(part, parts):
-    """|G|² and tr Σ by the estimator, averaged over every update that chance could make."""
+    """Return |G|² and tr Σ by the estimator, averaged over all possible updates."""
     windows = [
         window_of([drawn[at : at + part] for at in range(0, len(drawn), part)])
         for drawn in itertools.product(POPULATION, repeat=part * parts)
@@ -118,7 +118,7 @@ def test_nine_in_ten_intervals_contain_the_true_value():
 
     held = sum(each.low <= 40 <= each.high for each in readings)
 
-    assert 80 <= held <= 98  # of a hundred, always the same ones
+    assert 80 <= held <= 98  # of a hundred fixed seeds
     assert sum(each.samples for each in readings) / 100 == pytest.approx(40, rel=0.02)
 
 

@@ -118,7 +118,7 @@ def test_reading_is_available_during_training():
 
 
 class Everything(nn.Module):
-    """A tied weight, a sparse gradient, a branch that is not always taken, a frozen layer, and dropout."""
+    """A tied weight, a sparse gradient, an optional branch, a frozen layer, and dropout."""
 
     def __init__(self):
         super().__init__()
@@ -234,7 +234,7 @@ def test_reading_agrees_with_per_sample_gradients_of_a_real_network():
 
 
 def noise_scale_of_all(model, x, y):
-    """Of the gradients of single samples, each by itself."""
+    """Return the noise scale of the gradients of single samples."""
     parameters = dict(model.named_parameters())
 
     def loss(parameters, x, y):
@@ -247,7 +247,7 @@ def noise_scale_of_all(model, x, y):
     return float((flat - center).square().sum(1).mean() / center.square().sum())
 
 
-# What can not be measured
+# Unavailable
 
 
 def reason_of(reading):
@@ -301,7 +301,7 @@ def test_lbfgs_is_unavailable():
 
 def test_sharded_parameters_are_unavailable():
     class FullyShardedDataParallel(Linear):
-        """Of the same name."""
+        """A class of the same name."""
 
     assert "sharded (FullyShardedDataParallel)" in reason_of(
         measured(FullyShardedDataParallel(), updates=5)
@@ -350,7 +350,7 @@ def test_update_with_another_number_of_batches_is_skipped():
             train(model, optimizer, updates=9, seed=epoch)
             train(model, optimizer, updates=1, accumulate=2, seed=epoch)
 
-    # Each short one, and the one after it, since by then it is not known what is usual
+    # Each short update and the one after it: neither has as many passes as the last
     assert noise.reading.windows == 20 - 2 - 2
     assert noise.reading.batch_size == 32
 
@@ -450,7 +450,7 @@ def test_loop_without_a_step_is_unavailable_once_it_ends(given, reason):
     with noise:
         model(samples(8, torch.Generator())).backward()
         other.step()
-        assert noise.reading.state == "settling"  # it may step yet
+        assert noise.reading.state == "settling"  # it may still step
 
     assert reason in reason_of(noise.reading)
     with noise:

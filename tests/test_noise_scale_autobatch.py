@@ -61,8 +61,8 @@ def test_loggers_get_the_plan_once():
 
     quiet_trainer(*callbacks, logger=logger).fit(Wide(), loader())
 
-    told = [each for each in logger.hyperparameters if "autobatch/batch_size" in each]
-    assert len(told) == 1
+    logged = [each for each in logger.hyperparameters if "autobatch/batch_size" in each]
+    assert len(logged) == 1
 
 
 def test_fit_without_a_plan_prints_nothing_at_its_end(capsys):
@@ -86,7 +86,7 @@ def test_trials_are_not_measured():
     callback = tuner(120, retune_at_epochs=[1])
     noise, started = autobatch.NoiseScale(every=1), []
 
-    def per_epoch():  # which plan each tuning takes, a clock says
+    def per_epoch():  # the plan of each tuning depends on timings
         return math.ceil(240 / callback.report.plan.micro_batch_size)
 
     class Starts(pl.Callback):
@@ -112,7 +112,7 @@ def test_training_beside_autobatch_is_bit_identical():
         quiet_trainer(*callbacks).fit(model, loader())
         return model.state_dict(), torch.get_rng_state()
 
-    plan = autobatch.BatchPlan(30, 2)  # which of several is as fast, a clock would say
+    plan = autobatch.BatchPlan(30, 2)  # otherwise the plan depends on timings
     assert same(
         trained(tuner(plan=plan), autobatch.NoiseScale(every=1, split_every=1)),
         trained(tuner(plan=plan)),

@@ -45,7 +45,7 @@ class Model(pl.LightningModule):
 
 
 class Busy(Model):
-    """Everything that a second pass could leave a trace in."""
+    """Has every kind of state that a second pass could change."""
 
     def __init__(self):
         super().__init__()
@@ -201,7 +201,7 @@ def test_list_of_more_than_a_thousand_entries_is_restored():
     assert same(watched["own"], plain["own"])
 
 
-# The number
+# Readings
 
 
 class KnownNoise(pl.LightningModule):
@@ -269,7 +269,7 @@ def test_batch_of_an_odd_size_is_split():
     assert reading.samples == pytest.approx(4, rel=0.3)
 
 
-# When
+# Updates
 
 
 def test_last_update_with_fewer_batches_is_skipped():
@@ -376,7 +376,7 @@ def test_no_hook_remains(options, fails_at):
     assert "log" not in vars(model)
 
 
-# What can not be measured
+# Unavailable
 
 
 def reason_of(reading):
@@ -411,7 +411,7 @@ class Particular(KnownNoise):
 
 
 class Changing(KnownNoise):
-    """Moves a teacher within the step."""
+    """Changes a teacher within the step."""
 
     def __init__(self):
         super().__init__()
@@ -479,7 +479,7 @@ def test_invalid_intervals_are_refused(options, message):
 
 
 def kept(noise):
-    """The windows that a checkpoint would hold."""
+    """Return the windows in a checkpoint."""
     checkpoint = {}
     noise.on_save_checkpoint(None, None, checkpoint)
     return checkpoint["autobatch.NoiseScale"]["windows"]

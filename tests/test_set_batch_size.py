@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
 import itertools
 
 import numpy as np
@@ -13,6 +15,8 @@ import autobatch
 from lightning_here import Model, data, pl, tuner
 from lightning_here import quiet_trainer as trainer
 from sameness import same
+
+batch_size = importlib.import_module("autobatch.lightning._batch_size")
 
 LENGTHS = [1 + index % 7 for index in range(600)]  # tokens of each sample
 MEAN = 4  # tokens
@@ -208,6 +212,22 @@ def test_setter_may_replace_the_sampler():
 
     assert callback.report.plan.effective_batch_size == 120
     assert loader.batch_sampler is own
+
+
+def test_copied_change_restores_the_copied_loader():
+    def with_a_new_attribute(loader, batch_size):
+        budget(loader, batch_size)
+        loader.batch_sampler.limit = 1
+
+    loader = by_budget()
+
+    change = batch_size.change_batch_size(loader, 8, with_a_new_attribute)
+    copied = copy.deepcopy(change)
+    copied.restore()
+
+    assert loader.batch_sampler.tokens == 8 * MEAN
+    assert copied.loader.batch_sampler.tokens == 16
+    assert not hasattr(copied.loader.batch_sampler, "limit")
 
 
 def test_setter_that_changes_nothing_is_refused():

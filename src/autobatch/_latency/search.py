@@ -231,7 +231,7 @@ class LatencySearch:
         return next((each for each in self.latencies if each.batch_size == size), None)
 
     def _expected(self, size: int) -> float:
-        """Seconds of a call: its median if timed, else of its trial, else of the next larger size."""
+        """Seconds of a call: median if timed, else of its trial, else of the next larger size."""
         timed = {each.batch_size: each.p50_seconds for each in self.latencies}
         known = {**self._trials.step_seconds, **timed}
         nearest = min((each for each in known if each >= size), default=max(known))

@@ -22,7 +22,7 @@ _MIN_SKIPPED: Final = 2  # skipped updates before a reading shows the reason
 
 
 def obstacle(model: torch.nn.Module, optimizer: Any) -> str | None:
-    """Return a reason why no gradient of this model can be measured, if one is known at the start."""
+    """Return a reason to measure no gradient of this model, if one is known at the start."""
     classes = {kind.__name__ for part in model.modules() for kind in type(part).__mro__}
     sharded = sorted(classes & _SHARDED)
     if not sharded and any(type(each).__name__ == "DTensor" for each in model.parameters()):
@@ -178,7 +178,7 @@ class GradientNormHook:
         parameters: Iterable[torch.Tensor],
         after_pass: Callable[[], None] | None = None,
     ) -> None:
-        """Begin an update; `after_pass` runs when a pass is complete, gradients of all ranks included."""
+        """Begin an update; `after_pass` runs after a pass, with the gradients of all ranks."""
         self.close()
         self._parameters = [each for each in parameters if each.requires_grad]
         self._after_pass = after_pass
@@ -202,7 +202,7 @@ class GradientNormHook:
         self._passes_in_whole = self.passes
 
     def sums(self, group: Any | None, *, sound: bool = True) -> torch.Tensor:
-        """Return `GradientNorms.sums` of this update over a group; every rank of it has to call this.
+        """Return `GradientNorms.sums` of this update over a group; every rank calls it.
 
         A rank that found a problem takes part with `sound=False`, so that no rank waits for it.
         """
@@ -292,7 +292,7 @@ def _at_end_of_backward(callback: Callable[[], None]) -> None:
 
 
 def _is_nested_backward() -> bool:
-    """Check for a backward pass started within another by a function, as by a reentrant checkpoint."""
+    """Check for a backward pass within another, as a reentrant checkpoint runs."""
     frame: Any = sys._getframe()
     while frame is not None:
         if frame.f_code is BackwardCFunction.apply.__code__:

@@ -528,7 +528,7 @@ def accumulation_costs(plan: BatchPlan, best: float, optimizer_share: float) -> 
 
     Args:
         plan: The chosen plan.
-        best: Accumulation with the shortest time to the same loss; below 1, accumulating costs time.
+        best: Accumulation with the shortest time to the same loss; below 1, it costs time.
         optimizer_share: Share of the optimizer in an update of one micro-batch.
     """
     best = max(1.0, best)
@@ -564,7 +564,7 @@ def ignores_accumulate(plan: BatchPlan) -> str | None:
     )
 
 
-def by_hand(plan: BatchPlan) -> str | None:
+def manual_optimization(plan: BatchPlan) -> str | None:
     """Note a module with manual optimization, which has to accumulate by itself."""
     if plan.accumulate_grad_batches == 1:
         return None

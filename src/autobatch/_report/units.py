@@ -103,7 +103,12 @@ def factor(value: float) -> str:
 
 
 def multiple(value: float, decimals: int = 2) -> str:
-    """Return a multiple with equal decimals below 10, "1.65×", and two digits above, "1,100×"."""
+    """Return a multiple with equal decimals below 10, "1.65×", and two digits above, "1,100×".
+
+    A multiple that its decimals would show as 0 has one digit, "0.02×".
+    """
+    if 0 < value < 0.5 * 10**-decimals:
+        return f"{value:.1g}×"
     if value < 10:  # noqa: PLR2004 -- one digit before the point
         return f"{value:.{decimals}f}×"
     return f"{float(f'{value:.2g}'):,.0f}×"

@@ -49,7 +49,7 @@ class Forecast(NamedTuple):
     limit: int  # largest size predicted to fit
     target: float  # size to try next
     is_certain: bool  # the prediction may end the search
-    noise: float = 0.0  # sizes closer together than this share cannot be told apart
+    noise: float = 0.0  # sizes closer together than this share cannot be distinguished
 
 
 @dataclass(frozen=True)

@@ -32,14 +32,6 @@ class Loading:
         return self.wait_seconds / total if total else 0.0
 
 
-@dataclass(slots=True)
-class Waited:
-    """Running totals of a `loading_watch`: seconds spent waiting, and batches received."""
-
-    seconds: float = 0.0
-    batches: int = 0
-
-
 @contextlib.contextmanager
 def loading_watch(clock: Callable[[], float]) -> Iterator[Waited]:
     """Time the DataLoaders that this thread begins to iterate in the body.
@@ -53,40 +45,42 @@ def loading_watch(clock: Callable[[], float]) -> Iterator[Waited]:
     """
     from torch.utils.data import DataLoader
 
-    stopwatch = _Stopwatch(clock)
+    waited = Waited(clock)
     begin_iteration = DataLoader.__iter__
 
     def begin_timed_iteration(loader: DataLoader[Any]) -> Any:
         batches = begin_iteration(loader)
-        return _TimedIterator(batches, stopwatch) if stopwatch.is_running else batches
+        return _TimedIterator(batches, waited) if waited.is_counting else batches
 
     DataLoader.__iter__ = begin_timed_iteration  # type: ignore[method-assign] # restored below
     try:
-        yield stopwatch.waited
+        yield waited
     finally:
         DataLoader.__iter__ = begin_iteration  # type: ignore[method-assign]
-        stopwatch.stop()
+        waited.stop()
 
 
-class _Stopwatch:
-    """Measures reads of batches by one thread."""
+class Waited:
+    """Seconds that one thread has spent waiting for batches, and the number of batches."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        self.waited = Waited()
+        self.seconds = 0.0
+        self.batches = 0
         self._clock = clock
         self._thread: int | None = threading.get_ident()
         self._is_reading = False
 
     @property
-    def is_running(self) -> bool:
-        """Return True in the thread that is measured, until the watch is stopped."""
+    def is_counting(self) -> bool:
+        """Return True in the thread that is timed, until the watch ends."""
         return self._thread == threading.get_ident()
 
     def stop(self) -> None:
         self._thread = None
 
     def read(self, batches: Iterator[Any]) -> Any:
-        if self._is_reading or not self.is_running:  # a dataset may read another loader
+        """Return the next batch, and count the time it takes."""
+        if self._is_reading or not self.is_counting:  # a dataset may read another loader
             return next(batches)
         self._is_reading = True
         began = self._clock()
@@ -94,23 +88,23 @@ class _Stopwatch:
             batch = next(batches)
         finally:
             self._is_reading = False
-            self.waited.seconds += self._clock() - began
-        self.waited.batches += 1
+            self.seconds += self._clock() - began
+        self.batches += 1
         return batch
 
 
 class _TimedIterator:
     """Iterator of a DataLoader whose reads are timed; all else is passed on to the original."""
 
-    def __init__(self, batches: Any, stopwatch: _Stopwatch) -> None:
+    def __init__(self, batches: Any, waited: Waited) -> None:
         self._batches = batches
-        self._stopwatch = stopwatch
+        self._waited = waited
 
     def __iter__(self) -> _TimedIterator:
         return self
 
     def __next__(self) -> Any:
-        return self._stopwatch.read(self._batches)
+        return self._waited.read(self._batches)
 
     def __len__(self) -> int:
         return len(self._batches)

@@ -57,7 +57,7 @@ def listed(counts: set[int]) -> str:
 
 
 def cut(batch: Any, samples: int, rows: slice) -> Any:
-    """Return some rows of a batch of `samples`; a step may write into its tensors, which are copies."""
+    """Return some rows of a batch of `samples`, in copies: a step may write into its tensors."""
 
     def cut_leaf(leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
@@ -68,7 +68,7 @@ def cut(batch: Any, samples: int, rows: slice) -> Any:
 
 
 def is_plain_list(value: Any) -> bool:
-    """Check for a list or tuple without tensors and containers, such as the names of the samples."""
+    """Check for a list or tuple of numbers and texts, such as the names of the samples."""
     is_list = isinstance(value, (list, tuple)) and not hasattr(value, "_fields")
     return is_list and all(isinstance(each, _PLAIN) for each in value)
 

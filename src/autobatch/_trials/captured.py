@@ -17,7 +17,7 @@ import torch
 from torch.utils.weak import TensorWeakRef
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
 _LARGE: Final = 1000  # entries; a larger container holds data rather than state
 # Types of values without parts that a trial could change
@@ -110,7 +110,7 @@ def save_light(value: Any, memo: Memo) -> Saved:
 def save_shallow(value: Any, memo: Memo) -> Saved:
     """Save one value; of a large container only its entries, not the contents of these."""
     if isinstance(value, (list, deque, dict, set)) and len(value) > _LARGE:
-        return SavedCopy(value, value.copy())
+        return SavedCopy(value)
     return save(value, memo)
 
 
@@ -130,7 +130,7 @@ def _save(value: Any, memo: Memo) -> Saved:
     if is_generator(value):
         return memo.generators.setdefault(id(value), SavedGenerator(value))
     if _is_array(value):
-        return SavedArray(value, value.copy())
+        return SavedArray(value)
     return Unchanged(value)
 
 
@@ -151,27 +151,11 @@ def _(value: torch.optim.Optimizer, memo: Memo) -> Saved:
     return Unchanged(value)
 
 
-@_save.register(dict)
-def _(value: dict[Any, Any], memo: Memo) -> Saved:
-    return SavedDict(value, {key: save(item, memo) for key, item in value.items()})
-
-
 @_save.register(list)
 @_save.register(deque)
 def _(value: Any, memo: Memo) -> Saved:
-    if all(type(item) in _PLAIN for item in value):
-        return SavedCopy(value, value.copy())
-    return SavedSequence(value, [save(item, memo) for item in value])
-
-
-@_save.register(set)
-def _(value: set[Any], memo: Memo) -> Saved:  # noqa: ARG001
-    return SavedCopy(value, value.copy())
-
-
-@_save.register(tuple)
-def _(value: tuple[Any, ...], memo: Memo) -> Saved:
-    return SavedTuple(value, [save(item, memo) for item in value])
+    is_plain = all(type(item) in _PLAIN for item in value)
+    return SavedCopy(value) if is_plain else SavedSequence(value, memo)
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +236,7 @@ def _save_hooks(tensor: torch.Tensor) -> dict[str, Saved]:
     saved: dict[str, Saved] = {}
     for name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
         hooks = getattr(tensor, name)
-        saved[name] = Unchanged(None) if hooks is None else SavedCopy(hooks, {**hooks})
+        saved[name] = Unchanged(None) if hooks is None else SavedCopy(hooks)
     return saved
 
 
@@ -310,64 +294,67 @@ class SavedRandomState:
         random.setstate(self._python)
 
 
-@dataclass(frozen=True, slots=True)
+@_save.register(set)
 class SavedCopy:
-    """A container with the entries it had; the entries themselves are not restored."""
+    """A container with the entries it had; the entries themselves are not saved."""
 
-    container: Any
-    entries: Any
+    def __init__(self, container: Any, _: Memo | None = None) -> None:
+        self._container = container
+        self._entries = container.copy()
 
     def restore(self) -> Any:
-        return _refill(self.container, self.entries)
+        return _refill(self._container, self._entries)
 
 
-@dataclass(frozen=True, slots=True)
+@_save.register(dict)
 class SavedDict:
-    container: dict[Any, Any]
-    items: Mapping[Any, Saved]
+    def __init__(self, container: dict[Any, Any], memo: Memo) -> None:
+        self._container = container
+        self._items = {key: save(item, memo) for key, item in container.items()}
 
     def restore(self) -> Any:
-        return _refill(self.container, {key: item.restore() for key, item in self.items.items()})
+        return _refill(self._container, {key: item.restore() for key, item in self._items.items()})
 
 
-@dataclass(frozen=True, slots=True)
 class SavedSequence:
     """A list or a deque."""
 
-    container: Any
-    items: Sequence[Saved]
+    def __init__(self, container: Any, memo: Memo) -> None:
+        self._container = container
+        self._items = [save(item, memo) for item in container]
 
     def restore(self) -> Any:
-        return _refill(self.container, [item.restore() for item in self.items])
+        return _refill(self._container, [item.restore() for item in self._items])
 
 
-@dataclass(frozen=True, slots=True)
+@_save.register(tuple)
 class SavedTuple:
-    """A tuple; a new one only if an item had to be replaced, as a tensor that died."""
+    """A tuple; a new one only if an item had to be replaced, such as a tensor that died."""
 
-    value: tuple[Any, ...]
-    items: Sequence[Saved]
+    def __init__(self, value: tuple[Any, ...], memo: Memo) -> None:
+        self._value = value
+        self._items = [save(item, memo) for item in value]
 
     def restore(self) -> tuple[Any, ...]:
-        items = [item.restore() for item in self.items]
-        if all(new is old for new, old in zip(items, self.value, strict=True)):
-            return self.value
-        kind = type(self.value)
-        return kind(*items) if hasattr(self.value, "_fields") else kind(items)
+        items = [item.restore() for item in self._items]
+        if all(new is old for new, old in zip(items, self._value, strict=True)):
+            return self._value
+        kind = type(self._value)
+        return kind(*items) if hasattr(kind, "_fields") else kind(items)
 
 
-@dataclass(frozen=True, slots=True)
 class SavedArray:
     """A NumPy array; a new one if its shape has changed or it is read-only."""
 
-    array: Any
-    values: Any
+    def __init__(self, array: Any) -> None:
+        self._array = array
+        self._values = array.copy()
 
     def restore(self) -> Any:
-        if self.array.shape != self.values.shape or not self.array.flags.writeable:
-            return self.values.copy()
-        self.array[...] = self.values
-        return self.array
+        if self._array.shape != self._values.shape or not self._array.flags.writeable:
+            return self._values.copy()
+        self._array[...] = self._values
+        return self._array
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,8 @@ from autobatch._memory import memory_budget, parse_memory_limit
 from autobatch._memory.ledger import eager
 from autobatch._report.notes import (
     batch_norm,
-    by_hand,
     last_window,
+    manual_optimization,
     not_additive,
     not_tested,
     repeated_closures,
@@ -196,7 +196,7 @@ def update_notes(
     """Return notes on the updates of an epoch with a plan."""
     note: str | None = None
     if not trainer.lightning_module.automatic_optimization:
-        note = by_hand(plan)
+        note = manual_optimization(plan)
     elif isinstance(trainer.optimizers[0], torch.optim.LBFGS):
         note = repeated_closures(plan)
     elif not repaired:

@@ -150,7 +150,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             percentile=percentile,
         )
         self._known = known_plan(plan, settings, world_size=None)
-        self._asked = CallbackArguments(
+        self._arguments = CallbackArguments(
             settings=settings,
             search=checked_search(search),
             device=device,
@@ -194,7 +194,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             ValueError: There is no such method, or it does not take the loaders that were given.
             AutobatchError: The run cannot be tuned.
         """
-        check_latency(self._asked.settings, method)
+        check_latency(self._arguments.settings, method)
         check_launcher(trainer)
         loaders = loaders_for(method, train_dataloaders, val_dataloaders, dataloaders)
         callbacks = trainer.callbacks
@@ -223,7 +223,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Move to the front: other callbacks shall see the tuned loader and optimizers."""
-        check_latency(self._asked.settings, stage)
+        check_latency(self._arguments.settings, stage)
         others = (callback for callback in trainer.callbacks if callback is not self)
         trainer.callbacks = [self, *others]
         # Without the checkpoint of the previous run: LearningRateFinder loads one that it saved
@@ -260,11 +260,11 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         checkpoint = self._run.checkpoint
         check(trainer, pl_module, checkpoint)
         if checkpoint is not None:
-            checkpoint.check_target(self._asked.settings)
-        check_name(pl_module, self._asked.batch_arg_name)
+            checkpoint.check_target(self._arguments.settings)
+        check_name(pl_module, self._arguments.batch_arg_name)
         known_at = partial(known_at_start, self._known, checkpoint, self._last)
         before = self._plan_before(trainer)
-        tuned = tune_training(trainer, pl_module, self._asked, known_at, before)
+        tuned = tune_training(trainer, pl_module, self._arguments, known_at, before)
         self._last = tuned.report
         if self._only_tunes:
             self._end_run(trainer, tuned.report)
@@ -272,10 +272,10 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             tuned.report.plan,
             trainer,
             pl_module,
-            self._asked.batch_arg_name,
+            self._arguments.batch_arg_name,
             tuned.batch_sizes,
             self._run.before,
-            self._asked.set_batch_size,
+            self._arguments.set_batch_size,
         )
         self._run.first = tuned.report
         self._continue_with(trainer, tuned)
@@ -350,13 +350,13 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             f"Tuned again at epoch {trainer.current_epoch}, for the effective batch of {target:,}."
         )
         known = PriorPlan(target=target, note=note)
-        tuned = tune_training(trainer, module, self._asked, lambda *_: known, None)
+        tuned = tune_training(trainer, module, self._arguments, lambda *_: known, None)
         if tuned.report.plan != self._trained.plan:
             self._run.loaders["train"] = apply_between_epochs(
                 tuned.report.plan,
                 trainer,
                 module,
-                self._asked.batch_arg_name,
+                self._arguments.batch_arg_name,
                 tuned.batch_sizes,
                 self._run.loaders["train"],
             )
@@ -366,7 +366,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
     def _continue_with(self, trainer: Any, tuned: Tuned) -> None:
         """Train with a plan that was applied."""
         self._trained = tuned.report
-        if self._asked.repairs:
+        if self._arguments.repairs:
             self._run.window = LastWindowCorrection(tuned.report.plan.micro_batch_size)
         if tuned.validation_sizes is not None:
             self._resize_validation(trainer, tuned.validation_sizes)
@@ -385,7 +385,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             return
         module = trainer.lightning_module
         try:
-            tuned = tune_evaluation(trainer, module, self._asked, stage)
+            tuned = tune_evaluation(trainer, module, self._arguments, stage)
         except FixedBatchSizeError as error:
             if self._only_tunes:
                 raise

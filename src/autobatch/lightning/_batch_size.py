@@ -6,24 +6,27 @@ import inspect
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from torch.utils.data import DataLoader
 
 from autobatch.lightning._compat import save_positional, saved_arguments
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
 # The user's set_batch_size
 SetBatchSize: TypeAlias = Callable[[DataLoader[Any], int], None]
 
-_MISSING: Final = object()
+
+class _Missing:
+    """Value of an attribute that was not there; a class, which copies and pickles keep."""
 
 
 def batch_size_of(loader: DataLoader[Any]) -> int:
     """Return the batch size of the batch sampler; `loader.batch_size` is None with a user's one."""
-    return int(loader.batch_sampler.batch_size)  # type: ignore[union-attr]  # only for loaders with one
+    sampler: Any = loader.batch_sampler
+    return int(sampler.batch_size)
 
 
 def sampler_of(loader: DataLoader[Any]) -> Any:
@@ -84,16 +87,17 @@ class _Resized:
 
 
 def _resize(loader: DataLoader[Any], batch_size: int) -> None:
-    loader.batch_sampler.batch_size = batch_size  # type: ignore[union-attr]  # only for loaders with one
+    sampler: Any = loader.batch_sampler
+    sampler.batch_size = batch_size
     if loader.batch_size is not None:
         # DataLoader refuses plain assignment; iteration uses the batch sampler
         object.__setattr__(loader, "batch_size", batch_size)
-    for made in (loader, loader.batch_sampler):
+    for made in (loader, sampler):
         _update_saved_arguments(made, batch_size)
 
 
 def _update_saved_arguments(made: Any, batch_size: int) -> None:
-    """Update the arguments from which Lightning 2.6 makes a hook's loader again for several ranks."""
+    """Update the arguments from which Lightning 2.6 makes a loader again for several ranks."""
     saved = saved_arguments(made)
     if saved is None:
         return
@@ -125,22 +129,22 @@ class _SetByUser:
 
 @dataclass(frozen=True, slots=True)
 class _Assignment:
-    """An attribute that was assigned, in the `vars` of its object."""
+    """An attribute of an object that was assigned."""
 
-    attributes: dict[str, Any]
+    owner: Any
     name: str
-    before: Any  # _MISSING if there was no such attribute
+    before: Any
     after: Any
 
     @property
     def holds(self) -> bool:
-        return self.attributes.get(self.name, _MISSING) is self.after
+        return vars(self.owner).get(self.name, _Missing) is self.after
 
     def restore(self) -> None:
-        if self.before is _MISSING:
-            self.attributes.pop(self.name, None)
+        if self.before is _Missing:
+            vars(self.owner).pop(self.name, None)
         else:
-            self.attributes[self.name] = self.before
+            vars(self.owner)[self.name] = self.before
 
 
 def _assigned_by(
@@ -148,23 +152,21 @@ def _assigned_by(
 ) -> list[_Assignment]:
     """Call a setter, and return the attributes it assigned; restore them if it raises."""
     owners = (loader, loader.batch_sampler, loader.sampler, sampler_of(loader))
-    attributes = [vars(owner) for owner in owners if owner is not None]
-    before = [dict(each) for each in attributes]
+    before = [(owner, dict(vars(owner))) for owner in owners if owner is not None]
     try:
         setter(loader, batch_size)
     except BaseException:
-        for assignment in _differences(before, attributes):
-            assignment.restore()
+        for owner, attributes in before:
+            for assignment in _assignments(owner, attributes):
+                assignment.restore()
         raise
-    return _differences(before, attributes)
+    return [each for owner, attributes in before for each in _assignments(owner, attributes)]
 
 
-def _differences(
-    before: Sequence[dict[str, Any]], attributes: Sequence[dict[str, Any]]
-) -> list[_Assignment]:
-    return [
-        _Assignment(now, name, former.get(name, _MISSING), now.get(name, _MISSING))
-        for former, now in zip(before, attributes, strict=True)
-        for name in former.keys() | now.keys()
-        if former.get(name, _MISSING) is not now.get(name, _MISSING)
+def _assignments(owner: Any, before: dict[str, Any]) -> list[_Assignment]:
+    after = vars(owner)
+    changes = [
+        _Assignment(owner, name, before.get(name, _Missing), after.get(name, _Missing))
+        for name in before.keys() | after.keys()
     ]
+    return [change for change in changes if change.before is not change.after]

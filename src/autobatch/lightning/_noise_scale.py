@@ -33,7 +33,7 @@ _CHECKPOINT_KEY: Final = "autobatch.NoiseScale"
 
 
 class NoiseScale(_Callback):  # type: ignore[misc]  # a class made at run time
-    """Measures the gradient noise scale while a Trainer trains, and changes nothing of the training.
+    """Measures the gradient noise scale while a Trainer trains, without an effect on training.
 
     It compares the gradients of micro-batches, of all ranks, with the gradient of the update they
     add up to. If an update is one batch on one device, it repeats the training step on half of the
@@ -279,7 +279,7 @@ def _obstacle(trainer: Any, module: Any) -> str | None:
 
 
 def _samples_of(trainer: Any, batch: Any) -> int | None:
-    """Return the rows of the tensors in a batch, or else the batch size of a loader except at its end."""
+    """Return the rows of the tensors, or else the batch size of a loader except at its end."""
     counts = row_counts(batch)
     if len(counts) == 1:
         return counts.pop()

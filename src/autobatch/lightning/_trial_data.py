@@ -92,7 +92,7 @@ class Samples:
         return [self._loaders.structured(parts)]
 
     def ordinary(self, batch_size: int) -> Any:
-        """Return a batch of samples in reading order, each of them once; None if too few were read."""
+        """Return a batch of samples in reading order, each once; None if too few were read."""
         with unobserved(), torch.no_grad():
             if self._worst_case is not None:
                 return self._worst_case(batch_size)
@@ -313,7 +313,7 @@ def _copied(sample: Any, copy_tensor: Callable[[torch.Tensor], torch.Tensor]) ->
 
 
 def _is_copied_whole(part: Any) -> bool:
-    """Check for an object of a class that may do more than hold parts, as a dataclass or TensorDict."""
+    """Check for a class that may do more than hold parts, as a dataclass or TensorDict."""
     return not isinstance(part, (dict, list)) and type(part) is not tuple
 
 
@@ -337,7 +337,7 @@ def _alias(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _layers(dataset: Any) -> list[Any]:
-    """Return a data set, the data sets it wraps, as Subset and ConcatDataset do, and its transforms."""
+    """Return a data set, its transforms, and the data sets it wraps, as Subset does."""
     attributes = getattr(dataset, "__dict__", {}).values()  # a plain list has none
     parts = [part for part in attributes if hasattr(part, "__dict__")]
     inner = [*parts, *(getattr(dataset, "datasets", None) or ())]

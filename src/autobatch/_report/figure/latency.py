@@ -18,6 +18,7 @@ from autobatch._report.figure.style import (
     size_axis,
     value_axis,
 )
+from autobatch._report.text import page
 from autobatch._report.units import SECONDS, duration, unit_for
 
 if TYPE_CHECKING:
@@ -81,8 +82,9 @@ def throughput_panel(axes: Axes, report: TuningReport) -> None:
 def measured_by(report: TuningReport) -> str:
     """Return sentences on how latencies were measured."""
     calls = between([row.calls for row in report.latencies])
+    scope = next((f", {fact.remark}" for fact in page(report).facts if fact.label == "Calls"), "")
     return (
-        f"{calls} timed calls of each size; left out are the first of each turn, of quick calls "
-        "the first two, and those that start the workload anew. Throughput: by the median call. "
-        "Waiting for a batch to fill is not included."
+        f"{calls} timed calls of each size{scope}; left out are the first of each round, the "
+        "first two of quick calls, and calls that restart the workload. Throughput: by the median "
+        "call. Waiting for a batch to fill is not included."
     )

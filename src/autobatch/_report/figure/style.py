@@ -65,6 +65,7 @@ _NAME_WIDTH: Final = 60  # characters
 _EXACT_COUNTS: Final = 100_000
 _EXACT_MEASURES: Final = 10_000
 _OCTAVES_OF_POWERS: Final = 2  # axes narrower than this have too few powers of two for ticks
+_NARROW: Final = 1000  # times the lowest value; beyond, powers of ten are enough ticks
 _LEGEND_LINE: Final = 16  # points
 
 
@@ -79,11 +80,6 @@ def short(value: float) -> str:
 def count(value: float) -> str:
     """Return a whole number, exact up to five digits, "5,005"."""
     return f"{value:,.0f}" if abs(value) < _EXACT_COUNTS else short(value)
-
-
-def factor(value: float) -> str:
-    """Return a multiple in two digits, or all digits before the point, "×0.35"."""
-    return f"×{short(value)}" if value >= 10 else f"×{value:.2g}"  # noqa: PLR2004 -- two digits
 
 
 def between(counts: Sequence[int]) -> str:
@@ -142,8 +138,8 @@ def log_axis(axes: Axes, values: Sequence[float]) -> None:
     positive = [value for value in values if value > 0] or [1.0]
     axes.set_yscale("log")
     axes.set_ylim(min(positive) / 1.5, max(positive) * 1.5)
-    decades = math.log10(max(positive) / min(positive))
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 3 else (1,)))  # noqa: PLR2004 -- nine ticks
+    is_narrow = max(positive) < _NARROW * min(positive)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if is_narrow else (1,)))
     _format(axes.yaxis, short)
 
 

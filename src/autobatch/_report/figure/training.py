@@ -19,7 +19,6 @@ from autobatch._report.figure.style import (
     count,
     cut,
     drawable,
-    factor,
     heading,
     ring,
     shade_failing,
@@ -27,8 +26,9 @@ from autobatch._report.figure.style import (
     size_axis,
     value_axis,
 )
+from autobatch._report.tables import spread
 from autobatch._report.tradeoff import NoiseRange, is_of
-from autobatch._report.units import BYTES, SECONDS, percent, unit_for
+from autobatch._report.units import BYTES, SECONDS, counted, factor, multiple, percent, unit_for
 from autobatch._throughput import latest_by_size
 
 if TYPE_CHECKING:
@@ -45,7 +45,6 @@ _ROW_HEIGHT: Final = 0.075  # of the axes
 _FAR: Final = 4  # times its neighbor; beyond, a size is not shown
 _TOP: Final = 2.5  # times the chosen; longer times leave the panel
 _WORTH_CHANGING: Final = 0.97  # times the chosen; a longer time is about the same
-_SMALL: Final = 0.1  # times the chosen; below, fixed decimals show too few digits
 
 
 def speed_panel(axes: Axes, report: TuningReport) -> None:
@@ -140,7 +139,10 @@ def compared_panel(axes: Axes, report: TuningReport) -> None:
     chosen = f"{size} chosen" if is_worth_changing else f"{size} chosen: about the shortest time"
     ring(axes, shown.index(plan), 1.0, chosen)
     if is_worth_changing:
-        label = f"{count(rows[best].effective_batch_size)} per update: {_time_of(rows[best])}"
+        label = (
+            f"{count(rows[best].effective_batch_size)} per update: {multiple(times[best])} the time "
+            f"({spread(rows[best])})"
+        )
         axes.plot(xs[best], times[best], "o", color=GREEN, ms=10, zorder=5, label=label)
     _near_shortest(axes, report)
     lows = [row.relative_time_low or 0.0 for row in rows]
@@ -167,15 +169,6 @@ def _near_shortest(axes: Axes, report: TuningReport) -> None:
         label = "within 10 % of the shortest time"
         start, end = near[0] - 0.5, near[-1] + 0.5
         axes.axvspan(start, end, color=GREEN, alpha=0.1, linewidth=0, zorder=0, label=label)
-
-
-def _time_of(row: EffectiveRow) -> str:
-    low, high = row.relative_time_low or 0.0, row.relative_time_high or 0.0
-    return f"{_times(row.relative_time or 0.0, 2)}× the time ({_times(low, 1)}–{_times(high, 1)}×)"
-
-
-def _times(value: float, decimals: int) -> str:
-    return f"{value:.{decimals}f}" if value >= _SMALL else f"{value:.1g}"
 
 
 def _shown_rows(report: TuningReport) -> tuple[EffectiveRow, ...]:
@@ -288,8 +281,8 @@ def _speed_by(report: TuningReport) -> str:
         return ""
     updates = [row.updates for row in report.sizes if row.updates is not None]
     if not updates:
-        steps = report.settings.steps_per_trial
-        return f"Speed: median step of a trial of {steps} optimizer step{'s' if steps > 1 else ''}."
+        steps = counted(report.settings.steps_per_trial, "optimizer step")
+        return f"Speed: median step of a trial of {steps}."
     by_trial = [str(row.batch_size) for row in report.sizes if row.updates is None]
     but = f"; at {', '.join(by_trial)}, steps of a trial only" if by_trial else ""
     return f"Speed: median of {between(updates)} timed updates of each size, bars 10–90 %{but}."
@@ -303,9 +296,9 @@ def _loss_by(report: TuningReport) -> str:
     if noise is None or scale is None or not is_compared(report):
         return f"Time to the same loss: not estimated; {_no_estimate(noise)}."
     return (
-        f"Time to the same loss: estimated from a gradient noise scale of about {short(scale.samples)} "
-        f"(updates {noise.first_update:,}–{noise.last_update:,}); band: for one of "
-        f"{short(scale.low)}–{short(scale.high)}. Assumes that the learning rate is retuned. "
+        "Time to the same loss: estimated from a gradient noise scale of about "
+        f"{short(scale.samples)} (updates {noise.first_update:,}–{noise.last_update:,}); band: for "
+        f"one of {short(scale.low)}–{short(scale.high)}. Assumes that the learning rate is retuned. "
         "Estimates: they compare batch sizes, and do not predict how long a run takes."
     )
 
@@ -320,7 +313,7 @@ def _no_estimate(noise: NoiseReading | None) -> str:
             )
         case "at_least":
             least = short(noise.samples or 0)
-            return f"the gradient noise scale is at least {least}; batches are too small to measure more"
+            return f"the gradient noise scale is at least {least}; updates are too small for more"
         case "unavailable":
             reason = f": {drawable(noise.reason).rstrip('.')}" if noise.reason else ""
             return f"the gradient noise scale could not be measured{reason}"
