@@ -24,7 +24,7 @@ STEP_SECONDS, SAMPLE_SECONDS = 0.02, 0.001  # of the paper clock
 
 
 @dataclass(frozen=True)
-class QuadraticFit:
+class Curve:
     """Bytes of a training step over its batch size.
 
     Args:
@@ -161,7 +161,7 @@ def truth(peak, ends=ENDS, budget=BUDGET):
 
 def straight(maxima):
     for largest, fixed in itertools.product(maxima, (0.0, 0.5)):
-        yield QuadraticFit("straight", f"fixed {fixed:.0%}", largest, line(largest, fixed))
+        yield Curve("straight", f"fixed {fixed:.0%}", largest, line(largest, fixed))
 
 
 def profiled(maxima):
@@ -176,7 +176,7 @@ def profiled(maxima):
 
         peak = lambda size, profile=profile: max(profile(size))  # noqa: E731
         name = f"plateau {plateau:.0%}"
-        yield QuadraticFit("with profiles", name, truth(peak), peak, profile=profile)
+        yield Curve("with profiles", name, truth(peak), peak, profile=profile)
 
 
 def pairs(maxima):
@@ -191,7 +191,7 @@ def pairs(maxima):
         peak = lambda size, profile=profile: max(profile(size))  # noqa: E731
         kind = "all pairs, with profiles" if is_seen else "all pairs"
         seen = profile if is_seen else None
-        yield QuadraticFit(kind, f"{share:.0%}", truth(peak), peak, profile=seen)
+        yield Curve(kind, f"{share:.0%}", truth(peak), peak, profile=seen)
 
 
 def stepwise(maxima):
@@ -200,13 +200,13 @@ def stepwise(maxima):
     for largest in maxima:
         below = line(largest, 0.2)
         peak = lambda size, below=below: -(-below(size) // grain) * grain  # noqa: E731
-        yield QuadraticFit("step-wise", "20 MiB", truth(peak), peak)
+        yield Curve("step-wise", "20 MiB", truth(peak), peak)
 
 
 def late_state(maxima):
     for largest in maxima:
         state = ROOM // 3
-        yield QuadraticFit("state after step 1", "a third", largest, line(largest, 0.4), state)
+        yield Curve("state after step 1", "a third", largest, line(largest, 0.4), state)
 
 
 def jumping(maxima):
@@ -216,7 +216,7 @@ def jumping(maxima):
         def peak(size, below=below, height=height, start=at * largest):
             return below(size) + (int(ROOM * height) if size >= start else 0)
 
-        yield QuadraticFit("jump", f"{height:.0%} at {at:.0%}", truth(peak), peak)
+        yield Curve("jump", f"{height:.0%} at {at:.0%}", truth(peak), peak)
 
 
 def cliffs(maxima):
@@ -226,7 +226,7 @@ def cliffs(maxima):
         peak = lambda size, low=low, at=largest: (  # noqa: E731
             low(size) if size <= at else 2 * BUDGET
         )
-        yield QuadraticFit("cliff", "at half of the line", largest, peak)
+        yield Curve("cliff", "at half of the line", largest, peak)
 
 
 def plateaus(maxima):
@@ -235,7 +235,7 @@ def plateaus(maxima):
         peak = lambda size, rising=rising, low=int(knee * largest): (  # noqa: E731
             rising(max(size, low))
         )
-        yield QuadraticFit("plateau", f"up to {knee:.0%}", largest, peak)
+        yield Curve("plateau", f"up to {knee:.0%}", largest, peak)
 
 
 def humps(maxima):
@@ -244,13 +244,13 @@ def humps(maxima):
         peak = lambda size, smooth=smooth, n=largest: (  # noqa: E731
             smooth(size) + int(0.2 * ROOM * (0.3 < size / n < 0.4))
         )
-        yield QuadraticFit("hump", "a fifth", largest, peak)
+        yield Curve("hump", "a fifth", largest, peak)
 
 
 def noises(maxima):
     for largest, seed in itertools.product(maxima, range(5)):
         peak = line(largest, 0.1)
-        yield QuadraticFit("noise of 1 %", f"seed {seed}", largest, peak, noise=0.01, seed=seed)
+        yield Curve("noise of 1 %", f"seed {seed}", largest, peak, noise=0.01, seed=seed)
 
 
 def neighbours(maxima):
@@ -258,14 +258,14 @@ def neighbours(maxima):
     for largest in maxima:
         peak = line(largest, 0.1)
         true = truth(peak, budget=BUDGET - ROOM // 4)
-        yield QuadraticFit("others take memory", "a quarter", true, peak, foreign=0.25)
+        yield Curve("others take memory", "a quarter", true, peak, foreign=0.25)
 
 
 def extremes(_):
-    yield QuadraticFit("nothing fits", "", 0, lambda size: 2 * BUDGET + size)
-    yield QuadraticFit("only 1 fits", "", 1, line(1))
+    yield Curve("nothing fits", "", 0, lambda size: 2 * BUDGET + size)
+    yield Curve("only 1 fits", "", 1, line(1))
     for ends in (1000, 20_000):
-        yield QuadraticFit("all of it fits", f"{ends:,}", ends, line(10**6, 0.1), ends=ends)
+        yield Curve("all of it fits", f"{ends:,}", ends, line(10**6, 0.1), ends=ends)
 
 
 def curves(maxima=MAXIMA):

@@ -453,7 +453,7 @@ def wandb(tmp_path, monkeypatch):
 
 def records(path):
     """Return the protobuf records of an offline run, in blocks of 32 KiB as in LevelDB."""
-    record = importlib.import_module("wandb.proto.wandb_internal_pb2").TrialHistory
+    record = importlib.import_module("wandb.proto.wandb_internal_pb2").Record
     content, at, parts = path.read_bytes(), 7, []
     while at + 7 <= len(content):
         if (left := 2**15 - at % 2**15) < 7:
@@ -473,11 +473,11 @@ def items(update):
 
 @pytest.mark.slow
 def test_wandb_gets_hyperparameters_table_summary_and_files(tmp_path, wandb):
-    class TrainingSteps(Named):
+    class LogsSteps(Named):
         def on_train_start(self):
             self.logger.experiment.log({"mine": 5}, step=0)
 
-    report = fit(wandb, model=TrainingSteps())
+    report = fit(wandb, model=LogsSteps())
 
     directory = Path(wandb.experiment.dir)
     # Unlike `finish`, it waits until the process that writes the run ends

@@ -378,7 +378,7 @@ def test_other_settings_of_the_accumulation_are_refused_with_a_remedy(options, p
 
 
 def test_retuning_leaves_accumulation_to_manual_optimization():
-    class SingleProcess(Model):
+    class StepsAlone(Model):
         def __init__(self):
             super().__init__()
             self.automatic_optimization = False
@@ -401,7 +401,7 @@ def test_retuning_leaves_accumulation_to_manual_optimization():
     callback = tuner(retune_at_epochs=[1])
     fitted = trainer(callback, max_epochs=2)
 
-    fitted.fit(SingleProcess(), loader())
+    fitted.fit(StepsAlone(), loader())
 
     assert callback.report.plan.accumulate_grad_batches > 1
     assert fitted.accumulate_grad_batches == 1

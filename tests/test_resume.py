@@ -290,7 +290,7 @@ def test_a_second_fit_searches_if_the_plan_no_longer_fits():
     verified = callback._last.model_copy(update={"plan": PLAN})
     callback._last = verified
 
-    callback._asked.device.foreign = "200KiB"
+    callback._arguments.device.foreign = "200KiB"
     trainer(callback).fit(Model(), loader())
 
     assert callback.report.plan.effective_batch_size == 120

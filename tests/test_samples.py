@@ -287,7 +287,7 @@ class Pair(NamedTuple):
     label: Any
 
 
-class TrialHistory(UserDict):
+class Record(UserDict):
     pass
 
 
@@ -310,7 +310,7 @@ def comparable(part):
         lambda i: (torch.full((2,), i), i, float(i), f"sample {i}"),
         lambda i: {"image": torch.full((2,), i), "more": {"name": b"ab", "n": [i, i]}},
         lambda i: Pair(np.full((2,), i), np.float32(i)),
-        lambda i: TrialHistory(image=torch.full((2,), i)),
+        lambda i: Record(image=torch.full((2,), i)),
         lambda i: f"sample {i}",
         lambda i: [f"{i}", f"{i}"],
         lambda i: torch.full((), i),

@@ -154,19 +154,19 @@ def test_search_starts_at_the_size_of_the_first_batch():
 
 
 def test_trials_run_the_number_of_samples_in_the_report():
-    class TrainerLimits(Tokens):
+    class CountedTokens(Tokens):
         sizes_seen: list[int] = []  # noqa: RUF012 -- trials do not restore it
 
         def training_step(self, batch, batch_idx):
             self.sizes_seen.append(len(batch[0]))
             return super().training_step(batch, batch_idx)
 
-    report = tokens_tuned().tune(trainer(), TrainerLimits(), by_budget())
+    report = tokens_tuned().tune(trainer(), CountedTokens(), by_budget())
 
     tried = {trial.batch_size for trial in report.trials}
     # The test of splitting takes another batch and its halves
-    assert set(TrainerLimits.sizes_seen) - tried <= {32, 16}
-    assert tried <= set(TrainerLimits.sizes_seen)
+    assert set(CountedTokens.sizes_seen) - tried <= {32, 16}
+    assert tried <= set(CountedTokens.sizes_seen)
 
 
 def test_loader_made_by_a_hook_is_set_each_epoch():

@@ -13,7 +13,7 @@ from autobatch._trials.time_limit import TimeLimit
 from autobatch.errors import DoesNotFitError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from autobatch._settings import Settings
     from autobatch._trials import Trial
@@ -192,11 +192,6 @@ class TrialRunner:
         self._budgets = [result.budget for result in results]
         self.time_limit.now = results[0].now
         return [result.value for result in results]
-
-    def everywhere(self, act: Callable[[], T]) -> Sequence[T]:
-        """Run `act` on every rank and return all results."""
-        with self._ranks.abort_together():
-            return self.gather(act())
 
     def fits(self, batch_size: int) -> bool:
         """Return whether a trial shows that a size fits; run it now if there is time."""
