@@ -13,7 +13,7 @@ subprocess that imports the package of the given checkout. Counted are:
   use a name with "target", in the order of their first call. Files entered are the distinct files,
   returns are changes to a file that was left before;
 - tests with private names: test functions that use a name imported from a private module, or a
-  private name, directly or through a function of their file.
+  private name, directly or through a function of their file; `autobatch.__main__` is public.
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ def is_private(node: ast.ImportFrom, alias: ast.alias) -> bool:
     module = (node.module or "").split(".")
     if module[0] != "autobatch":
         return False
-    return any(part.startswith("_") for part in (*module, alias.name))
+    names = (*module, alias.name)
+    return any(name.startswith("_") and not name.endswith("__") for name in names)
 
 
 def private_names(tree: ast.Module) -> set[str]:

@@ -30,7 +30,8 @@ from torch.nn import functional as F
 
 import autobatch
 from autobatch._memory.host import HostProbe
-from autobatch._report.tradeoff import Costs, NoiseRange
+from autobatch._report.tradeoff import Costs
+from autobatch.report import NoiseRange
 
 WIDTHS = (64, 96, 96, 10)
 TRAINED = 1257  # originals; the rest is held out

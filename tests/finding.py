@@ -7,9 +7,9 @@ import torch
 import autobatch
 from autobatch._find import PlainLoop
 from autobatch._memory import memory_budget
-from autobatch._settings import Settings
 from autobatch._trials.measure import run_trial
 from autobatch._tune import tune
+from autobatch.report import Settings
 from contexts import IdenticalRanks, trial_context
 from networks import Perceptron
 from nvml_standin import Card, FakeGpu

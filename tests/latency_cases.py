@@ -5,10 +5,8 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 import autobatch
-from autobatch import TuningReport
-from autobatch._latency import Latency
-from autobatch._plan import BatchPlan
-from autobatch._trials import Outcome, Trial
+from autobatch import BatchPlan, Outcome, Trial, TuningReport
+from autobatch.report import Latency
 from autobatch.testing import PaperDevice
 from report_examples import GIB, example
 from report_examples import settings as report_settings

@@ -6,15 +6,8 @@ import dataclasses
 
 from hypothesis import strategies as st
 
-from autobatch._noise import NoiseReading
-from autobatch._plan import BatchPlan
-from autobatch._report import Device, TuningReport
-from autobatch._report.notes import Look
-from autobatch._report.tradeoff import LearningRateRule
-from autobatch._settings import Settings
-from autobatch._throughput import CurvePoint
-from autobatch._throughput.loading import Loading
-from autobatch._trials import Outcome, Trial
+from autobatch import BatchPlan, NoiseReading, Outcome, Trial, TuningReport
+from autobatch.report import CurvePoint, Device, LearningRateRule, Loading, Look, Settings
 
 GIB = 2**30
 

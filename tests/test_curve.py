@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import autobatch
-from autobatch._plan import BatchPlan
+from autobatch import BatchPlan
 from autobatch._report.notes import TuningResult, notes
 from autobatch._throughput.curve import curve_sizes, enough, in_turns, point
 from autobatch._trials.timing import Timing

@@ -17,18 +17,12 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.text import Text
 
-from autobatch import sinks
-from autobatch._latency import Latency
-from autobatch._noise import NoiseReading
-from autobatch._plan import BatchPlan
-from autobatch._report import Device
+from autobatch import BatchPlan, NoiseReading, Outcome, Trial, sinks
 from autobatch._report.figure import style
 from autobatch._report.figure.style import count, short
-from autobatch._report.tradeoff import LearningRateRule
 from autobatch._report.units import factor
-from autobatch._throughput import CurvePoint
-from autobatch._trials import Outcome, Trial
 from autobatch.errors import AutobatchError
+from autobatch.report import CurvePoint, Device, Latency, LearningRateRule
 from report_examples import GIB, example, settings, with_noise
 
 REFERENCES = Path(__file__).parent / "snapshots" / "figures"

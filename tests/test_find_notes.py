@@ -7,7 +7,7 @@ import torch
 
 import autobatch
 from autobatch import BatchPlan
-from autobatch._report.tradeoff import LearningRateRule
+from autobatch.report import LearningRateRule
 from autobatch.testing import SimulatedAccelerator
 from finding import perceptron
 

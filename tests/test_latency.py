@@ -9,17 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import autobatch
-from autobatch import TuningReport
-from autobatch._latency import (
-    Latency,
-    cameras,
-    enough_calls,
-    knee,
-    largest_within,
-    slowest,
-    stream,
-)
-from autobatch._plan import BatchPlan
+from autobatch import BatchPlan, TuningReport
+from autobatch._latency import cameras, enough_calls, knee, largest_within, slowest, stream
+from autobatch.report import Latency
 from latency_cases import Paper, answered, found, latency, measured, spans, steady
 
 

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 import autobatch
-from autobatch import TuningReport
-from autobatch._plan import BatchPlan
+from autobatch import BatchPlan, TuningReport
 from autobatch._report.layout import ASCII
 from autobatch.sinks import to_markdown
 from latency_cases import Paper, answered, found, measured, noted, spans, steady

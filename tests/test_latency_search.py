@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import autobatch
+from autobatch import BatchPlan
 from autobatch._latency.search import SECONDS_TIMED, KnownTimes
-from autobatch._plan import BatchPlan
 from autobatch.testing import SimulatedAccelerator
 from latency_cases import Paper, found, measured, noted, spans, steady
 from sameness import same

@@ -8,7 +8,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from autobatch._report.notes import waiting
-from autobatch._throughput.loading import Loading, loading_watch
+from autobatch._throughput.loading import loading_watch
+from autobatch.report import Loading
 from autobatch.sinks import to_markdown
 from report_examples import example
 

@@ -5,7 +5,7 @@ import re
 import sys
 from html.parser import HTMLParser
 
-from autobatch._report import Device
+from autobatch.report import Device
 from report_examples import GIB, example, with_noise
 
 

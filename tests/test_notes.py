@@ -6,11 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autobatch._plan import BatchPlan
-from autobatch._report.notes import Bound, Look, TuningResult, notes, tightest_bound
-from autobatch._report.tradeoff import LearningRateRule
-from autobatch._throughput import CurvePoint
-from autobatch._trials import Outcome, Trial
+from autobatch import BatchPlan, Outcome, Trial
+from autobatch._report.notes import Bound, TuningResult, notes, tightest_bound
+from autobatch.report import CurvePoint, LearningRateRule, Look
 
 
 def drifted(drift):

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
+from autobatch import BatchPlan
 from autobatch._accumulation import BatchNorms, Splitting
-from autobatch._plan import BatchPlan
 from autobatch._report.notes import (
     accumulation_costs,
     batch_norm,
@@ -11,7 +11,7 @@ from autobatch._report.notes import (
     stretched_schedule,
     usual_learning_rate,
 )
-from autobatch._report.tradeoff import LearningRateRule
+from autobatch.report import LearningRateRule
 
 
 @pytest.mark.parametrize(

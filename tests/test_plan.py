@@ -6,10 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autobatch import _plan
-from autobatch._plan import BatchPlan, nearest, per_rank
-from autobatch._throughput import StepTimes
-from autobatch._trials import Outcome, Trial
+from autobatch import BatchPlan, Outcome, Trial, _plan
+from autobatch._plan import nearest, per_rank
+from autobatch.report import StepTimes
 
 counts = st.integers(1, 5000)
 

@@ -18,7 +18,7 @@ from autobatch import sinks
 from autobatch._memory import detect
 from autobatch._report.layout import UNICODE, terminal
 from autobatch._report.text import completed
-from autobatch._report.tradeoff import LearningRateRule
+from autobatch.report import LearningRateRule
 from autobatch.testing import SimulatedAccelerator
 from report_examples import example, full_example
 from test_architecture import LAYER, PUBLIC

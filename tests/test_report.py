@@ -10,14 +10,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from autobatch._noise import NoiseReading
-from autobatch._plan import BatchPlan
-from autobatch._report import TuningReport
+from autobatch import BatchPlan, NoiseReading, Outcome, Trial, TuningReport
 from autobatch._report.layout import ASCII, UNICODE, terminal
-from autobatch._report.notes import Look
 from autobatch._report.text import completed
 from autobatch._report.units import BYTES, aligned, duration, factor, multiple, percent
-from autobatch._trials import Outcome, Trial
+from autobatch.report import Look
 from autobatch.sinks import json_file, markdown_file, to_markdown
 from conftest import SNAPSHOTS
 from report_examples import GIB, example, full_example, reports, settings

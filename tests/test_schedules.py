@@ -10,7 +10,7 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
 import autobatch
-from autobatch._report.tradeoff import LearningRateRule
+from autobatch.report import LearningRateRule
 from autobatch.testing import SimulatedAccelerator
 from lightning_here import pl, quiet_trainer
 

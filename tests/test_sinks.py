@@ -10,10 +10,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 
-from autobatch import sinks
-from autobatch._report import TuningReport
+from autobatch import Outcome, Trial, TuningReport, sinks
 from autobatch._report.layout import ASCII
-from autobatch._trials import Outcome, Trial
 from report_examples import GIB, example, reports
 
 

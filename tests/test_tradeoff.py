@@ -7,12 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autobatch._noise import NoiseReading
-from autobatch._plan import BatchPlan
+from autobatch import BatchPlan, NoiseReading, Outcome, Trial
 from autobatch._report.tradeoff import (
     Costs,
-    LearningRateRule,
-    NoiseRange,
     best_accumulation,
     best_batch,
     common_rule,
@@ -20,8 +17,8 @@ from autobatch._report.tradeoff import (
     is_of,
     optimum,
 )
-from autobatch._throughput import CurvePoint, StepTimes, fit_line, knee, latest_by_size, speed_rows
-from autobatch._trials import Outcome, Trial
+from autobatch._throughput import fit_line, knee, latest_by_size, speed_rows
+from autobatch.report import CurvePoint, LearningRateRule, NoiseRange, StepTimes
 
 times = st.floats(1e-6, 1e3)
 trials = st.builds(

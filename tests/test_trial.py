@@ -8,9 +8,9 @@ import weakref
 import pytest
 import torch
 
+from autobatch import Outcome, Trial
 from autobatch._distributed import SingleProcess
 from autobatch._memory.cuda import CudaProbe
-from autobatch._trials import Outcome, Trial
 from autobatch._trials.context import TrialContext
 from autobatch._trials.measure import run_trial
 from autobatch._trials.optimizers import OptimizerWatch
