@@ -36,7 +36,7 @@ from pages import table
 TARGET = 1016  # samples per update; a number that occurs nowhere else
 WH_WORDS = re.compile(r"(What|Whether|Where|How|Which|Why)\b")
 # Files that present a report: the folder `_report` without its data, or their former names
-DATA_OF_REPORT = {"__init__.py", "files.py", "schema.py", "tradeoff.py"}
+DATA_OF_REPORT = {"__init__.py", "files.py", "result.py", "schema.py", "tradeoff.py"}
 FORMER_REPORT = {
     "_cautions.py", "_findings.py", "_latency_text.py", "_notebook.py", "_notes.py", "_numbers.py", "_page.py",
     "_tables.py", "_text.py",

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 import autobatch
 from autobatch import BatchPlan
-from autobatch._report.notes import TuningResult, notes
+from autobatch._report.notes import notes
+from autobatch._report.result import TuningResult
 from autobatch._throughput.curve import curve_sizes, enough, in_turns, point
 from autobatch._trials.timing import Timing
 from autobatch.testing import PaperDevice, SimulatedAccelerator

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autobatch import BatchPlan, Outcome, Trial
-from autobatch._report.notes import Bound, TuningResult, notes, tightest_bound
+from autobatch._report.notes import notes
+from autobatch._report.result import Bound, TuningResult, tightest_bound
 from autobatch.report import CurvePoint, LearningRateRule, Look
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from autobatch import BatchPlan
 from autobatch._accumulation import BatchNorms, Splitting
-from autobatch._report.notes import (
+from autobatch._report.accumulation_notes import (
     accumulation_costs,
     batch_norm,
     not_additive,

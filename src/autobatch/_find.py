@@ -14,7 +14,7 @@ from autobatch import _settings
 from autobatch._accumulation import batch_norms
 from autobatch._distributed import current_ranks
 from autobatch._memory.detect import detect
-from autobatch._report.notes import batch_norm, ignores_accumulate, never_stepped
+from autobatch._report.accumulation_notes import batch_norm, ignores_accumulate, never_stepped
 from autobatch._report.tradeoff import common_rule
 from autobatch._settings import Settings
 from autobatch._trials.context import MemoryBudget, TrialContext
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from autobatch._memory import MemoryProbe
     from autobatch._plan import BatchPlan
     from autobatch._report import Task, TuningReport
-    from autobatch._report.notes import Look
+    from autobatch._report.result import Look
     from autobatch._report.tradeoff import LearningRateRule
     from autobatch._search import Search
     from autobatch._trials.time_limit import TimeLimit
@@ -227,7 +227,7 @@ class PlainLoop:
     def learning_rate_rule(self) -> LearningRateRule | None:
         """Return the rule of the optimizers that have stepped and are still alive."""
         alive = self.context.snapshot.alive
-        return common_rule(thing for thing in alive if isinstance(thing, torch.optim.Optimizer))
+        return common_rule([thing for thing in alive if isinstance(thing, torch.optim.Optimizer)])
 
     def largest_samples(self) -> Look | None:
         """Return None: the loop makes its own batches."""

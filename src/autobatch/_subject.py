@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from autobatch._plan import BatchPlan
     from autobatch._report import Task
-    from autobatch._report.notes import Look
+    from autobatch._report.result import Look
     from autobatch._report.tradeoff import LearningRateRule
     from autobatch._trials.time_limit import TimeLimit
     from autobatch._trials.workload import Workload

@@ -21,7 +21,8 @@ from autobatch._plan import (
 )
 from autobatch._report import Device, TuningReport
 from autobatch._report.latency import latency_notes, nothing_within, too_slow_reason
-from autobatch._report.notes import Bound, TuningResult, notes, tightest_bound
+from autobatch._report.notes import notes
+from autobatch._report.result import Bound, TuningResult, tightest_bound
 from autobatch._search.guided import GuidedBisection
 from autobatch._throughput.curve import Throughput, add_to_curve, measure_throughput
 from autobatch._trials.runner import Accumulation, TrialRunner

@@ -12,7 +12,7 @@ from autobatch._latency import Stream, cameras, knee, stream
 from autobatch._noise import NoiseReading  # noqa: TC001 -- pydantic reads it
 from autobatch._report import files
 from autobatch._report.layout import UNICODE, Glyphs, terminal
-from autobatch._report.notes import Look  # noqa: TC001 -- pydantic reads it
+from autobatch._report.result import Look  # noqa: TC001 -- pydantic reads it
 from autobatch._report.schema import (
     CONFIG,
     KINDS,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+import textwrap
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Final
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 WIDTH: Final = 86  # columns
 MARK: Final = "▶"
+_INDENT: Final = 2  # columns
+_JOINT: Final = "\ue000"  # stands for a space that must not end a line
 COLOURED: Final = Theme({"chosen": "bold green", "sign": "bold yellow"})
 UNCOLOURED: Final = Theme({"chosen": "bold", "sign": "bold"})
 
@@ -177,9 +181,17 @@ class _Layout:
     def _notes(self, notes: Sequence[str]) -> RenderableType:
         grid = rich_table.Table.grid(padding=(0, 1))
         for note in notes:
-            grid.add_row(self._text("!", "sign"), self._text(note))
+            lines = wrapped(note, WIDTH - _INDENT - len("! "))
+            grid.add_row(self._text("!", "sign"), self._text("\n".join(lines)))
         return grid
 
 
 def _indented(block: RenderableType) -> RenderableType:
-    return Padding(block, (0, 0, 0, 2))
+    return Padding(block, (0, 0, 0, _INDENT))
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """Return the lines of a text; a number stays on one line with the word after it."""
+    joined = re.sub(r"(?<=\d) (?=\S)", _JOINT, text)
+    lines = textwrap.wrap(joined, width, break_long_words=False, break_on_hyphens=False)
+    return [line.replace(_JOINT, " ") for line in lines]

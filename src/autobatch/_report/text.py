@@ -6,9 +6,11 @@ import math
 from typing import TYPE_CHECKING, Final
 
 from autobatch._memory import format_bytes
+from autobatch._report.accumulation_notes import accumulation_costs
 from autobatch._report.latency import latency_facts, latency_table, percentile_told, within
 from autobatch._report.layout import Fact, Page
-from autobatch._report.notes import accumulation_costs, tightest_bound, waiting
+from autobatch._report.notes import waiting
+from autobatch._report.result import tightest_bound
 from autobatch._report.tables import effective_table, product, speed_table, spread
 from autobatch._report.tradeoff import NoiseRange, is_of
 from autobatch._report.units import counted, duration, percent, plain, rounded
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
     from autobatch._report import TuningReport
     from autobatch._report.layout import Table
-    from autobatch._report.notes import Bound
+    from autobatch._report.result import Bound
     from autobatch._report.tradeoff import EffectiveRow
     from autobatch._throughput import SpeedRow
     from autobatch._trials import Trial

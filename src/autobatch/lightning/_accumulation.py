@@ -18,7 +18,7 @@ from autobatch._accumulation import (
 )
 from autobatch._memory import memory_budget, parse_memory_limit
 from autobatch._memory.ledger import eager
-from autobatch._report.notes import (
+from autobatch._report.accumulation_notes import (
     batch_norm,
     last_window,
     manual_optimization,

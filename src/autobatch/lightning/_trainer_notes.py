@@ -10,7 +10,7 @@ from torch.optim import lr_scheduler
 
 from autobatch._memory import format_bytes
 from autobatch._memory.host import HostMemory
-from autobatch._report.notes import stretched_schedule
+from autobatch._report.accumulation_notes import stretched_schedule
 from autobatch._trials.snapshot import Snapshot
 from autobatch.errors import AutobatchError
 from autobatch.lightning._compat import combined_loader

@@ -22,7 +22,7 @@ from torch.utils.data import (
 )
 
 from autobatch._memory.ledger import unobserved
-from autobatch._report.notes import Look
+from autobatch._report.result import Look
 from autobatch._trials.batches import map_leaves
 from autobatch.lightning._batch_size import sampler_of
 from autobatch.lightning._dataloaders import capture_order

@@ -12,7 +12,7 @@ from autobatch import _settings, sinks
 from autobatch._distributed import current_ranks
 from autobatch._memory.detect import detect
 from autobatch._plan import BatchPlan
-from autobatch._report.notes import never_stepped
+from autobatch._report.accumulation_notes import never_stepped
 from autobatch._report.tradeoff import common_rule
 from autobatch._trials.context import MemoryBudget, TrialContext
 from autobatch._trials.optimizers import OptimizerWatch
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
     from autobatch._memory import MemoryProbe
     from autobatch._report import Task, TuningReport
-    from autobatch._report.notes import Look
+    from autobatch._report.result import Look
     from autobatch._report.tradeoff import LearningRateRule
     from autobatch._search import Search
     from autobatch._settings import Settings

@@ -1,0 +1,182 @@
+"""Notes on side effects of accumulation, and on optimizer steps in trials."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from autobatch._report.units import counted, factor, percent
+
+if TYPE_CHECKING:
+    from autobatch._accumulation import BatchNorms, Splitting
+    from autobatch._plan import BatchPlan
+    from autobatch._report.tradeoff import LearningRateRule
+
+_STEADY_BATCH: Final = 16  # samples; statistics of smaller batches are noisy
+_FAR_ABOVE_BEST: Final = 2  # times the best accumulation: the accuracy of its estimate
+
+
+def batch_norm(norms: BatchNorms, plan: BatchPlan) -> tuple[str, ...]:
+    """Note layers that normalize over a micro-batch instead of the effective batch."""
+    if plan.accumulate_grad_batches == 1:
+        return ()
+    found = []
+    if norms.alone:
+        found.append(_statistics(norms.alone, "BatchNorm", plan.micro_batch_size, plan))
+    if norms.together:
+        samples = plan.micro_batch_size * plan.world_size
+        found.append(_statistics(norms.together, "SyncBatchNorm", samples, plan))
+    return tuple(found)
+
+
+def _statistics(layers: int, kind: str, samples: int, plan: BatchPlan) -> str:
+    use, their = ("layer uses", "its") if layers == 1 else ("layers use", "their")
+    note = (
+        f"{layers} {kind} {use} the statistics of {counted(samples, 'sample')}, "
+        f"not {plan.effective_batch_size:,}"
+    )
+    if samples >= _STEADY_BATCH:
+        return f"{note}."
+    return (
+        f"{note}, and {their} running averages move {plan.accumulate_grad_batches:,} times per "
+        f"update. Micro-batches of {_STEADY_BATCH} or more, or GroupNorm, are steadier."
+    )
+
+
+def not_additive(splitting: Splitting, plan: BatchPlan) -> str:
+    """Note a loss that is not a mean over samples."""
+    whole, parts = plan.effective_batch_size, plan.accumulate_grad_batches
+    if splitting.is_sum:
+        return (
+            "The loss adds its samples up instead of averaging them: accumulated over "
+            f"{parts:,} micro-batches, its gradient is 1/{parts:,} of the gradient of one batch "
+            f"of {whole:,}."
+        )
+    return (
+        f"Splitting a batch of {splitting.samples} changed its gradient by "
+        f"{percent(splitting.change)}: the loss compares samples with each other, or averages over "
+        "something else, such as tokens. Accumulating does not reproduce a batch of "
+        f"{whole:,}: use larger micro-batches, or divide sums by the total of the whole update."
+    )
+
+
+def not_tested(seconds: float) -> str:
+    """Note that the time limit left the splitting test out."""
+    return (
+        f"time_limit={seconds:g} seconds left no time to test whether micro-batches give the "
+        "gradient of one batch."
+    )
+
+
+def usual_learning_rate(rule: LearningRateRule, ratio: float) -> str:
+    """Return the usual change of a learning rate for a change of the effective batch size."""
+    change = factor(rule.factor(ratio))
+    return (
+        f"{rule.optimizer} usually wants about {change} the learning rate for that "
+        f"({rule.rule} rule)."
+    )
+
+
+def stretched_schedule(
+    scheduler: str, updates: int | None, before: BatchPlan, plan: BatchPlan
+) -> str | None:
+    """Note a learning-rate schedule in updates; `updates` is its length, if known."""
+    old, new = before.effective_batch_size, plan.effective_batch_size
+    if old == new:
+        return None
+    if updates is None:
+        return (
+            f"{scheduler} counts updates, each of {new:,} samples now instead of {old:,}; "
+            "a length from trainer.estimated_stepping_batches would adapt."
+        )
+    return (
+        f"{scheduler} counts updates: its {updates:,} steps now cover {updates * new:,} samples "
+        f"instead of {updates * old:,}."
+    )
+
+
+def accumulation_costs(plan: BatchPlan, best: float, optimizer_share: float) -> str | None:
+    """Note a plan that accumulates far more than the estimated best accumulation.
+
+    Args:
+        plan: The chosen plan.
+        best: Accumulation with the shortest time to the same loss; below 1, it costs time.
+        optimizer_share: Share of the optimizer in an update of one micro-batch.
+    """
+    best = max(1.0, best)
+    if plan.accumulate_grad_batches <= _FAR_ABOVE_BEST * best:
+        return None
+    return (
+        f"Accumulating more than ×{best:.0f} would likely cost time: it only saves optimizer "
+        f"steps, {percent(optimizer_share)} of an update without accumulation."
+    )
+
+
+# Optimizer steps in trials
+
+
+def never_stepped() -> str:
+    """Note trials that computed gradients without an optimizer step."""
+    return (
+        "Trials computed gradients, but no torch.optim optimizer stepped in them: the peak does "
+        "not include optimizer state, and an update may take longer than timed. Ignore this if "
+        "something else updates the weights."
+    )
+
+
+def ignores_accumulate(plan: BatchPlan) -> str | None:
+    """Note a loop that steps its optimizer after each backward pass in spite of accumulation."""
+    times, whole = plan.accumulate_grad_batches, plan.effective_batch_size
+    if times == 1:
+        return None
+    return (
+        "Asked to accumulate, the loop still stepped its optimizer after every backward pass: if "
+        f"each is one micro-batch, an update has {whole // times:,} samples instead of {whole:,}, "
+        f"and an epoch {times:,} times as many updates. Step after `accumulate` backward passes."
+    )
+
+
+def manual_optimization(plan: BatchPlan) -> str | None:
+    """Note a module with manual optimization, which has to accumulate by itself."""
+    if plan.accumulate_grad_batches == 1:
+        return None
+    return (
+        f"This module uses manual optimization: to reach {plan.effective_batch_size:,} samples per "
+        f"update its training_step has to step every {plan.accumulate_grad_batches:,} "
+        "micro-batches. Trials ran it as it steps now."
+    )
+
+
+def repeated_closures(plan: BatchPlan) -> str | None:
+    """Note an optimizer that evaluates its closure several times in a step."""
+    if plan.accumulate_grad_batches == 1:
+        return None
+    return (
+        "LBFGS evaluates the last micro-batch of an update several times, and Lightning adds up "
+        "the gradients of all evaluations: give a target_batch_size that fits at once."
+    )
+
+
+def last_window(plan: BatchPlan, micro_batches: int, samples: int) -> str | None:
+    """Note the weights that Lightning gives to the last update of an epoch.
+
+    Args:
+        plan: The chosen plan.
+        micro_batches: Micro-batches in the last update.
+        samples: Samples in its last micro-batch.
+    """
+    whole, size = plan.accumulate_grad_batches, plan.micro_batch_size
+    sentences = []
+    if micro_batches < whole:
+        made = f"{micro_batches:,} micro-batch{'es' if micro_batches > 1 else ''}"
+        sentences.append(
+            f"The last update of an epoch is made of {made} instead of {whole:,}, and Lightning "
+            f"still divides by {whole:,}: its gradient is {100 * micro_batches / whole:.3g} % of "
+            "what it should be"
+        )
+    if samples < size and micro_batches > 1:
+        sentences.append(
+            f"The last micro-batch of an epoch has {samples:,} of {size:,} samples, and Lightning "
+            f"counts it as a full one: its samples weigh {size / samples:.3g} times as much as "
+            "others"
+        )
+    return f"{'. '.join(sentences)}; repair_last_window=True corrects it." if sentences else None
