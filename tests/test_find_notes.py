@@ -83,7 +83,7 @@ def remarks_about(train, **options):
     report = autobatch.find(
         train, device=SimulatedAccelerator("100MiB"), memory_limit=1.0, **options
     )
-    about = ("Trials computed gradients", "Asked to accumulate")
+    about = ("Trials computed gradients", "The loop stepped its optimizer")
     return [note for note in report.notes if note.startswith(about)]
 
 

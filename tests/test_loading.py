@@ -150,7 +150,7 @@ def test_loaders_that_override_iteration_are_timed():
     ("wait", "note"),
     [
         (0.1, None),
-        (0.31, "Data loading took 31 % of the time: more workers before more batch."),
+        (0.31, "Data loading took 31 % of the time: raise num_workers before the batch size."),
     ],
 )
 def test_waiting_is_noted_above_a_tenth_of_the_time(wait, note):

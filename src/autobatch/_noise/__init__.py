@@ -85,7 +85,7 @@ class Window:
 
     @property
     def is_finite(self) -> bool:
-        """False after an overflow, as of a scaled loss."""
+        """False after an overflow, for example of a scaled loss."""
         return math.isfinite(self.small) and math.isfinite(self.big)
 
 

@@ -101,14 +101,14 @@ class NoiseWatch:
         self._usual_passes = 0  # backward passes of the last measured update
         self._is_partial = False  # an input of this update has fewer samples
         self._batch_axis: int | None = None  # of the model's inputs
-        self._is_left = False
+        self._has_ended = False
 
     @property
     def reading(self) -> NoiseReading:
         """The noise scale measured so far."""
         reading = self._record.reading
         # Before the end, the first update may still come
-        if reading.state == "settling" and self._is_left and not self._record.updates:
+        if reading.state == "settling" and self._has_ended and not self._record.updates:
             return NoiseReading("unavailable", reason=self._reason_without_updates())
         return reading
 
@@ -124,7 +124,7 @@ class NoiseWatch:
             raise RuntimeError(
                 "This noise_scale() is entered already; call noise_scale() for another."
             )
-        self._is_left = False
+        self._has_ended = False
         self._find_ranks()
         self._give_up_at(obstacle(self._model, self._optimizer))
         self._handles = [register_optimizer_step_pre_hook(self._before_step)]
@@ -136,7 +136,7 @@ class NoiseWatch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._is_left = True
+        self._has_ended = True
         self._hook.close()
         while self._handles:
             self._handles.pop().remove()

@@ -26,7 +26,7 @@ def within(limit: LatencyLimit) -> str:
     return f"within {duration(limit.seconds)}"
 
 
-def percentile_told(limit: LatencyLimit, latencies: Sequence[Latency], chosen: int) -> str:
+def percentile_comment(limit: LatencyLimit, latencies: Sequence[Latency], chosen: int) -> str:
     """Return the share of calls that has to meet the limit, or the number of calls if few."""
     row = _row(latencies, chosen)
     if row is not None and not is_below_slowest(row.calls, limit.percentile):

@@ -314,4 +314,4 @@ def waiting(loading: Loading | None) -> str | None:
     if loading.wait_seconds + loading.step_seconds < _LEAST_MEASURED:
         return None
     share = percent(loading.share)
-    return f"Data loading took {share} of the time: more workers before more batch."
+    return f"Data loading took {share} of the time: raise num_workers before the batch size."

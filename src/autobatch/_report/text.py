@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from autobatch._memory import format_bytes
 from autobatch._report.accumulation_notes import accumulation_costs
-from autobatch._report.latency import latency_facts, latency_table, percentile_told, within
+from autobatch._report.latency import latency_facts, latency_table, percentile_comment, within
 from autobatch._report.layout import Fact, Page
 from autobatch._report.notes import waiting
 from autobatch._report.result import tightest_bound
@@ -90,7 +90,7 @@ def _comment(report: TuningReport) -> str:
     target, got = report.settings.target_batch_size, report.plan.effective_batch_size
     limit = report.settings.limit_on_latency
     if limit is not None:
-        return percentile_told(limit, report.latencies, report.plan.micro_batch_size)
+        return percentile_comment(limit, report.latencies, report.plan.micro_batch_size)
     if target is None:
         return _among_sizes(report)
     if target == got:
