@@ -446,7 +446,7 @@ def test_retuning_that_keeps_the_plan_leaves_no_trace():
     by_hand = run(size=plan.micro_batch_size, accumulate=plan.accumulate_grad_batches)
 
     assert "Tuned again at epoch 2, for the effective batch of 59." in (callback.report.notes)
-    assert callback._run.first.plan == plan
+    assert callback._run.first_report.plan == plan
     assert same(tuned, by_hand)
 
 

@@ -117,11 +117,11 @@ def test_ranks_of_a_machine_share_host_memory(host):
     host(available=10 * MIB)
     things = [nn.Linear(1000, 1000, bias=False)]
 
-    assert loaders.room_for_copy(things, 2) == 4 * 10**6
+    assert loaders.checked_copy_bytes(things, 2) == 4 * 10**6
     with pytest.raises(
         autobatch.AutobatchError, match=r"host: 3\.8 MiB on each of 3 ranks, where 10"
     ):
-        loaders.room_for_copy(things, 3)
+        loaders.checked_copy_bytes(things, 3)
 
 
 def test_nothing_is_refused_if_host_memory_is_unknown(host):
@@ -134,12 +134,12 @@ def test_nothing_is_refused_if_host_memory_is_unknown(host):
 
 
 def test_a_copy_of_more_than_a_gibibyte_is_noted():
-    assert loaders.copied(GIB, 1) is None
-    assert loaders.copied(3 * GIB, 1) == (
+    assert loaders.copy_note(GIB, 1) is None
+    assert loaders.copy_note(3 * GIB, 1) == (
         "To restore everything, tuning kept a copy of parameters, buffers, gradients and optimizer state on the "
         "host: 3 GiB."
     )
-    assert "host: 3 GiB on each of 2 ranks." in loaders.copied(3 * GIB, 2)
+    assert "host: 3 GiB on each of 2 ranks." in loaders.copy_note(3 * GIB, 2)
 
 
 def test_a_large_copy_is_noted_in_the_report(monkeypatch):
@@ -155,7 +155,7 @@ def test_batches_too_large_for_shared_memory_are_noted(host):
     host(shared=64 * MIB)
     loader = SimpleNamespace(num_workers=4, prefetch_factor=2)
 
-    note = loaders.ahead(loader, 512, 12 * GIB // 10 // 512, 1)
+    note = loaders.prefetch_note(loader, 512, 12 * GIB // 10 // 512, 1)
 
     assert note == (
         "num_workers=4 × prefetch_factor=2 × batches of 512 (1.2 GiB each) would need 9.6 GiB of shared memory, and "
@@ -167,13 +167,13 @@ def test_batches_too_large_for_the_host_are_noted(host):
     host(available=GIB)
     loader = SimpleNamespace(num_workers=4, prefetch_factor=2)
 
-    note = loaders.ahead(loader, 128, MIB, 2)
+    note = loaders.prefetch_note(loader, 128, MIB, 2)
 
     assert note == (
         "num_workers=4 × prefetch_factor=2 × batches of 128 (128 MiB each) would need 1 GiB of host memory on each of "
         "2 ranks, and 1 GiB are available: lower one of the two."
     )
-    assert loaders.ahead(loader, 128, MIB, 1) is None
+    assert loaders.prefetch_note(loader, 128, MIB, 1) is None
 
 
 def test_a_loader_without_workers_prefetches_nothing(host):
@@ -181,7 +181,7 @@ def test_a_loader_without_workers_prefetches_nothing(host):
 
     loader = SimpleNamespace(num_workers=0, prefetch_factor=None)
 
-    assert loaders.ahead(loader, 512, GIB, 1) is None
+    assert loaders.prefetch_note(loader, 512, GIB, 1) is None
 
 
 @pytest.mark.parametrize(("shared", "noted"), [(8 * KIB, True), (9 * KIB, False)])

@@ -59,9 +59,9 @@ class LatencySearch:
         self._trials = trials
         self._timer = LatencyTimer(trials.workload, trials.context)
         self._enough = enough_calls(limit.percentile)
-        # Seconds of a call: the first one is not timed
+        # Longest call of which two, a warm-up and a timed one, fit into the time
         self._longest = min(limit.seconds, _FOR_ANSWER * SECONDS_TIMED / 2)
-        self._refused: frozenset[int] = frozenset()  # out of memory when they were timed
+        self._out_of_memory: frozenset[int] = frozenset()  # when they were timed
         self._spent = 0.0  # seconds of the rank that spent most
         self._is_out_of_time = False
         self._lacks_trials = False
@@ -89,7 +89,7 @@ class LatencySearch:
             return TooSlow(size, step)
         # A few quick steps may have been disturbed: calls decide
         latency = self._latency(size)
-        if latency is None and self._has_time(size, FEWEST_CALLS):
+        if latency is None and self._check_time(size, FEWEST_CALLS):
             self._time_turn(size)
             latency = self._latency(size)
         if latency is None or min(latency.p50_seconds, latency.at_percentile_seconds) <= limit:
@@ -144,7 +144,7 @@ class LatencySearch:
             size = known.next_size(affordable)
             if size is None or size in known.steps:
                 return size
-            if self._lacks_trials or not self._has_time(size, 0):
+            if self._lacks_trials or not self._check_time(size, 0):
                 return known.candidate(affordable)
             self._lacks_trials = not self._trials.fits(size)
 
@@ -153,12 +153,12 @@ class LatencySearch:
         if self._expected(size) > SLOW_CALL:
             return self._time_well(size)
         # The answer comes first: afterwards there has to be time for its calls
-        if not self._has_time(size, FEWEST_CALLS):
+        if not self._check_time(size, FEWEST_CALLS):
             return False
         self._time_turn(size)
         latency, limit = self._latency(size), self.limit.seconds
         is_in_doubt = latency and latency.p50_seconds <= limit < latency.at_percentile_seconds
-        if is_in_doubt and self._affords(size, 2 * self._enough):
+        if is_in_doubt and self._has_time_for(size, 2 * self._enough):
             # Of the few calls of one turn, a single late one may be noise
             self._time_well(size)
         return True
@@ -185,7 +185,11 @@ class LatencySearch:
         sizes = _powers_of_two(best.batch_size) if best else [min(self._trials.step_seconds)]
         first, *others = sizes
         for size in (first, *reversed(others)):
-            if self._latency(size) is None and self._affords(size, 0) and self._trials.fits(size):
+            if (
+                self._latency(size) is None
+                and self._has_time_for(size, 0)
+                and self._trials.fits(size)
+            ):
                 self._time_turn(size)
         expected = {size: self._expected(size) for size in sizes if self._latency(size)}
         goal = self._goal(self._enough)
@@ -214,14 +218,14 @@ class LatencySearch:
         self.latencies = tuple(each for each in merged if each.batch_size in sizes)
         self._spent = max(rank.spent for rank in ranks)
         if size is not None and not all(rank.ran for rank in ranks):
-            self._refused |= {size}
+            self._out_of_memory |= {size}
 
     @property
     def _known(self) -> KnownTimes:
         # Other processes may have taken the memory since a trial
-        refused = dict.fromkeys(self._refused, math.inf)
+        out_of_memory = dict.fromkeys(self._out_of_memory, math.inf)
         timed = {each.batch_size: each.at_percentile_seconds for each in self.latencies}
-        return KnownTimes(self.limit.seconds, timed, {**self._trials.step_seconds, **refused})
+        return KnownTimes(self.limit.seconds, timed, {**self._trials.step_seconds, **out_of_memory})
 
     @property
     def _best(self) -> Latency | None:
@@ -237,15 +241,16 @@ class LatencySearch:
         nearest = min((each for each in known if each >= size), default=max(known))
         return max(SMALLEST_SECONDS, known[nearest])
 
-    def _affords(self, size: int, calls: int) -> bool:
+    def _has_time_for(self, size: int, calls: int) -> bool:
         """Return whether there is time for a turn and for further calls of the same length."""
         seconds = self._expected(size)
         return self._spent + turn_seconds(seconds) + calls * seconds <= SECONDS_TIMED
 
-    def _has_time(self, size: int, calls: int) -> bool:
-        affords = self._affords(size, calls)
-        self._is_out_of_time |= not affords
-        return affords
+    def _check_time(self, size: int, calls: int) -> bool:
+        """Return whether there is time as `_has_time_for` does; remember it if there is none."""
+        has_time = self._has_time_for(size, calls)
+        self._is_out_of_time |= not has_time
+        return has_time
 
 
 @dataclass(frozen=True, slots=True)

@@ -129,8 +129,8 @@ def ignores_accumulate(plan: BatchPlan) -> str | None:
     if times == 1:
         return None
     return (
-        "The loop stepped its optimizer after every backward pass in spite of `accumulate`: if each "
-        f"pass is one micro-batch, an update has {whole // times:,} samples instead of {whole:,}, "
+        "The loop stepped its optimizer after every backward pass in spite of `accumulate`: if "
+        f"each is one micro-batch, an update has {whole // times:,} samples instead of {whole:,}, "
         f"and an epoch {times:,} times as many updates. Step after `accumulate` backward passes."
     )
 

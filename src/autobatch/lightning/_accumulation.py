@@ -66,11 +66,11 @@ class SplittingTest:
     """Test of the training step: does splitting a batch change its gradient?
 
     Args:
-        trainer: The Trainer, on scratch loops.
+        trainer: The Trainer, on new loops.
         module: The trained module.
         samples: Makes the batches.
         steps: Runs the training steps.
-        named: Called with the batch size, since a step may read the attribute that names it.
+        set_attribute: Sets the attribute of the batch size, which a step may read.
         probe: The device of this rank.
         memory_limit: Share or amount of device memory for the test.
         snapshot: Restores everything that the test changes.
@@ -81,7 +81,7 @@ class SplittingTest:
     module: Any
     samples: Samples
     steps: TrainingSteps
-    named: Callable[[int], None]
+    set_attribute: Callable[[int], None]
     probe: MemoryProbe
     memory_limit: float | str
     snapshot: Snapshot
@@ -124,7 +124,7 @@ class SplittingTest:
         host_batch = self.samples.ordinary(size)
         if host_batch is None:
             raise UndecidedError("there are too few samples")
-        self.named(size)
+        self.set_attribute(size)
         self.probe.attach(*self.snapshot.alive)
         self.probe.release()
         budget = memory_budget(self.probe.read(), parse_memory_limit(self.memory_limit))

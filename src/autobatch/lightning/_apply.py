@@ -32,7 +32,7 @@ def apply(
     module: Any,
     batch_arg_name: str,
     batch_sizes: Sequence[int],
-    before: BeforeOptimizers,
+    before_optimizers: BeforeOptimizers,
     setter: SetBatchSize | None,
 ) -> Rebatched:
     """Make this Trainer train with a plan.
@@ -48,7 +48,7 @@ def apply(
         module: The module.
         batch_arg_name: Attribute or hyperparameter that names the batch size.
         batch_sizes: Batch size of each loader.
-        before: The state from before the optimizers were created.
+        before_optimizers: The state from before the optimizers were created.
         setter: The user's function that sets the batch size of a loader.
 
     Raises:
@@ -61,7 +61,7 @@ def apply(
         _check_sizes(rebatched, trainer, module)
         undo.callback(setattr, trainer, "accumulate_grad_batches", trainer.accumulate_grad_batches)
         _set_accumulation(plan, trainer, module)
-        before.restore()
+        before_optimizers.restore()
         for holder in _holders(module, batch_arg_name):
             undo.callback(holder.set, holder.value)
             holder.set(plan.micro_batch_size)
@@ -92,7 +92,7 @@ def apply_between_epochs(
         undo.callback(rebatched.undo)
         _check_sizes(rebatched, trainer, module)
         _set_accumulation(plan, trainer, module)
-        name_batch_size(module, batch_arg_name, plan.micro_batch_size)
+        set_batch_size_attribute(module, batch_arg_name, plan.micro_batch_size)
         with Snapshot() as snapshot:
             # Lightning 2.6 starts the loader when it sets it up, and again when the epoch runs
             loader = data_source(fit_loop).instance
@@ -101,7 +101,7 @@ def apply_between_epochs(
             forget_combined_loader(fit_loop)
             fit_loop.setup_data()
         if trainer.progress_bar_callback is not None:
-            # It has read the number of batches already
+            # The progress bar has read the number of batches already
             trainer.progress_bar_callback.on_train_epoch_start(trainer, module)
         undo.pop_all()
     return rebatched
@@ -174,13 +174,13 @@ class BeforeOptimizers:
             self._snapshot = None
 
 
-def name_batch_size(module: Any, name: str, batch_size: int) -> None:
+def set_batch_size_attribute(module: Any, name: str, batch_size: int) -> None:
     """Set the batch size in all attributes and hyperparameters of this name."""
     for holder in _holders(module, name):
         holder.set(batch_size)
 
 
-def is_named(module: Any, name: str) -> bool:
+def has_batch_size_attribute(module: Any, name: str) -> bool:
     """Return whether the module or its datamodule holds the batch size under this name."""
     return bool(_holders(module, name))
 
@@ -197,7 +197,7 @@ def checked_name(batch_arg_name: str) -> str:
 
 def check_name(module: Any, name: str) -> None:
     """Raise `AutobatchError` if nothing has this name; the default one may be missing."""
-    if name != "batch_size" and not is_named(module, name):
+    if name != "batch_size" and not has_batch_size_attribute(module, name):
         raise AutobatchError(
             f"batch_arg_name={name!r} is no attribute or hyperparameter of the module or its "
             "datamodule."

@@ -70,7 +70,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
 
     Add it to a Trainer; nothing else changes. When `fit` starts, it tries batch sizes on the real
     model, data and precision, restores everything, and sets the batch size of the training loader
-    and the accumulation. Training is then the same as with these two numbers written by hand.
+    and the accumulation. Training is then the same as with these two numbers set manually.
 
     Args:
         target_batch_size: Samples per optimizer update, over all ranks; overrides an accumulation
@@ -188,7 +188,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             method: "fit", "validate", "test" or "predict": the method of the Trainer to tune for.
 
         Returns:
-            The report, whose `plan` can be written by hand or given to `AutoBatch(plan=…)`.
+            The report, whose `plan` can be written in the Trainer or given to `AutoBatch(plan=…)`.
 
         Raises:
             ValueError: There is no such method, or it does not take the loaders that were given.
@@ -216,13 +216,11 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
                 self._run.undo()
                 trainer.callbacks = callbacks
         if self.report is None:
-            raise AutobatchError(
-                f"Nothing was tuned: {method} ended before it came to its first batch."
-            )
+            raise AutobatchError(f"Nothing was tuned: {method} ended before its first batch.")
         return self.report
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Move to the front: other callbacks shall see the tuned loader and optimizers."""
+        """Move to the front, so that other callbacks see the tuned loader and optimizers."""
         check_latency(self._arguments.settings, stage)
         others = (callback for callback in trainer.callbacks if callback is not self)
         trainer.callbacks = [self, *others]
@@ -231,7 +229,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         self._run = Run()
         check_lightning(trainer)
         if stage == "fit":
-            self._run.before.watch(trainer)
+            self._run.before_optimizers.watch(trainer)
         else:
             evaluate = partial(self._tune_evaluation, trainer, STAGES[stage])
             self._run.patches.append(before_data(trainer, STAGES[stage], evaluate))
@@ -274,10 +272,10 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             pl_module,
             self._arguments.batch_arg_name,
             tuned.batch_sizes,
-            self._run.before,
+            self._run.before_optimizers,
             self._arguments.set_batch_size,
         )
-        self._run.first = tuned.report
+        self._run.first_report = tuned.report
         self._continue_with(trainer, tuned)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -343,9 +341,9 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
 
     def _retune(self, trainer: Any, module: Any) -> None:
         """Tune again in the middle of training, for the effective batch size it started with."""
-        if self._run.first is None or self._trained is None:
+        if self._run.first_report is None or self._trained is None:
             return
-        target = self._run.first.plan.effective_batch_size
+        target = self._run.first_report.plan.effective_batch_size
         note = (
             f"Tuned again at epoch {trainer.current_epoch}, for the effective batch of {target:,}."
         )

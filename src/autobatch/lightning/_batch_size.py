@@ -41,7 +41,7 @@ class BatchSizeChange(Protocol):
 
     @property
     def holds(self) -> bool:
-        """True while nobody else has changed the batch size again."""
+        """True if the batch size is still the one that was set."""
 
     def restore(self) -> None:
         """Give the loader its former batch size."""

@@ -1,8 +1,8 @@
 """The installed Lightning package, and every private name of it that autobatch uses.
 
-An accessor can read only what the protocols of `_trainer` declare (mypy holds that) or `Imported`
-names, and `missing_name` looks for all of it: a Lightning without one of them is refused before
-anything is touched. Everything was read from Lightning 2.6.6.
+Accessors read only names that `_trainer` declares or `Imported` lists. mypy checks this, and
+`missing_name` checks that the installed Lightning has them; otherwise the run is refused unchanged.
+Everything was read from Lightning 2.6.6.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Imported(StrEnum):
     TUNER_EXIT = "utilities.exceptions._TunerExitException"
 
     def of(self, trainer: Any) -> Any:
-        """Return it from the package a Trainer comes from, all of whose modules are imported."""
+        """Return the object from the imported package a Trainer comes from."""
         return attrgetter(self)(package(trainer))
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
+from autobatch._plan import ceil_div
 from autobatch._trials.batches import leaves, map_leaves
 from autobatch._trials.snapshot import Snapshot
 from autobatch.errors import AutobatchError, FixedBatchSizeError
@@ -257,7 +258,7 @@ def samples_of(loader: DataLoader[Any], shards: int) -> int | None:
     """Return the samples of one rank per epoch; None for a stream."""
     if isinstance(loader.dataset, IterableDataset):
         return None
-    return -(-len(sampler_of(loader)) // shards)
+    return ceil_div(len(sampler_of(loader)), shards)
 
 
 def _own_size(loader: DataLoader[Any], setter: SetBatchSize | None) -> int:
@@ -282,7 +283,7 @@ def _batches_of(
         return None
     if shards > 1:
         drops = getattr(loader.batch_sampler, "drop_last", False)
-        return samples // batch_size if drops else -(-samples // batch_size)
+        return samples // batch_size if drops else ceil_div(samples, batch_size)
     with changed_batch_size(loader, batch_size, setter):
         return len(loader.batch_sampler)
 

@@ -29,7 +29,7 @@ def silenced(trainer: AnyTrainer) -> Iterator[None]:
 
 
 @contextmanager
-def scratch(trainer: Trainer) -> Iterator[None]:
+def on_new_loops(trainer: Trainer) -> Iterator[None]:
     """Run the body on new loops, results, loggers, callbacks and a new profiler.
 
     Progress, metrics and results live in these objects (Lightning 2.6), and are empty in new ones.
@@ -51,7 +51,7 @@ def scratch(trainer: Trainer) -> Iterator[None]:
 
 
 @contextmanager
-def apart(trainer: Trainer) -> Iterator[None]:
+def without_collectives(trainer: Trainer) -> Iterator[None]:
     """Run the body on this rank alone: its steps wait for no other rank.
 
     With `DistributedDataParallel`, a rank that is out of memory would leave the others waiting for

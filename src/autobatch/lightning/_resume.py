@@ -42,7 +42,7 @@ class DeviceId:
 
     @classmethod
     def of(cls, name: str, total: int, world_size: int) -> DeviceId:
-        """Return the device without its index: another one of the same make is as good."""
+        """Return the device without its index: devices of one model are equivalent."""
         return cls(re.sub(r" \(cuda:\d+\)$", "", name), total, world_size)
 
 

@@ -25,21 +25,21 @@ class Run:
 
     Args:
         checkpoint: The checkpoint that the run resumes from.
-        first: The report of the tuning run before the first epoch.
+        first_report: The report of the tuning run before the first epoch.
         loaders: Loaders with another batch size, by what they serve: "train", "validation", or a
             stage.
         window: Corrects the last window of each epoch, if the user wants that.
         timer: Measures the waiting time for the training loader.
-        before: State from before the optimizers were created.
+        before_optimizers: State from before the optimizers were created.
         patches: Methods of the loops that are replaced.
     """
 
     checkpoint: Checkpoint | None = None
-    first: TuningReport | None = None
+    first_report: TuningReport | None = None
     loaders: dict[str, Rebatched] = field(default_factory=dict)
     window: LastWindowCorrection | None = None
     timer: DataLoaderTimer = field(default_factory=DataLoaderTimer)
-    before: BeforeOptimizers = field(default_factory=BeforeOptimizers)
+    before_optimizers: BeforeOptimizers = field(default_factory=BeforeOptimizers)
     patches: list[patched] = field(default_factory=list)
 
     @property
@@ -61,7 +61,7 @@ class Run:
 
     def undo(self) -> None:
         """Stop measuring, and restore the user's loaders and the methods of the loops."""
-        self.before.forget()
+        self.before_optimizers.forget()
         self.timer.stop()
         self.window = None
         while self.patches:

@@ -10,6 +10,7 @@ from torch.optim import lr_scheduler
 
 from autobatch._memory import format_bytes
 from autobatch._memory.host import HostMemory
+from autobatch._plan import ceil_div
 from autobatch._report.accumulation_notes import stretched_schedule
 from autobatch._trials.snapshot import Snapshot
 from autobatch.errors import AutobatchError
@@ -73,7 +74,7 @@ class TrainerLimits:
                 "max_micro_batch_size."
             )
 
-    def remarks(self, plan: BatchPlan) -> tuple[str, ...]:
+    def notes(self, plan: BatchPlan) -> tuple[str, ...]:
         """Return a note for each argument that covers more or fewer samples than before."""
         notes = (
             self._limited(plan),
@@ -133,7 +134,7 @@ class TrainerLimits:
 
     def _updates(self, plan: BatchPlan) -> int | None:
         samples = self.samples(plan)
-        return None if samples is None else -(-samples // plan.effective_batch_size)
+        return None if samples is None else ceil_div(samples, plan.effective_batch_size)
 
     def _stopped(self, plan: BatchPlan) -> str | None:
         steps, before = self.max_steps, self.before
@@ -150,15 +151,15 @@ def _is_count(value: object) -> TypeGuard[int]:
     return isinstance(value, int)
 
 
-def schedules(
-    trainer: Trainer, before: BatchPlan, plan: BatchPlan, *, is_named: bool
+def schedule_notes(
+    trainer: Trainer, before: BatchPlan, plan: BatchPlan, *, has_attribute: bool
 ) -> tuple[str, ...]:
     """Return a note for each schedule over updates that covers more or fewer samples than before.
 
     A schedule that takes its length from `estimated_stepping_batches` makes Lightning 2.6 set up
     the training loader before `fit` starts, which shows here. It is created again with the plan,
-    and covers the same data. A schedule that may compute its length from the batch size, because
-    that has a name, gets a note without a number.
+    and covers the same data. A schedule that may compute its length from an attribute with the
+    batch size gets a note without a number.
     """
     if combined_loader(trainer.fit_loop) is not None:
         return ()
@@ -167,7 +168,7 @@ def schedules(
     notes = (
         stretched_schedule(
             type(config.scheduler).__name__,
-            None if is_named else _updates(config),
+            None if has_attribute else _updates(config),
             before,
             plan,
         )
@@ -204,7 +205,7 @@ def _length(scheduler: Any) -> int | None:
 _NOTED_COPY: Final = 2**30  # bytes above which a note mentions the copy
 
 
-def room_for_copy(captured: Sequence[Any], ranks: int) -> int:
+def checked_copy_bytes(captured: Sequence[Any], ranks: int) -> int:
     """Return the bytes that a snapshot copies to host memory, which `ranks` processes share.
 
     Raises:
@@ -217,12 +218,12 @@ def room_for_copy(captured: Sequence[Any], ranks: int) -> int:
             "To restore everything after its trials, AutoBatch keeps a copy of parameters, "
             f"buffers, gradients and optimizer state on the host: {_for(own, ranks)}, where "
             f"{format_bytes(available)} are available. Free host memory, raise the limit of this "
-            "container or job, or write batch size and accumulation by hand."
+            "container or job, or set batch size and accumulation manually."
         )
     return own
 
 
-def copied(nbytes: int, ranks: int) -> str | None:
+def copy_note(nbytes: int, ranks: int) -> str | None:
     """Return a note about a large copy on the host."""
     if nbytes <= _NOTED_COPY:
         return None
@@ -232,7 +233,7 @@ def copied(nbytes: int, ranks: int) -> str | None:
     )
 
 
-def ahead(
+def prefetch_note(
     loader: DataLoader[Any], batch_size: int, bytes_per_sample: int, ranks: int
 ) -> str | None:
     """Return a note if the batches that workers prefetch do not fit in host memory."""

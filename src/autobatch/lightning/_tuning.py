@@ -2,42 +2,28 @@
 
 from __future__ import annotations
 
-import importlib
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from autobatch import _settings, sinks
 from autobatch._distributed import current_ranks
 from autobatch._memory.detect import detect
 from autobatch._plan import BatchPlan
-from autobatch._report.accumulation_notes import never_stepped
-from autobatch._report.tradeoff import common_rule
 from autobatch._trials.context import MemoryBudget, TrialContext
 from autobatch._trials.optimizers import OptimizerWatch
 from autobatch._trials.snapshot import Snapshot
-from autobatch._tune import known_plan, tune, versions
+from autobatch._tune import known_plan, tune
 from autobatch.errors import AutobatchError, DoesNotFitError, FixedBatchSizeError
-from autobatch.lightning._accumulation import (
-    SplittingTest,
-    batches_trained,
-    check_repairable,
-    last_samples,
-    update_notes,
-)
-from autobatch.lightning._apply import is_named, name_batch_size
-from autobatch.lightning._compat import data_source, package_of
+from autobatch.lightning._accumulation import SplittingTest, batches_trained, check_repairable
+from autobatch.lightning._apply import set_batch_size_attribute
+from autobatch.lightning._compat import data_source
 from autobatch.lightning._dataloaders import Loaders
-from autobatch.lightning._isolation import apart, scratch
+from autobatch.lightning._isolation import on_new_loops, without_collectives
 from autobatch.lightning._resume import DeviceId, PriorPlan
-from autobatch.lightning._trainer_notes import (
-    TrainerLimits,
-    ahead,
-    copied,
-    room_for_copy,
-    schedules,
-)
+from autobatch.lightning._subjects import LightningEvaluation, LightningTraining
+from autobatch.lightning._trainer_notes import TrainerLimits, checked_copy_bytes
 from autobatch.lightning._trial_data import Samples
 from autobatch.lightning._workloads import VALIDATION, EvaluationSteps, TrainingSteps
 
@@ -45,14 +31,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from autobatch._memory import MemoryProbe
-    from autobatch._report import Task, TuningReport
-    from autobatch._report.result import Look
-    from autobatch._report.tradeoff import LearningRateRule
+    from autobatch._report import TuningReport
     from autobatch._search import Search
     from autobatch._settings import Settings
     from autobatch._subject import Subject
-    from autobatch._trials.time_limit import TimeLimit
-    from autobatch._trials.workload import Workload
     from autobatch.lightning._batch_size import SetBatchSize
     from autobatch.lightning._workloads import Stage
 
@@ -117,7 +99,7 @@ def tune_training(
     """
     if arguments.repairs:
         check_repairable(trainer, module)
-    # Read now: scratch loops, which replace the Trainer's own while trials run, have none of these
+    # Read now: new loops, which replace the Trainer's own while trials run, have none of these
     validates = trainer.enable_validation
     validation = data_source(trainer.fit_loop.epoch_loop.val_loop)
     max_steps = trainer.max_steps
@@ -138,14 +120,14 @@ def tune_training(
             before=trained or BatchPlan(loaders.batch_size, accumulate, trainer.world_size),
         )
         samples = Samples(loaders, context.snapshot, arguments.worst_case)
-        set_name = partial(name_batch_size, module, arguments.batch_arg_name)
-        workload = TrainingSteps(trainer, samples, set_name)
+        set_attribute = partial(set_batch_size_attribute, module, arguments.batch_arg_name)
+        workload = TrainingSteps(trainer, samples, set_attribute)
         splits = SplittingTest(
             trainer,
             module,
             samples,
             workload,
-            set_name,
+            set_attribute,
             context.probe,
             arguments.settings.memory_limit,
             context.snapshot,
@@ -155,7 +137,8 @@ def tune_training(
             workload=workload,
             trainer=trainer,
             module=module,
-            arguments=arguments,
+            batch_arg_name=arguments.batch_arg_name,
+            repairs_last_window=arguments.repairs,
             loaders=loaders,
             samples=samples,
             limits=limits,
@@ -167,7 +150,7 @@ def tune_training(
         settings = arguments.settings.model_copy(update={"dataset_size": loaders.samples})
         context.optimizers.expected = True
         if not module.automatic_optimization:
-            # Lightning steps in automatic optimization; a user may forget to
+            # In manual optimization, the module may never step
             context.optimizers.look_at(module)
         known = known_at(subject, _device_id(trainer, context), settings)
         report = verify_or_search(known, subject, settings, context, arguments.search)
@@ -175,9 +158,9 @@ def tune_training(
         tuned = Tuned(report, loaders.sizes_at(report.plan.micro_batch_size))
         if not validates:
             return tuned
-        # A hook may make validation batches of the size in the named attribute
-        set_name(report.plan.micro_batch_size)
-        return _with_validation(tuned, subject, validation)
+        # A hook may make validation batches of the size in this attribute
+        set_attribute(report.plan.micro_batch_size)
+        return _with_validation(tuned, subject, arguments, validation)
 
 
 def tune_evaluation(trainer: Any, module: Any, arguments: CallbackArguments, stage: Stage) -> Tuned:
@@ -213,182 +196,6 @@ def tune_evaluation(trainer: Any, module: Any, arguments: CallbackArguments, sta
         return Tuned(report, loaders.sizes_at(report.plan.micro_batch_size))
 
 
-@dataclass(frozen=True, slots=True)
-class LightningTraining:
-    """A Lightning fit as the subject of a tuning run.
-
-    Args:
-        workload: Runs training steps.
-        trainer: The Trainer, on scratch loops.
-        module: The module to train.
-        arguments: Arguments of the callback.
-        loaders: The training loaders.
-        samples: Makes the batches.
-        limits: Arguments of the Trainer that count batches or steps.
-        splits: Tests for a split batch with another gradient.
-        context: Resources of the trials.
-        accumulate: Accumulation of the Trainer.
-        copied_bytes: Bytes of the copy of all state that is kept on the host.
-        first_note: A note on the plan that was known before; None if there is none.
-    """
-
-    workload: TrainingSteps
-    trainer: Any
-    module: Any
-    arguments: CallbackArguments
-    loaders: Loaders
-    samples: Samples
-    limits: TrainerLimits
-    splits: SplittingTest
-    context: TrialContext
-    accumulate: int
-    copied_bytes: int
-    first_note: str | None = None
-
-    can_accumulate: ClassVar = True
-
-    @property
-    def task(self) -> Task:
-        return "train"
-
-    @property
-    def name(self) -> str:
-        optimizers = " + ".join(_class_name(each) for each in self.trainer.optimizers)
-        return f"{_class_name(self.module)} · {optimizers} · {self.trainer.precision}"
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return _environment(self.trainer)
-
-    @property
-    def start_batch_size(self) -> int:
-        return self.loaders.batch_size
-
-    @property
-    def max_samples_per_update(self) -> int | None:
-        """Samples of an epoch: Lightning steps at its end, whatever the accumulation."""
-        return self.loaders.samples
-
-    @property
-    def previous_plan(self) -> BatchPlan | None:
-        """The plan until now; None in manual optimization, where the module defines its updates."""
-        return self.limits.before if self.module.automatic_optimization else None
-
-    def samples_per_epoch(self, plan: BatchPlan) -> int | None:
-        return self.limits.samples(plan)
-
-    def last_micro_batch(self, batch_size: int) -> int | None:
-        """Return the samples in the last micro-batch of an epoch, if all ranks have the same.
-
-        Ranks have to choose alike; with a data set of its own on each, their epochs may end
-        differently.
-        """
-        if self.trainer.world_size > 1 and self.loaders.shards[0] == 1:
-            return None
-        return last_samples(self.trainer, self.loaders, batch_size)
-
-    def learning_rate_rule(self) -> LearningRateRule | None:
-        return common_rule(self.trainer.optimizers)
-
-    def largest_samples(self) -> Look | None:
-        return self.samples.look
-
-    def trial_notes(self, plan: BatchPlan) -> tuple[str, ...]:
-        return (never_stepped(),) if self.context.optimizers.never_stepped else ()
-
-    def plan_notes(self, plan: BatchPlan, time_limit: TimeLimit) -> tuple[str, ...]:
-        has_name = is_named(self.module, self.arguments.batch_arg_name)
-        return (
-            *((self.first_note,) if self.first_note else ()),
-            *self.splits.notes(plan, time_limit),
-            *schedules(self.trainer, self.limits.before, plan, is_named=has_name),
-            *update_notes(self.trainer, self.loaders, plan, repaired=self.arguments.repairs),
-            *self.limits.remarks(plan),
-            *self._host_notes(plan),
-        )
-
-    def _host_notes(self, plan: BatchPlan) -> tuple[str, ...]:
-        devices = self.trainer.num_devices
-        sizes = self.loaders.sizes_at(plan.micro_batch_size)
-        found = (
-            copied(self.copied_bytes, devices),
-            *(
-                ahead(loader, size, nbytes, devices)
-                for loader, size, nbytes in zip(
-                    self.loaders.each, sizes, self.samples.bytes_each, strict=False
-                )
-            ),
-        )
-        return tuple(note for note in found if note)
-
-
-@dataclass(frozen=True, slots=True)
-class LightningEvaluation:
-    """A Lightning validation, test or prediction as the subject of a tuning run.
-
-    Args:
-        workload: Runs evaluation steps.
-        trainer: The Trainer, on scratch loops.
-        module: The module to evaluate.
-        stage: The kind of evaluation.
-        settings: Validated arguments of the run.
-        loaders: The loaders of the stage.
-        samples: Makes the batches.
-        start_batch_size: The first batch size to try.
-    """
-
-    workload: Workload
-    trainer: Any
-    module: Any
-    stage: Stage
-    settings: Settings
-    loaders: Loaders
-    samples: Samples
-    start_batch_size: int
-
-    can_accumulate: ClassVar = False
-    accumulate: ClassVar = 1
-    max_samples_per_update: ClassVar = None
-    previous_plan: ClassVar = None
-
-    @property
-    def task(self) -> Task:
-        return self.stage.name
-
-    @property
-    def name(self) -> str:
-        return f"{_class_name(self.module)} · {self.stage.name} · {self.trainer.precision}"
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return _environment(self.trainer)
-
-    def samples_per_epoch(self, plan: BatchPlan) -> int | None:
-        return self.settings.dataset_size
-
-    def last_micro_batch(self, batch_size: int) -> int | None:
-        return None
-
-    def learning_rate_rule(self) -> LearningRateRule | None:
-        return None
-
-    def largest_samples(self) -> Look | None:
-        return self.samples.look
-
-    def trial_notes(self, plan: BatchPlan) -> tuple[str, ...]:
-        return ()
-
-    def plan_notes(self, plan: BatchPlan, time_limit: TimeLimit) -> tuple[str, ...]:
-        """Return a note on the meaning of a call with several loaders."""
-        if self.settings.latency_limit is None or len(self.loaders.each) == 1:
-            return ()
-        note = (
-            f"A call is one batch of each of the {len(self.loaders.each)} loaders, one after the "
-            "other; batch sizes are those of the first."
-        )
-        return (note,)
-
-
 @contextmanager
 def trial_context(
     trainer: Any, module: Any, arguments: CallbackArguments
@@ -401,17 +208,17 @@ def trial_context(
     with (
         current_ranks() as ranks,
         ranks.abort_together(),
-        apart(trainer),
+        without_collectives(trainer),
         Snapshot() as snapshot,
         OptimizerWatch(probe.clock) as optimizers,
         sinks.progress() as shown,
-        scratch(trainer),
+        on_new_loops(trainer),
     ):
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         scalers = [] if scaler is None else [scaler]
         captured = (module, *trainer.optimizers, *schedulers, *scalers)
-        copied_bytes, *_ = ranks.gather(room_for_copy(captured, trainer.num_devices))
+        copied_bytes, *_ = ranks.gather(checked_copy_bytes(captured, trainer.num_devices))
         snapshot.capture(*captured)
         # Hooks that make the loaders may change the module and the datamodule
         snapshot.capture_light(trainer.datamodule)
@@ -428,7 +235,7 @@ def trial_context(
 
 
 def _device_id(trainer: Any, context: TrialContext) -> DeviceId:
-    """Return the device of rank 0: all ranks have to decide alike."""
+    """Return the device of rank 0: all ranks have to make the same choice."""
     total = context.probe.read().total
     here = DeviceId.of(context.probe.name, total, trainer.world_size)
     return context.ranks.gather(here)[0]
@@ -466,9 +273,11 @@ def verify_or_search(
     return tune(noted, settings, context, search, known=None, curve_seconds=curve_seconds)
 
 
-def _with_validation(tuned: Tuned, training: LightningTraining, source: Any) -> Tuned:
+def _with_validation(
+    tuned: Tuned, training: LightningTraining, arguments: CallbackArguments, source: Any
+) -> Tuned:
     """Return the result with the validation batch size that fits beside the state of training."""
-    trainer, arguments, context = training.trainer, training.arguments, training.context
+    trainer, context = training.trainer, training.context
     try:
         loaders = Loaders(trainer, source, mode="sequential")
     except FixedBatchSizeError as error:
@@ -541,12 +350,3 @@ def _samples_trained(trainer: Any, loaders: Loaders, plan: BatchPlan) -> int | N
     if batches is None:
         return loaders.samples
     return loaders.samples_in(batches, plan.micro_batch_size) or None
-
-
-def _class_name(thing: object) -> str:
-    return type(thing).__name__
-
-
-def _environment(trainer: Any) -> dict[str, str]:
-    lightning = importlib.import_module(package_of(trainer).partition(".")[0])
-    return {**versions(), lightning.__name__: lightning.__version__}

@@ -47,13 +47,15 @@ class TrainingSteps:
     Args:
         trainer: The Trainer.
         samples: Makes the batches.
-        named: Sets the attribute that names the batch size, which a step may read.
+        set_attribute: Sets the attribute of the batch size, which a step may read.
     """
 
-    def __init__(self, trainer: Trainer, samples: Samples, named: Callable[[int], None]) -> None:
+    def __init__(
+        self, trainer: Trainer, samples: Samples, set_attribute: Callable[[int], None]
+    ) -> None:
         self._trainer = trainer
         self._samples = samples
-        self._named = named
+        self._set_attribute = set_attribute
         self._hooks = StartHooks(trainer, _START_HOOKS, "on_train_batch_start")
 
     def __call__(self, batch_size: int, accumulate: int) -> Generator[None]:
@@ -62,7 +64,7 @@ class TrainingSteps:
             # With manual optimization the module accumulates: the number would only disturb
             # Lightning's counters
             self._trainer.accumulate_grad_batches = accumulate
-        self._named(batch_size)
+        self._set_attribute(batch_size)
         batches = cycle(self._samples.batches(batch_size))
         with _optimizers_to_step(self._trainer.optimizers) as waiting:
             self._hooks.first(partial(self._begin, next(batches)))

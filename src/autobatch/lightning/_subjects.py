@@ -1,0 +1,217 @@
+"""Training and evaluation in a Trainer as subjects of a tuning run."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from autobatch._report.accumulation_notes import never_stepped
+from autobatch._report.tradeoff import common_rule
+from autobatch._tune import versions
+from autobatch.lightning._accumulation import last_samples, update_notes
+from autobatch.lightning._apply import has_batch_size_attribute
+from autobatch.lightning._compat import package_of
+from autobatch.lightning._trainer_notes import copy_note, prefetch_note, schedule_notes
+
+if TYPE_CHECKING:
+    from autobatch._plan import BatchPlan
+    from autobatch._report import Task
+    from autobatch._report.result import Look
+    from autobatch._report.tradeoff import LearningRateRule
+    from autobatch._settings import Settings
+    from autobatch._trials.context import TrialContext
+    from autobatch._trials.time_limit import TimeLimit
+    from autobatch._trials.workload import Workload
+    from autobatch.lightning._accumulation import SplittingTest
+    from autobatch.lightning._dataloaders import Loaders
+    from autobatch.lightning._trainer_notes import TrainerLimits
+    from autobatch.lightning._trial_data import Samples
+    from autobatch.lightning._workloads import Stage, TrainingSteps
+
+
+@dataclass(frozen=True, slots=True)
+class LightningTraining:
+    """A Lightning fit as the subject of a tuning run.
+
+    Args:
+        workload: Runs training steps.
+        trainer: The Trainer, on new loops.
+        module: The module to train.
+        batch_arg_name: Name of the batch size in the module or its datamodule.
+        repairs_last_window: Whether the last accumulation window of an epoch is corrected.
+        loaders: The training loaders.
+        samples: Makes the batches.
+        limits: Arguments of the Trainer that count batches or steps.
+        splits: Tests for a split batch with another gradient.
+        context: Resources of the trials.
+        accumulate: Accumulation of the Trainer.
+        copied_bytes: Bytes of the copy of all state that is kept on the host.
+        first_note: A note on the plan that was known before; None if there is none.
+    """
+
+    workload: TrainingSteps
+    trainer: Any
+    module: Any
+    batch_arg_name: str
+    repairs_last_window: bool
+    loaders: Loaders
+    samples: Samples
+    limits: TrainerLimits
+    splits: SplittingTest
+    context: TrialContext
+    accumulate: int
+    copied_bytes: int
+    first_note: str | None = None
+
+    can_accumulate: ClassVar = True
+
+    @property
+    def task(self) -> Task:
+        return "train"
+
+    @property
+    def name(self) -> str:
+        optimizers = " + ".join(_class_name(each) for each in self.trainer.optimizers)
+        return f"{_class_name(self.module)} · {optimizers} · {self.trainer.precision}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return _environment(self.trainer)
+
+    @property
+    def start_batch_size(self) -> int:
+        return self.loaders.batch_size
+
+    @property
+    def max_samples_per_update(self) -> int | None:
+        """Samples of an epoch: Lightning steps at its end, whatever the accumulation."""
+        return self.loaders.samples
+
+    @property
+    def previous_plan(self) -> BatchPlan | None:
+        """The plan until now; None in manual optimization, where the module defines its updates."""
+        return self.limits.before if self.module.automatic_optimization else None
+
+    def samples_per_epoch(self, plan: BatchPlan) -> int | None:
+        return self.limits.samples(plan)
+
+    def last_micro_batch(self, batch_size: int) -> int | None:
+        """Return the samples in the last micro-batch of an epoch, if all ranks have the same.
+
+        Ranks have to make the same choice; with a data set of its own on each, their epochs may end
+        differently.
+        """
+        if self.trainer.world_size > 1 and self.loaders.shards[0] == 1:
+            return None
+        return last_samples(self.trainer, self.loaders, batch_size)
+
+    def learning_rate_rule(self) -> LearningRateRule | None:
+        return common_rule(self.trainer.optimizers)
+
+    def largest_samples(self) -> Look | None:
+        return self.samples.look
+
+    def trial_notes(self, plan: BatchPlan) -> tuple[str, ...]:
+        return (never_stepped(),) if self.context.optimizers.never_stepped else ()
+
+    def plan_notes(self, plan: BatchPlan, time_limit: TimeLimit) -> tuple[str, ...]:
+        has_attribute = has_batch_size_attribute(self.module, self.batch_arg_name)
+        return (
+            *((self.first_note,) if self.first_note else ()),
+            *self.splits.notes(plan, time_limit),
+            *schedule_notes(self.trainer, self.limits.before, plan, has_attribute=has_attribute),
+            *update_notes(self.trainer, self.loaders, plan, repaired=self.repairs_last_window),
+            *self.limits.notes(plan),
+            *self._host_notes(plan),
+        )
+
+    def _host_notes(self, plan: BatchPlan) -> tuple[str, ...]:
+        devices = self.trainer.num_devices
+        sizes = self.loaders.sizes_at(plan.micro_batch_size)
+        found = (
+            copy_note(self.copied_bytes, devices),
+            *(
+                prefetch_note(loader, size, nbytes, devices)
+                for loader, size, nbytes in zip(
+                    self.loaders.each, sizes, self.samples.bytes_each, strict=False
+                )
+            ),
+        )
+        return tuple(note for note in found if note)
+
+
+@dataclass(frozen=True, slots=True)
+class LightningEvaluation:
+    """A Lightning validation, test or prediction as the subject of a tuning run.
+
+    Args:
+        workload: Runs evaluation steps.
+        trainer: The Trainer, on new loops.
+        module: The module to evaluate.
+        stage: The kind of evaluation.
+        settings: Validated arguments of the run.
+        loaders: The loaders of the stage.
+        samples: Makes the batches.
+        start_batch_size: The first batch size to try.
+    """
+
+    workload: Workload
+    trainer: Any
+    module: Any
+    stage: Stage
+    settings: Settings
+    loaders: Loaders
+    samples: Samples
+    start_batch_size: int
+
+    can_accumulate: ClassVar = False
+    accumulate: ClassVar = 1
+    max_samples_per_update: ClassVar = None
+    previous_plan: ClassVar = None
+
+    @property
+    def task(self) -> Task:
+        return self.stage.name
+
+    @property
+    def name(self) -> str:
+        return f"{_class_name(self.module)} · {self.stage.name} · {self.trainer.precision}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return _environment(self.trainer)
+
+    def samples_per_epoch(self, plan: BatchPlan) -> int | None:
+        return self.settings.dataset_size
+
+    def last_micro_batch(self, batch_size: int) -> int | None:
+        return None
+
+    def learning_rate_rule(self) -> LearningRateRule | None:
+        return None
+
+    def largest_samples(self) -> Look | None:
+        return self.samples.look
+
+    def trial_notes(self, plan: BatchPlan) -> tuple[str, ...]:
+        return ()
+
+    def plan_notes(self, plan: BatchPlan, time_limit: TimeLimit) -> tuple[str, ...]:
+        """Return a note on the meaning of a call with several loaders."""
+        if self.settings.latency_limit is None or len(self.loaders.each) == 1:
+            return ()
+        note = (
+            f"A call is one batch of each of the {len(self.loaders.each)} loaders, one after the "
+            "other; batch sizes are those of the first."
+        )
+        return (note,)
+
+
+def _class_name(thing: object) -> str:
+    return type(thing).__name__
+
+
+def _environment(trainer: Any) -> dict[str, str]:
+    lightning = importlib.import_module(package_of(trainer).partition(".")[0])
+    return {**versions(), lightning.__name__: lightning.__version__}
