@@ -124,7 +124,7 @@ def _set_accumulation(plan: BatchPlan, trainer: Trainer, module: Any) -> None:
 
 def _recreate_optimizers(trainer: Trainer) -> None:
     """Call `configure_optimizers` as `Strategy.setup` of Lightning 2.6 does, at the new size."""
-    # A schedule that asked for its length has set up the loader already
+    # A schedule that needs its length has set up the loader already
     forget_combined_loader(trainer.fit_loop)
     trainer.strategy.setup_optimizers(trainer)
     trainer.strategy.setup_precision_plugin()
