@@ -60,7 +60,7 @@ class LatencyTimer:
         return tuple(Latency.of(size, seconds, percentile) for size, seconds in timed)
 
     def take_turns(self, expected: Mapping[int, float], goal: Goal, until: float) -> bool:
-        """Time sizes in turns until each reaches the goal: drift of the machine affects them equally.
+        """Time sizes in turns until each reaches the goal, so drift affects all equally.
 
         Args:
             expected: Seconds of a call, by size.
