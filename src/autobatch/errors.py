@@ -2,7 +2,7 @@
 
 AutobatchError
 ├── DoesNotFitError        no allowed batch size fits the budget, or meets the latency limit
-├── ShortTrialError        a workload ended before its trial was complete
+├── ShortTrialError        a workload ended before its first step
 ├── ProbeError             the memory of a device cannot be read
 └── FixedBatchSizeError    the batch size of a DataLoader cannot be changed
 
@@ -29,7 +29,7 @@ class DoesNotFitError(AutobatchError):
 
 
 class ShortTrialError(AutobatchError):
-    """A workload ended before all steps of its trial had run, so nothing was proven."""
+    """A workload, started or started again, ended before its first step."""
 
 
 class ProbeError(AutobatchError):
