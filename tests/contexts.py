@@ -48,7 +48,7 @@ def trial_context(probe, *, budget=None, memory_limit=0.9, ranks=None):
             budget=MemoryBudget(probe, memory_limit) if budget is None else FixedBudget(budget),
             snapshot=snapshot,
             optimizers=optimizers,
-            first_touch=contextlib.nullcontext,
+            on_first_use=contextlib.nullcontext,
             ranks=ranks or SingleProcess(),
             progress=shown,
         )

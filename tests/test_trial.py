@@ -37,7 +37,7 @@ def attempt(workload, size, probe, *, budget=10**12, steps=3, accumulate=1, expe
                 budget=FixedBudget(budget),
                 snapshot=None,
                 optimizers=optimizers,
-                first_touch=contextlib.nullcontext,
+                on_first_use=contextlib.nullcontext,
                 ranks=SingleProcess(),
                 progress=None,
             ),

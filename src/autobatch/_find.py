@@ -69,10 +69,10 @@ def find(
     Args:
         workload: `train(batch_size, accumulate)`, a generator function that trains at the given
             micro-batch size and yields after each optimizer step. Without the parameter
-            `accumulate`, all plans have one micro-batch per update. A plain function that runs one
-            step will do as well. It may yield the number of samples in its last micro-batch. In a
-            `torch.distributed` job every rank calls `find`, and the workload runs the model itself,
-            not its DistributedDataParallel.
+            `accumulate`, all plans have one micro-batch per update. It may yield the number of
+            samples in its last micro-batch. A plain function that runs one step per call is
+            accepted too. In a `torch.distributed` job every rank calls `find`, and the workload
+            runs the model itself, not its DistributedDataParallel.
         target_batch_size: Samples per optimizer update, over all ranks. None: the largest
             micro-batch that fits.
         memory_limit: A float up to 1.0 is a share of the device, minus the memory of other
@@ -136,6 +136,7 @@ def find(
         progress() as shown,
     ):
         is_training = latency_limit is None
+        # A device that the user named is not compared with that of the model
         on_first_use = _FirstUse(
             probe, optimizers, None if device else model_device, ranks, is_training=is_training
         )
@@ -150,7 +151,7 @@ def find(
             budget=MemoryBudget(probe, settings.memory_limit),
             snapshot=snapshot,
             optimizers=optimizers,
-            first_touch=partial(snapshot.at_first_forward, on_first_use),
+            on_first_use=partial(snapshot.at_first_forward, on_first_use),
             ranks=ranks,
             progress=shown,
         )
@@ -327,11 +328,11 @@ def _reachable(workload: Callable[..., Any]) -> list[Any]:
 
 
 def _check_not_synchronizing(*things: Any) -> None:
-    """Refuse modules whose steps wait for other ranks: also for one that ran out of memory."""
-    for kind in (kind for thing in things for kind in type(thing).__mro__):
-        if kind.__name__ in _SYNCHRONIZING_WRAPPERS:
+    """Refuse modules whose steps would wait for a rank that is out of memory."""
+    for name in {kind.__name__ for thing in things for kind in type(thing).__mro__}:
+        if name in _SYNCHRONIZING_WRAPPERS:
             raise AutobatchError(
-                f"The workload runs a {kind.__name__}, whose steps wait for other ranks: a rank "
+                f"The workload runs a {name}, whose steps wait for other ranks: a rank "
                 "that runs out of memory would hang them. Let the workload run the wrapped module "
                 "(model.module)."
             )

@@ -20,15 +20,10 @@ if TYPE_CHECKING:
 # Trials at most that confirm plans whose micro-batch the search did not run
 MAX_CONFIRMATIONS: Final = 2
 
-# Share of the highest throughput: beyond it, a larger micro-batch is hardly faster
+# Share of the highest throughput that counts as fast
 _FAST_ENOUGH: Final = 0.95
 # An exact effective batch may take up to this many times the fewest micro-batches
 _MAX_EXTRA_PASSES: Final = 2
-
-
-def ceil_div(numerator: int, denominator: int) -> int:
-    """Return the quotient, rounded up."""
-    return -(-numerator // denominator)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +55,158 @@ class BatchPlan:
         return trial_accumulation(self.accumulate_grad_batches)
 
 
-def per_rank(target: int, world_size: int) -> int:
-    """Return the samples per update of each rank, rounded to the nearest whole number."""
-    return max(1, round(target / world_size))
+def choose_plan(
+    runner: TrialRunner,
+    throughput: Throughput,
+    last_micro_batch: Callable[[int], int | None],
+) -> BatchPlan:
+    """Choose a plan once the search is over; run the micro-batch of the best plan if need be.
+
+    Only a size that was run and fits is chosen.
+
+    Args:
+        runner: The runner of the trials that have been run.
+        throughput: Measured throughput.
+        last_micro_batch: Samples in the last micro-batch that each rank trains on in an epoch, at
+            a micro-batch size; None if that is not known.
+
+    Raises:
+        DoesNotFitError: No batch size fits.
+        ValueError: The target needs accumulation, and the workload cannot accumulate.
+    """
+    choice = _Choice(runner, throughput.curve, dict(throughput.unrecorded), last_micro_batch)
+    target = runner.accumulation.target
+    return choice.largest() if target is None else choice.for_target(target)
+
+
+def check_can_accumulate(plan: BatchPlan, runner: TrialRunner) -> None:
+    """Refuse a plan with accumulation for a workload that cannot accumulate."""
+    if plan.accumulate_grad_batches == 1 or runner.accumulation.is_supported:
+        return
+    target = runner.settings.target_batch_size
+    cause = f"plan={plan}" if target is None else f"target_batch_size={target}"
+    raise ValueError(
+        f"{cause} takes {plan.accumulate_grad_batches} micro-batches of {plan.micro_batch_size} "
+        "per update, and this workload cannot accumulate: write it as "
+        "`def train(batch_size, accumulate):`, dividing each loss by `accumulate` and yielding "
+        "after each optimizer step, or give a target that fits at once."
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """The choice of a plan among the sizes that were run."""
+
+    runner: TrialRunner
+    curve: Sequence[CurvePoint]
+    unrecorded: dict[int, Sequence[Trial]]  # results of all ranks, by batch size
+    last_micro_batch: Callable[[int], int | None]
+
+    def largest(self) -> BatchPlan:
+        """Return the largest micro-batch that fits and does not end an epoch with an error."""
+        accumulate = self.runner.accumulation.default
+        size = max(self.runner.fitting, default=1)
+        self._run_single_sample(size)
+        if not self._ends_well(size):
+            below = next(filter(self._ends_well, range(size - 1, 0, -1)), size)
+            if below not in self.runner.fitting and self.runner.check_time_for(below):
+                self.runner.run(below, trial_accumulation(accumulate), is_timed=True)
+        self.runner.check_any_fits()
+        return BatchPlan(self._usable[-1], accumulate, self._world_size)
+
+    def for_target(self, target: int) -> BatchPlan:
+        """Return the best plan whose micro-batch was run with the accumulation of training."""
+        self._confirm(target)
+        self.runner.check_any_fits()
+        verified = filter(self._is_verified, self._candidates(target))
+        plan = next(verified, None) or self._nearest(target)
+        check_can_accumulate(plan, self.runner)
+        return plan
+
+    def _confirm(self, target: int) -> None:
+        """Run the micro-batch of the best plan if the search did not, until the best one ran."""
+        left = MAX_CONFIRMATIONS
+        while left:
+            failed = {trial.batch_size for trial in self.runner.trials if not trial.fits}
+            plans = [
+                plan for plan in self._candidates(target) if plan.micro_batch_size not in failed
+            ]
+            if plans and self._run_single_sample(plans[0].micro_batch_size):
+                continue
+            if not plans or self._is_verified(plans[0]) or not self._run(plans[0]):
+                return
+            left -= 1
+
+    def _run(self, plan: BatchPlan) -> bool:
+        """Record a trial of the plan's micro-batch if there is time for it."""
+        check_can_accumulate(plan, self.runner)
+        size = plan.micro_batch_size
+        if size in self.unrecorded:
+            self.runner.record(self.unrecorded.pop(size))
+            return True
+        if not self.runner.check_time_for(size):
+            return False
+        self.runner.run(size, plan.trial_accumulation, is_timed=True)
+        return True
+
+    def _candidates(self, target: int) -> tuple[BatchPlan, ...]:
+        if not self.runner.fitting:
+            return ()
+        times = StepTimes.of(self.runner.trials, self.curve)
+        largest = self.runner.fitting[-1]
+        plans = candidates(target, self._world_size, largest, times, self._ends_well)
+        if self.runner.accumulation.is_supported:
+            return plans
+        # Speed is no reason to accumulate for a workload that cannot
+        return tuple(plan for plan in plans if plan.accumulate_grad_batches == 1) or plans
+
+    def _nearest(self, target: int) -> BatchPlan:
+        usable = self._usable
+        plan = nearest(target, self._world_size, usable)
+        if self._is_verified(plan):
+            return plan
+        # A trial without accumulation does not verify a plan with it: gradients stay allocated
+        accumulated = [
+            trial.batch_size
+            for trial in self.runner.trials
+            if trial.fits and trial.accumulate > 1 and trial.batch_size in usable
+        ]
+        return nearest(target, self._world_size, accumulated or usable)
+
+    def _is_verified(self, plan: BatchPlan) -> bool:
+        return any(
+            trial.fits
+            and trial.batch_size == plan.micro_batch_size
+            and trial.accumulate >= plan.trial_accumulation
+            for trial in self.runner.trials
+        )
+
+    def _run_single_sample(self, batch_size: int) -> bool:
+        """Run one sample if an epoch of this size ends with one: BatchNorm may need two."""
+        if batch_size == 1 or self.last_micro_batch(batch_size) != 1:
+            return False
+        if any(trial.batch_size == 1 for trial in self.runner.trials):
+            return False
+        if not self.runner.check_time_for(1):
+            return False
+        self.runner.run(1, 1, is_timed=True)
+        return True
+
+    def _ends_well(self, batch_size: int) -> bool:
+        """Return False if an epoch ends with a micro-batch that the workload refuses."""
+        return self.last_micro_batch(batch_size) not in {
+            trial.batch_size for trial in self.runner.trials if trial.outcome is Outcome.REFUSED
+        }
+
+    @property
+    def _usable(self) -> list[int]:
+        """The sizes that fit and end well; all that fit if none does, which a note reports."""
+        fitting = self.runner.fitting
+        return [size for size in fitting if self._ends_well(size)] or fitting
+
+    @property
+    def _world_size(self) -> int:
+        return self.runner.accumulation.world_size
 
 
 def candidates(
@@ -74,9 +218,9 @@ def candidates(
 ) -> tuple[BatchPlan, ...]:
     """Return plans that reach the target with usable micro-batches, the best first.
 
-    Plans are exact if exactness is cheap: with a micro-batch within 5 % of the fastest size, the
-    smallest such one first, or with few micro-batches per update. Otherwise they give the nearest
-    effective batch with few micro-batches per update.
+    Exact plans come first: those with a micro-batch within 5 % of the fastest size, the smallest
+    first, or else those with at most twice the fewest micro-batches per update. Without any, plans
+    give the nearest effective batch.
     """
     samples = per_rank(target, world_size)
     largest = min(largest, samples)
@@ -86,7 +230,7 @@ def candidates(
         for size in range(largest, 0, -1)
         if samples % size == 0 and usable(size)
     ]
-    fast = _as_fast_as_any(exact, samples, times)
+    fast = _fast_plans(exact, samples, times)
     cheap = [plan for plan in exact if plan.accumulate_grad_batches <= most]
     if fast:
         return _smallest_first(fast, [*fast, *cheap], times)
@@ -104,26 +248,8 @@ def candidates(
     )
 
 
-def nearest(target: int, world_size: int, sizes: Iterable[int]) -> BatchPlan:
-    """Return the plan closest to the target with one of these micro-batches, or the largest of them.
-
-    No plan takes more than twice as many micro-batches per update as the largest size needs.
-    """
-    samples, sizes = per_rank(target, world_size), sorted(sizes)
-    most = _MAX_EXTRA_PASSES * max(1, round(samples / sizes[-1]))
-    plans = (BatchPlan(size, max(1, round(samples / size)), world_size) for size in sizes)
-    return min(
-        (plan for plan in plans if plan.accumulate_grad_batches <= most),
-        key=lambda plan: (_distance(plan, target), -plan.micro_batch_size),
-    )
-
-
-def _distance(plan: BatchPlan, target: int) -> int:
-    return abs(plan.effective_batch_size - target)
-
-
-def _as_fast_as_any(plans: Iterable[BatchPlan], samples: int, times: StepTimes) -> list[BatchPlan]:
-    """Return the plans that are within 5 % of the fastest timed size, for as many samples."""
+def _fast_plans(plans: Iterable[BatchPlan], samples: int, times: StepTimes) -> list[BatchPlan]:
+    """Return the plans within 5 % of the fastest timed size, at `samples` per update."""
     all_seconds = [
         _sample_seconds(size, max(1, round(samples / size)), times)
         for size in times.sizes
@@ -137,16 +263,6 @@ def _as_fast_as_any(plans: Iterable[BatchPlan], samples: int, times: StepTimes) 
         for plan in plans
         if (seconds := _plan_seconds(plan, times)) is not None and _FAST_ENOUGH * seconds <= least
     ]
-
-
-def _plan_seconds(plan: BatchPlan, times: StepTimes) -> float | None:
-    return _sample_seconds(plan.micro_batch_size, plan.accumulate_grad_batches, times)
-
-
-def _sample_seconds(size: int, accumulate: int, times: StepTimes) -> float | None:
-    """Return seconds per sample, the share of the optimizer step included."""
-    seconds = times.update(size, accumulate)
-    return None if seconds is None else seconds / (size * accumulate)
 
 
 def _by_speed(plans: list[BatchPlan], times: StepTimes) -> tuple[BatchPlan, ...]:
@@ -176,155 +292,39 @@ def _smallest_first(
     return (first, *sorted(others, key=seconds))
 
 
-def choose_plan(
-    trials: TrialRunner,
-    throughput: Throughput,
-    last_micro_batch: Callable[[int], int | None],
-) -> BatchPlan:
-    """Choose a plan once the search is over; run the micro-batch of the best plan if need be.
+def _plan_seconds(plan: BatchPlan, times: StepTimes) -> float | None:
+    return _sample_seconds(plan.micro_batch_size, plan.accumulate_grad_batches, times)
 
-    No size is chosen that was not run and fits.
 
-    Args:
-        trials: The runner of the trials that have been run.
-        throughput: Measured throughput.
-        last_micro_batch: Samples in the last micro-batch that each rank trains on in an epoch, at
-            a micro-batch size; None if that is not known.
+def _sample_seconds(size: int, accumulate: int, times: StepTimes) -> float | None:
+    """Return seconds per sample, the share of the optimizer step included."""
+    seconds = times.update(size, accumulate)
+    return None if seconds is None else seconds / (size * accumulate)
 
-    Raises:
-        DoesNotFitError: No batch size fits.
-        ValueError: The target needs accumulation, and the workload cannot accumulate.
+
+def nearest(target: int, world_size: int, sizes: Iterable[int]) -> BatchPlan:
+    """Return the plan closest to the target with one of these micro-batches, or the largest of them.
+
+    No plan takes more than twice as many micro-batches per update as the largest size needs.
     """
-    choice = _Choice(trials, throughput.curve, dict(throughput.unrecorded), last_micro_batch)
-    target = trials.accumulation.target
-    return choice.largest() if target is None else choice.for_target(target)
-
-
-def check_can_accumulate(plan: BatchPlan, trials: TrialRunner) -> None:
-    """Refuse a plan with accumulation for a workload that cannot accumulate."""
-    if plan.accumulate_grad_batches == 1 or trials.accumulation.is_supported:
-        return
-    target = trials.settings.target_batch_size
-    cause = f"plan={plan}" if target is None else f"target_batch_size={target}"
-    raise ValueError(
-        f"{cause} takes {plan.accumulate_grad_batches} micro-batches of {plan.micro_batch_size} "
-        "per update, and this workload cannot accumulate: write it as "
-        "`def train(batch_size, accumulate):`, dividing each loss by `accumulate` and yielding "
-        "after each optimizer step, or give a target that fits at once."
+    samples, sizes = per_rank(target, world_size), sorted(sizes)
+    most = _MAX_EXTRA_PASSES * max(1, round(samples / sizes[-1]))
+    plans = (BatchPlan(size, max(1, round(samples / size)), world_size) for size in sizes)
+    return min(
+        (plan for plan in plans if plan.accumulate_grad_batches <= most),
+        key=lambda plan: (_distance(plan, target), -plan.micro_batch_size),
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Choice:
-    """The choice of a plan among the sizes that were run."""
+def _distance(plan: BatchPlan, target: int) -> int:
+    return abs(plan.effective_batch_size - target)
 
-    trials: TrialRunner
-    curve: Sequence[CurvePoint]
-    unrecorded: dict[int, Sequence[Trial]]  # results of all ranks, by batch size
-    last_micro_batch: Callable[[int], int | None]
 
-    def largest(self) -> BatchPlan:
-        """Return the largest micro-batch that fits and does not end an epoch with an error."""
-        accumulate = self.trials.accumulation.default
-        size = max(self.trials.fitting, default=1)
-        self._run_single_sample(size)
-        if not self._ends_well(size):
-            below = next(filter(self._ends_well, range(size - 1, 0, -1)), size)
-            if below not in self.trials.fitting and self.trials.take_time_for(below):
-                self.trials.run(below, trial_accumulation(accumulate), is_timed=True)
-        self.trials.check_any_fits()
-        return BatchPlan(self._usable[-1], accumulate, self._world_size)
+def per_rank(target: int, world_size: int) -> int:
+    """Return the samples per update of each rank, rounded to the nearest whole number."""
+    return max(1, round(target / world_size))
 
-    def for_target(self, target: int) -> BatchPlan:
-        """Return the best plan for a target of those whose micro-batch was run as in training."""
-        self._confirm(target)
-        self.trials.check_any_fits()
-        verified = filter(self._is_verified, self._candidates(target))
-        plan = next(verified, None) or self._nearest(target)
-        check_can_accumulate(plan, self.trials)
-        return plan
 
-    def _confirm(self, target: int) -> None:
-        """Run the micro-batch of the best plan if the search did not, until the best one ran."""
-        left = MAX_CONFIRMATIONS
-        while left:
-            failed = {trial.batch_size for trial in self.trials.trials if not trial.fits}
-            plans = [
-                plan for plan in self._candidates(target) if plan.micro_batch_size not in failed
-            ]
-            if plans and self._run_single_sample(plans[0].micro_batch_size):
-                continue
-            if not plans or self._is_verified(plans[0]) or not self._run(plans[0]):
-                return
-            left -= 1
-
-    def _run(self, plan: BatchPlan) -> bool:
-        """Record a trial of the plan's micro-batch if there is time for it."""
-        check_can_accumulate(plan, self.trials)
-        size = plan.micro_batch_size
-        if size in self.unrecorded:
-            self.trials.record(self.unrecorded.pop(size))
-            return True
-        if not self.trials.take_time_for(size):
-            return False
-        self.trials.run(size, plan.trial_accumulation, is_timed=True)
-        return True
-
-    def _candidates(self, target: int) -> tuple[BatchPlan, ...]:
-        if not self.trials.fitting:
-            return ()
-        times = StepTimes.of(self.trials.trials, self.curve)
-        largest = self.trials.fitting[-1]
-        plans = candidates(target, self._world_size, largest, times, self._ends_well)
-        if self.trials.accumulation.is_supported:
-            return plans
-        # Speed is no reason to accumulate for a workload that cannot
-        return tuple(plan for plan in plans if plan.accumulate_grad_batches == 1) or plans
-
-    def _nearest(self, target: int) -> BatchPlan:
-        usable = self._usable
-        plan = nearest(target, self._world_size, usable)
-        if self._is_verified(plan):
-            return plan
-        # A trial without accumulation does not verify a plan with it: gradients stay allocated
-        accumulated = [
-            trial.batch_size
-            for trial in self.trials.trials
-            if trial.fits and trial.accumulate > 1 and trial.batch_size in usable
-        ]
-        return nearest(target, self._world_size, accumulated or usable)
-
-    def _is_verified(self, plan: BatchPlan) -> bool:
-        return any(
-            trial.fits
-            and trial.batch_size == plan.micro_batch_size
-            and trial.accumulate >= plan.trial_accumulation
-            for trial in self.trials.trials
-        )
-
-    def _run_single_sample(self, batch_size: int) -> bool:
-        """Run one sample if an epoch of this size ends with one: BatchNorm may need two."""
-        if batch_size == 1 or self.last_micro_batch(batch_size) != 1:
-            return False
-        if not self.trials.take_time_for(1):
-            return False
-        if any(trial.batch_size == 1 for trial in self.trials.trials):
-            return False
-        self.trials.run(1, 1, is_timed=True)
-        return True
-
-    def _ends_well(self, batch_size: int) -> bool:
-        """Return False if an epoch ends with a micro-batch that the workload refuses."""
-        return self.last_micro_batch(batch_size) not in {
-            trial.batch_size for trial in self.trials.trials if trial.outcome is Outcome.REFUSED
-        }
-
-    @property
-    def _usable(self) -> list[int]:
-        """The sizes that fit and end well; all that fit if none does, which a note reports."""
-        fitting = self.trials.fitting
-        return [size for size in fitting if self._ends_well(size)] or fitting
-
-    @property
-    def _world_size(self) -> int:
-        return self.trials.accumulation.world_size
+def ceil_div(numerator: int, denominator: int) -> int:
+    """Return the quotient, rounded up."""
+    return -(-numerator // denominator)

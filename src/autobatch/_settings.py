@@ -49,7 +49,8 @@ def _index(value: Any) -> Any:
     return value.__index__() if is_whole else value
 
 
-def _limit(value: Any) -> Any:
+def _checked_limit(value: Any) -> Any:
+    """Return a valid limit as it was given, for the report; `MemoryBudget` parses it."""
     parse_memory_limit(value)
     return value
 
@@ -89,12 +90,12 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     target_batch_size: Count | None
-    memory_limit: Annotated[float | int | str, BeforeValidator(_limit)]
+    memory_limit: Annotated[float | int | str, BeforeValidator(_checked_limit)]
     max_micro_batch_size: Count | None
     steps_per_trial: Count
     time_limit: Annotated[Seconds, Field(gt=0)] | None
     dataset_size: Count | None
-    # Reports of earlier versions have no limit on latency
+    # Defaults, because reports of earlier versions lack these two
     latency_limit: Annotated[Seconds, Field(gt=0)] | None = None
     percentile: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False, strict=True)] = 99
 

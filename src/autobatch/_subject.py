@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 class Subject(Protocol):
     """A workload to tune: a plain loop, a Lightning fit, or a Lightning evaluation.
 
-    The methods are called once trials have run.
+    Methods are called only after trials have run, properties at any time.
     """
 
     @property
     def workload(self) -> Workload:
-        """A training loop that yields after every optimizer step."""
+        """Generator function that yields after every optimizer step, or answered batch."""
 
     @property
     def task(self) -> Task:
@@ -49,7 +49,7 @@ class Subject(Protocol):
 
     @property
     def max_samples_per_update(self) -> int | None:
-        """Most samples of one update, which does not continue in the next epoch; None: no limit."""
+        """Samples of an epoch, which no update exceeds; None: no limit."""
 
     @property
     def previous_plan(self) -> BatchPlan | None:

@@ -64,25 +64,25 @@ def tune(
         curve_seconds: Most seconds for the throughput curve; 0 for no curve.
     """
     accumulation = accumulation_of(subject, settings, context.ranks.world_size)
-    trials = TrialRunner(subject.workload, accumulation, settings, context)
-    trials.start()
+    runner = TrialRunner(subject.workload, accumulation, settings, context)
+    runner.start()
     check_same_arguments(subject, settings, known, context.ranks)
     sizes = search_range(subject, settings, context.ranks)
     throughput, latency = Throughput(), None
     if known is not None:
-        plan = verify(known, trials, sizes)
+        plan = verify(known, runner, sizes)
     elif settings.limit_on_latency is not None:
-        latency = LatencySearch(settings.limit_on_latency, trials)
-        sizes = find_largest_fit(search, trials, sizes, latency, is_timed=True)
-        plan = find_largest_within(latency, trials)
+        latency = LatencySearch(settings.limit_on_latency, runner)
+        sizes = find_largest_fit(search, runner, sizes, latency, is_timed=True)
+        plan = find_largest_within(latency, runner)
     else:
-        sizes = find_largest_fit(search, trials, sizes, None, is_timed=not curve_seconds)
-        throughput = measure_throughput(trials, samples_per_rank(accumulation), curve_seconds)
-        plan = choose_plan(trials, throughput, subject.last_micro_batch)
-        throughput = add_to_curve(throughput, trials, plan.micro_batch_size)
+        sizes = find_largest_fit(search, runner, sizes, None, is_timed=not curve_seconds)
+        throughput = measure_throughput(runner, samples_per_rank(accumulation), curve_seconds)
+        plan = choose_plan(runner, throughput, subject.last_micro_batch)
+        throughput = add_to_curve(throughput, runner, plan.micro_batch_size)
     check_same_plan(plan, context.ranks)
     return build_report(
-        subject, settings, trials, sizes, plan, throughput, latency, curve_seconds=curve_seconds
+        subject, settings, runner, sizes, plan, throughput, latency, curve_seconds=curve_seconds
     )
 
 
@@ -113,7 +113,7 @@ def samples_per_rank(accumulation: Accumulation) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class _Arguments:
-    """Arguments that every rank must have been given alike."""
+    """Arguments that must be the same on every rank."""
 
     settings: Settings
     accumulate: int
@@ -124,7 +124,7 @@ def check_same_arguments(
     subject: Subject, settings: Settings, known: BatchPlan | None, ranks: Ranks
 ) -> None:
     """Refuse different arguments on different ranks."""
-    # A rank may have a shard of its own
+    # Ranks may have shards of different lengths
     settings = settings.model_copy(update={"dataset_size": None})
     own = _Arguments(settings, subject.accumulate, known)
     for rank, other in enumerate(ranks.gather(own)):
@@ -176,45 +176,45 @@ def search_range(subject: Subject, settings: Settings, ranks: Ranks) -> SearchRa
     return SearchRange(ranges[0].start, min(each.high for each in ranges), bound)
 
 
-def verify(plan: BatchPlan, trials: TrialRunner, sizes: SearchRange) -> BatchPlan:
+def verify(plan: BatchPlan, runner: TrialRunner, sizes: SearchRange) -> BatchPlan:
     """Return a known plan if one trial shows that it fits."""
-    check_can_accumulate(plan, trials)
+    check_can_accumulate(plan, runner)
     size = plan.micro_batch_size
     if size > sizes.high:
-        reason = sizes.bound.reason if sizes.bound else f"none goes above {_MAX_BATCH_SIZE:,}"
-        raise ValueError(f"plan={plan} asks for micro-batches of {size}, but {reason}.")
-    trial = trials.run(size, plan.trial_accumulation, is_timed=True)
+        reason = sizes.bound.reason if sizes.bound else f"no search goes above {_MAX_BATCH_SIZE:,}"
+        raise ValueError(f"plan={plan} has micro-batches of {size}, but {reason}.")
+    trial = runner.run(size, plan.trial_accumulation, is_timed=True)
     if trial.fits and trial.batch_size == size:
         return plan
     raise DoesNotFitError(
-        f"plan={plan} does not fit any more: {trial.failure(trials.budget)}. Leave plan out to "
+        f"plan={plan} does not fit any more: {trial.failure(runner.budget)}. Leave plan out to "
         "search again."
     )
 
 
 def find_largest_fit(
     search: Search,
-    trials: TrialRunner,
+    runner: TrialRunner,
     sizes: SearchRange,
     latency: LatencySearch | None,
     *,
     is_timed: bool,
 ) -> SearchRange:
     """Run trials until the search ends or time runs out; return the sizes that were in reach."""
-    while size := _next_size(search, trials, sizes, latency):
+    while size := _next_size(search, runner, sizes, latency):
         try:
-            trial = trials.run(size, trials.accumulation.in_trial(size), is_timed=is_timed)
+            trial = runner.run(size, runner.accumulation.in_trial(size), is_timed=is_timed)
         except ShortTrialError:
-            fitting = trials.fitting
+            fitting = runner.fitting
             if not fitting or fitting[0] >= size:
                 raise
             # Smaller ones ran: there is not enough data for this one
-            trials.context.snapshot.restore()
-            sizes = SearchRange(sizes.start, (fitting[-1] + size) // 2, sizes.bound)
+            runner.context.snapshot.restore()
+            sizes = sizes.limited((fitting[-1] + size) // 2)
             continue
         if trial.batch_size < size:  # the workload could not fill it
             sizes = sizes.limited(trial.batch_size)
-        _check_size_is_used(trial, trials.trials)
+        _check_size_is_used(trial, runner.trials)
         too_slow = latency.too_slow(trial.batch_size) if latency and trial.fits else None
         if latency and too_slow:  # larger sizes would fit, but take too long
             high = min(sizes.high, trial.batch_size)
@@ -224,29 +224,30 @@ def find_largest_fit(
 
 
 def _next_size(
-    search: Search, trials: TrialRunner, sizes: SearchRange, latency: LatencySearch | None
+    search: Search, runner: TrialRunner, sizes: SearchRange, latency: LatencySearch | None
 ) -> int | None:
     """Return the size that the search proposes, if there is time for it; None to end."""
-    trials_after = 0 if trials.accumulation.target is None else MAX_CONFIRMATIONS
-    if latency is not None and trials.fitting:
+    trials_after = 0 if runner.accumulation.target is None else MAX_CONFIRMATIONS
+    if latency is not None and runner.fitting:
         # Memory may have room for sizes that are far too slow
         sizes = sizes.limited(latency.reach)
-    size = _proposal(search, trials, sizes)
+    size = _proposal(search, runner, sizes)
     if size is None:
-        trials.is_out_of_time = False
+        # The search has its answer: sizes left out for lack of time do not matter
+        runner.is_out_of_time = False
         return None
-    trials.is_out_of_time = not trials.has_time_for(size, trials_after=trials_after)
-    if trials.is_out_of_time:
-        affordable = trials.affordable(trials_after=trials_after)
-        size = _proposal(search, trials, sizes.limited(affordable or sizes.high))
-        if size is None or not trials.has_time_for(size, trials_after=trials_after):
+    runner.is_out_of_time = not runner.has_time_for(size, trials_after=trials_after)
+    if runner.is_out_of_time:
+        affordable = runner.affordable(trials_after=trials_after)
+        size = _proposal(search, runner, sizes.limited(affordable or sizes.high))
+        if size is None or not runner.has_time_for(size, trials_after=trials_after):
             return None
     return size
 
 
-def _proposal(search: Search, trials: TrialRunner, sizes: SearchRange) -> int | None:
+def _proposal(search: Search, runner: TrialRunner, sizes: SearchRange) -> int | None:
     start = min(sizes.start, sizes.high)
-    return search.propose(trials.trials, start=start, high=sizes.high, budget=trials.budget)
+    return search.propose(runner.trials, start=start, high=sizes.high, budget=runner.budget)
 
 
 def _check_size_is_used(trial: Trial, trials: Sequence[Trial]) -> None:
@@ -269,14 +270,14 @@ def _allocations(trial: Trial) -> tuple[int, ...]:
     return tuple(nbytes - trial.profile[0] for nbytes in trial.profile)
 
 
-def find_largest_within(latency: LatencySearch, trials: TrialRunner) -> BatchPlan:
+def find_largest_within(latency: LatencySearch, runner: TrialRunner) -> BatchPlan:
     """Return the largest batch size that fits and meets the limit on latency."""
-    trials.check_any_fits()
+    runner.check_any_fits()
     latency.measure()
     best = largest_within(latency.latencies, latency.limit.seconds)
     if best is None:
         raise DoesNotFitError(nothing_within(latency.latencies, latency.limit))
-    return BatchPlan(best.batch_size, world_size=trials.accumulation.world_size)
+    return BatchPlan(best.batch_size, world_size=runner.accumulation.world_size)
 
 
 def check_same_plan(plan: BatchPlan, ranks: Ranks) -> None:
@@ -292,7 +293,7 @@ def check_same_plan(plan: BatchPlan, ranks: Ranks) -> None:
 def build_report(
     subject: Subject,
     settings: Settings,
-    trials: TrialRunner,
+    runner: TrialRunner,
     sizes: SearchRange,
     plan: BatchPlan,
     throughput: Throughput,
@@ -301,18 +302,18 @@ def build_report(
     curve_seconds: float,
 ) -> TuningReport:
     """Return the report of a run."""
-    probe, reading = trials.context.probe, trials.context.budget.reading
+    probe, reading = runner.context.probe, runner.context.budget.reading
     result = TuningResult(
         task=subject.task,
         plan=plan,
-        trials=tuple(map(throughput.with_times, trials.trials)),
+        trials=tuple(map(throughput.with_times, runner.trials)),
         curve=throughput.curve,
         unreached=throughput.unreached,
         curve_seconds=curve_seconds,
         target_batch_size=settings.target_batch_size,
         latency_limit=settings.latency_limit,
         bound=sizes.bound_met,
-        time_limit=settings.time_limit if trials.is_out_of_time else None,
+        time_limit=settings.time_limit if runner.is_out_of_time else None,
         source=probe.source,
         total=reading.total,
         foreign=reading.foreign,
@@ -321,7 +322,7 @@ def build_report(
         dataset_size=subject.samples_per_epoch(plan),
         last_samples=subject.last_micro_batch(plan.micro_batch_size),
         trial_notes=subject.trial_notes(plan),
-        plan_notes=_plan_notes(subject, plan, trials, latency),
+        plan_notes=_plan_notes(subject, plan, runner, latency),
         look=subject.largest_samples(),
     )
     return TuningReport(
@@ -331,7 +332,7 @@ def build_report(
         device=Device(
             name=probe.name, source=probe.source, total=result.total, foreign=result.foreign
         ),
-        budget=trials.budget,
+        budget=runner.budget,
         trials=result.trials,
         plan=plan,
         task=subject.task,
@@ -342,16 +343,16 @@ def build_report(
         curve=result.curve,
         loading=throughput.loading,
         learning_rate=result.learning_rate,
-        search_seconds=trials.time_limit.spent,
+        search_seconds=runner.time_limit.spent,
         notes=notes(result),
         environment=subject.environment,
     )
 
 
 def _plan_notes(
-    subject: Subject, plan: BatchPlan, trials: TrialRunner, latency: LatencySearch | None
+    subject: Subject, plan: BatchPlan, runner: TrialRunner, latency: LatencySearch | None
 ) -> tuple[str, ...]:
-    found = subject.plan_notes(plan, trials.time_limit)
+    found = subject.plan_notes(plan, runner.time_limit)
     if latency is None:
         return found
     size = plan.micro_batch_size
@@ -388,11 +389,11 @@ def known_plan(
         plan = report.plan
     if not isinstance(plan, BatchPlan):
         raise ValueError(f"plan={plan!r} is not a plan; give a BatchPlan, or the path of a report.")
-    _check_counts(plan, settings, world_size)
+    _check_against(plan, settings, world_size)
     return plan
 
 
-def _check_counts(plan: BatchPlan, settings: Settings, world_size: int | None) -> None:
+def _check_against(plan: BatchPlan, settings: Settings, world_size: int | None) -> None:
     counts = (plan.micro_batch_size, plan.accumulate_grad_batches, plan.world_size)
     if any(type(count) is not int or count < 1 for count in counts):
         raise ValueError(f"plan={plan} must hold whole numbers of 1 or more.")

@@ -146,7 +146,7 @@ class LatencySearch:
                 return size
             if self._lacks_trials or not self._check_time(size, 0):
                 return known.candidate(affordable)
-            self._lacks_trials = not self._trials.fits(size)
+            self._lacks_trials = not self._trials.verify(size)
 
     def _time_candidate(self, size: int) -> bool:
         """Time one turn of a quick size, or a slow size well; return False if time is out."""
@@ -188,7 +188,7 @@ class LatencySearch:
             if (
                 self._latency(size) is None
                 and self._has_time_for(size, 0)
-                and self._trials.fits(size)
+                and self._trials.verify(size)
             ):
                 self._time_turn(size)
         expected = {size: self._expected(size) for size in sizes if self._latency(size)}

@@ -38,7 +38,7 @@ class MemoryReading:
     Args:
         total: Capacity of the device.
         used: Memory used by all processes together.
-        reserved: Memory of this process that it could release.
+        reserved: Memory of this process, apart from its device context.
         peak: Maximum of `reserved` since the trial began.
         failures: Allocations refused or retried so far.
         cap: The user's own limit for this process; None if there is none.
@@ -93,7 +93,7 @@ class MemoryProbe(Protocol):
         """Reset the peak; in the body, an allocation beyond `budget` bytes is out of memory."""
 
     def attach(self, *objects: Any) -> None:
-        """Account for objects that are on the device already; a no-op if the device does so."""
+        """Account for objects that are on the device already; does nothing if the device counts them itself."""
 
     def release(self) -> None:
         """Return cached memory to the device."""

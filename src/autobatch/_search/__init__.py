@@ -1,4 +1,4 @@
-"""Choose the next batch size to try: the Search protocol and bisection."""
+"""The Search protocol and plain bisection; `GuidedBisection`, the default, is in guided.py."""
 
 from __future__ import annotations
 

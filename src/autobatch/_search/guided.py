@@ -57,6 +57,7 @@ class GuidedBisection:
             return None
         evidence = Evidence(readings_of(trials, budget), bracket, self.resolution, self.growth)
         if not bracket.good:
+            # Nothing fits yet: bisect, or go to a size in proportion to a failed peak
             sizes = [bracket.middle, *(r.proportional_limit for r in evidence.failed)]
             return bracket.clip(min(sizes))
         if not evidence.fits or evidence.top.size < bracket.good:

@@ -73,22 +73,22 @@ class Throughput:
         return trial
 
 
-def measure_throughput(trials: TrialRunner, samples: int | None, seconds: float) -> Throughput:
+def measure_throughput(runner: TrialRunner, samples: int | None, seconds: float) -> Throughput:
     """Time the sizes that fit and some below, in turns.
 
     Args:
-        trials: The runner of the trials that have been run.
+        runner: The runner of the trials that have been run.
         samples: Samples per update and rank with a target; None without one.
         seconds: Seconds that all of it may take.
     """
-    if not trials.fitting or not seconds:
+    if not runner.fitting or not seconds:
         return Throughput()
-    with trials.time_limit.excluded():
-        timer = _UpdateTimer(trials, seconds)
-        sizes = curve_sizes(trials.fitting, samples)
+    with runner.time_limit.excluded():
+        timer = _UpdateTimer(runner, seconds)
+        sizes = curve_sizes(runner.fitting, samples)
         unrecorded = _run_missing(sizes, timer)
-        tried = {trial.batch_size: trial for trial in trials.trials if trial.fits}
-        tried |= {size: trials.merged(results) for size, results in unrecorded.items()}
+        tried = {trial.batch_size: trial for trial in runner.trials if trial.fits}
+        tried |= {size: runner.merge(results) for size, results in unrecorded.items()}
         timings = in_turns(
             [size for size in sizes if size in tried and tried[size].fits],
             time_turn=timer.time_turn,
@@ -98,7 +98,7 @@ def measure_throughput(trials: TrialRunner, samples: int | None, seconds: float)
     failed = timer.failed | {size for size, trial in tried.items() if not trial.fits}
     return Throughput(
         curve=tuple(
-            point(size, trials.accumulation.in_trial(size), turns, tried[size].peak)
+            point(size, runner.accumulation.in_trial(size), turns, tried[size].peak)
             for size, turns in timings.items()
         ),
         unreached=tuple(size for size in sizes if size not in failed and size not in timings),
@@ -110,13 +110,13 @@ def measure_throughput(trials: TrialRunner, samples: int | None, seconds: float)
 
 def _run_missing(sizes: Sequence[int], timer: _UpdateTimer) -> dict[int, Sequence[Trial]]:
     """Run trials of the sizes that the search did not run, as long as half of the time is left."""
-    trials = timer.trials
-    trial_seconds = trials.time_limit.seconds_of(trials.fitting[-1])
+    runner = timer.runner
+    trial_seconds = runner.time_limit.seconds_of(runner.fitting[-1])
     unrecorded: dict[int, Sequence[Trial]] = {}
     for size in reversed(sizes):
-        if size in trials.fitting or not timer.has_time(trial_seconds + timer.seconds / 2):
+        if size in runner.fitting or not timer.has_time(trial_seconds + timer.seconds / 2):
             continue
-        results = trials.run_unrecorded(size)
+        results = runner.run_unrecorded(size)
         if all(trial.batch_size == size for trial in results):
             unrecorded[size] = results
         else:
@@ -124,14 +124,14 @@ def _run_missing(sizes: Sequence[int], timer: _UpdateTimer) -> dict[int, Sequenc
     return unrecorded
 
 
-def add_to_curve(throughput: Throughput, trials: TrialRunner, batch_size: int) -> Throughput:
+def add_to_curve(throughput: Throughput, runner: TrialRunner, batch_size: int) -> Throughput:
     """Time one more size, which was run since, if there is time left."""
     reached = {each.batch_size for each in throughput.curve}
     if not reached or batch_size in {*reached, *throughput.unreached}:
         return throughput
-    trial = next(t for t in reversed(trials.trials) if t.batch_size == batch_size)
-    with trials.time_limit.excluded():
-        timer = _UpdateTimer(trials, throughput.seconds_left)
+    trial = next(t for t in reversed(runner.trials) if t.batch_size == batch_size)
+    with runner.time_limit.excluded():
+        timer = _UpdateTimer(runner, throughput.seconds_left)
         timings = in_turns(
             [batch_size],
             time_turn=timer.time_turn,
@@ -140,7 +140,7 @@ def add_to_curve(throughput: Throughput, trials: TrialRunner, batch_size: int) -
         )
     if batch_size not in timings:
         return replace(throughput, unreached=(*throughput.unreached, batch_size))
-    accumulate = trials.accumulation.in_trial(batch_size)
+    accumulate = runner.accumulation.in_trial(batch_size)
     added = point(batch_size, accumulate, timings[batch_size], trial.peak)
     return replace(
         throughput,
@@ -152,24 +152,24 @@ def add_to_curve(throughput: Throughput, trials: TrialRunner, batch_size: int) -
 class _UpdateTimer:
     """Times updates on every rank, within a limit of seconds."""
 
-    def __init__(self, trials: TrialRunner, seconds: float) -> None:
-        self.trials = trials
+    def __init__(self, runner: TrialRunner, seconds: float) -> None:
+        self.runner = runner
         self.seconds = seconds
         self.failed: set[int] = set()  # sizes that cannot be timed
         self.waited = _NO_LOADING
-        self._began = trials.time_limit.now
+        self._began = runner.time_limit.now
 
     @property
     def seconds_left(self) -> float:
-        return self.seconds - (self.trials.time_limit.now - self._began)
+        return self.seconds - (self.runner.time_limit.now - self._began)
 
     def has_time(self, seconds: float) -> bool:
-        return self.trials.time_limit.now - self._began + seconds <= self.seconds
+        return self.runner.time_limit.now - self._began + seconds <= self.seconds
 
     def time_turn(self, batch_size: int) -> Timing | None:
         """Return the timing of the slowest rank; None if one of them ran out of memory."""
-        with self.trials.on_every_rank(batch_size):
-            turns = self.trials.gather(self._turn_here(batch_size))
+        with self.runner.on_every_rank(batch_size):
+            turns = self.runner.gather(self._turn_here(batch_size))
         known = [turn for turn in turns if turn is not None]
         if len(known) < len(turns):
             self.failed.add(batch_size)
@@ -190,11 +190,11 @@ class _UpdateTimer:
                 return enough(update_seconds)
 
             timing = time_updates(
-                self.trials.workload,
+                self.runner.workload,
                 batch_size,
-                accumulate=self.trials.accumulation.in_trial(batch_size),
+                accumulate=self.runner.accumulation.in_trial(batch_size),
                 enough=enough_updates,
-                context=self.trials.context,
+                context=self.runner.context,
             )
         if timing is None:
             return None

@@ -60,7 +60,8 @@ class TrialContext:
         budget: Bytes that this process may hold.
         snapshot: Restores all state that a trial changes.
         optimizers: Counts and times optimizer steps.
-        first_touch: Watches for modules that were not captured yet.
+        on_first_use: Context manager around a first step, which captures modules that were not
+            captured yet.
         ranks: The processes that run each trial together.
         progress: Display of the trials.
     """
@@ -69,6 +70,6 @@ class TrialContext:
     budget: MemoryBudget
     snapshot: Snapshot
     optimizers: OptimizerWatch
-    first_touch: Callable[[], AbstractContextManager[None]]
+    on_first_use: Callable[[], AbstractContextManager[None]]
     ranks: Ranks
     progress: Progress

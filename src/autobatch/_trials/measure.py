@@ -70,19 +70,20 @@ def run_trial(
             run = RunningWorkload(workload, batch_size, accumulate)
             # A generator must be closed under the modes it was started under
             with probe.limited(budget) as watch, contextlib.closing(run):
-                with context.first_touch():
+                with context.on_first_use():
                     warm_up(run, watch, context)
                     warm = probe.read()
                     is_eager = watch is not None or not uses_torch_compile()
                     if is_eager:
                         timing = time_steps(run, enough, watch, context)
                 if not is_eager:
-                    run.step()  # modules compile now, which stayed eager while hooks watched them
+                    run.step()  # hooks are gone: modules that ran eagerly until now compile
                     timing = time_steps(run, enough, watch, context)
             measured = measure_memory(trial, run, before, warm, watch, context)
             if not measured.fits:
                 return measured
-            if watch is not None and is_timed:  # which slows every operator down
+            if watch is not None and is_timed:
+                # The watch slows every operator down: time again without it
                 timing = time_restarted(workload, batch_size, accumulate, enough, context)
             return measure_time(measured, timing)
     except AutobatchError:
@@ -105,6 +106,7 @@ def warm_up(run: RunningWorkload, watch: Watch | None, context: TrialContext) ->
             run.step()
         if optimizers.steps > steps_before or not optimizers.expected:
             return
+    # If no optimizer ever stepped, later trials need not wait for one
     optimizers.expected = optimizers.steps > 0
 
 
@@ -118,8 +120,8 @@ def measure_memory(
 ) -> Trial:
     """Return the trial with its peak memory, and an outcome by the budget that holds now."""
     after = context.probe.read()
-    # The workload swallowed an error, or the allocator had to empty its cache time and again. Once,
-    # in the first steps, it may: blocks of new sizes have to find their place
+    # Retries during warm-up are harmless: blocks of new sizes need room. Later ones, or a failure
+    # that the workload caught, mean that the size does not fit
     has_failed = after.refused > before.refused or after.retries > warm.retries
     measured = replace(
         trial,
@@ -160,15 +162,14 @@ def _cudnn_selects_algorithms(probe: MemoryProbe) -> bool:
 def _let_cudnn_select(trial: Trial, workload: Workload, context: TrialContext) -> None:
     """Let cuDNN select algorithms before the steps that are measured.
 
-    It asks for the workspace of each algorithm by the free memory of the device, whatever the cap,
-    and for less if that is refused; then it empties the cache (torch 2.13, Conv_v8.cpp). In
-    training that happens once for each size: neither these refusals nor that peak show whether a
-    size fits.
+    It sizes workspaces by the free memory of the device and ignores the cap; if refused, it asks
+    for less and empties the cache (torch 2.13, Conv_v8.cpp). In training that happens once for each
+    size: neither these failures nor that peak show whether a size fits.
     """
     context.probe.release()
     run = RunningWorkload(workload, trial.batch_size, trial.accumulate)
     with context.probe.limited(context.budget.read()), contextlib.closing(run):
-        with context.first_touch():
+        with context.on_first_use():
             run.step()
         if uses_torch_compile():
             run.step()  # compiled, a convolution may be another one

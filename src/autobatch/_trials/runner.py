@@ -89,7 +89,7 @@ class TrialRunner:
     @property
     def trials(self) -> list[Trial]:
         """All trials so far, judged by the budgets that hold now."""
-        return [self.merged(results) for results in self._results]
+        return [self.merge(results) for results in self._results]
 
     @property
     def fitting(self) -> list[int]:
@@ -107,7 +107,7 @@ class TrialRunner:
         """The smallest budget of all ranks, in bytes."""
         return min(self._budgets)
 
-    def merged(self, results: Sequence[Trial]) -> Trial:
+    def merge(self, results: Sequence[Trial]) -> Trial:
         """Return the results of all ranks as one trial."""
         return merged(results, self._budgets)
 
@@ -146,7 +146,7 @@ class TrialRunner:
                 accumulate=accumulate,
                 steps=self.settings.steps_per_trial,
                 is_timed=is_timed,
-                # Larger ones ran, or ran out of memory: a single sample is too few for BatchNorm
+                # Larger sizes were tried: an error now may mean too few samples, as for BatchNorm
                 may_be_refused=any(batch_size < trial.batch_size for trial in self.trials),
                 context=self.context,
             )
@@ -159,7 +159,7 @@ class TrialRunner:
         return trial
 
     def run_unrecorded(self, batch_size: int) -> Sequence[Trial]:
-        """Run a trial below the largest size on every rank; return the results of all ranks."""
+        """Run a trial on every rank without recording it; return the results of all ranks."""
         with self.on_every_rank(batch_size):
             trial = run_trial(
                 self.workload,
@@ -193,10 +193,10 @@ class TrialRunner:
         self.time_limit.now = results[0].now
         return [result.value for result in results]
 
-    def fits(self, batch_size: int) -> bool:
-        """Return whether a trial shows that a size fits; run it now if there is time."""
+    def verify(self, batch_size: int) -> bool:
+        """Return whether a trial shows that a size fits; run one now if there is time."""
         if all(batch_size != trial.batch_size for trial in self.trials):
-            if not self.take_time_for(batch_size):
+            if not self.check_time_for(batch_size):
                 return False
             self.run(batch_size, self.accumulation.in_trial(batch_size), is_timed=True)
         return batch_size in self.fitting
@@ -221,14 +221,14 @@ class TrialRunner:
     # Time
 
     def has_time_for(self, batch_size: int, *, trials_after: int) -> bool:
-        """Return whether a trial should end in time, and so many of the largest size after it."""
+        """Return whether there is time for a trial, and more of the largest size that fits."""
         return self.time_limit.allows(batch_size, self._yardstick, self._seconds_of(trials_after))
 
     def affordable(self, *, trials_after: int) -> int | None:
-        """Return the largest size that there is time for, with trials after it; None: any."""
+        """Return the largest size that should take half of the time left; None: any."""
         return self.time_limit.affordable(self._yardstick, self._seconds_of(trials_after))
 
-    def take_time_for(self, batch_size: int) -> bool:
+    def check_time_for(self, batch_size: int) -> bool:
         """Return whether there is time for one more trial; remember if there is not."""
         has_time = self.has_time_for(batch_size, trials_after=0)
         self.is_out_of_time = self.is_out_of_time or not has_time

@@ -71,7 +71,7 @@ def time_restarted(
     context: TrialContext,
 ) -> Timing:
     """Start the workload and time updates after the first, which allocates for all of them."""
-    looking = contextlib.nullcontext if uses_torch_compile() else context.first_touch
+    looking = contextlib.nullcontext if uses_torch_compile() else context.on_first_use
     run = RunningWorkload(workload, batch_size, accumulate)
     with looking(), contextlib.closing(run):
         run.step()
@@ -130,7 +130,7 @@ def time_calls(
         Seconds of each call; None if memory ran out.
     """
     looks = is_new and not uses_torch_compile()
-    looking = context.first_touch if looks else contextlib.nullcontext
+    looking = context.on_first_use if looks else contextlib.nullcontext
     with OomCleanup(batch_size, context.probe), _within_budget(context):
         run = RunningWorkload(workload, batch_size, 1)
         with contextlib.closing(run):

@@ -227,7 +227,7 @@ def trial_context(
             budget=MemoryBudget(probe, arguments.settings.memory_limit),
             snapshot=snapshot,
             optimizers=optimizers,
-            first_touch=nullcontext,  # the module and its optimizers are captured already
+            on_first_use=nullcontext,  # the module and its optimizers are captured already
             ranks=ranks,
             progress=shown,
         )
