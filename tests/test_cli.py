@@ -100,7 +100,9 @@ def test_demo_tunes_trains_and_reports(tmp_path):
     assert report.noise.state == "ok"
     assert report.smallest_failing is None
     assert (tmp_path / "here/tradeoff.png").read_bytes().startswith(b"\x89PNG")
-    right = re.match(r"(.*)% of the held-out digits right after \d+ updates; ", last)
+    right = re.match(
+        r"After \d+ updates the network recognises (.*) % of the held-out digits;", last
+    )
     assert float(right[1]) > 95
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
 
@@ -266,6 +268,21 @@ def test_show_refuses_a_later_schema_version(report, capsys):
     assert main(["show", str(report)]) == 2
 
     assert "schema_version=99" in one_sentence(capsys)
+
+
+def test_a_closed_pipe_ends_show_silently(report):
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+
+    ran = subprocess.run(
+        [sys.executable, "-m", "autobatch", "show", str(report)],
+        stdout=write_end,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+
+    os.close(write_end)
+    assert (ran.returncode, ran.stderr) == (1, b"")
 
 
 def test_errors_are_printed_without_a_traceback(tmp_path):

@@ -409,7 +409,7 @@ def test_suffix_chooses_the_format(tmp_path, name, start):
 def test_other_suffixes_are_refused(tmp_path, name, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
-    with pytest.raises(ValueError, match=r"path=.*\.png, \.svg or \.pdf\.$"):
+    with pytest.raises(ValueError, match=r"path=.*\.png, \.svg or \.pdf(, or None)?\.$"):
         example().plot(name)
 
     assert list(tmp_path.iterdir()) == []

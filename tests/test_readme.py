@@ -188,7 +188,7 @@ def test_report_page_quotes_current_demo_output():
     compared = terminal(completed(full_example(learning_rate=rule)), UNICODE)
     expected = outline(compared.partition("what training showed")[2])
     assert outline(completion)[:2] == expected[:2] == ["Effective", "per"]
-    assert "% of the held-out digits right after" in last
+    assert "% of the held-out digits; " in last
 
 
 def test_readme_quotes_the_first_block_of_that_output():

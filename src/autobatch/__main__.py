@@ -228,9 +228,9 @@ def _demo(options: argparse.Namespace) -> None:
     sinks.json_file(report_path)(result.report)
     sinks.figure_file(figure_path)(result.report)
     print(
-        f"\n{result.accuracy:.1%} of the held-out digits right after {result.updates} updates; "
-        f"{time.perf_counter() - began:.0f} s in all. "
-        f"The report is in {report_path}, its picture in {figure_path}."
+        f"\nAfter {result.updates} updates the network recognises {100 * result.accuracy:.1f} % of "
+        f"the held-out digits; {time.perf_counter() - began:.0f} s in all.\n"
+        f"Report: {report_path}, figure: {figure_path}"
     )
 
 

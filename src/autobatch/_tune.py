@@ -375,8 +375,9 @@ def known_plan(
     if plan is None:
         return None
     if settings.latency_limit is not None:
+        given = plan if isinstance(plan, BatchPlan) else repr(str(plan))
         raise ValueError(
-            f"plan={str(plan)!r} is verified, and latency_limit={settings.latency_limit:g} asks "
+            f"plan={given} is verified, and latency_limit={settings.latency_limit:g} asks "
             "for a search; give one of the two."
         )
     if isinstance(plan, (str, Path)):

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.live import Live
+from rich.text import Text
 
 from autobatch._memory import format_bytes
 from autobatch._report import TuningReport, files
-from autobatch._report.layout import COLOURED, WIDTH, glyphs_for, renderable, terminal
+from autobatch._report.layout import COLOURED, WIDTH, glyphs_for, renderable
 from autobatch._report.text import completed, page
 from autobatch._report.units import rounded
 from autobatch._trials import Outcome, Trial
@@ -54,12 +55,12 @@ def completed_on_console(report: TuningReport) -> None:
 
 
 def _print(content: Page) -> None:
-    glyphs = glyphs_for(sys.stdout.encoding)
-    output = Console(width=WIDTH, theme=COLOURED)
-    if output.is_terminal:
-        output.print(renderable(content, glyphs))
-    else:
-        print(terminal(content, glyphs))  # noqa: T201 -- standard output is the purpose
+    output = Console(width=WIDTH, theme=COLOURED, highlight=False)
+    shown = renderable(content, glyphs_for(sys.stdout.encoding))
+    for segments in output.render_lines(shown, pad=False):
+        line = Text.assemble(*((text, style or "") for text, style, _ in segments))
+        line.rstrip()  # a narrow terminal would wrap the blanks that fill the width
+        output.print(line, soft_wrap=True)
 
 
 def log(report: TuningReport) -> None:

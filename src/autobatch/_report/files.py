@@ -9,11 +9,14 @@ from uuid import uuid4
 def named(path: object, purpose: str) -> Path:
     """Return the argument `path` as a Path; `purpose` follows the word "Path" in the error."""
     try:
-        return Path(path)  # type: ignore[arg-type]  # that it may not be one is the point
+        file = Path(path)  # type: ignore[arg-type]  # that it may not be one is the point
     except TypeError:
         raise ValueError(
             f"path={path!r} is not a path; give a str or a pathlib.Path {purpose}."
         ) from None
+    if not file.name:
+        raise ValueError(f"path={str(path)!r} does not name a file; give a file {purpose}.")
+    return file
 
 
 def write(path: Path, content: bytes) -> None:
