@@ -16,7 +16,7 @@ from autobatch._distributed import current_ranks
 from autobatch._memory.detect import detect
 from autobatch._report.accumulation_notes import batch_norm, ignores_accumulate, never_stepped
 from autobatch._report.tradeoff import common_rule
-from autobatch._settings import Settings
+from autobatch._settings import Settings, checked_verbose
 from autobatch._trials.context import MemoryBudget, TrialContext
 from autobatch._trials.optimizers import OptimizerWatch
 from autobatch._trials.snapshot import Snapshot, restorable
@@ -58,6 +58,7 @@ def find(
     device: str | MemoryProbe | None = None,
     latency_limit: float | None = None,
     percentile: float | None = None,
+    verbose: bool = True,
     restore: Sequence[Any] = (),
     dataset_size: int | None = None,
 ) -> TuningReport:
@@ -93,6 +94,7 @@ def find(
             answered in time is taken.
         percentile: Percentage of calls that have to be answered in time; None: 99. Only with
             `latency_limit`.
+        verbose: Whether standard error shows the progress of tuning.
         restore: Further objects to restore: schedulers, scalers, generators, anything with
             `state_dict` and `load_state_dict`.
         dataset_size: Samples per epoch; bounds the search and gives updates per epoch.
@@ -125,6 +127,7 @@ def find(
         latency_limit=latency_limit,
         percentile=percentile,
     )
+    is_verbose = checked_verbose(verbose)
     restored = _restorable(restore)
     model_device = _device_of_model(workload, restored)
     probe = detect(device, model_device)
@@ -133,7 +136,7 @@ def find(
         ranks.abort_together(),
         Snapshot() as snapshot,
         OptimizerWatch(probe.clock) as optimizers,
-        progress() as shown,
+        progress(verbose=is_verbose and ranks.rank == 0) as shown,
     ):
         is_training = latency_limit is None
         # A device that the user named is not compared with that of the model

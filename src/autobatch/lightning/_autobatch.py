@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader
 
 from autobatch import sinks
 from autobatch._report.notes import waiting
-from autobatch._settings import Settings
+from autobatch._report.units import plain
+from autobatch._settings import Settings, checked_verbose
 from autobatch._trials.snapshot import Snapshot
 from autobatch._tune import checked_search, known_plan
 from autobatch.errors import AutobatchError, FixedBatchSizeError
@@ -93,6 +94,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             the largest batch that is answered in time is taken.
         percentile: Percent of the steps that have to be answered in time; None: 99. Only with
             `latency_limit`.
+        verbose: Whether the progress of tuning and the report are printed.
         batch_arg_name: The attribute or hyperparameter of the module or datamodule that names the
             batch size, if any.
         repair_last_window: True gives the last update of an epoch, which may have fewer samples
@@ -131,6 +133,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         device: str | MemoryProbe | None = None,
         latency_limit: float | None = None,
         percentile: float | None = None,
+        verbose: bool = True,
         batch_arg_name: str = "batch_size",
         repair_last_window: bool = False,
         worst_case: Callable[[int], Any] | None = None,
@@ -158,6 +161,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             repairs=check_switch(repair_last_window),
             batch_arg_name=checked_name(batch_arg_name),
             set_batch_size=checked_setter(set_batch_size),
+            verbose=checked_verbose(verbose),
         )
         self._epochs = checked_epochs(retune_at_epochs)
         self._last: TuningReport | None = None  # of the previous fit, or of `tune`
@@ -368,7 +372,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             self._run.window = LastWindowCorrection(tuned.report.plan.micro_batch_size)
         if tuned.validation_sizes is not None:
             self._resize_validation(trainer, tuned.validation_sizes)
-        self._show(trainer, tuned.report)
+        self._show(trainer, tuned.report, self._sink_for(tuned.report))
 
     def _resize_validation(self, trainer: Any, batch_sizes: Sequence[int]) -> None:
         if "validation" in self._run.loaders:
@@ -407,8 +411,23 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         self.report = report
         raise Imported.TUNER_EXIT.of(trainer)
 
+    def _sink_for(self, report: TuningReport) -> sinks.Sink:
+        """Return the sink of a report: a run that goes on with a known plan has shown it before."""
+        checkpoint = self._run.checkpoint
+        is_resumed = (
+            checkpoint is not None and checkpoint.plan == report.plan and len(report.trials) == 1
+        )
+        return sinks.resumed_on_console if is_resumed else sinks.console
+
     def _show(self, trainer: Any, report: TuningReport, show: sinks.Sink = sinks.console) -> None:
         self.report = report
-        if trainer.is_global_zero:
-            sinks.log(report)
+        if not trainer.is_global_zero:
+            return
+        sinks.log(report)
+        if not self._arguments.verbose:
+            return
+        try:
             show(report)
+        except Exception as error:  # standard output may be closed, or its disk full
+            level = logging.DEBUG if show is sinks.completed_on_console else logging.WARNING
+            _log.log(level, "The report could not be printed: %s", plain(repr(error)))
