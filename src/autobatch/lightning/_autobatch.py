@@ -15,7 +15,8 @@ from autobatch._trials.snapshot import Snapshot
 from autobatch._tune import checked_search, known_plan
 from autobatch.errors import AutobatchError, FixedBatchSizeError
 from autobatch.lightning._accumulation import LastWindowCorrection, check_switch
-from autobatch.lightning._apply import apply, apply_between_epochs, check_name, checked_name
+from autobatch.lightning._apply import apply, apply_between_epochs
+from autobatch.lightning._attribute import check_attribute, checked_name
 from autobatch.lightning._checks import (
     check,
     check_latency,
@@ -93,8 +94,8 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             the largest batch that is answered in time is taken.
         percentile: Percent of the steps that have to be answered in time; None: 99. Only with
             `latency_limit`.
-        batch_arg_name: The attribute or hyperparameter of the module or datamodule that names the
-            batch size, if any.
+        batch_arg_name: The attribute or hyperparameter of the module or datamodule that holds the
+            batch size, if any; with dots for one inside of another, such as "data.batch_size".
         repair_last_window: True gives the last update of an epoch, which may have fewer samples
             than the others, the gradient of the mean loss over its samples; Lightning by itself
             makes it too small. For losses that are means over the batch.
@@ -259,7 +260,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         check(trainer, pl_module, checkpoint)
         if checkpoint is not None:
             checkpoint.check_target(self._arguments.settings)
-        check_name(pl_module, self._arguments.batch_arg_name)
+        check_attribute(pl_module, self._arguments.batch_arg_name)
         known_at = partial(known_at_start, self._known, checkpoint, self._last)
         before = self._plan_before(trainer)
         tuned = tune_training(trainer, pl_module, self._arguments, known_at, before)
