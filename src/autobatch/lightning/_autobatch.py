@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,11 @@ from autobatch.lightning._apply import apply, apply_between_epochs
 from autobatch.lightning._attribute import check_attribute, checked_name
 from autobatch.lightning._checks import (
     check,
+    check_alone,
     check_latency,
     check_launcher,
     check_lightning,
+    check_trainer,
     checked_epochs,
     why_idle,
 )
@@ -180,7 +183,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         """Tune without training; the Trainer, the model and the loaders stay as they are.
 
         Args:
-            trainer: A Trainer, with this callback or without.
+            trainer: A Trainer, with this callback or without; another AutoBatch of it does nothing.
             model: The module.
             train_dataloaders: As for `Trainer.fit`.
             val_dataloaders: As for `Trainer.fit`.
@@ -192,36 +195,40 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             The report, whose `plan` can be written in the Trainer or given to `AutoBatch(plan=…)`.
 
         Raises:
-            ValueError: There is no such method, or it does not take the loaders that were given.
+            ValueError: `trainer` is not a Trainer, or has no such method, or it does not take the
+                loaders that were given.
             AutobatchError: The run cannot be tuned.
         """
+        check_trainer(trainer)
         check_latency(self._arguments.settings, method)
         check_launcher(trainer)
         loaders = loaders_for(method, train_dataloaders, val_dataloaders, dataloaders)
-        callbacks = trainer.callbacks
-        others = [each for each in callbacks if each is not self]
-        trainer.callbacks = [self, *others]
-        self.report = self._last = None
-        self._only_tunes = True
-        with Snapshot() as snapshot, silenced(trainer):
+        # Another AutoBatch of the Trainer stays out of it
+        others = [each for each in trainer.callbacks if not isinstance(each, AutoBatch)]
+        # Entered twice: an interrupt between the body and the inner exit still meets the outer one
+        with ExitStack() as undo, undo:
+            snapshot = undo.enter_context(Snapshot())
+            undo.enter_context(silenced(trainer))
             # Before the trials run the hooks that make loaders and optimizers, and `setup` of
             # callbacks
             snapshot.capture_light(model, datamodule, *others)
             for loader in loaders:
                 if isinstance(loader, DataLoader):
                     capture_order(loader, snapshot)
-            try:
-                getattr(trainer, method)(model, *loaders, datamodule=datamodule)
-            finally:
-                self._only_tunes = False
-                self._run.undo()
-                trainer.callbacks = callbacks
+            undo.callback(setattr, trainer, "callbacks", trainer.callbacks)
+            undo.callback(setattr, self, "_only_tunes", False)
+            undo.callback(self._undo_run)
+            trainer.callbacks = [self, *others]
+            self.report = self._last = None
+            self._only_tunes = True
+            getattr(trainer, method)(model, *loaders, datamodule=datamodule)
         if self.report is None:
             raise AutobatchError(f"Nothing was tuned: {method} ended before its first batch.")
         return self.report
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Move to the front, so that other callbacks see the tuned loader and optimizers."""
+        check_alone(self, trainer.callbacks)
         check_latency(self._arguments.settings, stage)
         others = (callback for callback in trainer.callbacks if callback is not self)
         trainer.callbacks = [self, *others]
@@ -334,10 +341,13 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Restore the batch size of the user's loader."""
-        self._run.undo()
+        self._undo_run()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Restore the batch size of the user's loader."""
+        self._undo_run()
+
+    def _undo_run(self) -> None:
         self._run.undo()
 
     def _retune(self, trainer: Any, module: Any) -> None:
