@@ -98,10 +98,11 @@ class HalfBatch:
                 snapshot.capture(module)
             else:
                 snapshot.capture_beside_parameters(module)
-            before = write_counts(module.parameters())
+            known = snapshot.parameters
+            before = write_counts(known)
             vars(module)["log"] = _log_nothing  # the snapshot deletes it, as everything new
             gradients = [_gradient(trainer, each, index, parameters) for each in batches]
-            if before != write_counts(module.parameters()):
+            if before != write_counts(known):
                 raise NotDividedError("its training_step changes parameters itself")
         return gradients
 
