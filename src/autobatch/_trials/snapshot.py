@@ -6,7 +6,6 @@ import contextlib
 import signal
 import threading
 import warnings
-from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Self
 
@@ -19,8 +18,10 @@ from autobatch._trials.captured import (
     Memo,
     Saved,
     SavedRandomState,
+    Scope,
     Unchanged,
     is_generator,
+    save,
     save_light,
     save_shallow,
 )
@@ -85,30 +86,29 @@ class Snapshot:
 
     def capture(self, *things: Any) -> None:
         """Capture objects in their present state; an earlier capture of an object remains valid."""
-        with self._saving(with_gradients=True) as memo:
+        with self._saving(Scope(save)) as memo:
             for part in _parts_of(things):
                 memo.add(part)
 
     def capture_light(self, *things: Any) -> None:
         """Capture small attributes, such as counters and generators, but no data."""
-        with self._saving(with_gradients=True) as memo:
+        with self._saving(Scope(save_light, objects=False)) as memo:
             for thing in things:
-                if hasattr(thing, "__dict__"):
-                    memo.add_attributes(thing, save_light)
+                memo.add_attributes(thing)
 
     def capture_beside_parameters(self, module: torch.nn.Module) -> None:
         """Capture a module but for parameters and gradients, which a forward pass cannot change."""
-        with self._saving(with_gradients=False) as memo:
+        with self._saving(Scope(save_shallow, parameters=False)) as memo:
             for part in module.modules():
-                parameters = part._parameters  # noqa: SLF001 -- has no public name
-                memo.add_attributes(part, partial(_save_unless, parameters))
+                memo.add_attributes(part)
 
     @contextlib.contextmanager
-    def _saving(self, *, with_gradients: bool) -> Iterator[Memo]:
-        self._memo.with_gradients = with_gradients
+    def _saving(self, scope: Scope) -> Iterator[Memo]:
+        self._memo.scope = scope
         self._memo.forget_dead_tensors()
         with unobserved(), torch.no_grad():
             yield self._memo
+            self._memo.add_found()
 
     def restore(self) -> None:
         """Restore everything; the first failure is raised after all other objects are restored."""
@@ -155,7 +155,7 @@ class Snapshot:
 
         def hook(optimizer: object, *_: object) -> None:
             if id(optimizer) not in self._memo.objects:
-                with self._saving(with_gradients=False) as memo:
+                with self._saving(Scope(save, gradients=False)) as memo:
                     memo.add(optimizer)
                 touched(optimizer)
 
@@ -171,9 +171,11 @@ class Snapshot:
         owners = (saved.reference() for saved in self._memo.objects.values())
         return [owner for owner in owners if owner is not None]
 
-
-def _save_unless(excluded: object, value: Any, memo: Memo) -> Saved:
-    return Unchanged(value) if value is excluded else save_shallow(value, memo)
+    @property
+    def parameters(self) -> list[torch.Tensor]:
+        """Parameters of captured objects, also those that no module has registered."""
+        found = (reference() for reference in self._memo.parameters.values())
+        return [parameter for parameter in found if parameter is not None]
 
 
 def _parts_of(things: Iterable[Any]) -> Iterator[Any]:
