@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import deque
 from dataclasses import dataclass
+from functools import reduce
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -229,7 +230,8 @@ class GradientNormHook:
         device = gradient.device
         if device not in self._sums:
             self._sums[device] = torch.zeros((), dtype=torch.float32, device=device)
-        norm = torch.linalg.vector_norm(_values(gradient.detach()), dtype=torch.float32)
+        values = _values(gradient.detach())
+        norm = torch.linalg.vector_norm(values, dtype=_norm_dtype([values])).float()
         self._sums[device].addcmul_(norm, norm)
 
     def _begin_pass(self, current: int) -> None:
@@ -262,6 +264,11 @@ def squared_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
 def _values(gradient: torch.Tensor) -> torch.Tensor:
     """Return the numbers of a gradient; of a sparse one those that are not zero."""
     return gradient.coalesce().values() if gradient.is_sparse else gradient
+
+
+def _norm_dtype(tensors: list[torch.Tensor]) -> torch.dtype:
+    """Return float32, or a wider type that a tensor has: torch refuses a norm in a narrower one."""
+    return reduce(torch.promote_types, (each.dtype for each in tensors), torch.float32)
 
 
 def _sum_dtype(device: torch.device) -> torch.dtype:
@@ -302,4 +309,4 @@ def _is_nested_backward() -> bool:
 
 
 def _foreach_norm(tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
-    return torch._foreach_norm(tensors, 2, dtype=torch.float32)
+    return torch._foreach_norm(tensors, 2, dtype=_norm_dtype(tensors))
