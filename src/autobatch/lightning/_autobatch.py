@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,15 @@ from autobatch._trials.snapshot import Snapshot
 from autobatch._tune import checked_search, known_plan
 from autobatch.errors import AutobatchError, FixedBatchSizeError
 from autobatch.lightning._accumulation import LastWindowCorrection, check_switch
-from autobatch.lightning._apply import apply, apply_between_epochs, check_name, checked_name
+from autobatch.lightning._apply import apply, apply_between_epochs
+from autobatch.lightning._attribute import check_attribute, checked_name
 from autobatch.lightning._checks import (
     check,
+    check_alone,
     check_latency,
     check_launcher,
     check_lightning,
+    check_trainer,
     checked_epochs,
     why_idle,
 )
@@ -93,8 +97,8 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             the largest batch that is answered in time is taken.
         percentile: Percent of the steps that have to be answered in time; None: 99. Only with
             `latency_limit`.
-        batch_arg_name: The attribute or hyperparameter of the module or datamodule that names the
-            batch size, if any.
+        batch_arg_name: The attribute or hyperparameter of the module or datamodule that holds the
+            batch size, if any; with dots for one inside of another, such as "data.batch_size".
         repair_last_window: True gives the last update of an epoch, which may have fewer samples
             than the others, the gradient of the mean loss over its samples; Lightning by itself
             makes it too small. For losses that are means over the batch.
@@ -179,7 +183,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         """Tune without training; the Trainer, the model and the loaders stay as they are.
 
         Args:
-            trainer: A Trainer, with this callback or without.
+            trainer: A Trainer, with this callback or without; another AutoBatch of it does nothing.
             model: The module.
             train_dataloaders: As for `Trainer.fit`.
             val_dataloaders: As for `Trainer.fit`.
@@ -191,36 +195,40 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             The report, whose `plan` can be written in the Trainer or given to `AutoBatch(plan=…)`.
 
         Raises:
-            ValueError: There is no such method, or it does not take the loaders that were given.
+            ValueError: `trainer` is not a Trainer, or has no such method, or it does not take the
+                loaders that were given.
             AutobatchError: The run cannot be tuned.
         """
+        check_trainer(trainer)
         check_latency(self._arguments.settings, method)
         check_launcher(trainer)
         loaders = loaders_for(method, train_dataloaders, val_dataloaders, dataloaders)
-        callbacks = trainer.callbacks
-        others = [each for each in callbacks if each is not self]
-        trainer.callbacks = [self, *others]
-        self.report = self._last = None
-        self._only_tunes = True
-        with Snapshot() as snapshot, silenced(trainer):
+        # Another AutoBatch of the Trainer stays out of it
+        others = [each for each in trainer.callbacks if not isinstance(each, AutoBatch)]
+        # Entered twice: an interrupt between the body and the inner exit still meets the outer one
+        with ExitStack() as undo, undo:
+            snapshot = undo.enter_context(Snapshot())
+            undo.enter_context(silenced(trainer))
             # Before the trials run the hooks that make loaders and optimizers, and `setup` of
             # callbacks
             snapshot.capture_light(model, datamodule, *others)
             for loader in loaders:
                 if isinstance(loader, DataLoader):
                     capture_order(loader, snapshot)
-            try:
-                getattr(trainer, method)(model, *loaders, datamodule=datamodule)
-            finally:
-                self._only_tunes = False
-                self._run.undo()
-                trainer.callbacks = callbacks
+            undo.callback(setattr, trainer, "callbacks", trainer.callbacks)
+            undo.callback(setattr, self, "_only_tunes", False)
+            undo.callback(self._undo_run)
+            trainer.callbacks = [self, *others]
+            self.report = self._last = None
+            self._only_tunes = True
+            getattr(trainer, method)(model, *loaders, datamodule=datamodule)
         if self.report is None:
             raise AutobatchError(f"Nothing was tuned: {method} ended before its first batch.")
         return self.report
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Move to the front, so that other callbacks see the tuned loader and optimizers."""
+        check_alone(self, trainer.callbacks)
         check_latency(self._arguments.settings, stage)
         others = (callback for callback in trainer.callbacks if callback is not self)
         trainer.callbacks = [self, *others]
@@ -259,7 +267,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         check(trainer, pl_module, checkpoint)
         if checkpoint is not None:
             checkpoint.check_target(self._arguments.settings)
-        check_name(pl_module, self._arguments.batch_arg_name)
+        check_attribute(pl_module, self._arguments.batch_arg_name)
         known_at = partial(known_at_start, self._known, checkpoint, self._last)
         before = self._plan_before(trainer)
         tuned = tune_training(trainer, pl_module, self._arguments, known_at, before)
@@ -333,10 +341,13 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Restore the batch size of the user's loader."""
-        self._run.undo()
+        self._undo_run()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Restore the batch size of the user's loader."""
+        self._undo_run()
+
+    def _undo_run(self) -> None:
         self._run.undo()
 
     def _retune(self, trainer: Any, module: Any) -> None:

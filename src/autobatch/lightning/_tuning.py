@@ -17,7 +17,7 @@ from autobatch._trials.snapshot import Snapshot
 from autobatch._tune import known_plan, tune
 from autobatch.errors import AutobatchError, DoesNotFitError, FixedBatchSizeError
 from autobatch.lightning._accumulation import SplittingTest, batches_trained, check_repairable
-from autobatch.lightning._apply import set_batch_size_attribute
+from autobatch.lightning._attribute import batch_size_restored, set_batch_size_attribute
 from autobatch.lightning._compat import data_source
 from autobatch.lightning._dataloaders import Loaders
 from autobatch.lightning._isolation import on_new_loops, without_collectives
@@ -103,7 +103,10 @@ def tune_training(
     validates = trainer.enable_validation
     validation = data_source(trainer.fit_loop.epoch_loop.val_loop)
     max_steps = trainer.max_steps
-    with trial_context(trainer, module, arguments) as (context, copied_bytes):
+    with (
+        batch_size_restored(module, arguments.batch_arg_name),
+        trial_context(trainer, module, arguments) as (context, copied_bytes),
+    ):
         loaders = Loaders(
             trainer,
             data_source(trainer.fit_loop),
