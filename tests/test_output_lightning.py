@@ -63,7 +63,7 @@ def test_progress_between_epochs_is_erased_before_the_bar_goes_on(monkeypatch):
     fit_on(
         out,
         terminal,
-        pl.callbacks.RichProgressBar(),
+        pl.callbacks.TQDMProgressBar(),
         callback=tuner(retune_at_epochs=[1]),
         enable_progress_bar=True,
     )
