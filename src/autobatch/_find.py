@@ -131,6 +131,7 @@ def find(
     restored = _restorable(restore)
     model_device = _device_of_model(workload, restored)
     probe = detect(device, model_device)
+    began = probe.clock()
     with (
         current_ranks() as ranks,
         ranks.abort_together(),
@@ -151,6 +152,7 @@ def find(
             optimizers.look_at(*restored, *trainable)
         context = TrialContext(
             probe=probe,
+            began=began,
             budget=MemoryBudget(probe, settings.memory_limit),
             snapshot=snapshot,
             optimizers=optimizers,
