@@ -48,15 +48,20 @@ def test_training_after_tuning_equals_training_without_tuning():
     assert unchanged(losses(tuned=True), losses(tuned=False))
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
-@pytest.mark.parametrize("at", [1, 3, 9, 14])
+@pytest.mark.parametrize(
+    ("error", "at"),
+    [
+        *((ZeroDivisionError, at) for at in (1, 3)),  # in the first trial
+        *((KeyboardInterrupt, at) for at in (1, 3, 9, 14)),
+    ],
+)
 def test_an_error_passes_unchanged_and_state_is_restored(error, at):
     model, optimizer = perceptron()
     before, count = state_of(model, optimizer), itertools.count(1)
 
     def train(batch_size, accumulate):
         for _ in training(model, optimizer)(batch_size, accumulate):
-            if next(count) == at:
+            if next(count) >= at:
                 raise error("mine")
             yield
 
@@ -65,6 +70,22 @@ def test_an_error_passes_unchanged_and_state_is_restored(error, at):
 
     assert unchanged(before, state_of(model, optimizer))
     assert "batch_size=" in caught.value.__notes__[0]
+
+
+def test_state_is_restored_after_an_error_at_a_later_size():
+    model, optimizer = perceptron()
+    before = state_of(model, optimizer)
+
+    def train(batch_size, accumulate):
+        for _ in training(model, optimizer)(batch_size, accumulate):
+            if batch_size != 8:
+                raise ZeroDivisionError("not mine")
+            yield
+
+    report = autobatch.find(train, device=SimulatedAccelerator("1MiB"))
+
+    assert report.plan.micro_batch_size == 8
+    assert unchanged(before, state_of(model, optimizer))
 
 
 def test_arguments_of_a_partial_are_restored():
