@@ -48,7 +48,7 @@ from autobatch.lightning._dataloaders import (
 from autobatch.lightning._isolation import silenced
 from autobatch.lightning._loggers import log_report, refresh_report
 from autobatch.lightning._noise_scale import NoiseScale
-from autobatch.lightning._resume import Checkpoint, PriorPlan, known_at_start
+from autobatch.lightning._resume import Checkpoint, PriorPlan, TunedFit, known_at_start
 from autobatch.lightning._run import Run, before_epochs
 from autobatch.lightning._trial_data import checked_worst_case
 from autobatch.lightning._tuning import CallbackArguments, tune_evaluation, tune_training
@@ -178,7 +178,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         )
         self._epochs = checked_epochs(retune_at_epochs)
         self._evaluates = checked_evaluate(evaluate) or latency_limit is not None
-        self._last: TuningReport | None = None  # of the previous fit, or of `tune`
+        self._last: TunedFit | None = None  # of the previous fit, or of `tune`
         self._trained: TuningReport | None = None  # with the plan that training follows
         self._only_tunes = False
         self._run = Run()
@@ -293,7 +293,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         known_at = partial(known_at_start, self._known, checkpoint, last)
         before = self._plan_before(trainer)
         tuned = tune_training(trainer, pl_module, self._arguments, known_at, before)
-        self._last = tuned.report
+        self._last = TunedFit(tuned.report, tuned.fingerprint)
         if self._only_tunes:
             self._end_run(trainer, "fit", tuned.report)
         self._run.loaders["train"] = apply(

@@ -25,7 +25,7 @@ from autobatch.lightning._attribute import (
 from autobatch.lightning._compat import data_source
 from autobatch.lightning._dataloaders import Loaders
 from autobatch.lightning._isolation import on_new_loops, without_collectives
-from autobatch.lightning._resume import DeviceId, PriorPlan
+from autobatch.lightning._resume import DeviceId, PriorPlan, fingerprint_of
 from autobatch.lightning._subjects import LightningEvaluation, LightningTraining
 from autobatch.lightning._trainer_notes import TrainerLimits, checked_copy_bytes
 from autobatch.lightning._trial_data import Samples
@@ -38,13 +38,12 @@ if TYPE_CHECKING:
     from autobatch._report import TuningReport
     from autobatch._search import Search
     from autobatch._settings import Settings
-    from autobatch._subject import Subject
     from autobatch.lightning._batch_size import SetBatchSize
     from autobatch.lightning._workloads import Stage
 
 
-# (subject, device, settings) -> the plan that is known before a search
-KnownAt: TypeAlias = "Callable[[Subject, DeviceId, Settings], PriorPlan]"
+# (subject, fingerprint, device, settings) -> the plan that is known before a search
+KnownAt: TypeAlias = "Callable[[LightningTraining, str, DeviceId, Settings], PriorPlan]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +77,14 @@ class Tuned:
         report: The report.
         batch_sizes: Batch size of each loader.
         own_sizes: The ones they had.
+        fingerprint: Of the model and the data, in training.
         validation_sizes: Batch size of each validation loader; None if they stay as they are.
     """
 
     report: TuningReport
     batch_sizes: tuple[int, ...]
     own_sizes: tuple[int, ...]
+    fingerprint: str = ""
     validation_sizes: tuple[int, ...] | None = None
 
     @property
@@ -166,11 +167,12 @@ def tune_training(
         if not module.automatic_optimization:
             # In manual optimization, the module may never step
             context.optimizers.look_at(module)
-        known = known_at(subject, _device_id(trainer, context), settings)
+        fingerprint = fingerprint_of(subject)
+        known = known_at(subject, fingerprint, _device_id(trainer, context), settings)
         report = verify_or_search(known, subject, settings, context, arguments.search)
         limits.check(report.plan)
         sizes = loaders.sizes_at(report.plan.micro_batch_size)
-        tuned = Tuned(report, sizes, loaders.own_sizes)
+        tuned = Tuned(report, sizes, loaders.own_sizes, fingerprint)
         if not validates:
             return tuned
         # Validation keeps the size that its hook gives it before the plan is applied
