@@ -9,8 +9,14 @@ from torch.utils.data import DataLoader
 
 from autobatch._trials.snapshot import Snapshot
 from autobatch.lightning._attribute import FormerBatchSize, set_batch_size_attribute
-from autobatch.lightning._compat import data_source, forget_combined_loader, patched
+from autobatch.lightning._compat import (
+    combined_loader,
+    data_source,
+    forget_combined_loader,
+    patched,
+)
 from autobatch.lightning._dataloaders import Loaders, Rebatched, capture_order
+from autobatch.lightning._reads import BatchSizeReads
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,8 +39,9 @@ def apply(
 
     `undo` of the result restores the batch size of the user's loader.
 
-    Optimizers and schedulers are created again, since their learning rates and lengths may depend
-    on the batch size. They start from the random state in which they were created the first time.
+    Optimizers and schedulers are created again if `configure_optimizers` read the batch size, the
+    accumulation or the length of the loader. They then start from the random state in which they
+    were created the first time.
 
     Args:
         plan: The plan.
@@ -55,10 +62,15 @@ def apply(
         _check_sizes(rebatched, trainer, module)
         undo.callback(setattr, trainer, "accumulate_grad_batches", trainer.accumulate_grad_batches)
         _set_accumulation(plan, trainer, module)
-        before_optimizers.restore()
+        # A schedule that needs its length has set up the loader already
+        is_read = before_optimizers.read_the_size or combined_loader(trainer.fit_loop) is not None
+        if is_read:
+            before_optimizers.restore()
+        before_optimizers.forget()
         undo.callback(FormerBatchSize(module, batch_arg_name).restore)
         set_batch_size_attribute(module, batch_arg_name, plan.micro_batch_size)
-        _recreate_optimizers(trainer)
+        if is_read:
+            _recreate_optimizers(trainer)
         undo.pop_all()  # all went well: `undo` is the caller's now
     return rebatched
 
@@ -117,7 +129,9 @@ def _set_accumulation(plan: BatchPlan, trainer: Trainer, module: Any) -> None:
 
 def _recreate_optimizers(trainer: Trainer) -> None:
     """Call `configure_optimizers` as `Strategy.setup` of Lightning 2.6 does, at the new size."""
-    # A schedule that needs its length has set up the loader already
+    source = data_source(trainer.fit_loop)
+    if isinstance(source.instance, DataLoader):
+        source.dataloader()  # gives the loader its new size, which was restored with its order
     forget_combined_loader(trainer.fit_loop)
     trainer.strategy.setup_optimizers(trainer)
     trainer.strategy.setup_precision_plugin()
@@ -131,10 +145,11 @@ class BeforeOptimizers:
     """
 
     def __init__(self) -> None:
+        self.read_the_size = False  # of a batch, in configure_optimizers
         self._snapshot: Snapshot | None = None
         self._patch: patched | None = None
 
-    def watch(self, trainer: Trainer) -> None:
+    def watch(self, trainer: Trainer, batch_arg_name: str) -> None:
         """Capture the state when `Strategy.setup` of Lightning 2.6 creates the optimizers."""
         self.forget()
         create = trainer.strategy.setup_optimizers
@@ -146,16 +161,18 @@ class BeforeOptimizers:
             loader = data_source(trainer.fit_loop).instance
             if isinstance(loader, DataLoader):
                 capture_order(loader, self._snapshot)
-            return create(*arguments)
+            with BatchSizeReads(trainer, batch_arg_name) as reads:
+                created = create(*arguments)
+            self.read_the_size = reads.happened
+            return created
 
         self._patch = patched(trainer.strategy, setup_optimizers=capture_and_create)
         self._patch.__enter__()
 
     def restore(self) -> None:
-        """Restore the state that was captured, and drop it."""
+        """Restore the state that was captured."""
         if self._snapshot is not None:
             self._snapshot.restore()
-        self.forget()
 
     def forget(self) -> None:
         """Drop the state that was captured, and capture none."""
