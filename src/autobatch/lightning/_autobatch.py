@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from autobatch._report.notes import waiting
 from autobatch._settings import Settings
 from autobatch._trials.snapshot import Snapshot
 from autobatch._tune import checked_search, known_plan
+from autobatch._undo import Undo
 from autobatch.errors import AutobatchError, FixedBatchSizeError
 from autobatch.lightning._accumulation import LastWindowCorrection, check_switch
 from autobatch.lightning._apply import apply, apply_between_epochs
@@ -225,7 +225,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         # Another AutoBatch of the Trainer stays out of it
         others = [each for each in trainer.callbacks if not isinstance(each, AutoBatch)]
         # Entered twice: an interrupt between the body and the inner exit still meets the outer one
-        with ExitStack() as undo, undo:
+        with Undo() as undo, undo:
             snapshot = undo.enter_context(Snapshot())
             undo.enter_context(silenced(trainer))
             # Before the trials run the hooks that make loaders and optimizers, and `setup` of
@@ -234,9 +234,9 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             for loader in loaders:
                 if isinstance(loader, DataLoader):
                     capture_order(loader, snapshot)
-            undo.callback(setattr, trainer, "callbacks", trainer.callbacks)
-            undo.callback(setattr, self, "_only_tunes", False)
-            undo.callback(self._undo_run)
+            undo.add(partial(setattr, trainer, "callbacks", trainer.callbacks))
+            undo.add(partial(setattr, self, "_only_tunes", False))
+            undo.add(self._undo_run)
             trainer.callbacks = [self, *others]
             self.reports.pop(method, None)
             self._only_tunes = True
@@ -261,7 +261,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             self._run.before_optimizers.watch(trainer, self._arguments.batch_arg_name)
         else:
             evaluate = partial(self._tune_evaluation, trainer, STAGES[stage])
-            self._run.patches.append(before_data(trainer, STAGES[stage], evaluate))
+            self._run.replace(before_data(trainer, STAGES[stage], evaluate))
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Read from a checkpoint if it was written within an epoch."""
@@ -296,14 +296,13 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         self._last = TunedFit(tuned.report, tuned.fingerprint)
         if self._only_tunes:
             self._end_run(trainer, "fit", tuned.report)
-        self._run.loaders["train"] = apply(
+        apply(
             tuned.report.plan,
             trainer,
             pl_module,
             self._arguments.batch_arg_name,
-            tuned.batch_sizes,
+            self._rebatched(trainer, tuned),
             self._run.before_optimizers,
-            self._arguments.set_batch_size,
         )
         self._run.first_report = tuned.report
         self._continue_with(trainer, tuned)
@@ -314,7 +313,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             self._run.loaders["train"].check_used(trainer.train_dataloader)
             if self._epochs:
                 retune = partial(self._retune, trainer, pl_module)
-                self._run.patches.append(before_epochs(trainer, self._epochs, retune))
+                self._run.replace(before_epochs(trainer, self._epochs, retune))
             log_report(self.reports["fit"], trainer)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
@@ -382,13 +381,13 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         known = PriorPlan(target=target, note=note)
         tuned = tune_training(trainer, module, self._arguments, lambda *_: known, None)
         if tuned.report.plan != self._trained.plan:
-            self._run.loaders["train"] = apply_between_epochs(
+            self._run.loaders["train"].undo()
+            apply_between_epochs(
                 tuned.report.plan,
                 trainer,
                 module,
                 self._arguments.batch_arg_name,
-                tuned.batch_sizes,
-                self._run.loaders["train"],
+                self._rebatched(trainer, tuned),
             )
         self._continue_with(trainer, tuned)
         log_report(tuned.report, trainer)
@@ -405,9 +404,10 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
 
     def _resize_validation(self, trainer: Any, batch_sizes: Sequence[int]) -> None:
         if "validation" in self._run.loaders:
-            self._run.loaders.pop("validation").undo()
+            self._run.loaders["validation"].undo()
         loop = trainer.fit_loop.epoch_loop.val_loop
-        self._run.loaders["validation"] = Rebatched(data_source(loop), batch_sizes)
+        rebatched = self._run.loaders["validation"] = Rebatched(data_source(loop), batch_sizes)
+        rebatched.start()
         forget_combined_loader(loop)  # in the middle of training the loop has one
 
     def _tune_evaluation(self, trainer: Any, stage: Stage) -> None:
@@ -426,12 +426,20 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         if self._only_tunes:
             self._end_run(trainer, stage.name, tuned.report)
         source = data_source(stage.loop_of(trainer))
-        self._run.loaders[stage.name] = Rebatched(source, tuned.batch_sizes)
+        rebatched = self._run.loaders[stage.name] = Rebatched(source, tuned.batch_sizes)
+        rebatched.start()
         if tuned.is_changed:
             self._run.attribute = FormerBatchSize(module, name)
             set_batch_size_attribute(module, name, tuned.batch_sizes[0])
         self.reports[stage.name] = tuned.report
         self._show(trainer, stage.name, sinks.console)
+
+    def _rebatched(self, trainer: Any, tuned: Tuned) -> Rebatched:
+        """Return the training loaders of a plan; the run undoes them from now on."""
+        setter = self._arguments.set_batch_size
+        rebatched = Rebatched(data_source(trainer.fit_loop), tuned.batch_sizes, setter)
+        self._run.loaders["train"] = rebatched
+        return rebatched
 
     def _plan_before(self, trainer: Any) -> BatchPlan | None:
         """Return the plan of the previous fit, if the Trainer still has its accumulation."""
