@@ -21,7 +21,7 @@ from autobatch._report.accumulation_notes import (
     stays_changed,
 )
 from autobatch._report.tradeoff import common_rule
-from autobatch._settings import Settings
+from autobatch._settings import Settings, checked_verbose
 from autobatch._trials.captured import is_generator
 from autobatch._trials.context import MemoryBudget, TrialContext
 from autobatch._trials.optimizers import OptimizerWatch
@@ -66,6 +66,7 @@ def find(
     device: str | MemoryProbe | None = None,
     latency_limit: float | None = None,
     percentile: float | None = None,
+    verbose: bool = True,
     restore: Sequence[Any] = (),
     dataset_size: int | None = None,
 ) -> TuningReport:
@@ -102,6 +103,7 @@ def find(
             answered in time is taken.
         percentile: Percentage of calls that have to be answered in time; None: 99. Only with
             `latency_limit`.
+        verbose: Whether standard error shows the progress of tuning.
         restore: Further objects to restore, which the workload does not reach: anything with
             `state_dict` and `load_state_dict`, generators, tensors.
         dataset_size: Samples per epoch; bounds the search and gives updates per epoch.
@@ -134,6 +136,7 @@ def find(
         latency_limit=latency_limit,
         percentile=percentile,
     )
+    is_verbose = checked_verbose(verbose)
     restored = _restorable(restore)
     reached = reachable(workload)
     model_device = _device_of_model(*restored, *(each.value for each in reached))
@@ -143,7 +146,7 @@ def find(
         ranks.abort_together(),
         Snapshot() as snapshot,
         OptimizerWatch(probe.clock) as optimizers,
-        progress() as shown,
+        progress(verbose=is_verbose and ranks.rank == 0) as shown,
     ):
         is_training = latency_limit is None
         # A device that the user named is not compared with that of the model

@@ -43,6 +43,16 @@ class Defaults:
 DEFAULTS: Final = Defaults(curve_seconds=20.0)
 
 
+def checked_verbose(verbose: object) -> bool:
+    """Return `verbose`; `ValueError` if it is neither True nor False."""
+    if not isinstance(verbose, bool):
+        raise ValueError(
+            f"verbose={verbose!r} is not a switch; give True to show progress and report, or False "
+            "to print nothing."
+        )
+    return verbose
+
+
 def _index(value: Any) -> Any:
     """Return a whole number of any type, NumPy's too, as an int; a bool is left as it is."""
     is_whole = hasattr(value, "__index__") and not isinstance(value, bool)

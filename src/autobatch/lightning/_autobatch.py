@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader
 
 from autobatch import sinks
 from autobatch._report.notes import waiting
-from autobatch._settings import Settings
+from autobatch._report.units import plain
+from autobatch._settings import Settings, checked_verbose
 from autobatch._trials.snapshot import Snapshot
 from autobatch._tune import checked_search, known_plan
 from autobatch._undo import Undo
@@ -103,6 +104,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             the largest batch that is answered in time is taken.
         percentile: Percent of the steps that have to be answered in time; None: 99. Only with
             `latency_limit`.
+        verbose: Whether the progress of tuning and the report are printed.
         batch_arg_name: The attribute or hyperparameter of the module or datamodule that holds the
             batch size, if any; with dots for one inside of another, such as "data.batch_size".
         repair_last_window: True gives the last update of an epoch, which may have fewer samples
@@ -147,6 +149,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         device: str | MemoryProbe | None = None,
         latency_limit: float | None = None,
         percentile: float | None = None,
+        verbose: bool = True,
         batch_arg_name: str = "batch_size",
         repair_last_window: bool = False,
         worst_case: Callable[[int], Any] | None = None,
@@ -175,6 +178,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             repairs=check_switch(repair_last_window),
             batch_arg_name=checked_name(batch_arg_name),
             set_batch_size=checked_setter(set_batch_size),
+            verbose=checked_verbose(verbose),
         )
         self._epochs = checked_epochs(retune_at_epochs)
         self._evaluates = checked_evaluate(evaluate) or latency_limit is not None
@@ -400,7 +404,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         if tuned.validation_sizes is not None:
             self._resize_validation(trainer, tuned.validation_sizes)
         self.reports["fit"] = tuned.report
-        self._show(trainer, "fit", sinks.console)
+        self._show(trainer, "fit", self._sink_for(tuned.report))
 
     def _resize_validation(self, trainer: Any, batch_sizes: Sequence[int]) -> None:
         if "validation" in self._run.loaders:
@@ -453,7 +457,23 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         self.reports[method] = report
         raise Imported.TUNER_EXIT.of(trainer)
 
+    def _sink_for(self, report: TuningReport) -> sinks.Sink:
+        """Return the sink of a report: a run that goes on with a known plan has shown it before."""
+        checkpoint = self._run.checkpoint
+        is_resumed = (
+            checkpoint is not None and checkpoint.plan == report.plan and len(report.trials) == 1
+        )
+        return sinks.resumed_on_console if is_resumed else sinks.console
+
     def _show(self, trainer: Any, method: str, show: sinks.Sink) -> None:
-        if trainer.is_global_zero:
-            sinks.log(self.reports[method])
-            show(self.reports[method])
+        if not trainer.is_global_zero:
+            return
+        report = self.reports[method]
+        sinks.log(report)
+        if not self._arguments.verbose:
+            return
+        try:
+            show(report)
+        except Exception as error:  # standard output may be closed, or its disk full
+            level = logging.DEBUG if show is sinks.completed_on_console else logging.WARNING
+            _log.log(level, "The report could not be printed: %s", plain(repr(error)))
