@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import torch
 
-from autobatch import _settings
 from autobatch._accumulation import batch_norms
 from autobatch._distributed import current_ranks
 from autobatch._memory.detect import detect
@@ -58,10 +57,12 @@ def find(
     *,
     target_batch_size: int | None = None,
     memory_limit: float | str = 0.9,
+    prefer: str = "fast",
     max_micro_batch_size: int | None = None,
     plan: BatchPlan | str | Path | None = None,
     steps_per_trial: int = 3,
     time_limit: float | None = 300,
+    timing_seconds: float | None = None,
     search: Search | None = None,
     device: str | MemoryProbe | None = None,
     latency_limit: float | None = None,
@@ -70,7 +71,7 @@ def find(
     restore: Sequence[Any] = (),
     dataset_size: int | None = None,
 ) -> TuningReport:
-    """Find the largest batch size that fits, and a plan to reach the effective batch.
+    """Find the batch sizes that fit, and a plan to reach the effective batch.
 
     Everything with a state that the workload reaches by its variables is restored: models,
     optimizers, schedulers, scalers, generators. So are modules whose forward runs, optimizers that
@@ -83,8 +84,10 @@ def find(
             samples in its last micro-batch. A plain function that runs one step per call is
             accepted too. In a `torch.distributed` job every rank calls `find`, and the workload
             runs the model itself, not its DistributedDataParallel.
-        target_batch_size: Samples per optimizer update, over all ranks. None: the largest
-            micro-batch that fits.
+        target_batch_size: Samples per optimizer update, over all ranks. None: as `prefer` says.
+        prefer: Without a target, "fast" takes the smallest micro-batch within 5 % of the fastest
+            that fits, or the size given by the user if that is as fast; "largest" takes the largest
+            that fits.
         memory_limit: A float up to 1.0 is a share of the device, minus the memory of other
             processes. An int is bytes, and so is text such as "10GiB": the most that this process
             may hold, if other processes leave that much.
@@ -93,7 +96,8 @@ def find(
             search.
         steps_per_trial: Optimizer steps per trial.
         time_limit: Seconds for the search; the best size verified by then is taken. None: no limit.
-            Timing sizes has up to 20 seconds of its own.
+        timing_seconds: Further seconds for timing sizes, which ends as soon as the choice is
+            settled. 0: no timing; the largest sizes are taken. None: at most 20.
         search: Strategy that proposes the next size; `GuidedBisection()` by default.
         device: The device whose memory is read: a name such as "cuda:1", or a probe. None: the
             device of the model.
@@ -129,9 +133,11 @@ def find(
     settings = Settings.checked(
         target_batch_size=target_batch_size,
         memory_limit=memory_limit,
+        prefer=prefer,
         max_micro_batch_size=max_micro_batch_size,
         steps_per_trial=steps_per_trial,
         time_limit=time_limit,
+        timing_seconds=timing_seconds,
         dataset_size=dataset_size,
         latency_limit=latency_limit,
         percentile=percentile,
@@ -182,7 +188,6 @@ def find(
                 context,
                 checked_search(search),
                 known=known_plan(plan, settings, world_size=ranks.world_size),
-                curve_seconds=_settings.DEFAULTS.curve_seconds,
             )
     if ranks.rank == 0:
         log(report)
@@ -256,6 +261,13 @@ class PlainLoop:
     def largest_samples(self) -> Look | None:
         """Return None: the loop makes its own batches."""
         return None
+
+    def planned_seconds(self, sample_seconds: float) -> float | None:  # noqa: ARG002
+        """Return None: the loop ends when it likes."""
+        return None
+
+    def has_batch_norm(self) -> bool:
+        return self.task == "train" and bool(batch_norms(self.context.snapshot.alive))
 
     def trial_notes(self, plan: BatchPlan) -> tuple[str, ...]:
         """Return notes on missing optimizer steps or accumulation, and on what stays changed."""
