@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from autobatch._report.accumulation_notes import never_stepped
-from autobatch._report.tradeoff import common_rule
+from autobatch._report.tradeoff import common_rule, unwrapped
 from autobatch._tune import versions
 from autobatch.lightning._accumulation import last_samples, update_notes
 from autobatch.lightning._attribute import has_batch_size_attribute
@@ -72,7 +72,7 @@ class LightningTraining:
 
     @property
     def name(self) -> str:
-        optimizers = " + ".join(_class_name(each) for each in self.trainer.optimizers)
+        optimizers = " + ".join(_class_name(unwrapped(each)) for each in self.trainer.optimizers)
         return f"{_class_name(self.module)} · {optimizers} · {self.trainer.precision}"
 
     @property
