@@ -29,6 +29,7 @@ from autobatch._trials.snapshot import Snapshot, restorable
 from autobatch._tune import checked_search, known_plan, tune, versions
 from autobatch.errors import AutobatchError
 from autobatch.sinks import log, progress
+from autobatch.testing import named_device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -99,8 +100,8 @@ def find(
         timing_seconds: Further seconds for timing sizes, which ends as soon as the choice is
             settled. 0: no timing; the largest sizes are taken. None: at most 20.
         search: Strategy that proposes the next size; `GuidedBisection()` by default.
-        device: The device whose memory is read: a name such as "cuda:1", or a probe. None: the
-            device of the model.
+        device: The device whose memory is read: a name such as "cuda:1", "simulated:2GiB" for one
+            on the CPU (`autobatch.testing`), or a probe. None: the device of the model.
         latency_limit: For inference: seconds within which a batch has to be answered. The workload
             then is `answer(batch_size)`, a function that answers one batch, or a generator function
             that yields after each; its calls are timed one by one, and the largest batch that is
@@ -146,7 +147,7 @@ def find(
     restored = _restorable(restore)
     reached = reachable(workload)
     model_device = _device_of_model(*restored, *(each.value for each in reached))
-    probe = detect(device, model_device)
+    probe = detect(named_device(device), model_device)
     with (
         current_ranks() as ranks,
         ranks.abort_together(),

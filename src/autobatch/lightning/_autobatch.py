@@ -54,6 +54,7 @@ from autobatch.lightning._run import Run, before_epochs
 from autobatch.lightning._trial_data import checked_worst_case
 from autobatch.lightning._tuning import CallbackArguments, tune_evaluation, tune_training
 from autobatch.lightning._workloads import STAGES, before_data, loaders_for
+from autobatch.testing import named_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -101,8 +102,8 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             settled. 0: no timing; the largest sizes are taken. None: at most 20, and at most a
             tenth of the training that the Trainer plans.
         search: The search strategy; None: `GuidedBisection()`.
-        device: The device whose memory is read: a name such as "cuda:1", or a probe. None: the
-            device of the model.
+        device: The device whose memory is read: a name such as "cuda:1", "simulated:2GiB" for one
+            on the CPU (`autobatch.testing`), or a probe. None: the device of the model.
         latency_limit: For `validate`, `test` and `predict`: seconds within which a step has to
             answer a batch, including the copy to the device. The steps are timed one by one, and
             the largest batch that is answered in time is taken.
@@ -181,7 +182,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         self._arguments = CallbackArguments(
             settings=settings,
             search=checked_search(search),
-            device=device,
+            device=named_device(device),
             worst_case=checked_worst_case(worst_case),
             repairs=check_switch(repair_last_window),
             batch_arg_name=checked_name(batch_arg_name),
