@@ -80,7 +80,7 @@ def tuned(device, *, world_size, **settings):
     checked = Settings.checked(**options | settings)
     with trial_context(device, ranks=IdenticalRanks(world_size)) as context:
         return tune(
-            PlainLoop(device.workload, True, checked, context, Watched([], [])),
+            PlainLoop(device.workload, True, checked, context, Watched(device.workload, ())),
             checked,
             context,
             autobatch.GuidedBisection(),

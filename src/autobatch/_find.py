@@ -145,7 +145,7 @@ def find(
     )
     is_verbose = checked_verbose(verbose)
     restored = _restorable(restore)
-    reached = reachable(workload)
+    reached = [each for each in reachable(workload) if _has_state(each.value)]
     model_device = _device_of_model(*restored, *(each.value for each in reached))
     probe = detect(named_device(device), model_device)
     with (
@@ -164,7 +164,9 @@ def find(
         if ranks.world_size > 1:
             _check_not_synchronizing(*trainable)
         snapshot.capture(*restored, *trainable)
-        snapshot.capture_if_possible(each for each in reached if _is_stateful(each.value))
+        snapshot.capture_if_possible(
+            each for each in reached if not isinstance(each.value, _TRAINABLE)
+        )
         if is_training:
             optimizers.look_at(*restored, *trainable)
         context = TrialContext(
@@ -183,7 +185,7 @@ def find(
                     can_accumulate,
                     settings,
                     context,
-                    Watched(reached, context.snapshot.alive),
+                    Watched(workload, restored),
                 ),
                 settings,
                 context,
@@ -335,9 +337,9 @@ def _restorable(restore: Sequence[Any]) -> Sequence[Any]:
     return restore
 
 
-def _is_stateful(thing: object) -> bool:
-    """Return True for schedulers, scalers, averages and generators."""
-    return not isinstance(thing, _TRAINABLE) and (has_state_dict(thing) or is_generator(thing))
+def _has_state(thing: object) -> bool:
+    """Return True for models, optimizers, schedulers, scalers, averages and generators."""
+    return isinstance(thing, _TRAINABLE) or has_state_dict(thing) or is_generator(thing)
 
 
 def _device_of_model(*things: Any) -> torch.device:
