@@ -92,7 +92,7 @@ def test_read_only_configuration_is_refused_before_the_search():
     module = OfConfig(omegaconf.OmegaConf.create({"data": {"batch_size": 4}}))
     omegaconf.OmegaConf.set_readonly(module.hparams, True)
 
-    with pytest.raises(AutobatchError, match="data.batch_size"):
+    with pytest.raises(AutobatchError, match=r"data\.batch_size"):
         quiet_trainer(tuner(batch_arg_name="data.batch_size")).fit(module)
 
     assert module.sizes == []

@@ -235,6 +235,7 @@ def trial_context(
     Yields the resources of the trials, and the bytes of the copy that is kept on the host.
     """
     probe = detect(arguments.device, module.device)
+    began = probe.clock()
     with (
         current_ranks() as ranks,
         ranks.abort_together(),
@@ -255,6 +256,7 @@ def trial_context(
         snapshot.capture_light(trainer.datamodule)
         context = TrialContext(
             probe=probe,
+            began=began,
             budget=MemoryBudget(probe, arguments.settings.memory_limit),
             snapshot=snapshot,
             optimizers=optimizers,
@@ -332,7 +334,9 @@ def _with_validation(
             f"Training fits, but validation does not beside it. {error}"
         ) from error
     size, own = found.plan.micro_batch_size, loaders.largest_batch
-    report = tuned.report.model_copy(update={"validation_batch_size": size})
+    report = tuned.report.model_copy(
+        update={"validation_batch_size": size, "search_seconds": context.seconds()}
+    )
     if size != own:
         report = _noted(
             report,
