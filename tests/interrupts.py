@@ -159,7 +159,10 @@ class InTrainer:
         validation = DataLoader(data(8), batch_size=4)
         self.loaders = (self.loader, validation)
         self.callback = autobatch.AutoBatch(
-            target_batch_size=12, device=self.device, steps_per_trial=1, search=autobatch.Bisection()
+            target_batch_size=12,
+            device=self.device,
+            steps_per_trial=1,
+            search=autobatch.Bisection(),
         )
         self.trainer = self.new_trainer()
         self.before = self.state()
@@ -312,7 +315,7 @@ def sweep(make, every=1, executions=("first", "last")):
         for which in sorted({1 if each == "first" else count for each in executions}):
             try:
                 found = interrupted_at(make, line, which)
-            except Exception as error:  # noqa: BLE001 -- the next run fails
+            except Exception as error:
                 found = [f"{type(error).__name__}: {error}"[:100]]
             if found and found != ["never reached"]:
                 left[line, which] = found

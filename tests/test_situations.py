@@ -399,7 +399,9 @@ class Even(Recorded):
 
 
 def test_sizes_that_a_step_refuses_are_left_out():
-    both = compared(lambda size: shuffled(size, drop_last=True), Even, own=4, max_micro_batch_size=11)
+    both = compared(
+        lambda size: shuffled(size, drop_last=True), Even, own=4, max_micro_batch_size=11
+    )
 
     assert both.tuned.sizes == both.by_hand.sizes
     assert set(both.tuned.sizes) <= {4, 8}
@@ -566,7 +568,7 @@ def test_find_restores_the_state_of_objects_held_in_another():
 
 
 def test_end_of_an_iterator_in_a_step_is_passed_on_with_the_size():
-    pairs = iter(zip(X, Y, strict=True))
+    pairs = iter(())
     model = nn.Linear(16, 4)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
 
