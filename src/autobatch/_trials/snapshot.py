@@ -6,7 +6,6 @@ import contextlib
 import signal
 import threading
 import warnings
-from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Self
 
@@ -19,8 +18,10 @@ from autobatch._trials.captured import (
     Memo,
     Saved,
     SavedRandomState,
+    Scope,
     Unchanged,
     is_generator,
+    save,
     save_light,
     save_shallow,
 )
@@ -85,30 +86,29 @@ class Snapshot:
 
     def capture(self, *things: Any) -> None:
         """Capture objects in their present state; an earlier capture of an object remains valid."""
-        with self._saving(with_gradients=True) as memo:
+        with self._saving(Scope(save)) as memo:
             for part in _parts_of(things):
                 memo.add(part)
 
     def capture_light(self, *things: Any) -> None:
         """Capture small attributes, such as counters and generators, but no data."""
-        with self._saving(with_gradients=True) as memo:
+        with self._saving(Scope(save_light, objects=False)) as memo:
             for thing in things:
-                if hasattr(thing, "__dict__"):
-                    memo.add_attributes(thing, save_light)
+                memo.add_attributes(thing)
 
     def capture_beside_parameters(self, module: torch.nn.Module) -> None:
         """Capture a module but for parameters and gradients, which a forward pass cannot change."""
-        with self._saving(with_gradients=False) as memo:
+        with self._saving(Scope(save_shallow, parameters=False)) as memo:
             for part in module.modules():
-                parameters = part._parameters  # noqa: SLF001 -- has no public name
-                memo.add_attributes(part, partial(_save_unless, parameters))
+                memo.add_attributes(part)
 
     @contextlib.contextmanager
-    def _saving(self, *, with_gradients: bool) -> Iterator[Memo]:
-        self._memo.with_gradients = with_gradients
+    def _saving(self, scope: Scope) -> Iterator[Memo]:
+        self._memo.scope = scope
         self._memo.forget_dead_tensors()
         with unobserved(), torch.no_grad():
             yield self._memo
+            self._memo.add_found()
 
     def restore(self) -> None:
         """Restore everything; the first failure is raised after all other objects are restored."""
@@ -127,12 +127,14 @@ class Snapshot:
     def at_first_forward(self, touched: Callable[[object], None]) -> Iterator[None]:
         """In the body, capture every module before its first forward, and pass it to `touched`.
 
-        Modules are seen by torch's global hook. Compiled modules stay eager meanwhile, since a hook
+        Modules are seen by torch's global hook, those of other threads too, which are left alone:
+        restoring would undo their training. Compiled modules stay eager meanwhile, since a hook
         would break their graphs.
         """
+        thread = threading.get_ident()
 
         def hook(module: object, _: object) -> None:
-            if id(module) not in self._memo.objects:
+            if id(module) not in self._memo.objects and threading.get_ident() == thread:
                 self.capture(module)
                 touched(module)
 
@@ -152,10 +154,11 @@ class Snapshot:
         Parameters not captured before carry the gradients of this very step: they are restored
         without any.
         """
+        thread = threading.get_ident()
 
         def hook(optimizer: object, *_: object) -> None:
-            if id(optimizer) not in self._memo.objects:
-                with self._saving(with_gradients=False) as memo:
+            if id(optimizer) not in self._memo.objects and threading.get_ident() == thread:
+                with self._saving(Scope(save, gradients=False)) as memo:
                     memo.add(optimizer)
                 touched(optimizer)
 
@@ -171,9 +174,11 @@ class Snapshot:
         owners = (saved.reference() for saved in self._memo.objects.values())
         return [owner for owner in owners if owner is not None]
 
-
-def _save_unless(excluded: object, value: Any, memo: Memo) -> Saved:
-    return Unchanged(value) if value is excluded else save_shallow(value, memo)
+    @property
+    def parameters(self) -> list[torch.Tensor]:
+        """Parameters of captured objects, also those that no module has registered."""
+        found = (reference() for reference in self._memo.parameters.values())
+        return [parameter for parameter in found if parameter is not None]
 
 
 def _parts_of(things: Iterable[Any]) -> Iterator[Any]:

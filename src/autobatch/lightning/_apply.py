@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader
 
 from autobatch._trials.snapshot import Snapshot
-from autobatch.errors import AutobatchError
-from autobatch.lightning._compat import (
-    data_source,
-    forget_combined_loader,
-    hyperparameters,
-    patched,
-)
+from autobatch.lightning._attribute import FormerBatchSize, set_batch_size_attribute
+from autobatch.lightning._compat import data_source, forget_combined_loader, patched
 from autobatch.lightning._dataloaders import Loaders, Rebatched, capture_order
 
 if TYPE_CHECKING:
@@ -62,9 +56,8 @@ def apply(
         undo.callback(setattr, trainer, "accumulate_grad_batches", trainer.accumulate_grad_batches)
         _set_accumulation(plan, trainer, module)
         before_optimizers.restore()
-        for holder in _holders(module, batch_arg_name):
-            undo.callback(holder.set, holder.value)
-            holder.set(plan.micro_batch_size)
+        undo.callback(FormerBatchSize(module, batch_arg_name).restore)
+        set_batch_size_attribute(module, batch_arg_name, plan.micro_batch_size)
         _recreate_optimizers(trainer)
         undo.pop_all()  # all went well: `undo` is the caller's now
     return rebatched
@@ -175,68 +168,3 @@ class BeforeOptimizers:
         if self._snapshot is not None:
             self._snapshot.forget()
             self._snapshot = None
-
-
-def set_batch_size_attribute(module: Any, name: str, batch_size: int) -> None:
-    """Set the batch size in all attributes and hyperparameters of this name."""
-    for holder in _holders(module, name):
-        holder.set(batch_size)
-
-
-def has_batch_size_attribute(module: Any, name: str) -> bool:
-    """Return whether the module or its datamodule holds the batch size under this name."""
-    return bool(_holders(module, name))
-
-
-def checked_name(batch_arg_name: str) -> str:
-    """Return the name; `ValueError` if it cannot be one."""
-    if isinstance(batch_arg_name, str) and batch_arg_name.isidentifier():
-        return batch_arg_name
-    raise ValueError(
-        f"batch_arg_name={batch_arg_name!r} is no name; give that of an attribute or "
-        "hyperparameter."
-    )
-
-
-def check_name(module: Any, name: str) -> None:
-    """Raise `AutobatchError` if nothing has this name; the default one may be missing."""
-    if name != "batch_size" and not has_batch_size_attribute(module, name):
-        raise AutobatchError(
-            f"batch_arg_name={name!r} is no attribute or hyperparameter of the module or its "
-            "datamodule."
-        )
-
-
-@dataclass
-class _Holder:
-    """An attribute of an object, or an entry of its hyperparameters, that holds the batch size."""
-
-    owner: Any
-    name: str
-
-    @property
-    def value(self) -> Any:
-        if isinstance(self.owner, dict):
-            return self.owner[self.name]
-        return getattr(self.owner, self.name)
-
-    def set(self, value: Any) -> None:
-        if isinstance(self.owner, dict):
-            self.owner[self.name] = value
-        else:
-            setattr(self.owner, self.name, value)
-
-
-def _holders(module: Any, name: str) -> list[_Holder]:
-    """Return all places of the module and its datamodule that hold a value of this name."""
-    holders = []
-    for owner in (module, module.trainer.datamodule):
-        if hasattr(owner, name) and not _is_read_only(owner, name):
-            holders.append(_Holder(owner, name))
-        holders += [_Holder(each, name) for each in hyperparameters(owner) if name in each]
-    return holders
-
-
-def _is_read_only(owner: Any, name: str) -> bool:
-    attribute = getattr(type(owner), name, None)
-    return isinstance(attribute, property) and attribute.fset is None

@@ -29,6 +29,15 @@ def batch_size_of(loader: DataLoader[Any]) -> int:
     return int(sampler.batch_size)
 
 
+def is_writable(batch_sampler: Any) -> bool:
+    """Return whether the batch size of a batch sampler can be set; a property may refuse it."""
+    try:
+        batch_sampler.batch_size = batch_sampler.batch_size
+    except Exception:
+        return False
+    return True
+
+
 def sampler_of(loader: DataLoader[Any]) -> Any:
     """Return the sampler of single samples, which is not `loader.sampler` under a batch sampler."""
     return getattr(loader.batch_sampler, "sampler", loader.sampler)

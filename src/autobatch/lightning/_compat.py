@@ -65,6 +65,14 @@ def callback_class() -> type:
     return type("Callback", tuple(found), {})
 
 
+def is_trainer(thing: Any) -> bool:
+    """Return whether an object is a Trainer of one of the Lightning packages."""
+    return any(
+        kind.__name__ == "Trainer" and kind.__module__.startswith(_PACKAGES)
+        for kind in type(thing).__mro__
+    )
+
+
 def package_of(trainer: Any) -> str:
     """Return the name of the Lightning package a Trainer comes from."""
     modules = (kind.__module__ for kind in type(trainer).__mro__ if kind.__name__ == "Trainer")

@@ -16,6 +16,7 @@ from autobatch.lightning._batch_size import (
     batch_size_of,
     change_batch_size,
     changed_batch_size,
+    is_writable,
     sampler_of,
 )
 from autobatch.lightning._compat import (
@@ -313,6 +314,11 @@ def _problem_of(loader: object, setter: SetBatchSize | None) -> str | None:
         return (
             f"its batch sampler, a {type(batch_sampler).__name__}, has no batch_size "
             "(set_batch_size may change it)"
+        )
+    if setter is None and not is_writable(batch_sampler):
+        return (
+            f"the batch_size of its batch sampler, a {type(batch_sampler).__name__}, cannot be set "
+            "(set_batch_size may set what it is computed from)"
         )
     if not isinstance(loader.dataset, IterableDataset) and not hasattr(sampler, "__len__"):
         return f"its sampler, a {type(sampler).__name__}, has no length"

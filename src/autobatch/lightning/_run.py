@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from autobatch._report import TuningReport
     from autobatch.lightning._accumulation import LastWindowCorrection
+    from autobatch.lightning._attribute import FormerBatchSize
     from autobatch.lightning._beside import BesideTraining
     from autobatch.lightning._dataloaders import Rebatched
     from autobatch.lightning._resume import Checkpoint
@@ -86,6 +87,7 @@ class Run:
         is_to_compare: True if it is compared before the next epoch.
         steps_before: Updates before this epoch, if it is compared after the first one of it.
         patches: Methods of the loops that are replaced.
+        attribute: The former batch size of the module, while an evaluation runs with another.
     """
 
     checkpoint: Checkpoint | None = None
@@ -99,6 +101,7 @@ class Run:
     is_to_compare: bool = True
     steps_before: int | None = None
     patches: list[patched] = field(default_factory=list)
+    attribute: FormerBatchSize | None = None
 
     @property
     def is_tuned(self) -> bool:
@@ -127,6 +130,9 @@ class Run:
             self.patches.pop().restore()
         while self.loaders:
             self.loaders.popitem()[1].undo()
+        if self.attribute is not None:
+            self.attribute.restore()
+            self.attribute = None
 
 
 def before_epochs(trainer: Trainer, act: Callable[[], None]) -> patched:

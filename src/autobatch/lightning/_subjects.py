@@ -10,7 +10,7 @@ from autobatch._report.accumulation_notes import never_stepped
 from autobatch._report.tradeoff import common_rule
 from autobatch._tune import versions
 from autobatch.lightning._accumulation import last_samples, update_notes
-from autobatch.lightning._apply import has_batch_size_attribute
+from autobatch.lightning._attribute import has_batch_size_attribute
 from autobatch.lightning._compat import package_of
 from autobatch.lightning._trainer_notes import copy_note, prefetch_note, schedule_notes
 
@@ -81,6 +81,10 @@ class LightningTraining:
 
     @property
     def start_batch_size(self) -> int:
+        return self.loaders.batch_size
+
+    @property
+    def own_batch_size(self) -> int:
         return self.loaders.batch_size
 
     @property
@@ -177,6 +181,10 @@ class LightningEvaluation:
     @property
     def name(self) -> str:
         return f"{_class_name(self.module)} · {self.stage.name} · {self.trainer.precision}"
+
+    @property
+    def own_batch_size(self) -> int:
+        return self.loaders.batch_size
 
     @property
     def environment(self) -> dict[str, str]:

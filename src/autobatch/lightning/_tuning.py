@@ -17,7 +17,11 @@ from autobatch._trials.snapshot import Snapshot
 from autobatch._tune import known_plan, tune
 from autobatch.errors import AutobatchError, DoesNotFitError, FixedBatchSizeError
 from autobatch.lightning._accumulation import SplittingTest, batches_trained, check_repairable
-from autobatch.lightning._apply import set_batch_size_attribute
+from autobatch.lightning._attribute import (
+    batch_size_restored,
+    has_batch_size_attribute,
+    set_batch_size_attribute,
+)
 from autobatch.lightning._beside import (
     BesideTraining,
     bytes_of_callbacks,
@@ -27,7 +31,7 @@ from autobatch.lightning._compat import data_source
 from autobatch.lightning._dataloaders import Loaders
 from autobatch.lightning._hooks import users_callbacks
 from autobatch.lightning._isolation import on_new_loops, without_collectives
-from autobatch.lightning._resume import DeviceId, PriorPlan
+from autobatch.lightning._resume import DeviceId, PriorPlan, fingerprint_of
 from autobatch.lightning._shown import show_validation
 from autobatch.lightning._subjects import LightningEvaluation, LightningTraining
 from autobatch.lightning._trainer_notes import TrainerLimits, checked_copy_bytes
@@ -41,13 +45,12 @@ if TYPE_CHECKING:
     from autobatch._report import TuningReport
     from autobatch._search import Search
     from autobatch._settings import Settings
-    from autobatch._subject import Subject
     from autobatch.lightning._batch_size import SetBatchSize
     from autobatch.lightning._workloads import Stage
 
 
-# (subject, device, settings) -> the plan that is known before a search
-KnownAt: TypeAlias = "Callable[[Subject, DeviceId, Settings], PriorPlan]"
+# (subject, fingerprint, device, settings) -> the plan that is known before a search
+KnownAt: TypeAlias = "Callable[[LightningTraining, str, DeviceId, Settings], PriorPlan]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +83,8 @@ class Tuned:
     Args:
         report: The report.
         batch_sizes: Batch size of each loader.
+        own_sizes: The ones they had.
+        fingerprint: Of the model and the data, in training.
         validation_sizes: Batch size of each validation loader; None if they stay as they are.
         held_by_callbacks: Bytes on the device that callbacks held in trials; None if their hooks
             ran in trials, so that peaks count all that they make.
@@ -87,6 +92,8 @@ class Tuned:
 
     report: TuningReport
     batch_sizes: tuple[int, ...]
+    own_sizes: tuple[int, ...]
+    fingerprint: str = ""
     validation_sizes: tuple[int, ...] | None = None
     held_by_callbacks: int | None = None
 
@@ -98,6 +105,11 @@ class Tuned:
         if self.held_by_callbacks is None or not peaks or peaks[-1] is None:
             return None
         return BesideTraining(self.held_by_callbacks, peaks[-1], self.report.budget)
+
+    @property
+    def is_changed(self) -> bool:
+        """True if a loader gets another batch size."""
+        return self.batch_sizes != self.own_sizes
 
 
 def tune_training(
@@ -126,7 +138,10 @@ def tune_training(
     if arguments.repairs:
         check_repairable(trainer, module)
     validates = trainer.enable_validation
-    with trial_context(trainer, module, arguments) as (context, copied_bytes):
+    with (
+        batch_size_restored(module, arguments.batch_arg_name) as former,
+        trial_context(trainer, module, arguments) as (context, copied_bytes),
+    ):
         loaders = Loaders(
             trainer,
             data_source(trainer.fit_loop),
@@ -177,19 +192,23 @@ def tune_training(
         if not module.automatic_optimization:
             # In manual optimization, the module may never step
             context.optimizers.look_at(module)
-        known = known_at(subject, _device_id(trainer, context), settings)
+        fingerprint = fingerprint_of(subject)
+        known = known_at(subject, fingerprint, _device_id(trainer, context), settings)
         planned = known.plan.effective_batch_size if known.plan else None
         workload.target = known.target or planned or settings.target_batch_size
         report = verify_or_search(known, subject, settings, context, arguments.search)
         limits.check(report.plan)
-        held = None if workload.runs_callbacks else bytes_of_callbacks(trainer)
         tuned = Tuned(
-            report, loaders.sizes_at(report.plan.micro_batch_size), held_by_callbacks=held
+            report,
+            loaders.sizes_at(report.plan.micro_batch_size),
+            loaders.own_sizes,
+            fingerprint,
+            held_by_callbacks=None if workload.runs_callbacks else bytes_of_callbacks(trainer),
         )
         if not validates:
             return tuned
-        # A hook may make validation batches of the size in this attribute
-        set_attribute(report.plan.micro_batch_size)
+        # Validation keeps the size that its hook gives it before the plan is applied
+        former.restore()
         return _with_validation(tuned, subject, arguments)
 
 
@@ -202,12 +221,24 @@ def tune_evaluation(trainer: Any, module: Any, arguments: CallbackArguments, sta
         AutobatchError: A loader's batch size cannot be changed.
         DoesNotFitError: No batch size fits.
     """
-    with trial_context(trainer, module, arguments) as (context, _):
+    name = arguments.batch_arg_name
+    with (
+        batch_size_restored(module, name) as former,
+        trial_context(trainer, module, arguments) as (context, _),
+    ):
         loaders = Loaders(trainer, data_source(stage.loop_of(trainer)), mode="sequential")
         settings = _without_target(arguments.settings, loaders.samples)
         samples = Samples(loaders, context.snapshot, arguments.worst_case)
+        steps = EvaluationSteps(trainer, loaders, samples, stage, None, context.snapshot)
+
+        def evaluate(batch_size: int, accumulate: int) -> Iterator[None]:
+            former.restore()
+            if batch_size != loaders.largest_batch:
+                set_batch_size_attribute(module, name, batch_size)
+            yield from steps(batch_size, accumulate)
+
         subject = LightningEvaluation(
-            EvaluationSteps(trainer, loaders, samples, stage, None, context.snapshot),
+            evaluate,
             trainer,
             module,
             stage,
@@ -219,11 +250,12 @@ def tune_evaluation(trainer: Any, module: Any, arguments: CallbackArguments, sta
         curve_seconds = _settings.DEFAULTS.curve_seconds
         if arguments.settings.target_batch_size is not None:
             report = _own_or_smaller(subject, context, arguments.search, curve_seconds)
-            return Tuned(report, _own_or_smaller_sizes(loaders, report))
+            return Tuned(report, _own_or_smaller_sizes(loaders, report), loaders.own_sizes)
         report = tune(
             subject, settings, context, arguments.search, known=None, curve_seconds=curve_seconds
         )
-        return Tuned(report, loaders.sizes_at(report.plan.micro_batch_size))
+        sizes = loaders.sizes_at(report.plan.micro_batch_size)
+        return Tuned(report, sizes, loaders.own_sizes)
 
 
 @contextmanager
@@ -337,12 +369,16 @@ def _with_validation(
         ) from error
     size, own = found.plan.micro_batch_size, loaders.largest_batch
     report = tuned.report.model_copy(update={"validation_batch_size": size})
-    if size == own:
+    if size != own:
+        report = _noted(
+            report,
+            f"Validation runs batches of {size:,} instead of {own:,}: more do not fit beside "
+            "training.",
+        )
+    elif not has_batch_size_attribute(training.module, arguments.batch_arg_name):
         return replace(tuned, report=report)
-    note = (
-        f"Validation runs batches of {size:,} instead of {own:,}: more do not fit beside training."
-    )
-    return replace(tuned, report=_noted(report, note), validation_sizes=loaders.sizes_at(size))
+    sizes = _own_or_smaller_sizes(loaders, found)
+    return replace(tuned, report=report, validation_sizes=sizes)
 
 
 def _own_or_smaller(
