@@ -29,7 +29,7 @@ HEAVY = {
 
 # A folder, or a module of the top folder, imports from earlier rows only.
 LAYERS = (
-    ("errors",),
+    ("errors", "_undo"),
     ("_memory", "_distributed"),
     ("_settings",),
     ("_trials",),

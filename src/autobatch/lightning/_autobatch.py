@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from autobatch._report.units import plain
 from autobatch._settings import Settings, checked_verbose
 from autobatch._trials.snapshot import Snapshot
 from autobatch._tune import checked_search, known_plan
+from autobatch._undo import Undo
 from autobatch.errors import AutobatchError, FixedBatchSizeError
 from autobatch.lightning._accumulation import LastWindowCorrection, check_switch
 from autobatch.lightning._apply import apply, apply_between_epochs
@@ -46,14 +46,16 @@ from autobatch.lightning._dataloaders import (
     capture_order,
     checked_setter,
 )
-from autobatch.lightning._isolation import silenced
+from autobatch.lightning._hooks import FIT_START
 from autobatch.lightning._loggers import log_report, refresh_report
 from autobatch.lightning._noise_scale import NoiseScale
 from autobatch.lightning._resume import Checkpoint, PriorPlan, TunedFit, known_at_start
 from autobatch.lightning._run import Run, before_epochs
+from autobatch.lightning._silence import silenced
 from autobatch.lightning._trial_data import checked_worst_case
 from autobatch.lightning._tuning import CallbackArguments, tune_evaluation, tune_training
 from autobatch.lightning._workloads import STAGES, before_data, loaders_for
+from autobatch.testing import named_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -85,20 +87,24 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
 
     Args:
         target_batch_size: Samples per optimizer update, over all ranks; overrides an accumulation
-            set in the Trainer. None: the largest micro-batch that fits, with the accumulation of
-            the Trainer.
+            set in the Trainer. None: as `prefer` says, with the accumulation of the Trainer.
         memory_limit: A float up to 1.0 is a share of the device, less the memory of other
             processes. An int is bytes, and so is text such as "10GiB": the limit of this process,
             if other processes leave that much.
+        prefer: Without a target, "fast" takes the smallest micro-batch within 5 % of the fastest
+            that fits, or the size of the loader if that is as fast; "largest" takes the largest
+            that fits.
         max_micro_batch_size: The largest micro-batch to consider, in samples.
         plan: A known plan, or the report file that holds one: verified by one trial instead of a
             search.
         steps_per_trial: Optimizer steps per trial.
         time_limit: Seconds for the search; the best size verified by then is taken. None: no limit.
-            Timing sizes has up to 20 seconds of its own.
+        timing_seconds: Further seconds for timing sizes, which ends as soon as the choice is
+            settled. 0: no timing; the largest sizes are taken. None: at most 20, and at most a
+            tenth of the training that the Trainer plans.
         search: The search strategy; None: `GuidedBisection()`.
-        device: The device whose memory is read: a name such as "cuda:1", or a probe. None: the
-            device of the model.
+        device: The device whose memory is read: a name such as "cuda:1", "simulated:2GiB" for one
+            on the CPU (`autobatch.testing`), or a probe. None: the device of the model.
         latency_limit: For `validate`, `test` and `predict`: seconds within which a step has to
             answer a batch, including the copy to the device. The steps are timed one by one, and
             the largest batch that is answered in time is taken.
@@ -141,10 +147,12 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         *,
         target_batch_size: int | None = None,
         memory_limit: float | str = 0.9,
+        prefer: str = "fast",
         max_micro_batch_size: int | None = None,
         plan: BatchPlan | str | Path | None = None,
         steps_per_trial: int = 3,
         time_limit: float | None = 300,
+        timing_seconds: float | None = None,
         search: Search | None = None,
         device: str | MemoryProbe | None = None,
         latency_limit: float | None = None,
@@ -162,9 +170,11 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         settings = Settings.checked(
             target_batch_size=target_batch_size,
             memory_limit=memory_limit,
+            prefer=prefer,
             max_micro_batch_size=max_micro_batch_size,
             steps_per_trial=steps_per_trial,
             time_limit=time_limit,
+            timing_seconds=timing_seconds,
             dataset_size=None,
             latency_limit=latency_limit,
             percentile=percentile,
@@ -173,7 +183,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         self._arguments = CallbackArguments(
             settings=settings,
             search=checked_search(search),
-            device=device,
+            device=named_device(device),
             worst_case=checked_worst_case(worst_case),
             repairs=check_switch(repair_last_window),
             batch_arg_name=checked_name(batch_arg_name),
@@ -229,7 +239,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         # Another AutoBatch of the Trainer stays out of it
         others = [each for each in trainer.callbacks if not isinstance(each, AutoBatch)]
         # Entered twice: an interrupt between the body and the inner exit still meets the outer one
-        with ExitStack() as undo, undo:
+        with Undo() as undo, undo:
             snapshot = undo.enter_context(Snapshot())
             undo.enter_context(silenced(trainer))
             # Before the trials run the hooks that make loaders and optimizers, and `setup` of
@@ -238,9 +248,9 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             for loader in loaders:
                 if isinstance(loader, DataLoader):
                     capture_order(loader, snapshot)
-            undo.callback(setattr, trainer, "callbacks", trainer.callbacks)
-            undo.callback(setattr, self, "_only_tunes", False)
-            undo.callback(self._undo_run)
+            undo.add(partial(setattr, trainer, "callbacks", trainer.callbacks))
+            undo.add(partial(setattr, self, "_only_tunes", False))
+            undo.add(self._undo_run)
             trainer.callbacks = [self, *others]
             self.reports.pop(method, None)
             self._only_tunes = True
@@ -262,10 +272,10 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         trainer.callbacks = [self, *others]
         check_lightning(trainer)
         if stage == "fit":
-            self._run.before_optimizers.watch(trainer)
+            self._run.before_optimizers.watch(trainer, self._arguments.batch_arg_name)
         else:
             evaluate = partial(self._tune_evaluation, trainer, STAGES[stage])
-            self._run.patches.append(before_data(trainer, STAGES[stage], evaluate))
+            self._run.replace(before_data(trainer, STAGES[stage], evaluate))
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Read from a checkpoint if it was written within an epoch."""
@@ -296,18 +306,18 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         last = None if self._only_tunes else self._last
         known_at = partial(known_at_start, self._known, checkpoint, last)
         before = self._plan_before(trainer)
-        tuned = tune_training(trainer, pl_module, self._arguments, known_at, before)
+        tuned = tune_training(trainer, pl_module, self._arguments, known_at, before, FIT_START)
         self._last = TunedFit(tuned.report, tuned.fingerprint)
         if self._only_tunes:
             self._end_run(trainer, "fit", tuned.report)
-        self._run.loaders["train"] = apply(
+        self._run.before_data.watch(trainer)
+        apply(
             tuned.report.plan,
             trainer,
             pl_module,
             self._arguments.batch_arg_name,
-            tuned.batch_sizes,
+            self._rebatched(trainer, tuned),
             self._run.before_optimizers,
-            self._arguments.set_batch_size,
         )
         self._run.first_report = tuned.report
         self._continue_with(trainer, tuned)
@@ -316,9 +326,8 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         """Write the report beside the logs, now that the loggers have created their directory."""
         if self._run.is_tuned:
             self._run.loaders["train"].check_used(trainer.train_dataloader)
-            if self._epochs:
-                retune = partial(self._retune, trainer, pl_module)
-                self._run.patches.append(before_epochs(trainer, self._epochs, retune))
+            look = partial(self._before_epoch, trainer, pl_module)
+            self._run.replace(before_epochs(trainer, look))
             log_report(self.reports["fit"], trainer)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
@@ -328,8 +337,11 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the time and the samples of a batch."""
+        """Count the time and the samples of a batch, and look at memory after the first step."""
         self._run.start_batch(trainer, batch, batch_idx)
+        if self._run.steps_before is not None and trainer.global_step > self._run.steps_before:
+            self._run.steps_before = None
+            self._look_beside(trainer)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Do not count validation as waiting for the loader."""
@@ -375,24 +387,46 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
     def _undo_run(self) -> None:
         self._run.undo()
 
-    def _retune(self, trainer: Any, module: Any) -> None:
+    def _before_epoch(self, trainer: Any, module: Any) -> None:
+        """Tune again where the user wants it, or where callbacks hold memory that trials lacked."""
+        run, epoch = self._run, trainer.current_epoch
+        reason = f"Tuned again at epoch {epoch}, for the effective batch of"
+        if run.is_to_compare or epoch in self._epochs:
+            excess = run.beside.excess(trainer) if run.beside is not None else None
+            if excess or epoch in self._epochs:
+                self._retune(trainer, module, f"{excess} {reason}" if excess else reason)
+            run.is_to_compare, run.steps_before = False, trainer.global_step
+        run.before_data.forget()
+
+    def _look_beside(self, trainer: Any) -> None:
+        """Warn if callbacks hold memory since the first step that makes training run out of it."""
+        if self._trained is None or self._run.beside is None:
+            return
+        if excess := self._run.beside.excess(trainer):
+            self._run.is_to_compare = True
+            note = f"{excess} The next epoch is tuned again, if training reaches it."
+            _log.warning("%s", note)
+            notes = (*self._trained.notes, note)
+            update = {"notes": notes}
+            self.reports["fit"] = self._trained = self._trained.model_copy(update=update)
+            refresh_report(self._trained, trainer)
+
+    def _retune(self, trainer: Any, module: Any, reason: str) -> None:
         """Tune again in the middle of training, for the effective batch size it started with."""
         if self._run.first_report is None or self._trained is None:
             return
         target = self._run.first_report.plan.effective_batch_size
-        note = (
-            f"Tuned again at epoch {trainer.current_epoch}, for the effective batch of {target:,}."
-        )
-        known = PriorPlan(target=target, note=note)
-        tuned = tune_training(trainer, module, self._arguments, lambda *_: known, None)
+        known = PriorPlan(target=target, note=f"{reason} {target:,}.")
+        tuned = tune_training(trainer, module, self._arguments, lambda *_: known, None, ())
         if tuned.report.plan != self._trained.plan:
-            self._run.loaders["train"] = apply_between_epochs(
+            self._run.loaders["train"].undo()
+            apply_between_epochs(
                 tuned.report.plan,
                 trainer,
                 module,
                 self._arguments.batch_arg_name,
-                tuned.batch_sizes,
-                self._run.loaders["train"],
+                self._rebatched(trainer, tuned),
+                self._run.before_data.restore,
             )
         self._continue_with(trainer, tuned)
         log_report(tuned.report, trainer)
@@ -400,6 +434,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
     def _continue_with(self, trainer: Any, tuned: Tuned) -> None:
         """Train with a plan that was applied."""
         self._trained = tuned.report
+        self._run.beside = tuned.beside
         if self._arguments.repairs:
             self._run.window = LastWindowCorrection(tuned.report.plan.micro_batch_size)
         if tuned.validation_sizes is not None:
@@ -409,9 +444,10 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
 
     def _resize_validation(self, trainer: Any, batch_sizes: Sequence[int]) -> None:
         if "validation" in self._run.loaders:
-            self._run.loaders.pop("validation").undo()
+            self._run.loaders["validation"].undo()
         loop = trainer.fit_loop.epoch_loop.val_loop
-        self._run.loaders["validation"] = Rebatched(data_source(loop), batch_sizes)
+        rebatched = self._run.loaders["validation"] = Rebatched(data_source(loop), batch_sizes)
+        rebatched.start()
         forget_combined_loader(loop)  # in the middle of training the loop has one
 
     def _tune_evaluation(self, trainer: Any, stage: Stage) -> None:
@@ -430,12 +466,20 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         if self._only_tunes:
             self._end_run(trainer, stage.name, tuned.report)
         source = data_source(stage.loop_of(trainer))
-        self._run.loaders[stage.name] = Rebatched(source, tuned.batch_sizes)
+        rebatched = self._run.loaders[stage.name] = Rebatched(source, tuned.batch_sizes)
+        rebatched.start()
         if tuned.is_changed:
             self._run.attribute = FormerBatchSize(module, name)
             set_batch_size_attribute(module, name, tuned.batch_sizes[0])
         self.reports[stage.name] = tuned.report
         self._show(trainer, stage.name, sinks.console)
+
+    def _rebatched(self, trainer: Any, tuned: Tuned) -> Rebatched:
+        """Return the training loaders of a plan; the run undoes them from now on."""
+        setter = self._arguments.set_batch_size
+        rebatched = Rebatched(data_source(trainer.fit_loop), tuned.batch_sizes, setter)
+        self._run.loaders["train"] = rebatched
+        return rebatched
 
     def _plan_before(self, trainer: Any) -> BatchPlan | None:
         """Return the plan of the previous fit, if the Trainer still has its accumulation."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sized
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
@@ -13,8 +13,8 @@ from autobatch._trials.batches import leaves, map_leaves
 from autobatch._trials.snapshot import Snapshot
 from autobatch.errors import AutobatchError, FixedBatchSizeError
 from autobatch.lightning._batch_size import (
+    batch_size_change,
     batch_size_of,
-    change_batch_size,
     changed_batch_size,
     is_writable,
     sampler_of,
@@ -30,10 +30,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from autobatch.lightning._batch_size import BatchSizeChange, SetBatchSize
+    from autobatch.lightning._trainer import CombinedLoader
 
 
 # Batches of an epoch, from those of each loader, by the mode of a CombinedLoader
-_EPOCH_LENGTH: Final[dict[str, Callable[[list[int]], int]]] = {
+_EPOCH_LENGTH: Final[dict[str, Callable[[Sequence[Any]], Any]]] = {
     "max_size_cycle": max,
     "max_size": max,
     "min_size": min,
@@ -138,7 +139,20 @@ class Loaders:
         known = [length for length in lengths if length is not None]
         if len(known) < len(lengths):
             return None
-        return _EPOCH_LENGTH[combination_mode(self._combined)](known)
+        return int(self.epoch_length(known))
+
+    @contextmanager
+    def at(self, batch_size: int) -> Iterator[CombinedLoader]:
+        """Change the batch sizes to those for one of the first loader while the body runs."""
+        with ExitStack() as stack:
+            for loader, size in zip(self.each, self.sizes_at(batch_size), strict=True):
+                stack.enter_context(changed_batch_size(loader, size, self._setter))
+            yield self._combined
+
+    def epoch_length(self, lengths: Sequence[int | float]) -> int | float:
+        """Return the batches of an epoch, from those of each loader."""
+        length: int | float = _EPOCH_LENGTH[combination_mode(self._combined)](lengths)
+        return length
 
     def samples_in(self, batches: int, batch_size: int) -> int | None:
         """Return the samples of all ranks in a number of batches of an epoch."""
@@ -163,7 +177,7 @@ class Loaders:
 
 
 class Rebatched:
-    """Gives every loader that a Trainer asks for another batch size, until `undo`.
+    """Gives every loader that a Trainer asks for another batch size, from `start` until `undo`.
 
     Loaders are changed in place, which keeps their sampler, shuffling, workers and class. A loader
     that was passed by the user has its own batch size again after `undo`.
@@ -185,13 +199,18 @@ class Rebatched:
         self._changes: list[BatchSizeChange] = []
         self._original_dataloader: Callable[[], Any] = source.dataloader
         # Lightning 2.6 gets all loaders by this method
-        self._patch = patched(source, dataloader=self._dataloader).__enter__()
+        self._patch = patched(source, dataloader=self._dataloader)
+
+    def start(self) -> None:
+        """Change the loaders that the Trainer asks for from now on."""
+        self._patch.apply()
 
     def undo(self) -> None:
-        """Restore the batch sizes of the loaders, and the source."""
+        """Restore the source and the batch sizes of the loaders; again after an interrupt."""
         self._patch.restore()
         while self._changes:
-            self._changes.pop().restore()
+            self._changes[-1].restore()
+            self._changes.pop()
 
     def check(self, loaders: Loaders) -> None:
         """Read one batch of indices of each loader; `AutobatchError` if its size is another.
@@ -226,7 +245,8 @@ class Rebatched:
         given = self._original_dataloader()
         for loader, size in zip(_dataloaders_in(given), self._batch_sizes, strict=False):
             if _problem_of(loader, self.setter) is None and not self._is_changed(loader):
-                self._changes.append(change_batch_size(loader, size, self.setter))
+                self._changes.append(batch_size_change(loader, size, self.setter))
+                self._changes[-1].make()
         return given
 
     def _is_changed(self, loader: DataLoader[Any]) -> bool:
