@@ -89,7 +89,8 @@ def test_demo_tunes_trains_and_reports(tmp_path):
     ran = autobatch_from_the_shell("demo", "--directory", "here", cwd=tmp_path)
 
     assert ran.returncode == 0, ran.stderr
-    assert ran.stderr == ""
+    # Nothing but progress, if it takes longer than a few seconds
+    assert all(re.match("autobatch [-·] ", line) for line in ran.stderr.splitlines())
     report = autobatch.TuningReport.read(tmp_path / "here/autobatch.json")
     printed, _, last = ran.stdout.strip().rpartition("\n\n")
     at_first, _, later = printed.partition("\n\nautobatch · DigitsNet")
