@@ -11,12 +11,13 @@ from torch.utils.data import DataLoader
 from autobatch._trials.snapshot import Snapshot
 from autobatch.errors import AutobatchError
 from autobatch.lightning._compat import (
+    combined_loader,
     data_source,
     forget_combined_loader,
     hyperparameters,
     patched,
 )
-from autobatch.lightning._dataloaders import Loaders, Rebatched, capture_order
+from autobatch.lightning._dataloaders import Loaders, Rebatched, capture_order, take_iterator
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -124,7 +125,11 @@ def _set_accumulation(plan: BatchPlan, trainer: Trainer, module: Any) -> None:
 
 def _recreate_optimizers(trainer: Trainer) -> None:
     """Call `configure_optimizers` as `Strategy.setup` of Lightning 2.6 does, at the new size."""
-    # A schedule that needs its length has set up the loader already
+    # A schedule that needs its length has set up the loader already, and started its workers: they
+    # start again from the restored random state
+    for loader in getattr(combined_loader(trainer.fit_loop), "flattened", ()):
+        if isinstance(loader, DataLoader):
+            take_iterator(loader)
     forget_combined_loader(trainer.fit_loop)
     trainer.strategy.setup_optimizers(trainer)
     trainer.strategy.setup_precision_plugin()

@@ -40,7 +40,7 @@ from autobatch.lightning._loggers import log_report, refresh_report
 from autobatch.lightning._noise_scale import NoiseScale
 from autobatch.lightning._resume import Checkpoint, PriorPlan, known_at_start
 from autobatch.lightning._run import Run, before_epochs
-from autobatch.lightning._trial_data import checked_worst_case
+from autobatch.lightning._trial_data import NoDataError, checked_worst_case
 from autobatch.lightning._tuning import CallbackArguments, tune_evaluation, tune_training
 from autobatch.lightning._workloads import STAGES, before_data, loaders_for
 
@@ -250,10 +250,8 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Tune, and make the Trainer train with the plan."""
         reason = why_idle(trainer)
-        if reason and self._only_tunes:
-            raise AutobatchError(f"Nothing was tuned: {reason}.")
         if reason:
-            _log.info("%s: the batch size is left as it is", reason)
+            self._stay_idle(reason)
             return
         checkpoint = self._run.checkpoint
         check(trainer, pl_module, checkpoint)
@@ -262,7 +260,11 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         check_name(pl_module, self._arguments.batch_arg_name)
         known_at = partial(known_at_start, self._known, checkpoint, self._last)
         before = self._plan_before(trainer)
-        tuned = tune_training(trainer, pl_module, self._arguments, known_at, before)
+        try:
+            tuned = tune_training(trainer, pl_module, self._arguments, known_at, before)
+        except NoDataError:
+            self._stay_idle("there is nothing to train on")
+            return
         self._last = tuned.report
         if self._only_tunes:
             self._end_run(trainer, tuned.report)
@@ -339,6 +341,11 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         """Restore the batch size of the user's loader."""
         self._run.undo()
 
+    def _stay_idle(self, reason: str) -> None:
+        if self._only_tunes:
+            raise AutobatchError(f"Nothing was tuned: {reason}.")
+        _log.info("%s: the batch size is left as it is", reason)
+
     def _retune(self, trainer: Any, module: Any) -> None:
         """Tune again in the middle of training, for the effective batch size it started with."""
         if self._run.first_report is None or self._trained is None:
@@ -384,6 +391,9 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         module = trainer.lightning_module
         try:
             tuned = tune_evaluation(trainer, module, self._arguments, stage)
+        except NoDataError:
+            self._stay_idle("there is no data")
+            return
         except FixedBatchSizeError as error:
             if self._only_tunes:
                 raise

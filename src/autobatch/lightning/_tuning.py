@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -24,7 +24,7 @@ from autobatch.lightning._isolation import on_new_loops, without_collectives
 from autobatch.lightning._resume import DeviceId, PriorPlan
 from autobatch.lightning._subjects import LightningEvaluation, LightningTraining
 from autobatch.lightning._trainer_notes import TrainerLimits, checked_copy_bytes
-from autobatch.lightning._trial_data import Samples
+from autobatch.lightning._trial_data import NoDataError, Samples
 from autobatch.lightning._workloads import VALIDATION, EvaluationSteps, TrainingSteps
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def tune_training(
     validates = trainer.enable_validation
     validation = data_source(trainer.fit_loop.epoch_loop.val_loop)
     max_steps = trainer.max_steps
-    with trial_context(trainer, module, arguments) as (context, copied_bytes):
+    with trial_context(trainer, module, arguments) as (context, copied_bytes), ExitStack() as ends:
         loaders = Loaders(
             trainer,
             data_source(trainer.fit_loop),
@@ -119,7 +119,10 @@ def tune_training(
             samples=partial(_samples_trained, trainer, loaders),
             before=trained or BatchPlan(loaders.batch_size, accumulate, trainer.world_size),
         )
-        samples = Samples(loaders, context.snapshot, arguments.worst_case)
+        samples = ends.enter_context(
+            Samples(loaders, context.snapshot, module.device, arguments.worst_case)
+        )
+        samples.check()
         set_attribute = partial(set_batch_size_attribute, module, arguments.batch_arg_name)
         workload = TrainingSteps(trainer, samples, set_attribute)
         splits = SplittingTest(
@@ -172,10 +175,13 @@ def tune_evaluation(trainer: Any, module: Any, arguments: CallbackArguments, sta
         AutobatchError: A loader's batch size cannot be changed.
         DoesNotFitError: No batch size fits.
     """
-    with trial_context(trainer, module, arguments) as (context, _):
+    with trial_context(trainer, module, arguments) as (context, _), ExitStack() as ends:
         loaders = Loaders(trainer, data_source(stage.loop_of(trainer)), mode="sequential")
         settings = _without_target(arguments.settings, loaders.samples)
-        samples = Samples(loaders, context.snapshot, arguments.worst_case)
+        samples = ends.enter_context(
+            Samples(loaders, context.snapshot, module.device, arguments.worst_case)
+        )
+        samples.check()
         subject = LightningEvaluation(
             EvaluationSteps(trainer, samples, stage, None),
             trainer,
@@ -283,20 +289,23 @@ def _with_validation(
     except FixedBatchSizeError as error:
         return replace(tuned, report=_noted(tuned.report, f"Validation was not tried: {error}"))
     plan = tuned.report.plan
-    samples = Samples(loaders, context.snapshot, None)
     train = partial(training.workload, plan.micro_batch_size, plan.trial_accumulation)
-    subject = LightningEvaluation(
-        EvaluationSteps(trainer, samples, VALIDATION, train),
-        trainer,
-        training.module,
-        VALIDATION,
-        arguments.settings,
-        loaders,
-        samples,
-        loaders.batch_size,
-    )
     try:
-        found = _own_or_smaller(subject, context, arguments.search, curve_seconds=0.0)
+        with Samples(loaders, context.snapshot, training.module.device) as samples:
+            samples.check()
+            subject = LightningEvaluation(
+                EvaluationSteps(trainer, samples, VALIDATION, train),
+                trainer,
+                training.module,
+                VALIDATION,
+                arguments.settings,
+                loaders,
+                samples,
+                loaders.batch_size,
+            )
+            found = _own_or_smaller(subject, context, arguments.search, curve_seconds=0.0)
+    except NoDataError:
+        return tuned
     except DoesNotFitError as error:
         raise DoesNotFitError(
             f"Training fits, but validation does not beside it. {error}"

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 from dataclasses import dataclass
-from functools import partial
-from itertools import count, cycle
+from itertools import count
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
@@ -65,9 +63,9 @@ class TrainingSteps:
             # Lightning's counters
             self._trainer.accumulate_grad_batches = accumulate
         self._set_attribute(batch_size)
-        batches = cycle(self._samples.batches(batch_size))
+        batches = self._samples.batches(batch_size)
         with _optimizers_to_step(self._trainer.optimizers) as waiting:
-            self._hooks.first(partial(self._begin, next(batches)))
+            self._hooks.first(lambda: self._begin(next(batches)))
             taken = 1
             while waiting and not self._is_automatic and taken < _FIRST_STEPS_WITHIN:
                 # Some optimizers step every few micro-batches only, and need their memory then
@@ -144,10 +142,6 @@ def _optimizers_to_step(optimizers: list[Any]) -> Iterator[set[int]]:
 
 def on_device(trainer: Trainer, batch: Any, dataloader_idx: int) -> Any:
     """Prepare a batch for a step as the loops of Lightning 2.6 do."""
-    if trainer.strategy.root_device.type == "cpu":
-        # The transfer copies nothing here, and a step may write into its batch
-        applying = importlib.import_module("lightning_utilities.core.apply_func")
-        batch = applying.apply_to_collection(batch, torch.Tensor, torch.clone)
     batch = trainer.precision_plugin.convert_input(batch)
     batch = before_batch_transfer(trainer.lightning_module, batch, dataloader_idx)
     return call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=dataloader_idx)
@@ -324,10 +318,11 @@ class EvaluationSteps:
         with patched(state, stage=type(state.stage)(self._stage.name)), torch.no_grad():
             yield
 
-    def _round(self, batches: Sequence[Any], index: int) -> None:
+    def _round(self, batches: Iterator[Any], index: int) -> None:
         call_module_hook(self._trainer, f"on_{self._stage.hook}_model_eval")
-        for position, batch in enumerate(batches):
-            self._step(batch, index, position if len(batches) > 1 else None)
+        loaders = self._samples.batches_at_once
+        for position in range(loaders):
+            self._step(next(batches), index, position if loaders > 1 else None)
 
     def _step(self, batch: Any, index: int, dataloader_idx: int | None) -> None:
         trainer, loop = self._trainer, active_loop(self._trainer)
