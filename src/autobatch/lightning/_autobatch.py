@@ -52,7 +52,7 @@ from autobatch.lightning._noise_scale import NoiseScale
 from autobatch.lightning._resume import Checkpoint, PriorPlan, TunedFit, known_at_start
 from autobatch.lightning._run import Run, before_epochs
 from autobatch.lightning._silence import silenced
-from autobatch.lightning._trial_data import checked_worst_case
+from autobatch.lightning._trial_data import NoDataError, checked_worst_case
 from autobatch.lightning._tuning import CallbackArguments, tune_evaluation, tune_training
 from autobatch.lightning._workloads import STAGES, before_data, loaders_for
 from autobatch.testing import named_device
@@ -293,10 +293,8 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Tune, and make the Trainer train with the plan."""
         reason = why_idle(trainer)
-        if reason and self._only_tunes:
-            raise AutobatchError(f"Nothing was tuned: {reason}.")
         if reason:
-            _log.info("%s: the batch size is left as it is", reason)
+            self._stay_idle(reason)
             return
         checkpoint = self._run.checkpoint
         check(trainer, pl_module, checkpoint)
@@ -306,7 +304,11 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         last = None if self._only_tunes else self._last
         known_at = partial(known_at_start, self._known, checkpoint, last)
         before = self._plan_before(trainer)
-        tuned = tune_training(trainer, pl_module, self._arguments, known_at, before, FIT_START)
+        try:
+            tuned = tune_training(trainer, pl_module, self._arguments, known_at, before, FIT_START)
+        except NoDataError:
+            self._stay_idle("there is nothing to train on")
+            return
         self._last = TunedFit(tuned.report, tuned.fingerprint)
         if self._only_tunes:
             self._end_run(trainer, "fit", tuned.report)
@@ -411,6 +413,11 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             self.reports["fit"] = self._trained = self._trained.model_copy(update=update)
             refresh_report(self._trained, trainer)
 
+    def _stay_idle(self, reason: str) -> None:
+        if self._only_tunes:
+            raise AutobatchError(f"Nothing was tuned: {reason}.")
+        _log.info("%s: the batch size is left as it is", reason)
+
     def _retune(self, trainer: Any, module: Any, reason: str) -> None:
         """Tune again in the middle of training, for the effective batch size it started with."""
         if self._run.first_report is None or self._trained is None:
@@ -458,6 +465,9 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         check_attribute(module, name)
         try:
             tuned = tune_evaluation(trainer, module, self._arguments, stage)
+        except NoDataError:
+            self._stay_idle("there is no data")
+            return
         except FixedBatchSizeError as error:
             if self._only_tunes:
                 raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -35,7 +35,7 @@ from autobatch.lightning._resume import DeviceId, PriorPlan, fingerprint_of
 from autobatch.lightning._shown import show_validation
 from autobatch.lightning._subjects import LightningEvaluation, LightningTraining
 from autobatch.lightning._trainer_notes import TrainerLimits, checked_copy_bytes
-from autobatch.lightning._trial_data import Samples
+from autobatch.lightning._trial_data import NoDataError, Samples
 from autobatch.lightning._workloads import VALIDATION, EvaluationSteps, TrainingSteps
 
 if TYPE_CHECKING:
@@ -143,6 +143,7 @@ def tune_training(
     with (
         batch_size_restored(module, arguments.batch_arg_name) as former,
         trial_context(trainer, module, arguments) as (context, copied_bytes),
+        ExitStack() as ends,
     ):
         loaders = Loaders(
             trainer,
@@ -160,7 +161,10 @@ def tune_training(
             samples=partial(_samples_trained, trainer, loaders),
             before=trained or BatchPlan(loaders.batch_size, accumulate, trainer.world_size),
         )
-        samples = Samples(loaders, context.snapshot, arguments.worst_case)
+        samples = ends.enter_context(
+            Samples(loaders, context.snapshot, module.device, arguments.worst_case)
+        )
+        samples.check()
         set_attribute = partial(set_batch_size_attribute, module, arguments.batch_arg_name)
         workload = TrainingSteps(
             trainer, loaders, samples, set_attribute, start_hooks, context.snapshot
@@ -228,10 +232,14 @@ def tune_evaluation(trainer: Any, module: Any, arguments: CallbackArguments, sta
     with (
         batch_size_restored(module, name) as former,
         trial_context(trainer, module, arguments) as (context, _),
+        ExitStack() as ends,
     ):
         loaders = Loaders(trainer, data_source(stage.loop_of(trainer)), mode="sequential")
         settings = _without_target(arguments.settings, loaders.samples)
-        samples = Samples(loaders, context.snapshot, arguments.worst_case)
+        samples = ends.enter_context(
+            Samples(loaders, context.snapshot, module.device, arguments.worst_case)
+        )
+        samples.check()
         steps = EvaluationSteps(trainer, loaders, samples, stage, None, context.snapshot)
 
         def evaluate(batch_size: int, accumulate: int) -> Iterator[None]:
@@ -351,20 +359,23 @@ def _with_validation(
         return replace(tuned, report=_noted(tuned.report, f"Validation was not tried: {error}"))
     plan = tuned.report.plan
     context.progress.begin_part("validation")
-    samples = Samples(loaders, context.snapshot, None)
     train = partial(training.workload, plan.micro_batch_size, plan.trial_accumulation)
-    subject = LightningEvaluation(
-        EvaluationSteps(trainer, loaders, samples, VALIDATION, train, context.snapshot),
-        trainer,
-        training.module,
-        VALIDATION,
-        arguments.settings.model_copy(update={"timing_seconds": 0.0, "prefer": "largest"}),
-        loaders,
-        samples,
-        loaders.batch_size,
-    )
     try:
-        found = _own_or_smaller(subject, context, arguments.search)
+        with Samples(loaders, context.snapshot, training.module.device) as samples:
+            samples.check()
+            subject = LightningEvaluation(
+                EvaluationSteps(trainer, loaders, samples, VALIDATION, train, context.snapshot),
+                trainer,
+                training.module,
+                VALIDATION,
+                arguments.settings.model_copy(update={"timing_seconds": 0.0, "prefer": "largest"}),
+                loaders,
+                samples,
+                loaders.batch_size,
+            )
+            found = _own_or_smaller(subject, context, arguments.search)
+    except NoDataError:
+        return tuned
     except DoesNotFitError as error:
         raise DoesNotFitError(
             f"Training fits, but validation does not beside it. {error}"
