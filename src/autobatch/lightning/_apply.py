@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader
 
 from autobatch._trials.snapshot import Snapshot
+from autobatch._undo import Undo
 from autobatch.lightning._attribute import FormerBatchSize, set_batch_size_attribute
 from autobatch.lightning._compat import (
     combined_loader,
@@ -19,10 +20,7 @@ from autobatch.lightning._dataloaders import Loaders, Rebatched, capture_order
 from autobatch.lightning._reads import BatchSizeReads
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from autobatch._plan import BatchPlan
-    from autobatch.lightning._batch_size import SetBatchSize
     from autobatch.lightning._trainer import Trainer
 
 
@@ -31,13 +29,10 @@ def apply(
     trainer: Trainer,
     module: Any,
     batch_arg_name: str,
-    batch_sizes: Sequence[int],
+    rebatched: Rebatched,
     before_optimizers: BeforeOptimizers,
-    setter: SetBatchSize | None,
-) -> Rebatched:
+) -> None:
     """Make this Trainer train with a plan.
-
-    `undo` of the result restores the batch size of the user's loader.
 
     Optimizers and schedulers are created again if `configure_optimizers` read the batch size, the
     accumulation or the length of the loader. They then start from the random state in which they
@@ -48,31 +43,30 @@ def apply(
         trainer: The Trainer.
         module: The module.
         batch_arg_name: Attribute or hyperparameter that names the batch size.
-        batch_sizes: Batch size of each loader.
+        rebatched: Gives the loaders their batch sizes; `undo` restores the user's loader.
         before_optimizers: The state from before the optimizers were created.
-        setter: The user's function that sets the batch size of a loader.
 
     Raises:
         AutobatchError: A loader does not follow. Loader, accumulation and attributes are restored
             then, as after any other error.
     """
-    with ExitStack() as undo:
-        rebatched = Rebatched(data_source(trainer.fit_loop), batch_sizes, setter)
-        undo.callback(rebatched.undo)
+    with Undo() as undo:
+        undo.add(rebatched.undo)
+        rebatched.start()
         _check_sizes(rebatched, trainer, module)
-        undo.callback(setattr, trainer, "accumulate_grad_batches", trainer.accumulate_grad_batches)
+        accumulate = trainer.accumulate_grad_batches
+        undo.add(partial(setattr, trainer, "accumulate_grad_batches", accumulate))
         _set_accumulation(plan, trainer, module)
         # A schedule that needs its length has set up the loader already
         is_read = before_optimizers.read_the_size or combined_loader(trainer.fit_loop) is not None
         if is_read:
             before_optimizers.restore()
         before_optimizers.forget()
-        undo.callback(FormerBatchSize(module, batch_arg_name).restore)
+        undo.add(FormerBatchSize(module, batch_arg_name).restore)
         set_batch_size_attribute(module, batch_arg_name, plan.micro_batch_size)
         if is_read:
             _recreate_optimizers(trainer)
-        undo.pop_all()  # all went well: `undo` is the caller's now
-    return rebatched
+        undo.pop_all()  # all went well: the caller undoes it
 
 
 def apply_between_epochs(
@@ -80,9 +74,8 @@ def apply_between_epochs(
     trainer: Trainer,
     module: Any,
     batch_arg_name: str,
-    batch_sizes: Sequence[int],
-    former: Rebatched,
-) -> Rebatched:
+    rebatched: Rebatched,
+) -> None:
     """Make this Trainer continue with another plan in the epoch that starts now.
 
     Optimizers and schedulers stay: they hold the state of training. Lightning asks for the loader
@@ -91,10 +84,9 @@ def apply_between_epochs(
     again, and training ends.
     """
     fit_loop = trainer.fit_loop
-    former.undo()
-    with ExitStack() as undo:
-        rebatched = Rebatched(data_source(fit_loop), batch_sizes, former.setter)
-        undo.callback(rebatched.undo)
+    with Undo() as undo:
+        undo.add(rebatched.undo)
+        rebatched.start()
         _check_sizes(rebatched, trainer, module)
         _set_accumulation(plan, trainer, module)
         set_batch_size_attribute(module, batch_arg_name, plan.micro_batch_size)
@@ -109,7 +101,6 @@ def apply_between_epochs(
             # The progress bar has read the number of batches already
             trainer.progress_bar_callback.on_train_epoch_start(trainer, module)
         undo.pop_all()
-    return rebatched
 
 
 def _check_sizes(rebatched: Rebatched, trainer: Trainer, module: Any) -> None:
@@ -167,7 +158,7 @@ class BeforeOptimizers:
             return created
 
         self._patch = patched(trainer.strategy, setup_optimizers=capture_and_create)
-        self._patch.__enter__()
+        self._patch.apply()
 
     def restore(self) -> None:
         """Restore the state that was captured."""
