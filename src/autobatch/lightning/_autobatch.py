@@ -197,6 +197,10 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         self._only_tunes = False
         self._run = Run()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy has: all but the state of a run, which belongs to one Trainer."""
+        return {**vars(self), "_run": Run()}
+
     @property
     def report(self) -> TuningReport | None:
         """The report of `fit`; before any `fit`, that of the last evaluation."""
