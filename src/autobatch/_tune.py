@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from autobatch import _settings
-from autobatch._latency import largest_within
+from autobatch._latency import best_within
 from autobatch._latency.search import LatencySearch
 from autobatch._plan import (
     MAX_CONFIRMATIONS,
@@ -79,7 +79,7 @@ def tune(
     elif settings.limit_on_latency is not None:
         latency = LatencySearch(settings.limit_on_latency, runner)
         sizes = find_largest_fit(search, runner, sizes, latency, is_timed=True)
-        plan = find_largest_within(latency, runner)
+        plan = find_best_within(latency, runner)
     else:
         sizes = find_largest_fit(search, runner, sizes, None, is_timed=not seconds)
         preference = preference_of(subject, settings, runner)
@@ -287,11 +287,11 @@ def _allocations(trial: Trial) -> tuple[int, ...]:
     return tuple(nbytes - trial.profile[0] for nbytes in trial.profile)
 
 
-def find_largest_within(latency: LatencySearch, runner: TrialRunner) -> BatchPlan:
-    """Return the largest batch size that fits and meets the limit on latency."""
+def find_best_within(latency: LatencySearch, runner: TrialRunner) -> BatchPlan:
+    """Return the batch size with the most throughput of those that meet the limit on latency."""
     runner.check_any_fits()
     latency.measure()
-    best = largest_within(latency.latencies, latency.limit.seconds)
+    best = best_within(latency.latencies, latency.limit.seconds)
     if best is None:
         raise DoesNotFitError(nothing_within(latency.latencies, latency.limit))
     return BatchPlan(best.batch_size, world_size=runner.accumulation.world_size)
