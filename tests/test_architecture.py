@@ -29,13 +29,14 @@ HEAVY = {
 
 # A folder, or a module of the top folder, imports from earlier rows only.
 LAYERS = (
-    ("errors",),
+    ("errors", "_undo"),
     ("_memory", "_distributed"),
     ("_settings",),
     ("_trials",),
     ("_search", "_throughput"),
     ("_plan", "_latency", "_noise", "_accumulation"),
     ("_report",),
+    ("_progress",),
     ("report", "sinks", "testing"),
     ("_subject",),
     ("_tune",),
@@ -294,6 +295,7 @@ def test_find_and_autobatch_share_their_keywords():
     own_of_find = {"workload", "restore", "dataset_size"}
     own_of_autobatch = {
         "batch_arg_name",
+        "evaluate",
         "repair_last_window",
         "retune_at_epochs",
         "set_batch_size",

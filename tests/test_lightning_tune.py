@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -83,6 +85,96 @@ def test_an_error_in_tune_restores_the_callbacks():
         callback.tune(fitted, Model(), [plain(), range(3)])
 
     assert fitted.callbacks == callbacks
+
+
+@pytest.mark.parametrize("value", [5, None, pl.Trainer])
+def test_tune_refuses_what_is_no_trainer(value):
+    with pytest.raises(ValueError, match="is not a Trainer; give the one to tune for"):
+        tuner().tune(value, Model(), plain())
+
+
+def test_tune_beside_another_autobatch_changes_nothing():
+    own, other = tuner(target_batch_size=60), tuner()
+    fitted, model, loader = trainer(other), Model(), plain()
+    callbacks, listed = fitted.callbacks, list(fitted.callbacks)
+
+    report = own.tune(fitted, model, loader)
+
+    assert report.plan.effective_batch_size == 60
+    assert other.report is None
+    assert fitted.callbacks is callbacks
+    assert callbacks == listed
+    assert fitted.accumulate_grad_batches == 1
+    assert loader.batch_size == loader.batch_sampler.batch_size == model.hparams.batch_size == 4
+    fitted.fit(model, loader)
+    assert other.report.plan.effective_batch_size == 120
+    assert set(model.sizes) == {other.report.plan.micro_batch_size}
+
+
+def test_a_trainer_with_two_autobatches_is_refused_in_one_sentence():
+    fitted, model, loader = trainer(tuner()), Model(), plain()
+    fitted.callbacks.append(tuner())
+
+    with pytest.raises(autobatch.AutobatchError, match="has 2 AutoBatch callbacks, and each"):
+        fitted.fit(model, loader)
+
+    assert model.sizes == []
+    assert loader.batch_size == 4
+
+
+def lines_of(function, act, interrupted=None):
+    """Act, and return the lines of a function that ran; Ctrl-C at the one of this number."""
+    lines = []
+
+    def trace(frame, event, _):
+        if frame.f_code is not function.__code__:
+            return None
+        if event == "line":
+            lines.append(frame.f_lineno)
+            if len(lines) - 1 == interrupted:
+                raise KeyboardInterrupt
+        return trace
+
+    former = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        act()
+    finally:
+        sys.settrace(former)
+    return lines
+
+
+def test_an_interrupt_at_any_line_of_tune_restores_the_trainer():
+    plan = autobatch.BatchPlan(micro_batch_size=20, accumulate_grad_batches=6)
+    callback, fitted, model, loader = tuner(plan=plan), trainer(), Model(), plain()
+    callbacks = fitted.callbacks
+
+    def tune():
+        callback.tune(fitted, model, loader)
+
+    for number in range(len(lines_of(autobatch.AutoBatch.tune, tune))):
+        with pytest.raises(KeyboardInterrupt):
+            lines_of(autobatch.AutoBatch.tune, tune, interrupted=number)
+
+        assert fitted.callbacks is callbacks
+        assert fitted.accumulate_grad_batches == 1
+        assert loader.batch_size == loader.batch_sampler.batch_size == 4
+
+    trainer(callback).fit(model, loader)
+    assert set(model.sizes) == {20}
+
+
+def test_fit_trains_after_an_error_in_tune():
+    model, callback = Model(), tuner()
+    fitted = trainer(callback)
+    model.explode_at = 0
+    with pytest.raises(ZeroDivisionError):
+        callback.tune(fitted, model, plain())
+
+    model.explode_at = None
+    fitted.fit(model, plain())
+
+    assert set(model.sizes) == {callback.report.plan.micro_batch_size}
 
 
 class Adversarial(Model):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import autobatch
 from autobatch.testing import SimulatedAccelerator
@@ -287,8 +291,8 @@ def test_a_second_fit_verifies_the_plan_of_the_first_by_one_trial():
 def test_a_second_fit_searches_if_the_plan_no_longer_fits():
     callback = tuner(search=autobatch.Bisection())
     callback.tune(trainer(), Model(), loader())
-    verified = callback._last.model_copy(update={"plan": PLAN})
-    callback._last = verified
+    report = callback._last.report.model_copy(update={"plan": PLAN})
+    callback._last = replace(callback._last, report=report)
 
     callback._arguments.device.foreign = "200KiB"
     trainer(callback).fit(Model(), loader())
@@ -302,20 +306,62 @@ class Other(Model):
     pass
 
 
+def of_width(width):
+    """Return a model of the same class with another hidden layer."""
+    model = Model()
+    model.net = nn.Sequential(nn.Linear(16, width), nn.ReLU(), nn.Linear(width, 4))
+    return model
+
+
 @pytest.mark.parametrize(
     ("model", "length", "options"),
     [
         (Other, 600, {}),
+        (partial(of_width, 64), 600, {}),
         (Model, 400, {}),
         (Model, 600, {"precision": "bf16-mixed"}),
     ],
-    ids=["module", "data", "precision"],
+    ids=["class", "width", "data", "precision"],
 )
 def test_a_second_fit_of_another_module_or_data_searches(model, length, options):
     callback = tuner()
     trainer(callback).fit(Model(), loader())
 
     trainer(callback, **options).fit(model(), loader(length=length))
+
+    assert len(callback.report.trials) > 1
+    assert not any("found before" in note for note in callback.report.notes)
+
+
+def test_a_sweep_with_one_callback_finds_the_plans_of_new_callbacks():
+    def plans(callback_of):
+        found = []
+        for width in (512, 64):
+            callback = callback_of()
+            trainer(callback, max_epochs=1).fit(of_width(width), loader())
+            found.append(callback.report.plan)
+        return found
+
+    def new():
+        return tuner(target_batch_size=None, device=SimulatedAccelerator("900KiB"))
+
+    one = new()
+    assert plans(lambda: one) == plans(new)
+
+
+class FirstColumns(Model):
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return super().training_step((x[:, :16], y), batch_idx)
+
+
+def test_samples_of_another_size_are_other_data():
+    callback = tuner()
+    trainer(callback, max_epochs=1).fit(FirstColumns(), loader())
+
+    wide = TensorDataset(torch.randn(600, 64), torch.zeros(600, dtype=torch.long))
+    again = trainer(callback, max_epochs=1)
+    again.fit(FirstColumns(), DataLoader(wide, batch_size=4, shuffle=True))
 
     assert len(callback.report.trials) > 1
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import random
 import signal
 import weakref
@@ -265,6 +266,32 @@ def test_light_capture_does_not_restore_data():
 
     assert data.reads == 0
     assert data.table.tolist() == [1.0] * 4
+
+
+class Collated:
+    """A batch, made of samples by its own `__init__`."""
+
+    calls = 0
+
+    def __init__(self, samples):
+        self.samples = samples
+
+
+@pytest.mark.parametrize("thing", [list, Collated, math, math.sqrt, len, [].append, 3, slice(3)])
+def test_what_has_no_attributes_of_its_own_is_left_alone(thing):
+    data = Perceptron()
+    data.collate = thing
+    vars(data)["kinds"] = {"a": thing, "b": [thing]}
+
+    with Snapshot() as snapshot:
+        snapshot.capture(data)
+        snapshot.capture_light(thing, data)
+        Collated.calls += 1
+        data.kinds = None
+
+    assert data.kinds == {"a": thing, "b": [thing]}
+    assert Collated.calls == 1
+    Collated.calls = 0
 
 
 def test_a_failing_object_does_not_keep_others_from_being_restored():

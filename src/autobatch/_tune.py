@@ -12,7 +12,7 @@ import torch
 
 from autobatch import _settings
 from autobatch._latency import best_within
-from autobatch._latency.search import LatencySearch
+from autobatch._latency.search import SECONDS_TIMED, LatencySearch
 from autobatch._plan import (
     MAX_CONFIRMATIONS,
     BatchPlan,
@@ -74,18 +74,23 @@ def tune(
     check_same_arguments(subject, settings, known, context.ranks)
     sizes = search_range(subject, settings, context.ranks)
     throughput, latency, seconds = Throughput(), None, most_timing_seconds(settings)
+    runner.begin("searching" if known is None else "checking the plan")
     if known is not None:
         plan = verify(known, runner, sizes)
     elif settings.limit_on_latency is not None:
         latency = LatencySearch(settings.limit_on_latency, runner)
         sizes = find_largest_fit(search, runner, sizes, latency, is_timed=True)
+        context.progress.begin("timing answers", SECONDS_TIMED)
         plan = find_best_within(latency, runner)
     else:
         sizes = find_largest_fit(search, runner, sizes, None, is_timed=not seconds)
         preference = preference_of(subject, settings, runner)
         samples = samples_per_rank(accumulation)
         seconds = timing_seconds(subject, settings, runner)
+        if seconds:
+            context.progress.begin("timing sizes", seconds)
         throughput = measure_throughput(runner, samples, seconds, preference)
+        runner.begin("checking the plan")
         plan = choose_plan(runner, throughput, subject.last_micro_batch, preference)
         throughput = add_to_curve(throughput, runner, plan.micro_batch_size)
     check_same_plan(plan, context.ranks)
@@ -387,7 +392,7 @@ def build_report(
         curve=result.curve,
         loading=throughput.loading,
         learning_rate=result.learning_rate,
-        search_seconds=runner.time_limit.spent,
+        search_seconds=runner.context.seconds(),
         notes=notes(result),
         environment=subject.environment,
     )

@@ -182,7 +182,8 @@ class GradientNormHook:
         self.close()
         self._parameters = [each for each in parameters if each.requires_grad]
         self._after_pass = after_pass
-        self._handles = [each.register_hook(self._on_gradient) for each in self._parameters]
+        for each in self._parameters:
+            self._handles.append(each.register_hook(self._on_gradient))
 
     def close(self) -> None:
         """Remove the hooks and forget the update."""
@@ -198,7 +199,7 @@ class GradientNormHook:
     def take_whole(self) -> None:
         """Measure the accumulated gradient; call it before anything clips or rescales it."""
         gradients = [each.grad for each in self._parameters if each.grad is not None]
-        self._whole = squared_norm(gradients)
+        self._whole = self._squared_norm(gradients)
         self._passes_in_whole = self.passes
 
     def sums(self, group: Any | None, *, sound: bool = True) -> torch.Tensor:
@@ -226,16 +227,30 @@ class GradientNormHook:
             self._begin_pass(current)
         if gradient.requires_grad:
             self.problem = "a gradient is differentiated again (create_graph=True)"
+        try:
+            self._add(gradient.detach())
+        except Exception as error:  # of a dtype or layout without a norm; it would end training
+            self.problem = _unmeasurable(error)
+
+    def _add(self, gradient: torch.Tensor) -> None:
         device = gradient.device
         if device not in self._sums:
-            self._sums[device] = torch.zeros((), dtype=torch.float32, device=device)
-        norm = torch.linalg.vector_norm(_values(gradient.detach()), dtype=torch.float32)
+            self._sums[device] = torch.zeros((), dtype=_sum_dtype(device), device=device)
+        values = _values(gradient)
+        norm = torch.linalg.vector_norm(values, dtype=_norm_dtype([values]))
         self._sums[device].addcmul_(norm, norm)
+
+    def _squared_norm(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        try:
+            return squared_norm(gradients)
+        except Exception as error:
+            self.problem = _unmeasurable(error)
+            return None
 
     def _begin_pass(self, current: int) -> None:
         if not self._passes:
             existing = [each.grad for each in self._parameters if each.grad is not None]
-            self._before = squared_norm(existing) if existing else None
+            self._before = self._squared_norm(existing)
         self._passes.add(current)
         if _is_nested_backward():
             self.problem = (
@@ -259,9 +274,25 @@ def squared_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
     return total.square().sum()
 
 
+def real(gradient: torch.Tensor) -> torch.Tensor:
+    """Return a gradient as real numbers; a complex one as pairs of them."""
+    return torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient
+
+
 def _values(gradient: torch.Tensor) -> torch.Tensor:
-    """Return the numbers of a gradient; of a sparse one those that are not zero."""
-    return gradient.coalesce().values() if gradient.is_sparse else gradient
+    """Return the real numbers of a gradient; of a sparse one those that are not zero."""
+    return real(gradient.coalesce().values() if gradient.is_sparse else gradient)
+
+
+def _norm_dtype(tensors: Sequence[torch.Tensor]) -> torch.dtype:
+    """Return the dtype of norms: float32, or float64 where a norm would otherwise be refused."""
+    is_double = any(each.dtype is torch.float64 for each in tensors)
+    return torch.float64 if is_double else torch.float32
+
+
+def _unmeasurable(error: Exception) -> str:
+    message = str(error).partition("\n")[0]
+    return f"a gradient has no norm ({type(error).__name__}: {message})"
 
 
 def _sum_dtype(device: torch.device) -> torch.dtype:
@@ -302,4 +333,4 @@ def _is_nested_backward() -> bool:
 
 
 def _foreach_norm(tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
-    return torch._foreach_norm(tensors, 2, dtype=torch.float32)
+    return torch._foreach_norm(tensors, 2, dtype=_norm_dtype(tensors))

@@ -10,18 +10,24 @@ import random
 import sys
 import weakref
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, overload
 
 import torch
 from torch.utils.weak import TensorWeakRef
 
+from autobatch._trials.reachable import (
+    LARGE,
+    PLAIN,
+    attributes_of,
+    has_state_dict,
+    is_plain_object,
+)
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-_LARGE: Final = 1000  # entries; a larger container holds data rather than state
-# Types of values without parts that a trial could change
-_PLAIN: Final = frozenset({int, float, complex, bool, str, bytes, type(None)})
+_LARGE_TENSOR: Final = 2**28  # bytes; a larger one in an object beside a module is data as well
 
 
 class Saved(Protocol):
@@ -34,23 +40,44 @@ class Saved(Protocol):
 SaveFunction: TypeAlias = "Callable[[Any, Memo], Saved]"
 
 
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """Kinds of state that a capture saves.
+
+    Args:
+        save: Function for the attributes of an object.
+        gradients: Whether tensors get their gradients back; otherwise they are restored to None.
+        parameters: Whether parameters are saved; otherwise they and all gradients are left alone.
+        objects: Whether modules and plain objects within containers and objects are saved as well.
+    """
+
+    save: SaveFunction
+    gradients: bool = True
+    parameters: bool = True
+    objects: bool = True
+
+
 class Memo:
     """Everything saved so far; a value held in several places is saved once, in its first state."""
 
     def __init__(self) -> None:
         self.objects: dict[int, SavedObject] = {}
         self.tensors: dict[int, SavedTensor] = {}
+        self.parameters: dict[int, TensorWeakRef] = {}
         self.generators: dict[int, SavedGenerator] = {}
         self.open: set[int] = set()  # containers being saved
         self.restores = 0  # number of restores so far
-        self.with_gradients = True  # of tensors saved from now on
+        self.scope = Scope(save)  # of what is saved from now on
+        self._found: list[Any] = []  # objects in attributes, yet to be saved
 
     def forget_dead_tensors(self) -> None:
         self.tensors = {key: saved for key, saved in self.tensors.items() if not saved.is_dead}
+        self.parameters = {key: ref for key, ref in self.parameters.items() if ref() is not None}
 
     def clear(self) -> None:
         self.objects.clear()
         self.tensors.clear()
+        self.parameters.clear()
         self.generators.clear()
 
     def add(self, thing: Any) -> None:
@@ -60,21 +87,34 @@ class Memo:
             return
         if isinstance(thing, torch.Tensor) or is_generator(thing):
             self.objects[key] = SavedObject(lambda: thing, save(thing, self))
-        elif isinstance(thing, (torch.nn.Module, torch.optim.Optimizer)):
-            self.add_attributes(thing, save)  # torch keeps their state in attributes
-        else:
-            reference = self._reference(thing)
-            attributes = SavedAttributes(reference, _save_attributes(thing, save, self))
-            has_state = hasattr(thing, "state_dict")
-            state = save(thing.state_dict(), self) if has_state else None
-            self.objects[key] = SavedObject(reference, attributes, state)
+            return
+        self.add_attributes(thing)
+        # torch keeps the state of modules and optimizers in attributes
+        is_of_torch = isinstance(thing, (torch.nn.Module, torch.optim.Optimizer))
+        if not is_of_torch and hasattr(thing, "state_dict"):
+            saved = self.objects.get(key) or SavedObject(lambda: thing, Unchanged(thing))
+            self.objects[key] = replace(saved, state=save(thing.state_dict(), self))
 
-    def add_attributes(self, thing: Any, save_attribute: SaveFunction) -> None:
-        """Save the attributes of an object by a function for their values."""
+    def add_attributes(self, thing: Any) -> None:
+        """Save the attributes of an object, if it has any that can be written."""
+        attributes = attributes_of(thing)
+        if attributes is None or id(thing) in self.objects:
+            return
+        reference = self._reference(thing)
+        is_found = self.scope.objects and is_plain_object(thing)
+        save_one = _save_nested if is_found else self.scope.save
+        values = {name: save_one(value, self) for name, value in attributes.items()}
+        self.objects[id(thing)] = SavedObject(reference, SavedAttributes(reference, values))
+
+    def add_later(self, thing: Any) -> None:
+        """Remember an object found in an attribute, for `add_found`."""
         if id(thing) not in self.objects:
-            reference = self._reference(thing)
-            attributes = _save_attributes(thing, save_attribute, self)
-            self.objects[id(thing)] = SavedObject(reference, SavedAttributes(reference, attributes))
+            self._found.append(thing)
+
+    def add_found(self) -> None:
+        """Save the objects found in attributes, and all that is found in these."""
+        while self._found:
+            self.add_attributes(self._found.pop())
 
     def _reference(self, thing: Any) -> Callable[[], Any]:
         """Return a weak reference that removes the entry; a firm one if the type has none."""
@@ -101,7 +141,7 @@ def save(value: Any, memo: Memo) -> Saved:
 def save_light(value: Any, memo: Memo) -> Saved:
     """Save counters, generators and small containers, but no tensors, arrays and data."""
     is_container = isinstance(value, (dict, list, set, tuple, deque))
-    is_data = is_container and len(value) > _LARGE
+    is_data = is_container and len(value) > LARGE
     if is_data or isinstance(value, torch.Tensor) or _is_array(value):
         return Unchanged(value)
     return save(value, memo)
@@ -109,9 +149,19 @@ def save_light(value: Any, memo: Memo) -> Saved:
 
 def save_shallow(value: Any, memo: Memo) -> Saved:
     """Save one value; of a large container only its entries, not the contents of these."""
-    if isinstance(value, (list, deque, dict, set)) and len(value) > _LARGE:
+    if isinstance(value, (list, deque, dict, set)) and len(value) > LARGE:
         return SavedCopy(value)
     return save(value, memo)
+
+
+def _save_nested(value: Any, memo: Memo) -> Saved:
+    """Save an attribute of a plain object, but no data."""
+    is_values = isinstance(value, torch.Tensor) or _is_array(value)
+    return (
+        Unchanged(value)
+        if is_values and value.nbytes > _LARGE_TENSOR
+        else save_shallow(value, memo)
+    )
 
 
 def is_generator(value: object) -> bool:
@@ -131,6 +181,8 @@ def _save(value: Any, memo: Memo) -> Saved:
         return memo.generators.setdefault(id(value), SavedGenerator(value))
     if _is_array(value):
         return SavedArray(value)
+    if memo.scope.objects and is_plain_object(value):
+        memo.add_later(value)
     return Unchanged(value)
 
 
@@ -141,20 +193,31 @@ def _(value: torch.Tensor, memo: Memo) -> Saved:
         return known
     if value.is_meta or torch.nn.parameter.is_lazy(value):  # nothing to copy yet
         return Unchanged(value)
+    if _is_parameter(value):
+        memo.parameters[id(value)] = TensorWeakRef(value)
+        if not memo.scope.parameters:
+            return Unchanged(value)
     memo.tensors[id(value)] = saved = SavedTensor(value, memo)
     return saved
 
 
 @_save.register(torch.optim.Optimizer)
 def _(value: torch.optim.Optimizer, memo: Memo) -> Saved:
-    memo.add(value)
+    memo.add_later(value)
+    return Unchanged(value)
+
+
+@_save.register(torch.nn.Module)
+def _(value: torch.nn.Module, memo: Memo) -> Saved:
+    if memo.scope.objects:
+        memo.add_later(value)
     return Unchanged(value)
 
 
 @_save.register(list)
 @_save.register(deque)
 def _(value: Any, memo: Memo) -> Saved:
-    is_plain = all(type(item) in _PLAIN for item in value)
+    is_plain = all(type(item) in PLAIN for item in value)
     return SavedCopy(value) if is_plain else SavedSequence(value, memo)
 
 
@@ -166,6 +229,11 @@ class Unchanged:
 
     def restore(self) -> Any:
         return self.value
+
+
+def _is_parameter(tensor: torch.Tensor) -> bool:
+    """Recognise parameters, registered or not: an optimizer may train any leaf."""
+    return isinstance(tensor, torch.nn.Parameter) or (tensor.is_leaf and tensor.requires_grad)
 
 
 class SavedTensor:
@@ -181,7 +249,9 @@ class SavedTensor:
         self._is_leaf = tensor.is_leaf
         self._requires_grad = tensor.requires_grad
         self._copy = _on_host(tensor)
-        gradient = tensor.grad if tensor.is_leaf and memo.with_gradients else None
+        scope = memo.scope
+        self._owns_gradient = tensor.is_leaf and scope.parameters
+        gradient = tensor.grad if self._owns_gradient and scope.gradients else None
         self._gradient = None if gradient is None else _on_host(gradient)
         self._hooks = _save_hooks(tensor) if tensor.is_leaf else {}
         self._memo = memo
@@ -202,6 +272,7 @@ class SavedTensor:
         tensor = self._with_values(tensor)
         if self._is_leaf:
             tensor.requires_grad_(self._requires_grad)
+        if self._owns_gradient:
             tensor.grad = self._on_device(self._gradient)
         for name, saved in self._hooks.items():
             hooks = saved.restore()
@@ -402,23 +473,18 @@ class SavedObject:
 
     def restore(self) -> None:
         owner = self.reference()
-        if owner is not None and self.state is not None:
-            owner.load_state_dict(self.state.restore())
-        # Last: a state_dict leaves out details such as a half-done step of a GradScaler
-        self.value.restore()
-
-
-def _save_attributes(thing: Any, save_attribute: SaveFunction, memo: Memo) -> dict[str, Saved]:
-    attributes = getattr(thing, "__dict__", {})
-    return {name: save_attribute(value, memo) for name, value in attributes.items()}
+        try:
+            if owner is not None and self.state is not None:
+                owner.load_state_dict(self.state.restore())
+        finally:
+            # Last: a state_dict leaves out details such as a half-done step of a GradScaler
+            self.value.restore()
 
 
 def _has_state(value: object) -> bool:
-    # Some DataLoaders have a state_dict that starts their workers; optimizers are saved as objects
-    excluded = (torch.nn.Module, torch.optim.Optimizer, torch.utils.data.DataLoader, type)
-    if isinstance(value, excluded):
-        return False
-    return hasattr(value, "state_dict") and hasattr(value, "load_state_dict")
+    # Modules and optimizers are saved as objects
+    is_of_torch = isinstance(value, (torch.nn.Module, torch.optim.Optimizer))
+    return not is_of_torch and has_state_dict(value)
 
 
 def _is_array(value: object) -> bool:

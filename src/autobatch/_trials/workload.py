@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
 
 from autobatch._memory.oom import is_oom
 from autobatch._trials import Outcome
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 # (batch size, accumulation) -> a training loop that yields after every optimizer step
 Workload: TypeAlias = Callable[[int, int], Iterator[Any]]
+
+_END: Final = object()
+_PEP_479: Final = "generator raised StopIteration"
 
 
 class RunningWorkload:
@@ -37,15 +40,13 @@ class RunningWorkload:
 
     def step(self) -> None:
         """Take the next optimizer step, of another start if need be."""
-        try:
-            yielded = next(self._iterator)
-        except StopIteration:
+        yielded = _next(self._iterator)
+        if yielded is _END:
             self._iterator = self._start()
             self.starts += 1
-            try:
-                yielded = next(self._iterator)
-            except StopIteration:
-                raise self._too_short() from None
+            yielded = _next(self._iterator)
+            if yielded is _END:
+                raise self._too_short()
         self.steps += 1
         count = _as_count(yielded)
         if count is not None:
@@ -63,6 +64,21 @@ class RunningWorkload:
             f"batch_size={self._batch_size}, and did not yield when it was started again. A trial "
             "needs at least one step: yield after every optimizer step, or after every answer."
         )
+
+
+def _next(iterator: Iterator[Any]) -> Any:
+    """Advance a workload, and return `_END` at its end.
+
+    A StopIteration of a step is raised as it is, not as the RuntimeError that Python makes of it in
+    a generator (PEP 479).
+    """
+    try:
+        return next(iterator, _END)
+    except RuntimeError as error:
+        if not isinstance(error.__cause__, StopIteration) or str(error) != _PEP_479:
+            raise
+        stopped = error.__cause__
+    raise stopped
 
 
 def _as_count(yielded: Any) -> int | None:

@@ -10,18 +10,29 @@ from torch.utils.data import DataLoader
 
 from autobatch import sinks
 from autobatch._report.notes import waiting
-from autobatch._settings import Settings
+from autobatch._report.units import plain
+from autobatch._settings import Settings, checked_verbose
 from autobatch._trials.snapshot import Snapshot
 from autobatch._tune import checked_search, known_plan
+from autobatch._undo import Undo
 from autobatch.errors import AutobatchError, FixedBatchSizeError
 from autobatch.lightning._accumulation import LastWindowCorrection, check_switch
-from autobatch.lightning._apply import apply, apply_between_epochs, check_name, checked_name
+from autobatch.lightning._apply import apply, apply_between_epochs
+from autobatch.lightning._attribute import (
+    FormerBatchSize,
+    check_attribute,
+    checked_name,
+    set_batch_size_attribute,
+)
 from autobatch.lightning._checks import (
     check,
+    check_alone,
     check_latency,
     check_launcher,
     check_lightning,
+    check_trainer,
     checked_epochs,
+    checked_evaluate,
     why_idle,
 )
 from autobatch.lightning._compat import (
@@ -38,11 +49,12 @@ from autobatch.lightning._dataloaders import (
 from autobatch.lightning._isolation import silenced
 from autobatch.lightning._loggers import log_report, refresh_report
 from autobatch.lightning._noise_scale import NoiseScale
-from autobatch.lightning._resume import Checkpoint, PriorPlan, known_at_start
+from autobatch.lightning._resume import Checkpoint, PriorPlan, TunedFit, known_at_start
 from autobatch.lightning._run import Run, before_epochs
 from autobatch.lightning._trial_data import checked_worst_case
 from autobatch.lightning._tuning import CallbackArguments, tune_evaluation, tune_training
 from autobatch.lightning._workloads import STAGES, before_data, loaders_for
+from autobatch.testing import named_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -90,15 +102,16 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             settled. 0: no timing; the largest sizes are taken. None: at most 20, and at most a
             tenth of the training that the Trainer plans.
         search: The search strategy; None: `GuidedBisection()`.
-        device: The device whose memory is read: a name such as "cuda:1", or a probe. None: the
-            device of the model.
+        device: The device whose memory is read: a name such as "cuda:1", "simulated:2GiB" for one
+            on the CPU (`autobatch.testing`), or a probe. None: the device of the model.
         latency_limit: For `validate`, `test` and `predict`: seconds within which a step has to
             answer a batch, including the copy to the device. The steps are timed one by one, and
             of the batches answered in time the smallest within 1 % of the most throughput is taken.
         percentile: Percent of the steps that have to be answered in time; None: 99. Only with
             `latency_limit`.
-        batch_arg_name: The attribute or hyperparameter of the module or datamodule that names the
-            batch size, if any.
+        verbose: Whether the progress of tuning and the report are printed.
+        batch_arg_name: The attribute or hyperparameter of the module or datamodule that holds the
+            batch size, if any; with dots for one inside of another, such as "data.batch_size".
         repair_last_window: True gives the last update of an epoch, which may have fewer samples
             than the others, the gradient of the mean loss over its samples; Lightning by itself
             makes it too small. For losses that are means over the batch.
@@ -112,6 +125,12 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             batch sampler is set.
         retune_at_epochs: Epochs at whose start it tunes again, for the same effective batch size:
             for callbacks such as BackboneFinetuning, which let more of the model train.
+        evaluate: True tunes `validate`, `test` and `predict` of the Trainer too, as `latency_limit`
+            does: to the largest batch that fits, or with a target only if their own batch does not.
+
+    Attributes:
+        reports: The last report of each method of the Trainer: "fit", "validate", "test" and
+            "predict".
 
     Raises:
         ValueError: An argument has a bad value.
@@ -137,14 +156,16 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         device: str | MemoryProbe | None = None,
         latency_limit: float | None = None,
         percentile: float | None = None,
+        verbose: bool = True,
         batch_arg_name: str = "batch_size",
         repair_last_window: bool = False,
         worst_case: Callable[[int], Any] | None = None,
         set_batch_size: Callable[[DataLoader[Any], int], None] | None = None,
         retune_at_epochs: Sequence[int] = (),
+        evaluate: bool = False,
     ) -> None:
         super().__init__()
-        self.report: TuningReport | None = None
+        self.reports: dict[str, TuningReport] = {}
         settings = Settings.checked(
             target_batch_size=target_batch_size,
             memory_limit=memory_limit,
@@ -161,17 +182,24 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         self._arguments = CallbackArguments(
             settings=settings,
             search=checked_search(search),
-            device=device,
+            device=named_device(device),
             worst_case=checked_worst_case(worst_case),
             repairs=check_switch(repair_last_window),
             batch_arg_name=checked_name(batch_arg_name),
             set_batch_size=checked_setter(set_batch_size),
+            verbose=checked_verbose(verbose),
         )
         self._epochs = checked_epochs(retune_at_epochs)
-        self._last: TuningReport | None = None  # of the previous fit, or of `tune`
+        self._evaluates = checked_evaluate(evaluate) or latency_limit is not None
+        self._last: TunedFit | None = None  # of the previous fit, or of `tune`
         self._trained: TuningReport | None = None  # with the plan that training follows
         self._only_tunes = False
         self._run = Run()
+
+    @property
+    def report(self) -> TuningReport | None:
+        """The report of `fit`; before any `fit`, that of the last evaluation."""
+        return self.reports.get("fit") or next(reversed(self.reports.values()), None)
 
     def tune(
         self,
@@ -187,7 +215,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         """Tune without training; the Trainer, the model and the loaders stay as they are.
 
         Args:
-            trainer: A Trainer, with this callback or without.
+            trainer: A Trainer, with this callback or without; another AutoBatch of it does nothing.
             model: The module.
             train_dataloaders: As for `Trainer.fit`.
             val_dataloaders: As for `Trainer.fit`.
@@ -199,48 +227,54 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             The report, whose `plan` can be written in the Trainer or given to `AutoBatch(plan=…)`.
 
         Raises:
-            ValueError: There is no such method, or it does not take the loaders that were given.
+            ValueError: `trainer` is not a Trainer, or has no such method, or it does not take the
+                loaders that were given.
             AutobatchError: The run cannot be tuned.
         """
+        check_trainer(trainer)
         check_latency(self._arguments.settings, method)
         check_launcher(trainer)
         loaders = loaders_for(method, train_dataloaders, val_dataloaders, dataloaders)
-        callbacks = trainer.callbacks
-        others = [each for each in callbacks if each is not self]
-        trainer.callbacks = [self, *others]
-        self.report = self._last = None
-        self._only_tunes = True
-        with Snapshot() as snapshot, silenced(trainer):
+        # Another AutoBatch of the Trainer stays out of it
+        others = [each for each in trainer.callbacks if not isinstance(each, AutoBatch)]
+        # Entered twice: an interrupt between the body and the inner exit still meets the outer one
+        with Undo() as undo, undo:
+            snapshot = undo.enter_context(Snapshot())
+            undo.enter_context(silenced(trainer))
             # Before the trials run the hooks that make loaders and optimizers, and `setup` of
             # callbacks
             snapshot.capture_light(model, datamodule, *others)
             for loader in loaders:
                 if isinstance(loader, DataLoader):
                     capture_order(loader, snapshot)
-            try:
-                getattr(trainer, method)(model, *loaders, datamodule=datamodule)
-            finally:
-                self._only_tunes = False
-                self._run.undo()
-                trainer.callbacks = callbacks
-        if self.report is None:
+            undo.add(partial(setattr, trainer, "callbacks", trainer.callbacks))
+            undo.add(partial(setattr, self, "_only_tunes", False))
+            undo.add(self._undo_run)
+            trainer.callbacks = [self, *others]
+            self.reports.pop(method, None)
+            self._only_tunes = True
+            getattr(trainer, method)(model, *loaders, datamodule=datamodule)
+        if method not in self.reports:
             raise AutobatchError(f"Nothing was tuned: {method} ended before its first batch.")
-        return self.report
+        return self.reports[method]
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Move to the front, so that other callbacks see the tuned loader and optimizers."""
-        check_latency(self._arguments.settings, stage)
-        others = (callback for callback in trainer.callbacks if callback is not self)
-        trainer.callbacks = [self, *others]
         # Without the checkpoint of the previous run: LearningRateFinder loads one that it saved
         # itself
         self._run = Run()
+        if stage != "fit" and not (self._evaluates or self._only_tunes):
+            return
+        check_alone(self, trainer.callbacks)
+        check_latency(self._arguments.settings, stage)
+        others = (callback for callback in trainer.callbacks if callback is not self)
+        trainer.callbacks = [self, *others]
         check_lightning(trainer)
         if stage == "fit":
-            self._run.before_optimizers.watch(trainer)
+            self._run.before_optimizers.watch(trainer, self._arguments.batch_arg_name)
         else:
             evaluate = partial(self._tune_evaluation, trainer, STAGES[stage])
-            self._run.patches.append(before_data(trainer, STAGES[stage], evaluate))
+            self._run.replace(before_data(trainer, STAGES[stage], evaluate))
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Read from a checkpoint if it was written within an epoch."""
@@ -267,21 +301,21 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         check(trainer, pl_module, checkpoint)
         if checkpoint is not None:
             checkpoint.check_target(self._arguments.settings)
-        check_name(pl_module, self._arguments.batch_arg_name)
-        known_at = partial(known_at_start, self._known, checkpoint, self._last)
+        check_attribute(pl_module, self._arguments.batch_arg_name)
+        last = None if self._only_tunes else self._last
+        known_at = partial(known_at_start, self._known, checkpoint, last)
         before = self._plan_before(trainer)
         tuned = tune_training(trainer, pl_module, self._arguments, known_at, before)
-        self._last = tuned.report
+        self._last = TunedFit(tuned.report, tuned.fingerprint)
         if self._only_tunes:
-            self._end_run(trainer, tuned.report)
-        self._run.loaders["train"] = apply(
+            self._end_run(trainer, "fit", tuned.report)
+        apply(
             tuned.report.plan,
             trainer,
             pl_module,
             self._arguments.batch_arg_name,
-            tuned.batch_sizes,
+            self._rebatched(trainer, tuned),
             self._run.before_optimizers,
-            self._arguments.set_batch_size,
         )
         self._run.first_report = tuned.report
         self._continue_with(trainer, tuned)
@@ -292,9 +326,8 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             self._run.loaders["train"].check_used(trainer.train_dataloader)
             if self._epochs:
                 retune = partial(self._retune, trainer, pl_module)
-                self._run.patches.append(before_epochs(trainer, self._epochs, retune))
-        if self.report is not None:
-            log_report(self.report, trainer)
+                self._run.replace(before_epochs(trainer, self._epochs, retune))
+            log_report(self.reports["fit"], trainer)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Count samples from the start of the epoch."""
@@ -332,19 +365,22 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         loading = self._run.timer.loading
         noise = next((c for c in trainer.callbacks if isinstance(c, NoiseScale)), None)
         measured = {"loading": loading, "noise": noise.reading if noise else None}
-        self.report = self._trained = self._trained.model_copy(update=measured)
+        self.reports["fit"] = self._trained = self._trained.model_copy(update=measured)
         refresh_report(self._trained, trainer)
         if noise is not None:
-            self._show(trainer, self._trained, sinks.completed_on_console)
+            self._show(trainer, "fit", sinks.completed_on_console)
         elif (note := waiting(loading)) and trainer.is_global_zero:
             _log.warning("%s", note)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Restore the batch size of the user's loader."""
-        self._run.undo()
+        self._undo_run()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Restore the batch size of the user's loader."""
+        self._undo_run()
+
+    def _undo_run(self) -> None:
         self._run.undo()
 
     def _retune(self, trainer: Any, module: Any) -> None:
@@ -358,13 +394,13 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         known = PriorPlan(target=target, note=note)
         tuned = tune_training(trainer, module, self._arguments, lambda *_: known, None)
         if tuned.report.plan != self._trained.plan:
-            self._run.loaders["train"] = apply_between_epochs(
+            self._run.loaders["train"].undo()
+            apply_between_epochs(
                 tuned.report.plan,
                 trainer,
                 module,
                 self._arguments.batch_arg_name,
-                tuned.batch_sizes,
-                self._run.loaders["train"],
+                self._rebatched(trainer, tuned),
             )
         self._continue_with(trainer, tuned)
         log_report(tuned.report, trainer)
@@ -376,20 +412,23 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             self._run.window = LastWindowCorrection(tuned.report.plan.micro_batch_size)
         if tuned.validation_sizes is not None:
             self._resize_validation(trainer, tuned.validation_sizes)
-        self._show(trainer, tuned.report)
+        self.reports["fit"] = tuned.report
+        self._show(trainer, "fit", self._sink_for(tuned.report))
 
     def _resize_validation(self, trainer: Any, batch_sizes: Sequence[int]) -> None:
         if "validation" in self._run.loaders:
-            self._run.loaders.pop("validation").undo()
+            self._run.loaders["validation"].undo()
         loop = trainer.fit_loop.epoch_loop.val_loop
-        self._run.loaders["validation"] = Rebatched(data_source(loop), batch_sizes)
+        rebatched = self._run.loaders["validation"] = Rebatched(data_source(loop), batch_sizes)
+        rebatched.start()
         forget_combined_loader(loop)  # in the middle of training the loop has one
 
     def _tune_evaluation(self, trainer: Any, stage: Stage) -> None:
         """Tune before validation, testing or prediction asks for its loaders."""
         if trainer.fast_dev_run and not self._only_tunes:
             return
-        module = trainer.lightning_module
+        module, name = trainer.lightning_module, self._arguments.batch_arg_name
+        check_attribute(module, name)
         try:
             tuned = tune_evaluation(trainer, module, self._arguments, stage)
         except FixedBatchSizeError as error:
@@ -398,10 +437,22 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             _log.warning("%s runs its loaders as they are: %s", stage.name, error)
             return
         if self._only_tunes:
-            self._end_run(trainer, tuned.report)
+            self._end_run(trainer, stage.name, tuned.report)
         source = data_source(stage.loop_of(trainer))
-        self._run.loaders[stage.name] = Rebatched(source, tuned.batch_sizes)
-        self._show(trainer, tuned.report)
+        rebatched = self._run.loaders[stage.name] = Rebatched(source, tuned.batch_sizes)
+        rebatched.start()
+        if tuned.is_changed:
+            self._run.attribute = FormerBatchSize(module, name)
+            set_batch_size_attribute(module, name, tuned.batch_sizes[0])
+        self.reports[stage.name] = tuned.report
+        self._show(trainer, stage.name, sinks.console)
+
+    def _rebatched(self, trainer: Any, tuned: Tuned) -> Rebatched:
+        """Return the training loaders of a plan; the run undoes them from now on."""
+        setter = self._arguments.set_batch_size
+        rebatched = Rebatched(data_source(trainer.fit_loop), tuned.batch_sizes, setter)
+        self._run.loaders["train"] = rebatched
+        return rebatched
 
     def _plan_before(self, trainer: Any) -> BatchPlan | None:
         """Return the plan of the previous fit, if the Trainer still has its accumulation."""
@@ -410,13 +461,28 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             return plan
         return None
 
-    def _end_run(self, trainer: Any, report: TuningReport) -> None:
+    def _end_run(self, trainer: Any, method: str, report: TuningReport) -> None:
         """End the run as Lightning's own tuner does, which leaves the Trainer finished."""
-        self.report = report
+        self.reports[method] = report
         raise Imported.TUNER_EXIT.of(trainer)
 
-    def _show(self, trainer: Any, report: TuningReport, show: sinks.Sink = sinks.console) -> None:
-        self.report = report
-        if trainer.is_global_zero:
-            sinks.log(report)
+    def _sink_for(self, report: TuningReport) -> sinks.Sink:
+        """Return the sink of a report: a run that goes on with a known plan has shown it before."""
+        checkpoint = self._run.checkpoint
+        is_resumed = (
+            checkpoint is not None and checkpoint.plan == report.plan and len(report.trials) == 1
+        )
+        return sinks.resumed_on_console if is_resumed else sinks.console
+
+    def _show(self, trainer: Any, method: str, show: sinks.Sink) -> None:
+        if not trainer.is_global_zero:
+            return
+        report = self.reports[method]
+        sinks.log(report)
+        if not self._arguments.verbose:
+            return
+        try:
             show(report)
+        except Exception as error:  # standard output may be closed, or its disk full
+            level = logging.DEBUG if show is sinks.completed_on_console else logging.WARNING
+            _log.log(level, "The report could not be printed: %s", plain(repr(error)))

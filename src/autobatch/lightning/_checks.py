@@ -13,6 +13,7 @@ from autobatch.lightning._compat import (
     TESTED,
     averages_models,
     data_source,
+    is_trainer,
     missing_name,
     package,
     package_of,
@@ -26,6 +27,22 @@ if TYPE_CHECKING:
     from autobatch._settings import Settings
     from autobatch.lightning._resume import Checkpoint
     from autobatch.lightning._trainer import Trainer
+
+
+def check_trainer(trainer: Any) -> None:
+    """Raise `ValueError` for anything but a Trainer."""
+    if not is_trainer(trainer):
+        raise ValueError(f"trainer={trainer!r} is not a Trainer; give the one to tune for.")
+
+
+def check_alone(callback: Any, callbacks: Iterable[Any]) -> None:
+    """Raise `AutobatchError` for several callbacks of the class of one of them."""
+    found = sum(isinstance(each, type(callback)) for each in callbacks)
+    if found > 1:
+        raise AutobatchError(
+            f"The Trainer has {found} AutoBatch callbacks, and each would set the batch size; "
+            "leave one of them in its callbacks."
+        )
 
 
 def check_lightning(trainer: Trainer) -> None:
@@ -58,6 +75,16 @@ def checked_epochs(epochs: Iterable[int]) -> frozenset[int]:
             "more, such as [5]: epoch 0 is tuned before it starts."
         )
     return frozenset(epochs)
+
+
+def checked_evaluate(evaluate: object) -> bool:
+    """Return `evaluate`; `ValueError` if it is neither True nor False."""
+    if not isinstance(evaluate, bool):
+        raise ValueError(
+            f"evaluate={evaluate!r} is not a switch; give True to tune validate, test and predict, "
+            "or False to leave them as they are."
+        )
+    return evaluate
 
 
 def check_launcher(trainer: Trainer) -> None:

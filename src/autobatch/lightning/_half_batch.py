@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from autobatch._noise.hooks import is_compiled, squared_norm, write_counts
+from autobatch._noise.hooks import is_compiled, real, squared_norm, write_counts
 from autobatch._trials.batches import cut, is_plain, leaves, listed, row_counts
 from autobatch._trials.snapshot import Snapshot
 from autobatch.lightning._compat import build_step_kwargs
@@ -98,10 +98,11 @@ class HalfBatch:
                 snapshot.capture(module)
             else:
                 snapshot.capture_beside_parameters(module)
-            before = write_counts(module.parameters())
+            known = snapshot.parameters
+            before = write_counts(known)
             vars(module)["log"] = _log_nothing  # the snapshot deletes it, as everything new
             gradients = [_gradient(trainer, each, index, parameters) for each in batches]
-            if before != write_counts(module.parameters()):
+            if before != write_counts(known):
                 raise NotDividedError("its training_step changes parameters itself")
         return gradients
 
@@ -154,9 +155,9 @@ def _check_no_reentrant_checkpoint(
 
 def _dense(gradient: torch.Tensor | None, parameter: torch.Tensor) -> torch.Tensor:
     if gradient is None:
-        return torch.zeros_like(parameter, requires_grad=False)
+        return real(torch.zeros_like(parameter, requires_grad=False))
     gradient = gradient.detach()
-    return gradient.to_dense() if gradient.layout is not torch.strided else gradient
+    return real(gradient.to_dense() if gradient.layout is not torch.strided else gradient)
 
 
 def _norms_from_one(
@@ -168,7 +169,7 @@ def _norms_from_one(
     (whole - share * one) / (1 - share).
     """
     big, own = _norm(whole), _norm(one)
-    products = [torch.sum(a * b, dtype=torch.float32) for a, b in zip(whole, one, strict=True)]
+    products = [torch.sum(a * b, dtype=big.dtype) for a, b in zip(whole, one, strict=True)]
     product = torch.stack([each.to(big) for each in products]).sum()
     other = (big - 2 * share * product + share**2 * own) / (1 - share) ** 2
     return (own + other) / 2, big

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
+
+from torch.nn.parameter import is_lazy
 
 from autobatch._plan import BatchPlan
 from autobatch.errors import AutobatchError
+from autobatch.lightning._dataloaders import samples_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
     from autobatch._report import TuningReport
     from autobatch._settings import Settings
-    from autobatch._subject import Subject
+    from autobatch.lightning._subjects import LightningTraining
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +39,40 @@ class PriorPlan:
     target: int | None = None
     refusal: str | None = None
     note: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TunedFit:
+    """The previous fit: its report, and the fingerprint of what was trained."""
+
+    report: TuningReport
+    fingerprint: str
+
+
+def fingerprint_of(job: LightningTraining) -> str:
+    """Return a digest of model, optimizers, precision and data, as far as memory depends on them.
+
+    Training changes the values of parameters and buffers, but not their shapes. With several ranks,
+    all have to be as they were.
+    """
+    digest = hashlib.sha256()
+    for line in _description(job):
+        digest.update(f"{line}\n".encode())
+    return " ".join(job.context.ranks.gather(digest.hexdigest()))
+
+
+def _description(job: LightningTraining) -> Iterator[object]:
+    yield job.name
+    yield job.module  # printed with the settings of its layers, such as strides
+    tensors: Iterator[tuple[str, torch.Tensor]] = chain(
+        job.module.named_parameters(), job.module.named_buffers()
+    )
+    for name, tensor in tensors:
+        shape = None if is_lazy(tensor) else tuple(tensor.shape)
+        yield name, shape, tensor.dtype, tensor.requires_grad
+    for loader, batch_size in zip(job.loaders.each, job.loaders.own_sizes, strict=True):
+        yield type(loader), type(loader.dataset), samples_of(loader, 1), batch_size
+    yield job.samples.bytes_each
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +172,9 @@ class Checkpoint:
 def known_at_start(
     own: BatchPlan | None,
     checkpoint: Checkpoint | None,
-    last: TuningReport | None,
-    job: Subject,
+    last: TunedFit | None,
+    job: LightningTraining,
+    fingerprint: str,
     here: DeviceId,
     settings: Settings,
 ) -> PriorPlan:
@@ -139,7 +183,7 @@ def known_at_start(
         return _of_checkpoint(checkpoint, here, settings)
     if own is not None:
         return PriorPlan(own)
-    return _of_last_fit(last, job, here, settings)
+    return _of_last_fit(last, job, fingerprint, here, settings)
 
 
 def _of_checkpoint(checkpoint: Checkpoint, here: DeviceId, settings: Settings) -> PriorPlan:
@@ -166,12 +210,17 @@ def _of_checkpoint(checkpoint: Checkpoint, here: DeviceId, settings: Settings) -
 
 
 def _of_last_fit(
-    report: TuningReport | None, job: Subject, here: DeviceId, settings: Settings
+    last: TunedFit | None,
+    job: LightningTraining,
+    fingerprint: str,
+    here: DeviceId,
+    settings: Settings,
 ) -> PriorPlan:
     """Return the plan of the previous fit, if settings, module, data and device are the same."""
-    if report is None:
+    if last is None or last.fingerprint != fingerprint:
         return PriorPlan()
-    same = report.subject == job.name and report.settings == settings and _device_of(report) == here
+    report = last.report
+    same = report.settings == settings and _device_of(report) == here
     kept = (
         settings.target_batch_size is not None
         or report.plan.accumulate_grad_batches == job.accumulate

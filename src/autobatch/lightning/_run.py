@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from autobatch._report import TuningReport
     from autobatch.lightning._accumulation import LastWindowCorrection
+    from autobatch.lightning._attribute import FormerBatchSize
     from autobatch.lightning._dataloaders import Rebatched
     from autobatch.lightning._resume import Checkpoint
     from autobatch.lightning._trainer import Trainer
@@ -31,7 +32,8 @@ class Run:
         window: Corrects the last window of each epoch, if the user wants that.
         timer: Measures the waiting time for the training loader.
         before_optimizers: State from before the optimizers were created.
-        patches: Methods of the loops that are replaced.
+        patches: Methods of the loops that are replaced; `replace` adds to them.
+        attribute: The former batch size of the module, while an evaluation runs with another.
     """
 
     checkpoint: Checkpoint | None = None
@@ -41,6 +43,7 @@ class Run:
     timer: DataLoaderTimer = field(default_factory=DataLoaderTimer)
     before_optimizers: BeforeOptimizers = field(default_factory=BeforeOptimizers)
     patches: list[patched] = field(default_factory=list)
+    attribute: FormerBatchSize | None = None
 
     @property
     def is_tuned(self) -> bool:
@@ -59,19 +62,32 @@ class Run:
         if self.window is not None:
             self.window.start_batch(trainer, batch, index)
 
+    def replace(self, patch: patched) -> None:
+        """Replace a method of a loop until `undo`."""
+        self.patches.append(patch)
+        patch.apply()
+
     def undo(self) -> None:
-        """Stop measuring, and restore the user's loaders and the methods of the loops."""
+        """Stop measuring, and restore the user's loaders and the methods of the loops.
+
+        A second call completes the first if that was interrupted.
+        """
         self.before_optimizers.forget()
         self.timer.stop()
         self.window = None
         while self.patches:
-            self.patches.pop().restore()
+            self.patches[-1].restore()
+            self.patches.pop()
         while self.loaders:
-            self.loaders.popitem()[1].undo()
+            next(reversed(self.loaders.values())).undo()
+            self.loaders.popitem()
+        if self.attribute is not None:
+            self.attribute.restore()
+            self.attribute = None
 
 
 def before_epochs(trainer: Trainer, epochs: frozenset[int], act: Callable[[], None]) -> patched:
-    """Call `act` before the first batch of these epochs, unless a checkpoint resumes within one.
+    """Return a patch to call `act` before the first batch of these epochs, unless a checkpoint resumes within one.
 
     A callback would be too early: the module's own `on_train_epoch_start` comes after those of all
     callbacks.
@@ -85,4 +101,4 @@ def before_epochs(trainer: Trainer, epochs: frozenset[int], act: Callable[[], No
             act()
         advance()
 
-    return patched(loop, advance=act_and_advance).__enter__()
+    return patched(loop, advance=act_and_advance)

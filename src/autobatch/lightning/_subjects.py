@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from autobatch._accumulation import batch_norms
 from autobatch._report.accumulation_notes import never_stepped
-from autobatch._report.tradeoff import common_rule
+from autobatch._report.tradeoff import common_rule, unwrapped
 from autobatch._tune import versions
 from autobatch.lightning._accumulation import last_samples, update_notes
-from autobatch.lightning._apply import has_batch_size_attribute
+from autobatch.lightning._attribute import has_batch_size_attribute
 from autobatch.lightning._compat import package_of
 from autobatch.lightning._trainer_notes import copy_note, prefetch_note, schedule_notes
 
@@ -73,7 +73,7 @@ class LightningTraining:
 
     @property
     def name(self) -> str:
-        optimizers = " + ".join(_class_name(each) for each in self.trainer.optimizers)
+        optimizers = " + ".join(_class_name(unwrapped(each)) for each in self.trainer.optimizers)
         return f"{_class_name(self.module)} · {optimizers} · {self.trainer.precision}"
 
     @property

@@ -17,11 +17,15 @@ from autobatch._trials.snapshot import Snapshot
 from autobatch._tune import known_plan, tune
 from autobatch.errors import AutobatchError, DoesNotFitError, FixedBatchSizeError
 from autobatch.lightning._accumulation import SplittingTest, batches_trained, check_repairable
-from autobatch.lightning._apply import set_batch_size_attribute
+from autobatch.lightning._attribute import (
+    batch_size_restored,
+    has_batch_size_attribute,
+    set_batch_size_attribute,
+)
 from autobatch.lightning._compat import data_source
 from autobatch.lightning._dataloaders import Loaders
 from autobatch.lightning._isolation import on_new_loops, without_collectives
-from autobatch.lightning._resume import DeviceId, PriorPlan
+from autobatch.lightning._resume import DeviceId, PriorPlan, fingerprint_of
 from autobatch.lightning._subjects import LightningEvaluation, LightningTraining
 from autobatch.lightning._trainer_notes import TrainerLimits, checked_copy_bytes
 from autobatch.lightning._trial_data import Samples
@@ -34,13 +38,12 @@ if TYPE_CHECKING:
     from autobatch._report import TuningReport
     from autobatch._search import Search
     from autobatch._settings import Settings
-    from autobatch._subject import Subject
     from autobatch.lightning._batch_size import SetBatchSize
     from autobatch.lightning._workloads import Stage
 
 
-# (subject, device, settings) -> the plan that is known before a search
-KnownAt: TypeAlias = "Callable[[Subject, DeviceId, Settings], PriorPlan]"
+# (subject, fingerprint, device, settings) -> the plan that is known before a search
+KnownAt: TypeAlias = "Callable[[LightningTraining, str, DeviceId, Settings], PriorPlan]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,7 @@ class CallbackArguments:
         repairs: Whether the last accumulation window of an epoch is corrected.
         batch_arg_name: Name of the batch size in the module or its datamodule.
         set_batch_size: Sets the batch size of a loader; None for the default way.
+        verbose: Whether progress and report are printed.
     """
 
     settings: Settings
@@ -64,6 +68,7 @@ class CallbackArguments:
     repairs: bool
     batch_arg_name: str
     set_batch_size: SetBatchSize | None
+    verbose: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +78,21 @@ class Tuned:
     Args:
         report: The report.
         batch_sizes: Batch size of each loader.
+        own_sizes: The ones they had.
+        fingerprint: Of the model and the data, in training.
         validation_sizes: Batch size of each validation loader; None if they stay as they are.
     """
 
     report: TuningReport
     batch_sizes: tuple[int, ...]
+    own_sizes: tuple[int, ...]
+    fingerprint: str = ""
     validation_sizes: tuple[int, ...] | None = None
+
+    @property
+    def is_changed(self) -> bool:
+        """True if a loader gets another batch size."""
+        return self.batch_sizes != self.own_sizes
 
 
 def tune_training(
@@ -103,7 +117,10 @@ def tune_training(
     validates = trainer.enable_validation
     validation = data_source(trainer.fit_loop.epoch_loop.val_loop)
     max_steps, max_epochs = trainer.max_steps, trainer.max_epochs
-    with trial_context(trainer, module, arguments) as (context, copied_bytes):
+    with (
+        batch_size_restored(module, arguments.batch_arg_name) as former,
+        trial_context(trainer, module, arguments) as (context, copied_bytes),
+    ):
         loaders = Loaders(
             trainer,
             data_source(trainer.fit_loop),
@@ -153,14 +170,16 @@ def tune_training(
         if not module.automatic_optimization:
             # In manual optimization, the module may never step
             context.optimizers.look_at(module)
-        known = known_at(subject, _device_id(trainer, context), settings)
+        fingerprint = fingerprint_of(subject)
+        known = known_at(subject, fingerprint, _device_id(trainer, context), settings)
         report = verify_or_search(known, subject, settings, context, arguments.search)
         limits.check(report.plan)
-        tuned = Tuned(report, loaders.sizes_at(report.plan.micro_batch_size))
+        sizes = loaders.sizes_at(report.plan.micro_batch_size)
+        tuned = Tuned(report, sizes, loaders.own_sizes, fingerprint)
         if not validates:
             return tuned
-        # A hook may make validation batches of the size in this attribute
-        set_attribute(report.plan.micro_batch_size)
+        # Validation keeps the size that its hook gives it before the plan is applied
+        former.restore()
         return _with_validation(tuned, subject, arguments, validation)
 
 
@@ -173,12 +192,24 @@ def tune_evaluation(trainer: Any, module: Any, arguments: CallbackArguments, sta
         AutobatchError: A loader's batch size cannot be changed.
         DoesNotFitError: No batch size fits.
     """
-    with trial_context(trainer, module, arguments) as (context, _):
+    name = arguments.batch_arg_name
+    with (
+        batch_size_restored(module, name) as former,
+        trial_context(trainer, module, arguments) as (context, _),
+    ):
         loaders = Loaders(trainer, data_source(stage.loop_of(trainer)), mode="sequential")
         settings = _without_target(arguments.settings, loaders.samples)
         samples = Samples(loaders, context.snapshot, arguments.worst_case)
+        steps = EvaluationSteps(trainer, samples, stage, None)
+
+        def evaluate(batch_size: int, accumulate: int) -> Iterator[None]:
+            former.restore()
+            if batch_size != loaders.largest_batch:
+                set_batch_size_attribute(module, name, batch_size)
+            yield from steps(batch_size, accumulate)
+
         subject = LightningEvaluation(
-            EvaluationSteps(trainer, samples, stage, None),
+            evaluate,
             trainer,
             module,
             stage,
@@ -189,9 +220,10 @@ def tune_evaluation(trainer: Any, module: Any, arguments: CallbackArguments, sta
         )
         if arguments.settings.target_batch_size is not None:
             report = _own_or_smaller(subject, context, arguments.search)
-            return Tuned(report, _own_or_smaller_sizes(loaders, report))
+            return Tuned(report, _own_or_smaller_sizes(loaders, report), loaders.own_sizes)
         report = tune(subject, settings, context, arguments.search, known=None)
-        return Tuned(report, loaders.sizes_at(report.plan.micro_batch_size))
+        sizes = loaders.sizes_at(report.plan.micro_batch_size)
+        return Tuned(report, sizes, loaders.own_sizes)
 
 
 @contextmanager
@@ -203,15 +235,17 @@ def trial_context(
     Yields the resources of the trials, and the bytes of the copy that is kept on the host.
     """
     probe = detect(arguments.device, module.device)
+    began = probe.clock()
     with (
         current_ranks() as ranks,
         ranks.abort_together(),
         without_collectives(trainer),
         Snapshot() as snapshot,
         OptimizerWatch(probe.clock) as optimizers,
-        sinks.progress() as shown,
+        sinks.progress(verbose=arguments.verbose and ranks.rank == 0) as shown,
         on_new_loops(trainer),
     ):
+        shown.begin("reading batches", None)
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         scalers = [] if scaler is None else [scaler]
@@ -222,6 +256,7 @@ def trial_context(
         snapshot.capture_light(trainer.datamodule)
         context = TrialContext(
             probe=probe,
+            began=began,
             budget=MemoryBudget(probe, arguments.settings.memory_limit),
             snapshot=snapshot,
             optimizers=optimizers,
@@ -279,6 +314,7 @@ def _with_validation(
     except FixedBatchSizeError as error:
         return replace(tuned, report=_noted(tuned.report, f"Validation was not tried: {error}"))
     plan = tuned.report.plan
+    context.progress.begin_part("validation")
     samples = Samples(loaders, context.snapshot, None)
     train = partial(training.workload, plan.micro_batch_size, plan.trial_accumulation)
     subject = LightningEvaluation(
@@ -298,13 +334,19 @@ def _with_validation(
             f"Training fits, but validation does not beside it. {error}"
         ) from error
     size, own = found.plan.micro_batch_size, loaders.largest_batch
-    report = tuned.report.model_copy(update={"validation_batch_size": size})
-    if size == own:
-        return replace(tuned, report=report)
-    note = (
-        f"Validation runs batches of {size:,} instead of {own:,}: more do not fit beside training."
+    report = tuned.report.model_copy(
+        update={"validation_batch_size": size, "search_seconds": context.seconds()}
     )
-    return replace(tuned, report=_noted(report, note), validation_sizes=loaders.sizes_at(size))
+    if size != own:
+        report = _noted(
+            report,
+            f"Validation runs batches of {size:,} instead of {own:,}: more do not fit beside "
+            "training.",
+        )
+    elif not has_batch_size_attribute(training.module, arguments.batch_arg_name):
+        return replace(tuned, report=report)
+    sizes = _own_or_smaller_sizes(loaders, found)
+    return replace(tuned, report=report, validation_sizes=sizes)
 
 
 def _own_or_smaller(

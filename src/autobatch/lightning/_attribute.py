@@ -1,0 +1,214 @@
+"""The attributes and hyperparameters that name the batch size, in a module and its datamodule."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, Final
+
+from autobatch.errors import AutobatchError
+from autobatch.lightning._compat import hyperparameters
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+DEFAULT_NAME: Final = "batch_size"
+
+
+class _Missing:
+    """Value of an attribute or entry that is not there."""
+
+
+def checked_name(batch_arg_name: str) -> str:
+    """Return the name; `ValueError` if it cannot be one."""
+    if isinstance(batch_arg_name, str) and all(
+        part.isidentifier() for part in batch_arg_name.split(".")
+    ):
+        return batch_arg_name
+    raise ValueError(
+        f"batch_arg_name={batch_arg_name!r} is no name; give that of an attribute or "
+        'hyperparameter, with dots for one inside of another: "data.batch_size".'
+    )
+
+
+def check_attribute(module: Any, name: str) -> None:
+    """Raise `AutobatchError` if the batch size of this name cannot be set.
+
+    Nothing needs to have the default name; any other was given by the user.
+    """
+    if name != DEFAULT_NAME and not holders(module, name):
+        raise AutobatchError(_nothing_held(module, name))
+    for holder in holders(module, name):
+        former = _Former.of(holder)
+        try:
+            holder.set(holder.value)
+        except Exception as error:
+            raise AutobatchError(
+                f"{name}={holder.value}, {holder.kind}, cannot be set to the batch size of a trial "
+                f"or a plan ({_first_line(error)}); make it writable while the Trainer runs, or "
+                "train without AutoBatch."
+            ) from error
+        former.restore()
+
+
+def set_batch_size_attribute(module: Any, name: str, batch_size: int) -> None:
+    """Set the batch size in all attributes and hyperparameters of this name."""
+    for holder in holders(module, name):
+        holder.set(batch_size)
+
+
+def has_batch_size_attribute(module: Any, name: str) -> bool:
+    """Return whether the module or its datamodule holds the batch size under this name."""
+    return bool(holders(module, name))
+
+
+class FormerBatchSize:
+    """The batch size as the attributes and hyperparameters of a name have it now.
+
+    Args:
+        module: The module.
+        name: The name.
+    """
+
+    def __init__(self, module: Any, name: str) -> None:
+        self._values = [_Former.of(holder) for holder in holders(module, name)]
+
+    def restore(self) -> None:
+        """Write it back."""
+        for value in self._values:
+            value.restore()
+
+
+@contextmanager
+def batch_size_restored(module: Any, name: str) -> Iterator[FormerBatchSize]:
+    """Write the batch size of this name back after the body."""
+    former = FormerBatchSize(module, name)
+    try:
+        yield former
+    finally:
+        former.restore()
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A place that holds the batch size.
+
+    Args:
+        owner: An object with an attribute, or a mapping with an entry.
+        key: Name of the attribute or entry.
+        kind: The place in words: "a hyperparameter of Model".
+    """
+
+    owner: Any
+    key: str
+    kind: str
+
+    @property
+    def value(self) -> Any:
+        """The whole number."""
+        return _read(self.owner, self.key)
+
+    def set(self, value: Any) -> None:
+        """Assign a value; an error of a closed owner passes."""
+        if isinstance(self.owner, Mapping):
+            self.owner[self.key] = value  # type: ignore[index]  # a closed mapping raises
+        else:
+            setattr(self.owner, self.key, value)
+
+
+def holders(module: Any, name: str) -> list[Holder]:
+    """Return all places of the module and its datamodule that hold a whole number of this name.
+
+    A property without a setter computes its number from something else. It is passed over under the
+    default name.
+    """
+    found = []
+    for holder in _places(module, name):
+        if name == DEFAULT_NAME and _is_computed(holder):
+            continue
+        if isinstance(holder.value, Integral) and not isinstance(holder.value, bool):
+            found.append(holder)
+    return found
+
+
+def _places(module: Any, name: str) -> Iterator[Holder]:
+    """Yield all places of this name, whatever they hold."""
+    for root in (module, module.trainer.datamodule):
+        yield from _followed(root, name, f"an attribute of {type(root).__name__}")
+        for kept in hyperparameters(root):
+            yield from _followed(kept, name, f"a hyperparameter of {type(root).__name__}")
+
+
+def _followed(start: Any, name: str, kind: str) -> Iterator[Holder]:
+    """Follow a dotted name through attributes and mappings; yield nothing if a part is missing."""
+    *path, key = name.split(".")
+    owner = start
+    for part in path:
+        owner = _read(owner, part)
+    if _read(owner, key) is not _Missing:
+        yield Holder(owner, key, kind)
+
+
+def _read(owner: Any, key: str) -> Any:
+    try:
+        if isinstance(owner, Mapping):
+            return owner.get(key, _Missing)
+        return getattr(owner, key, _Missing)
+    except Exception:
+        return _Missing
+
+
+def _is_computed(holder: Holder) -> bool:
+    attribute = getattr(type(holder.owner), holder.key, None)
+    return isinstance(attribute, property) and attribute.fset is None
+
+
+@dataclass(frozen=True, slots=True)
+class _Former:
+    """A value to write back.
+
+    Args:
+        holder: The place.
+        value: The value; `_Missing` if it is an attribute of the class.
+    """
+
+    holder: Holder
+    value: Any
+
+    @classmethod
+    def of(cls, holder: Holder) -> _Former:
+        owner, key = holder.owner, holder.key
+        omegaconf = sys.modules.get("omegaconf")
+        if omegaconf is not None and isinstance(owner, omegaconf.DictConfig):
+            # An interpolation, such as "${data.batch_size}", stays one
+            return cls(holder, omegaconf.OmegaConf.to_container(owner, resolve=False)[key])
+        attribute = getattr(type(owner), key, _Missing)
+        of_class = attribute is not _Missing and not hasattr(attribute, "__set__")
+        if of_class and not isinstance(owner, Mapping) and key not in vars(owner):
+            return cls(holder, _Missing)
+        return cls(holder, holder.value)
+
+    def restore(self) -> None:
+        if self.value is _Missing:
+            vars(self.holder.owner).pop(self.holder.key, None)
+        else:
+            self.holder.set(self.value)
+
+
+def _nothing_held(module: Any, name: str) -> str:
+    for holder in _places(module, name):
+        return (
+            f"batch_arg_name={name!r} names a {type(holder.value).__name__}, and a batch size is "
+            "a whole number; give the name of one."
+        )
+    return (
+        f"batch_arg_name={name!r} is no attribute or hyperparameter of the module or its "
+        "datamodule."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0].rstrip(".") or type(error).__name__
