@@ -47,7 +47,7 @@ _MAX_BATCH_SIZE: Final = 2**20
 # Share of the planned training that timing sizes may take
 _SHARE_OF_TRAINING: Final = 0.1
 # Identical allocations at this many times the batch size: the workload ignores it
-_IGNORED_FACTOR: Final = 16
+_IGNORED_FACTOR: Final = 2
 
 
 def tune(
@@ -274,11 +274,12 @@ def _proposal(search: Search, runner: TrialRunner, sizes: SearchRange) -> int | 
 
 def _check_size_is_used(trial: Trial, trials: Sequence[Trial]) -> None:
     allocations = _allocations(trial)
-    if len(allocations) < 2:  # noqa: PLR2004 -- a single one shows nothing
+    if len(allocations) < 3:  # noqa: PLR2004 -- the peak and a single allocation show nothing
         return
     for other in trials:
         is_far = trial.batch_size >= _IGNORED_FACTOR * other.batch_size
-        if is_far and _allocations(other) == allocations:
+        is_same = trial.accumulate == other.accumulate and _allocations(other) == allocations
+        if is_far and is_same:
             raise ValueError(
                 "Memory use was identical at "
                 f"batch_size={other.batch_size} and at batch_size={trial.batch_size}, so the "
@@ -288,8 +289,14 @@ def _check_size_is_used(trial: Trial, trials: Sequence[Trial]) -> None:
 
 
 def _allocations(trial: Trial) -> tuple[int, ...]:
-    """Return the memory profile of a trial, counted from the beginning of its step."""
-    return tuple(nbytes - trial.profile[0] for nbytes in trial.profile)
+    """Return the exact bytes of a trial: its peak, and its last step from the beginning.
+
+    The last step alone may be a partial batch, of as many samples at two sizes.
+    """
+    if trial.peak is None or not trial.profile:
+        return ()
+    first, *_ = trial.profile
+    return (trial.peak - trial.resident, *(nbytes - first for nbytes in trial.profile))
 
 
 def find_best_within(latency: LatencySearch, runner: TrialRunner) -> BatchPlan:
