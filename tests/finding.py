@@ -75,6 +75,7 @@ def tuned(device, *, world_size, **settings):
         "memory_limit": 0.9,
         "steps_per_trial": 2,
         "percentile": None,
+        "prefer": "largest",
     }
     checked = Settings.checked(**options | settings)
     with trial_context(device, ranks=IdenticalRanks(world_size)) as context:
@@ -84,5 +85,4 @@ def tuned(device, *, world_size, **settings):
             context,
             autobatch.GuidedBisection(),
             known=None,
-            curve_seconds=0.0,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
     BaseModel,
@@ -18,9 +18,11 @@ from autobatch._memory import parse_memory_limit
 
 _ALLOWED: Final = {
     "target_batch_size": "a count; give a whole number of samples, 1 or more, or None",
+    "prefer": 'a preference; give "fast" or "largest"',
     "max_micro_batch_size": "a count; give a whole number of samples, 1 or more, or None",
     "steps_per_trial": "a count; give a whole number of optimizer steps, 1 or more",
     "time_limit": "a time; give seconds, more than 0, or None for no limit",
+    "timing_seconds": "a time; give seconds, 0 or more, or None for the default",
     "dataset_size": "a count; give a whole number of samples, 1 or more, or None",
     "latency_limit": "a time; give seconds, more than 0, or None for no limit",
     "percentile": "a percentile; give a number above 0 and up to 100, or None for 99",
@@ -32,15 +34,25 @@ class Defaults:
     """Settings that are not public parameters.
 
     Args:
-        curve_seconds: Most seconds for the throughput curve.
+        curve_seconds: Most seconds for the throughput curve if `timing_seconds` is None.
     """
 
     curve_seconds: float
 
 
-# find() and AutoBatch read it at each call: tests and benchmarks, which tune many times, replace
-# this one object to time no curve
+# Read at each run: tests and benchmarks, which tune many times, replace this one object to time no
+# curve
 DEFAULTS: Final = Defaults(curve_seconds=20.0)
+
+
+def checked_verbose(verbose: object) -> bool:
+    """Return `verbose`; `ValueError` if it is neither True nor False."""
+    if not isinstance(verbose, bool):
+        raise ValueError(
+            f"verbose={verbose!r} is not a switch; give True to show progress and report, or False "
+            "to print nothing."
+        )
+    return verbose
 
 
 def _index(value: Any) -> Any:
@@ -55,8 +67,13 @@ def _checked_limit(value: Any) -> Any:
     return value
 
 
-Count = Annotated[int, BeforeValidator(_index), Field(ge=1, strict=True)]
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
+# Far beyond any measurement, and far from overflow and underflow
+MOST: Final = 2**63  # samples, bytes
+LONGEST: Final = 1e30  # seconds
+SHORTEST: Final = 1e-30  # seconds
+
+Count = Annotated[int, BeforeValidator(_index), Field(ge=1, le=MOST, strict=True)]
+Seconds = Annotated[float, Field(ge=0, le=LONGEST, allow_inf_nan=False, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +93,13 @@ class Settings(BaseModel):
     """Validated arguments of a tuning run.
 
     Args:
-        target_batch_size: Samples per optimizer update, over all ranks; None for the largest
-            micro-batch that fits.
+        target_batch_size: Samples per optimizer update, over all ranks; None for no target.
+        prefer: The micro-batch without a target: the smallest of the fast ones, or the largest.
         memory_limit: A share of the device, bytes, or text such as "10GiB".
         max_micro_batch_size: The largest micro-batch to consider.
         steps_per_trial: Optimizer steps per trial.
         time_limit: Seconds for the search.
+        timing_seconds: Most seconds for timing sizes; None for the default.
         dataset_size: Samples per epoch.
         latency_limit: Seconds within which a batch has to be answered; None for no limit.
         percentile: Percentage of calls that have to meet `latency_limit`.
@@ -93,10 +111,12 @@ class Settings(BaseModel):
     memory_limit: Annotated[float | int | str, BeforeValidator(_checked_limit)]
     max_micro_batch_size: Count | None
     steps_per_trial: Count
-    time_limit: Annotated[Seconds, Field(gt=0)] | None
+    time_limit: Annotated[Seconds, Field(ge=SHORTEST)] | None
     dataset_size: Count | None
-    # Defaults, because reports of earlier versions lack these two
-    latency_limit: Annotated[Seconds, Field(gt=0)] | None = None
+    # Defaults, because reports of earlier versions lack these; they took the largest
+    prefer: Literal["fast", "largest"] = "largest"
+    timing_seconds: Seconds | None = None
+    latency_limit: Annotated[Seconds, Field(ge=SHORTEST)] | None = None
     percentile: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False, strict=True)] = 99
 
     @model_validator(mode="after")

@@ -8,7 +8,7 @@ import signal
 import threading
 import warnings
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -27,10 +27,10 @@ from autobatch._trials.captured import (
     save_light,
     save_shallow,
 )
+from autobatch._undo import Undo
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
-    from types import TracebackType
 
     from autobatch._trials.reachable import Reached
 
@@ -43,7 +43,7 @@ def restorable(thing: object) -> bool:
     return has_state or isinstance(thing, torch.Tensor) or is_generator(thing)
 
 
-class Snapshot:
+class Snapshot(Undo):
     """Capture objects, and restore all of them on request and on leaving, whatever happens.
 
     Copies are kept on the host. Objects are referenced weakly: a model that a workload builds for
@@ -52,36 +52,40 @@ class Snapshot:
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._memo = Memo()
         self._random: Saved = Unchanged(None)
         self._undo = contextlib.ExitStack()
         self._names: dict[int, str] = {}  # of objects that nobody asked to restore, by id
         self.unrestored: set[str] = set()  # those whose state could not be saved or loaded
 
-    def __enter__(self) -> Self:
+    def start(self) -> None:
+        self.push(self._leave)
+        self.push(self._leave)  # completes the first if that was interrupted
         self._random = SavedRandomState()
-        return self
 
-    def __exit__(
+    def _leave(
         self,
-        kind: type[BaseException] | None,
+        _: object,
         error: BaseException | None,
-        traceback: TracebackType | None,
+        __: object,
     ) -> None:
         try:
             self.restore()
         except Exception as failure:
+            self.forget()
             if error is None:
                 raise
             # The first error counts: a GPU that has failed for good cannot be restored either
             error.add_note(f"autobatch could not restore everything: {failure!r}")
-        finally:
+        else:
             self.forget()
 
     def forget(self) -> None:
         """Drop everything captured without restoring it."""
         self._undo.close()
         self._memo.clear()
+        self._random = Unchanged(None)
 
     @staticmethod
     def bytes_of(*things: Any) -> int:
@@ -166,14 +170,12 @@ class Snapshot:
                 self.capture(module)
                 touched(module)
 
-        handle = register_module_forward_pre_hook(hook)
-        try:
+        with Undo() as undo:
+            undo.hook(register_module_forward_pre_hook, hook)
             with eager(), warnings.catch_warnings():
                 # A hook that runs once more for a compiled module does no harm
                 warnings.filterwarnings("ignore", message=r".*global hooks on modules")
                 yield
-        finally:
-            handle.remove()
 
     @contextlib.contextmanager
     def at_first_step(self, touched: Callable[[object], None]) -> Iterator[None]:
@@ -190,11 +192,9 @@ class Snapshot:
                     memo.add(optimizer)
                 touched(optimizer)
 
-        handle = register_optimizer_step_pre_hook(hook)
-        try:
+        with Undo() as undo:
+            undo.hook(register_optimizer_step_pre_hook, hook)
             yield
-        finally:
-            handle.remove()
 
     @property
     def alive(self) -> list[Any]:
@@ -269,8 +269,8 @@ def _uninterrupted() -> Iterator[None]:
         yield
         return
     received: list[Any] = []
-    signal.signal(signal.SIGINT, lambda *signal_and_frame: received.append(signal_and_frame))
     try:
+        signal.signal(signal.SIGINT, lambda *signal_and_frame: received.append(signal_and_frame))
         yield
     finally:
         signal.signal(signal.SIGINT, former)

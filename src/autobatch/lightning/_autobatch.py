@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +10,11 @@ from torch.utils.data import DataLoader
 
 from autobatch import sinks
 from autobatch._report.notes import waiting
-from autobatch._settings import Settings
+from autobatch._report.units import plain
+from autobatch._settings import Settings, checked_verbose
 from autobatch._trials.snapshot import Snapshot
 from autobatch._tune import checked_search, known_plan
+from autobatch._undo import Undo
 from autobatch.errors import AutobatchError, FixedBatchSizeError
 from autobatch.lightning._accumulation import LastWindowCorrection, check_switch
 from autobatch.lightning._apply import apply, apply_between_epochs
@@ -53,6 +54,7 @@ from autobatch.lightning._run import Run, before_epochs
 from autobatch.lightning._trial_data import checked_worst_case
 from autobatch.lightning._tuning import CallbackArguments, tune_evaluation, tune_training
 from autobatch.lightning._workloads import STAGES, before_data, loaders_for
+from autobatch.testing import named_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -84,25 +86,30 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
 
     Args:
         target_batch_size: Samples per optimizer update, over all ranks; overrides an accumulation
-            set in the Trainer. None: the largest micro-batch that fits, with the accumulation of
-            the Trainer.
+            set in the Trainer. None: as `prefer` says, with the accumulation of the Trainer.
         memory_limit: A float up to 1.0 is a share of the device, less the memory of other
             processes. An int is bytes, and so is text such as "10GiB": the limit of this process,
             if other processes leave that much.
+        prefer: Without a target, "fast" takes the smallest micro-batch within 5 % of the fastest
+            that fits, or the size of the loader if that is as fast; "largest" takes the largest
+            that fits.
         max_micro_batch_size: The largest micro-batch to consider, in samples.
         plan: A known plan, or the report file that holds one: verified by one trial instead of a
             search.
         steps_per_trial: Optimizer steps per trial.
         time_limit: Seconds for the search; the best size verified by then is taken. None: no limit.
-            Timing sizes has up to 20 seconds of its own.
+        timing_seconds: Further seconds for timing sizes, which ends as soon as the choice is
+            settled. 0: no timing; the largest sizes are taken. None: at most 20, and at most a
+            tenth of the training that the Trainer plans.
         search: The search strategy; None: `GuidedBisection()`.
-        device: The device whose memory is read: a name such as "cuda:1", or a probe. None: the
-            device of the model.
+        device: The device whose memory is read: a name such as "cuda:1", "simulated:2GiB" for one
+            on the CPU (`autobatch.testing`), or a probe. None: the device of the model.
         latency_limit: For `validate`, `test` and `predict`: seconds within which a step has to
             answer a batch, including the copy to the device. The steps are timed one by one, and
             the largest batch that is answered in time is taken.
         percentile: Percent of the steps that have to be answered in time; None: 99. Only with
             `latency_limit`.
+        verbose: Whether the progress of tuning and the report are printed.
         batch_arg_name: The attribute or hyperparameter of the module or datamodule that holds the
             batch size, if any; with dots for one inside of another, such as "data.batch_size".
         repair_last_window: True gives the last update of an epoch, which may have fewer samples
@@ -139,14 +146,17 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         *,
         target_batch_size: int | None = None,
         memory_limit: float | str = 0.9,
+        prefer: str = "fast",
         max_micro_batch_size: int | None = None,
         plan: BatchPlan | str | Path | None = None,
         steps_per_trial: int = 3,
         time_limit: float | None = 300,
+        timing_seconds: float | None = None,
         search: Search | None = None,
         device: str | MemoryProbe | None = None,
         latency_limit: float | None = None,
         percentile: float | None = None,
+        verbose: bool = True,
         batch_arg_name: str = "batch_size",
         repair_last_window: bool = False,
         worst_case: Callable[[int], Any] | None = None,
@@ -159,9 +169,11 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         settings = Settings.checked(
             target_batch_size=target_batch_size,
             memory_limit=memory_limit,
+            prefer=prefer,
             max_micro_batch_size=max_micro_batch_size,
             steps_per_trial=steps_per_trial,
             time_limit=time_limit,
+            timing_seconds=timing_seconds,
             dataset_size=None,
             latency_limit=latency_limit,
             percentile=percentile,
@@ -170,11 +182,12 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         self._arguments = CallbackArguments(
             settings=settings,
             search=checked_search(search),
-            device=device,
+            device=named_device(device),
             worst_case=checked_worst_case(worst_case),
             repairs=check_switch(repair_last_window),
             batch_arg_name=checked_name(batch_arg_name),
             set_batch_size=checked_setter(set_batch_size),
+            verbose=checked_verbose(verbose),
         )
         self._epochs = checked_epochs(retune_at_epochs)
         self._evaluates = checked_evaluate(evaluate) or latency_limit is not None
@@ -225,7 +238,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         # Another AutoBatch of the Trainer stays out of it
         others = [each for each in trainer.callbacks if not isinstance(each, AutoBatch)]
         # Entered twice: an interrupt between the body and the inner exit still meets the outer one
-        with ExitStack() as undo, undo:
+        with Undo() as undo, undo:
             snapshot = undo.enter_context(Snapshot())
             undo.enter_context(silenced(trainer))
             # Before the trials run the hooks that make loaders and optimizers, and `setup` of
@@ -234,9 +247,9 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             for loader in loaders:
                 if isinstance(loader, DataLoader):
                     capture_order(loader, snapshot)
-            undo.callback(setattr, trainer, "callbacks", trainer.callbacks)
-            undo.callback(setattr, self, "_only_tunes", False)
-            undo.callback(self._undo_run)
+            undo.add(partial(setattr, trainer, "callbacks", trainer.callbacks))
+            undo.add(partial(setattr, self, "_only_tunes", False))
+            undo.add(self._undo_run)
             trainer.callbacks = [self, *others]
             self.reports.pop(method, None)
             self._only_tunes = True
@@ -258,10 +271,10 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         trainer.callbacks = [self, *others]
         check_lightning(trainer)
         if stage == "fit":
-            self._run.before_optimizers.watch(trainer)
+            self._run.before_optimizers.watch(trainer, self._arguments.batch_arg_name)
         else:
             evaluate = partial(self._tune_evaluation, trainer, STAGES[stage])
-            self._run.patches.append(before_data(trainer, STAGES[stage], evaluate))
+            self._run.replace(before_data(trainer, STAGES[stage], evaluate))
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Read from a checkpoint if it was written within an epoch."""
@@ -296,14 +309,13 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         self._last = TunedFit(tuned.report, tuned.fingerprint)
         if self._only_tunes:
             self._end_run(trainer, "fit", tuned.report)
-        self._run.loaders["train"] = apply(
+        apply(
             tuned.report.plan,
             trainer,
             pl_module,
             self._arguments.batch_arg_name,
-            tuned.batch_sizes,
+            self._rebatched(trainer, tuned),
             self._run.before_optimizers,
-            self._arguments.set_batch_size,
         )
         self._run.first_report = tuned.report
         self._continue_with(trainer, tuned)
@@ -314,7 +326,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             self._run.loaders["train"].check_used(trainer.train_dataloader)
             if self._epochs:
                 retune = partial(self._retune, trainer, pl_module)
-                self._run.patches.append(before_epochs(trainer, self._epochs, retune))
+                self._run.replace(before_epochs(trainer, self._epochs, retune))
             log_report(self.reports["fit"], trainer)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
@@ -382,13 +394,13 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         known = PriorPlan(target=target, note=note)
         tuned = tune_training(trainer, module, self._arguments, lambda *_: known, None)
         if tuned.report.plan != self._trained.plan:
-            self._run.loaders["train"] = apply_between_epochs(
+            self._run.loaders["train"].undo()
+            apply_between_epochs(
                 tuned.report.plan,
                 trainer,
                 module,
                 self._arguments.batch_arg_name,
-                tuned.batch_sizes,
-                self._run.loaders["train"],
+                self._rebatched(trainer, tuned),
             )
         self._continue_with(trainer, tuned)
         log_report(tuned.report, trainer)
@@ -401,13 +413,14 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         if tuned.validation_sizes is not None:
             self._resize_validation(trainer, tuned.validation_sizes)
         self.reports["fit"] = tuned.report
-        self._show(trainer, "fit", sinks.console)
+        self._show(trainer, "fit", self._sink_for(tuned.report))
 
     def _resize_validation(self, trainer: Any, batch_sizes: Sequence[int]) -> None:
         if "validation" in self._run.loaders:
-            self._run.loaders.pop("validation").undo()
+            self._run.loaders["validation"].undo()
         loop = trainer.fit_loop.epoch_loop.val_loop
-        self._run.loaders["validation"] = Rebatched(data_source(loop), batch_sizes)
+        rebatched = self._run.loaders["validation"] = Rebatched(data_source(loop), batch_sizes)
+        rebatched.start()
         forget_combined_loader(loop)  # in the middle of training the loop has one
 
     def _tune_evaluation(self, trainer: Any, stage: Stage) -> None:
@@ -426,12 +439,20 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         if self._only_tunes:
             self._end_run(trainer, stage.name, tuned.report)
         source = data_source(stage.loop_of(trainer))
-        self._run.loaders[stage.name] = Rebatched(source, tuned.batch_sizes)
+        rebatched = self._run.loaders[stage.name] = Rebatched(source, tuned.batch_sizes)
+        rebatched.start()
         if tuned.is_changed:
             self._run.attribute = FormerBatchSize(module, name)
             set_batch_size_attribute(module, name, tuned.batch_sizes[0])
         self.reports[stage.name] = tuned.report
         self._show(trainer, stage.name, sinks.console)
+
+    def _rebatched(self, trainer: Any, tuned: Tuned) -> Rebatched:
+        """Return the training loaders of a plan; the run undoes them from now on."""
+        setter = self._arguments.set_batch_size
+        rebatched = Rebatched(data_source(trainer.fit_loop), tuned.batch_sizes, setter)
+        self._run.loaders["train"] = rebatched
+        return rebatched
 
     def _plan_before(self, trainer: Any) -> BatchPlan | None:
         """Return the plan of the previous fit, if the Trainer still has its accumulation."""
@@ -445,7 +466,23 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         self.reports[method] = report
         raise Imported.TUNER_EXIT.of(trainer)
 
+    def _sink_for(self, report: TuningReport) -> sinks.Sink:
+        """Return the sink of a report: a run that goes on with a known plan has shown it before."""
+        checkpoint = self._run.checkpoint
+        is_resumed = (
+            checkpoint is not None and checkpoint.plan == report.plan and len(report.trials) == 1
+        )
+        return sinks.resumed_on_console if is_resumed else sinks.console
+
     def _show(self, trainer: Any, method: str, show: sinks.Sink) -> None:
-        if trainer.is_global_zero:
-            sinks.log(self.reports[method])
-            show(self.reports[method])
+        if not trainer.is_global_zero:
+            return
+        report = self.reports[method]
+        sinks.log(report)
+        if not self._arguments.verbose:
+            return
+        try:
+            show(report)
+        except Exception as error:  # standard output may be closed, or its disk full
+            level = logging.DEBUG if show is sinks.completed_on_console else logging.WARNING
+            _log.log(level, "The report could not be printed: %s", plain(repr(error)))

@@ -32,7 +32,7 @@ class Run:
         window: Corrects the last window of each epoch, if the user wants that.
         timer: Measures the waiting time for the training loader.
         before_optimizers: State from before the optimizers were created.
-        patches: Methods of the loops that are replaced.
+        patches: Methods of the loops that are replaced; `replace` adds to them.
         attribute: The former batch size of the module, while an evaluation runs with another.
     """
 
@@ -62,22 +62,32 @@ class Run:
         if self.window is not None:
             self.window.start_batch(trainer, batch, index)
 
+    def replace(self, patch: patched) -> None:
+        """Replace a method of a loop until `undo`."""
+        self.patches.append(patch)
+        patch.apply()
+
     def undo(self) -> None:
-        """Stop measuring, and restore the user's loaders and the methods of the loops."""
+        """Stop measuring, and restore the user's loaders and the methods of the loops.
+
+        A second call completes the first if that was interrupted.
+        """
         self.before_optimizers.forget()
         self.timer.stop()
         self.window = None
         while self.patches:
-            self.patches.pop().restore()
+            self.patches[-1].restore()
+            self.patches.pop()
         while self.loaders:
-            self.loaders.popitem()[1].undo()
+            next(reversed(self.loaders.values())).undo()
+            self.loaders.popitem()
         if self.attribute is not None:
             self.attribute.restore()
             self.attribute = None
 
 
 def before_epochs(trainer: Trainer, epochs: frozenset[int], act: Callable[[], None]) -> patched:
-    """Call `act` before the first batch of these epochs, unless a checkpoint resumes within one.
+    """Return a patch to call `act` before the first batch of these epochs, unless a checkpoint resumes within one.
 
     A callback would be too early: the module's own `on_train_epoch_start` comes after those of all
     callbacks.
@@ -91,4 +101,4 @@ def before_epochs(trainer: Trainer, epochs: frozenset[int], act: Callable[[], No
             act()
         advance()
 
-    return patched(loop, advance=act_and_advance).__enter__()
+    return patched(loop, advance=act_and_advance)
