@@ -148,6 +148,7 @@ def find(
     reached = [each for each in reachable(workload) if _has_state(each.value)]
     model_device = _device_of_model(*restored, *(each.value for each in reached))
     probe = detect(named_device(device), model_device)
+    began = probe.clock()
     with (
         current_ranks() as ranks,
         ranks.abort_together(),
@@ -171,6 +172,7 @@ def find(
             optimizers.look_at(*restored, *trainable)
         context = TrialContext(
             probe=probe,
+            began=began,
             budget=MemoryBudget(probe, settings.memory_limit),
             snapshot=snapshot,
             optimizers=optimizers,

@@ -392,7 +392,7 @@ def build_report(
         curve=result.curve,
         loading=throughput.loading,
         learning_rate=result.learning_rate,
-        search_seconds=runner.time_limit.spent,
+        search_seconds=runner.context.seconds(),
         notes=notes(result),
         environment=subject.environment,
     )
