@@ -99,7 +99,7 @@ class Explodes(Model):
     """Its own error, on one rank alone and in the middle of a trial."""
 
     def training_step(self, batch, batch_idx):
-        if self.global_rank == 1 and self.steps == 3:
+        if self.global_rank == 1 and self.steps == 1:
             raise ZeroDivisionError("mine")
         return super().training_step(batch, batch_idx)
 
@@ -360,11 +360,18 @@ def standalone():
         autobatch.find(waiting, device=device)
     except autobatch.AutobatchError as error:
         refused = str(error)
+
+    def selective(batch_size, accumulate):
+        if RANK == 1 and 512 % batch_size:
+            raise AssertionError("the queue takes whole batches")
+        yield from train(batch_size, accumulate)
+
     plan = report.plan
     return {
         "plan": (plan.micro_batch_size, plan.accumulate_grad_batches, plan.world_size),
         "effective": plan.effective_batch_size,
         "refused": refused,
+        "selective": autobatch.find(selective, target_batch_size=240, device=device).plan,
     }
 
 

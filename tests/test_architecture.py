@@ -294,6 +294,7 @@ def test_find_and_autobatch_share_their_keywords():
     own_of_find = {"workload", "restore", "dataset_size"}
     own_of_autobatch = {
         "batch_arg_name",
+        "evaluate",
         "repair_last_window",
         "retune_at_epochs",
         "set_batch_size",

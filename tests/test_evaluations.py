@@ -73,6 +73,7 @@ def tuner(capacity="256KiB", **options):
         **{
             "target_batch_size": 24,
             "device": SimulatedAccelerator(capacity),
+            "evaluate": True,
             **options,
         }
     )
@@ -159,25 +160,54 @@ def test_each_of_several_validation_loaders_is_tried():
     assert second == 2 * first
 
 
-def test_validation_is_tried_at_the_size_its_hook_gives_with_the_plan():
-    class Data(pl.LightningDataModule):
-        def __init__(self, batch_size=4):
-            super().__init__()
-            self.save_hyperparameters()
+class Data(pl.LightningDataModule):
+    """One batch size for all loaders; `validated` counts samples of validation for each of it."""
 
-        def train_dataloader(self):
-            return loader(self.hparams.batch_size)
+    def __init__(self, batch_size=4, validated=1):
+        super().__init__()
+        self.save_hyperparameters()
 
-        def val_dataloader(self):
-            return loader(self.hparams.batch_size)
+    def train_dataloader(self):
+        return loader(self.hparams.batch_size)
 
+    def val_dataloader(self):
+        # Lightning's predict refuses a hook that passes it by position
+        return DataLoader(data(), batch_size=self.hparams.validated * self.hparams.batch_size)
+
+    test_dataloader = predict_dataloader = val_dataloader
+
+
+@pytest.mark.parametrize("options", [{}, {"reload_dataloaders_every_n_epochs": 1}])
+@pytest.mark.parametrize("validated", [1, 3])
+def test_validation_keeps_its_size_if_one_batch_size_is_for_all(validated, options):
+    model, made, callback = Model(), Data(validated=validated), tuner("512KiB")
+
+    trainer(callback, **options).fit(model, datamodule=made)
+
+    report = callback.report
+    assert made.hparams.batch_size == report.plan.micro_batch_size > 4
+    assert set(model.trained) == {report.plan.micro_batch_size}
+    assert report.validation_batch_size == 4 * validated
+    assert model.sizes == {4 * validated}
+
+
+def test_validation_of_a_shared_batch_size_shrinks_if_it_does_not_fit():
     model, callback = Model(kib=16), tuner("512KiB", target_batch_size=60)
+
+    trainer(callback).fit(model, datamodule=Data(validated=15))
+
+    report = callback.report
+    assert 60 > report.validation_batch_size > 4
+    assert max(model.sizes) == report.validation_batch_size
+
+
+def test_retuning_keeps_the_size_of_validation_with_a_shared_batch_size():
+    model, callback = Model(), tuner("512KiB", retune_at_epochs=[1])
 
     trainer(callback).fit(model, datamodule=Data())
 
-    report = callback.report
-    assert report.plan.micro_batch_size > report.validation_batch_size > 4
-    assert max(model.sizes) == report.validation_batch_size
+    assert callback.report.plan.micro_batch_size > 4
+    assert model.sizes == {4}
 
 
 def test_retuning_shrinks_validation_that_has_grown():
@@ -278,6 +308,126 @@ def test_training_with_validation_is_bit_identical_to_training_by_hand():
 METHODS = ["validate", "test", "predict"]
 
 
+@pytest.mark.parametrize("target", [None, 24])
+@pytest.mark.parametrize("method", METHODS)
+def test_an_evaluation_that_nobody_asked_to_tune_runs_as_it_is(method, target):
+    model, callback = Model(), tuner(target_batch_size=target, evaluate=False)
+    steps = []
+    model.net.register_forward_pre_hook(lambda *_: steps.append(1))
+
+    getattr(trainer(callback), method)(model, loader(16))
+
+    assert model.evaluated == [(0, 16)] * 15
+    assert len(steps) == 15
+    assert callback.reports == {}
+    assert callback.report is None
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tune_for_an_evaluation_needs_no_switch(method):
+    callback = tuner(target_batch_size=None, evaluate=False)
+
+    report = callback.tune(trainer(), Model(kib=4), dataloaders=loader(4), method=method)
+
+    assert report.plan.micro_batch_size > 4
+    assert callback.reports == {method: report}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_attribute_has_the_size_of_an_evaluation_until_it_ends(method):
+    class Reads(Model):
+        def on_any(self, batch, *_):
+            assert len(batch[0]) in (self.trainer.datamodule.hparams.batch_size, rest)
+
+        on_validation_batch_start = on_test_batch_start = on_predict_batch_start = on_any
+
+        def validation_step(self, batch, batch_idx):
+            self.read.add(self.trainer.datamodule.hparams.batch_size)
+            super().validation_step(batch, batch_idx)
+
+        test_step = validation_step
+
+        def predict_step(self, batch, batch_idx):
+            self.read.add(self.trainer.datamodule.hparams.batch_size)
+            return super().predict_step(batch, batch_idx)
+
+    model, made, callback = Reads(kib=4), Data(), tuner(target_batch_size=None)
+    model.read, rest = set(), 240
+    seen = []
+
+    class Look(pl.Callback):
+        def look(self, *_):
+            nonlocal rest
+            seen.append(made.hparams.batch_size)
+            rest = 240 % seen[0]
+
+        on_validation_start = on_test_start = on_predict_start = look
+
+    getattr(trainer(callback, Look()), method)(model, datamodule=made)
+
+    size = callback.report.plan.micro_batch_size
+    assert seen == [size]
+    assert size in model.sizes
+    assert model.read == {size}
+    assert made.hparams.batch_size == made.hparams_initial.batch_size == 4
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_trial_of_an_evaluation_reads_its_size_from_the_attribute(method):
+    class Adversarial(Model):
+        def __init__(self):
+            super().__init__(kib=4)
+            self.batch_size = 4
+
+        def validation_step(self, batch, batch_idx):
+            super().validation_step([batch[0] + torch.zeros(self.batch_size, 16), batch[1]], 0)
+
+        test_step = validation_step
+
+        def predict_step(self, batch, batch_idx):
+            return super().predict_step([batch[0] + torch.zeros(self.batch_size, 16)], 0)
+
+    model, callback = Adversarial(), tuner(target_batch_size=None, max_micro_batch_size=24)
+
+    getattr(trainer(callback), method)(model, loader(4))
+
+    assert model.evaluated == [(0, 24)] * 10
+    assert model.batch_size == 4
+
+
+def test_the_attribute_is_restored_after_an_error_in_an_evaluation():
+    class Broken(Model):
+        def on_test_batch_start(self, *_):
+            self.started.append(self.trainer.datamodule.hparams.batch_size)
+            raise ZeroDivisionError("mine")
+
+    model, made = Broken(kib=4), Data()
+    model.started = []
+
+    with pytest.raises(ZeroDivisionError):
+        trainer(tuner(target_batch_size=None)).test(model, datamodule=made)
+
+    assert model.started[0] > 4
+    assert made.hparams.batch_size == 4
+
+
+def test_the_attribute_stays_if_an_evaluation_keeps_its_size():
+    model, made = Model(), Data(batch_size=16, validated=2)
+    seen = []
+    model.on_test_start = lambda: seen.append(made.hparams.batch_size)
+
+    trainer(tuner("2MiB")).test(model, datamodule=made)
+
+    assert seen == [16]
+    assert model.sizes == {32, 16}
+
+
+@pytest.mark.parametrize("value", ["yes", 1, None])
+def test_a_switch_that_is_none_is_refused(value):
+    with pytest.raises(ValueError, match=f"evaluate={value!r} is not a switch"):
+        tuner(evaluate=value)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_evaluation_without_a_target_takes_the_largest_fit(method):
     model, callback, passed = Model(kib=4), tuner(target_batch_size=None), loader(4)
@@ -370,7 +520,10 @@ def test_testing_after_training_keeps_the_plan_in_the_checkpoint():
 
     fitted.test(model, loader(16))
 
-    assert callback.report.task == "test"
+    assert callback.report.plan == plan
+    assert callback.report is callback.reports["fit"]
+    assert callback.reports["test"].task == "test"
+    assert list(callback.reports) == ["fit", "test"]
     assert callback.state_dict()["micro_batch_size"] == plan.micro_batch_size
     assert callback.state_dict()["accumulate_grad_batches"] == plan.accumulate_grad_batches
 

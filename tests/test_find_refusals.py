@@ -184,5 +184,5 @@ def test_a_model_on_another_device_is_refused(monkeypatch):
     def train(batch_size):
         nn.Linear(2, 2)(torch.zeros(batch_size, 2))
 
-    with pytest.raises(ValueError, match='device="cpu"'):
+    with pytest.raises(autobatch.AutobatchError, match='device="cpu"'):
         autobatch.find(train)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import functools
 import itertools
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -47,15 +48,20 @@ def test_training_after_tuning_equals_training_without_tuning():
     assert unchanged(losses(tuned=True), losses(tuned=False))
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
-@pytest.mark.parametrize("at", [1, 3, 9, 14])
+@pytest.mark.parametrize(
+    ("error", "at"),
+    [
+        *((ZeroDivisionError, at) for at in (1, 3)),  # in the first trial
+        *((KeyboardInterrupt, at) for at in (1, 3, 9, 14)),
+    ],
+)
 def test_an_error_passes_unchanged_and_state_is_restored(error, at):
     model, optimizer = perceptron()
     before, count = state_of(model, optimizer), itertools.count(1)
 
     def train(batch_size, accumulate):
         for _ in training(model, optimizer)(batch_size, accumulate):
-            if next(count) == at:
+            if next(count) >= at:
                 raise error("mine")
             yield
 
@@ -64,6 +70,22 @@ def test_an_error_passes_unchanged_and_state_is_restored(error, at):
 
     assert unchanged(before, state_of(model, optimizer))
     assert "batch_size=" in caught.value.__notes__[0]
+
+
+def test_state_is_restored_after_an_error_at_a_later_size():
+    model, optimizer = perceptron()
+    before = state_of(model, optimizer)
+
+    def train(batch_size, accumulate):
+        for _ in training(model, optimizer)(batch_size, accumulate):
+            if batch_size != 8:
+                raise ZeroDivisionError("not mine")
+            yield
+
+    report = autobatch.find(train, device=SimulatedAccelerator("1MiB"))
+
+    assert report.plan.micro_batch_size == 8
+    assert unchanged(before, state_of(model, optimizer))
 
 
 def test_arguments_of_a_partial_are_restored():
@@ -105,6 +127,52 @@ def test_objects_named_in_restore_are_restored():
     assert scheduler.last_epoch == 0
     assert torch.equal(generator.get_state(), drawn)
     assert tensor.tolist() == [0, 0, 0]
+
+
+def test_training_in_another_thread_goes_on():
+    """Hooks of torch are global: they see the modules and optimizers of all threads."""
+
+    def linear():
+        torch.manual_seed(5)
+        model = nn.Linear(16, 4)
+        return model, torch.optim.AdamW(model.parameters(), 0.01)
+
+    def step(model, optimizer):
+        model(torch.ones(8, 16)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    other, others = linear()
+    begun, ended = threading.Event(), threading.Event()
+
+    def train_other():
+        while not ended.is_set():
+            step(other, others)
+            begun.set()
+
+    def train(batch_size, accumulate):
+        begun.clear()
+        begun.wait()  # the other thread takes a step in every trial
+        yield from training(model, optimizer)(batch_size, accumulate)
+
+    thread = threading.Thread(target=train_other)
+    thread.start()
+    model, optimizer = perceptron()
+    before = state_of(model, optimizer)
+    try:
+        report = autobatch.find(train, device=SimulatedAccelerator("1MiB"), max_micro_batch_size=16)
+    finally:
+        ended.set()
+        thread.join()
+    after = state_of(model, optimizer)
+
+    alone, optimizer_alone = linear()
+    steps = int(others.state[other.weight]["step"])
+    for _ in range(steps):
+        step(alone, optimizer_alone)
+    assert steps > len(report.trials) > 1
+    assert torch.equal(other.weight, alone.weight)
+    assert unchanged(before, after)
 
 
 def test_the_allocator_cap_of_the_user_is_restored(monkeypatch):

@@ -27,7 +27,7 @@ LENGTH = 600
 
 
 def tuner(capacity="450KiB", **options):
-    return autobatch.AutoBatch(device=SimulatedAccelerator(capacity), **options)
+    return autobatch.AutoBatch(device=SimulatedAccelerator(capacity), evaluate=True, **options)
 
 
 def loader(size=4, length=LENGTH, **options):

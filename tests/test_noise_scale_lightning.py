@@ -241,9 +241,10 @@ def read(callback, model, batches=None, **options):
         (KnownNoise(), {"max_epochs": 5, "accumulate_grad_batches": 4}),
         (KnownNoise(), {}),
         (KnownNoise(total=True), {}),
+        (KnownNoise(), {"precision": "64-true"}),
         pytest.param(KnownNoise(), {"gradient_clip_val": 1e-3}, marks=pytest.mark.slow),
     ],
-    ids=["accumulated", "split", "a sum", "clipped"],
+    ids=["accumulated", "split", "a sum", "double", "clipped"],
 )
 def test_noise_scale_of_known_data_is_measured(model, options):
     reading = read(autobatch.NoiseScale(every=1, split_every=1), model, **options)

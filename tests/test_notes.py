@@ -207,8 +207,15 @@ def test_quiet_result_has_no_notes():
                 "Other processes hold 3 GiB of this device's 12 GiB; the largest fit changes when they start or stop.",
             ),
             (
-                {"trials": (*QUIET.trials, Trial(1, Outcome.REFUSED))},
-                "The workload itself refused batch_size=1 with an error other than out of memory; only larger sizes run.",
+                {
+                    "trials": (
+                        *QUIET.trials,
+                        Trial(1, Outcome.REFUSED, error="ValueError: too few"),
+                        Trial(3, Outcome.REFUSED, error="KeyError: 3"),
+                        Trial(5, Outcome.REFUSED, error="KeyError: 5"),
+                    )
+                },
+                "The workload itself raised an error at batch_size=1, 3 and 5, so only sizes that ran are used (ValueError: too few; KeyError: 3).",
             ),
             (
                 {"target_batch_size": 257, "plan": BatchPlan(32, 4, 2)},

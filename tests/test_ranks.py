@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from autobatch import Outcome, Trial
+from autobatch import BatchPlan, Outcome, Trial
 from autobatch._distributed import SingleProcess
 from autobatch._trials.runner import merged
 from sameness import same
@@ -235,6 +235,8 @@ def test_find_agrees_on_ranks_and_refuses_ddp_models(job):
     assert first == second
     assert first["effective"] == 2000
     assert "DistributedDataParallel" in first["refused"]
+    # 120 on each rank, of which the second refuses all but powers of two
+    assert first["selective"] == BatchPlan(8, 15, 2)
 
 
 @needs_lightning

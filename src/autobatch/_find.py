@@ -186,6 +186,7 @@ class PlainLoop:
     context: TrialContext
 
     start_batch_size: ClassVar = 8
+    own_batch_size: ClassVar = None
     accumulate: ClassVar = 1
     previous_plan: ClassVar = None
 
@@ -369,7 +370,7 @@ class _FirstUse:
             self.optimizers.expected |= any(p.requires_grad for p in thing.parameters())
             self.optimizers.look_at(thing)
         if self.model_device is not None and parameter.device.type != self.model_device.type:
-            raise ValueError(
+            raise AutobatchError(
                 f"The model is on {parameter.device}, but the memory of {self.probe.name} is "
                 f'measured; pass device="{parameter.device}".'
             )

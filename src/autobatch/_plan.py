@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from autobatch._throughput import StepTimes
-from autobatch._trials import Outcome, trial_accumulation
+from autobatch._trials import trial_accumulation
+from autobatch._trials.refusals import is_selective, refused_sizes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -105,13 +106,16 @@ class _Choice:
     def largest(self) -> BatchPlan:
         """Return the largest micro-batch that fits and does not end an epoch with an error."""
         accumulate = self.runner.accumulation.default
-        size = max(self.runner.fitting, default=1)
-        self._run_single_sample(size)
-        if not self._ends_well(size):
+        self.runner.check_any_fits()
+        size = self.runner.fitting[-1]
+        self._run_last(size)
+        if is_selective(self.runner.trials):
+            while self._run_last(self._usable[-1]):
+                pass
+        elif not self._ends_well(size):
             below = next(filter(self._ends_well, range(size - 1, 0, -1)), size)
             if below not in self.runner.fitting and self.runner.check_time_for(below):
                 self.runner.run(below, trial_accumulation(accumulate), is_timed=True)
-        self.runner.check_any_fits()
         return BatchPlan(self._usable[-1], accumulate, self._world_size)
 
     def for_target(self, target: int) -> BatchPlan:
@@ -131,7 +135,7 @@ class _Choice:
             plans = [
                 plan for plan in self._candidates(target) if plan.micro_batch_size not in failed
             ]
-            if plans and self._run_single_sample(plans[0].micro_batch_size):
+            if plans and self._run_last(plans[0].micro_batch_size):
                 continue
             if not plans or self._is_verified(plans[0]) or not self._run(plans[0]):
                 return
@@ -154,11 +158,24 @@ class _Choice:
             return ()
         times = StepTimes.of(self.runner.trials, self.curve)
         largest = self.runner.fitting[-1]
-        plans = candidates(target, self._world_size, largest, times, self._ends_well)
+        plans = candidates(target, self._world_size, largest, times, self._is_usable)
+        if is_selective(self.runner.trials):
+            plans = self._exact_first(plans, target)
         if self.runner.accumulation.is_supported:
             return plans
         # Speed is no reason to accumulate for a workload that cannot
         return tuple(plan for plan in plans if plan.accumulate_grad_batches == 1) or plans
+
+    def _exact_first(self, plans: Iterable[BatchPlan], target: int) -> tuple[BatchPlan, ...]:
+        """Return exact plans before others, also with many micro-batches of a size that ran."""
+        samples = per_rank(target, self._world_size)
+        exact = (plan for plan in plans if plan.effective_batch_size == samples * plan.world_size)
+        ran = (
+            BatchPlan(size, samples // size, self._world_size)
+            for size in reversed(self._usable)
+            if samples % size == 0
+        )
+        return tuple(dict.fromkeys((*exact, *ran, *plans)))
 
     def _nearest(self, target: int) -> BatchPlan:
         usable = self._usable
@@ -181,22 +198,31 @@ class _Choice:
             for trial in self.runner.trials
         )
 
-    def _run_single_sample(self, batch_size: int) -> bool:
-        """Run one sample if an epoch of this size ends with one: BatchNorm may need two."""
-        if batch_size == 1 or self.last_micro_batch(batch_size) != 1:
+    def _run_last(self, batch_size: int) -> bool:
+        """Run the last micro-batch of an epoch of this size, if the workload may refuse it.
+
+        It may be a single sample, of which BatchNorm may need two, or any size, if the workload
+        has refused others.
+        """
+        last, trials = self.last_micro_batch(batch_size), self.runner.trials
+        if last is None or not (last == 1 or is_selective(trials)):
             return False
-        if any(trial.batch_size == 1 for trial in self.runner.trials):
+        if last == batch_size or any(trial.batch_size == last for trial in trials):
             return False
-        if not self.runner.check_time_for(1):
+        if not self.runner.check_time_for(last):
             return False
-        self.runner.run(1, 1, is_timed=True)
+        self.runner.run(last, 1, is_timed=True)
         return True
+
+    def _is_usable(self, batch_size: int) -> bool:
+        trials = (self.runner.merge(results) for results in self.unrecorded.values())
+        return batch_size not in refused_sizes([*self.runner.trials, *trials]) and self._ends_well(
+            batch_size
+        )
 
     def _ends_well(self, batch_size: int) -> bool:
         """Return False if an epoch ends with a micro-batch that the workload refuses."""
-        return self.last_micro_batch(batch_size) not in {
-            trial.batch_size for trial in self.runner.trials if trial.outcome is Outcome.REFUSED
-        }
+        return self.last_micro_batch(batch_size) not in refused_sizes(self.runner.trials)
 
     @property
     def _usable(self) -> list[int]:

@@ -40,6 +40,10 @@ class Subject(Protocol):
         """The first batch size to try."""
 
     @property
+    def own_batch_size(self) -> int | None:
+        """The user's own batch size; None if it is not known."""
+
+    @property
     def can_accumulate(self) -> bool:
         """True if the workload can accumulate gradients."""
 

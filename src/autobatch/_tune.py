@@ -24,7 +24,9 @@ from autobatch._report.latency import latency_notes, nothing_within, too_slow_re
 from autobatch._report.notes import notes
 from autobatch._report.result import Bound, TuningResult, tightest_bound
 from autobatch._search.guided import GuidedBisection
+from autobatch._search.multiples import next_multiple
 from autobatch._throughput.curve import Throughput, add_to_curve, measure_throughput
+from autobatch._trials.refusals import is_selective
 from autobatch._trials.runner import Accumulation, TrialRunner
 from autobatch.errors import AutobatchError, DoesNotFitError, ShortTrialError
 
@@ -64,7 +66,8 @@ def tune(
         curve_seconds: Most seconds for the throughput curve; 0 for no curve.
     """
     accumulation = accumulation_of(subject, settings, context.ranks.world_size)
-    runner = TrialRunner(subject.workload, accumulation, settings, context)
+    own_size = own_batch_size(subject, known, context.ranks)
+    runner = TrialRunner(subject.workload, accumulation, settings, context, own_size)
     runner.start()
     check_same_arguments(subject, settings, known, context.ranks)
     sizes = search_range(subject, settings, context.ranks)
@@ -102,6 +105,12 @@ def accumulation_of(subject: Subject, settings: Settings, world_size: int) -> Ac
         target=target,
         world_size=world_size,
     )
+
+
+def own_batch_size(subject: Subject, known: BatchPlan | None, ranks: Ranks) -> int | None:
+    """Return the user's own batch size, of rank 0: an error at this size is the user's."""
+    own, *_ = ranks.gather(subject.own_batch_size)
+    return own if known is None else known.micro_batch_size
 
 
 def samples_per_rank(accumulation: Accumulation) -> int | None:
@@ -220,6 +229,7 @@ def find_largest_fit(
             high = min(sizes.high, trial.batch_size)
             bound = Bound(high, too_slow_reason(too_slow, latency.limit))
             sizes = SearchRange(sizes.start, high, bound)
+    runner.raise_first_refusal(is_timed=is_timed)
     return sizes
 
 
@@ -246,8 +256,10 @@ def _next_size(
 
 
 def _proposal(search: Search, runner: TrialRunner, sizes: SearchRange) -> int | None:
-    start = min(sizes.start, sizes.high)
-    return search.propose(runner.trials, start=start, high=sizes.high, budget=runner.budget)
+    trials, start = runner.trials, min(sizes.start, sizes.high)
+    if is_selective(trials):
+        return next_multiple(trials, sizes.high)
+    return search.propose(trials, start=start, high=sizes.high, budget=runner.budget)
 
 
 def _check_size_is_used(trial: Trial, trials: Sequence[Trial]) -> None:

@@ -151,7 +151,9 @@ AutoBatch(
     search=Bisection(),
     device=SimulatedAccelerator("2GiB", foreign="1GiB"),
     batch_arg_name="micro_batch_size",
+    evaluate=True,
 )
+assert_type(callback.reports, dict[str, TuningReport])
 AutoBatch(latency_limit=0.1, percentile=95)
 
 

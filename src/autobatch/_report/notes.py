@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from textwrap import shorten
 from typing import TYPE_CHECKING, Final
 
 from autobatch._memory import format_bytes
@@ -15,12 +16,14 @@ if TYPE_CHECKING:
     from autobatch._report.result import TuningResult
     from autobatch._throughput import CurvePoint
     from autobatch._throughput.loading import Loading
+    from autobatch._trials import Trial
 
 _CROWDED: Final = 0.1  # share of device memory held by other processes that is worth a note
 _TIGHT: Final = 0.05  # share of available memory; with less to spare, little more fits
 _SAME_SPEED: Final = 0.05  # relative difference of speeds within the noise of their timing
 _SCATTERED: Final = 0.3  # relative spread of single updates that hides differences of sizes
 _WAITING: Final = 0.1  # share of time spent on data that more workers would save
+_MOST_OF_ERROR: Final = 160  # characters
 _LEAST_MEASURED: Final = 0.5  # seconds; data loading over less time is noise
 
 
@@ -261,10 +264,19 @@ def _refused(result: TuningResult) -> str | None:
     """Note sizes that the workload refuses, unless training fails because of them."""
     if not result.refused or result.last_samples in result.refused:
         return None
-    return (
-        f"The workload itself refused batch_size={max(result.refused)} with an error other than "
-        "out of memory; only larger sizes run."
+    first_of_class = {_class_of(trial): trial for trial in reversed(result.refusals)}
+    errors = "; ".join(
+        shorten(trial.error or "unknown error", _MOST_OF_ERROR, placeholder=" …")
+        for trial in reversed(first_of_class.values())
     )
+    return (
+        f"The workload itself raised an error at batch_size={_listed(result.refused)}, so only "
+        f"sizes that ran are used ({errors})."
+    )
+
+
+def _class_of(trial: Trial) -> str:
+    return (trial.error or "").partition(":")[0]
 
 
 def _scattered(result: TuningResult) -> str | None:

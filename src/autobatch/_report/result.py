@@ -99,8 +99,13 @@ class TuningResult:
     @property
     def refused(self) -> list[int]:
         """Sizes for which the workload raised an error of its own."""
+        return [trial.batch_size for trial in self.refusals]
+
+    @property
+    def refusals(self) -> list[Trial]:
+        """Latest trial of each of these sizes."""
         trials = latest_by_size(self.trials)
-        return [trial.batch_size for trial in trials if trial.outcome is Outcome.REFUSED]
+        return [trial for trial in trials if trial.outcome is Outcome.REFUSED]
 
     @property
     def speeds(self) -> dict[int, SpeedRow]:

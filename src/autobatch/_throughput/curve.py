@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from autobatch._throughput import CurvePoint
 from autobatch._throughput.loading import Loading, loading_watch
+from autobatch._trials.refusals import is_selective
 from autobatch._trials.timing import time_updates
 
 if TYPE_CHECKING:
@@ -85,7 +86,9 @@ def measure_throughput(runner: TrialRunner, samples: int | None, seconds: float)
         return Throughput()
     with runner.time_limit.excluded():
         timer = _UpdateTimer(runner, seconds)
-        sizes = curve_sizes(runner.fitting, samples)
+        sizes = runner.fitting
+        if not is_selective(runner.trials):
+            sizes = curve_sizes(sizes, samples)
         unrecorded = _run_missing(sizes, timer)
         tried = {trial.batch_size: trial for trial in runner.trials if trial.fits}
         tried |= {size: runner.merge(results) for size, results in unrecorded.items()}
@@ -167,7 +170,7 @@ class _UpdateTimer:
         return self.runner.time_limit.now - self._began + seconds <= self.seconds
 
     def time_turn(self, batch_size: int) -> Timing | None:
-        """Return the timing of the slowest rank; None if one of them ran out of memory."""
+        """Return the timing of the slowest rank; None if the size failed on one of them."""
         with self.runner.on_every_rank(batch_size):
             turns = self.runner.gather(self._turn_here(batch_size))
         known = [turn for turn in turns if turn is not None]
@@ -194,6 +197,7 @@ class _UpdateTimer:
                 batch_size,
                 accumulate=self.runner.accumulation.in_trial(batch_size),
                 enough=enough_updates,
+                may_be_refused=self.runner.may_be_refused(batch_size),
                 context=self.runner.context,
             )
         if timing is None:

@@ -14,7 +14,7 @@ class Outcome(StrEnum):
     FIT = "fit"
     OVER_BUDGET = "over_budget"
     OUT_OF_MEMORY = "out_of_memory"
-    REFUSED = "refused"  # an error of the workload below another size: too few samples for it
+    REFUSED = "refused"  # an error of the workload at another size than the user's own
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from autobatch._trials import Outcome, Trial
 from autobatch._trials.timing import time_restarted, time_steps
-from autobatch._trials.workload import OomCleanup, RunningWorkload, uses_torch_compile
-from autobatch.errors import AutobatchError
+from autobatch._trials.workload import FailureCleanup, RunningWorkload, uses_torch_compile
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,7 +44,7 @@ def run_trial(
         accumulate: Micro-batches per optimizer step.
         steps: Optimizer steps to run.
         is_timed: Whether to run the steps once more if watching memory slows them down.
-        may_be_refused: Whether an error of the workload means that the size is too small for it.
+        may_be_refused: Whether any error of the workload fails the size, and not only memory.
         context: Resources of the trials.
 
     Raises:
@@ -54,45 +53,43 @@ def run_trial(
         Exception: Any other error of the workload, with a note.
     """
     probe = context.probe
-    trial = Trial(batch_size, Outcome.OUT_OF_MEMORY, accumulate=accumulate)
+    trial = Trial(batch_size, Outcome.FIT, accumulate=accumulate)
+    failure = FailureCleanup(batch_size, probe, may_be_refused=may_be_refused)
 
     def enough(update_seconds: Sequence[float]) -> bool:
         # The first step allocates optimizer state, and is slower: it is not timed
         return len(update_seconds) >= max(1, steps - 1)
 
-    try:
-        with OomCleanup(batch_size, probe) as oom:
-            if _cudnn_selects_algorithms(probe):
-                _let_cudnn_select(trial, workload, context)
-            probe.release()
-            budget = context.budget.read()
-            before = probe.read()
-            run = RunningWorkload(workload, batch_size, accumulate)
-            # A generator must be closed under the modes it was started under
-            with probe.limited(budget) as watch, contextlib.closing(run):
-                with context.on_first_use():
-                    warm_up(run, watch, context)
-                    warm = probe.read()
-                    is_eager = watch is not None or not uses_torch_compile()
-                    if is_eager:
-                        timing = time_steps(run, enough, watch, context)
-                if not is_eager:
-                    run.step()  # hooks are gone: modules that ran eagerly until now compile
+    with failure:
+        if _cudnn_selects_algorithms(probe):
+            _let_cudnn_select(trial, workload, context)
+        probe.release()
+        budget = context.budget.read()
+        before = probe.read()
+        run = RunningWorkload(workload, batch_size, accumulate)
+        # A generator must be closed under the modes it was started under
+        with probe.limited(budget) as watch, contextlib.closing(run):
+            with context.on_first_use():
+                warm_up(run, watch, context)
+                warm = probe.read()
+                is_eager = watch is not None or not uses_torch_compile()
+                if is_eager:
                     timing = time_steps(run, enough, watch, context)
-            measured = measure_memory(trial, run, before, warm, watch, context)
-            if not measured.fits:
-                return measured
-            if watch is not None and is_timed:
-                # The watch slows every operator down: time again without it
-                timing = time_restarted(workload, batch_size, accumulate, enough, context)
-            return measure_time(measured, timing)
-    except AutobatchError:
-        raise
-    except Exception as error:
-        if not may_be_refused:
-            raise
-        return replace(trial, outcome=Outcome.REFUSED, error=repr(error))
-    return replace(trial, error=oom.message)
+            if not is_eager:
+                run.step()  # hooks are gone: modules that ran eagerly until now compile
+                timing = time_steps(run, enough, watch, context)
+    if failure.outcome is not None:
+        return replace(trial, outcome=failure.outcome, error=failure.message)
+    measured = measure_memory(trial, run, before, warm, watch, context)
+    if not measured.fits:
+        return measured
+    if watch is not None and is_timed:
+        # The watch slows every operator down: time again without it
+        with failure:
+            timing = time_restarted(workload, batch_size, accumulate, enough, context)
+        if failure.outcome is not None:
+            return replace(trial, outcome=failure.outcome, error=failure.message)
+    return measure_time(measured, timing)
 
 
 def warm_up(run: RunningWorkload, watch: Watch | None, context: TrialContext) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections import Counter
 from functools import partial
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class OptimizerWatch(Undo):
-    """Counts the optimizer steps that really happen, and times them, by torch's global hooks.
+    """Counts the optimizer steps of this thread, and times them, by torch's global hooks.
 
     In updates within `watching` it also compares them with the backward passes.
     """
@@ -29,6 +30,7 @@ class OptimizerWatch(Undo):
         # Whether the workload should step an optimizer: it trains something
         self.expected = False
         self._clock = clock
+        self._thread = threading.get_ident()
         self._backwards = _BackwardCounter()
         self._steps_by_optimizer: Counter[int] = Counter()
         # Whether an optimizer stepped after each backward pass, for each update that should have
@@ -104,7 +106,7 @@ class OptimizerWatch(Undo):
     def _before(
         self, _: object, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if not self._is_timing:
+        if not self._is_timing or threading.get_ident() != self._thread:
             return None
         self._depth += 1
         if self._depth > 1:
@@ -117,6 +119,8 @@ class OptimizerWatch(Undo):
         return None
 
     def _after(self, optimizer: object, *_: object) -> None:
+        if threading.get_ident() != self._thread:
+            return
         self.steps += 1
         self._steps_by_optimizer[id(optimizer)] += 1
         if not self._is_timing:

@@ -65,6 +65,7 @@ class TrialRunner:
         accumulation: Gradient accumulation of the run.
         settings: Arguments of the run.
         context: Resources of the trials.
+        own_size: The user's own batch size, the same on every rank; None if it is not known.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class TrialRunner:
         accumulation: Accumulation,
         settings: Settings,
         context: TrialContext,
+        own_size: int | None,
     ) -> None:
         self.workload = workload
         self.accumulation = accumulation
@@ -80,6 +82,7 @@ class TrialRunner:
         self.time_limit = TimeLimit(settings.time_limit, 0.0)
         self.is_out_of_time = False  # whether a batch size was left out for lack of time
         self.settings = settings
+        self.own_size = own_size
         self._ranks = context.ranks
         self._results: list[Sequence[Trial]] = []  # of every rank, in the order of the trials
         self._budgets: Sequence[int] = ()  # of every rank, in bytes
@@ -146,8 +149,7 @@ class TrialRunner:
                 accumulate=accumulate,
                 steps=self.settings.steps_per_trial,
                 is_timed=is_timed,
-                # Larger sizes were tried: an error now may mean too few samples, as for BatchNorm
-                may_be_refused=any(batch_size < trial.batch_size for trial in self.trials),
+                may_be_refused=self.may_be_refused(batch_size),
                 context=self.context,
             )
             self.record(self.gather(trial))
@@ -167,10 +169,23 @@ class TrialRunner:
                 accumulate=self.accumulation.in_trial(batch_size),
                 steps=self.settings.steps_per_trial,
                 is_timed=False,
-                may_be_refused=True,
+                may_be_refused=self.may_be_refused(batch_size),
                 context=self.context,
             )
             return self.gather(trial)
+
+    def may_be_refused(self, batch_size: int) -> bool:
+        """Return False for the user's own size, or else the first that ran: errors are theirs."""
+        ran = (trial.batch_size for trial in self.trials if trial.fits)
+        own_size = next(ran, None) if self.own_size is None else self.own_size
+        return batch_size != own_size
+
+    def raise_first_refusal(self, *, is_timed: bool) -> None:
+        """Run the first size again if the workload refused all: then its error is the user's."""
+        trials = self.trials
+        if trials and all(trial.outcome is Outcome.REFUSED for trial in trials):
+            self.own_size = trials[0].batch_size
+            self.run(self.own_size, trials[0].accumulate, is_timed=is_timed)
 
     @contextmanager
     def on_every_rank(self, batch_size: int) -> Iterator[None]:

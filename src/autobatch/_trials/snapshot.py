@@ -131,12 +131,14 @@ class Snapshot(Undo):
     def at_first_forward(self, touched: Callable[[object], None]) -> Iterator[None]:
         """In the body, capture every module before its first forward, and pass it to `touched`.
 
-        Modules are seen by torch's global hook. Compiled modules stay eager meanwhile, since a hook
+        Modules are seen by torch's global hook, those of other threads too, which are left alone:
+        restoring would undo their training. Compiled modules stay eager meanwhile, since a hook
         would break their graphs.
         """
+        thread = threading.get_ident()
 
         def hook(module: object, _: object) -> None:
-            if id(module) not in self._memo.objects:
+            if id(module) not in self._memo.objects and threading.get_ident() == thread:
                 self.capture(module)
                 touched(module)
 
@@ -154,9 +156,10 @@ class Snapshot(Undo):
         Parameters not captured before carry the gradients of this very step: they are restored
         without any.
         """
+        thread = threading.get_ident()
 
         def hook(optimizer: object, *_: object) -> None:
-            if id(optimizer) not in self._memo.objects:
+            if id(optimizer) not in self._memo.objects and threading.get_ident() == thread:
                 with self._saving(Scope(save, gradients=False)) as memo:
                     memo.add(optimizer)
                 touched(optimizer)

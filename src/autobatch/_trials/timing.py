@@ -7,7 +7,7 @@ import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from autobatch._trials.workload import OomCleanup, RunningWorkload, uses_torch_compile
+from autobatch._trials.workload import FailureCleanup, RunningWorkload, uses_torch_compile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -42,23 +42,26 @@ def time_updates(
     *,
     accumulate: int,
     enough: Callable[[Sequence[float]], bool],
+    may_be_refused: bool,
     context: TrialContext,
 ) -> Timing | None:
     """Time optimizer updates of one batch size, within the budget if that costs no time.
 
-    An error other than out-of-memory passes through with a note.
+    An error that does not fail the size passes through with a note.
 
     Args:
         workload: A training loop that yields after every optimizer step.
         batch_size: Samples per forward pass.
         accumulate: Micro-batches per update.
         enough: Called with the seconds of all updates so far, after each.
+        may_be_refused: Whether any error of the workload fails the size, and not only memory.
         context: Resources of the trials.
 
     Returns:
-        The timings; None if memory ran out.
+        The timings; None if the size failed.
     """
-    with OomCleanup(batch_size, context.probe), _within_budget(context):
+    cleanup = FailureCleanup(batch_size, context.probe, may_be_refused=may_be_refused)
+    with cleanup, _within_budget(context):
         return time_restarted(workload, batch_size, accumulate, enough, context)
     return None
 
@@ -131,7 +134,8 @@ def time_calls(
     """
     looks = is_new and not uses_torch_compile()
     looking = context.on_first_use if looks else contextlib.nullcontext
-    with OomCleanup(batch_size, context.probe), _within_budget(context):
+    cleanup = FailureCleanup(batch_size, context.probe, may_be_refused=False)
+    with cleanup, _within_budget(context):
         run = RunningWorkload(workload, batch_size, 1)
         with contextlib.closing(run):
             with looking():

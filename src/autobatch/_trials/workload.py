@@ -1,4 +1,4 @@
-"""The training loop as a counted generator, and the clean-up after out-of-memory."""
+"""The training loop as a counted generator, and the clean-up after a failure."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
 
 from autobatch._memory.oom import is_oom
-from autobatch.errors import ShortTrialError
+from autobatch._trials import Outcome
+from autobatch.errors import AutobatchError, ShortTrialError
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 # (batch size, accumulation) -> a training loop that yields after every optimizer step
 Workload: TypeAlias = Callable[[int, int], Iterator[Any]]
+
+_END: Final = object()
+_PEP_479: Final = "generator raised StopIteration"
 
 
 class RunningWorkload:
@@ -36,15 +40,13 @@ class RunningWorkload:
 
     def step(self) -> None:
         """Take the next optimizer step, of another start if need be."""
-        try:
-            yielded = next(self._iterator)
-        except StopIteration:
+        yielded = _next(self._iterator)
+        if yielded is _END:
             self._iterator = self._start()
             self.starts += 1
-            try:
-                yielded = next(self._iterator)
-            except StopIteration:
-                raise self._too_short() from None
+            yielded = _next(self._iterator)
+            if yielded is _END:
+                raise self._too_short()
         self.steps += 1
         count = _as_count(yielded)
         if count is not None:
@@ -64,6 +66,21 @@ class RunningWorkload:
         )
 
 
+def _next(iterator: Iterator[Any]) -> Any:
+    """Advance a workload, and return `_END` at its end.
+
+    A StopIteration of a step is raised as it is, not as the RuntimeError that Python makes of it in
+    a generator (PEP 479).
+    """
+    try:
+        return next(iterator, _END)
+    except RuntimeError as error:
+        if not isinstance(error.__cause__, StopIteration) or str(error) != _PEP_479:
+            raise
+        stopped = error.__cause__
+    raise stopped
+
+
 def _as_count(yielded: Any) -> int | None:
     """Return a yielded number of samples, an int or one of numpy's; None for other objects."""
     if isinstance(yielded, bool) or not hasattr(yielded, "__index__"):
@@ -74,16 +91,19 @@ def _as_count(yielded: Any) -> int | None:
         return None
 
 
-class OomCleanup:
-    """A context manager that ends an out-of-memory error, and frees everything the step held.
+class FailureCleanup:
+    """A context manager that ends the error of a failed size, and frees everything the step held.
 
-    Other errors pass through, with a note that names the batch size.
+    An error fails the size if memory ran out, or if the workload may refuse the size. Other errors,
+    and those of autobatch itself, pass through with a note that names the batch size.
     """
 
-    def __init__(self, batch_size: int, probe: MemoryProbe) -> None:
-        self.message: str | None = None  # first line of the out-of-memory error
+    def __init__(self, batch_size: int, probe: MemoryProbe, *, may_be_refused: bool) -> None:
+        self.outcome: Outcome | None = None  # of a size that failed
+        self.message: str | None = None  # class and first line of the error
         self._batch_size = batch_size
         self._probe = probe
+        self._may_be_refused = may_be_refused
 
     def __enter__(self) -> Self:
         return self
@@ -96,15 +116,24 @@ class OomCleanup:
     ) -> bool:
         if error is None:
             return False
-        if not isinstance(error, Exception) or not is_oom(error):
+        self.outcome = self._outcome_of(error)
+        if self.outcome is None or not isinstance(error, Exception):
             error.add_note(f"autobatch was trying batch_size={self._batch_size}")
             return False
         self.message = f"{type(error).__name__}: {error}".partition("\n")[0]
-        free_after_oom(error, self._probe)
+        free_after_failure(error, self._probe)
         return True
 
+    def _outcome_of(self, error: BaseException) -> Outcome | None:
+        if not isinstance(error, Exception):
+            return None
+        if is_oom(error):
+            return Outcome.OUT_OF_MEMORY
+        is_ours = isinstance(error, AutobatchError)
+        return Outcome.REFUSED if self._may_be_refused and not is_ours else None
 
-def free_after_oom(error: Exception, probe: MemoryProbe) -> None:
+
+def free_after_failure(error: Exception, probe: MemoryProbe) -> None:
     """Free everything that a failed step holds, and return its memory to the device."""
     _clear_frames(error)
     _empty_autograd(probe)

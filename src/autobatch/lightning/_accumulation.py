@@ -27,7 +27,7 @@ from autobatch._report.accumulation_notes import (
     repeated_closures,
 )
 from autobatch._trials.batches import listed, row_counts
-from autobatch._trials.workload import free_after_oom
+from autobatch._trials.workload import free_after_failure
 from autobatch.errors import AutobatchError
 from autobatch.lightning._dataloaders import samples_of
 from autobatch.lightning._workloads import on_device
@@ -112,7 +112,7 @@ class SplittingTest:
             return self._measured(size)
         except Exception as error:
             _log.debug("Splitting a batch was not tested: %r", error)
-            free_after_oom(error, self.probe)
+            free_after_failure(error, self.probe)
             return None
         finally:
             self.snapshot.restore()

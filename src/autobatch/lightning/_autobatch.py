@@ -17,7 +17,12 @@ from autobatch._undo import Undo
 from autobatch.errors import AutobatchError, FixedBatchSizeError
 from autobatch.lightning._accumulation import LastWindowCorrection, check_switch
 from autobatch.lightning._apply import apply, apply_between_epochs
-from autobatch.lightning._attribute import check_attribute, checked_name
+from autobatch.lightning._attribute import (
+    FormerBatchSize,
+    check_attribute,
+    checked_name,
+    set_batch_size_attribute,
+)
 from autobatch.lightning._checks import (
     check,
     check_alone,
@@ -26,6 +31,7 @@ from autobatch.lightning._checks import (
     check_lightning,
     check_trainer,
     checked_epochs,
+    checked_evaluate,
     why_idle,
 )
 from autobatch.lightning._compat import (
@@ -112,6 +118,12 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             batch sampler is set.
         retune_at_epochs: Epochs at whose start it tunes again, for the same effective batch size:
             for callbacks such as BackboneFinetuning, which let more of the model train.
+        evaluate: True tunes `validate`, `test` and `predict` of the Trainer too, as `latency_limit`
+            does: to the largest batch that fits, or with a target only if their own batch does not.
+
+    Attributes:
+        reports: The last report of each method of the Trainer: "fit", "validate", "test" and
+            "predict".
 
     Raises:
         ValueError: An argument has a bad value.
@@ -140,9 +152,10 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         worst_case: Callable[[int], Any] | None = None,
         set_batch_size: Callable[[DataLoader[Any], int], None] | None = None,
         retune_at_epochs: Sequence[int] = (),
+        evaluate: bool = False,
     ) -> None:
         super().__init__()
-        self.report: TuningReport | None = None
+        self.reports: dict[str, TuningReport] = {}
         settings = Settings.checked(
             target_batch_size=target_batch_size,
             memory_limit=memory_limit,
@@ -164,10 +177,16 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             set_batch_size=checked_setter(set_batch_size),
         )
         self._epochs = checked_epochs(retune_at_epochs)
+        self._evaluates = checked_evaluate(evaluate) or latency_limit is not None
         self._last: TunedFit | None = None  # of the previous fit, or of `tune`
         self._trained: TuningReport | None = None  # with the plan that training follows
         self._only_tunes = False
         self._run = Run()
+
+    @property
+    def report(self) -> TuningReport | None:
+        """The report of `fit`; before any `fit`, that of the last evaluation."""
+        return self.reports.get("fit") or next(reversed(self.reports.values()), None)
 
     def tune(
         self,
@@ -219,22 +238,24 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             undo.add(partial(setattr, self, "_only_tunes", False))
             undo.add(self._undo_run)
             trainer.callbacks = [self, *others]
-            self.report = self._last = None
+            self.reports.pop(method, None)
             self._only_tunes = True
             getattr(trainer, method)(model, *loaders, datamodule=datamodule)
-        if self.report is None:
+        if method not in self.reports:
             raise AutobatchError(f"Nothing was tuned: {method} ended before its first batch.")
-        return self.report
+        return self.reports[method]
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Move to the front, so that other callbacks see the tuned loader and optimizers."""
+        # Without the checkpoint of the previous run: LearningRateFinder loads one that it saved
+        # itself
+        self._run = Run()
+        if stage != "fit" and not (self._evaluates or self._only_tunes):
+            return
         check_alone(self, trainer.callbacks)
         check_latency(self._arguments.settings, stage)
         others = (callback for callback in trainer.callbacks if callback is not self)
         trainer.callbacks = [self, *others]
-        # Without the checkpoint of the previous run: LearningRateFinder loads one that it saved
-        # itself
-        self._run = Run()
         check_lightning(trainer)
         if stage == "fit":
             self._run.before_optimizers.watch(trainer)
@@ -268,12 +289,13 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         if checkpoint is not None:
             checkpoint.check_target(self._arguments.settings)
         check_attribute(pl_module, self._arguments.batch_arg_name)
-        known_at = partial(known_at_start, self._known, checkpoint, self._last)
+        last = None if self._only_tunes else self._last
+        known_at = partial(known_at_start, self._known, checkpoint, last)
         before = self._plan_before(trainer)
         tuned = tune_training(trainer, pl_module, self._arguments, known_at, before)
         self._last = TunedFit(tuned.report, tuned.fingerprint)
         if self._only_tunes:
-            self._end_run(trainer, tuned.report)
+            self._end_run(trainer, "fit", tuned.report)
         apply(
             tuned.report.plan,
             trainer,
@@ -292,8 +314,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             if self._epochs:
                 retune = partial(self._retune, trainer, pl_module)
                 self._run.replace(before_epochs(trainer, self._epochs, retune))
-        if self.report is not None:
-            log_report(self.report, trainer)
+            log_report(self.reports["fit"], trainer)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Count samples from the start of the epoch."""
@@ -331,10 +352,10 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         loading = self._run.timer.loading
         noise = next((c for c in trainer.callbacks if isinstance(c, NoiseScale)), None)
         measured = {"loading": loading, "noise": noise.reading if noise else None}
-        self.report = self._trained = self._trained.model_copy(update=measured)
+        self.reports["fit"] = self._trained = self._trained.model_copy(update=measured)
         refresh_report(self._trained, trainer)
         if noise is not None:
-            self._show(trainer, self._trained, sinks.completed_on_console)
+            self._show(trainer, "fit", sinks.completed_on_console)
         elif (note := waiting(loading)) and trainer.is_global_zero:
             _log.warning("%s", note)
 
@@ -378,7 +399,8 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             self._run.window = LastWindowCorrection(tuned.report.plan.micro_batch_size)
         if tuned.validation_sizes is not None:
             self._resize_validation(trainer, tuned.validation_sizes)
-        self._show(trainer, tuned.report)
+        self.reports["fit"] = tuned.report
+        self._show(trainer, "fit", sinks.console)
 
     def _resize_validation(self, trainer: Any, batch_sizes: Sequence[int]) -> None:
         if "validation" in self._run.loaders:
@@ -392,7 +414,8 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         """Tune before validation, testing or prediction asks for its loaders."""
         if trainer.fast_dev_run and not self._only_tunes:
             return
-        module = trainer.lightning_module
+        module, name = trainer.lightning_module, self._arguments.batch_arg_name
+        check_attribute(module, name)
         try:
             tuned = tune_evaluation(trainer, module, self._arguments, stage)
         except FixedBatchSizeError as error:
@@ -401,11 +424,15 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             _log.warning("%s runs its loaders as they are: %s", stage.name, error)
             return
         if self._only_tunes:
-            self._end_run(trainer, tuned.report)
+            self._end_run(trainer, stage.name, tuned.report)
         source = data_source(stage.loop_of(trainer))
         rebatched = self._run.loaders[stage.name] = Rebatched(source, tuned.batch_sizes)
         rebatched.start()
-        self._show(trainer, tuned.report)
+        if tuned.is_changed:
+            self._run.attribute = FormerBatchSize(module, name)
+            set_batch_size_attribute(module, name, tuned.batch_sizes[0])
+        self.reports[stage.name] = tuned.report
+        self._show(trainer, stage.name, sinks.console)
 
     def _rebatched(self, trainer: Any, tuned: Tuned) -> Rebatched:
         """Return the training loaders of a plan; the run undoes them from now on."""
@@ -421,13 +448,12 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             return plan
         return None
 
-    def _end_run(self, trainer: Any, report: TuningReport) -> None:
+    def _end_run(self, trainer: Any, method: str, report: TuningReport) -> None:
         """End the run as Lightning's own tuner does, which leaves the Trainer finished."""
-        self.report = report
+        self.reports[method] = report
         raise Imported.TUNER_EXIT.of(trainer)
 
-    def _show(self, trainer: Any, report: TuningReport, show: sinks.Sink = sinks.console) -> None:
-        self.report = report
+    def _show(self, trainer: Any, method: str, show: sinks.Sink) -> None:
         if trainer.is_global_zero:
-            sinks.log(report)
-            show(report)
+            sinks.log(self.reports[method])
+            show(self.reports[method])

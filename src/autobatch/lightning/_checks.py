@@ -77,6 +77,16 @@ def checked_epochs(epochs: Iterable[int]) -> frozenset[int]:
     return frozenset(epochs)
 
 
+def checked_evaluate(evaluate: object) -> bool:
+    """Return `evaluate`; `ValueError` if it is neither True nor False."""
+    if not isinstance(evaluate, bool):
+        raise ValueError(
+            f"evaluate={evaluate!r} is not a switch; give True to tune validate, test and predict, "
+            "or False to leave them as they are."
+        )
+    return evaluate
+
+
 def check_launcher(trainer: Trainer) -> None:
     """Raise `AutobatchError` if training runs in processes that return nothing to this one."""
     method = start_method(trainer.strategy)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from autobatch._report import TuningReport
     from autobatch.lightning._accumulation import LastWindowCorrection
+    from autobatch.lightning._attribute import FormerBatchSize
     from autobatch.lightning._dataloaders import Rebatched
     from autobatch.lightning._resume import Checkpoint
     from autobatch.lightning._trainer import Trainer
@@ -32,6 +33,7 @@ class Run:
         timer: Measures the waiting time for the training loader.
         before_optimizers: State from before the optimizers were created.
         patches: Methods of the loops that are replaced; `replace` adds to them.
+        attribute: The former batch size of the module, while an evaluation runs with another.
     """
 
     checkpoint: Checkpoint | None = None
@@ -41,6 +43,7 @@ class Run:
     timer: DataLoaderTimer = field(default_factory=DataLoaderTimer)
     before_optimizers: BeforeOptimizers = field(default_factory=BeforeOptimizers)
     patches: list[patched] = field(default_factory=list)
+    attribute: FormerBatchSize | None = None
 
     @property
     def is_tuned(self) -> bool:
@@ -78,6 +81,9 @@ class Run:
         while self.loaders:
             next(reversed(self.loaders.values())).undo()
             self.loaders.popitem()
+        if self.attribute is not None:
+            self.attribute.restore()
+            self.attribute = None
 
 
 def before_epochs(trainer: Trainer, epochs: frozenset[int], act: Callable[[], None]) -> patched:

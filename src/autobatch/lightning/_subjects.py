@@ -84,6 +84,10 @@ class LightningTraining:
         return self.loaders.batch_size
 
     @property
+    def own_batch_size(self) -> int:
+        return self.loaders.batch_size
+
+    @property
     def max_samples_per_update(self) -> int | None:
         """Samples of an epoch: Lightning steps at its end, whatever the accumulation."""
         return self.loaders.samples
@@ -177,6 +181,10 @@ class LightningEvaluation:
     @property
     def name(self) -> str:
         return f"{_class_name(self.module)} · {self.stage.name} · {self.trainer.precision}"
+
+    @property
+    def own_batch_size(self) -> int:
+        return self.loaders.batch_size
 
     @property
     def environment(self) -> dict[str, str]:

@@ -17,7 +17,11 @@ from autobatch._trials.snapshot import Snapshot
 from autobatch._tune import known_plan, tune
 from autobatch.errors import AutobatchError, DoesNotFitError, FixedBatchSizeError
 from autobatch.lightning._accumulation import SplittingTest, batches_trained, check_repairable
-from autobatch.lightning._attribute import batch_size_restored, set_batch_size_attribute
+from autobatch.lightning._attribute import (
+    batch_size_restored,
+    has_batch_size_attribute,
+    set_batch_size_attribute,
+)
 from autobatch.lightning._compat import data_source
 from autobatch.lightning._dataloaders import Loaders
 from autobatch.lightning._isolation import on_new_loops, without_collectives
@@ -72,14 +76,21 @@ class Tuned:
     Args:
         report: The report.
         batch_sizes: Batch size of each loader.
+        own_sizes: The ones they had.
         fingerprint: Of the model and the data, in training.
         validation_sizes: Batch size of each validation loader; None if they stay as they are.
     """
 
     report: TuningReport
     batch_sizes: tuple[int, ...]
+    own_sizes: tuple[int, ...]
     fingerprint: str = ""
     validation_sizes: tuple[int, ...] | None = None
+
+    @property
+    def is_changed(self) -> bool:
+        """True if a loader gets another batch size."""
+        return self.batch_sizes != self.own_sizes
 
 
 def tune_training(
@@ -105,7 +116,7 @@ def tune_training(
     validation = data_source(trainer.fit_loop.epoch_loop.val_loop)
     max_steps = trainer.max_steps
     with (
-        batch_size_restored(module, arguments.batch_arg_name),
+        batch_size_restored(module, arguments.batch_arg_name) as former,
         trial_context(trainer, module, arguments) as (context, copied_bytes),
     ):
         loaders = Loaders(
@@ -160,11 +171,12 @@ def tune_training(
         known = known_at(subject, fingerprint, _device_id(trainer, context), settings)
         report = verify_or_search(known, subject, settings, context, arguments.search)
         limits.check(report.plan)
-        tuned = Tuned(report, loaders.sizes_at(report.plan.micro_batch_size), fingerprint)
+        sizes = loaders.sizes_at(report.plan.micro_batch_size)
+        tuned = Tuned(report, sizes, loaders.own_sizes, fingerprint)
         if not validates:
             return tuned
-        # A hook may make validation batches of the size in this attribute
-        set_attribute(report.plan.micro_batch_size)
+        # Validation keeps the size that its hook gives it before the plan is applied
+        former.restore()
         return _with_validation(tuned, subject, arguments, validation)
 
 
@@ -177,12 +189,24 @@ def tune_evaluation(trainer: Any, module: Any, arguments: CallbackArguments, sta
         AutobatchError: A loader's batch size cannot be changed.
         DoesNotFitError: No batch size fits.
     """
-    with trial_context(trainer, module, arguments) as (context, _):
+    name = arguments.batch_arg_name
+    with (
+        batch_size_restored(module, name) as former,
+        trial_context(trainer, module, arguments) as (context, _),
+    ):
         loaders = Loaders(trainer, data_source(stage.loop_of(trainer)), mode="sequential")
         settings = _without_target(arguments.settings, loaders.samples)
         samples = Samples(loaders, context.snapshot, arguments.worst_case)
+        steps = EvaluationSteps(trainer, samples, stage, None)
+
+        def evaluate(batch_size: int, accumulate: int) -> Iterator[None]:
+            former.restore()
+            if batch_size != loaders.largest_batch:
+                set_batch_size_attribute(module, name, batch_size)
+            yield from steps(batch_size, accumulate)
+
         subject = LightningEvaluation(
-            EvaluationSteps(trainer, samples, stage, None),
+            evaluate,
             trainer,
             module,
             stage,
@@ -194,11 +218,12 @@ def tune_evaluation(trainer: Any, module: Any, arguments: CallbackArguments, sta
         curve_seconds = _settings.DEFAULTS.curve_seconds
         if arguments.settings.target_batch_size is not None:
             report = _own_or_smaller(subject, context, arguments.search, curve_seconds)
-            return Tuned(report, _own_or_smaller_sizes(loaders, report))
+            return Tuned(report, _own_or_smaller_sizes(loaders, report), loaders.own_sizes)
         report = tune(
             subject, settings, context, arguments.search, known=None, curve_seconds=curve_seconds
         )
-        return Tuned(report, loaders.sizes_at(report.plan.micro_batch_size))
+        sizes = loaders.sizes_at(report.plan.micro_batch_size)
+        return Tuned(report, sizes, loaders.own_sizes)
 
 
 @contextmanager
@@ -308,12 +333,16 @@ def _with_validation(
         ) from error
     size, own = found.plan.micro_batch_size, loaders.largest_batch
     report = tuned.report.model_copy(update={"validation_batch_size": size})
-    if size == own:
+    if size != own:
+        report = _noted(
+            report,
+            f"Validation runs batches of {size:,} instead of {own:,}: more do not fit beside "
+            "training.",
+        )
+    elif not has_batch_size_attribute(training.module, arguments.batch_arg_name):
         return replace(tuned, report=report)
-    note = (
-        f"Validation runs batches of {size:,} instead of {own:,}: more do not fit beside training."
-    )
-    return replace(tuned, report=_noted(report, note), validation_sizes=loaders.sizes_at(size))
+    sizes = _own_or_smaller_sizes(loaders, found)
+    return replace(tuned, report=report, validation_sizes=sizes)
 
 
 def _own_or_smaller(
