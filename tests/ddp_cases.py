@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import autobatch
-from autobatch import _settings
+from autobatch import _distributed, _settings
 from autobatch._distributed import current_ranks
 from autobatch.testing import PaperDevice, SimulatedAccelerator
 
@@ -102,6 +102,15 @@ class Explodes(Model):
         if self.global_rank == 1 and self.steps == 1:
             raise ZeroDivisionError("mine")
         return super().training_step(batch, batch_idx)
+
+
+class LoadsOnce(Model):
+    """Its own error on one rank alone, when the optimizers are made again for the plan."""
+
+    def train_dataloader(self):
+        if self.global_rank == 1 and self.hparams.batch_size != 4:
+            raise ZeroDivisionError("mine")
+        return super().train_dataloader()
 
 
 class Contrastive(Model):
@@ -285,6 +294,35 @@ def exploding():
     return {"error": None}
 
 
+def loading():
+    try:
+        trainer(tuner()).fit(LoadsOnce(source="hook"))
+    except (ZeroDivisionError, autobatch.AutobatchError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def uneven():
+    """`find` with shards of different lengths around the target."""
+    device = PaperDevice("1MiB", per_sample=2000)
+    lengths = (230, 250)
+    report = autobatch.find(
+        device.workload, target_batch_size=240, dataset_size=lengths[RANK], device=device
+    )
+    return report.plan
+
+
+def missing():
+    """Only one rank tunes; afterwards the ranks count differently, so this is the last case."""
+    _distributed._LONGEST_WAIT = timedelta(seconds=2)
+    if RANK == 1:
+        return None
+    try:
+        with current_ranks():
+            return None
+    except autobatch.AutobatchError as error:
+        return str(error)
+
+
 def aborting():
     """Let rank 1 fail in a gather, between two, after the last, and nested; return all errors."""
 
@@ -448,6 +486,9 @@ CASES = {
     "aborting": aborting,
     "standalone": standalone,
     "answering": answering,
+    "loading": loading,
+    "uneven": uneven,
+    "missing": missing,
 }
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import DataLoader
 
 from autobatch import sinks
+from autobatch._distributed import current_ranks
 from autobatch._report.notes import waiting
 from autobatch._settings import Settings
 from autobatch._trials.snapshot import Snapshot
@@ -292,18 +293,21 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         last = None if self._only_tunes else self._last
         known_at = partial(known_at_start, self._known, checkpoint, last)
         before = self._plan_before(trainer)
-        tuned = tune_training(trainer, pl_module, self._arguments, known_at, before)
-        self._last = TunedFit(tuned.report, tuned.fingerprint)
+        # Until the plan is applied: a rank that fails stops the others before they train
+        with current_ranks() as ranks, ranks.abort_together():
+            tuned = tune_training(trainer, pl_module, self._arguments, known_at, before)
+            self._last = TunedFit(tuned.report, tuned.fingerprint)
+            if not self._only_tunes:
+                apply(
+                    tuned.report.plan,
+                    trainer,
+                    pl_module,
+                    self._arguments.batch_arg_name,
+                    self._rebatched(trainer, tuned),
+                    self._run.before_optimizers,
+                )
         if self._only_tunes:
             self._end_run(trainer, "fit", tuned.report)
-        apply(
-            tuned.report.plan,
-            trainer,
-            pl_module,
-            self._arguments.batch_arg_name,
-            self._rebatched(trainer, tuned),
-            self._run.before_optimizers,
-        )
         self._run.first_report = tuned.report
         self._continue_with(trainer, tuned)
 
