@@ -104,15 +104,6 @@ class Explodes(Model):
         return super().training_step(batch, batch_idx)
 
 
-class LoadsOnce(Model):
-    """Its own error on one rank alone, when the optimizers are made again for the plan."""
-
-    def train_dataloader(self):
-        if self.global_rank == 1 and self.hparams.batch_size != 4:
-            raise ZeroDivisionError("mine")
-        return super().train_dataloader()
-
-
 class Contrastive(Model):
     """Compares samples with each other, and on one rank takes whole batches alone."""
 
@@ -292,13 +283,6 @@ def exploding():
         same = all(torch.equal(state[name], value) for name, value in model.state_dict().items())
         return {"error": f"{type(error).__name__}: {error}", "unchanged": same}
     return {"error": None}
-
-
-def loading():
-    try:
-        trainer(tuner()).fit(LoadsOnce(source="hook"))
-    except (ZeroDivisionError, autobatch.AutobatchError) as error:
-        return f"{type(error).__name__}: {error}"
 
 
 def uneven():
@@ -486,7 +470,6 @@ CASES = {
     "aborting": aborting,
     "standalone": standalone,
     "answering": answering,
-    "loading": loading,
     "uneven": uneven,
     "missing": missing,
 }

@@ -8,6 +8,7 @@ import autobatch
 from autobatch._find import PlainLoop
 from autobatch._memory import memory_budget
 from autobatch._trials.measure import run_trial
+from autobatch._trials.reachable import Watched
 from autobatch._tune import tune
 from autobatch.report import Settings
 from contexts import IdenticalRanks, trial_context
@@ -74,14 +75,14 @@ def tuned(device, *, world_size, **settings):
         "memory_limit": 0.9,
         "steps_per_trial": 2,
         "percentile": None,
+        "prefer": "largest",
     }
     checked = Settings.checked(**options | settings)
     with trial_context(device, ranks=IdenticalRanks(world_size)) as context:
         return tune(
-            PlainLoop(device.workload, True, checked, context),
+            PlainLoop(device.workload, True, checked, context, Watched(device.workload, ())),
             checked,
             context,
             autobatch.GuidedBisection(),
             known=None,
-            curve_seconds=0.0,
         )

@@ -129,7 +129,6 @@ def job(tmp_path_factory):
         "answering",
         "everything",
         "noise",
-        "loading",
         "uneven",
         "missing",
     )
@@ -199,14 +198,6 @@ def test_an_error_on_one_rank_is_raised_on_all(job):
     assert second["error"] == "ZeroDivisionError: mine"
     assert first["unchanged"]
     assert second["unchanged"]
-
-
-@needs_lightning
-def test_a_loader_that_fails_on_one_rank_stops_all(job):
-    first, second = (rank["loading"] for rank in job)
-
-    assert first == "AutobatchError: Rank 1 stopped: ZeroDivisionError: mine"
-    assert second == "ZeroDivisionError: mine"
 
 
 @needs_lightning

@@ -58,6 +58,12 @@ def completed(report: TuningReport) -> Page:
     )
 
 
+def resumed(report: TuningReport) -> str:
+    """Return the line of a run that goes on with a plan, which one trial has verified."""
+    took = duration(report.search_seconds)
+    return f"autobatch · {product(report.plan)} · resumed, verified by one trial in {took}"
+
+
 def _header(report: TuningReport) -> tuple[str, ...]:
     device = f"{plain(report.device.name)} {format_bytes(report.device.total)}"
     timed = len(report.curve or report.latencies)
@@ -107,6 +113,14 @@ def _among_sizes(report: TuningReport) -> str:
     if len(sizes) == 1:
         return "the only size tried"
     largest, bound = report.largest_fit or 0, _bound(report)
+    is_smaller = report.plan.micro_batch_size < largest
+    if (
+        is_smaller
+        and bound
+        and largest >= bound.batch_size
+        and report.settings.target_batch_size is None
+    ):
+        return f"{largest:,} fits too; larger sizes not sought"
     if (bound and largest >= bound.batch_size) or _is_ended_by_latency(report, largest):
         return "larger sizes not sought"
     if largest == report.plan.micro_batch_size:

@@ -1,18 +1,179 @@
-"""Objects that a workload can reach."""
+"""Objects that a workload can reach, and changes of those that no snapshot restores."""
 
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
-from typing import Final
+from collections import deque
+from dataclasses import dataclass
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+LARGE: Final = 1000  # entries; a larger container holds data rather than state
+# Types of values without parts that a trial could change
+PLAIN: Final = frozenset({int, float, complex, bool, str, bytes, type(None)})
+_CONTAINERS: Final = (list, set, deque, dict)
+_MOST: Final = 20_000  # values that are looked at
+_DEEPEST: Final = 12  # steps from the workload to a value
 # Also where they are imported from a checkout
 _LIBRARIES: Final = frozenset({"torch", "numpy", "lightning", "pytorch_lightning", "autobatch"})
 # Base classes of the standard library that hold no state
 _STATELESS: Final = frozenset({"builtins", "abc", "typing"})
+
+
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """A value that a workload can reach.
+
+    Args:
+        name: The name in the user's code, such as `holder.average`.
+        value: The value.
+        depth: Number of steps from the workload to the value.
+        is_variable: Whether it is a variable or an attribute of the user.
+    """
+
+    name: str
+    value: Any
+    depth: int
+    is_variable: bool = False
+
+    def part(self, name: str, value: Any) -> Reached:
+        """Return a part that has no name of its own."""
+        return Reached(name, value, self.depth + 1)
+
+    def variable(self, name: str, value: Any) -> Reached:
+        """Return a value that has a name of its own."""
+        return Reached(name, value, self.depth + 1, is_variable=True)
+
+
+def reachable(workload: Callable[..., Any]) -> list[Reached]:
+    """Return what a workload can reach, the nearest first.
+
+    That is its arguments, closure, globals and object; functions and classes of the user that are
+    among these, and their globals; attributes and entries of all of them. Objects of libraries
+    are not opened, except some of torch, and neither are containers of more than 1,000 entries.
+    """
+    pending = deque([Reached("", workload, 0)])
+    found: list[Reached] = []
+    opened: set[int] = set()
+    while pending and len(found) < _MOST:
+        reached = pending.popleft()
+        found.append(reached)
+        if type(reached.value) in PLAIN or id(reached.value) in opened:
+            continue
+        opened.add(id(reached.value))
+        if reached.depth < _DEEPEST:
+            pending.extend(_parts(reached))
+    return found
+
+
+def _parts(reached: Reached) -> Iterator[Reached]:
+    value = reached.value
+    if isinstance(value, functools.partial):
+        yield reached.part(reached.name, value.func)
+        arguments = [*enumerate(value.args), *value.keywords.items()]
+        yield from (reached.part(str(key), each) for key, each in arguments)
+    elif isinstance(value, MethodType):
+        yield reached.part(reached.name, value.__func__)
+        yield reached.part("self", value.__self__)
+    elif isinstance(value, FunctionType):
+        if reached.depth == 0 or is_own_module(value.__module__ or ""):
+            yield from _variables_of(reached, value)
+    elif isinstance(value, type):
+        if is_own_module(value.__module__):
+            yield from _attributes_of_class(reached, value)
+    elif isinstance(value, (list, tuple, set, deque, dict)):
+        if len(value) <= LARGE:
+            entries = value.items() if isinstance(value, dict) else enumerate(value)
+            yield from (reached.part(f"{reached.name}[{key!r}]", each) for key, each in entries)
+    elif isinstance(value, torch.nn.Module):
+        # Its state is captured with all that it holds; its methods may use globals
+        kinds = dict.fromkeys(map(type, value.modules()))
+        yield from (reached.part(kind.__name__, kind) for kind in kinds)
+    elif not isinstance(value, (torch.Tensor, torch.optim.Optimizer, ModuleType)):
+        yield from _attributes_of_object(reached, value)
+
+
+def _variables_of(reached: Reached, function: FunctionType) -> Iterator[Reached]:
+    """Yield the free variables, globals, defaults and attributes of a function."""
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        yield reached.variable(name, _content(cell))
+    names = _names(function.__code__)
+    known = function.__globals__
+    for name in names:
+        value = known.get(name)
+        if not isinstance(value, ModuleType):
+            yield reached.variable(name, value)
+        elif is_own_module(value.__name__):
+            its = [each for each in names if each in vars(value)]
+            yield from (reached.variable(f"{name}.{each}", vars(value)[each]) for each in its)
+    defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    for each in (*defaults, *vars(function).values()):
+        yield reached.part(f"{function.__name__}()", each)
+
+
+def _names(code: CodeType) -> list[str]:
+    """Return the names of globals and attributes in a function and the functions inside it."""
+    inner = [each for each in code.co_consts if isinstance(each, CodeType)]
+    return list(dict.fromkeys([*code.co_names, *(name for one in inner for name in _names(one))]))
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # a variable yet to come
+        return None
+
+
+def _attributes_of_class(reached: Reached, kind: type) -> Iterator[Reached]:
+    for key, value in vars(kind).items():
+        name = f"{kind.__name__}.{key}"
+        method = getattr(value, "__func__", getattr(value, "fget", None))
+        if isinstance(value, FunctionType) or method is not None:
+            yield reached.part(name, method or value)
+        elif not (key.startswith("__") and key.endswith("__")):
+            yield reached.variable(name, value)
+    yield from (reached.part(base.__name__, base) for base in kind.__bases__)
+
+
+def _attributes_of_object(reached: Reached, value: Any) -> Iterator[Reached]:
+    attributes, kind = attributes_of(value) or {}, type(value)
+    name, is_restored = reached.name or "self", has_state_dict(value)
+    if reached.depth == 0 or is_own_module(kind.__module__):
+        kept = reached.part if is_restored else reached.variable
+        yield from (kept(f"{name}.{key}", each) for key, each in attributes.items())
+        yield reached.part(kind.__name__, kind)
+    elif _is_of_torch(kind) or is_restored:
+        # A running iterator of a loader holds samples and workers
+        names = [key for key in attributes if key != "_iterator"]
+        yield from (reached.part(f"{name}.{key}", attributes[key]) for key in names)
+
+
+def _is_of_torch(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] == "torch"
+
+
+def attributes_of(thing: object) -> dict[str, Any] | None:
+    """Return the attributes of an object; None for classes, functions, and without writable ones."""
+    if isinstance(thing, (type, ModuleType)) or inspect.isroutine(thing):
+        return None
+    attributes = getattr(thing, "__dict__", None)
+    return attributes if isinstance(attributes, dict) else None
+
+
+def has_state_dict(value: object) -> bool:
+    """Return True for objects with a state that can be saved and loaded."""
+    # Some DataLoaders have a state_dict that starts their workers
+    if isinstance(value, (DataLoader, type)):
+        return False
+    return hasattr(value, "state_dict") and hasattr(value, "load_state_dict")
 
 
 def is_plain_object(value: object) -> bool:
@@ -38,3 +199,53 @@ def is_own_module(name: str) -> bool:
     module = sys.modules.get(root)
     paths = [getattr(module, "__file__", None), *getattr(module, "__path__", ())]
     return not any("-packages" in str(path) for path in paths)
+
+
+class Watched:
+    """Variables, attributes and containers of the user, to see which of them change.
+
+    Their values are not held: a tensor that training would free must not stay on the device.
+
+    Args:
+        workload: A function.
+        restored: Objects that are restored, besides those with a state_dict.
+    """
+
+    def __init__(self, workload: Callable[..., Any], restored: Sequence[Any]) -> None:
+        self._workload = workload
+        self._restored = {id(each) for each in restored}
+        self._before = self._observed()
+
+    def changed(self) -> list[str]:
+        """Return the names of those that differ by now."""
+        now = self._observed()
+        return [name for name, before in self._before.items() if now.get(name, before) != before]
+
+    def _observed(self) -> dict[str, Any]:
+        observed: dict[str, Any] = {}
+        for each in reachable(self._workload):
+            is_watched = each.is_variable or isinstance(each.value, _CONTAINERS)
+            if is_watched and id(each.value) not in self._restored:
+                observed.setdefault(each.name, _observation(each.value))
+        return observed
+
+
+def _observation(value: Any) -> tuple[Any, ...]:
+    """Return what differs once a value has changed: entries, writes of a tensor, identity."""
+    if type(value) in PLAIN:
+        return (type(value), value)
+    if isinstance(value, torch.Tensor):
+        # Private name of torch 2.6 to 2.13: how often a tensor was written
+        return (id(value), None if value.is_inference() else value._version)  # noqa: SLF001
+    if not isinstance(value, _CONTAINERS):
+        return (id(value), *(attributes_of(value) or ()))
+    if len(value) > LARGE:
+        return (id(value), len(value))
+    entries = [*value, *(value.values() if isinstance(value, dict) else ())]
+    return (*map(_entry, entries),)
+
+
+def _entry(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return (*map(_entry, value),)
+    return value if type(value) in PLAIN else id(value)

@@ -10,10 +10,18 @@ from torch.utils.data import DataLoader
 from autobatch._trials.snapshot import Snapshot
 from autobatch._undo import Undo
 from autobatch.lightning._attribute import FormerBatchSize, set_batch_size_attribute
-from autobatch.lightning._compat import data_source, forget_combined_loader, patched
-from autobatch.lightning._dataloaders import Loaders, Rebatched, capture_order
+from autobatch.lightning._compat import (
+    combined_loader,
+    data_source,
+    forget_combined_loader,
+    patched,
+)
+from autobatch.lightning._dataloaders import Loaders, Rebatched, capture_order, take_iterator
+from autobatch.lightning._reads import BatchSizeReads
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from autobatch._plan import BatchPlan
     from autobatch.lightning._trainer import Trainer
 
@@ -28,8 +36,9 @@ def apply(
 ) -> None:
     """Make this Trainer train with a plan.
 
-    Optimizers and schedulers are created again, since their learning rates and lengths may depend
-    on the batch size. They start from the random state in which they were created the first time.
+    Optimizers and schedulers are created again if `configure_optimizers` read the batch size, the
+    accumulation or the length of the loader. They then start from the random state in which they
+    were created the first time.
 
     Args:
         plan: The plan.
@@ -50,10 +59,15 @@ def apply(
         accumulate = trainer.accumulate_grad_batches
         undo.add(partial(setattr, trainer, "accumulate_grad_batches", accumulate))
         _set_accumulation(plan, trainer, module)
-        before_optimizers.restore()
+        # A schedule that needs its length has set up the loader already
+        is_read = before_optimizers.read_the_size or combined_loader(trainer.fit_loop) is not None
+        if is_read:
+            before_optimizers.restore()
+        before_optimizers.forget()
         undo.add(FormerBatchSize(module, batch_arg_name).restore)
         set_batch_size_attribute(module, batch_arg_name, plan.micro_batch_size)
-        _recreate_optimizers(trainer)
+        if is_read:
+            _recreate_optimizers(trainer)
         undo.pop_all()  # all went well: the caller undoes it
 
 
@@ -63,13 +77,15 @@ def apply_between_epochs(
     module: Any,
     batch_arg_name: str,
     rebatched: Rebatched,
+    restore_start: Callable[[], bool],
 ) -> None:
     """Make this Trainer continue with another plan in the epoch that starts now.
 
     Optimizers and schedulers stay: they hold the state of training. Lightning asks for the loader
     again, as with `reload_dataloaders_every_n_epochs`; one that was passed to `fit` is the same,
-    and the order of its data continues. After an error the user's loader has its own batch size
-    again, and training ends.
+    and the order of its data continues; in the first epoch, `restore_start` restores the state
+    from which the loader starts, and returns False in a later one. After an error the user's loader
+    has its own batch size again, and training ends.
     """
     fit_loop = trainer.fit_loop
     with Undo() as undo:
@@ -79,9 +95,10 @@ def apply_between_epochs(
         _set_accumulation(plan, trainer, module)
         set_batch_size_attribute(module, batch_arg_name, plan.micro_batch_size)
         with Snapshot() as snapshot:
-            # Lightning 2.6 starts the loader when it sets it up, and again when the epoch runs
             loader = data_source(fit_loop).instance
-            if isinstance(loader, DataLoader):
+            if not restore_start() and isinstance(loader, DataLoader):
+                # Lightning 2.6 starts the loader when it sets it up, and in any epoch but the first
+                # again when the epoch runs
                 capture_order(loader, snapshot)
             forget_combined_loader(fit_loop)
             fit_loop.setup_data()
@@ -108,7 +125,14 @@ def _set_accumulation(plan: BatchPlan, trainer: Trainer, module: Any) -> None:
 
 def _recreate_optimizers(trainer: Trainer) -> None:
     """Call `configure_optimizers` as `Strategy.setup` of Lightning 2.6 does, at the new size."""
-    # A schedule that needs its length has set up the loader already
+    # A schedule that needs its length has set up the loader already, and started its workers: they
+    # start again from the restored random state
+    for loader in getattr(combined_loader(trainer.fit_loop), "flattened", ()):
+        if isinstance(loader, DataLoader):
+            take_iterator(loader)
+    source = data_source(trainer.fit_loop)
+    if isinstance(source.instance, DataLoader):
+        source.dataloader()  # gives the loader its new size, which was restored with its order
     forget_combined_loader(trainer.fit_loop)
     trainer.strategy.setup_optimizers(trainer)
     trainer.strategy.setup_precision_plugin()
@@ -122,10 +146,11 @@ class BeforeOptimizers:
     """
 
     def __init__(self) -> None:
+        self.read_the_size = False  # of a batch, in configure_optimizers
         self._snapshot: Snapshot | None = None
         self._patch: patched | None = None
 
-    def watch(self, trainer: Trainer) -> None:
+    def watch(self, trainer: Trainer, batch_arg_name: str) -> None:
         """Capture the state when `Strategy.setup` of Lightning 2.6 creates the optimizers."""
         self.forget()
         create = trainer.strategy.setup_optimizers
@@ -137,16 +162,18 @@ class BeforeOptimizers:
             loader = data_source(trainer.fit_loop).instance
             if isinstance(loader, DataLoader):
                 capture_order(loader, self._snapshot)
-            return create(*arguments)
+            with BatchSizeReads(trainer, batch_arg_name) as reads:
+                created = create(*arguments)
+            self.read_the_size = reads.happened
+            return created
 
         self._patch = patched(trainer.strategy, setup_optimizers=capture_and_create)
         self._patch.apply()
 
     def restore(self) -> None:
-        """Restore the state that was captured, and drop it."""
+        """Restore the state that was captured."""
         if self._snapshot is not None:
             self._snapshot.restore()
-        self.forget()
 
     def forget(self) -> None:
         """Drop the state that was captured, and capture none."""

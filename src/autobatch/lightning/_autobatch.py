@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import DataLoader
 
 from autobatch import sinks
-from autobatch._distributed import current_ranks
 from autobatch._report.notes import waiting
-from autobatch._settings import Settings
+from autobatch._report.units import plain
+from autobatch._settings import Settings, checked_verbose
 from autobatch._trials.snapshot import Snapshot
 from autobatch._tune import checked_search, known_plan
 from autobatch._undo import Undo
@@ -46,14 +46,16 @@ from autobatch.lightning._dataloaders import (
     capture_order,
     checked_setter,
 )
-from autobatch.lightning._isolation import silenced
+from autobatch.lightning._hooks import FIT_START
 from autobatch.lightning._loggers import log_report, refresh_report
 from autobatch.lightning._noise_scale import NoiseScale
 from autobatch.lightning._resume import Checkpoint, PriorPlan, TunedFit, known_at_start
 from autobatch.lightning._run import Run, before_epochs
-from autobatch.lightning._trial_data import checked_worst_case
+from autobatch.lightning._silence import silenced
+from autobatch.lightning._trial_data import NoDataError, checked_worst_case
 from autobatch.lightning._tuning import CallbackArguments, tune_evaluation, tune_training
 from autobatch.lightning._workloads import STAGES, before_data, loaders_for
+from autobatch.testing import named_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -85,25 +87,30 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
 
     Args:
         target_batch_size: Samples per optimizer update, over all ranks; overrides an accumulation
-            set in the Trainer. None: the largest micro-batch that fits, with the accumulation of
-            the Trainer.
+            set in the Trainer. None: as `prefer` says, with the accumulation of the Trainer.
         memory_limit: A float up to 1.0 is a share of the device, less the memory of other
             processes. An int is bytes, and so is text such as "10GiB": the limit of this process,
             if other processes leave that much.
+        prefer: Without a target, "fast" takes the smallest micro-batch within 5 % of the fastest
+            that fits, or the size of the loader if that is as fast; "largest" takes the largest
+            that fits.
         max_micro_batch_size: The largest micro-batch to consider, in samples.
         plan: A known plan, or the report file that holds one: verified by one trial instead of a
             search.
         steps_per_trial: Optimizer steps per trial.
         time_limit: Seconds for the search; the best size verified by then is taken. None: no limit.
-            Timing sizes has up to 20 seconds of its own.
+        timing_seconds: Further seconds for timing sizes, which ends as soon as the choice is
+            settled. 0: no timing; the largest sizes are taken. None: at most 20, and at most a
+            tenth of the training that the Trainer plans.
         search: The search strategy; None: `GuidedBisection()`.
-        device: The device whose memory is read: a name such as "cuda:1", or a probe. None: the
-            device of the model.
+        device: The device whose memory is read: a name such as "cuda:1", "simulated:2GiB" for one
+            on the CPU (`autobatch.testing`), or a probe. None: the device of the model.
         latency_limit: For `validate`, `test` and `predict`: seconds within which a step has to
             answer a batch, including the copy to the device. The steps are timed one by one, and
             the largest batch that is answered in time is taken.
         percentile: Percent of the steps that have to be answered in time; None: 99. Only with
             `latency_limit`.
+        verbose: Whether the progress of tuning and the report are printed.
         batch_arg_name: The attribute or hyperparameter of the module or datamodule that holds the
             batch size, if any; with dots for one inside of another, such as "data.batch_size".
         repair_last_window: True gives the last update of an epoch, which may have fewer samples
@@ -140,14 +147,17 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         *,
         target_batch_size: int | None = None,
         memory_limit: float | str = 0.9,
+        prefer: str = "fast",
         max_micro_batch_size: int | None = None,
         plan: BatchPlan | str | Path | None = None,
         steps_per_trial: int = 3,
         time_limit: float | None = 300,
+        timing_seconds: float | None = None,
         search: Search | None = None,
         device: str | MemoryProbe | None = None,
         latency_limit: float | None = None,
         percentile: float | None = None,
+        verbose: bool = True,
         batch_arg_name: str = "batch_size",
         repair_last_window: bool = False,
         worst_case: Callable[[int], Any] | None = None,
@@ -160,9 +170,11 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         settings = Settings.checked(
             target_batch_size=target_batch_size,
             memory_limit=memory_limit,
+            prefer=prefer,
             max_micro_batch_size=max_micro_batch_size,
             steps_per_trial=steps_per_trial,
             time_limit=time_limit,
+            timing_seconds=timing_seconds,
             dataset_size=None,
             latency_limit=latency_limit,
             percentile=percentile,
@@ -171,11 +183,12 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         self._arguments = CallbackArguments(
             settings=settings,
             search=checked_search(search),
-            device=device,
+            device=named_device(device),
             worst_case=checked_worst_case(worst_case),
             repairs=check_switch(repair_last_window),
             batch_arg_name=checked_name(batch_arg_name),
             set_batch_size=checked_setter(set_batch_size),
+            verbose=checked_verbose(verbose),
         )
         self._epochs = checked_epochs(retune_at_epochs)
         self._evaluates = checked_evaluate(evaluate) or latency_limit is not None
@@ -259,7 +272,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         trainer.callbacks = [self, *others]
         check_lightning(trainer)
         if stage == "fit":
-            self._run.before_optimizers.watch(trainer)
+            self._run.before_optimizers.watch(trainer, self._arguments.batch_arg_name)
         else:
             evaluate = partial(self._tune_evaluation, trainer, STAGES[stage])
             self._run.replace(before_data(trainer, STAGES[stage], evaluate))
@@ -280,10 +293,8 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Tune, and make the Trainer train with the plan."""
         reason = why_idle(trainer)
-        if reason and self._only_tunes:
-            raise AutobatchError(f"Nothing was tuned: {reason}.")
         if reason:
-            _log.info("%s: the batch size is left as it is", reason)
+            self._stay_idle(reason)
             return
         checkpoint = self._run.checkpoint
         check(trainer, pl_module, checkpoint)
@@ -293,21 +304,23 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         last = None if self._only_tunes else self._last
         known_at = partial(known_at_start, self._known, checkpoint, last)
         before = self._plan_before(trainer)
-        # Until the plan is applied: a rank that fails stops the others before they train
-        with current_ranks() as ranks, ranks.abort_together():
-            tuned = tune_training(trainer, pl_module, self._arguments, known_at, before)
-            self._last = TunedFit(tuned.report, tuned.fingerprint)
-            if not self._only_tunes:
-                apply(
-                    tuned.report.plan,
-                    trainer,
-                    pl_module,
-                    self._arguments.batch_arg_name,
-                    self._rebatched(trainer, tuned),
-                    self._run.before_optimizers,
-                )
+        try:
+            tuned = tune_training(trainer, pl_module, self._arguments, known_at, before, FIT_START)
+        except NoDataError:
+            self._stay_idle("there is nothing to train on")
+            return
+        self._last = TunedFit(tuned.report, tuned.fingerprint)
         if self._only_tunes:
             self._end_run(trainer, "fit", tuned.report)
+        self._run.before_data.watch(trainer)
+        apply(
+            tuned.report.plan,
+            trainer,
+            pl_module,
+            self._arguments.batch_arg_name,
+            self._rebatched(trainer, tuned),
+            self._run.before_optimizers,
+        )
         self._run.first_report = tuned.report
         self._continue_with(trainer, tuned)
 
@@ -315,9 +328,8 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         """Write the report beside the logs, now that the loggers have created their directory."""
         if self._run.is_tuned:
             self._run.loaders["train"].check_used(trainer.train_dataloader)
-            if self._epochs:
-                retune = partial(self._retune, trainer, pl_module)
-                self._run.replace(before_epochs(trainer, self._epochs, retune))
+            look = partial(self._before_epoch, trainer, pl_module)
+            self._run.replace(before_epochs(trainer, look))
             log_report(self.reports["fit"], trainer)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
@@ -327,8 +339,11 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the time and the samples of a batch."""
+        """Count the time and the samples of a batch, and look at memory after the first step."""
         self._run.start_batch(trainer, batch, batch_idx)
+        if self._run.steps_before is not None and trainer.global_step > self._run.steps_before:
+            self._run.steps_before = None
+            self._look_beside(trainer)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Do not count validation as waiting for the loader."""
@@ -374,16 +389,42 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
     def _undo_run(self) -> None:
         self._run.undo()
 
-    def _retune(self, trainer: Any, module: Any) -> None:
+    def _before_epoch(self, trainer: Any, module: Any) -> None:
+        """Tune again where the user wants it, or where callbacks hold memory that trials lacked."""
+        run, epoch = self._run, trainer.current_epoch
+        reason = f"Tuned again at epoch {epoch}, for the effective batch of"
+        if run.is_to_compare or epoch in self._epochs:
+            excess = run.beside.excess(trainer) if run.beside is not None else None
+            if excess or epoch in self._epochs:
+                self._retune(trainer, module, f"{excess} {reason}" if excess else reason)
+            run.is_to_compare, run.steps_before = False, trainer.global_step
+        run.before_data.forget()
+
+    def _look_beside(self, trainer: Any) -> None:
+        """Warn if callbacks hold memory since the first step that makes training run out of it."""
+        if self._trained is None or self._run.beside is None:
+            return
+        if excess := self._run.beside.excess(trainer):
+            self._run.is_to_compare = True
+            note = f"{excess} The next epoch is tuned again, if training reaches it."
+            _log.warning("%s", note)
+            notes = (*self._trained.notes, note)
+            update = {"notes": notes}
+            self.reports["fit"] = self._trained = self._trained.model_copy(update=update)
+            refresh_report(self._trained, trainer)
+
+    def _stay_idle(self, reason: str) -> None:
+        if self._only_tunes:
+            raise AutobatchError(f"Nothing was tuned: {reason}.")
+        _log.info("%s: the batch size is left as it is", reason)
+
+    def _retune(self, trainer: Any, module: Any, reason: str) -> None:
         """Tune again in the middle of training, for the effective batch size it started with."""
         if self._run.first_report is None or self._trained is None:
             return
         target = self._run.first_report.plan.effective_batch_size
-        note = (
-            f"Tuned again at epoch {trainer.current_epoch}, for the effective batch of {target:,}."
-        )
-        known = PriorPlan(target=target, note=note)
-        tuned = tune_training(trainer, module, self._arguments, lambda *_: known, None)
+        known = PriorPlan(target=target, note=f"{reason} {target:,}.")
+        tuned = tune_training(trainer, module, self._arguments, lambda *_: known, None, ())
         if tuned.report.plan != self._trained.plan:
             self._run.loaders["train"].undo()
             apply_between_epochs(
@@ -392,6 +433,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
                 module,
                 self._arguments.batch_arg_name,
                 self._rebatched(trainer, tuned),
+                self._run.before_data.restore,
             )
         self._continue_with(trainer, tuned)
         log_report(tuned.report, trainer)
@@ -399,12 +441,13 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
     def _continue_with(self, trainer: Any, tuned: Tuned) -> None:
         """Train with a plan that was applied."""
         self._trained = tuned.report
+        self._run.beside = tuned.beside
         if self._arguments.repairs:
             self._run.window = LastWindowCorrection(tuned.report.plan.micro_batch_size)
         if tuned.validation_sizes is not None:
             self._resize_validation(trainer, tuned.validation_sizes)
         self.reports["fit"] = tuned.report
-        self._show(trainer, "fit", sinks.console)
+        self._show(trainer, "fit", self._sink_for(tuned.report))
 
     def _resize_validation(self, trainer: Any, batch_sizes: Sequence[int]) -> None:
         if "validation" in self._run.loaders:
@@ -422,6 +465,9 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         check_attribute(module, name)
         try:
             tuned = tune_evaluation(trainer, module, self._arguments, stage)
+        except NoDataError:
+            self._stay_idle("there is no data")
+            return
         except FixedBatchSizeError as error:
             if self._only_tunes:
                 raise
@@ -457,7 +503,23 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         self.reports[method] = report
         raise Imported.TUNER_EXIT.of(trainer)
 
+    def _sink_for(self, report: TuningReport) -> sinks.Sink:
+        """Return the sink of a report: a run that goes on with a known plan has shown it before."""
+        checkpoint = self._run.checkpoint
+        is_resumed = (
+            checkpoint is not None and checkpoint.plan == report.plan and len(report.trials) == 1
+        )
+        return sinks.resumed_on_console if is_resumed else sinks.console
+
     def _show(self, trainer: Any, method: str, show: sinks.Sink) -> None:
-        if trainer.is_global_zero:
-            sinks.log(self.reports[method])
-            show(self.reports[method])
+        if not trainer.is_global_zero:
+            return
+        report = self.reports[method]
+        sinks.log(report)
+        if not self._arguments.verbose:
+            return
+        try:
+            show(report)
+        except Exception as error:  # standard output may be closed, or its disk full
+            level = logging.DEBUG if show is sinks.completed_on_console else logging.WARNING
+            _log.log(level, "The report could not be printed: %s", plain(repr(error)))

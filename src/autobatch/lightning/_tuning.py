@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from autobatch import _settings, sinks
+from autobatch import sinks
 from autobatch._distributed import current_ranks
 from autobatch._memory.detect import detect
 from autobatch._plan import BatchPlan
@@ -22,17 +22,24 @@ from autobatch.lightning._attribute import (
     has_batch_size_attribute,
     set_batch_size_attribute,
 )
+from autobatch.lightning._beside import (
+    BesideTraining,
+    bytes_of_callbacks,
+    tensors_of_callbacks,
+)
 from autobatch.lightning._compat import data_source
 from autobatch.lightning._dataloaders import Loaders
+from autobatch.lightning._hooks import users_callbacks
 from autobatch.lightning._isolation import on_new_loops, without_collectives
 from autobatch.lightning._resume import DeviceId, PriorPlan, fingerprint_of
+from autobatch.lightning._shown import show_validation
 from autobatch.lightning._subjects import LightningEvaluation, LightningTraining
 from autobatch.lightning._trainer_notes import TrainerLimits, checked_copy_bytes
-from autobatch.lightning._trial_data import Samples
+from autobatch.lightning._trial_data import NoDataError, Samples
 from autobatch.lightning._workloads import VALIDATION, EvaluationSteps, TrainingSteps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from autobatch._memory import MemoryProbe
     from autobatch._report import TuningReport
@@ -58,6 +65,7 @@ class CallbackArguments:
         repairs: Whether the last accumulation window of an epoch is corrected.
         batch_arg_name: Name of the batch size in the module or its datamodule.
         set_batch_size: Sets the batch size of a loader; None for the default way.
+        verbose: Whether progress and report are printed.
     """
 
     settings: Settings
@@ -67,6 +75,7 @@ class CallbackArguments:
     repairs: bool
     batch_arg_name: str
     set_batch_size: SetBatchSize | None
+    verbose: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +88,8 @@ class Tuned:
         own_sizes: The ones they had.
         fingerprint: Of the model and the data, in training.
         validation_sizes: Batch size of each validation loader; None if they stay as they are.
+        held_by_callbacks: Bytes on the device that callbacks held in trials; None if their hooks
+            ran in trials, so that peaks count all that they make.
     """
 
     report: TuningReport
@@ -86,6 +97,16 @@ class Tuned:
     own_sizes: tuple[int, ...]
     fingerprint: str = ""
     validation_sizes: tuple[int, ...] | None = None
+    held_by_callbacks: int | None = None
+
+    @property
+    def beside(self) -> BesideTraining | None:
+        """Memory of callbacks that training is compared with."""
+        plan = self.report.plan
+        peaks = [t.peak for t in self.report.trials if t.batch_size == plan.micro_batch_size]
+        if self.held_by_callbacks is None or not peaks or peaks[-1] is None:
+            return None
+        return BesideTraining(self.held_by_callbacks, peaks[-1], self.report.budget)
 
     @property
     def is_changed(self) -> bool:
@@ -99,10 +120,17 @@ def tune_training(
     arguments: CallbackArguments,
     known_at: KnownAt,
     trained: BatchPlan | None,
+    start_hooks: Sequence[str],
 ) -> Tuned:
     """Find a plan for training, and a validation batch size that fits beside it; restore all state.
 
-    `trained` is the plan that was trained with until now; None for that of loader and Trainer.
+    Args:
+        trainer: The Trainer.
+        module: The module.
+        arguments: Arguments of the callback.
+        known_at: Gives the plan that is known before a search.
+        trained: The plan that was trained with until now; None for that of loader and Trainer.
+        start_hooks: Hooks of the module that training has still to call before its first batch.
 
     Raises:
         AutobatchError: A loader's batch size cannot be changed, or an argument of the Trainer
@@ -111,13 +139,11 @@ def tune_training(
     """
     if arguments.repairs:
         check_repairable(trainer, module)
-    # Read now: new loops, which replace the Trainer's own while trials run, have none of these
     validates = trainer.enable_validation
-    validation = data_source(trainer.fit_loop.epoch_loop.val_loop)
-    max_steps = trainer.max_steps
     with (
         batch_size_restored(module, arguments.batch_arg_name) as former,
         trial_context(trainer, module, arguments) as (context, copied_bytes),
+        ExitStack() as ends,
     ):
         loaders = Loaders(
             trainer,
@@ -128,21 +154,27 @@ def tune_training(
         accumulate = trainer.accumulate_grad_batches
         limits = TrainerLimits(
             trainer,
-            max_steps,
+            trainer.max_steps,
+            trainer.max_epochs,
             validates=validates,
             batches=loaders.batches,
             samples=partial(_samples_trained, trainer, loaders),
             before=trained or BatchPlan(loaders.batch_size, accumulate, trainer.world_size),
         )
-        samples = Samples(loaders, context.snapshot, arguments.worst_case)
+        samples = ends.enter_context(
+            Samples(loaders, context.snapshot, module.device, arguments.worst_case)
+        )
+        samples.check()
         set_attribute = partial(set_batch_size_attribute, module, arguments.batch_arg_name)
-        workload = TrainingSteps(trainer, samples, set_attribute)
+        workload = TrainingSteps(
+            trainer, loaders, samples, set_attribute, start_hooks, context.snapshot
+        )
+        show_validation(trainer)
         splits = SplittingTest(
             trainer,
             module,
             samples,
             workload,
-            set_attribute,
             context.probe,
             arguments.settings.memory_limit,
             context.snapshot,
@@ -169,15 +201,22 @@ def tune_training(
             context.optimizers.look_at(module)
         fingerprint = fingerprint_of(subject)
         known = known_at(subject, fingerprint, _device_id(trainer, context), settings)
+        planned = known.plan.effective_batch_size if known.plan else None
+        workload.target = known.target or planned or settings.target_batch_size
         report = verify_or_search(known, subject, settings, context, arguments.search)
         limits.check(report.plan)
-        sizes = loaders.sizes_at(report.plan.micro_batch_size)
-        tuned = Tuned(report, sizes, loaders.own_sizes, fingerprint)
+        tuned = Tuned(
+            report,
+            loaders.sizes_at(report.plan.micro_batch_size),
+            loaders.own_sizes,
+            fingerprint,
+            held_by_callbacks=None if workload.runs_callbacks else bytes_of_callbacks(trainer),
+        )
         if not validates:
             return tuned
         # Validation keeps the size that its hook gives it before the plan is applied
         former.restore()
-        return _with_validation(tuned, subject, arguments, validation)
+        return _with_validation(tuned, subject, arguments)
 
 
 def tune_evaluation(trainer: Any, module: Any, arguments: CallbackArguments, stage: Stage) -> Tuned:
@@ -193,11 +232,15 @@ def tune_evaluation(trainer: Any, module: Any, arguments: CallbackArguments, sta
     with (
         batch_size_restored(module, name) as former,
         trial_context(trainer, module, arguments) as (context, _),
+        ExitStack() as ends,
     ):
         loaders = Loaders(trainer, data_source(stage.loop_of(trainer)), mode="sequential")
         settings = _without_target(arguments.settings, loaders.samples)
-        samples = Samples(loaders, context.snapshot, arguments.worst_case)
-        steps = EvaluationSteps(trainer, samples, stage, None)
+        samples = ends.enter_context(
+            Samples(loaders, context.snapshot, module.device, arguments.worst_case)
+        )
+        samples.check()
+        steps = EvaluationSteps(trainer, loaders, samples, stage, None, context.snapshot)
 
         def evaluate(batch_size: int, accumulate: int) -> Iterator[None]:
             former.restore()
@@ -215,13 +258,10 @@ def tune_evaluation(trainer: Any, module: Any, arguments: CallbackArguments, sta
             samples,
             loaders.batch_size,
         )
-        curve_seconds = _settings.DEFAULTS.curve_seconds
         if arguments.settings.target_batch_size is not None:
-            report = _own_or_smaller(subject, context, arguments.search, curve_seconds)
+            report = _own_or_smaller(subject, context, arguments.search)
             return Tuned(report, _own_or_smaller_sizes(loaders, report), loaders.own_sizes)
-        report = tune(
-            subject, settings, context, arguments.search, known=None, curve_seconds=curve_seconds
-        )
+        report = tune(subject, settings, context, arguments.search, known=None)
         sizes = loaders.sizes_at(report.plan.micro_batch_size)
         return Tuned(report, sizes, loaders.own_sizes)
 
@@ -235,15 +275,17 @@ def trial_context(
     Yields the resources of the trials, and the bytes of the copy that is kept on the host.
     """
     probe = detect(arguments.device, module.device)
+    began = probe.clock()
     with (
         current_ranks() as ranks,
         ranks.abort_together(),
         without_collectives(trainer),
         Snapshot() as snapshot,
         OptimizerWatch(probe.clock) as optimizers,
-        sinks.progress() as shown,
+        sinks.progress(verbose=arguments.verbose and ranks.rank == 0) as shown,
         on_new_loops(trainer),
     ):
+        shown.begin("reading batches", None)
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         scalers = [] if scaler is None else [scaler]
@@ -251,9 +293,11 @@ def trial_context(
         copied_bytes, *_ = ranks.gather(checked_copy_bytes(captured, trainer.num_devices))
         snapshot.capture(*captured)
         # Hooks that make the loaders may change the module and the datamodule
-        snapshot.capture_light(trainer.datamodule)
+        # Callbacks are silent, but a step may change their attributes
+        snapshot.capture_light(trainer.datamodule, *users_callbacks(trainer))
         context = TrialContext(
             probe=probe,
+            began=began,
             budget=MemoryBudget(probe, arguments.settings.memory_limit),
             snapshot=snapshot,
             optimizers=optimizers,
@@ -261,6 +305,8 @@ def trial_context(
             ranks=ranks,
             progress=shown,
         )
+        for tensors in tensors_of_callbacks(trainer).values():
+            probe.attach(*tensors)
         yield context, copied_bytes
 
 
@@ -279,15 +325,13 @@ def verify_or_search(
     search: Search,
 ) -> TuningReport:
     """Return the report on a known plan if one trial verifies it, or else on a search."""
-    note, curve_seconds = known.note, _settings.DEFAULTS.curve_seconds
+    note = known.note
     if note is None:  # the user's own
         known_plan(known.plan, settings, world_size=context.ranks.world_size)
     if known.plan is not None:
         noted = replace(subject, first_note=note)
         try:
-            return tune(
-                noted, settings, context, search, known=known.plan, curve_seconds=curve_seconds
-            )
+            return tune(noted, settings, context, search, known=known.plan)
         except DoesNotFitError as error:
             if known.refusal is not None:
                 raise AutobatchError(known.refusal) from error
@@ -300,39 +344,46 @@ def verify_or_search(
     if known.target is not None:
         settings = settings.model_copy(update={"target_batch_size": known.target})
     noted = replace(subject, first_note=note)
-    return tune(noted, settings, context, search, known=None, curve_seconds=curve_seconds)
+    return tune(noted, settings, context, search, known=None)
 
 
 def _with_validation(
-    tuned: Tuned, training: LightningTraining, arguments: CallbackArguments, source: Any
+    tuned: Tuned, training: LightningTraining, arguments: CallbackArguments
 ) -> Tuned:
     """Return the result with the validation batch size that fits beside the state of training."""
     trainer, context = training.trainer, training.context
+    source = data_source(trainer.fit_loop.epoch_loop.val_loop)
     try:
         loaders = Loaders(trainer, source, mode="sequential")
     except FixedBatchSizeError as error:
         return replace(tuned, report=_noted(tuned.report, f"Validation was not tried: {error}"))
     plan = tuned.report.plan
-    samples = Samples(loaders, context.snapshot, None)
+    context.progress.begin_part("validation")
     train = partial(training.workload, plan.micro_batch_size, plan.trial_accumulation)
-    subject = LightningEvaluation(
-        EvaluationSteps(trainer, samples, VALIDATION, train),
-        trainer,
-        training.module,
-        VALIDATION,
-        arguments.settings,
-        loaders,
-        samples,
-        loaders.batch_size,
-    )
     try:
-        found = _own_or_smaller(subject, context, arguments.search, curve_seconds=0.0)
+        with Samples(loaders, context.snapshot, training.module.device) as samples:
+            samples.check()
+            subject = LightningEvaluation(
+                EvaluationSteps(trainer, loaders, samples, VALIDATION, train, context.snapshot),
+                trainer,
+                training.module,
+                VALIDATION,
+                arguments.settings.model_copy(update={"timing_seconds": 0.0, "prefer": "largest"}),
+                loaders,
+                samples,
+                loaders.batch_size,
+            )
+            found = _own_or_smaller(subject, context, arguments.search)
+    except NoDataError:
+        return tuned
     except DoesNotFitError as error:
         raise DoesNotFitError(
             f"Training fits, but validation does not beside it. {error}"
         ) from error
     size, own = found.plan.micro_batch_size, loaders.largest_batch
-    report = tuned.report.model_copy(update={"validation_batch_size": size})
+    report = tuned.report.model_copy(
+        update={"validation_batch_size": size, "search_seconds": context.seconds()}
+    )
     if size != own:
         report = _noted(
             report,
@@ -346,7 +397,7 @@ def _with_validation(
 
 
 def _own_or_smaller(
-    subject: LightningEvaluation, context: TrialContext, search: Search, curve_seconds: float
+    subject: LightningEvaluation, context: TrialContext, search: Search
 ) -> TuningReport:
     """Return the report on the loaders' own size if one trial shows that it fits, or else below."""
     own = subject.loaders.largest_batch
@@ -356,13 +407,13 @@ def _own_or_smaller(
     plan = BatchPlan(own, world_size=context.ranks.world_size)
     subject = replace(subject, settings=settings)
     try:
-        return tune(subject, settings, context, search, known=plan, curve_seconds=curve_seconds)
+        return tune(subject, settings, context, search, known=plan)
     except DoesNotFitError:
         if own == 1:
             raise
     smaller = settings.model_copy(update={"max_micro_batch_size": own - 1})
     below = replace(subject, settings=smaller, start_batch_size=max(1, own // 2))
-    return tune(below, smaller, context, search, known=None, curve_seconds=curve_seconds)
+    return tune(below, smaller, context, search, known=None)
 
 
 def _own_or_smaller_sizes(loaders: Loaders, report: TuningReport) -> tuple[int, ...]:
