@@ -67,7 +67,7 @@ def tune(
         search: Strategy that proposes batch sizes.
         known: A plan to verify instead of a search.
     """
-    accumulation = accumulation_of(subject, settings, context.ranks.world_size)
+    accumulation = accumulation_of(subject, settings, context.ranks)
     own_size = own_batch_size(subject, known, context.ranks)
     runner = TrialRunner(subject.workload, accumulation, settings, context, own_size)
     runner.start()
@@ -99,9 +99,14 @@ def tune(
     )
 
 
-def accumulation_of(subject: Subject, settings: Settings, world_size: int) -> Accumulation:
-    """Return the gradient accumulation of a run, for as much of the target as there is data."""
-    target, most = settings.target_batch_size, subject.max_samples_per_update
+def accumulation_of(subject: Subject, settings: Settings, ranks: Ranks) -> Accumulation:
+    """Return the gradient accumulation of a run, for as much of the target as there is data.
+
+    Ranks may have shards of different lengths; the shortest counts for all of them.
+    """
+    world_size, target = ranks.world_size, settings.target_batch_size
+    lengths = ranks.gather(subject.max_samples_per_update)
+    most = min((length for length in lengths if length is not None), default=None)
     if target is not None and target < world_size:
         raise ValueError(
             f"target_batch_size={target} is less than one sample for each of the {world_size} "
