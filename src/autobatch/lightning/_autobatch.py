@@ -54,6 +54,7 @@ from autobatch.lightning._run import Run, before_epochs
 from autobatch.lightning._trial_data import checked_worst_case
 from autobatch.lightning._tuning import CallbackArguments, tune_evaluation, tune_training
 from autobatch.lightning._workloads import STAGES, before_data, loaders_for
+from autobatch.testing import named_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -85,20 +86,24 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
 
     Args:
         target_batch_size: Samples per optimizer update, over all ranks; overrides an accumulation
-            set in the Trainer. None: the largest micro-batch that fits, with the accumulation of
-            the Trainer.
+            set in the Trainer. None: as `prefer` says, with the accumulation of the Trainer.
         memory_limit: A float up to 1.0 is a share of the device, less the memory of other
             processes. An int is bytes, and so is text such as "10GiB": the limit of this process,
             if other processes leave that much.
+        prefer: Without a target, "fast" takes the smallest micro-batch within 5 % of the fastest
+            that fits, or the size of the loader if that is as fast; "largest" takes the largest
+            that fits.
         max_micro_batch_size: The largest micro-batch to consider, in samples.
         plan: A known plan, or the report file that holds one: verified by one trial instead of a
             search.
         steps_per_trial: Optimizer steps per trial.
         time_limit: Seconds for the search; the best size verified by then is taken. None: no limit.
-            Timing sizes has up to 20 seconds of its own.
+        timing_seconds: Further seconds for timing sizes, which ends as soon as the choice is
+            settled. 0: no timing; the largest sizes are taken. None: at most 20, and at most a
+            tenth of the training that the Trainer plans.
         search: The search strategy; None: `GuidedBisection()`.
-        device: The device whose memory is read: a name such as "cuda:1", or a probe. None: the
-            device of the model.
+        device: The device whose memory is read: a name such as "cuda:1", "simulated:2GiB" for one
+            on the CPU (`autobatch.testing`), or a probe. None: the device of the model.
         latency_limit: For `validate`, `test` and `predict`: seconds within which a step has to
             answer a batch, including the copy to the device. The steps are timed one by one, and
             the largest batch that is answered in time is taken.
@@ -141,10 +146,12 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         *,
         target_batch_size: int | None = None,
         memory_limit: float | str = 0.9,
+        prefer: str = "fast",
         max_micro_batch_size: int | None = None,
         plan: BatchPlan | str | Path | None = None,
         steps_per_trial: int = 3,
         time_limit: float | None = 300,
+        timing_seconds: float | None = None,
         search: Search | None = None,
         device: str | MemoryProbe | None = None,
         latency_limit: float | None = None,
@@ -162,9 +169,11 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         settings = Settings.checked(
             target_batch_size=target_batch_size,
             memory_limit=memory_limit,
+            prefer=prefer,
             max_micro_batch_size=max_micro_batch_size,
             steps_per_trial=steps_per_trial,
             time_limit=time_limit,
+            timing_seconds=timing_seconds,
             dataset_size=None,
             latency_limit=latency_limit,
             percentile=percentile,
@@ -173,7 +182,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         self._arguments = CallbackArguments(
             settings=settings,
             search=checked_search(search),
-            device=device,
+            device=named_device(device),
             worst_case=checked_worst_case(worst_case),
             repairs=check_switch(repair_last_window),
             batch_arg_name=checked_name(batch_arg_name),

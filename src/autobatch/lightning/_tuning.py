@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from autobatch import _settings, sinks
+from autobatch import sinks
 from autobatch._distributed import current_ranks
 from autobatch._memory.detect import detect
 from autobatch._plan import BatchPlan
@@ -116,7 +116,7 @@ def tune_training(
     # Read now: new loops, which replace the Trainer's own while trials run, have none of these
     validates = trainer.enable_validation
     validation = data_source(trainer.fit_loop.epoch_loop.val_loop)
-    max_steps = trainer.max_steps
+    max_steps, max_epochs = trainer.max_steps, trainer.max_epochs
     with (
         batch_size_restored(module, arguments.batch_arg_name) as former,
         trial_context(trainer, module, arguments) as (context, copied_bytes),
@@ -131,6 +131,7 @@ def tune_training(
         limits = TrainerLimits(
             trainer,
             max_steps,
+            max_epochs,
             validates=validates,
             batches=loaders.batches,
             samples=partial(_samples_trained, trainer, loaders),
@@ -217,13 +218,10 @@ def tune_evaluation(trainer: Any, module: Any, arguments: CallbackArguments, sta
             samples,
             loaders.batch_size,
         )
-        curve_seconds = _settings.DEFAULTS.curve_seconds
         if arguments.settings.target_batch_size is not None:
-            report = _own_or_smaller(subject, context, arguments.search, curve_seconds)
+            report = _own_or_smaller(subject, context, arguments.search)
             return Tuned(report, _own_or_smaller_sizes(loaders, report), loaders.own_sizes)
-        report = tune(
-            subject, settings, context, arguments.search, known=None, curve_seconds=curve_seconds
-        )
+        report = tune(subject, settings, context, arguments.search, known=None)
         sizes = loaders.sizes_at(report.plan.micro_batch_size)
         return Tuned(report, sizes, loaders.own_sizes)
 
@@ -237,6 +235,7 @@ def trial_context(
     Yields the resources of the trials, and the bytes of the copy that is kept on the host.
     """
     probe = detect(arguments.device, module.device)
+    began = probe.clock()
     with (
         current_ranks() as ranks,
         ranks.abort_together(),
@@ -257,6 +256,7 @@ def trial_context(
         snapshot.capture_light(trainer.datamodule)
         context = TrialContext(
             probe=probe,
+            began=began,
             budget=MemoryBudget(probe, arguments.settings.memory_limit),
             snapshot=snapshot,
             optimizers=optimizers,
@@ -282,15 +282,13 @@ def verify_or_search(
     search: Search,
 ) -> TuningReport:
     """Return the report on a known plan if one trial verifies it, or else on a search."""
-    note, curve_seconds = known.note, _settings.DEFAULTS.curve_seconds
+    note = known.note
     if note is None:  # the user's own
         known_plan(known.plan, settings, world_size=context.ranks.world_size)
     if known.plan is not None:
         noted = replace(subject, first_note=note)
         try:
-            return tune(
-                noted, settings, context, search, known=known.plan, curve_seconds=curve_seconds
-            )
+            return tune(noted, settings, context, search, known=known.plan)
         except DoesNotFitError as error:
             if known.refusal is not None:
                 raise AutobatchError(known.refusal) from error
@@ -303,7 +301,7 @@ def verify_or_search(
     if known.target is not None:
         settings = settings.model_copy(update={"target_batch_size": known.target})
     noted = replace(subject, first_note=note)
-    return tune(noted, settings, context, search, known=None, curve_seconds=curve_seconds)
+    return tune(noted, settings, context, search, known=None)
 
 
 def _with_validation(
@@ -324,19 +322,21 @@ def _with_validation(
         trainer,
         training.module,
         VALIDATION,
-        arguments.settings,
+        arguments.settings.model_copy(update={"timing_seconds": 0.0, "prefer": "largest"}),
         loaders,
         samples,
         loaders.batch_size,
     )
     try:
-        found = _own_or_smaller(subject, context, arguments.search, curve_seconds=0.0)
+        found = _own_or_smaller(subject, context, arguments.search)
     except DoesNotFitError as error:
         raise DoesNotFitError(
             f"Training fits, but validation does not beside it. {error}"
         ) from error
     size, own = found.plan.micro_batch_size, loaders.largest_batch
-    report = tuned.report.model_copy(update={"validation_batch_size": size})
+    report = tuned.report.model_copy(
+        update={"validation_batch_size": size, "search_seconds": context.seconds()}
+    )
     if size != own:
         report = _noted(
             report,
@@ -350,7 +350,7 @@ def _with_validation(
 
 
 def _own_or_smaller(
-    subject: LightningEvaluation, context: TrialContext, search: Search, curve_seconds: float
+    subject: LightningEvaluation, context: TrialContext, search: Search
 ) -> TuningReport:
     """Return the report on the loaders' own size if one trial shows that it fits, or else below."""
     own = subject.loaders.largest_batch
@@ -360,13 +360,13 @@ def _own_or_smaller(
     plan = BatchPlan(own, world_size=context.ranks.world_size)
     subject = replace(subject, settings=settings)
     try:
-        return tune(subject, settings, context, search, known=plan, curve_seconds=curve_seconds)
+        return tune(subject, settings, context, search, known=plan)
     except DoesNotFitError:
         if own == 1:
             raise
     smaller = settings.model_copy(update={"max_micro_batch_size": own - 1})
     below = replace(subject, settings=smaller, start_batch_size=max(1, own // 2))
-    return tune(below, smaller, context, search, known=None, curve_seconds=curve_seconds)
+    return tune(below, smaller, context, search, known=None)
 
 
 def _own_or_smaller_sizes(loaders: Loaders, report: TuningReport) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import torch
 
 from autobatch._memory.oom import is_oom
+from autobatch._report.tradeoff import unwrapped
 from autobatch.lightning._compat import (
     active_loop,
     before_batch_transfer,
@@ -129,6 +130,7 @@ def _run_manual_optimization(loop: ManualOptimization, arguments: OrderedDict[st
 @contextlib.contextmanager
 def _optimizers_to_step(optimizers: list[Any]) -> Iterator[set[int]]:
     """Yield the ids of optimizers that have not stepped yet; the set shrinks in the body."""
+    optimizers = [unwrapped(optimizer) for optimizer in optimizers]  # a wrapper may have no hooks
     waiting = set(map(id, optimizers))
     hooks = [
         optimizer.register_step_post_hook(lambda stepped, *_: waiting.discard(id(stepped)))
