@@ -397,7 +397,7 @@ def test_a_trial_of_an_evaluation_reads_its_size_from_the_attribute(method):
 
 def test_the_attribute_is_restored_after_an_error_in_an_evaluation():
     class Broken(Model):
-        def on_test_batch_start(self, *_):
+        def on_test_epoch_end(self):
             self.started.append(self.trainer.datamodule.hparams.batch_size)
             raise ZeroDivisionError("mine")
 
@@ -418,7 +418,7 @@ def test_the_attribute_stays_if_an_evaluation_keeps_its_size():
 
     trainer(tuner("2MiB")).test(model, datamodule=made)
 
-    assert seen == [16]
+    assert set(seen) == {16}  # in the trial and in the evaluation
     assert model.sizes == {32, 16}
 
 

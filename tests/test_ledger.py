@@ -235,3 +235,59 @@ def test_a_lazy_parameter_counts_nothing():
     ledger.attach(nn.LazyLinear(4, bias=False))
 
     assert ledger.current == 0
+
+
+class Attention(nn.Module):
+    """Self-attention by a layer of torch, on inputs that a linear layer made under autocast."""
+
+    def __init__(self, kind, *, masked):
+        super().__init__()
+        self.before, self.masked = nn.Linear(16, 16), masked
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        if kind == "layer":
+            self.body = layer
+        elif kind == "encoder":
+            self.body = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        elif kind == "attention":
+            self.body = nn.MultiheadAttention(16, 2, batch_first=True)
+        else:
+            self.body = nn.functional.scaled_dot_product_attention
+
+    def forward(self, x):
+        x = self.before(x) if self.masked else x
+        hidden = torch.zeros(len(x), x.shape[1], dtype=torch.bool)
+        hidden[:, -1:] = True
+        if isinstance(self.body, nn.MultiheadAttention):
+            mask = hidden if self.masked else None
+            return self.body(x, x, x, key_padding_mask=mask, need_weights=False)[0]
+        if isinstance(self.body, nn.Module):
+            return self.body(x, src_key_padding_mask=hidden if self.masked else None)
+        return self.body(x, x, x)
+
+
+@pytest.mark.parametrize("kind", ["layer", "encoder", "attention", "function"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_attention_takes_the_same_kernels_under_the_ledger(kind, masked, autocast, grad):
+    torch.manual_seed(0)
+    model, x = Attention(kind, masked=masked).eval(), torch.randn(3, 5, 16)
+
+    def run():
+        with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return outcome(model, x)
+
+    plain = run()
+    with Ledger().watching(None, 0):
+        watched = run()
+
+    assert type(watched) is type(plain)
+    assert torch.equal(watched, plain) if isinstance(plain, torch.Tensor) else watched == plain
+
+
+def outcome(model, x):
+    """Return the output of a model, or the message of its error."""
+    try:
+        return model(x)
+    except RuntimeError as error:
+        return str(error)

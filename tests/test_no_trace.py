@@ -82,23 +82,32 @@ TRANSFER = [
     "on_before_batch_transfer",
     "on_after_batch_transfer",
 ]
-UPDATE = [
-    "on_before_zero_grad",
-    "on_before_backward",
-    "on_after_backward",
-    "optimizer_step",
-    "on_before_optimizer_step",
-]
+
+
+def around(kind):
+    names = ("model_eval", "start", "epoch_start")
+    start, end = f"on_{kind}_batch_start", f"on_{kind}_batch_end"
+    return [*(f"on_{kind}_{name}" for name in names), *TRANSFER, start, end]
+
+
 IN_TRIALS = {
-    "fit": ["configure_optimizers", *TRANSFER, *UPDATE],
-    "validate": ["on_validation_model_eval", *TRANSFER],
-    "test": ["on_test_model_eval", *TRANSFER],
-    "predict": ["on_predict_model_eval", *TRANSFER],
+    "fit": [
+        "configure_optimizers",
+        *("on_fit_start", "on_train_start", "on_train_epoch_start"),
+        *TRANSFER,
+        "on_train_batch_start",
+        *("on_before_zero_grad", "on_before_backward", "on_after_backward"),
+        "on_train_batch_end",
+        *("optimizer_step", "on_before_optimizer_step"),
+    ],
+    "validate": around("validation"),
+    "test": around("test"),
+    "predict": around("predict"),
 }
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_trials_call_only_the_hooks_of_a_step(run, method):
+def test_trials_call_the_hooks_of_a_step_in_the_order_of_training(run, method):
     run = run()
 
     run.tune(method)

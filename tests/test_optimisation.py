@@ -128,7 +128,8 @@ def test_manual_optimization_without_accumulation_needs_no_note():
 def test_a_trial_lasts_until_every_optimizer_has_stepped(every):
     stepped, model = set(), ByHand(every)
     model.seen = lambda optimizer, size: stepped.add((type(optimizer).__name__, size))
-    callback = tuner(steps_per_trial=1, search=autobatch.Bisection())
+    # At larger sizes an epoch has fewer than seven batches, and the second one never steps
+    callback = tuner(steps_per_trial=1, search=autobatch.Bisection(), max_micro_batch_size=80)
 
     callback.tune(trainer(), model, loader())
 
@@ -170,7 +171,7 @@ def test_out_of_memory_between_toggle_and_untoggle_freezes_nothing():
 
     outcomes = {trial.outcome for trial in callback.report.trials}
     assert autobatch.Outcome.OUT_OF_MEMORY in outcomes
-    assert seen == [before]
+    assert all(each == before for each in seen)  # in each trial and in training
     assert trainable(model) == before
     assert {*before.values()} == {True, False}
 

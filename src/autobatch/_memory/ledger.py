@@ -118,7 +118,8 @@ class Ledger:
             expected = self._expected(func, args, kwargs)
             if expected and self.current + expected > self._limit:
                 raise self._refusal(expected)
-        result = func(*args, **kwargs)
+        with _autocast_of(func):
+            result = func(*args, **kwargs)
         arguments: dict[int, int] | None = None  # collected only if needed
         for storage in _storages_in(result):
             if _key(storage) not in self._entries:
@@ -219,6 +220,25 @@ class _Mode(TorchDispatchMode):
             # A DataLoader worker forked while the mode was on: memory of another process
             return func(*args, **(kwargs or {}))
         return self._ledger.run(func, args, kwargs or {})
+
+
+def _autocast_of(func: Callable[..., Any]) -> contextlib.AbstractContextManager[Any]:
+    """Let autocast act within an operator as it does without a dispatch mode.
+
+    A mode runs below autocast, which then leaves out operators that a kernel calls. Nearly all such
+    kernels are cast as a whole before; under CPU autocast torch 2.13 takes this one, of a
+    `TransformerEncoderLayer` in eval mode, which is not.
+    """
+    if func.name() != "aten::_transformer_encoder_layer_fwd":  # type: ignore[attr-defined]
+        return contextlib.nullcontext()
+    # The state of the thread on entry to the operator has no public name
+    with torch._C._RestorePythonTLSSnapshot():  # type: ignore[attr-defined]
+        excluded = torch._C._dispatch_tls_local_exclude_set()
+    included = torch._C._dispatch_tls_local_include_set()
+    guard: contextlib.AbstractContextManager[Any] = torch._C._ForceDispatchKeyGuard(
+        included, excluded
+    )
+    return guard
 
 
 def _tensors_of(objects: Iterable[Any]) -> Iterator[torch.Tensor]:

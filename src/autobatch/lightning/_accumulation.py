@@ -33,7 +33,7 @@ from autobatch.lightning._dataloaders import samples_of
 from autobatch.lightning._workloads import on_device
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from autobatch._distributed import Ranks
     from autobatch._memory import MemoryProbe
@@ -70,7 +70,6 @@ class SplittingTest:
         module: The trained module.
         samples: Makes the batches.
         steps: Runs the training steps.
-        set_attribute: Sets the attribute of the batch size, which a step may read.
         probe: The device of this rank.
         memory_limit: Share or amount of device memory for the test.
         snapshot: Restores everything that the test changes.
@@ -81,7 +80,6 @@ class SplittingTest:
     module: Any
     samples: Samples
     steps: TrainingSteps
-    set_attribute: Callable[[int], None]
     probe: MemoryProbe
     memory_limit: float | str
     snapshot: Snapshot
@@ -124,7 +122,6 @@ class SplittingTest:
         host_batch = self.samples.ordinary(size)
         if host_batch is None:
             raise UndecidedError("there are too few samples")
-        self.set_attribute(size)
         self.probe.attach(*self.snapshot.alive)
         self.probe.release()
         budget = memory_budget(self.probe.read(), parse_memory_limit(self.memory_limit))
@@ -133,7 +130,9 @@ class SplittingTest:
             eager(),  # this batch size alone is not worth compiling for
             without_dropout(self.module),
             torch.enable_grad(),
+            self.steps.shown(size, 1),
         ):
+            self.steps.start()
             batch = on_device(self.trainer, host_batch, 0)
             return split_gradient(self._gradient, batch, size, threshold=_THRESHOLDS[precision])
 

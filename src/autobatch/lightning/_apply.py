@@ -16,10 +16,12 @@ from autobatch.lightning._compat import (
     forget_combined_loader,
     patched,
 )
-from autobatch.lightning._dataloaders import Loaders, Rebatched, capture_order
+from autobatch.lightning._dataloaders import Loaders, Rebatched, capture_order, take_iterator
 from autobatch.lightning._reads import BatchSizeReads
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from autobatch._plan import BatchPlan
     from autobatch.lightning._trainer import Trainer
 
@@ -75,13 +77,15 @@ def apply_between_epochs(
     module: Any,
     batch_arg_name: str,
     rebatched: Rebatched,
+    restore_start: Callable[[], bool],
 ) -> None:
     """Make this Trainer continue with another plan in the epoch that starts now.
 
     Optimizers and schedulers stay: they hold the state of training. Lightning asks for the loader
     again, as with `reload_dataloaders_every_n_epochs`; one that was passed to `fit` is the same,
-    and the order of its data continues. After an error the user's loader has its own batch size
-    again, and training ends.
+    and the order of its data continues; in the first epoch, `restore_start` restores the state
+    from which the loader starts, and returns False in a later one. After an error the user's loader
+    has its own batch size again, and training ends.
     """
     fit_loop = trainer.fit_loop
     with Undo() as undo:
@@ -91,9 +95,10 @@ def apply_between_epochs(
         _set_accumulation(plan, trainer, module)
         set_batch_size_attribute(module, batch_arg_name, plan.micro_batch_size)
         with Snapshot() as snapshot:
-            # Lightning 2.6 starts the loader when it sets it up, and again when the epoch runs
             loader = data_source(fit_loop).instance
-            if isinstance(loader, DataLoader):
+            if not restore_start() and isinstance(loader, DataLoader):
+                # Lightning 2.6 starts the loader when it sets it up, and in any epoch but the first
+                # again when the epoch runs
                 capture_order(loader, snapshot)
             forget_combined_loader(fit_loop)
             fit_loop.setup_data()
@@ -120,6 +125,11 @@ def _set_accumulation(plan: BatchPlan, trainer: Trainer, module: Any) -> None:
 
 def _recreate_optimizers(trainer: Trainer) -> None:
     """Call `configure_optimizers` as `Strategy.setup` of Lightning 2.6 does, at the new size."""
+    # A schedule that needs its length has set up the loader already, and started its workers: they
+    # start again from the restored random state
+    for loader in getattr(combined_loader(trainer.fit_loop), "flattened", ()):
+        if isinstance(loader, DataLoader):
+            take_iterator(loader)
     source = data_source(trainer.fit_loop)
     if isinstance(source.instance, DataLoader):
         source.dataloader()  # gives the loader its new size, which was restored with its order

@@ -46,12 +46,13 @@ from autobatch.lightning._dataloaders import (
     capture_order,
     checked_setter,
 )
-from autobatch.lightning._isolation import silenced
+from autobatch.lightning._hooks import FIT_START
 from autobatch.lightning._loggers import log_report, refresh_report
 from autobatch.lightning._noise_scale import NoiseScale
 from autobatch.lightning._resume import Checkpoint, PriorPlan, TunedFit, known_at_start
 from autobatch.lightning._run import Run, before_epochs
-from autobatch.lightning._trial_data import checked_worst_case
+from autobatch.lightning._silence import silenced
+from autobatch.lightning._trial_data import NoDataError, checked_worst_case
 from autobatch.lightning._tuning import CallbackArguments, tune_evaluation, tune_training
 from autobatch.lightning._workloads import STAGES, before_data, loaders_for
 from autobatch.testing import named_device
@@ -292,10 +293,8 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Tune, and make the Trainer train with the plan."""
         reason = why_idle(trainer)
-        if reason and self._only_tunes:
-            raise AutobatchError(f"Nothing was tuned: {reason}.")
         if reason:
-            _log.info("%s: the batch size is left as it is", reason)
+            self._stay_idle(reason)
             return
         checkpoint = self._run.checkpoint
         check(trainer, pl_module, checkpoint)
@@ -305,10 +304,15 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         last = None if self._only_tunes else self._last
         known_at = partial(known_at_start, self._known, checkpoint, last)
         before = self._plan_before(trainer)
-        tuned = tune_training(trainer, pl_module, self._arguments, known_at, before)
+        try:
+            tuned = tune_training(trainer, pl_module, self._arguments, known_at, before, FIT_START)
+        except NoDataError:
+            self._stay_idle("there is nothing to train on")
+            return
         self._last = TunedFit(tuned.report, tuned.fingerprint)
         if self._only_tunes:
             self._end_run(trainer, "fit", tuned.report)
+        self._run.before_data.watch(trainer)
         apply(
             tuned.report.plan,
             trainer,
@@ -324,9 +328,8 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         """Write the report beside the logs, now that the loggers have created their directory."""
         if self._run.is_tuned:
             self._run.loaders["train"].check_used(trainer.train_dataloader)
-            if self._epochs:
-                retune = partial(self._retune, trainer, pl_module)
-                self._run.replace(before_epochs(trainer, self._epochs, retune))
+            look = partial(self._before_epoch, trainer, pl_module)
+            self._run.replace(before_epochs(trainer, look))
             log_report(self.reports["fit"], trainer)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
@@ -336,8 +339,11 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the time and the samples of a batch."""
+        """Count the time and the samples of a batch, and look at memory after the first step."""
         self._run.start_batch(trainer, batch, batch_idx)
+        if self._run.steps_before is not None and trainer.global_step > self._run.steps_before:
+            self._run.steps_before = None
+            self._look_beside(trainer)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Do not count validation as waiting for the loader."""
@@ -383,16 +389,42 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
     def _undo_run(self) -> None:
         self._run.undo()
 
-    def _retune(self, trainer: Any, module: Any) -> None:
+    def _before_epoch(self, trainer: Any, module: Any) -> None:
+        """Tune again where the user wants it, or where callbacks hold memory that trials lacked."""
+        run, epoch = self._run, trainer.current_epoch
+        reason = f"Tuned again at epoch {epoch}, for the effective batch of"
+        if run.is_to_compare or epoch in self._epochs:
+            excess = run.beside.excess(trainer) if run.beside is not None else None
+            if excess or epoch in self._epochs:
+                self._retune(trainer, module, f"{excess} {reason}" if excess else reason)
+            run.is_to_compare, run.steps_before = False, trainer.global_step
+        run.before_data.forget()
+
+    def _look_beside(self, trainer: Any) -> None:
+        """Warn if callbacks hold memory since the first step that makes training run out of it."""
+        if self._trained is None or self._run.beside is None:
+            return
+        if excess := self._run.beside.excess(trainer):
+            self._run.is_to_compare = True
+            note = f"{excess} The next epoch is tuned again, if training reaches it."
+            _log.warning("%s", note)
+            notes = (*self._trained.notes, note)
+            update = {"notes": notes}
+            self.reports["fit"] = self._trained = self._trained.model_copy(update=update)
+            refresh_report(self._trained, trainer)
+
+    def _stay_idle(self, reason: str) -> None:
+        if self._only_tunes:
+            raise AutobatchError(f"Nothing was tuned: {reason}.")
+        _log.info("%s: the batch size is left as it is", reason)
+
+    def _retune(self, trainer: Any, module: Any, reason: str) -> None:
         """Tune again in the middle of training, for the effective batch size it started with."""
         if self._run.first_report is None or self._trained is None:
             return
         target = self._run.first_report.plan.effective_batch_size
-        note = (
-            f"Tuned again at epoch {trainer.current_epoch}, for the effective batch of {target:,}."
-        )
-        known = PriorPlan(target=target, note=note)
-        tuned = tune_training(trainer, module, self._arguments, lambda *_: known, None)
+        known = PriorPlan(target=target, note=f"{reason} {target:,}.")
+        tuned = tune_training(trainer, module, self._arguments, lambda *_: known, None, ())
         if tuned.report.plan != self._trained.plan:
             self._run.loaders["train"].undo()
             apply_between_epochs(
@@ -401,6 +433,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
                 module,
                 self._arguments.batch_arg_name,
                 self._rebatched(trainer, tuned),
+                self._run.before_data.restore,
             )
         self._continue_with(trainer, tuned)
         log_report(tuned.report, trainer)
@@ -408,6 +441,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
     def _continue_with(self, trainer: Any, tuned: Tuned) -> None:
         """Train with a plan that was applied."""
         self._trained = tuned.report
+        self._run.beside = tuned.beside
         if self._arguments.repairs:
             self._run.window = LastWindowCorrection(tuned.report.plan.micro_batch_size)
         if tuned.validation_sizes is not None:
@@ -431,6 +465,9 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         check_attribute(module, name)
         try:
             tuned = tune_evaluation(trainer, module, self._arguments, stage)
+        except NoDataError:
+            self._stay_idle("there is no data")
+            return
         except FixedBatchSizeError as error:
             if self._only_tunes:
                 raise

@@ -7,6 +7,7 @@ Everything was read from Lightning 2.6.6.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import sys
 from collections import OrderedDict
@@ -87,10 +88,10 @@ def package(trainer: Any) -> Any:
 class Imported(StrEnum):
     """Functions and classes of the Lightning package, by their paths."""
 
+    CALL_CALLBACK_HOOKS = "trainer.call._call_callback_hooks"
     CALL_MODULE_HOOK = "trainer.call._call_lightning_module_hook"
     CALL_STRATEGY_HOOK = "trainer.call._call_strategy_hook"
     COMBINED_LOADER = "utilities.combined_loader.CombinedLoader"
-    DUMMY_LOGGER = "loggers.logger.DummyLogger"
     FETCHER = "loops.fetchers._PrefetchDataFetcher"
     SAVE_HPARAMS = "core.saving.save_hparams_to_yaml"
     TUNER_EXIT = "utilities.exceptions._TunerExitException"
@@ -111,6 +112,24 @@ def data_source(loop: FitLoop | PredictionLoop) -> DataSource:
 def combined_loader(loop: FitLoop | EvaluationLoop) -> Any:
     """Return the loaders that a loop has set up; None before that."""
     return loop._combined_loader
+
+
+def showing_training(loop: FitLoop, loaders: CombinedLoader, batches: float) -> patched:
+    """Replace the loaders that the training loop has set up, and their batches per epoch."""
+    return patched(loop, _combined_loader=loaders, max_batches=batches)
+
+
+def showing_evaluation(
+    loop: PredictionLoop, loaders: CombinedLoader, batches: list[int | float]
+) -> patched:
+    """Replace the loaders that another loop has set up, and the batches it takes of each."""
+    name = "_max_batches" if hasattr(loop, "_max_batches") else "max_batches"
+    return patched(loop, _combined_loader=loaders, **{name: batches})
+
+
+def prepared_loader(trainer: Trainer, loader: Any, *, shuffle: bool, mode: Any) -> Any:
+    """Return a loader as a loop makes it of the user's: with a sampler for this rank."""
+    return trainer._data_connector._prepare_dataloader(loader, shuffle=shuffle, mode=mode)
 
 
 def forget_combined_loader(loop: FitLoop | EvaluationLoop) -> None:
@@ -171,6 +190,49 @@ def training_step_result(loop: EpochLoop, arguments: OrderedDict[str, Any]) -> A
     return loop.automatic_optimization._training_step(arguments)
 
 
+def new_epoch_loop(trainer: Trainer) -> EpochLoop:
+    """Return a new loop with the progress that training starts from or has reached.
+
+    Just before a resumed run trains, its progress is still in the checkpoint.
+    """
+    loop: Any = trainer.fit_loop.epoch_loop
+    made: EpochLoop = type(loop)(trainer, loop.min_steps, loop.max_steps)
+    resumed = _resumed_progress(trainer)
+    if resumed is None:
+        made.load_state_dict(loop.state_dict())
+    else:
+        made.load_state_dict(resumed, "epoch_loop.")
+    made.restarting = False
+    made.val_loop._data_source = loop.val_loop._data_source
+    made.val_loop._combined_loader = loop.val_loop._combined_loader
+    made.val_loop._max_batches = loop.val_loop._max_batches
+    return made
+
+
+def new_epoch_progress(trainer: Trainer) -> Any:
+    """Return a copy of the progress in epochs that training starts from or has reached."""
+    resumed = _resumed_progress(trainer)
+    if resumed is None:
+        return copy.deepcopy(trainer.fit_loop.epoch_progress)
+    progress: Any = type(trainer.fit_loop.epoch_progress)()
+    progress.load_state_dict(copy.deepcopy(resumed["epoch_progress"]))
+    if trainer.max_steps == -1:
+        # As `_FitLoop.on_run_start`
+        progress.current.completed = progress.current.processed
+    return progress
+
+
+def _resumed_progress(trainer: Trainer) -> dict[str, Any] | None:
+    loops = trainer._checkpoint_connector._loaded_checkpoint.get("loops") or {}
+    progress: dict[str, Any] | None = loops.get("fit_loop")
+    return progress if progress and "epoch_progress" in progress else None
+
+
+def stepping_by(loop: EpochLoop, should_accumulate: Callable[[], bool]) -> patched:
+    """Let a function decide in a loop if the optimizer steps after the current batch."""
+    return patched(loop, _should_accumulate=should_accumulate)
+
+
 def should_accumulate(loop: MeasuredEpochLoop) -> bool:
     """Return whether the optimizer does not step after the current batch."""
     return loop._should_accumulate()
@@ -191,6 +253,46 @@ def call_module_hook(trainer: Trainer, name: str, *arguments: Any) -> Any:
     return Imported.CALL_MODULE_HOOK.of(trainer)(trainer, name, *arguments)
 
 
+def call_callback_hook(trainer: Trainer, callback: Any, name: str, *arguments: Any) -> None:
+    """Call a hook of one callback as the loops do."""
+    module = trainer.lightning_module
+    with patched(module, _current_fx_name=name):
+        getattr(callback, name)(trainer, module, *arguments)
+
+
+@contextmanager
+def without_callback_hooks(trainer: Trainer) -> Iterator[None]:
+    """Let the loops of this Trainer call no hook of a callback while the body runs."""
+    path, name = Imported.CALL_CALLBACK_HOOKS.rsplit(".", 1)
+    owner = attrgetter(path)(package(trainer))
+    hooks = getattr(owner, name)
+    if not isinstance(hooks, _HooksOfOthers):
+        hooks = _HooksOfOthers(hooks)
+    try:
+        hooks.silent.append(trainer)
+        setattr(owner, name, hooks)
+        yield
+    finally:
+        hooks.silent = [each for each in hooks.silent if each is not trainer]
+        if not hooks.silent and getattr(owner, name) is hooks:
+            setattr(owner, name, hooks.original)
+
+
+class _HooksOfOthers:
+    """The function by which loops call the hooks of callbacks, without effect for some Trainers.
+
+    Trainers of several threads may share it, and leave it in any order.
+    """
+
+    def __init__(self, original: Callable[..., None]) -> None:
+        self.original = original
+        self.silent: list[Trainer] = []
+
+    def __call__(self, trainer: Trainer, *arguments: Any, **keywords: Any) -> None:
+        if not any(each is trainer for each in self.silent):
+            self.original(trainer, *arguments, **keywords)
+
+
 def call_strategy_hook(trainer: Trainer, name: str, *arguments: Any, **keywords: Any) -> Any:
     """Call a method of the strategy as the loops do."""
     return Imported.CALL_STRATEGY_HOOK.of(trainer)(trainer, name, *arguments, **keywords)
@@ -207,12 +309,12 @@ def logger_connector(trainer: Trainer) -> LoggerConnector:
 
 
 @contextmanager
-def fresh_results(trainer: Trainer, loggers: list[Any]) -> Iterator[None]:
+def fresh_results(trainer: Trainer) -> Iterator[None]:
     """Collect logged values and results in new objects while the body runs."""
     connector: Any = type(trainer._logger_connector)
     validate, test = trainer.validate_loop, trainer.test_loop
     with (
-        patched(trainer, _logger_connector=connector(trainer), _loggers=loggers),
+        patched(trainer, _logger_connector=connector(trainer)),
         patched(validate, _results=type(validate._results)(training=False)),
         patched(test, _results=type(test._results)(training=False)),
     ):

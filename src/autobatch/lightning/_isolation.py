@@ -1,50 +1,49 @@
-"""Replace loops, loggers and collectives while trials run."""
+"""Replace loops and collectives while trials run."""
 
 from __future__ import annotations
 
 import sys
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from autobatch.lightning._compat import Imported, fresh_results, package, patched
+from autobatch.lightning._compat import (
+    fresh_results,
+    new_epoch_loop,
+    new_epoch_progress,
+    patched,
+)
+from autobatch.lightning._silence import without_effects
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
-    from autobatch.lightning._trainer import AnyTrainer, Trainer
-
-# No batch of a trial is the last of an epoch. Not infinity: a module may convert the number to int.
-_BATCHES_PER_EPOCH: Final = 2**31
-
-
-@contextmanager
-def silenced(trainer: AnyTrainer) -> Iterator[None]:
-    """Run the body without loggers and profiler: Lightning writes to them outside of callbacks."""
-    with patched(trainer, loggers=_silent_loggers(trainer), profiler=_silent_profiler(trainer)):
-        yield
+    from autobatch.lightning._trainer import Trainer
 
 
 @contextmanager
 def on_new_loops(trainer: Trainer) -> Iterator[None]:
-    """Run the body on new loops, results, loggers, callbacks and a new profiler.
+    """Run the body on new loops and results, without effects of callbacks and loggers.
 
-    Progress, metrics and results live in these objects (Lightning 2.6), and are empty in new ones.
+    Progress, metrics and results live in these objects (Lightning 2.6). Progress starts as training
+    has it, and results are empty.
     """
     fit_loop: Any = trainer.fit_loop
     loops: tuple[Any, ...] = (trainer.validate_loop, trainer.test_loop, trainer.predict_loop)
     with ExitStack() as stack:
         replace = stack.enter_context
-        epoch_loop = type(fit_loop.epoch_loop)(trainer)
-        replace(patched(fit_loop, epoch_loop=epoch_loop, max_batches=_BATCHES_PER_EPOCH))
-        replace(fresh_results(trainer, _silent_loggers(trainer)))
-        replace(patched(trainer, callbacks=[], profiler=_silent_profiler(trainer)))
-        # Not replaced, but changed by trials
-        restored = ("accumulate_grad_batches", "should_stop")
-        replace(patched(trainer, **{name: getattr(trainer, name) for name in restored}))
+        replace(
+            patched(
+                fit_loop,
+                epoch_loop=new_epoch_loop(trainer),
+                epoch_progress=new_epoch_progress(trainer),
+            )
+        )
+        replace(fresh_results(trainer))
+        replace(without_effects(trainer))
         for loop in loops:
             replace(patched(loop, batch_progress=type(loop.batch_progress)()))
         yield
@@ -76,32 +75,6 @@ def without_collectives(trainer: Trainer) -> Iterator[None]:
                     patched(part, distributed_available_fn=lambda: False, dist_sync_on_step=False)
                 )
         yield
-
-
-def _silent_loggers(trainer: AnyTrainer) -> list[Any]:
-    """Return one logger that writes nothing, or none if the Trainer has none."""
-    return [_silent_logger(trainer)(trainer.log_dir)] if trainer.loggers else []
-
-
-def _silent_logger(trainer: AnyTrainer) -> Callable[[str | None], Any]:
-    """Return a class of loggers that write nothing, and name the directory of the real one."""
-
-    class Silent(Imported.DUMMY_LOGGER.of(trainer)):  # type: ignore[misc]  # found at run time
-        def __init__(self, directory: str | None) -> None:
-            super().__init__()
-            self._directory = directory
-
-        @property
-        def save_dir(self) -> str | None:
-            return self._directory
-
-        log_dir = save_dir
-
-    return Silent
-
-
-def _silent_profiler(trainer: AnyTrainer) -> Any:
-    return package(trainer).profilers.PassThroughProfiler()
 
 
 def _local_collectives(world_size: int) -> dict[str, Any]:

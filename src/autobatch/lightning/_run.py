@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from torch.utils.data import DataLoader
+
+from autobatch._trials.snapshot import Snapshot
 from autobatch.lightning._apply import BeforeOptimizers
-from autobatch.lightning._compat import patched
+from autobatch.lightning._compat import combined_loader, data_source, patched
+from autobatch.lightning._dataloaders import capture_order
 from autobatch.lightning._loading import DataLoaderTimer
 
 if TYPE_CHECKING:
@@ -15,9 +19,55 @@ if TYPE_CHECKING:
     from autobatch._report import TuningReport
     from autobatch.lightning._accumulation import LastWindowCorrection
     from autobatch.lightning._attribute import FormerBatchSize
+    from autobatch.lightning._beside import BesideTraining
     from autobatch.lightning._dataloaders import Rebatched
     from autobatch.lightning._resume import Checkpoint
     from autobatch.lightning._trainer import Trainer
+
+
+class BeforeData:
+    """State of random numbers, loader and datamodule before the training loop sets up its data.
+
+    Lightning 2.6 starts the loader there. With another batch size in the first epoch it is started
+    again, and has to draw the same random numbers.
+    """
+
+    def __init__(self) -> None:
+        self._snapshot: Snapshot | None = None
+        self._patch: patched | None = None
+
+    def watch(self, trainer: Trainer) -> None:
+        """Capture the state when the loop sets up its data for the first time."""
+        self.forget()
+        loop = trainer.fit_loop
+        set_up = loop.setup_data
+
+        def capture_and_set_up() -> None:
+            if self._snapshot is None and combined_loader(loop) is None:
+                self._snapshot = Snapshot().__enter__()
+                self._snapshot.capture_light(trainer.datamodule)
+                if isinstance(loader := data_source(loop).instance, DataLoader):
+                    capture_order(loader, self._snapshot)
+            set_up()
+
+        self._patch = patched(loop, setup_data=capture_and_set_up)
+        self._patch.apply()
+
+    def restore(self) -> bool:
+        """Restore the state; False if none was captured."""
+        if self._snapshot is None:
+            return False
+        self._snapshot.restore()
+        return True
+
+    def forget(self) -> None:
+        """Drop the state that was captured, and capture none."""
+        if self._patch is not None:
+            self._patch.restore()
+            self._patch = None
+        if self._snapshot is not None:
+            self._snapshot.forget()
+            self._snapshot = None
 
 
 @dataclass
@@ -32,6 +82,10 @@ class Run:
         window: Corrects the last window of each epoch, if the user wants that.
         timer: Measures the waiting time for the training loader.
         before_optimizers: State from before the optimizers were created.
+        before_data: State from before the training loop set up its data.
+        beside: Memory that callbacks held in trials; None if there is nothing to compare.
+        is_to_compare: True if it is compared before the next epoch.
+        steps_before: Updates before this epoch, if it is compared after the first one of it.
         patches: Methods of the loops that are replaced; `replace` adds to them.
         attribute: The former batch size of the module, while an evaluation runs with another.
     """
@@ -42,6 +96,10 @@ class Run:
     window: LastWindowCorrection | None = None
     timer: DataLoaderTimer = field(default_factory=DataLoaderTimer)
     before_optimizers: BeforeOptimizers = field(default_factory=BeforeOptimizers)
+    before_data: BeforeData = field(default_factory=BeforeData)
+    beside: BesideTraining | None = None
+    is_to_compare: bool = True
+    steps_before: int | None = None
     patches: list[patched] = field(default_factory=list)
     attribute: FormerBatchSize | None = None
 
@@ -73,6 +131,7 @@ class Run:
         A second call completes the first if that was interrupted.
         """
         self.before_optimizers.forget()
+        self.before_data.forget()
         self.timer.stop()
         self.window = None
         while self.patches:
@@ -86,8 +145,10 @@ class Run:
             self.attribute = None
 
 
-def before_epochs(trainer: Trainer, epochs: frozenset[int], act: Callable[[], None]) -> patched:
-    """Return a patch to call `act` before the first batch of these epochs, unless a checkpoint resumes within one.
+def before_epochs(trainer: Trainer, act: Callable[[], None]) -> patched:
+    """Return a patch that calls `act` before the first batch of each epoch.
+
+    It does not if a checkpoint resumes within the epoch.
 
     A callback would be too early: the module's own `on_train_epoch_start` comes after those of all
     callbacks.
@@ -96,8 +157,7 @@ def before_epochs(trainer: Trainer, epochs: frozenset[int], act: Callable[[], No
     advance = loop.advance
 
     def act_and_advance() -> None:
-        is_resumed = loop.restarted_mid_epoch or loop.restarted_on_epoch_end
-        if trainer.current_epoch in epochs and not is_resumed:
+        if not (loop.restarted_mid_epoch or loop.restarted_on_epoch_end):
             act()
         advance()
 

@@ -20,29 +20,37 @@ class DataSource(Protocol):
 
 
 class BatchProgress(Protocol):
-    """`_BatchProgress`."""
+    """`_Progress` in batches."""
 
-    reset: Callable[[], None]
+    current: Any  # its `ready` is the number of batches in this epoch
     increment_ready: Callable[[], None]
     increment_started: Callable[[], None]
     increment_processed: Callable[[], None]
     increment_completed: Callable[[], None]
 
 
+class TrainingProgress(BatchProgress, Protocol):
+    """`_BatchProgress`."""
+
+    is_last_batch: bool
+
+
 class PredictionLoop(Protocol):
     """`_PredictionLoop`."""
 
     batch_progress: BatchProgress
+    max_batches: list[int | float]
     setup_data: Callable[[], None]
     _build_kwargs: Callable[..., OrderedDict[str, Any]]
     _build_step_args_from_hook_kwargs: Callable[..., tuple[Any, ...]]
+    _combined_loader: Any
     _data_source: DataSource
 
 
 class EvaluationLoop(PredictionLoop, Protocol):
     """`_EvaluationLoop`, for validation and testing."""
 
-    _combined_loader: Any
+    _max_batches: list[int | float]
     _results: Any
 
 
@@ -80,9 +88,15 @@ class EpochLoop(Protocol):
 
     automatic_optimization: AutomaticOptimization
     manual_optimization: ManualOptimization
-    batch_progress: BatchProgress
+    batch_progress: TrainingProgress
+    load_state_dict: Callable[..., None]
+    max_steps: int
+    min_steps: int | None
+    restarting: bool
+    state_dict: Callable[[], dict[str, Any]]
     val_loop: EvaluationLoop
     _build_kwargs: Callable[..., OrderedDict[str, Any]]
+    _should_accumulate: Callable[[], bool]
 
 
 class MeasuredFitLoop(Protocol):
@@ -97,6 +111,7 @@ class FitLoop(Protocol):
 
     advance: Callable[[], None]
     epoch_loop: EpochLoop
+    epoch_progress: Any  # its `current.completed` is the current epoch
     max_batches: int | float
     restarted_mid_epoch: bool
     restarted_on_epoch_end: bool
@@ -112,6 +127,7 @@ class Strategy(Protocol):
     handles_gradient_accumulation: bool
     model: Any  # the module, or DistributedDataParallel around it
     root_device: Any  # torch.device
+    save_checkpoint: Callable[..., None]
     setup_optimizers: Callable[[Any], None]
     setup_precision_plugin: Callable[[], None]
 
@@ -120,6 +136,7 @@ class LightningModule(Protocol):
     """`LightningModule`."""
 
     automatic_optimization: bool
+    _current_fx_name: str | None
     _on_before_batch_transfer: Callable[..., Any]
 
 
@@ -130,9 +147,16 @@ class LoggerConnector(Protocol):
     on_batch_end: Callable[[], None]
 
 
+class CheckpointConnector(Protocol):
+    """`_CheckpointConnector`."""
+
+    _loaded_checkpoint: dict[str, Any]  # empty unless a run resumes
+
+
 class DataConnector(Protocol):
     """`_DataConnector`."""
 
+    _prepare_dataloader: Callable[..., Any]
     _requires_distributed_sampler: Callable[[Any], bool]
 
 
@@ -181,6 +205,8 @@ class Trainer(AnyTrainer, Protocol):
     enable_validation: bool
     fast_dev_run: int | bool
     fit_loop: FitLoop
+    limit_predict_batches: int | float
+    limit_test_batches: int | float
     limit_train_batches: int | float
     limit_val_batches: int | float
     lr_scheduler_configs: list[Any]
@@ -192,12 +218,15 @@ class Trainer(AnyTrainer, Protocol):
     precision: str
     predict_loop: PredictionLoop
     progress_bar_callback: Any
+    save_checkpoint: Callable[..., None]
     should_stop: bool
     state: Any
     test_loop: EvaluationLoop
+    training: bool
     val_check_interval: int | float
     validate_loop: EvaluationLoop
     _active_loop: Any
+    _checkpoint_connector: CheckpointConnector
     _data_connector: DataConnector
     _logger_connector: LoggerConnector
     _loggers: list[Any]

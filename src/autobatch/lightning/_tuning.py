@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -22,17 +22,24 @@ from autobatch.lightning._attribute import (
     has_batch_size_attribute,
     set_batch_size_attribute,
 )
+from autobatch.lightning._beside import (
+    BesideTraining,
+    bytes_of_callbacks,
+    tensors_of_callbacks,
+)
 from autobatch.lightning._compat import data_source
 from autobatch.lightning._dataloaders import Loaders
+from autobatch.lightning._hooks import users_callbacks
 from autobatch.lightning._isolation import on_new_loops, without_collectives
 from autobatch.lightning._resume import DeviceId, PriorPlan, fingerprint_of
+from autobatch.lightning._shown import show_validation
 from autobatch.lightning._subjects import LightningEvaluation, LightningTraining
 from autobatch.lightning._trainer_notes import TrainerLimits, checked_copy_bytes
-from autobatch.lightning._trial_data import Samples
+from autobatch.lightning._trial_data import NoDataError, Samples
 from autobatch.lightning._workloads import VALIDATION, EvaluationSteps, TrainingSteps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from autobatch._memory import MemoryProbe
     from autobatch._report import TuningReport
@@ -81,6 +88,8 @@ class Tuned:
         own_sizes: The ones they had.
         fingerprint: Of the model and the data, in training.
         validation_sizes: Batch size of each validation loader; None if they stay as they are.
+        held_by_callbacks: Bytes on the device that callbacks held in trials; None if their hooks
+            ran in trials, so that peaks count all that they make.
     """
 
     report: TuningReport
@@ -88,6 +97,16 @@ class Tuned:
     own_sizes: tuple[int, ...]
     fingerprint: str = ""
     validation_sizes: tuple[int, ...] | None = None
+    held_by_callbacks: int | None = None
+
+    @property
+    def beside(self) -> BesideTraining | None:
+        """Memory of callbacks that training is compared with."""
+        plan = self.report.plan
+        peaks = [t.peak for t in self.report.trials if t.batch_size == plan.micro_batch_size]
+        if self.held_by_callbacks is None or not peaks or peaks[-1] is None:
+            return None
+        return BesideTraining(self.held_by_callbacks, peaks[-1], self.report.budget)
 
     @property
     def is_changed(self) -> bool:
@@ -101,10 +120,17 @@ def tune_training(
     arguments: CallbackArguments,
     known_at: KnownAt,
     trained: BatchPlan | None,
+    start_hooks: Sequence[str],
 ) -> Tuned:
     """Find a plan for training, and a validation batch size that fits beside it; restore all state.
 
-    `trained` is the plan that was trained with until now; None for that of loader and Trainer.
+    Args:
+        trainer: The Trainer.
+        module: The module.
+        arguments: Arguments of the callback.
+        known_at: Gives the plan that is known before a search.
+        trained: The plan that was trained with until now; None for that of loader and Trainer.
+        start_hooks: Hooks of the module that training has still to call before its first batch.
 
     Raises:
         AutobatchError: A loader's batch size cannot be changed, or an argument of the Trainer
@@ -113,13 +139,11 @@ def tune_training(
     """
     if arguments.repairs:
         check_repairable(trainer, module)
-    # Read now: new loops, which replace the Trainer's own while trials run, have none of these
     validates = trainer.enable_validation
-    validation = data_source(trainer.fit_loop.epoch_loop.val_loop)
-    max_steps, max_epochs = trainer.max_steps, trainer.max_epochs
     with (
         batch_size_restored(module, arguments.batch_arg_name) as former,
         trial_context(trainer, module, arguments) as (context, copied_bytes),
+        ExitStack() as ends,
     ):
         loaders = Loaders(
             trainer,
@@ -130,22 +154,27 @@ def tune_training(
         accumulate = trainer.accumulate_grad_batches
         limits = TrainerLimits(
             trainer,
-            max_steps,
-            max_epochs,
+            trainer.max_steps,
+            trainer.max_epochs,
             validates=validates,
             batches=loaders.batches,
             samples=partial(_samples_trained, trainer, loaders),
             before=trained or BatchPlan(loaders.batch_size, accumulate, trainer.world_size),
         )
-        samples = Samples(loaders, context.snapshot, arguments.worst_case)
+        samples = ends.enter_context(
+            Samples(loaders, context.snapshot, module.device, arguments.worst_case)
+        )
+        samples.check()
         set_attribute = partial(set_batch_size_attribute, module, arguments.batch_arg_name)
-        workload = TrainingSteps(trainer, samples, set_attribute)
+        workload = TrainingSteps(
+            trainer, loaders, samples, set_attribute, start_hooks, context.snapshot
+        )
+        show_validation(trainer)
         splits = SplittingTest(
             trainer,
             module,
             samples,
             workload,
-            set_attribute,
             context.probe,
             arguments.settings.memory_limit,
             context.snapshot,
@@ -172,15 +201,22 @@ def tune_training(
             context.optimizers.look_at(module)
         fingerprint = fingerprint_of(subject)
         known = known_at(subject, fingerprint, _device_id(trainer, context), settings)
+        planned = known.plan.effective_batch_size if known.plan else None
+        workload.target = known.target or planned or settings.target_batch_size
         report = verify_or_search(known, subject, settings, context, arguments.search)
         limits.check(report.plan)
-        sizes = loaders.sizes_at(report.plan.micro_batch_size)
-        tuned = Tuned(report, sizes, loaders.own_sizes, fingerprint)
+        tuned = Tuned(
+            report,
+            loaders.sizes_at(report.plan.micro_batch_size),
+            loaders.own_sizes,
+            fingerprint,
+            held_by_callbacks=None if workload.runs_callbacks else bytes_of_callbacks(trainer),
+        )
         if not validates:
             return tuned
         # Validation keeps the size that its hook gives it before the plan is applied
         former.restore()
-        return _with_validation(tuned, subject, arguments, validation)
+        return _with_validation(tuned, subject, arguments)
 
 
 def tune_evaluation(trainer: Any, module: Any, arguments: CallbackArguments, stage: Stage) -> Tuned:
@@ -196,11 +232,15 @@ def tune_evaluation(trainer: Any, module: Any, arguments: CallbackArguments, sta
     with (
         batch_size_restored(module, name) as former,
         trial_context(trainer, module, arguments) as (context, _),
+        ExitStack() as ends,
     ):
         loaders = Loaders(trainer, data_source(stage.loop_of(trainer)), mode="sequential")
         settings = _without_target(arguments.settings, loaders.samples)
-        samples = Samples(loaders, context.snapshot, arguments.worst_case)
-        steps = EvaluationSteps(trainer, samples, stage, None)
+        samples = ends.enter_context(
+            Samples(loaders, context.snapshot, module.device, arguments.worst_case)
+        )
+        samples.check()
+        steps = EvaluationSteps(trainer, loaders, samples, stage, None, context.snapshot)
 
         def evaluate(batch_size: int, accumulate: int) -> Iterator[None]:
             former.restore()
@@ -253,7 +293,8 @@ def trial_context(
         copied_bytes, *_ = ranks.gather(checked_copy_bytes(captured, trainer.num_devices))
         snapshot.capture(*captured)
         # Hooks that make the loaders may change the module and the datamodule
-        snapshot.capture_light(trainer.datamodule)
+        # Callbacks are silent, but a step may change their attributes
+        snapshot.capture_light(trainer.datamodule, *users_callbacks(trainer))
         context = TrialContext(
             probe=probe,
             began=began,
@@ -264,6 +305,8 @@ def trial_context(
             ranks=ranks,
             progress=shown,
         )
+        for tensors in tensors_of_callbacks(trainer).values():
+            probe.attach(*tensors)
         yield context, copied_bytes
 
 
@@ -305,30 +348,34 @@ def verify_or_search(
 
 
 def _with_validation(
-    tuned: Tuned, training: LightningTraining, arguments: CallbackArguments, source: Any
+    tuned: Tuned, training: LightningTraining, arguments: CallbackArguments
 ) -> Tuned:
     """Return the result with the validation batch size that fits beside the state of training."""
     trainer, context = training.trainer, training.context
+    source = data_source(trainer.fit_loop.epoch_loop.val_loop)
     try:
         loaders = Loaders(trainer, source, mode="sequential")
     except FixedBatchSizeError as error:
         return replace(tuned, report=_noted(tuned.report, f"Validation was not tried: {error}"))
     plan = tuned.report.plan
     context.progress.begin_part("validation")
-    samples = Samples(loaders, context.snapshot, None)
     train = partial(training.workload, plan.micro_batch_size, plan.trial_accumulation)
-    subject = LightningEvaluation(
-        EvaluationSteps(trainer, samples, VALIDATION, train),
-        trainer,
-        training.module,
-        VALIDATION,
-        arguments.settings.model_copy(update={"timing_seconds": 0.0, "prefer": "largest"}),
-        loaders,
-        samples,
-        loaders.batch_size,
-    )
     try:
-        found = _own_or_smaller(subject, context, arguments.search)
+        with Samples(loaders, context.snapshot, training.module.device) as samples:
+            samples.check()
+            subject = LightningEvaluation(
+                EvaluationSteps(trainer, loaders, samples, VALIDATION, train, context.snapshot),
+                trainer,
+                training.module,
+                VALIDATION,
+                arguments.settings.model_copy(update={"timing_seconds": 0.0, "prefer": "largest"}),
+                loaders,
+                samples,
+                loaders.batch_size,
+            )
+            found = _own_or_smaller(subject, context, arguments.search)
+    except NoDataError:
+        return tuned
     except DoesNotFitError as error:
         raise DoesNotFitError(
             f"Training fits, but validation does not beside it. {error}"

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
+import copy
 from dataclasses import dataclass
-from functools import partial
-from itertools import count, cycle
+from itertools import count
+from math import inf
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 
-from autobatch._memory.oom import is_oom
 from autobatch._report.tradeoff import unwrapped
+from autobatch.errors import AutobatchError
 from autobatch.lightning._compat import (
     active_loop,
     before_batch_transfer,
@@ -22,71 +22,113 @@ from autobatch.lightning._compat import (
     call_module_hook,
     call_strategy_hook,
     logger_connector,
-    package,
     patched,
+    stepping_by,
     training_step_result,
 )
+from autobatch.lightning._hooks import Hooks
+from autobatch.lightning._shown import evaluation_shown, training_shown
 
 if TYPE_CHECKING:
     from collections import OrderedDict
     from collections.abc import Callable, Generator, Iterator, Sequence
 
+    from autobatch._trials.snapshot import Snapshot
+    from autobatch.lightning._dataloaders import Loaders
     from autobatch.lightning._trainer import ManualOptimization, PredictionLoop, Trainer
     from autobatch.lightning._trial_data import Samples
 
-_START_HOOKS: Final = ("on_fit_start", "on_train_start", "on_train_epoch_start")
 # Micro-batches in which every optimizer of a module with manual optimization has to step once
 _FIRST_STEPS_WITHIN: Final = 32
+# Epochs that on_train_batch_start may end in a row before a window is complete
+_ENDED_EPOCHS: Final = 100
 
 
 class TrainingSteps:
     """Optimizer steps of a Trainer at any batch size, with its precision, clipping and hooks.
 
-    A batch takes the path of `_TrainingEpochLoop.advance` in Lightning 2.6, without the parts that
-    belong to an epoch: callbacks, batch hooks, schedulers, logging and validation.
+    A batch takes the path of `_TrainingEpochLoop.advance` in Lightning 2.6, without schedulers,
+    logging and validation. The Trainer shows what it shows in training at that size.
 
     Args:
-        trainer: The Trainer.
+        trainer: The Trainer, on new loops.
+        loaders: The training loaders.
         samples: Makes the batches.
         set_attribute: Sets the attribute of the batch size, which a step may read.
+        start_hooks: Hooks that training has still to call before its first batch.
+        snapshot: Restores what a failed first step has changed.
     """
 
     def __init__(
-        self, trainer: Trainer, samples: Samples, set_attribute: Callable[[int], None]
+        self,
+        trainer: Trainer,
+        loaders: Loaders,
+        samples: Samples,
+        set_attribute: Callable[[int], None],
+        start_hooks: Sequence[str],
+        snapshot: Snapshot,
     ) -> None:
+        self.target: int | None = None  # samples per update in training; None without a target
         self._trainer = trainer
+        self._loaders = loaders
         self._samples = samples
         self._set_attribute = set_attribute
-        self._hooks = StartHooks(trainer, _START_HOOKS, "on_train_batch_start")
+        self._hooks = Hooks(trainer, start_hooks, "on_train_batch", snapshot)
+        self._accumulate = trainer.accumulate_grad_batches
+        # Progress from which every trial starts
+        self._epochs = copy.deepcopy(trainer.fit_loop.epoch_progress)
+        self._progress = trainer.fit_loop.epoch_loop.state_dict()
 
     def __call__(self, batch_size: int, accumulate: int) -> Generator[None]:
         """Yield after each optimizer step."""
-        if self._is_automatic:
-            # With manual optimization the module accumulates: the number would only disturb
-            # Lightning's counters
-            self._trainer.accumulate_grad_batches = accumulate
-        self._set_attribute(batch_size)
-        batches = cycle(self._samples.batches(batch_size))
-        with _optimizers_to_step(self._trainer.optimizers) as waiting:
-            self._hooks.first(partial(self._begin, next(batches)))
-            taken = 1
-            while waiting and not self._is_automatic and taken < _FIRST_STEPS_WITHIN:
+        with (
+            self.shown(batch_size, accumulate) as windows,
+            _optimizers_to_step(self._trainer.optimizers) as waiting,
+        ):
+            batches = self._samples.batches(batch_size)
+            self._hooks.first(lambda: self._begin(batches, windows))
+            self._complete(batches, windows)
+            while waiting and not self._is_automatic and windows.taken < _FIRST_STEPS_WITHIN:
                 # Some optimizers step every few micro-batches only, and need their memory then
-                self._micro_batch(next(batches), taken)
-                taken += 1
-        for index in count(taken):
-            if index % accumulate == 0:
+                self._update(batches, windows)
+            while True:
                 yield
-            self._micro_batch(next(batches), index)
+                self._update(batches, windows)
+
+    @contextlib.contextmanager
+    def shown(self, batch_size: int, accumulate: int) -> Iterator[_Windows]:
+        """Let the Trainer show the values of training at a batch size; yield its windows.
+
+        In manual optimization the module accumulates: Lightning's number stays as it is.
+        """
+        trainer, loop = self._trainer, self._trainer.fit_loop.epoch_loop
+        self._set_attribute(batch_size)
+        trained = self._trained_accumulation(batch_size, accumulate)
+        shown = trained if self._is_automatic else trainer.accumulate_grad_batches
+        with (
+            training_shown(trainer, self._loaders, batch_size) as batches,
+            patched(trainer, accumulate_grad_batches=shown, should_stop=trainer.should_stop),
+        ):
+            windows = _Windows(batches, trained, accumulate)
+            # Not by the counters of the loop: a window must not close at the end of an epoch
+            with stepping_by(loop, windows.is_open):
+                yield windows
+
+    def start(self) -> None:
+        """Reset the progress to the start of a trial, and call the hooks before a first batch."""
+        fit_loop = self._trainer.fit_loop
+        fit_loop.epoch_progress = copy.deepcopy(self._epochs)
+        fit_loop.epoch_loop.load_state_dict(self._progress)
+        fit_loop.epoch_loop.restarting = False
+        self._hooks.start()
 
     def loss(self, batch: Any) -> Any:
         """Run `training_step` alone on a batch on the device, and return its loss.
 
-        None if the module skips the batch. A trial has to run before.
+        None if the module skips the batch. In `shown`, after `start`.
         """
         trainer, loop = self._trainer, self._trainer.fit_loop.epoch_loop
-        loop.batch_progress.reset()
-        self._hooks.before_run()
+        loop.batch_progress.current.ready = 1
         logger_connector(trainer).on_batch_start(batch)
         self._hooks.before_batch(batch, 0)
         result = training_step_result(loop, build_step_kwargs(loop, batch, 0))
@@ -94,33 +136,127 @@ class TrainingSteps:
         return result.closure_loss
 
     @property
+    def runs_callbacks(self) -> bool:
+        """True if trials run hooks of callbacks, since steps need them."""
+        return self._hooks.with_callbacks
+
+    @property
     def _is_automatic(self) -> bool:
         return bool(self._trainer.lightning_module.automatic_optimization)
 
-    def _begin(self, batch: Any) -> None:
-        self._trainer.fit_loop.epoch_loop.batch_progress.reset()
-        self._micro_batch(batch, 0)
+    def _trained_accumulation(self, batch_size: int, accumulate: int) -> int:
+        """Return the micro-batches per update of training, if a trial runs this many."""
+        if accumulate == 1 or not self._is_automatic:
+            return accumulate
+        if self.target is None:
+            return max(accumulate, self._accumulate)
+        return max(accumulate, round(self.target / (batch_size * self._trainer.world_size)))
 
-    def _micro_batch(self, batch: Any, index: int) -> None:
+    def _begin(self, batches: Iterator[Any], windows: _Windows) -> None:
+        windows.restart()
+        self.start()
+        self._micro_batch(batches, windows)
+
+    def _update(self, batches: Iterator[Any], windows: _Windows) -> None:
+        self._micro_batch(batches, windows)
+        self._complete(batches, windows)
+
+    def _complete(self, batches: Iterator[Any], windows: _Windows) -> None:
+        """Run micro-batches until the optimizer has stepped."""
+        while windows.position:
+            self._micro_batch(batches, windows)
+
+    def _micro_batch(self, batches: Iterator[Any], windows: _Windows) -> None:
+        """Run the next micro-batch, in a new epoch if `on_train_batch_start` ends this one."""
+        while not self._run(next(batches), windows):
+            windows.end_epoch()
+            self._trainer.fit_loop.epoch_progress.increment_by(1)
+            self._hooks.call("on_train_epoch_start")
+        windows.advance()
+
+    def _run(self, batch: Any, windows: _Windows) -> bool:
+        """Run a micro-batch; False if `on_train_batch_start` leaves it out."""
         trainer, loop = self._trainer, self._trainer.fit_loop.epoch_loop
-        batch = on_device(trainer, batch, 0)
-        loop.batch_progress.increment_ready()
+        batch, index, progress = on_device(trainer, batch, 0), windows.index, loop.batch_progress
+        progress.current.ready = index
+        progress.is_last_batch = index + 1 == windows.batches
+        progress.increment_ready()
         logger_connector(trainer).on_batch_start(batch)
-        self._hooks.before_batch(batch, index)
-        loop.batch_progress.increment_started()
+        if self._hooks.before_batch(batch, index) == -1:
+            return False
+        progress.increment_started()
         arguments = build_step_kwargs(loop, batch, index)
         if self._is_automatic:
-            loop.automatic_optimization.run(trainer.optimizers[0], index, arguments)
+            outputs = loop.automatic_optimization.run(trainer.optimizers[0], index, arguments)
         else:
-            _run_manual_optimization(loop.manual_optimization, arguments)
-        loop.batch_progress.increment_processed()
+            outputs = _run_manual_optimization(loop.manual_optimization, arguments)
+        progress.increment_processed()
+        self._hooks.after_batch(outputs, batch, index)
         logger_connector(trainer).on_batch_end()
-        loop.batch_progress.increment_completed()
+        progress.increment_completed()
+        return True
 
 
-def _run_manual_optimization(loop: ManualOptimization, arguments: OrderedDict[str, Any]) -> None:
+@dataclass
+class _Windows:
+    """Accumulation windows of a trial, numbered as in an epoch of training.
+
+    A trial runs two micro-batches of a longer window of training: the first and the last.
+
+    Args:
+        batches: Batches of an epoch; infinite for a stream.
+        accumulate: Micro-batches of a window in training.
+        in_trial: Micro-batches of a window in the trial.
+    """
+
+    batches: int | float
+    accumulate: int
+    in_trial: int
+    window: int = 0
+    position: int = 0  # of the next micro-batch in its window
+    taken: int = 0  # micro-batches since the trial began
+    ended_epochs: int = 0  # since the last complete window
+
+    @property
+    def index(self) -> int:
+        """Index of the next micro-batch in its epoch."""
+        position = self.position if self.is_open() else self.accumulate - 1
+        index = self.window * self.accumulate + position
+        return index if self.batches == inf else min(index, max(0, int(self.batches) - 1))
+
+    def is_open(self) -> bool:
+        """Return whether the optimizer does not step after this micro-batch."""
+        return self.position + 1 < self.in_trial
+
+    def advance(self) -> None:
+        """Count a micro-batch; a window that would not fit into the epoch begins a new one."""
+        self.taken += 1
+        self.position += 1
+        if self.position < self.in_trial:
+            return
+        self.window, self.position, self.ended_epochs = self.window + 1, 0, 0
+        if (self.window + 1) * self.accumulate > self.batches:
+            self.window = 0
+
+    def end_epoch(self) -> None:
+        """Begin a new epoch before this one has ended."""
+        self.ended_epochs += 1
+        if self.ended_epochs > _ENDED_EPOCHS:
+            raise AutobatchError(
+                f"on_train_batch_start returned -1 in {_ENDED_EPOCHS} epochs before the optimizer "
+                "stepped, so no batch size can be tried. Return -1 after an update, or leave "
+                "AutoBatch out."
+            )
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin an epoch."""
+        self.window = self.position = 0
+
+
+def _run_manual_optimization(loop: ManualOptimization, arguments: OrderedDict[str, Any]) -> Any:
     try:
-        loop.run(arguments)
+        return loop.run(arguments)
     except BaseException:
         # Lightning 2.6 removes its hooks from the optimizers only if the step succeeds
         loop.on_run_end()
@@ -146,60 +282,9 @@ def _optimizers_to_step(optimizers: list[Any]) -> Iterator[set[int]]:
 
 def on_device(trainer: Trainer, batch: Any, dataloader_idx: int) -> Any:
     """Prepare a batch for a step as the loops of Lightning 2.6 do."""
-    if trainer.strategy.root_device.type == "cpu":
-        # The transfer copies nothing here, and a step may write into its batch
-        applying = importlib.import_module("lightning_utilities.core.apply_func")
-        batch = applying.apply_to_collection(batch, torch.Tensor, torch.clone)
     batch = trainer.precision_plugin.convert_input(batch)
     batch = before_batch_transfer(trainer.lightning_module, batch, dataloader_idx)
     return call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=dataloader_idx)
-
-
-class StartHooks:
-    """Hooks of the module at the start of a run; trials call them only if a step needs them.
-
-    Otherwise they are left out, because their effects outside of the module could not be restored.
-
-    Args:
-        trainer: The Trainer.
-        names: Hooks that are called once, in their order.
-        batch: The hook that is called before each batch.
-    """
-
-    def __init__(self, trainer: Trainer, names: Sequence[str], batch: str) -> None:
-        self._trainer = trainer
-        self._names = names
-        self._batch = batch
-        self._are_needed = False
-
-    def first(self, step: Callable[[], None]) -> None:
-        """Run the first step of a trial, with the hooks if it needs them."""
-        if not self._are_needed:
-            try:
-                step()
-            except Exception as error:
-                if is_oom(error) or not self._overridden(*self._names, self._batch):
-                    raise
-                self._are_needed = True
-            else:
-                return
-        self.before_run()
-        step()
-
-    def before_run(self) -> None:
-        """Call the hooks that start a run, if a first step needed them."""
-        for hook in self._overridden(*self._names) if self._are_needed else ():
-            call_module_hook(self._trainer, hook)
-
-    def before_batch(self, *arguments: Any) -> None:
-        """Call the hook before a batch, if a first step needed it."""
-        if self._are_needed:
-            call_module_hook(self._trainer, self._batch, *arguments)
-
-    def _overridden(self, *names: str) -> list[str]:
-        kind = package(self._trainer).LightningModule
-        own = type(self._trainer.lightning_module)
-        return [name for name in names if getattr(own, name, None) is not getattr(kind, name)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,11 +295,13 @@ class Stage:
         name: Name of the method, and of the state of the Trainer meanwhile.
         hook: Name in the hooks of the module: "validation" of `on_validation_start`.
         loop: Attribute of the Trainer that holds its loop.
+        limit: Attribute of the Trainer that limits its batches.
     """
 
     name: Literal["validate", "test", "predict"]
     hook: str
     loop: str
+    limit: str
 
     @property
     def step(self) -> str:
@@ -226,14 +313,19 @@ class Stage:
         loop: PredictionLoop = getattr(trainer, self.loop)
         return loop
 
+    def limit_of(self, trainer: Trainer) -> int | float:
+        """Return the limit of its batches in a Trainer, a number or a share."""
+        limit: int | float = getattr(trainer, self.limit)
+        return limit
 
-VALIDATION: Final = Stage("validate", "validation", "validate_loop")
+
+VALIDATION: Final = Stage("validate", "validation", "validate_loop", "limit_val_batches")
 STAGES: Final[dict[str, Stage]] = {
     stage.name: stage
     for stage in (
         VALIDATION,
-        Stage("test", "test", "test_loop"),
-        Stage("predict", "predict", "predict_loop"),
+        Stage("test", "test", "test_loop", "limit_test_batches"),
+        Stage("predict", "predict", "predict_loop", "limit_predict_batches"),
     )
 }
 
@@ -282,43 +374,53 @@ class EvaluationSteps:
     """Steps without gradients at any batch size, with a batch of each loader in turn.
 
     A batch takes the path of `_EvaluationLoop._evaluation_step` and `_PredictionLoop._predict_step`
-    in Lightning 2.6, without callbacks, batch hooks and logging.
+    in Lightning 2.6, without logging.
 
     Args:
-        trainer: The Trainer.
+        trainer: The Trainer, on new loops.
+        loaders: The loaders of the stage.
         samples: Makes the batches.
         stage: The stage.
         after: A training loop, of which one update runs first: its memory stays in use while
             validating.
+        snapshot: Restores what a failed first step has changed.
     """
 
     def __init__(
         self,
         trainer: Trainer,
+        loaders: Loaders,
         samples: Samples,
         stage: Stage,
         after: Callable[[], Generator[Any]] | None,
+        snapshot: Snapshot,
     ) -> None:
         self._trainer = trainer
+        self._loaders = loaders
         self._samples = samples
         self._stage = stage
         self._after = after
         names = (f"on_{stage.hook}_start", f"on_{stage.hook}_epoch_start")
-        self._hooks = StartHooks(trainer, names, f"on_{stage.hook}_batch_start")
+        self._hooks = Hooks(trainer, names, f"on_{stage.hook}_batch", snapshot)
 
     def __call__(self, batch_size: int, accumulate: int) -> Iterator[None]:
         """Yield after each round of the loaders; nothing is accumulated."""
         batches = self._samples.batches(batch_size)
-        with contextlib.ExitStack() as after:
+        with contextlib.ExitStack() as stack:
             if self._after is not None:
-                after.enter_context(_modes_restored(self._trainer.lightning_module))
-                next(after.enter_context(contextlib.closing(self._after())))
+                stack.enter_context(_modes_restored(self._trainer.lightning_module))
+                next(stack.enter_context(contextlib.closing(self._after())))
             with self._evaluating():
-                self._hooks.first(lambda: self._round(batches, 0))
+                loop, limit = active_loop(self._trainer), self._stage.limit_of(self._trainer)
+            lengths = stack.enter_context(
+                evaluation_shown(self._trainer, loop, self._loaders, batch_size, limit)
+            )
+            with self._evaluating():
+                self._hooks.first(lambda: self._begin(batches, lengths))
             for index in count(1):
                 yield
                 with self._evaluating():
-                    self._round(batches, index)
+                    self._round(batches, lengths, index)
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -326,24 +428,36 @@ class EvaluationSteps:
         with patched(state, stage=type(state.stage)(self._stage.name)), torch.no_grad():
             yield
 
-    def _round(self, batches: Sequence[Any], index: int) -> None:
+    def _begin(self, batches: Iterator[Any], lengths: Sequence[int | float]) -> None:
         call_module_hook(self._trainer, f"on_{self._stage.hook}_model_eval")
-        for position, batch in enumerate(batches):
-            self._step(batch, index, position if len(batches) > 1 else None)
+        self._hooks.start()
+        self._round(batches, lengths, 0)
+
+    def _round(self, batches: Iterator[Any], lengths: Sequence[int | float], index: int) -> None:
+        loaders = self._samples.batches_at_once
+        for position, length in zip(range(loaders), lengths, strict=False):
+            within = index if length == inf else index % max(1, int(length))
+            active_loop(self._trainer).batch_progress.is_last_batch = within + 1 == length
+            self._step(next(batches), within, position if loaders > 1 else None)
 
     def _step(self, batch: Any, index: int, dataloader_idx: int | None) -> None:
         trainer, loop = self._trainer, active_loop(self._trainer)
         batch = on_device(trainer, batch, dataloader_idx or 0)
         arguments = build_evaluation_kwargs(loop, batch, index, dataloader_idx)
+        loop.batch_progress.current.ready = index
         loop.batch_progress.increment_ready()
         is_logging = self._stage.hook != "predict"
         if is_logging:
             logger_connector(trainer).on_batch_start(batch, dataloader_idx)
         self._hooks.before_batch(*arguments.values())
+        loop.batch_progress.increment_started()
         step = self._stage.step
-        call_strategy_hook(trainer, step, *build_step_args(loop, arguments, step))
+        outputs = call_strategy_hook(trainer, step, *build_step_args(loop, arguments, step))
+        loop.batch_progress.increment_processed()
+        self._hooks.after_batch(outputs, *arguments.values())
         if is_logging:
             logger_connector(trainer).on_batch_end()
+        loop.batch_progress.increment_completed()
 
 
 @contextlib.contextmanager

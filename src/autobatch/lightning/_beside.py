@@ -1,0 +1,132 @@
+"""Memory of the device that callbacks hold beside the steps of training."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from autobatch._distributed import current_ranks
+from autobatch._memory import format_bytes
+from autobatch.lightning._hooks import users_callbacks
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from autobatch.lightning._trainer import Trainer
+
+_DEPTH: Final = 4  # nested containers and objects of a callback that are searched for tensors
+_LARGE: Final = 1000  # entries; a larger container holds data
+
+
+@dataclass(frozen=True, slots=True)
+class BesideTraining:
+    """Memory that callbacks may hold, and that which they held in trials.
+
+    Args:
+        held: Bytes that they held in trials.
+        peak: Peak of the micro-batch that is trained with, in bytes.
+        budget: The budget in bytes.
+    """
+
+    held: int
+    peak: int
+    budget: int
+
+    def excess(self, trainer: Trainer) -> str | None:
+        """Return a sentence on memory that makes training exceed the budget; every rank calls it.
+
+        None while the budget is kept on all ranks.
+        """
+        tensors = tensors_of_callbacks(trainer)
+        now = {name: _nbytes(each) for name, each in tensors.items()}
+        with current_ranks() as ranks:
+            grown, holders = max(ranks.gather((sum(now.values()) - self.held, _listed(now))))
+        if self.peak + grown <= self.budget:
+            return None
+        return (
+            f"Callbacks hold {format_bytes(grown)} on the device that they did not hold in trials "
+            f"({holders}), which together with the peak of {format_bytes(self.peak)} is over the "
+            f"budget of {format_bytes(self.budget)}."
+        )
+
+
+def tensors_of_callbacks(trainer: Trainer) -> dict[str, list[torch.Tensor]]:
+    """Return the tensors on the device that each callback holds, by the name of its class.
+
+    Without those of the module and its optimizers, to which a callback may refer.
+    """
+    module = trainer.lightning_module
+    known = {id(each) for each in (trainer, module, *trainer.optimizers)}
+    theirs = {_key(tensor) for tensor in _of_training(trainer)}
+    found: dict[str, list[torch.Tensor]] = {}
+    for callback in users_callbacks(trainer):
+        seen = set(known)
+        for tensor in _tensors_in(vars(callback), _DEPTH, seen):
+            if _is_on(tensor, module.device) and _key(tensor) not in theirs:
+                theirs.add(_key(tensor))
+                found.setdefault(type(callback).__name__, []).append(tensor)
+    return found
+
+
+def bytes_of_callbacks(trainer: Trainer) -> int:
+    """Return the bytes on the device that callbacks hold."""
+    return sum(map(_nbytes, tensors_of_callbacks(trainer).values()))
+
+
+def _listed(held: Mapping[str, int]) -> str:
+    largest = sorted(held.items(), key=lambda pair: -pair[1])[:3]
+    return ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in largest)
+
+
+def _of_training(trainer: Trainer) -> Iterator[torch.Tensor]:
+    for tensor in chain(trainer.lightning_module.parameters(), trainer.lightning_module.buffers()):
+        yield tensor
+        if tensor.is_leaf and tensor.grad is not None:
+            yield tensor.grad
+    for optimizer in trainer.optimizers:
+        yield from _tensors_in(dict(getattr(optimizer, "state", {})), _DEPTH, set())
+
+
+def _tensors_in(thing: Any, depth: int, seen: set[int]) -> Iterator[torch.Tensor]:
+    """Yield the tensors of containers, modules and objects; each object once."""
+    if id(thing) in seen:
+        return
+    seen.add(id(thing))
+    if isinstance(thing, torch.Tensor):
+        yield thing
+    elif isinstance(thing, torch.nn.Module):
+        yield from chain(thing.parameters(), thing.buffers())
+    elif depth:
+        for part in _parts_of(thing):
+            yield from _tensors_in(part, depth - 1, seen)
+
+
+def _parts_of(thing: Any) -> Iterable[Any]:
+    if isinstance(thing, (dict, list, tuple, set, deque)):
+        parts = thing.values() if isinstance(thing, dict) else thing
+        return list(parts) if len(thing) <= _LARGE else ()
+    if isinstance(thing, (type, torch.utils.data.Dataset, torch.utils.data.DataLoader)):
+        return ()
+    attributes = getattr(thing, "__dict__", None)
+    return list(attributes.values()) if isinstance(attributes, dict) else ()
+
+
+def _is_on(tensor: torch.Tensor, device: torch.device) -> bool:
+    here = tensor.device
+    return (here.type, here.index or 0) == (device.type, device.index or 0)
+
+
+def _key(tensor: torch.Tensor) -> int:
+    """Return the address of the memory of a tensor, which others may share."""
+    is_plain = tensor.layout is torch.strided and not torch.nn.parameter.is_lazy(tensor)
+    return tensor.untyped_storage().data_ptr() if is_plain else id(tensor)
+
+
+def _nbytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Return the bytes of tensors that share no memory."""
+    plain = (each for each in tensors if each.layout is torch.strided)
+    return sum(each.untyped_storage().nbytes() for each in plain)

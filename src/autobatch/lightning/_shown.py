@@ -1,0 +1,103 @@
+"""Loaders and numbers of batches that a Trainer shows to steps, at the batch size of a trial."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import contextmanager
+from math import inf
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import RandomSampler
+
+from autobatch.lightning._compat import (
+    Imported,
+    combined_loader,
+    data_source,
+    prepared_loader,
+    showing_evaluation,
+    showing_training,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from autobatch.lightning._dataloaders import Loaders
+    from autobatch.lightning._trainer import CombinedLoader, PredictionLoop, Trainer
+
+
+@contextmanager
+def training_shown(trainer: Trainer, loaders: Loaders, batch_size: int) -> Iterator[int | float]:
+    """Show the training loaders at a batch size while the body runs; yield batches per epoch."""
+    with loaders.at(batch_size) as combined:
+        shown = _distributed(trainer, combined, loaders.shards)
+        batches = loaders.epoch_length(_lengths(shown, trainer.limit_train_batches))
+        with showing_training(trainer.fit_loop, shown, batches):
+            yield batches
+
+
+@contextmanager
+def evaluation_shown(
+    trainer: Trainer,
+    loop: PredictionLoop,
+    loaders: Loaders,
+    batch_size: int,
+    limit: float,
+) -> Iterator[Sequence[int | float]]:
+    """Show the loaders of another loop while the body runs; yield the batches of each."""
+    with loaders.at(batch_size) as combined:
+        shown = _distributed(trainer, combined, loaders.shards)
+        batches = _lengths(shown, limit)
+        with showing_evaluation(loop, shown, batches):
+            yield batches
+
+
+def show_validation(trainer: Trainer) -> None:
+    """Ask for the validation loaders, as the Trainer does before it trains; for scratch loops."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    if not trainer.enable_validation or combined_loader(loop) is not None:
+        return
+    given, kind = data_source(loop).dataloader(), Imported.COMBINED_LOADER.of(trainer)
+    shown = given if isinstance(given, kind) else kind(given, "sequential")
+    showing_evaluation(loop, shown, _lengths(shown, trainer.limit_val_batches)).__enter__()
+
+
+def _distributed(
+    trainer: Trainer, loaders: CombinedLoader, shards: Sequence[int]
+) -> CombinedLoader:
+    """Return the loaders of this rank, if Lightning will distribute their samples over ranks."""
+    if max(shards, default=1) == 1:
+        return loaders
+    shown = copy.copy(loaders)
+    shown.flattened = [
+        _of_this_rank(trainer, loader) if ranks > 1 else loader
+        for loader, ranks in zip(loaders.flattened, shards, strict=True)
+    ]
+    return shown
+
+
+def _of_this_rank(trainer: Trainer, loader: Any) -> Any:
+    # Lightning 2.6 shuffles whatever it trains on
+    shuffle = trainer.training or isinstance(loader.sampler, RandomSampler)
+    try:
+        return prepared_loader(trainer, loader, shuffle=shuffle, mode=trainer.state.stage)
+    except Exception:
+        # A loader of a class of the user's, which Lightning can copy only if it saw it being made
+        return loader
+
+
+def _lengths(loaders: CombinedLoader, limit: float) -> list[int | float]:
+    """Return the batches of each loader, with a limit as `_parse_num_batches` of Lightning 2.6."""
+    return [_limited(_length(loader), limit) for loader in loaders.flattened]
+
+
+def _length(loader: Any) -> int | float:
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):  # a stream
+        return inf
+
+
+def _limited(length: float, limit: float) -> int | float:
+    if isinstance(limit, int):
+        return min(length, limit)
+    return length if length == inf else int(length * limit)
