@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,16 +71,16 @@ def compared(make_loader, module=Recorded, *, own=OWN, callbacks=list, trainer=N
         **options,
     }
     tuner = autobatch.AutoBatch(**options)
-    tuned = _fitted(make_loader(own), module, [tuner, *callbacks()], trainer or {})
+    tuned = _fitted(partial(make_loader, own), module, [tuner, *callbacks()], trainer or {})
     plan = tuner.report.plan
     numbers = {"accumulate_grad_batches": plan.accumulate_grad_batches}
-    loader = make_loader(plan.micro_batch_size)
+    loader = partial(make_loader, plan.micro_batch_size)
     by_hand = _fitted(loader, module, callbacks(), {**(trainer or {}), **numbers})
     return Compared(tuned, by_hand, tuner.report)
 
 
-def _fitted(loader, module, callbacks, options):
+def _fitted(make_loader, module, callbacks, options):
     pl.seed_everything(3, verbose=False)
-    made = module()
+    made, loader = module(), make_loader()
     quiet_trainer(*callbacks, **options).fit(made, loader)
     return made

@@ -20,6 +20,7 @@ import torch
 from autobatch._settings import Defaults
 
 torch.set_num_threads(1)
+pytest.register_assert_rewrite("by_hand")  # its assertions show their values
 
 TIMES_OUT = importlib.util.find_spec("pytest_timeout") is not None
 SNAPSHOTS = Path(__file__).parent / "snapshots"

@@ -285,7 +285,9 @@ def encoding(samples):
     return Encoding({"x": x, "y": y}, [None if label == 0 else label for label in y.tolist()])
 
 
-@pytest.mark.parametrize(("module", "collate"), [(OfMasked, masked)], ids=["mask"])
+@pytest.mark.parametrize(
+    ("module", "collate"), [(OfMasked, masked), (OfEncoding, encoding)], ids=["mask", "encoding"]
+)
 def test_batch_of_a_class_of_its_own_arrives_whole(module, collate):
     both = compared(lambda size: shuffled(size, collate_fn=collate), module)
 
@@ -323,6 +325,16 @@ class Ramps(Recorded):
         done = (trainer.current_epoch + done) / trainer.max_epochs
         loss = super().training_step(batch, batch_idx)
         return loss + done * self.net(batch[0]).square().mean()
+
+
+def test_step_sees_the_number_of_batches_at_its_size():
+    COUNTED.clear()
+
+    both = compared(lambda size: shuffled(size, drop_last=True), Ramps)
+
+    both.check()
+    assert {batches for _, batches in COUNTED} > {240 // max(both.tuned.sizes)}
+    assert all(batches == 240 // size for size, batches in COUNTED)
 
 
 class Balanced(Recorded):
@@ -369,6 +381,12 @@ class Mixed(Recorded):
         loss = super().training_step(batch, batch_idx)
         flipped = F.cross_entropy(self.net(batch[0]), batch[1].flip(0))
         return self.share * loss + (1 - self.share) * flipped
+
+
+def test_callback_that_mixes_samples_runs_before_trial_steps():
+    both = compared(shuffled, Mixed, callbacks=lambda: [Mixes()])
+
+    both.check()
 
 
 class Even(Recorded):
