@@ -8,6 +8,7 @@ import autobatch
 from autobatch._find import PlainLoop
 from autobatch._memory import memory_budget
 from autobatch._trials.measure import run_trial
+from autobatch._trials.reachable import Watched
 from autobatch._tune import tune
 from autobatch.report import Settings
 from contexts import IdenticalRanks, trial_context
@@ -78,7 +79,7 @@ def tuned(device, *, world_size, **settings):
     checked = Settings.checked(**options | settings)
     with trial_context(device, ranks=IdenticalRanks(world_size)) as context:
         return tune(
-            PlainLoop(device.workload, True, checked, context),
+            PlainLoop(device.workload, True, checked, context, Watched([], [])),
             checked,
             context,
             autobatch.GuidedBisection(),

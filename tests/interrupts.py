@@ -1,7 +1,7 @@
 """Ctrl-C at one executed line of the library, and everything that may not be left behind.
 
-`python interrupts.py [fit | tune | find] [every]` interrupts runs at the first and the last
-execution of every line, or of every `every`-th line, and prints what each of them left.
+`python interrupts.py fit|tune|find [every [first|last …]]` interrupts runs at executions of every
+line, or of every `every`-th line, and prints what each of them left.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PACKAGE = str(Path(autobatch.__file__).parent)
 
 
 class Lines:
-    """Traces the lines of the library, and raises KeyboardInterrupt at one of them.
+    """Traces the lines of the library, and sends this process SIGINT at one of them.
 
     Args:
         at: A file and a line, and which of its executions is interrupted; None to count them all.
@@ -65,7 +65,7 @@ class Lines:
         if line == self.at and self.executions[line] == self.execution:
             sys.settrace(None)
             self.was_raised = True
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         return self._on_line
 
 
@@ -149,8 +149,6 @@ class Small(Model):
 class InTrainer:
     """A Trainer, a module, a loader and an AutoBatch for one interrupted run."""
 
-    accumulations = (1, 2)  # of the Trainer; the second is the plan's
-
     def __init__(self):
         pl.seed_everything(1, verbose=False)
         self.device = SimulatedAccelerator("450KiB")
@@ -189,15 +187,19 @@ class InTrainer:
         """Return the names of everything that is not as it was."""
         after = self.state()
         left = [name for name, value in self.before.items() if not same(value, after[name])]
-        if self.trainer.accumulate_grad_batches not in self.accumulations:
+        if self.trainer.accumulate_grad_batches not in self.accumulations():
             left.append("accumulation")
         if any(model_state(self.model)["tensor hooks"]) or any(model_state(self.model)["forward"]):
             left.append("hooks of the model")
         return left + self.left_for_the_next()
 
+    def accumulations(self):
+        """Return those the Trainer may have: its own, or that of the plan, as after training."""
+        last = self.callback._last
+        return {1} if last is None else {1, last.report.plan.accumulate_grad_batches}
+
     def left_for_the_next(self):
         """Return problems of the next fit."""
-        self.model.sizes.clear()
         trainer = self.trainer if self.trainer.state.fn is None else self.new_trainer()
         return self.problems_of_fit(trainer)
 
@@ -215,8 +217,6 @@ class InTrainer:
 class Tuning(InTrainer):
     """The same, with an AutoBatch that `tune` adds; afterwards the Trainer fits by itself."""
 
-    accumulations = (1,)
-
     def __init__(self):
         super().__init__()
         self.trainer.callbacks.remove(self.callback)
@@ -232,6 +232,9 @@ class Tuning(InTrainer):
 
     def run(self):
         self.callback.tune(self.trainer, self.model, *self.loaders)
+
+    def accumulations(self):
+        return {1}
 
     def left_for_the_next(self):
         self.trainer.callbacks.append(self.callback)
@@ -319,7 +322,14 @@ def sweep(make, every=1, executions=("first", "last")):
                 found = [f"{type(error).__name__}: {error}"[:100]]
             if found and found != ["never reached"]:
                 left[line, which] = found
+                print(*_described(line, which, found), sep="\n", flush=True)
     return left
+
+
+def _described(line, which, found):
+    file, number = line
+    code = linecache.getline(file, number).strip()
+    return f"{Path(file).name}:{number} #{which} {found}", f"      {code}"
 
 
 if __name__ == "__main__":
@@ -333,7 +343,4 @@ if __name__ == "__main__":
     lines = executed(kind)
     print(len(lines), "lines", flush=True)
     found = sweep(kind, *map(int, sys.argv[2:3]), *sys.argv[3:4] and [sys.argv[3:]])
-    for ((file, line), which), names in found.items():
-        code = linecache.getline(file, line).strip()
-        print(f"{Path(file).name}:{line} #{which} {names}\n      {code}")
     print(len(found), "of", len(lines), "left something")

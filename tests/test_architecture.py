@@ -29,13 +29,14 @@ HEAVY = {
 
 # A folder, or a module of the top folder, imports from earlier rows only.
 LAYERS = (
-    ("errors",),
+    ("errors", "_undo"),
     ("_memory", "_distributed"),
     ("_settings",),
     ("_trials",),
     ("_search", "_throughput"),
     ("_plan", "_latency", "_noise", "_accumulation"),
     ("_report",),
+    ("_progress",),
     ("report", "sinks", "testing"),
     ("_subject",),
     ("_tune",),

@@ -84,7 +84,7 @@ def test_trials_accumulate_if_the_plan_will():
 def test_the_log_holds_a_line_per_trial_and_the_report(caplog):
     device = PaperDevice(1000, fixed=100, per_sample=8)
 
-    with caplog.at_level("INFO", logger="autobatch"):
+    with caplog.at_level("DEBUG", logger="autobatch"):
         report = autobatch.find(device.workload, device=device)
 
     *lines, last = [record.getMessage() for record in caplog.records if record.name == "autobatch"]

@@ -334,7 +334,8 @@ def test_an_error_while_applying_the_plan_restores_everything(error):
     def configure_optimizers():
         if next(calls) == 2:
             raise error("mine")
-        return torch.optim.AdamW(model.parameters())
+        # Optimizers that depend on the batch size are made again with the plan
+        return torch.optim.AdamW(model.parameters(), lr=1e-4 * model.hparams.batch_size)
 
     model.configure_optimizers = configure_optimizers
     fitted = trainer(tuner())

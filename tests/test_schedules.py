@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import ClassVar
 
 import pytest
 import torch
 from torch.optim import lr_scheduler
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 
 import autobatch
 from autobatch.report import LearningRateRule
@@ -44,12 +45,14 @@ class Named(Scheduled):
     batch_size = 4
 
 
-def fit(module, batch_size=4, target=32, **options):
+def fit(module, batch_size=4, target=32, batch_arg_name="batch_size", plan=None, **options):
     callback = autobatch.AutoBatch(
         target_batch_size=target,
         max_micro_batch_size=16,
         device=SimulatedAccelerator("64MiB"),
         steps_per_trial=1,
+        batch_arg_name=batch_arg_name,
+        plan=plan,
     )
     loader = DataLoader(TensorDataset(torch.randn(128, 4)), batch_size)
     quiet_trainer(callback, **options).fit(module, loader)
@@ -139,6 +142,98 @@ def test_a_schedule_by_estimated_steps_covers_the_same_data():
 
     assert made == [64, 8]  # two epochs of 128 samples, in updates of 4 and of 32
     assert counted(report) == []
+
+
+PLAN = autobatch.BatchPlan(micro_batch_size=16, accumulate_grad_batches=2)
+
+
+class Counted(Scheduled):
+    """Counts its optimizers, and reads something while it makes them."""
+
+    made: ClassVar = []  # not in a module: its attributes are restored before it makes them again
+
+    def __init__(self, read):
+        super().__init__(None)
+        self.read = read
+        self.made.clear()
+        self.batch_size = 4
+        self.config = {"batch_size": 4}
+        self.save_hyperparameters({"batch_size": 4, "rate": 0.1})
+
+    def configure_optimizers(self):
+        self.made.append(self.read(self))
+        return super().configure_optimizers()
+
+
+UNREAD = {
+    "nothing": lambda m: None,
+    "another hyperparameter": lambda m: (m.hparams.rate, m.hparams["rate"], m.hparams.get("rate")),
+    "the names of hyperparameters": lambda m: (*m.hparams.keys(), "batch_size" in m.hparams),
+    "another loader": lambda m: len(DataLoader(TensorDataset(torch.zeros(8, 4)), 2)),
+    "the class": lambda m: type(m).__name__,
+    "epochs": lambda m: m.trainer.max_epochs,
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_optimizers_are_made_once_if_they_read_no_batch_size(name):
+    fit(Counted(UNREAD[name]), plan=PLAN)
+
+    assert len(Counted.made) == 1
+
+
+READ = {
+    "attribute": (lambda m: m.batch_size, 4, 16),
+    "hyperparameter": (lambda m: m.hparams.batch_size, 4, 16),
+    "entry": (lambda m: m.hparams["batch_size"], 4, 16),
+    "get": (lambda m: m.hparams.get("batch_size"), 4, 16),
+    "keywords": (lambda m: dict(**m.hparams)["batch_size"], 4, 16),
+    "items": (lambda m: dict(m.hparams.items())["batch_size"], 4, 16),
+    "accumulation": (lambda m: m.trainer.accumulate_grad_batches, 1, 2),
+    "estimate": (lambda m: m.trainer.estimated_stepping_batches, 64, 8),
+    "length of the loader": (lambda m: len(m.trainer.fit_loop._data_source.instance), 32, 8),
+    "size of the loader": (lambda m: m.trainer.fit_loop._data_source.instance.batch_size, 4, 16),
+    "batches": (
+        lambda m: (m.trainer.fit_loop.setup_data(), m.trainer.num_training_batches)[1],
+        32,
+        8,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_optimizers_are_made_again_if_they_read_the_batch_size(name):
+    read, own, planned = READ[name]
+
+    fit(Counted(read), plan=PLAN)
+
+    assert Counted.made == [own, planned]
+
+
+def test_optimizers_that_may_read_the_batch_size_unseen_are_made_again():
+    fit(Counted(lambda m: m.config["batch_size"]), batch_arg_name="config.batch_size", plan=PLAN)
+
+    assert Counted.made == [4, 16]
+
+
+def test_no_class_keeps_what_notices_reads():
+    kinds = (Counted, DataLoader, BatchSampler, pl.Trainer, type(Counted(None).hparams))
+    before = [dict(vars(kind)) for kind in kinds]
+
+    fit(Counted(lambda m: m.batch_size), plan=PLAN)
+
+    assert [dict(vars(kind)) for kind in kinds] == before
+
+
+def test_an_error_in_configure_optimizers_passes_and_leaves_the_classes():
+    def fail(module):
+        raise ZeroDivisionError("mine")
+
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        fit(Counted(fail), plan=PLAN)
+
+    assert "batch_size" not in vars(Counted)
+    assert "accumulate_grad_batches" not in vars(pl.Trainer)
 
 
 @pytest.mark.parametrize(

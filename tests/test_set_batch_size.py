@@ -222,7 +222,8 @@ def test_copied_change_restores_the_copied_loader():
 
     loader = by_budget()
 
-    change = batch_size.change_batch_size(loader, 8, with_a_new_attribute)
+    change = batch_size.batch_size_change(loader, 8, with_a_new_attribute)
+    change.make()
     copied = copy.deepcopy(change)
     copied.restore()
 

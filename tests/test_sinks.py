@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 import io
 import logging
 import re
@@ -10,9 +9,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 
-from autobatch import Outcome, Trial, TuningReport, sinks
+from autobatch import TuningReport, sinks
 from autobatch._report.layout import ASCII
-from report_examples import GIB, example, reports
+from report_examples import example, reports
 
 
 class Terminal(io.StringIO):
@@ -132,75 +131,3 @@ def test_an_unwritable_path_is_named(tmp_path):
         sinks.json_file(tmp_path)(example())
 
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
-
-
-# Progress
-
-
-@pytest.mark.parametrize(
-    ("trial", "line"),
-    [
-        (
-            Trial(64, Outcome.FIT, 812 * 2**20, 0.125),
-            "batch_size=64 fits: peak 812 MiB of 1.8 GiB, 512 samples/s",
-        ),
-        (Trial(64, Outcome.FIT), "batch_size=64 fits"),
-        (
-            Trial(64, Outcome.OVER_BUDGET, 2 * GIB),
-            "batch_size=64 is over the budget: peak 2 GiB of 1.8 GiB",
-        ),
-        (
-            Trial(64, Outcome.OUT_OF_MEMORY),
-            "batch_size=64 ran out of memory: the budget is 1.8 GiB",
-        ),
-        (
-            Trial(64, Outcome.REFUSED),
-            "batch_size=64 was refused by the workload itself",
-        ),
-    ],
-)
-def test_every_trial_is_a_line_in_the_log(logged, trial, line):
-    with sinks.progress() as shown:
-        shown.trying(64)
-        shown.tried(trial, best=None, budget=int(1.8 * GIB))
-
-    assert logged.messages == [line]
-
-
-def test_progress_without_a_terminal_goes_to_the_log_only(capsys):
-    with sinks.progress() as shown:
-        shown.trying(64)
-        shown.tried(Trial(64, Outcome.FIT), best=64, budget=GIB)
-
-    assert capsys.readouterr() == ("", "")
-
-
-def test_a_terminal_shows_the_running_trial_and_is_left_clean(monkeypatch, logged):
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setenv("TERM", "xterm-256color")
-
-    with sinks.progress() as shown:
-        shown.trying(64)
-        first = terminal.getvalue()
-        shown.tried(Trial(64, Outcome.FIT), best=64, budget=GIB)
-        shown.trying(128)
-        second = terminal.getvalue()
-        assert sys.stderr is terminal  # output of the workload is left alone
-
-    assert "autobatch · trying 64" in first
-    assert "autobatch · trying 128 · largest that fits so far 64" in second
-    assert logged.messages == ["batch_size=64 fits"]
-    assert terminal.getvalue().endswith(("\x1b[2K", "\x1b[?25h"))
-
-
-def test_an_interrupted_search_leaves_the_terminal_clean(monkeypatch):
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setenv("TERM", "xterm-256color")
-
-    with contextlib.suppress(KeyboardInterrupt), sinks.progress() as shown:
-        shown.trying(64)
-        raise KeyboardInterrupt
-
-    assert "\x1b[?25h" in terminal.getvalue()  # the cursor is back

@@ -15,6 +15,7 @@ from autobatch._trials.context import TrialContext
 from autobatch._trials.measure import run_trial
 from autobatch._trials.optimizers import OptimizerWatch
 from autobatch.errors import ShortTrialError
+from autobatch.sinks import progress
 from autobatch.testing import PaperDevice, SimulatedAccelerator
 from contexts import FixedBudget
 from networks import Perceptron, training
@@ -23,7 +24,7 @@ from nvml_standin import GIB, FakeGpu
 
 def attempt(workload, size, probe, *, budget=10**12, steps=3, accumulate=1, expects_steps=False):
     """Run one trial without a snapshot: the caller restores."""
-    with OptimizerWatch(probe.clock) as optimizers:
+    with OptimizerWatch(probe.clock) as optimizers, progress() as shown:
         optimizers.expected = expects_steps
         return run_trial(
             workload,
@@ -39,7 +40,7 @@ def attempt(workload, size, probe, *, budget=10**12, steps=3, accumulate=1, expe
                 optimizers=optimizers,
                 on_first_use=contextlib.nullcontext,
                 ranks=SingleProcess(),
-                progress=None,
+                progress=shown,
             ),
         )
 

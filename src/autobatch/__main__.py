@@ -30,10 +30,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.command(options)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # an error now is told; Python's own flush at exit tells it badly
+    except BrokenPipeError:
+        _discard_output()
+        return 1
     except (AutobatchError, ValueError, OSError) as error:
         print(f"autobatch: {error}", file=sys.stderr)
+        _discard_output()
         return 2
     return 0
+
+
+def _discard_output() -> None:
+    """Let standard output take what is left in its buffer, at exit, if its reader cannot."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:

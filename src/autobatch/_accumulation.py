@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from autobatch._trials.batches import cut, is_plain_list, leaves
+from autobatch._undo import Undo
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -75,19 +77,15 @@ def batch_norms(parts: Iterable[object]) -> BatchNorms:
 @contextmanager
 def without_dropout(module: torch.nn.Module) -> Iterator[None]:
     """Turn off dropout in the layers of torch; everything else stays in its mode."""
-    former: list[tuple[Any, str, Any]] = []
-    for part in module.modules():
-        if isinstance(part, _DropoutNd):
-            former.append((part, "training", part.training))
-            part.training = False
-        elif isinstance(part, (torch.nn.MultiheadAttention, torch.nn.RNNBase)):
-            former.append((part, "dropout", part.dropout))
-            part.dropout = 0.0
-    try:
+    with Undo() as undo:
+        for part in module.modules():
+            if isinstance(part, _DropoutNd):
+                undo.add(partial(setattr, part, "training", part.training))
+                part.training = False
+            elif isinstance(part, (torch.nn.MultiheadAttention, torch.nn.RNNBase)):
+                undo.add(partial(setattr, part, "dropout", part.dropout))
+                part.dropout = 0.0
         yield
-    finally:
-        for part, name, value in former:
-            setattr(part, name, value)
 
 
 def split_gradient(

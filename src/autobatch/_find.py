@@ -14,11 +14,18 @@ from autobatch import _settings
 from autobatch._accumulation import batch_norms
 from autobatch._distributed import current_ranks
 from autobatch._memory.detect import detect
-from autobatch._report.accumulation_notes import batch_norm, ignores_accumulate, never_stepped
+from autobatch._report.accumulation_notes import (
+    batch_norm,
+    ignores_accumulate,
+    never_stepped,
+    stays_changed,
+)
 from autobatch._report.tradeoff import common_rule
-from autobatch._settings import Settings
+from autobatch._settings import Settings, checked_verbose
+from autobatch._trials.captured import is_generator
 from autobatch._trials.context import MemoryBudget, TrialContext
 from autobatch._trials.optimizers import OptimizerWatch
+from autobatch._trials.reachable import Watched, has_state_dict, reachable
 from autobatch._trials.snapshot import Snapshot, restorable
 from autobatch._tune import checked_search, known_plan, tune, versions
 from autobatch.errors import AutobatchError
@@ -37,6 +44,7 @@ if TYPE_CHECKING:
     from autobatch._search import Search
     from autobatch._trials.time_limit import TimeLimit
 
+_TRAINABLE: Final = (torch.nn.Module, torch.optim.Optimizer)
 # Classes whose steps wait for other ranks
 _SYNCHRONIZING_WRAPPERS: Final = {
     "DistributedDataParallel",
@@ -58,13 +66,15 @@ def find(
     device: str | MemoryProbe | None = None,
     latency_limit: float | None = None,
     percentile: float | None = None,
+    verbose: bool = True,
     restore: Sequence[Any] = (),
     dataset_size: int | None = None,
 ) -> TuningReport:
     """Find the largest batch size that fits, and a plan to reach the effective batch.
 
-    Every module whose forward runs, every optimizer that steps, and the random state are restored.
-    A change to a model before its first forward cannot be seen: name the model in `restore`.
+    Everything with a state that the workload reaches by its variables is restored: models,
+    optimizers, schedulers, scalers, generators. So are modules whose forward runs, optimizers that
+    step, and the random state. The report names other variables that changed.
 
     Args:
         workload: `train(batch_size, accumulate)`, a generator function that trains at the given
@@ -93,8 +103,9 @@ def find(
             answered in time is taken.
         percentile: Percentage of calls that have to be answered in time; None: 99. Only with
             `latency_limit`.
-        restore: Further objects to restore: schedulers, scalers, generators, anything with
-            `state_dict` and `load_state_dict`.
+        verbose: Whether standard error shows the progress of tuning.
+        restore: Further objects to restore, which the workload does not reach: anything with
+            `state_dict` and `load_state_dict`, generators, tensors.
         dataset_size: Samples per epoch; bounds the search and gives updates per epoch.
 
     Returns:
@@ -125,25 +136,28 @@ def find(
         latency_limit=latency_limit,
         percentile=percentile,
     )
+    is_verbose = checked_verbose(verbose)
     restored = _restorable(restore)
-    model_device = _device_of_model(workload, restored)
+    reached = reachable(workload)
+    model_device = _device_of_model(*restored, *(each.value for each in reached))
     probe = detect(device, model_device)
     with (
         current_ranks() as ranks,
         ranks.abort_together(),
         Snapshot() as snapshot,
         OptimizerWatch(probe.clock) as optimizers,
-        progress() as shown,
+        progress(verbose=is_verbose and ranks.rank == 0) as shown,
     ):
         is_training = latency_limit is None
         # A device that the user named is not compared with that of the model
         on_first_use = _FirstUse(
             probe, optimizers, None if device else model_device, ranks, is_training=is_training
         )
-        trainable = _trainable(workload)
+        trainable = [each.value for each in reached if isinstance(each.value, _TRAINABLE)]
         if ranks.world_size > 1:
             _check_not_synchronizing(*trainable)
         snapshot.capture(*restored, *trainable)
+        snapshot.capture_if_possible(each for each in reached if _is_stateful(each.value))
         if is_training:
             optimizers.look_at(*restored, *trainable)
         context = TrialContext(
@@ -157,7 +171,13 @@ def find(
         )
         with snapshot.at_first_step(on_first_use):
             report = tune(
-                PlainLoop(workload, can_accumulate, settings, context),
+                PlainLoop(
+                    workload,
+                    can_accumulate,
+                    settings,
+                    context,
+                    Watched(reached, context.snapshot.alive),
+                ),
                 settings,
                 context,
                 checked_search(search),
@@ -178,12 +198,14 @@ class PlainLoop:
         can_accumulate: Whether it has a parameter `accumulate`.
         settings: Validated arguments of the run.
         context: Resources of the trials.
+        watched: Variables of the user that are not restored.
     """
 
     function: Callable[..., Any]
     can_accumulate: bool
     settings: Settings
     context: TrialContext
+    watched: Watched
 
     start_batch_size: ClassVar = 8
     own_batch_size: ClassVar = None
@@ -236,9 +258,11 @@ class PlainLoop:
         return None
 
     def trial_notes(self, plan: BatchPlan) -> tuple[str, ...]:
-        """Return notes on updates without an optimizer step, or without accumulation."""
+        """Return notes on missing optimizer steps or accumulation, and on what stays changed."""
         optimizers = self.context.optimizers
+        changed = sorted({*self.watched.changed(), *self.context.snapshot.unrestored})
         found = (
+            stays_changed(changed) if changed else None,
             never_stepped() if optimizers.never_stepped else None,
             ignores_accumulate(plan) if optimizers.steps_every_pass else None,
         )
@@ -298,34 +322,19 @@ def _restorable(restore: Sequence[Any]) -> Sequence[Any]:
     return restore
 
 
-def _trainable(workload: Callable[..., Any]) -> list[Any]:
-    """Return models and optimizers that the workload can reach, to capture them before it runs."""
-    kinds = (torch.nn.Module, torch.optim.Optimizer)
-    return [thing for thing in _reachable(workload) if isinstance(thing, kinds)]
+def _is_stateful(thing: object) -> bool:
+    """Return True for schedulers, scalers, averages and generators."""
+    return not isinstance(thing, _TRAINABLE) and (has_state_dict(thing) or is_generator(thing))
 
 
-def _device_of_model(workload: Callable[..., Any], restored: Sequence[Any]) -> torch.device:
-    """Return the device of the first model that can be reached, or else CUDA if there is any."""
-    for thing in (*restored, *_reachable(workload)):
+def _device_of_model(*things: Any) -> torch.device:
+    """Return the device of the first model among these, or else CUDA if there is any."""
+    for thing in things:
         if isinstance(thing, torch.nn.Module):
             parameter = next(thing.parameters(), None)
             if parameter is not None:
                 return parameter.device
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _reachable(workload: Callable[..., Any]) -> list[Any]:
-    """Return the values of a function's closure, globals and arguments, and of its object."""
-    inner = workload.func if isinstance(workload, partial) else workload
-    function = inspect.unwrap(inner)
-    owner = getattr(function, "__self__", None)
-    try:
-        names = inspect.getclosurevars(getattr(function, "__func__", function))
-    except (TypeError, ValueError):  # not a python function, or a variable yet to come
-        return [owner, *getattr(workload, "__dict__", {}).values()]
-    given = (*workload.args, *workload.keywords.values()) if isinstance(workload, partial) else ()
-    own = [value for each in (owner, workload) for value in getattr(each, "__dict__", {}).values()]
-    return [*names.nonlocals.values(), *names.globals.values(), *given, *own]
 
 
 def _check_not_synchronizing(*things: Any) -> None:

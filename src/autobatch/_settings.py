@@ -43,6 +43,16 @@ class Defaults:
 DEFAULTS: Final = Defaults(curve_seconds=20.0)
 
 
+def checked_verbose(verbose: object) -> bool:
+    """Return `verbose`; `ValueError` if it is neither True nor False."""
+    if not isinstance(verbose, bool):
+        raise ValueError(
+            f"verbose={verbose!r} is not a switch; give True to show progress and report, or False "
+            "to print nothing."
+        )
+    return verbose
+
+
 def _index(value: Any) -> Any:
     """Return a whole number of any type, NumPy's too, as an int; a bool is left as it is."""
     is_whole = hasattr(value, "__index__") and not isinstance(value, bool)
@@ -55,8 +65,13 @@ def _checked_limit(value: Any) -> Any:
     return value
 
 
-Count = Annotated[int, BeforeValidator(_index), Field(ge=1, strict=True)]
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
+# Far beyond any measurement, and far from overflow and underflow
+MOST: Final = 2**63  # samples, bytes
+LONGEST: Final = 1e30  # seconds
+SHORTEST: Final = 1e-30  # seconds
+
+Count = Annotated[int, BeforeValidator(_index), Field(ge=1, le=MOST, strict=True)]
+Seconds = Annotated[float, Field(ge=0, le=LONGEST, allow_inf_nan=False, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +108,10 @@ class Settings(BaseModel):
     memory_limit: Annotated[float | int | str, BeforeValidator(_checked_limit)]
     max_micro_batch_size: Count | None
     steps_per_trial: Count
-    time_limit: Annotated[Seconds, Field(gt=0)] | None
+    time_limit: Annotated[Seconds, Field(ge=SHORTEST)] | None
     dataset_size: Count | None
     # Defaults, because reports of earlier versions lack these two
-    latency_limit: Annotated[Seconds, Field(gt=0)] | None = None
+    latency_limit: Annotated[Seconds, Field(ge=SHORTEST)] | None = None
     percentile: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False, strict=True)] = 99
 
     @model_validator(mode="after")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from autobatch._latency import largest_within
-from autobatch._latency.search import LatencySearch
+from autobatch._latency.search import SECONDS_TIMED, LatencySearch
 from autobatch._plan import (
     MAX_CONFIRMATIONS,
     BatchPlan,
@@ -72,15 +72,20 @@ def tune(
     check_same_arguments(subject, settings, known, context.ranks)
     sizes = search_range(subject, settings, context.ranks)
     throughput, latency = Throughput(), None
+    runner.begin("searching" if known is None else "checking the plan")
     if known is not None:
         plan = verify(known, runner, sizes)
     elif settings.limit_on_latency is not None:
         latency = LatencySearch(settings.limit_on_latency, runner)
         sizes = find_largest_fit(search, runner, sizes, latency, is_timed=True)
+        context.progress.begin("timing answers", SECONDS_TIMED)
         plan = find_largest_within(latency, runner)
     else:
         sizes = find_largest_fit(search, runner, sizes, None, is_timed=not curve_seconds)
+        if curve_seconds:
+            context.progress.begin("timing sizes", curve_seconds)
         throughput = measure_throughput(runner, samples_per_rank(accumulation), curve_seconds)
+        runner.begin("checking the plan")
         plan = choose_plan(runner, throughput, subject.last_micro_batch)
         throughput = add_to_curve(throughput, runner, plan.micro_batch_size)
     check_same_plan(plan, context.ranks)

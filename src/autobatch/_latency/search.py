@@ -206,6 +206,8 @@ class LatencySearch:
     def _on_every_rank(self, time: Callable[[], bool], size: int | None = None) -> None:
         """Time calls on every rank and restore all state; remember `size` if memory refused it."""
         context = self._trials.context
+        if size is not None:
+            context.progress.trying(size)
         with context.ranks.abort_together():
             ran = time()
             context.snapshot.restore()

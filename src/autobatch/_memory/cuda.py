@@ -99,8 +99,8 @@ class CudaProbe:
         self._user_share = user_share = self._allocator_share()
         share = min(user_share, max(budget, 0) / self._total)
         torch.cuda.reset_peak_memory_stats(self._index)
-        torch.cuda.set_per_process_memory_fraction(share, self._index)
         try:
+            torch.cuda.set_per_process_memory_fraction(share, self._index)
             yield
         except BaseException:
             # A device that has failed for good refuses this as well: the first error counts

@@ -103,9 +103,9 @@ class Ledger:
 
         `offset` is added to every value of the profile, for probes that count more than tensors.
         """
-        self._limit, self.peak, self.allocations = limit, self.current, 0
-        self._profile = StepProfile(offset)
         try:
+            self._limit, self.peak, self.allocations = limit, self.current, 0
+            self._profile = StepProfile(offset)
             with eager(), _Mode(self):
                 yield self._profile
         finally:

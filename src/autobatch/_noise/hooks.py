@@ -182,7 +182,8 @@ class GradientNormHook:
         self.close()
         self._parameters = [each for each in parameters if each.requires_grad]
         self._after_pass = after_pass
-        self._handles = [each.register_hook(self._on_gradient) for each in self._parameters]
+        for each in self._parameters:
+            self._handles.append(each.register_hook(self._on_gradient))
 
     def close(self) -> None:
         """Remove the hooks and forget the update."""

@@ -127,7 +127,7 @@ class NoiseWatch:
         self._has_ended = False
         self._find_ranks()
         self._give_up_at(obstacle(self._model, self._optimizer))
-        self._handles = [register_optimizer_step_pre_hook(self._before_step)]
+        self._handles.append(register_optimizer_step_pre_hook(self._before_step))
         if not is_compiled(self._model):
             # A hook would make a module that was compiled in place compile again
             hook = self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True)

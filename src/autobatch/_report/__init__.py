@@ -17,6 +17,7 @@ from autobatch._report.schema import (
     CONFIG,
     KINDS,
     MEASURED,
+    Bytes,
     StoredLatency,
     StoredPlan,
     StoredTrial,
@@ -72,8 +73,8 @@ class Device(BaseModel):
 
     name: str
     source: str
-    total: int
-    foreign: int
+    total: Bytes
+    foreign: Bytes
 
 
 class TuningReport(BaseModel):
@@ -115,7 +116,7 @@ class TuningReport(BaseModel):
     subject: str
     task: Task = "train"
     device: Device
-    budget: int
+    budget: Bytes
     trials: tuple[StoredTrial, ...]
     plan: StoredPlan
     validation_batch_size: Count | None = None
@@ -338,7 +339,8 @@ def _parsed(text: str, origin: str) -> TuningReport:
             f"{_SCHEMA_VERSION}; upgrade autobatch."
         )
     try:
-        return TuningReport.model_validate(stored)
+        # Strictly: true is no number, nor is text
+        return TuningReport.model_validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(map(str, first["loc"]))

@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Final
 from autobatch._report.units import counted, factor, percent
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from autobatch._accumulation import BatchNorms, Splitting
     from autobatch._plan import BatchPlan
     from autobatch._report.tradeoff import LearningRateRule
 
 _STEADY_BATCH: Final = 16  # samples; statistics of smaller batches are noisy
+_MOST_NAMES: Final = 5  # in a note
 _FAR_ABOVE_BEST: Final = 2  # times the best accumulation: the accuracy of its estimate
 
 
@@ -112,6 +115,15 @@ def accumulation_costs(plan: BatchPlan, best: float, optimizer_share: float) -> 
 
 
 # Optimizer steps in trials
+
+
+def stays_changed(names: Sequence[str]) -> str:
+    """Note variables of a loop that trials changed and that are not restored."""
+    shown, more = ", ".join(names[:_MOST_NAMES]), len(names) - _MOST_NAMES
+    return (
+        f"Trials changed {shown}{f' and {more:,} more' if more > 0 else ''}, and find() cannot "
+        "restore that: set it back before training if the loop reads it."
+    )
 
 
 def never_stepped() -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
-from pydantic import AfterValidator, ConfigDict, PlainSerializer
+from pydantic import AfterValidator, ConfigDict, Field, PlainSerializer
 
 from autobatch._latency import Latency
 from autobatch._plan import BatchPlan
+from autobatch._settings import LONGEST, MOST, SHORTEST
 from autobatch._trials import Trial
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ _ESTIMATED: Final = (
     "relative_time_high",
     "useful_samples_per_second",
 )
-# Numbers that cannot be zero; no number can be below zero
+# Numbers that cannot be zero; no number can be below zero, or so large or small that others which
+# are derived from it overflow
 _POSITIVE: Final = {
     "accumulate",
     "accumulate_grad_batches",
@@ -82,10 +83,12 @@ def row_written(row: EffectiveRow) -> dict[str, Any]:
 def _checked(record: Any) -> Any:
     for field in fields(record):
         value = getattr(record, field.name)
-        is_number = isinstance(value, (int, float))
-        is_zero = value == 0 and field.name in _POSITIVE
-        if is_number and (is_zero or not 0 <= value < math.inf):
-            raise ValueError(f"{field.name}={value} is out of range")
+        if not isinstance(value, (int, float)):
+            continue
+        most, least = (MOST, 1) if isinstance(value, int) else (LONGEST, SHORTEST)
+        is_zero = value == 0 and field.name not in _POSITIVE
+        if not (is_zero or least <= value <= most):
+            raise ValueError(f"{field.name} is out of range")
     return record
 
 
@@ -95,6 +98,7 @@ def _written_trial(trial: Trial) -> dict[str, Any]:
     return in_json
 
 
+Bytes = Annotated[int, Field(ge=-MOST, le=MOST)]
 CHECKED: Final = AfterValidator(_checked)
 MEASURED: Final = (CHECKED, PlainSerializer(lambda record: written(record, "measured")))
 StoredTrial = Annotated[

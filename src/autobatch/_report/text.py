@@ -58,6 +58,12 @@ def completed(report: TuningReport) -> Page:
     )
 
 
+def resumed(report: TuningReport) -> str:
+    """Return the line of a run that goes on with a plan, which one trial has verified."""
+    took = duration(report.search_seconds)
+    return f"autobatch · {product(report.plan)} · resumed, verified by one trial in {took}"
+
+
 def _header(report: TuningReport) -> tuple[str, ...]:
     device = f"{plain(report.device.name)} {format_bytes(report.device.total)}"
     timed = len(report.curve or report.latencies)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import threading
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
+
+from autobatch._undo import Undo
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -52,12 +55,11 @@ def loading_watch(clock: Callable[[], float]) -> Iterator[Waited]:
         batches = begin_iteration(loader)
         return _TimedIterator(batches, waited) if waited.is_counting else batches
 
-    DataLoader.__iter__ = begin_timed_iteration  # type: ignore[method-assign] # restored below
-    try:
+    with Undo() as undo:
+        undo.add(waited.stop)
+        undo.add(partial(setattr, DataLoader, "__iter__", begin_iteration))
+        DataLoader.__iter__ = begin_timed_iteration  # type: ignore[method-assign] # restored
         yield waited
-    finally:
-        DataLoader.__iter__ = begin_iteration  # type: ignore[method-assign]
-        waited.stop()
 
 
 class Waited:

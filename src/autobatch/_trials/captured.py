@@ -6,27 +6,28 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import random
 import sys
 import weakref
 from collections import deque
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, overload
 
 import torch
 from torch.utils.weak import TensorWeakRef
 
-from autobatch._trials.reachable import is_plain_object
+from autobatch._trials.reachable import (
+    LARGE,
+    PLAIN,
+    attributes_of,
+    has_state_dict,
+    is_plain_object,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-_LARGE: Final = 1000  # entries; a larger container holds data rather than state
 _LARGE_TENSOR: Final = 2**28  # bytes; a larger one in an object beside a module is data as well
-# Types of values without parts that a trial could change
-_PLAIN: Final = frozenset({int, float, complex, bool, str, bytes, type(None)})
 
 
 class Saved(Protocol):
@@ -140,7 +141,7 @@ def save(value: Any, memo: Memo) -> Saved:
 def save_light(value: Any, memo: Memo) -> Saved:
     """Save counters, generators and small containers, but no tensors, arrays and data."""
     is_container = isinstance(value, (dict, list, set, tuple, deque))
-    is_data = is_container and len(value) > _LARGE
+    is_data = is_container and len(value) > LARGE
     if is_data or isinstance(value, torch.Tensor) or _is_array(value):
         return Unchanged(value)
     return save(value, memo)
@@ -148,7 +149,7 @@ def save_light(value: Any, memo: Memo) -> Saved:
 
 def save_shallow(value: Any, memo: Memo) -> Saved:
     """Save one value; of a large container only its entries, not the contents of these."""
-    if isinstance(value, (list, deque, dict, set)) and len(value) > _LARGE:
+    if isinstance(value, (list, deque, dict, set)) and len(value) > LARGE:
         return SavedCopy(value)
     return save(value, memo)
 
@@ -161,14 +162,6 @@ def _save_nested(value: Any, memo: Memo) -> Saved:
         if is_values and value.nbytes > _LARGE_TENSOR
         else save_shallow(value, memo)
     )
-
-
-def attributes_of(thing: object) -> dict[str, Any] | None:
-    """Return the attributes of an object; None for classes, functions, and without writable ones."""
-    if isinstance(thing, (type, ModuleType)) or inspect.isroutine(thing):
-        return None
-    attributes = getattr(thing, "__dict__", None)
-    return attributes if isinstance(attributes, dict) else None
 
 
 def is_generator(value: object) -> bool:
@@ -224,7 +217,7 @@ def _(value: torch.nn.Module, memo: Memo) -> Saved:
 @_save.register(list)
 @_save.register(deque)
 def _(value: Any, memo: Memo) -> Saved:
-    is_plain = all(type(item) in _PLAIN for item in value)
+    is_plain = all(type(item) in PLAIN for item in value)
     return SavedCopy(value) if is_plain else SavedSequence(value, memo)
 
 
@@ -480,18 +473,18 @@ class SavedObject:
 
     def restore(self) -> None:
         owner = self.reference()
-        if owner is not None and self.state is not None:
-            owner.load_state_dict(self.state.restore())
-        # Last: a state_dict leaves out details such as a half-done step of a GradScaler
-        self.value.restore()
+        try:
+            if owner is not None and self.state is not None:
+                owner.load_state_dict(self.state.restore())
+        finally:
+            # Last: a state_dict leaves out details such as a half-done step of a GradScaler
+            self.value.restore()
 
 
 def _has_state(value: object) -> bool:
-    # Some DataLoaders have a state_dict that starts their workers; optimizers are saved as objects
-    excluded = (torch.nn.Module, torch.optim.Optimizer, torch.utils.data.DataLoader, type)
-    if isinstance(value, excluded):
-        return False
-    return hasattr(value, "state_dict") and hasattr(value, "load_state_dict")
+    # Modules and optimizers are saved as objects
+    is_of_torch = isinstance(value, (torch.nn.Module, torch.optim.Optimizer))
+    return not is_of_torch and has_state_dict(value)
 
 
 def _is_array(value: object) -> bool:

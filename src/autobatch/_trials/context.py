@@ -19,13 +19,22 @@ if TYPE_CHECKING:
 
 
 class Progress(Protocol):
-    """A display of the trials of a search."""
+    """A display of a tuning run: its phase, the batch size that runs, and what is left."""
+
+    def begin_part(self, part: str) -> None:
+        """Name the part of the run that the next phases belong to."""
+
+    def begin(self, phase: str, seconds: float | None) -> None:
+        """Show that a phase begins that may take these seconds; None: no limit."""
 
     def trying(self, batch_size: int) -> None:
-        """Show that a trial begins."""
+        """Show that a batch size begins to run."""
+
+    def stepped(self) -> None:
+        """Show that it still runs; called after each step."""
 
     def tried(self, trial: Trial, *, best: int | None, budget: int) -> None:
-        """Show a finished trial, the largest size that fits so far, and the budget in bytes."""
+        """Take note of a trial, the largest size that fits so far, and the budget in bytes."""
 
 
 class MemoryBudget:

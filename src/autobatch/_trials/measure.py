@@ -101,6 +101,7 @@ def warm_up(run: RunningWorkload, watch: Watch | None, context: TrialContext) ->
             watch.mark()
         with optimizers.watching(run.accumulate):
             run.step()
+        context.progress.stepped()
         if optimizers.steps > steps_before or not optimizers.expected:
             return
     # If no optimizer ever stepped, later trials need not wait for one

@@ -7,7 +7,9 @@ import threading
 import weakref
 from collections import Counter
 from functools import partial
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
+
+from autobatch._undo import Undo
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -15,13 +17,14 @@ if TYPE_CHECKING:
     import torch
 
 
-class OptimizerWatch:
+class OptimizerWatch(Undo):
     """Counts the optimizer steps of this thread, and times them, by torch's global hooks.
 
     In updates within `watching` it also compares them with the backward passes.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
+        super().__init__()
         self.steps = 0
         self.has_seen_gradients = False  # in a module given to look_at
         # Whether the workload should step an optimizer: it trains something
@@ -38,21 +41,14 @@ class OptimizerWatch:
         self._began = 0.0
         self._seconds = 0.0
 
-    def __enter__(self) -> Self:
+    def start(self) -> None:
         from torch.optim.optimizer import (
             register_optimizer_step_post_hook,
             register_optimizer_step_pre_hook,
         )
 
-        self._hooks = (
-            register_optimizer_step_pre_hook(self._before),
-            register_optimizer_step_post_hook(self._after),
-        )
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        self.hook(register_optimizer_step_pre_hook, self._before)
+        self.hook(register_optimizer_step_post_hook, self._after)
 
     @property
     def never_stepped(self) -> bool:
@@ -172,15 +168,17 @@ class _BackwardCounter:
     def counting(self) -> Iterator[None]:
         """Count backward passes in the block."""
         self._passes.clear()
-        self._handles = {}
-        try:
+        with Undo() as undo:
+            undo.add(self._remove_hooks)
+            self._handles = {}
             for module in [one for ref in self._modules if (one := ref()) is not None]:
                 self._hook(module, self._handles)
             yield
-        finally:
-            for handle in self._handles.values():
-                handle.remove()
-            self._handles = None
+
+    def _remove_hooks(self) -> None:
+        for handle in (self._handles or {}).values():
+            handle.remove()
+        self._handles = None
 
     def _hook(self, module: torch.nn.Module, handles: dict[int, Any]) -> None:
         from torch.nn.parameter import is_lazy

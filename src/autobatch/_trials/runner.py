@@ -120,6 +120,10 @@ class TrialRunner:
 
     # Trials
 
+    def begin(self, phase: str) -> None:
+        """Show that a phase begins that has the rest of the time limit."""
+        self.context.progress.begin(phase, self.time_limit.left)
+
     def start(self) -> None:
         """Check that the budget leaves memory for trials, and start the time limit."""
         context = self.context
@@ -155,9 +159,8 @@ class TrialRunner:
             self.record(self.gather(trial))
         trial = self.trials[-1]
         self.time_limit.record(trial.batch_size, self.time_limit.spent - began)
-        if self._ranks.rank == 0:
-            best = max(self.fitting, default=None)
-            self.context.progress.tried(trial, best=best, budget=self.budget)
+        best = max(self.fitting, default=None)
+        self.context.progress.tried(trial, best=best, budget=self.budget)
         return trial
 
     def run_unrecorded(self, batch_size: int) -> Sequence[Trial]:
@@ -193,8 +196,7 @@ class TrialRunner:
 
         An exception in the block is raised on every rank.
         """
-        if self._ranks.rank == 0:
-            self.context.progress.trying(batch_size)
+        self.context.progress.trying(batch_size)
         self.context.probe.attach(*self.context.snapshot.alive)
         with self._ranks.abort_together():
             yield

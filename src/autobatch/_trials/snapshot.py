@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import threading
 import warnings
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.optim.lr_scheduler import ChainedScheduler, OneCycleLR, SequentialLR
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from autobatch._memory.ledger import eager, unobserved
@@ -25,10 +27,14 @@ from autobatch._trials.captured import (
     save_light,
     save_shallow,
 )
+from autobatch._undo import Undo
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
-    from types import TracebackType
+
+    from autobatch._trials.reachable import Reached
+
+_logger = logging.getLogger(__name__)
 
 
 def restorable(thing: object) -> bool:
@@ -37,7 +43,7 @@ def restorable(thing: object) -> bool:
     return has_state or isinstance(thing, torch.Tensor) or is_generator(thing)
 
 
-class Snapshot:
+class Snapshot(Undo):
     """Capture objects, and restore all of them on request and on leaving, whatever happens.
 
     Copies are kept on the host. Objects are referenced weakly: a model that a workload builds for
@@ -46,32 +52,40 @@ class Snapshot:
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._memo = Memo()
         self._random: Saved = Unchanged(None)
+        self._undo = contextlib.ExitStack()
+        self._names: dict[int, str] = {}  # of objects that nobody asked to restore, by id
+        self.unrestored: set[str] = set()  # those whose state could not be saved or loaded
 
-    def __enter__(self) -> Self:
+    def start(self) -> None:
+        self.push(self._leave)
+        self.push(self._leave)  # completes the first if that was interrupted
         self._random = SavedRandomState()
-        return self
 
-    def __exit__(
+    def _leave(
         self,
-        kind: type[BaseException] | None,
+        _: object,
         error: BaseException | None,
-        traceback: TracebackType | None,
+        __: object,
     ) -> None:
         try:
             self.restore()
         except Exception as failure:
+            self.forget()
             if error is None:
                 raise
             # The first error counts: a GPU that has failed for good cannot be restored either
             error.add_note(f"autobatch could not restore everything: {failure!r}")
-        finally:
+        else:
             self.forget()
 
     def forget(self) -> None:
         """Drop everything captured without restoring it."""
+        self._undo.close()
         self._memo.clear()
+        self._random = Unchanged(None)
 
     @staticmethod
     def bytes_of(*things: Any) -> int:
@@ -85,10 +99,25 @@ class Snapshot:
         )
 
     def capture(self, *things: Any) -> None:
-        """Capture objects in their present state; an earlier capture of an object remains valid."""
+        """Capture objects in their present state; an earlier capture of an object remains valid.
+
+        Schedulers that end may be stepped past their end until the snapshot is left.
+        """
+        for scheduler in _ending(things):
+            self._undo.enter_context(_endless(scheduler))
         with self._saving(Scope(save)) as memo:
             for part in _parts_of(things):
                 memo.add(part)
+
+    def capture_if_possible(self, reached: Iterable[Reached]) -> None:
+        """Capture objects that a workload reaches; failures are kept in `unrestored`."""
+        for each in reached:
+            self._names[id(each.value)] = each.name
+            try:
+                self.capture(each.value)
+            except Exception:  # of the user's state_dict
+                _logger.debug("The state of %s cannot be saved", each.name, exc_info=True)
+                self.unrestored.add(each.name)
 
     def capture_light(self, *things: Any) -> None:
         """Capture small attributes, such as counters and generators, but no data."""
@@ -115,11 +144,14 @@ class Snapshot:
         failure: BaseException | None = None
         self._memo.restores += 1
         with _uninterrupted(), unobserved(), torch.no_grad():
-            for saved in (*self._memo.objects.values(), self._random):
+            for key, saved in (*self._memo.objects.items(), (None, self._random)):
                 try:
                     saved.restore()
                 except BaseException as error:  # the rest must still be restored
-                    failure = failure or error
+                    if key in self._names and isinstance(error, Exception):
+                        self.unrestored.add(self._names[key])
+                    else:
+                        failure = failure or error
         if failure is not None:
             raise failure
 
@@ -138,14 +170,12 @@ class Snapshot:
                 self.capture(module)
                 touched(module)
 
-        handle = register_module_forward_pre_hook(hook)
-        try:
+        with Undo() as undo:
+            undo.hook(register_module_forward_pre_hook, hook)
             with eager(), warnings.catch_warnings():
                 # A hook that runs once more for a compiled module does no harm
                 warnings.filterwarnings("ignore", message=r".*global hooks on modules")
                 yield
-        finally:
-            handle.remove()
 
     @contextlib.contextmanager
     def at_first_step(self, touched: Callable[[object], None]) -> Iterator[None]:
@@ -162,11 +192,9 @@ class Snapshot:
                     memo.add(optimizer)
                 touched(optimizer)
 
-        handle = register_optimizer_step_pre_hook(hook)
-        try:
+        with Undo() as undo:
+            undo.hook(register_optimizer_step_pre_hook, hook)
             yield
-        finally:
-            handle.remove()
 
     @property
     def alive(self) -> list[Any]:
@@ -179,6 +207,35 @@ class Snapshot:
         """Parameters of captured objects, also those that no module has registered."""
         found = (reference() for reference in self._memo.parameters.values())
         return [parameter for parameter in found if parameter is not None]
+
+
+def _ending(things: Iterable[Any]) -> Iterator[OneCycleLR]:
+    """Yield schedulers that raise past their last step, also those inside others."""
+    for thing in things:
+        if isinstance(thing, OneCycleLR):
+            yield thing
+        elif isinstance(thing, (SequentialLR, ChainedScheduler)):
+            yield from _ending(thing._schedulers)  # noqa: SLF001 -- has no public name
+
+
+@contextlib.contextmanager
+def _endless(scheduler: OneCycleLR) -> Iterator[None]:
+    """In the body, let a scheduler begin again after its last step, where it would raise.
+
+    Trials take more steps than training may have: the timing of a size has no fixed number.
+    """
+    kind = type(scheduler)
+
+    def get_lr(self: OneCycleLR) -> Any:
+        if self.last_epoch > self.total_steps:
+            self.last_epoch = 0
+        return kind.get_lr(self)
+
+    try:
+        scheduler.__class__ = type(kind.__name__, (kind,), {"get_lr": get_lr})
+        yield
+    finally:
+        scheduler.__class__ = kind
 
 
 def _parts_of(things: Iterable[Any]) -> Iterator[Any]:
@@ -212,8 +269,8 @@ def _uninterrupted() -> Iterator[None]:
         yield
         return
     received: list[Any] = []
-    signal.signal(signal.SIGINT, lambda *signal_and_frame: received.append(signal_and_frame))
     try:
+        signal.signal(signal.SIGINT, lambda *signal_and_frame: received.append(signal_and_frame))
         yield
     finally:
         signal.signal(signal.SIGINT, former)

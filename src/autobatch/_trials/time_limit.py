@@ -33,6 +33,11 @@ class TimeLimit:
         """Seconds since the beginning."""
         return self.now - self._start
 
+    @property
+    def left(self) -> float | None:
+        """Seconds until the limit; None without one."""
+        return None if self.limit is None else max(0.0, self.limit - self._counted)
+
     @contextmanager
     def excluded(self) -> Iterator[None]:
         """Do not count the time of the block, which has a limit of its own."""

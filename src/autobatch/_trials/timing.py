@@ -100,6 +100,7 @@ def time_steps(
             run.step()
             update_seconds.append(clock() - began)
             optimizer_seconds.append(seconds_since_last())
+            context.progress.stepped()
     if watch:
         watch.mark()
     has_stepped = optimizers.steps > steps_before
@@ -142,13 +143,14 @@ def time_calls(
                 run.step()
             for _ in range(1, before):
                 run.step()
-            return _call_seconds(run, enough, context.probe.clock)
+            return _call_seconds(run, enough, context)
     return None
 
 
 def _call_seconds(
-    run: RunningWorkload, enough: Callable[[Sequence[float]], bool], clock: Callable[[], float]
+    run: RunningWorkload, enough: Callable[[Sequence[float]], bool], context: TrialContext
 ) -> Sequence[float]:
+    clock = context.probe.clock
     steady: list[float] = []
     restarted: list[float] = []
     # Every call may restart a workload that ends after one
@@ -157,6 +159,7 @@ def _call_seconds(
         run.step()
         seconds = clock() - began
         (steady if run.starts == starts else restarted).append(seconds)
+        context.progress.stepped()
     return steady or restarted
 
 

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader
 
 from autobatch._trials.snapshot import Snapshot
+from autobatch._undo import Undo
 from autobatch.lightning._attribute import FormerBatchSize, set_batch_size_attribute
-from autobatch.lightning._compat import data_source, forget_combined_loader, patched
+from autobatch.lightning._compat import (
+    combined_loader,
+    data_source,
+    forget_combined_loader,
+    patched,
+)
 from autobatch.lightning._dataloaders import Loaders, Rebatched, capture_order
+from autobatch.lightning._reads import BatchSizeReads
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from autobatch._plan import BatchPlan
-    from autobatch.lightning._batch_size import SetBatchSize
     from autobatch.lightning._trainer import Trainer
 
 
@@ -25,42 +31,44 @@ def apply(
     trainer: Trainer,
     module: Any,
     batch_arg_name: str,
-    batch_sizes: Sequence[int],
+    rebatched: Rebatched,
     before_optimizers: BeforeOptimizers,
-    setter: SetBatchSize | None,
-) -> Rebatched:
+) -> None:
     """Make this Trainer train with a plan.
 
-    `undo` of the result restores the batch size of the user's loader.
-
-    Optimizers and schedulers are created again, since their learning rates and lengths may depend
-    on the batch size. They start from the random state in which they were created the first time.
+    Optimizers and schedulers are created again if `configure_optimizers` read the batch size, the
+    accumulation or the length of the loader. They then start from the random state in which they
+    were created the first time.
 
     Args:
         plan: The plan.
         trainer: The Trainer.
         module: The module.
         batch_arg_name: Attribute or hyperparameter that names the batch size.
-        batch_sizes: Batch size of each loader.
+        rebatched: Gives the loaders their batch sizes; `undo` restores the user's loader.
         before_optimizers: The state from before the optimizers were created.
-        setter: The user's function that sets the batch size of a loader.
 
     Raises:
         AutobatchError: A loader does not follow. Loader, accumulation and attributes are restored
             then, as after any other error.
     """
-    with ExitStack() as undo:
-        rebatched = Rebatched(data_source(trainer.fit_loop), batch_sizes, setter)
-        undo.callback(rebatched.undo)
+    with Undo() as undo:
+        undo.add(rebatched.undo)
+        rebatched.start()
         _check_sizes(rebatched, trainer, module)
-        undo.callback(setattr, trainer, "accumulate_grad_batches", trainer.accumulate_grad_batches)
+        accumulate = trainer.accumulate_grad_batches
+        undo.add(partial(setattr, trainer, "accumulate_grad_batches", accumulate))
         _set_accumulation(plan, trainer, module)
-        before_optimizers.restore()
-        undo.callback(FormerBatchSize(module, batch_arg_name).restore)
+        # A schedule that needs its length has set up the loader already
+        is_read = before_optimizers.read_the_size or combined_loader(trainer.fit_loop) is not None
+        if is_read:
+            before_optimizers.restore()
+        before_optimizers.forget()
+        undo.add(FormerBatchSize(module, batch_arg_name).restore)
         set_batch_size_attribute(module, batch_arg_name, plan.micro_batch_size)
-        _recreate_optimizers(trainer)
-        undo.pop_all()  # all went well: `undo` is the caller's now
-    return rebatched
+        if is_read:
+            _recreate_optimizers(trainer)
+        undo.pop_all()  # all went well: the caller undoes it
 
 
 def apply_between_epochs(
@@ -68,23 +76,21 @@ def apply_between_epochs(
     trainer: Trainer,
     module: Any,
     batch_arg_name: str,
-    batch_sizes: Sequence[int],
-    former: Rebatched,
+    rebatched: Rebatched,
     restore_start: Callable[[], bool],
-) -> Rebatched:
+) -> None:
     """Make this Trainer continue with another plan in the epoch that starts now.
 
     Optimizers and schedulers stay: they hold the state of training. Lightning asks for the loader
     again, as with `reload_dataloaders_every_n_epochs`; one that was passed to `fit` is the same,
-    and the order of its data continues; in the first epoch, `restore_start` restores the state
-    from which the loader starts, and returns False in a later one. After an error the user's loader has its own batch size
-    again, and training ends.
+    and the order of its data continues. In the first epoch `restore_start` restores the state in
+    which the loader was started; in a later one it returns False. After an error the user's loader
+    has its own batch size again, and training ends.
     """
     fit_loop = trainer.fit_loop
-    former.undo()
-    with ExitStack() as undo:
-        rebatched = Rebatched(data_source(fit_loop), batch_sizes, former.setter)
-        undo.callback(rebatched.undo)
+    with Undo() as undo:
+        undo.add(rebatched.undo)
+        rebatched.start()
         _check_sizes(rebatched, trainer, module)
         _set_accumulation(plan, trainer, module)
         set_batch_size_attribute(module, batch_arg_name, plan.micro_batch_size)
@@ -100,7 +106,6 @@ def apply_between_epochs(
             # The progress bar has read the number of batches already
             trainer.progress_bar_callback.on_train_epoch_start(trainer, module)
         undo.pop_all()
-    return rebatched
 
 
 def _check_sizes(rebatched: Rebatched, trainer: Trainer, module: Any) -> None:
@@ -120,7 +125,9 @@ def _set_accumulation(plan: BatchPlan, trainer: Trainer, module: Any) -> None:
 
 def _recreate_optimizers(trainer: Trainer) -> None:
     """Call `configure_optimizers` as `Strategy.setup` of Lightning 2.6 does, at the new size."""
-    # A schedule that needs its length has set up the loader already
+    source = data_source(trainer.fit_loop)
+    if isinstance(source.instance, DataLoader):
+        source.dataloader()  # gives the loader its new size, which was restored with its order
     forget_combined_loader(trainer.fit_loop)
     trainer.strategy.setup_optimizers(trainer)
     trainer.strategy.setup_precision_plugin()
@@ -134,10 +141,11 @@ class BeforeOptimizers:
     """
 
     def __init__(self) -> None:
+        self.read_the_size = False  # of a batch, in configure_optimizers
         self._snapshot: Snapshot | None = None
         self._patch: patched | None = None
 
-    def watch(self, trainer: Trainer) -> None:
+    def watch(self, trainer: Trainer, batch_arg_name: str) -> None:
         """Capture the state when `Strategy.setup` of Lightning 2.6 creates the optimizers."""
         self.forget()
         create = trainer.strategy.setup_optimizers
@@ -149,16 +157,18 @@ class BeforeOptimizers:
             loader = data_source(trainer.fit_loop).instance
             if isinstance(loader, DataLoader):
                 capture_order(loader, self._snapshot)
-            return create(*arguments)
+            with BatchSizeReads(trainer, batch_arg_name) as reads:
+                created = create(*arguments)
+            self.read_the_size = reads.happened
+            return created
 
         self._patch = patched(trainer.strategy, setup_optimizers=capture_and_create)
-        self._patch.__enter__()
+        self._patch.apply()
 
     def restore(self) -> None:
-        """Restore the state that was captured, and drop it."""
+        """Restore the state that was captured."""
         if self._snapshot is not None:
             self._snapshot.restore()
-        self.forget()
 
     def forget(self) -> None:
         """Drop the state that was captured, and capture none."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +10,11 @@ from torch.utils.data import DataLoader
 
 from autobatch import sinks
 from autobatch._report.notes import waiting
-from autobatch._settings import Settings
+from autobatch._report.units import plain
+from autobatch._settings import Settings, checked_verbose
 from autobatch._trials.snapshot import Snapshot
 from autobatch._tune import checked_search, known_plan
+from autobatch._undo import Undo
 from autobatch.errors import AutobatchError, FixedBatchSizeError
 from autobatch.lightning._accumulation import LastWindowCorrection, check_switch
 from autobatch.lightning._apply import apply, apply_between_epochs
@@ -104,6 +105,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             the largest batch that is answered in time is taken.
         percentile: Percent of the steps that have to be answered in time; None: 99. Only with
             `latency_limit`.
+        verbose: Whether the progress of tuning and the report are printed.
         batch_arg_name: The attribute or hyperparameter of the module or datamodule that holds the
             batch size, if any; with dots for one inside of another, such as "data.batch_size".
         repair_last_window: True gives the last update of an epoch, which may have fewer samples
@@ -148,6 +150,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         device: str | MemoryProbe | None = None,
         latency_limit: float | None = None,
         percentile: float | None = None,
+        verbose: bool = True,
         batch_arg_name: str = "batch_size",
         repair_last_window: bool = False,
         worst_case: Callable[[int], Any] | None = None,
@@ -176,6 +179,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             repairs=check_switch(repair_last_window),
             batch_arg_name=checked_name(batch_arg_name),
             set_batch_size=checked_setter(set_batch_size),
+            verbose=checked_verbose(verbose),
         )
         self._epochs = checked_epochs(retune_at_epochs)
         self._evaluates = checked_evaluate(evaluate) or latency_limit is not None
@@ -226,7 +230,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         # Another AutoBatch of the Trainer stays out of it
         others = [each for each in trainer.callbacks if not isinstance(each, AutoBatch)]
         # Entered twice: an interrupt between the body and the inner exit still meets the outer one
-        with ExitStack() as undo, undo:
+        with Undo() as undo, undo:
             snapshot = undo.enter_context(Snapshot())
             undo.enter_context(silenced(trainer))
             # Before the trials run the hooks that make loaders and optimizers, and `setup` of
@@ -235,9 +239,9 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             for loader in loaders:
                 if isinstance(loader, DataLoader):
                     capture_order(loader, snapshot)
-            undo.callback(setattr, trainer, "callbacks", trainer.callbacks)
-            undo.callback(setattr, self, "_only_tunes", False)
-            undo.callback(self._undo_run)
+            undo.add(partial(setattr, trainer, "callbacks", trainer.callbacks))
+            undo.add(partial(setattr, self, "_only_tunes", False))
+            undo.add(self._undo_run)
             trainer.callbacks = [self, *others]
             self.reports.pop(method, None)
             self._only_tunes = True
@@ -259,10 +263,10 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         trainer.callbacks = [self, *others]
         check_lightning(trainer)
         if stage == "fit":
-            self._run.before_optimizers.watch(trainer)
+            self._run.before_optimizers.watch(trainer, self._arguments.batch_arg_name)
         else:
             evaluate = partial(self._tune_evaluation, trainer, STAGES[stage])
-            self._run.patches.append(before_data(trainer, STAGES[stage], evaluate))
+            self._run.replace(before_data(trainer, STAGES[stage], evaluate))
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Read from a checkpoint if it was written within an epoch."""
@@ -298,14 +302,13 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         if self._only_tunes:
             self._end_run(trainer, "fit", tuned.report)
         self._run.before_data.watch(trainer)
-        self._run.loaders["train"] = apply(
+        apply(
             tuned.report.plan,
             trainer,
             pl_module,
             self._arguments.batch_arg_name,
-            tuned.batch_sizes,
+            self._rebatched(trainer, tuned),
             self._run.before_optimizers,
-            self._arguments.set_batch_size,
         )
         self._run.first_report = tuned.report
         self._continue_with(trainer, tuned)
@@ -315,7 +318,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         if self._run.is_tuned:
             self._run.loaders["train"].check_used(trainer.train_dataloader)
             look = partial(self._before_epoch, trainer, pl_module)
-            self._run.patches.append(before_epochs(trainer, look))
+            self._run.replace(before_epochs(trainer, look))
             log_report(self.reports["fit"], trainer)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
@@ -407,13 +410,13 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         known = PriorPlan(target=target, note=f"{reason} {target:,}.")
         tuned = tune_training(trainer, module, self._arguments, lambda *_: known, None, ())
         if tuned.report.plan != self._trained.plan:
-            self._run.loaders["train"] = apply_between_epochs(
+            self._run.loaders["train"].undo()
+            apply_between_epochs(
                 tuned.report.plan,
                 trainer,
                 module,
                 self._arguments.batch_arg_name,
-                tuned.batch_sizes,
-                self._run.loaders["train"],
+                self._rebatched(trainer, tuned),
                 self._run.before_data.restore,
             )
         self._continue_with(trainer, tuned)
@@ -428,13 +431,14 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         if tuned.validation_sizes is not None:
             self._resize_validation(trainer, tuned.validation_sizes)
         self.reports["fit"] = tuned.report
-        self._show(trainer, "fit", sinks.console)
+        self._show(trainer, "fit", self._sink_for(tuned.report))
 
     def _resize_validation(self, trainer: Any, batch_sizes: Sequence[int]) -> None:
         if "validation" in self._run.loaders:
-            self._run.loaders.pop("validation").undo()
+            self._run.loaders["validation"].undo()
         loop = trainer.fit_loop.epoch_loop.val_loop
-        self._run.loaders["validation"] = Rebatched(data_source(loop), batch_sizes)
+        rebatched = self._run.loaders["validation"] = Rebatched(data_source(loop), batch_sizes)
+        rebatched.start()
         forget_combined_loader(loop)  # in the middle of training the loop has one
 
     def _tune_evaluation(self, trainer: Any, stage: Stage) -> None:
@@ -453,12 +457,20 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         if self._only_tunes:
             self._end_run(trainer, stage.name, tuned.report)
         source = data_source(stage.loop_of(trainer))
-        self._run.loaders[stage.name] = Rebatched(source, tuned.batch_sizes)
+        rebatched = self._run.loaders[stage.name] = Rebatched(source, tuned.batch_sizes)
+        rebatched.start()
         if tuned.is_changed:
             self._run.attribute = FormerBatchSize(module, name)
             set_batch_size_attribute(module, name, tuned.batch_sizes[0])
         self.reports[stage.name] = tuned.report
         self._show(trainer, stage.name, sinks.console)
+
+    def _rebatched(self, trainer: Any, tuned: Tuned) -> Rebatched:
+        """Return the training loaders of a plan; the run undoes them from now on."""
+        setter = self._arguments.set_batch_size
+        rebatched = Rebatched(data_source(trainer.fit_loop), tuned.batch_sizes, setter)
+        self._run.loaders["train"] = rebatched
+        return rebatched
 
     def _plan_before(self, trainer: Any) -> BatchPlan | None:
         """Return the plan of the previous fit, if the Trainer still has its accumulation."""
@@ -472,7 +484,23 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         self.reports[method] = report
         raise Imported.TUNER_EXIT.of(trainer)
 
+    def _sink_for(self, report: TuningReport) -> sinks.Sink:
+        """Return the sink of a report: a run that goes on with a known plan has shown it before."""
+        checkpoint = self._run.checkpoint
+        is_resumed = (
+            checkpoint is not None and checkpoint.plan == report.plan and len(report.trials) == 1
+        )
+        return sinks.resumed_on_console if is_resumed else sinks.console
+
     def _show(self, trainer: Any, method: str, show: sinks.Sink) -> None:
-        if trainer.is_global_zero:
-            sinks.log(self.reports[method])
-            show(self.reports[method])
+        if not trainer.is_global_zero:
+            return
+        report = self.reports[method]
+        sinks.log(report)
+        if not self._arguments.verbose:
+            return
+        try:
+            show(report)
+        except Exception as error:  # standard output may be closed, or its disk full
+            level = logging.DEBUG if show is sinks.completed_on_console else logging.WARNING
+            _log.log(level, "The report could not be printed: %s", plain(repr(error)))

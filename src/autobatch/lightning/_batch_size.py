@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from torch.utils.data import DataLoader
 
+from autobatch._undo import Undo
 from autobatch.lightning._compat import save_positional, saved_arguments
 
 if TYPE_CHECKING:
@@ -44,16 +45,19 @@ def sampler_of(loader: DataLoader[Any]) -> Any:
 
 
 class BatchSizeChange(Protocol):
-    """A loader whose batch size was changed."""
+    """Another batch size of a loader."""
 
     loader: DataLoader[Any]
+
+    def make(self) -> None:
+        """Set the batch size."""
 
     @property
     def holds(self) -> bool:
         """True if the batch size is still the one that was set."""
 
     def restore(self) -> None:
-        """Give the loader its former batch size."""
+        """Give the loader its former batch size; also if `make` was interrupted."""
 
 
 @contextmanager
@@ -61,27 +65,27 @@ def changed_batch_size(
     loader: DataLoader[Any], batch_size: int, setter: SetBatchSize | None
 ) -> Iterator[None]:
     """Change the batch size of a loader while the body runs."""
-    change = change_batch_size(loader, batch_size, setter)
-    try:
+    change = batch_size_change(loader, batch_size, setter)
+    with Undo() as undo:
+        undo.add(change.restore)
+        change.make()
         yield
-    finally:
-        change.restore()
 
 
-def change_batch_size(
+def batch_size_change(
     loader: DataLoader[Any], batch_size: int, setter: SetBatchSize | None
 ) -> BatchSizeChange:
-    """Change the batch size of a loader, by the user's setter if there is one."""
+    """Return a change of the batch size, by the user's setter if there is one."""
     if setter is None:
-        former = batch_size_of(loader)
-        _resize(loader, batch_size)
-        return _Resized(loader, former, batch_size)
-    return _SetByUser(loader, _assigned_by(setter, loader, batch_size))
+        return _Resizing(loader, batch_size_of(loader), batch_size)
+    owners = (loader, loader.batch_sampler, loader.sampler, sampler_of(loader))
+    before = [_Attributes(owner, dict(vars(owner))) for owner in owners if owner is not None]
+    return _SettingByUser(loader, batch_size, setter, before)
 
 
 @dataclass
-class _Resized:
-    """A loader with another `batch_size` of its batch sampler."""
+class _Resizing:
+    """Another `batch_size` of the batch sampler."""
 
     loader: DataLoader[Any]
     former: int
@@ -90,6 +94,9 @@ class _Resized:
     @property
     def holds(self) -> bool:
         return batch_size_of(self.loader) == self.batch_size
+
+    def make(self) -> None:
+        _resize(self.loader, self.batch_size)
 
     def restore(self) -> None:
         _resize(self.loader, self.former)
@@ -118,22 +125,53 @@ def _update_saved_arguments(made: Any, batch_size: int) -> None:
 
 
 @dataclass
-class _SetByUser:
-    """A loader after `set_batch_size`; only the assigned attributes are restored.
+class _SettingByUser:
+    """A call of `set_batch_size`; only the assigned attributes are restored.
 
     The order of the data, in generators and counters, goes on.
     """
 
     loader: DataLoader[Any]
-    assigned: list[_Assignment]
+    batch_size: int
+    setter: SetBatchSize
+    before: list[_Attributes]
+    assigned: list[_Assignment] | None = None  # None until the setter has returned
 
     @property
     def holds(self) -> bool:
-        return all(each.holds for each in self.assigned)
+        return all(each.holds for each in self.assigned or ())
+
+    def make(self) -> None:
+        try:
+            self.setter(self.loader, self.batch_size)
+            self.assigned = self._assignments()
+        except BaseException:
+            self.restore()
+            raise
 
     def restore(self) -> None:
-        for each in self.assigned:
+        for each in self._assignments() if self.assigned is None else self.assigned:
             each.restore()
+
+    def _assignments(self) -> list[_Assignment]:
+        return [each for owner in self.before for each in owner.assignments()]
+
+
+@dataclass(frozen=True, slots=True)
+class _Attributes:
+    """The attributes an object had."""
+
+    owner: Any
+    before: dict[str, Any]
+
+    def assignments(self) -> list[_Assignment]:
+        """Return the attributes that were assigned since then."""
+        before, after = self.before, vars(self.owner)
+        changes = [
+            _Assignment(self.owner, name, before.get(name, _Missing), after.get(name, _Missing))
+            for name in before.keys() | after.keys()
+        ]
+        return [change for change in changes if change.before is not change.after]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,28 +192,3 @@ class _Assignment:
             vars(self.owner).pop(self.name, None)
         else:
             vars(self.owner)[self.name] = self.before
-
-
-def _assigned_by(
-    setter: SetBatchSize, loader: DataLoader[Any], batch_size: int
-) -> list[_Assignment]:
-    """Call a setter, and return the attributes it assigned; restore them if it raises."""
-    owners = (loader, loader.batch_sampler, loader.sampler, sampler_of(loader))
-    before = [(owner, dict(vars(owner))) for owner in owners if owner is not None]
-    try:
-        setter(loader, batch_size)
-    except BaseException:
-        for owner, attributes in before:
-            for assignment in _assignments(owner, attributes):
-                assignment.restore()
-        raise
-    return [each for owner, attributes in before for each in _assignments(owner, attributes)]
-
-
-def _assignments(owner: Any, before: dict[str, Any]) -> list[_Assignment]:
-    after = vars(owner)
-    changes = [
-        _Assignment(owner, name, before.get(name, _Missing), after.get(name, _Missing))
-        for name in before.keys() | after.keys()
-    ]
-    return [change for change in changes if change.before is not change.after]

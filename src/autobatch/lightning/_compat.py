@@ -15,8 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Final, Self, get_type_hints
+from typing import TYPE_CHECKING, Any, Final, get_type_hints
 
+from autobatch._undo import Undo
 from autobatch.lightning._trainer import (
     CombinedLoader,
     DataFetcher,
@@ -409,12 +410,17 @@ def _missing(owner: Any, protocol: Any, path: str = "") -> Iterator[str]:
 # Replacing attributes
 
 
-class patched:  # noqa: N801 -- reads as what it does: with patched(owner, name=value)
+class _Absent:
+    """Value of an attribute that an object did not have; a class, which copies and pickles keep."""
+
+
+class patched(Undo):  # noqa: N801 -- reads as what it does: with patched(owner, name=value)
     """Replace attributes of an object while the body runs, and restore exactly what was there.
 
     A value goes into the `vars` of the object, where it hides a method or an attribute of the
     class, and is deleted from there if the object had none of its own. Properties are set. A class
-    rather than a generator, so that a callback that holds one can be copied and pickled.
+    rather than a generator, so that a callback that holds one can be copied and pickled: it calls
+    `apply` and `restore`.
 
     Example:
         >>> with patched(loop, setup_data=replacement):  # doctest: +SKIP
@@ -422,32 +428,31 @@ class patched:  # noqa: N801 -- reads as what it does: with patched(owner, name=
     """
 
     def __init__(self, owner: Any, **values: Any) -> None:
+        super().__init__()
         self._owner = owner
         self._values = values
-        self._former: dict[str, Any] = {}  # without the names that were absent
-        self._is_active = False
+        self._former: dict[str, Any] = {}  # of the names that are replaced now
 
-    def __enter__(self) -> Self:
-        self._is_active = True
+    def start(self) -> None:
+        self.add(self.restore)
+        self.apply()
+
+    def apply(self) -> None:
+        """Replace the attributes until `restore`."""
         for name, value in self._values.items():
-            if name in vars(self._owner) or _is_property(self._owner, name):
-                self._former[name] = getattr(self._owner, name)
+            has_own = name in vars(self._owner) or _is_property(self._owner, name)
+            self._former[name] = getattr(self._owner, name) if has_own else _Absent
             _set(self._owner, name, value)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.restore()
 
     def restore(self) -> None:
-        """Restore what was there; a second call changes nothing."""
-        if not self._is_active:
-            return
-        self._is_active = False
-        for name in self._values:
-            if name in self._former:
-                _set(self._owner, name, self._former[name])
-            else:
+        """Restore what was there; a second call changes nothing, or completes the first."""
+        while self._former:
+            name, former = next(reversed(self._former.items()))
+            if former is _Absent:
                 vars(self._owner).pop(name, None)
+            else:
+                _set(self._owner, name, former)
+            del self._former[name]
 
 
 def _set(owner: Any, name: str, value: Any) -> None:

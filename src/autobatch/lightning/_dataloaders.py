@@ -13,8 +13,8 @@ from autobatch._trials.batches import leaves, map_leaves
 from autobatch._trials.snapshot import Snapshot
 from autobatch.errors import AutobatchError, FixedBatchSizeError
 from autobatch.lightning._batch_size import (
+    batch_size_change,
     batch_size_of,
-    change_batch_size,
     changed_batch_size,
     is_writable,
     sampler_of,
@@ -177,7 +177,7 @@ class Loaders:
 
 
 class Rebatched:
-    """Gives every loader that a Trainer asks for another batch size, until `undo`.
+    """Gives every loader that a Trainer asks for another batch size, from `start` until `undo`.
 
     Loaders are changed in place, which keeps their sampler, shuffling, workers and class. A loader
     that was passed by the user has its own batch size again after `undo`.
@@ -199,13 +199,18 @@ class Rebatched:
         self._changes: list[BatchSizeChange] = []
         self._original_dataloader: Callable[[], Any] = source.dataloader
         # Lightning 2.6 gets all loaders by this method
-        self._patch = patched(source, dataloader=self._dataloader).__enter__()
+        self._patch = patched(source, dataloader=self._dataloader)
+
+    def start(self) -> None:
+        """Change the loaders that the Trainer asks for from now on."""
+        self._patch.apply()
 
     def undo(self) -> None:
-        """Restore the batch sizes of the loaders, and the source."""
+        """Restore the source and the batch sizes of the loaders; again after an interrupt."""
         self._patch.restore()
         while self._changes:
-            self._changes.pop().restore()
+            self._changes[-1].restore()
+            self._changes.pop()
 
     def check(self, loaders: Loaders) -> None:
         """Read one batch of indices of each loader; `AutobatchError` if its size is another.
@@ -240,7 +245,8 @@ class Rebatched:
         given = self._original_dataloader()
         for loader, size in zip(_dataloaders_in(given), self._batch_sizes, strict=False):
             if _problem_of(loader, self.setter) is None and not self._is_changed(loader):
-                self._changes.append(change_batch_size(loader, size, self.setter))
+                self._changes.append(batch_size_change(loader, size, self.setter))
+                self._changes[-1].make()
         return given
 
     def _is_changed(self, loader: DataLoader[Any]) -> bool:

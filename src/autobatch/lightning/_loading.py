@@ -83,7 +83,7 @@ class DataLoaderTimer:
         self._former = fetch_profiler(fetcher)
         self._device = trainer.strategy.root_device
         self._patch = patched_fetch_profiler(fetcher, self._before_fetch, self._after_fetch)
-        self._patch.__enter__()
+        self._patch.apply()
 
     def _before_fetch(self) -> None:
         self._former[0]()

@@ -51,7 +51,7 @@ class BeforeData:
             set_up()
 
         self._patch = patched(loop, setup_data=capture_and_set_up)
-        self._patch.__enter__()
+        self._patch.apply()
 
     def restore(self) -> bool:
         """Restore the state; False if none was captured."""
@@ -86,7 +86,7 @@ class Run:
         beside: Memory that callbacks held in trials; None if there is nothing to compare.
         is_to_compare: True if it is compared before the next epoch.
         steps_before: Updates before this epoch, if it is compared after the first one of it.
-        patches: Methods of the loops that are replaced.
+        patches: Methods of the loops that are replaced; `replace` adds to them.
         attribute: The former batch size of the module, while an evaluation runs with another.
     """
 
@@ -120,23 +120,33 @@ class Run:
         if self.window is not None:
             self.window.start_batch(trainer, batch, index)
 
+    def replace(self, patch: patched) -> None:
+        """Replace a method of a loop until `undo`."""
+        self.patches.append(patch)
+        patch.apply()
+
     def undo(self) -> None:
-        """Stop measuring, and restore the user's loaders and the methods of the loops."""
+        """Stop measuring, and restore the user's loaders and the methods of the loops.
+
+        A second call completes the first if that was interrupted.
+        """
         self.before_optimizers.forget()
         self.before_data.forget()
         self.timer.stop()
         self.window = None
         while self.patches:
-            self.patches.pop().restore()
+            self.patches[-1].restore()
+            self.patches.pop()
         while self.loaders:
-            self.loaders.popitem()[1].undo()
+            next(reversed(self.loaders.values())).undo()
+            self.loaders.popitem()
         if self.attribute is not None:
             self.attribute.restore()
             self.attribute = None
 
 
 def before_epochs(trainer: Trainer, act: Callable[[], None]) -> patched:
-    """Call `act` before the first batch of each epoch, unless a checkpoint resumes within one.
+    """Return a patch to call `act` before each epoch, unless a checkpoint resumes within one.
 
     A callback would be too early: the module's own `on_train_epoch_start` comes after those of all
     callbacks.
@@ -149,4 +159,4 @@ def before_epochs(trainer: Trainer, act: Callable[[], None]) -> patched:
             act()
         advance()
 
-    return patched(loop, advance=act_and_advance).__enter__()
+    return patched(loop, advance=act_and_advance)

@@ -65,6 +65,7 @@ class CallbackArguments:
         repairs: Whether the last accumulation window of an epoch is corrected.
         batch_arg_name: Name of the batch size in the module or its datamodule.
         set_batch_size: Sets the batch size of a loader; None for the default way.
+        verbose: Whether progress and report are printed.
     """
 
     settings: Settings
@@ -74,6 +75,7 @@ class CallbackArguments:
     repairs: bool
     batch_arg_name: str
     set_batch_size: SetBatchSize | None
+    verbose: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,9 +275,10 @@ def trial_context(
         without_collectives(trainer),
         Snapshot() as snapshot,
         OptimizerWatch(probe.clock) as optimizers,
-        sinks.progress() as shown,
+        sinks.progress(verbose=arguments.verbose and ranks.rank == 0) as shown,
         on_new_loops(trainer),
     ):
+        shown.begin("reading batches", None)
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         scalers = [] if scaler is None else [scaler]
@@ -349,6 +352,7 @@ def _with_validation(
     except FixedBatchSizeError as error:
         return replace(tuned, report=_noted(tuned.report, f"Validation was not tried: {error}"))
     plan = tuned.report.plan
+    context.progress.begin_part("validation")
     samples = Samples(loaders, context.snapshot, None)
     train = partial(training.workload, plan.micro_batch_size, plan.trial_accumulation)
     subject = LightningEvaluation(

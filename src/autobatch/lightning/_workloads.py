@@ -356,9 +356,9 @@ def loaders_for(
 
 
 def before_data(trainer: Trainer, stage: Stage, act: Callable[[], None]) -> patched:
-    """Call `act` once before the loop of a stage sets up its data; the model is on its device.
+    """Return a patch to call `act` once before a loop sets up its data, with the model in place.
 
-    Restore the patch that is returned if the loop never gets there.
+    It restores itself then.
     """
     loop = stage.loop_of(trainer)
 
@@ -370,7 +370,7 @@ def before_data(trainer: Trainer, stage: Stage, act: Callable[[], None]) -> patc
         loop.setup_data()
 
     patch = patched(loop, setup_data=act_and_set_up)
-    return patch.__enter__()
+    return patch
 
 
 class EvaluationSteps:

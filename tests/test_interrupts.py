@@ -1,0 +1,54 @@
+"""Ctrl-C at lines of the library: nothing is left behind, and the next run works."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+import interrupts
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+# Lines that enter or leave a change
+CHANGING = (
+    "_undo.py",
+    "_apply.py",
+    "_autobatch.py",
+    "_batch_size.py",
+    "_compat.py",
+    "_isolation.py",
+    "_run.py",
+    "optimizers.py",
+    "snapshot.py",
+)
+
+
+def problems(kind, chosen):
+    """Return what interrupts at the first execution of lines leave behind."""
+    make = interrupts.RUNS[kind]
+    lines = chosen(list(interrupts.executed(make)))
+    left = {}
+    for line in lines:
+        found = interrupts.interrupted_at(make, line, 1)
+        if found:
+            left[line] = found
+    assert lines
+    return left
+
+
+def some_changing(lines):
+    lines = [line for line in lines if line[0].endswith(CHANGING)]
+    return random.Random(3).sample(lines, 8)
+
+
+@pytest.mark.parametrize("kind", interrupts.RUNS)
+def test_an_interrupt_at_some_lines_leaves_nothing(kind):
+    assert problems(kind, some_changing) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(20_000)
+@pytest.mark.parametrize("kind", interrupts.RUNS)
+def test_an_interrupt_at_any_line_leaves_nothing(kind):
+    assert problems(kind, list) == {}
