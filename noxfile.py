@@ -56,6 +56,13 @@ def _constraints_without(name: str, folder: Path) -> str:
 
 
 @nox.session
+def cases(session: nox.Session) -> None:
+    """Run the tests of batches, configurations and loaders of other packages."""
+    session.install(*TESTED, "-e", ".[pytorch-lightning]", *TEST, *DEMO, *EXTRAS["cases"])
+    session.run("pytest", "-m", "cases", *session.posargs)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check the rules of ruff and its format."""
     session.install(*TESTED, "ruff")

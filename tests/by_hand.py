@@ -16,6 +16,7 @@ from sameness import same
 
 X = torch.randn(240, 16, generator=torch.Generator().manual_seed(5))
 Y = X[:, :4].argmax(1)
+OWN = 5  # does not divide the target: another size has to be taken
 PAIRS = torch.utils.data.TensorDataset(X, Y)
 
 
@@ -54,11 +55,11 @@ class Compared:
         assert self.tuned.sizes == self.by_hand.sizes
         assert self.tuned.seen == self.by_hand.seen
         assert same(self.tuned.state_dict(), self.by_hand.state_dict())
-        assert self.report.plan.micro_batch_size == max(self.tuned.sizes) != 4
+        assert self.report.plan.micro_batch_size == max(self.tuned.sizes) != OWN
 
 
-def compared(make_loader, module=Recorded, *, callbacks=list, trainer=None, **options):
-    """Train from a batch size of 4 with AutoBatch, and again with the numbers of its plan.
+def compared(make_loader, module=Recorded, *, own=OWN, callbacks=list, trainer=None, **options):
+    """Train with AutoBatch from an own batch size, and again with the numbers of its plan.
 
     `make_loader` is called with a batch size, `module` and `callbacks` without arguments.
     """
@@ -69,7 +70,7 @@ def compared(make_loader, module=Recorded, *, callbacks=list, trainer=None, **op
         **options,
     }
     tuner = autobatch.AutoBatch(**options)
-    tuned = _fitted(make_loader(4), module, [tuner, *callbacks()], trainer or {})
+    tuned = _fitted(make_loader(own), module, [tuner, *callbacks()], trainer or {})
     plan = tuner.report.plan
     numbers = {"accumulate_grad_batches": plan.accumulate_grad_batches}
     loader = make_loader(plan.micro_batch_size)

@@ -45,6 +45,7 @@ def trial_context(probe, *, budget=None, memory_limit=0.9, ranks=None):
     ):
         yield TrialContext(
             probe=probe,
+            began=probe.clock(),
             budget=MemoryBudget(probe, memory_limit) if budget is None else FixedBudget(budget),
             snapshot=snapshot,
             optimizers=optimizers,

@@ -75,14 +75,14 @@ def tuned(device, *, world_size, **settings):
         "memory_limit": 0.9,
         "steps_per_trial": 2,
         "percentile": None,
+        "prefer": "largest",
     }
     checked = Settings.checked(**options | settings)
     with trial_context(device, ranks=IdenticalRanks(world_size)) as context:
         return tune(
-            PlainLoop(device.workload, True, checked, context, Watched([], [])),
+            PlainLoop(device.workload, True, checked, context, Watched(device.workload, ())),
             checked,
             context,
             autobatch.GuidedBisection(),
             known=None,
-            curve_seconds=0.0,
         )

@@ -50,6 +50,8 @@ print("RESULT", json.dumps({
     "settings": callback.report.settings.model_dump(),
     "search": type(callback._arguments.search).__name__,
     "epochs": sorted(callback._epochs),
+    "total": callback.report.device.total,
+    "evaluates": callback._evaluates,
 }))
 """
 
@@ -123,11 +125,14 @@ def test_the_command_line_adds_the_callback(package):
         "--trainer.callbacks+=autobatch.AutoBatch",
         "--trainer.callbacks.target_batch_size=64",
         "--trainer.callbacks.memory_limit=0.5",
-        "--trainer.callbacks.device=cpu",
+        "--trainer.callbacks.device=simulated:64MiB",
+        "--trainer.callbacks.evaluate=true",
     )
 
     assert got["effective"] == 64
     assert got["settings"]["memory_limit"] == 0.5
+    assert got["total"] == 64 * 2**20
+    assert got["evaluates"] is True
 
 
 @pytest.mark.parametrize("package", PACKAGES)

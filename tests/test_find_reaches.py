@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import random
+import weakref
 
 import numpy as np
 import pytest
@@ -324,3 +325,25 @@ def test_cycles_libraries_and_large_containers_are_not_walked():
             yield deep and None
 
     assert tune(train).notes is not None
+
+
+def test_values_that_a_loop_replaces_are_not_kept():
+    """A hidden state that training would free must not stay on the device during trials."""
+    model, optimizer = perceptron()
+    hidden = torch.zeros(3)
+    states, holder = [torch.zeros(3)], Nested(state=torch.zeros(3))
+    gone = [weakref.ref(each) for each in (hidden, states[0], holder.state)]
+    alive = []
+
+    def train(batch_size):
+        nonlocal hidden
+        for _ in training(model, optimizer)(batch_size, 1):
+            hidden, states[0], holder.state = torch.ones(3), torch.ones(3), torch.ones(3)
+            alive.append(sum(ref() is not None for ref in gone))
+            yield
+
+    report = tune(train)
+
+    assert set(alive) == {0}
+    (note,) = (note for note in report.notes if "cannot restore" in note)
+    assert note.startswith("Trials changed alive, hidden, holder.state, states, and")

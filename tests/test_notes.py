@@ -49,6 +49,7 @@ QUIET = TuningResult(
         Trial(64, Outcome.OUT_OF_MEMORY),
     ),
     target_batch_size=256,
+    prefer="largest",
     bound=Bound(256, "target_batch_size=256 needs no more than 256 at once"),
     time_limit=None,
     source="NVML",

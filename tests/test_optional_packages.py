@@ -92,7 +92,7 @@ def test_read_only_configuration_is_refused_before_the_search():
     module = OfConfig(omegaconf.OmegaConf.create({"data": {"batch_size": 4}}))
     omegaconf.OmegaConf.set_readonly(module.hparams, True)
 
-    with pytest.raises(AutobatchError, match="data.batch_size"):
+    with pytest.raises(AutobatchError, match=r"data\.batch_size"):
         quiet_trainer(tuner(batch_arg_name="data.batch_size")).fit(module)
 
     assert module.sizes == []
@@ -134,14 +134,14 @@ def test_four_crops_of_each_volume_are_those_by_hand(workers):
         augment = transforms.Compose([crop, transforms.RandFlipd(keys, prob=0.5)])
         augment.set_random_state(7)
         dataset = data.Dataset(volumes, augment)
-        # The loader's size counts volumes; a batch has four crops of each
-        return data.DataLoader(dataset, batch_size=size // 4, shuffle=True, num_workers=workers)
+        # Its size counts volumes; a batch has four crops of each
+        return data.DataLoader(dataset, batch_size=size, shuffle=True, num_workers=workers)
 
     both = compared(make, Segments, device=SimulatedAccelerator("3MiB"), target_batch_size=24)
 
     assert both.tuned.sizes == both.by_hand.sizes
     assert both.tuned.seen == both.by_hand.seen
-    assert set(both.tuned.sizes) == {both.report.plan.micro_batch_size}
+    assert max(both.tuned.sizes) == 4 * both.report.plan.micro_batch_size
 
 
 # Tokenizers
@@ -228,7 +228,9 @@ def shard(tmp_path):
 
 def stream(shard):
     webdataset = pytest.importorskip("webdataset")
-    samples = webdataset.WebDataset(str(shard), shardshuffle=False).shuffle(50).decode()
+    samples = webdataset.WebDataset(str(shard), shardshuffle=False).decode()
+    # Its own random numbers start from the clock otherwise
+    samples = samples.shuffle(50, rng=random.Random(3))
     return samples.to_tuple("x.npy", "y.npy").map_tuple(torch.tensor, torch.tensor)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from autobatch import BatchPlan, NoiseScale
+from autobatch.testing import SimulatedAccelerator
 from lightning_here import Model, pl, plain, quiet_trainer, tuner
 
 ERASE = "\r\x1b[2K"
@@ -97,6 +98,37 @@ def test_a_resumed_run_prints_one_line(tmp_path):
     (line,) = out.getvalue().splitlines()
     assert line.startswith("autobatch - Micro-batch ")
     assert "= 120 per update - resumed, verified by one trial in " in line
+
+
+# Seconds
+
+
+class Slow(Model):
+    """A module that takes a second per training step and 100 per validation step, by its clock."""
+
+    seconds = 0.0
+
+    def training_step(self, batch, batch_idx):
+        Slow.seconds += 1  # attributes of the object are restored
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        Slow.seconds += 100
+
+    def on_train_start(self):
+        self.tuned_at = Slow.seconds
+
+
+def test_the_seconds_of_the_report_are_those_of_all_trials(monkeypatch):
+    model, callback = Slow(), tuner(plan=BatchPlan(60, 2))
+    monkeypatch.setattr(SimulatedAccelerator, "clock", lambda _: Slow.seconds)
+
+    quiet_trainer(callback, num_sanity_val_steps=0, limit_train_batches=1).fit(
+        model, plain(), plain()
+    )
+
+    assert model.tuned_at > 300  # with those of validation
+    assert callback.report.search_seconds == model.tuned_at
 
 
 # Standard output that cannot be written to

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from autobatch import BatchPlan, Outcome, Trial, _plan
 from autobatch._plan import nearest, per_rank
+from autobatch._throughput.preference import Preference
 from autobatch.report import StepTimes
 
 counts = st.integers(1, 5000)
@@ -20,8 +21,11 @@ def pace(seconds_by_size, optimizer_seconds=0.0):
 NO_PACE = pace({})
 
 
-def candidates(target, world_size, largest, seconds, usable=lambda _: True):
-    return _plan.candidates(target, world_size, largest, seconds, usable)
+SMALLEST = Preference(own_size=None, has_batch_norm=False, is_split=True)
+
+
+def candidates(target, world_size, largest, seconds, usable=lambda _: True, preference=SMALLEST):
+    return _plan.candidates(target, world_size, largest, seconds, usable, preference)
 
 
 def test_the_effective_batch_is_micro_times_accumulation_times_ranks():

@@ -367,7 +367,7 @@ def test_columns_without_a_number_are_left_out():
         ),
         (
             {"settings": settings(target_batch_size=None, max_micro_batch_size=56)},
-            "larger sizes not sought",
+            "56 fits too; larger sizes not sought",
         ),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections import UserDict
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,16 +16,15 @@ from torch.utils.data import (
     DataLoader,
     Dataset,
     IterableDataset,
-    TensorDataset,
     default_collate,
 )
 
 import autobatch
-from autobatch._trials.snapshot import Snapshot
 from autobatch.testing import SimulatedAccelerator
 from lightning_here import pl
 
 _samples = importlib.import_module("autobatch.lightning._trial_data")
+_reading = importlib.import_module("autobatch.lightning._reading")
 
 LONG = 20  # times as long as the others
 
@@ -154,7 +154,7 @@ def test_data_set_is_read_once_for_all_trials():
 
 def test_slow_data_set_is_read_for_seconds_at_most(monkeypatch):
     clock = iter(range(1000))
-    monkeypatch.setattr(_samples.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(_reading, "time", SimpleNamespace(monotonic=lambda: next(clock)))
 
     _, report = fit(Sequences(1000, long_at=None), SimulatedAccelerator("4MiB"))
 
@@ -164,7 +164,7 @@ def test_slow_data_set_is_read_for_seconds_at_most(monkeypatch):
 
 
 def test_first_samples_read_are_spread_over_the_data_set():
-    scattered = _samples._spread(list(range(1000)))
+    scattered = _reading._spread(list(range(1000)))
 
     assert sorted(scattered) == list(range(1000))
     for count in (16, 64, 160):
@@ -187,8 +187,8 @@ def test_first_samples_read_are_spread_over_the_data_set():
     ids=["tensor", "text", "numbers", "tuple", "array", "list", "dtype"],
 )
 def test_larger_samples_count_as_larger(small, large):
-    assert _samples._data_size(small, 4) < _samples._data_size(large, 4)
-    assert _samples._data_size(small, 4) == _samples._data_size(small, 4)
+    assert _reading.data_size(small) < _reading.data_size(large)
+    assert _reading.data_size(small) == _reading.data_size(small)
 
 
 def test_worst_case_replaces_reading_samples():
@@ -247,39 +247,6 @@ def test_plain_list_is_a_data_set():
 
     assert report.look.read == 64
     assert (report.plan.micro_batch_size, 16) in model.shapes
-
-
-def _labelled():
-    tensor = torch.ones(3)
-    tensor.label = 7
-    return tensor
-
-
-@pytest.mark.parametrize(
-    "tensor",
-    [
-        torch.ones(3),
-        _labelled(),
-        torch.ones(3, requires_grad=True),
-        torch.nn.Parameter(torch.ones(3)),
-        torch.ones(3, dtype=torch.complex64).conj(),
-    ],
-    ids=["plain", "with an attribute", "with a gradient", "parameter", "conjugated"],
-)
-def test_collate_function_may_reshape_samples_without_effect_on_others(
-    tensor,
-):
-    with torch.no_grad():
-        alias = _samples._copied(tensor, _samples._alias)
-
-    assert type(alias) is type(tensor)
-    assert vars(alias) == vars(tensor)
-    assert alias.requires_grad == tensor.requires_grad
-    assert alias.data_ptr() == tensor.data_ptr()
-    assert torch.equal(alias, tensor)
-    shape = tensor.shape
-    alias.detach_().unsqueeze_(0)
-    assert tensor.shape == shape
 
 
 class Pair(NamedTuple):
@@ -341,18 +308,21 @@ def test_batch_without_one_entry_per_sample_is_not_repeated(batch):
 
 
 def test_large_batch_of_few_samples_is_collated_once(monkeypatch):
-    collated = []
+    most = torch.zeros((), dtype=torch.int64).share_memory_()  # another process collates
 
     def counted(samples):
-        collated.append(len(samples))
+        most.fill_(max(most.item(), len(samples)))
         return default_collate(samples)
 
     monkeypatch.setattr(_samples, "default_collate", counted)
-    data = TensorDataset(torch.arange(5000.0))
-    source = _samples._Source(DataLoader(data, 8, collate_fn=counted), Snapshot())
 
-    (batch,) = source.batch(1000)
+    callback = autobatch.AutoBatch(device=SimulatedAccelerator("4MiB"))
 
-    assert collated == [64]
-    (samples,) = default_collate(source._largest.samples)
-    assert torch.equal(batch, samples[torch.arange(1000) % 64])
+    report = callback.tune(
+        pl.Trainer(max_epochs=1, accelerator="cpu", logger=False),
+        Model(),
+        DataLoader([torch.ones(16, 4)] * 500, 4, collate_fn=counted),
+    )
+
+    assert max(trial.batch_size for trial in report.trials) > 64
+    assert most == 64

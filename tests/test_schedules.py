@@ -289,3 +289,56 @@ def test_the_same_effective_batch_size_keeps_the_learning_rate():
 
     assert report.learning_rate == LearningRateRule("AdamW", "square-root")
     assert not any("usually wants" in note for note in report.notes)
+
+
+class Wrapper:
+    """Passes everything on to an optimizer, and is none of torch."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def __getattr__(self, name):
+        if name == "optimizer":  # of a copy that is being made
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
+
+    def step(self, closure=None, **_):
+        return self.optimizer.step(closure)
+
+
+def accelerated(optimizer):
+    accelerate = pytest.importorskip("accelerate")
+    return accelerate.Accelerator(cpu=True).prepare(optimizer)
+
+
+@pytest.mark.parametrize(
+    "wrap", [Wrapper, accelerated, lambda o: Wrapper(Wrapper(o))], ids=["one", "accelerate", "two"]
+)
+def test_a_wrapped_optimizer_has_its_name_and_rule(wrap):
+    class Wrapped(Scheduled):
+        def configure_optimizers(self):
+            return wrap(super().configure_optimizers())
+
+    report = fit(Wrapped(None), plan=PLAN)
+
+    assert report.subject == "Wrapped · AdamW · 32-true"
+    assert report.learning_rate == LearningRateRule("AdamW", "square-root")
+    assert all(row.learning_rate_factor for row in report.effective)
+
+
+def test_find_gives_a_wrapped_optimizer_its_rule():
+    layer = torch.nn.Linear(4, 1)
+    optimizer = accelerated(torch.optim.SGD(layer.parameters(), 0.1))
+
+    def train(batch_size, accumulate):
+        while True:
+            for _ in range(accumulate):
+                layer(torch.zeros(batch_size, 4)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            yield
+
+    report = autobatch.find(train, device="simulated:1MiB", plan=PLAN)
+
+    assert report.device.total == 2**20
+    assert report.learning_rate == LearningRateRule("SGD", "linear")

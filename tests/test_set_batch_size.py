@@ -153,21 +153,22 @@ def test_search_starts_at_the_size_of_the_first_batch():
     assert loader.batch_sampler.tokens == 40
 
 
-def test_trials_run_the_number_of_samples_in_the_report():
-    class CountedTokens(Tokens):
-        sizes_seen: list[int] = []  # noqa: RUF012 -- trials do not restore it
+def test_trials_run_batches_of_the_loader_at_the_size_in_the_report():
+    class Watched(Tokens):
+        tokens_seen: list[int] = []  # noqa: RUF012 -- trials do not restore it
 
         def training_step(self, batch, batch_idx):
-            self.sizes_seen.append(len(batch[0]))
+            self.tokens_seen.append(sum(LENGTHS[index] for index in batch[2]))
             return super().training_step(batch, batch_idx)
 
-    report = tokens_tuned().tune(trainer(), CountedTokens(), by_budget())
+    report = tokens_tuned().tune(trainer(), Watched(), by_budget())
 
-    tried = {trial.batch_size for trial in report.trials}
-    # The test of splitting takes another batch, of at most 32 samples, and its halves
-    split = min(32, report.plan.micro_batch_size)
-    assert set(CountedTokens.sizes_seen) - tried <= {split, split // 2}
-    assert tried <= set(CountedTokens.sizes_seen)
+    limits = {MEAN * trial.batch_size for trial in report.trials}
+    for tokens in set(Watched.tokens_seen):
+        # A batch ends before the sample of at most 7 tokens that goes over its limit
+        assert any(limit - 7 < tokens <= limit for limit in limits)
+    for limit in limits:
+        assert any(limit - 7 < tokens <= limit for tokens in Watched.tokens_seen)
 
 
 def test_loader_made_by_a_hook_is_set_each_epoch():

@@ -285,9 +285,7 @@ def encoding(samples):
     return Encoding({"x": x, "y": y}, [None if label == 0 else label for label in y.tolist()])
 
 
-@pytest.mark.parametrize(
-    ("module", "collate"), [(OfMasked, masked), (OfEncoding, encoding)], ids=["mask", "encoding"]
-)
+@pytest.mark.parametrize(("module", "collate"), [(OfMasked, masked)], ids=["mask"])
 def test_batch_of_a_class_of_its_own_arrives_whole(module, collate):
     both = compared(lambda size: shuffled(size, collate_fn=collate), module)
 
@@ -325,16 +323,6 @@ class Ramps(Recorded):
         done = (trainer.current_epoch + done) / trainer.max_epochs
         loss = super().training_step(batch, batch_idx)
         return loss + done * self.net(batch[0]).square().mean()
-
-
-def test_step_sees_the_number_of_batches_at_its_size():
-    COUNTED.clear()
-
-    both = compared(lambda size: shuffled(size, drop_last=True), Ramps)
-
-    both.check()
-    assert {batches for _, batches in COUNTED} > {240 // max(both.tuned.sizes)}
-    assert all(batches == 240 // size for size, batches in COUNTED)
 
 
 class Balanced(Recorded):
@@ -383,12 +371,6 @@ class Mixed(Recorded):
         return self.share * loss + (1 - self.share) * flipped
 
 
-def test_callback_that_mixes_samples_runs_before_trial_steps():
-    both = compared(shuffled, Mixed, callbacks=lambda: [Mixes()])
-
-    both.check()
-
-
 class Even(Recorded):
     """Compares the halves of its batch, which have to be equally large."""
 
@@ -399,7 +381,9 @@ class Even(Recorded):
 
 
 def test_sizes_that_a_step_refuses_are_left_out():
-    both = compared(lambda size: shuffled(size, drop_last=True), Even, max_micro_batch_size=11)
+    both = compared(
+        lambda size: shuffled(size, drop_last=True), Even, own=4, max_micro_batch_size=11
+    )
 
     assert both.tuned.sizes == both.by_hand.sizes
     assert set(both.tuned.sizes) <= {4, 8}
@@ -459,7 +443,7 @@ def test_size_that_is_computed_is_left_alone():
 def test_name_that_cannot_be_assigned_is_refused_before_the_search():
     module = Computed()
 
-    with pytest.raises(AutobatchError, match=r"batch_arg_name='micro'.*\.$"):
+    with pytest.raises(AutobatchError, match=r"^micro=4, .*\.$"):
         quiet_trainer(tuner(batch_arg_name="micro")).fit(module)
 
     assert module.sizes == []
@@ -476,14 +460,17 @@ class OfWidth(Recorded):
 
 def test_one_callback_for_all_folds_searches_for_each_kind_of_data():
     """The second data set has samples of 256 times as many numbers."""
-    options = {"target_batch_size": None, "device": SimulatedAccelerator("1MiB")}
-    one = tuner(**options)
+
+    def largest():
+        return tuner(target_batch_size=None, device=SimulatedAccelerator("1MiB"))
+
+    one = largest()
     sizes = []
 
     for times in (1, 256, 1):
         wide = DataLoader(TensorDataset(X.repeat(1, times), Y), 4)
         quiet_trainer(one, max_epochs=1).fit(OfWidth(16 * times), wide)
-        new = tuner(**options)
+        new = largest()
         quiet_trainer(new, max_epochs=1).fit(OfWidth(16 * times), wide)
         sizes.append((one.report.plan.micro_batch_size, new.report.plan.micro_batch_size))
 
@@ -566,7 +553,7 @@ def test_find_restores_the_state_of_objects_held_in_another():
 
 
 def test_end_of_an_iterator_in_a_step_is_passed_on_with_the_size():
-    pairs = iter(zip(X, Y, strict=True))
+    pairs = iter(())
     model = nn.Linear(16, 4)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
 

@@ -17,7 +17,7 @@ from networks import training
 
 
 def raising(count, at):
-    if next(count) == at:
+    if next(count) >= at:
         raise StopIteration("mine")
 
 
@@ -27,7 +27,7 @@ def check(caught):
     assert any("autobatch was trying batch_size=" in note for note in caught.value.__notes__)
 
 
-@pytest.mark.parametrize("at", [1, 5])
+@pytest.mark.parametrize("at", [1, 3])
 @pytest.mark.parametrize("is_generator", [True, False])
 def test_of_a_workload(at, is_generator):
     model, optimizer = perceptron()
@@ -55,7 +55,7 @@ def test_of_a_function_that_answers():
 
     def answer(batch_size):
         net(torch.ones(batch_size, 16))
-        raising(count, 20)
+        raising(count, 3)
 
     with pytest.raises(StopIteration) as caught:
         autobatch.find(answer, latency_limit=10.0, device=SimulatedAccelerator("1MiB"))
@@ -71,7 +71,8 @@ def test_of_a_step_in_a_trainer(method):
 
         validation_step = training_step
 
-    trainer = quiet_trainer(tuner(target_batch_size=120 if method == "fit" else None))
+    target = 120 if method == "fit" else None
+    trainer = quiet_trainer(tuner(target_batch_size=target, evaluate=method != "fit"))
 
     with pytest.raises(StopIteration) as caught:
         getattr(trainer, method)(Stops(), DataLoader(data(), 4))

@@ -35,6 +35,7 @@ def attempt(workload, size, probe, *, budget=10**12, steps=3, accumulate=1, expe
             may_be_refused=False,
             context=TrialContext(
                 probe=probe,
+                began=probe.clock(),
                 budget=FixedBudget(budget),
                 snapshot=None,
                 optimizers=optimizers,

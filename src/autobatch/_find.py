@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import torch
 
-from autobatch import _settings
 from autobatch._accumulation import batch_norms
 from autobatch._distributed import current_ranks
 from autobatch._memory.detect import detect
@@ -30,6 +29,7 @@ from autobatch._trials.snapshot import Snapshot, restorable
 from autobatch._tune import checked_search, known_plan, tune, versions
 from autobatch.errors import AutobatchError
 from autobatch.sinks import log, progress
+from autobatch.testing import named_device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,10 +58,12 @@ def find(
     *,
     target_batch_size: int | None = None,
     memory_limit: float | str = 0.9,
+    prefer: str = "fast",
     max_micro_batch_size: int | None = None,
     plan: BatchPlan | str | Path | None = None,
     steps_per_trial: int = 3,
     time_limit: float | None = 300,
+    timing_seconds: float | None = None,
     search: Search | None = None,
     device: str | MemoryProbe | None = None,
     latency_limit: float | None = None,
@@ -70,7 +72,7 @@ def find(
     restore: Sequence[Any] = (),
     dataset_size: int | None = None,
 ) -> TuningReport:
-    """Find the largest batch size that fits, and a plan to reach the effective batch.
+    """Find the batch sizes that fit, and a plan to reach the effective batch.
 
     Everything with a state that the workload reaches by its variables is restored: models,
     optimizers, schedulers, scalers, generators. So are modules whose forward runs, optimizers that
@@ -83,8 +85,10 @@ def find(
             samples in its last micro-batch. A plain function that runs one step per call is
             accepted too. In a `torch.distributed` job every rank calls `find`, and the workload
             runs the model itself, not its DistributedDataParallel.
-        target_batch_size: Samples per optimizer update, over all ranks. None: the largest
-            micro-batch that fits.
+        target_batch_size: Samples per optimizer update, over all ranks. None: as `prefer` says.
+        prefer: Without a target, "fast" takes the smallest micro-batch within 5 % of the fastest
+            that fits, or the size given by the user if that is as fast; "largest" takes the largest
+            that fits.
         memory_limit: A float up to 1.0 is a share of the device, minus the memory of other
             processes. An int is bytes, and so is text such as "10GiB": the most that this process
             may hold, if other processes leave that much.
@@ -93,10 +97,11 @@ def find(
             search.
         steps_per_trial: Optimizer steps per trial.
         time_limit: Seconds for the search; the best size verified by then is taken. None: no limit.
-            Timing sizes has up to 20 seconds of its own.
+        timing_seconds: Further seconds for timing sizes, which ends as soon as the choice is
+            settled. 0: no timing; the largest sizes are taken. None: at most 20.
         search: Strategy that proposes the next size; `GuidedBisection()` by default.
-        device: The device whose memory is read: a name such as "cuda:1", or a probe. None: the
-            device of the model.
+        device: The device whose memory is read: a name such as "cuda:1", "simulated:2GiB" for one
+            on the CPU (`autobatch.testing`), or a probe. None: the device of the model.
         latency_limit: For inference: seconds within which a batch has to be answered. The workload
             then is `answer(batch_size)`, a function that answers one batch, or a generator function
             that yields after each; its calls are timed one by one, and the largest batch that is
@@ -129,18 +134,21 @@ def find(
     settings = Settings.checked(
         target_batch_size=target_batch_size,
         memory_limit=memory_limit,
+        prefer=prefer,
         max_micro_batch_size=max_micro_batch_size,
         steps_per_trial=steps_per_trial,
         time_limit=time_limit,
+        timing_seconds=timing_seconds,
         dataset_size=dataset_size,
         latency_limit=latency_limit,
         percentile=percentile,
     )
     is_verbose = checked_verbose(verbose)
     restored = _restorable(restore)
-    reached = reachable(workload)
+    reached = [each for each in reachable(workload) if _has_state(each.value)]
     model_device = _device_of_model(*restored, *(each.value for each in reached))
-    probe = detect(device, model_device)
+    probe = detect(named_device(device), model_device)
+    began = probe.clock()
     with (
         current_ranks() as ranks,
         ranks.abort_together(),
@@ -157,11 +165,14 @@ def find(
         if ranks.world_size > 1:
             _check_not_synchronizing(*trainable)
         snapshot.capture(*restored, *trainable)
-        snapshot.capture_if_possible(each for each in reached if _is_stateful(each.value))
+        snapshot.capture_if_possible(
+            each for each in reached if not isinstance(each.value, _TRAINABLE)
+        )
         if is_training:
             optimizers.look_at(*restored, *trainable)
         context = TrialContext(
             probe=probe,
+            began=began,
             budget=MemoryBudget(probe, settings.memory_limit),
             snapshot=snapshot,
             optimizers=optimizers,
@@ -176,13 +187,12 @@ def find(
                     can_accumulate,
                     settings,
                     context,
-                    Watched(reached, context.snapshot.alive),
+                    Watched(workload, restored),
                 ),
                 settings,
                 context,
                 checked_search(search),
                 known=known_plan(plan, settings, world_size=ranks.world_size),
-                curve_seconds=_settings.DEFAULTS.curve_seconds,
             )
     if ranks.rank == 0:
         log(report)
@@ -257,6 +267,13 @@ class PlainLoop:
         """Return None: the loop makes its own batches."""
         return None
 
+    def planned_seconds(self, sample_seconds: float) -> float | None:  # noqa: ARG002
+        """Return None: the loop ends when it likes."""
+        return None
+
+    def has_batch_norm(self) -> bool:
+        return self.task == "train" and bool(batch_norms(self.context.snapshot.alive))
+
     def trial_notes(self, plan: BatchPlan) -> tuple[str, ...]:
         """Return notes on missing optimizer steps or accumulation, and on what stays changed."""
         optimizers = self.context.optimizers
@@ -322,9 +339,9 @@ def _restorable(restore: Sequence[Any]) -> Sequence[Any]:
     return restore
 
 
-def _is_stateful(thing: object) -> bool:
-    """Return True for schedulers, scalers, averages and generators."""
-    return not isinstance(thing, _TRAINABLE) and (has_state_dict(thing) or is_generator(thing))
+def _has_state(thing: object) -> bool:
+    """Return True for models, optimizers, schedulers, scalers, averages and generators."""
+    return isinstance(thing, _TRAINABLE) or has_state_dict(thing) or is_generator(thing)
 
 
 def _device_of_model(*things: Any) -> torch.device:

@@ -15,14 +15,13 @@ if TYPE_CHECKING:
 
     from autobatch._throughput import CurvePoint
     from autobatch._throughput.curve import Throughput
+    from autobatch._throughput.preference import Preference, SampleTime
     from autobatch._trials import Trial
     from autobatch._trials.runner import TrialRunner
 
 # Trials at most that confirm plans whose micro-batch the search did not run
 MAX_CONFIRMATIONS: Final = 2
 
-# Share of the highest throughput that counts as fast
-_FAST_ENOUGH: Final = 0.95
 # An exact effective batch may take up to this many times the fewest micro-batches
 _MAX_EXTRA_PASSES: Final = 2
 
@@ -60,6 +59,7 @@ def choose_plan(
     runner: TrialRunner,
     throughput: Throughput,
     last_micro_batch: Callable[[int], int | None],
+    preference: Preference | None,
 ) -> BatchPlan:
     """Choose a plan once the search is over; run the micro-batch of the best plan if need be.
 
@@ -70,6 +70,7 @@ def choose_plan(
         throughput: Measured throughput.
         last_micro_batch: Samples in the last micro-batch that each rank trains on in an epoch, at
             a micro-batch size; None if that is not known.
+        preference: Order of sizes that are about as fast; None for the largest.
 
     Raises:
         DoesNotFitError: No batch size fits.
@@ -77,7 +78,9 @@ def choose_plan(
     """
     choice = _Choice(runner, throughput.curve, dict(throughput.unrecorded), last_micro_batch)
     target = runner.accumulation.target
-    return choice.largest() if target is None else choice.for_target(target)
+    if preference is None:
+        return choice.largest()
+    return choice.fast(preference) if target is None else choice.for_target(target, preference)
 
 
 def check_can_accumulate(plan: BatchPlan, runner: TrialRunner) -> None:
@@ -118,22 +121,49 @@ class _Choice:
                 self.runner.run(below, trial_accumulation(accumulate), is_timed=True)
         return BatchPlan(self._usable[-1], accumulate, self._world_size)
 
-    def for_target(self, target: int) -> BatchPlan:
-        """Return the best plan whose micro-batch was run with the accumulation of training."""
-        self._confirm(target)
+    def fast(self, preference: Preference) -> BatchPlan:
+        """Return the preferred micro-batch of those about as fast as the fastest."""
         self.runner.check_any_fits()
-        verified = filter(self._is_verified, self._candidates(target))
+        while plans := self._timed(preference):
+            if self._run_last(plans[0].micro_batch_size):
+                continue
+            if self._is_verified(plans[0]):
+                return plans[0]
+            if not self._run(plans[0]):
+                break
+        if preference.own_size in self._usable:  # nothing was timed: it is the size that is known
+            return BatchPlan(
+                preference.own_size, self.runner.accumulation.default, self._world_size
+            )
+        return self.largest()
+
+    def _timed(self, preference: Preference) -> list[BatchPlan]:
+        """Return the timed micro-batches about as fast as the fastest, the preferred one first."""
+        accumulate = self.runner.accumulation.default
+        failed = {trial.batch_size for trial in self.runner.trials if not trial.fits}
+        sizes = {point.batch_size for point in self.curve} - failed
+        usable = list(filter(self._is_usable, preference.order(sizes)))
+        plans = [BatchPlan(size, accumulate, self._world_size) for size in usable]
+        return fast_plans(plans, StepTimes.of((), self.curve), preference)
+
+    def for_target(self, target: int, preference: Preference) -> BatchPlan:
+        """Return the best plan whose micro-batch was run with the accumulation of training."""
+        self._confirm(target, preference)
+        self.runner.check_any_fits()
+        verified = filter(self._is_verified, self._candidates(target, preference))
         plan = next(verified, None) or self._nearest(target)
         check_can_accumulate(plan, self.runner)
         return plan
 
-    def _confirm(self, target: int) -> None:
+    def _confirm(self, target: int, preference: Preference) -> None:
         """Run the micro-batch of the best plan if the search did not, until the best one ran."""
         left = MAX_CONFIRMATIONS
         while left:
             failed = {trial.batch_size for trial in self.runner.trials if not trial.fits}
             plans = [
-                plan for plan in self._candidates(target) if plan.micro_batch_size not in failed
+                plan
+                for plan in self._candidates(target, preference)
+                if plan.micro_batch_size not in failed
             ]
             if plans and self._run_last(plans[0].micro_batch_size):
                 continue
@@ -153,12 +183,13 @@ class _Choice:
         self.runner.run(size, plan.trial_accumulation, is_timed=True)
         return True
 
-    def _candidates(self, target: int) -> tuple[BatchPlan, ...]:
+    def _candidates(self, target: int, preference: Preference) -> tuple[BatchPlan, ...]:
         if not self.runner.fitting:
             return ()
-        times = StepTimes.of(self.runner.trials, self.curve)
+        # The few steps of a trial are no measure of speed
+        times = StepTimes.of((), self.curve)
         largest = self.runner.fitting[-1]
-        plans = candidates(target, self._world_size, largest, times, self._is_usable)
+        plans = candidates(target, self._world_size, largest, times, self._is_usable, preference)
         if is_selective(self.runner.trials):
             plans = self._exact_first(plans, target)
         if self.runner.accumulation.is_supported:
@@ -241,28 +272,30 @@ def candidates(
     largest: int,
     times: StepTimes,
     usable: Callable[[int], bool],
+    preference: Preference,
 ) -> tuple[BatchPlan, ...]:
     """Return plans that reach the target with usable micro-batches, the best first.
 
-    Exact plans come first: those with a micro-batch within 5 % of the fastest size, the smallest
-    first, or else those with at most twice the fewest micro-batches per update. Without any, plans
-    give the nearest effective batch.
+    Exact plans come first: those with a micro-batch about as fast as the fastest size, the
+    preferred one first, or else those with at most twice the fewest micro-batches per update.
+    Without any, plans give the nearest effective batch.
     """
     samples = per_rank(target, world_size)
     largest = min(largest, samples)
     most = _MAX_EXTRA_PASSES * ceil_div(samples, largest)
+    sizes = [size for size in range(largest, 0, -1) if samples % size == 0 and usable(size)]
     exact = [
         BatchPlan(size, samples // size, world_size)
-        for size in range(largest, 0, -1)
-        if samples % size == 0 and usable(size)
+        for size in sorted(preference.order(sizes), reverse=True)
     ]
-    fast = _fast_plans(exact, samples, times)
+    fastest = min(times.by_size(samples, 1).values(), key=_seconds, default=None)
+    fast = [] if fastest is None else _fast(exact, fastest, times)
     cheap = [plan for plan in exact if plan.accumulate_grad_batches <= most]
     if fast:
-        return _smallest_first(fast, [*fast, *cheap], times)
+        return _preferred_first(fast, [*fast, *cheap], times, preference)
     if cheap:
-        return _by_speed(cheap, times)
-    sizes = range(largest, ceil_div(samples, most) - 1, -1)
+        return _by_speed(cheap, times, preference)
+    sizes = list(range(largest, ceil_div(samples, most) - 1, -1))
     near = (
         BatchPlan(size, max(1, round(samples / size)), world_size) for size in sizes if usable(size)
     )
@@ -274,58 +307,53 @@ def candidates(
     )
 
 
-def _fast_plans(plans: Iterable[BatchPlan], samples: int, times: StepTimes) -> list[BatchPlan]:
-    """Return the plans within 5 % of the fastest timed size, at `samples` per update."""
-    all_seconds = [
-        _sample_seconds(size, max(1, round(samples / size)), times)
-        for size in times.sizes
-        if size <= samples
-    ]
-    least = min((each for each in all_seconds if each is not None), default=None)
-    if least is None:
-        return []
-    return [
-        plan
-        for plan in plans
-        if (seconds := _plan_seconds(plan, times)) is not None and _FAST_ENOUGH * seconds <= least
-    ]
-
-
-def _by_speed(plans: list[BatchPlan], times: StepTimes) -> tuple[BatchPlan, ...]:
-    """Return the smallest micro-batch within 5 % of the fastest first, then the others by speed."""
-    timed = {plan: _plan_seconds(plan, times) for plan in plans}
-    known = [seconds for seconds in timed.values() if seconds is not None]
+def fast_plans(
+    plans: Sequence[BatchPlan], times: StepTimes, preference: Preference
+) -> list[BatchPlan]:
+    """Return the plans that are about as fast as the fastest of them, the preferred one first."""
+    known = [time for plan in plans if (time := _time(plan, times)) is not None]
     if not known:
-        return tuple(sorted(plans, key=lambda plan: plan.accumulate_grad_batches))
-    fast = [
-        plan
-        for plan, seconds in timed.items()
-        if seconds is not None and _FAST_ENOUGH * seconds <= min(known)
-    ]
-    return _smallest_first(fast, plans, times)
+        return []
+    fast = {plan.micro_batch_size: plan for plan in _fast(plans, min(known, key=_seconds), times)}
+    return [fast[size] for size in preference.order(fast)]
 
 
-def _smallest_first(
-    fast: list[BatchPlan], plans: list[BatchPlan], times: StepTimes
+def _by_speed(
+    plans: list[BatchPlan], times: StepTimes, preference: Preference
 ) -> tuple[BatchPlan, ...]:
-    first = min(fast, key=lambda plan: plan.micro_batch_size)
+    """Return the preferred one of the fastest plans first, then the others by speed."""
+    fast = fast_plans(plans, times, preference)
+    if not fast:
+        return tuple(sorted(plans, key=lambda plan: plan.accumulate_grad_batches))
+    return _preferred_first(fast, plans, times, preference)
+
+
+def _fast(plans: Iterable[BatchPlan], fastest: SampleTime, times: StepTimes) -> list[BatchPlan]:
+    """Return the plans about as fast as the fastest size."""
+    timed = ((plan, _time(plan, times)) for plan in plans)
+    return [plan for plan, time in timed if time is not None and not time.is_slow(fastest)]
+
+
+def _preferred_first(
+    fast: Sequence[BatchPlan], plans: Iterable[BatchPlan], times: StepTimes, preference: Preference
+) -> tuple[BatchPlan, ...]:
+    preferred = preference.order([plan.micro_batch_size for plan in fast])[0]
+    first = next(plan for plan in fast if plan.micro_batch_size == preferred)
     others = [plan for plan in dict.fromkeys(plans) if plan != first]
 
     def seconds(plan: BatchPlan) -> float:
-        known = _plan_seconds(plan, times)
-        return math.inf if known is None else known
+        known = _time(plan, times)
+        return math.inf if known is None else known.seconds
 
     return (first, *sorted(others, key=seconds))
 
 
-def _plan_seconds(plan: BatchPlan, times: StepTimes) -> float | None:
-    return _sample_seconds(plan.micro_batch_size, plan.accumulate_grad_batches, times)
+def _time(plan: BatchPlan, times: StepTimes) -> SampleTime | None:
+    return times.per_sample(plan.micro_batch_size, plan.accumulate_grad_batches)
 
 
-def _sample_seconds(size: int, accumulate: int, times: StepTimes) -> float | None:
-    """Return seconds per sample, the share of the optimizer step included."""
-    seconds = times.update(size, accumulate)
-    return None if seconds is None else seconds / (size * accumulate)
+def _seconds(time: SampleTime) -> float:
+    return time.seconds
 
 
 def nearest(target: int, world_size: int, sizes: Iterable[int]) -> BatchPlan:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
     BaseModel,
@@ -18,9 +18,11 @@ from autobatch._memory import parse_memory_limit
 
 _ALLOWED: Final = {
     "target_batch_size": "a count; give a whole number of samples, 1 or more, or None",
+    "prefer": 'a preference; give "fast" or "largest"',
     "max_micro_batch_size": "a count; give a whole number of samples, 1 or more, or None",
     "steps_per_trial": "a count; give a whole number of optimizer steps, 1 or more",
     "time_limit": "a time; give seconds, more than 0, or None for no limit",
+    "timing_seconds": "a time; give seconds, 0 or more, or None for the default",
     "dataset_size": "a count; give a whole number of samples, 1 or more, or None",
     "latency_limit": "a time; give seconds, more than 0, or None for no limit",
     "percentile": "a percentile; give a number above 0 and up to 100, or None for 99",
@@ -32,14 +34,14 @@ class Defaults:
     """Settings that are not public parameters.
 
     Args:
-        curve_seconds: Most seconds for the throughput curve.
+        curve_seconds: Most seconds for the throughput curve if `timing_seconds` is None.
     """
 
     curve_seconds: float
 
 
-# find() and AutoBatch read it at each call: tests and benchmarks, which tune many times, replace
-# this one object to time no curve
+# Read at each run: tests and benchmarks, which tune many times, replace this one object to time no
+# curve
 DEFAULTS: Final = Defaults(curve_seconds=20.0)
 
 
@@ -91,12 +93,13 @@ class Settings(BaseModel):
     """Validated arguments of a tuning run.
 
     Args:
-        target_batch_size: Samples per optimizer update, over all ranks; None for the largest
-            micro-batch that fits.
+        target_batch_size: Samples per optimizer update, over all ranks; None for no target.
+        prefer: The micro-batch without a target: the smallest of the fast ones, or the largest.
         memory_limit: A share of the device, bytes, or text such as "10GiB".
         max_micro_batch_size: The largest micro-batch to consider.
         steps_per_trial: Optimizer steps per trial.
         time_limit: Seconds for the search.
+        timing_seconds: Most seconds for timing sizes; None for the default.
         dataset_size: Samples per epoch.
         latency_limit: Seconds within which a batch has to be answered; None for no limit.
         percentile: Percentage of calls that have to meet `latency_limit`.
@@ -110,7 +113,9 @@ class Settings(BaseModel):
     steps_per_trial: Count
     time_limit: Annotated[Seconds, Field(ge=SHORTEST)] | None
     dataset_size: Count | None
-    # Defaults, because reports of earlier versions lack these two
+    # Defaults, because reports of earlier versions lack these; they took the largest
+    prefer: Literal["fast", "largest"] = "largest"
+    timing_seconds: Seconds | None = None
     latency_limit: Annotated[Seconds, Field(ge=SHORTEST)] | None = None
     percentile: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False, strict=True)] = 99
 

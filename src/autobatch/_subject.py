@@ -71,6 +71,12 @@ class Subject(Protocol):
     def largest_samples(self) -> Look | None:
         """Return how many samples were scanned for the largest ones; None if none were."""
 
+    def planned_seconds(self, sample_seconds: float) -> float | None:
+        """Return the seconds of all steps to come on a rank, at the seconds of one sample."""
+
+    def has_batch_norm(self) -> bool:
+        """Return True if the model is trained with the statistics of each micro-batch."""
+
     def trial_notes(self, plan: BatchPlan) -> tuple[str, ...]:
         """Return notes on differences between the trials and training with a plan."""
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
+from autobatch import _settings
 from autobatch._latency import largest_within
 from autobatch._latency.search import SECONDS_TIMED, LatencySearch
 from autobatch._plan import (
@@ -26,6 +27,7 @@ from autobatch._report.result import Bound, TuningResult, tightest_bound
 from autobatch._search.guided import GuidedBisection
 from autobatch._search.multiples import next_multiple
 from autobatch._throughput.curve import Throughput, add_to_curve, measure_throughput
+from autobatch._throughput.preference import Preference
 from autobatch._trials.refusals import is_selective
 from autobatch._trials.runner import Accumulation, TrialRunner
 from autobatch.errors import AutobatchError, DoesNotFitError, ShortTrialError
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
 
 # A workload that never meets a limit has to stop somewhere
 _MAX_BATCH_SIZE: Final = 2**20
+# Share of the planned training that timing sizes may take
+_SHARE_OF_TRAINING: Final = 0.1
 # Identical allocations at this many times the batch size: the workload ignores it
 _IGNORED_FACTOR: Final = 16
 
@@ -53,7 +57,6 @@ def tune(
     search: Search,
     *,
     known: BatchPlan | None,
-    curve_seconds: float,
 ) -> TuningReport:
     """Find a batch plan: budget, search, throughput, plan, report; every rank of a job calls it.
 
@@ -63,7 +66,6 @@ def tune(
         context: Resources of the trials.
         search: Strategy that proposes batch sizes.
         known: A plan to verify instead of a search.
-        curve_seconds: Most seconds for the throughput curve; 0 for no curve.
     """
     accumulation = accumulation_of(subject, settings, context.ranks.world_size)
     own_size = own_batch_size(subject, known, context.ranks)
@@ -71,7 +73,7 @@ def tune(
     runner.start()
     check_same_arguments(subject, settings, known, context.ranks)
     sizes = search_range(subject, settings, context.ranks)
-    throughput, latency = Throughput(), None
+    throughput, latency, seconds = Throughput(), None, most_timing_seconds(settings)
     runner.begin("searching" if known is None else "checking the plan")
     if known is not None:
         plan = verify(known, runner, sizes)
@@ -81,16 +83,19 @@ def tune(
         context.progress.begin("timing answers", SECONDS_TIMED)
         plan = find_largest_within(latency, runner)
     else:
-        sizes = find_largest_fit(search, runner, sizes, None, is_timed=not curve_seconds)
-        if curve_seconds:
-            context.progress.begin("timing sizes", curve_seconds)
-        throughput = measure_throughput(runner, samples_per_rank(accumulation), curve_seconds)
+        sizes = find_largest_fit(search, runner, sizes, None, is_timed=not seconds)
+        preference = preference_of(subject, settings, runner)
+        samples = samples_per_rank(accumulation)
+        seconds = timing_seconds(subject, settings, runner)
+        if seconds:
+            context.progress.begin("timing sizes", seconds)
+        throughput = measure_throughput(runner, samples, seconds, preference)
         runner.begin("checking the plan")
-        plan = choose_plan(runner, throughput, subject.last_micro_batch)
+        plan = choose_plan(runner, throughput, subject.last_micro_batch, preference)
         throughput = add_to_curve(throughput, runner, plan.micro_batch_size)
     check_same_plan(plan, context.ranks)
     return build_report(
-        subject, settings, runner, sizes, plan, throughput, latency, curve_seconds=curve_seconds
+        subject, settings, runner, sizes, plan, throughput, latency, curve_seconds=seconds
     )
 
 
@@ -297,6 +302,32 @@ def find_largest_within(latency: LatencySearch, runner: TrialRunner) -> BatchPla
     return BatchPlan(best.batch_size, world_size=runner.accumulation.world_size)
 
 
+def most_timing_seconds(settings: Settings) -> float:
+    """Return the seconds that timing sizes may take, whatever training is planned."""
+    given = settings.timing_seconds
+    return _settings.DEFAULTS.curve_seconds if given is None else given
+
+
+def timing_seconds(subject: Subject, settings: Settings, runner: TrialRunner) -> float:
+    """Return the seconds that timing sizes may take: by default a tenth of the planned training."""
+    most = most_timing_seconds(settings)
+    sample_seconds = [seconds / size for size, seconds in runner.step_seconds.items()]
+    if settings.timing_seconds is not None or not sample_seconds:
+        return most
+    planned, *_ = runner.gather(subject.planned_seconds(min(sample_seconds)))
+    return most if planned is None else min(most, _SHARE_OF_TRAINING * planned)
+
+
+def preference_of(subject: Subject, settings: Settings, runner: TrialRunner) -> Preference | None:
+    """Return the order of sizes that are about as fast; None if the largest is taken."""
+    has_batch_norm, *_ = runner.gather(subject.has_batch_norm())
+    is_split = runner.accumulation.target is not None
+    is_untimed = not most_timing_seconds(settings)
+    if not is_split and (settings.prefer == "largest" or is_untimed):
+        return None
+    return Preference(runner.own_size, has_batch_norm, is_split)
+
+
 def check_same_plan(plan: BatchPlan, ranks: Ranks) -> None:
     """Refuse different plans on different ranks: each has chosen one from the shared record."""
     plans = ranks.gather(plan)
@@ -328,6 +359,7 @@ def build_report(
         unreached=throughput.unreached,
         curve_seconds=curve_seconds,
         target_batch_size=settings.target_batch_size,
+        prefer=settings.prefer,
         latency_limit=settings.latency_limit,
         bound=sizes.bound_met,
         time_limit=settings.time_limit if runner.is_out_of_time else None,
@@ -360,7 +392,7 @@ def build_report(
         curve=result.curve,
         loading=throughput.loading,
         learning_rate=result.learning_rate,
-        search_seconds=runner.time_limit.spent,
+        search_seconds=runner.context.seconds(),
         notes=notes(result),
         environment=subject.environment,
     )

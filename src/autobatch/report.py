@@ -14,6 +14,7 @@ from autobatch._report.tradeoff import EffectiveRow, LearningRateRule, NoiseRang
 from autobatch._settings import LatencyLimit, Settings
 from autobatch._throughput import CurvePoint, LineFit, SpeedRow, StepTimes
 from autobatch._throughput.loading import Loading
+from autobatch._throughput.preference import SampleTime
 from autobatch._trials import Outcome, Trial
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "NoiseReading",
     "Optimum",
     "Outcome",
+    "SampleTime",
     "Settings",
     "SpeedRow",
     "StepTimes",

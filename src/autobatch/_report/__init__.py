@@ -103,7 +103,7 @@ class TuningReport(BaseModel):
         loading: Time spent waiting for data beside time in steps, in seconds; None if not
             measured.
         latencies: Latency of calls at each batch size, in seconds; empty without latency_limit.
-        search_seconds: Duration of the search, in seconds.
+        search_seconds: Duration of tuning from its beginning to its end, in seconds.
         notes: Sentences about consequences of the plan and limits of the measurements.
         environment: Versions of Python packages and drivers, by name.
     """

@@ -170,6 +170,8 @@ def _past_knee(result: TuningResult) -> str | None:
     """Note a smaller micro-batch that is about as fast as the largest, or faster."""
     if result.latency_limit is not None or result.target_batch_size is not None:
         return None
+    if result.prefer == "fast":
+        return None  # a smaller one as fast would have been taken, unless this is the user's own
     size = result.plan.micro_batch_size
     speeds = {other: row.samples_per_second for other, row in result.speeds.items()}
     smaller = [other for other in speeds if other < size]
@@ -244,7 +246,7 @@ def _unreached(result: TuningResult) -> str | None:
         parts.append(f"micro-batches of {_listed(in_trials)} were timed in their trials only")
     if never:
         parts.append(f"micro-batches of {_listed(never)} were left out")
-    limit = f"{result.curve_seconds:g} seconds"
+    limit = f"{result.curve_seconds:.3g} seconds"
     return f"{limit} were too few to time all sizes: {', '.join(parts)}."
 
 

@@ -50,6 +50,7 @@ class TuningResult:
         unreached: Sizes that the curve had no time for.
         curve_seconds: Time limit of the curve.
         target_batch_size: Requested effective batch size.
+        prefer: Requested choice without a target, "fast" or "largest".
         latency_limit: Requested limit for one call, in seconds.
         bound: The bound that kept the search from larger sizes.
         time_limit: Seconds, if they ended the search; otherwise None.
@@ -72,6 +73,7 @@ class TuningResult:
     unreached: tuple[int, ...]
     curve_seconds: float
     target_batch_size: int | None
+    prefer: str
     latency_limit: float | None
     bound: Bound | None
     time_limit: float | None

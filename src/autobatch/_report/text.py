@@ -113,6 +113,14 @@ def _among_sizes(report: TuningReport) -> str:
     if len(sizes) == 1:
         return "the only size tried"
     largest, bound = report.largest_fit or 0, _bound(report)
+    is_smaller = report.plan.micro_batch_size < largest
+    if (
+        is_smaller
+        and bound
+        and largest >= bound.batch_size
+        and report.settings.target_batch_size is None
+    ):
+        return f"{largest:,} fits too; larger sizes not sought"
     if (bound and largest >= bound.batch_size) or _is_ended_by_latency(report, largest):
         return "larger sizes not sought"
     if largest == report.plan.micro_batch_size:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from autobatch._plan import ceil_div
 from autobatch._throughput import fit_line, latest_by_size
@@ -42,8 +42,17 @@ class LearningRateRule:
         return ratio if self.rule == "linear" else math.sqrt(ratio)
 
 
+def unwrapped(optimizer: Any) -> Any:
+    """Return the optimizer inside of wrappers such as accelerate's and Lightning's."""
+    inner = getattr(optimizer, "optimizer", None)
+    while hasattr(inner, "param_groups") and inner is not optimizer:
+        optimizer, inner = inner, getattr(inner, "optimizer", None)
+    return optimizer
+
+
 def rule_for(optimizer: object) -> LearningRateRule | None:
     """Return the rule of the optimizer's class or its base classes; None if no rule is known."""
+    optimizer = unwrapped(optimizer)
     for kind in type(optimizer).__mro__:
         if kind.__name__ in _LINEAR:
             return LearningRateRule(type(optimizer).__name__, "linear")

@@ -6,6 +6,8 @@ import bisect
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
+from autobatch._throughput.preference import SampleTime
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -34,6 +36,8 @@ class CurvePoint:
         drift: Later timing as a multiple of the earlier one; None if there was only one.
         drift_error: Difference of the drift from 1 that noise explains, from the spread of the
             updates and the resolution of clock and scheduler; None if there is no drift.
+        step_seconds_error: Standard error of `step_seconds`, from the spread of the updates and
+            of the turns in which they were timed; None in reports of earlier versions.
     """
 
     batch_size: int
@@ -46,6 +50,7 @@ class CurvePoint:
     peak: int | None
     drift: float | None
     drift_error: float | None = None  # missing in earlier reports
+    step_seconds_error: float | None = None  # missing in earlier reports
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +105,8 @@ class StepTimes:
     # Forward and backward pass of one micro-batch of each size, without the optimizer step
     micro_seconds: tuple[float, ...]
     optimizer_seconds: float  # one optimizer step, nearly independent of the batch size
+    # Standard errors of these times, as shares of them; none if they are not known
+    errors: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, trials: Iterable[Trial], curve: Iterable[CurvePoint]) -> StepTimes:
@@ -114,6 +121,7 @@ class StepTimes:
             sizes=tuple(each.batch_size for each in ordered),
             micro_seconds=tuple(map(_micro_seconds, ordered)),
             optimizer_seconds=optimizer[len(optimizer) // 2] if optimizer else 0.0,
+            errors=tuple(map(_error, ordered)),
         )
 
     def micro(self, batch_size: int) -> float | None:
@@ -127,6 +135,33 @@ class StepTimes:
         share = (batch_size - low) / (high - low)
         return self.micro_seconds[right - 1] * (1 - share) + self.micro_seconds[right] * share
 
+    def per_sample(self, batch_size: int, accumulate: int) -> SampleTime | None:
+        """Return the time per sample, its share of the optimizer step included."""
+        seconds = self.update(batch_size, accumulate)
+        if seconds is None:
+            return None
+        return SampleTime(seconds / (batch_size * accumulate), self._error(batch_size))
+
+    def by_size(self, samples: int | None, accumulate: int) -> dict[int, SampleTime]:
+        """Return the time per sample of every measured size.
+
+        Args:
+            samples: Samples per update, which no micro-batch exceeds; None for any.
+            accumulate: Micro-batches per update if `samples` is None.
+        """
+        times = {
+            size: self.per_sample(size, max(1, round(samples / size)) if samples else accumulate)
+            for size in self.sizes
+            if samples is None or size <= samples
+        }
+        return {size: each for size, each in times.items() if each is not None}
+
+    def _error(self, batch_size: int) -> float:
+        """Return the error of the next larger size timed, or between two of the worse one."""
+        right = bisect.bisect_left(self.sizes, batch_size)
+        left = right if self.sizes[right] == batch_size else right - 1
+        return max(self.errors[left : right + 1], default=0.0)
+
     def update(self, batch_size: int, accumulate: int) -> float | None:
         """Return the seconds of one optimizer update; None outside the sizes measured."""
         micro = self.micro(batch_size)
@@ -136,6 +171,11 @@ class StepTimes:
 def _micro_seconds(timed: Trial | CurvePoint) -> float:
     seconds = timed.step_seconds or 0.0
     return max(0.0, seconds - (timed.optimizer_seconds or 0.0) / timed.accumulate)
+
+
+def _error(timed: Trial | CurvePoint) -> float:
+    error = timed.step_seconds_error if isinstance(timed, CurvePoint) else None
+    return (error or 0.0) / timed.step_seconds if timed.step_seconds else 0.0
 
 
 def latest_by_size(trials: Iterable[Trial]) -> tuple[Trial, ...]:

@@ -6,9 +6,10 @@ import math
 import statistics
 import time
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from autobatch._throughput import CurvePoint
+from autobatch._throughput import CurvePoint, StepTimes
 from autobatch._throughput.loading import Loading, loading_watch
 from autobatch._trials.refusals import is_selective
 from autobatch._trials.timing import time_updates
@@ -16,8 +17,9 @@ from autobatch._trials.timing import time_updates
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
+    from autobatch._throughput.preference import Preference
     from autobatch._trials import Trial
-    from autobatch._trials.runner import TrialRunner
+    from autobatch._trials.runner import Accumulation, TrialRunner
     from autobatch._trials.timing import Timing
 
 # Updates that are timed in one turn of a batch size: noise of the machine then falls on a turn of
@@ -31,6 +33,11 @@ _MAX_QUICK_UPDATES: Final = 100
 # Standard errors by which two turns may differ by chance: updates in a row share their noise
 _STANDARD_ERRORS: Final = 3.0
 _WAKE_UP_SECONDS: Final = 1e-4  # that another process can cost an update
+# Relative standard deviation of turns of one size, and the number of turns that it counts for
+_USUAL_SPREAD: Final = 0.03
+_USUAL_TURNS: Final = 2
+_LEAST_ERROR: Final = 0.005  # of any timing
+_MAX_TURNS: Final = 12  # of a size whose speed is in doubt
 _EXACT_SIZES: Final = 3  # additional sizes that give the target exactly
 
 _NO_LOADING: Final = Loading(wait_seconds=0.0, step_seconds=0.0, batches=0)
@@ -74,13 +81,16 @@ class Throughput:
         return trial
 
 
-def measure_throughput(runner: TrialRunner, samples: int | None, seconds: float) -> Throughput:
-    """Time the sizes that fit and some below, in turns.
+def measure_throughput(
+    runner: TrialRunner, samples: int | None, seconds: float, preference: Preference | None
+) -> Throughput:
+    """Time the sizes that fit and some below, in turns, until the choice of one is settled.
 
     Args:
         runner: The runner of the trials that have been run.
         samples: Samples per update and rank with a target; None without one.
         seconds: Seconds that all of it may take.
+        preference: Order of sizes that are about as fast; None if speed does not decide.
     """
     if not runner.fitting or not seconds:
         return Throughput()
@@ -97,6 +107,7 @@ def measure_throughput(runner: TrialRunner, samples: int | None, seconds: float)
             time_turn=timer.time_turn,
             affordable=timer.has_time,
             update_seconds=lambda size: (tried[size].step_seconds or 0.0) * tried[size].accumulate,
+            undecided=partial(_undecided, runner.accumulation, samples, preference),
         )
     failed = timer.failed | {size for size, trial in tried.items() if not trial.fits}
     return Throughput(
@@ -140,6 +151,7 @@ def add_to_curve(throughput: Throughput, runner: TrialRunner, batch_size: int) -
             time_turn=timer.time_turn,
             affordable=timer.has_time,
             update_seconds=lambda _: (trial.step_seconds or 0.0) * trial.accumulate,
+            undecided=lambda _: (),
         )
     if batch_size not in timings:
         return replace(throughput, unreached=(*throughput.unreached, batch_size))
@@ -223,6 +235,25 @@ def _added(one: Loading, other: Loading) -> Loading:
     )
 
 
+def _undecided(
+    accumulation: Accumulation,
+    samples: int | None,
+    preference: Preference | None,
+    timings: Mapping[int, Sequence[Timing]],
+) -> Sequence[int]:
+    """Return the sizes of which one more turn could change the choice, and the fastest."""
+    if preference is None:
+        return ()
+    points = (
+        point(size, accumulation.in_trial(size), turns, None)
+        for size, turns in sorted(timings.items())
+    )
+    times = StepTimes.of((), points).by_size(samples, accumulation.default)
+    sizes = [size for size in times if samples is None or samples % size == 0]
+    doubtful = preference.undecided(sizes, times)
+    return [size for size in doubtful if len(timings[size]) < _MAX_TURNS]
+
+
 def curve_sizes(fitting: Sequence[int], samples: int | None) -> list[int]:
     """Return the sizes to time.
 
@@ -251,32 +282,40 @@ def in_turns(
     time_turn: Callable[[int], Timing | None],
     affordable: Callable[[float], bool],
     update_seconds: Callable[[int], float],
+    undecided: Callable[[Mapping[int, Sequence[Timing]]], Sequence[int]],
 ) -> dict[int, list[Timing]]:
-    """Time all sizes in ascending order, and again in descending order, as far as there is time.
+    """Time all sizes once, in ascending order, and undecided ones again, as far as there is time.
 
-    If there is no time to go up once, it goes down first: plans are made of the large sizes.
+    If there is no time to go up once, it goes down first: plans are made of the large sizes. Later
+    it goes up and down in turns.
 
     Args:
         sizes: Batch sizes to time.
         time_turn: Times one turn of a size; None if that failed: the size is then left out.
         affordable: Whether there is time for so many seconds.
         update_seconds: Expected seconds of an update of a size.
+        undecided: Sizes to time again, by the turns so far; none to end.
     """
     upwards = sorted(sizes)
-    timings: dict[int, list[Timing]] = {size: [] for size in upwards}
-    failed: set[int] = set()
     once = sum(_turn_seconds(update_seconds(size)) for size in upwards)
-    turns = (upwards, upwards[::-1]) if affordable(once) else (upwards[::-1], upwards)
-    for turn in turns:
+    turn = upwards if affordable(once) else upwards[::-1]
+    timings: dict[int, list[Timing]] = {}
+    failed: set[int] = set()
+    while turn:
+        timed = set()
         for size in turn:
             if size in failed or not affordable(_turn_seconds(update_seconds(size))):
                 continue
             timing = time_turn(size)
             if timing is None:
                 failed.add(size)
+                timings.pop(size, None)
             else:
-                timings[size].append(timing)
-    return {size: each for size, each in timings.items() if each and size not in failed}
+                timings.setdefault(size, []).append(timing)
+                timed.add(size)
+        is_upwards = turn == sorted(turn)
+        turn = sorted(undecided(timings), reverse=is_upwards) if timed else []
+    return timings
 
 
 def _turn_seconds(update_seconds: float) -> float:
@@ -309,7 +348,19 @@ def point(
         peak=peak,
         drift=drift,
         drift_error=None if drift is None else _drift_error(timings[0], timings[-1]),
+        step_seconds_error=_standard_error(timings) / accumulate,
     )
+
+
+def _standard_error(timings: Sequence[Timing]) -> float:
+    """Return the standard error of the median update: of updates in turns, and of the turns."""
+    medians = [statistics.median(timing.update_seconds) for timing in timings]
+    middle, turns = statistics.median(medians), len(medians)
+    within = _median_error([each for timing in timings for each in timing.update_seconds])
+    # Two turns may agree by chance: what is usual counts as much as two more of them
+    squares = sum((each - statistics.mean(medians)) ** 2 for each in medians)
+    variance = (_USUAL_TURNS * (_USUAL_SPREAD * middle) ** 2 + squares) / (_USUAL_TURNS + turns - 1)
+    return max(within, math.sqrt(variance / turns), _LEAST_ERROR * middle)
 
 
 def _drift_error(one: Timing, other: Timing) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sized
 from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -49,6 +49,23 @@ def row_counts(batch: Any) -> set[int]:
     """Return the number of rows of every tensor: the samples of the batch, if all agree."""
     tensors = (leaf for leaf in leaves(batch) if isinstance(leaf, torch.Tensor))
     return {len(tensor) for tensor in tensors if tensor.ndim}
+
+
+def sample_counts(batch: Any) -> list[int | None]:
+    """Return the samples of a batch by each way to count them; None where one does not apply.
+
+    These are the batch size that the batch itself gives, as those of graphs and TensorDicts, the
+    rows of its tensors if all agree, and its length, as for a list of samples.
+    """
+    rows = row_counts(batch)
+    own: Any = getattr(batch, "num_graphs", None) or getattr(batch, "batch_size", None)
+    if isinstance(own, tuple) and own:
+        own = own[0]
+    return [
+        own if isinstance(own, int) else None,
+        rows.pop() if len(rows) == 1 else None,
+        len(batch) if isinstance(batch, Sized) and getattr(batch, "ndim", None) != 0 else None,
+    ]
 
 
 def listed(counts: set[int]) -> str:

@@ -66,6 +66,7 @@ class TrialContext:
 
     Args:
         probe: The device.
+        began: Reading of the probe's clock when tuning began.
         budget: Bytes that this process may hold.
         snapshot: Restores all state that a trial changes.
         optimizers: Counts and times optimizer steps.
@@ -76,9 +77,15 @@ class TrialContext:
     """
 
     probe: MemoryProbe
+    began: float
     budget: MemoryBudget
     snapshot: Snapshot
     optimizers: OptimizerWatch
     on_first_use: Callable[[], AbstractContextManager[None]]
     ranks: Ranks
     progress: Progress
+
+    def seconds(self) -> float:
+        """Return the seconds of rank 0 since tuning began; every rank calls it."""
+        first, *_ = self.ranks.gather(self.probe.clock() - self.began)
+        return first

@@ -14,11 +14,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 LARGE: Final = 1000  # entries; a larger container holds data rather than state
 # Types of values without parts that a trial could change
 PLAIN: Final = frozenset({int, float, complex, bool, str, bytes, type(None)})
+_CONTAINERS: Final = (list, set, deque, dict)
 _MOST: Final = 20_000  # values that are looked at
 _DEEPEST: Final = 12  # steps from the workload to a value
 # Also where they are imported from a checkout
@@ -35,32 +36,21 @@ class Reached:
         name: The name in the user's code, such as `holder.average`.
         value: The value.
         depth: Number of steps from the workload to the value.
-        namespace: Attributes or variables of the user among which the value is, if it is.
-        key: Its name there.
+        is_variable: Whether it is a variable or an attribute of the user.
     """
 
     name: str
     value: Any
     depth: int
-    namespace: Mapping[str, Any] | CellType | None = None
-    key: str = ""
-
-    def current(self) -> Any:
-        """Return the value that has the name now."""
-        if isinstance(self.namespace, CellType):
-            return _content(self.namespace)
-        return self.value if self.namespace is None else self.namespace.get(self.key)
+    is_variable: bool = False
 
     def part(self, name: str, value: Any) -> Reached:
-        """Return a part that cannot get another value without a change of this one."""
+        """Return a part that has no name of its own."""
         return Reached(name, value, self.depth + 1)
 
-    def variables(
-        self, namespace: Mapping[str, Any], keys: Sequence[str], prefix: str = ""
-    ) -> Iterator[Reached]:
-        """Yield the values of some names of a namespace."""
-        for key in keys:
-            yield Reached(f"{prefix}{key}", namespace[key], self.depth + 1, namespace, key)
+    def variable(self, name: str, value: Any) -> Reached:
+        """Return a value that has a name of its own."""
+        return Reached(name, value, self.depth + 1, is_variable=True)
 
 
 def reachable(workload: Callable[..., Any]) -> list[Reached]:
@@ -114,16 +104,16 @@ def _parts(reached: Reached) -> Iterator[Reached]:
 def _variables_of(reached: Reached, function: FunctionType) -> Iterator[Reached]:
     """Yield the free variables, globals, defaults and attributes of a function."""
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        yield Reached(name, _content(cell), reached.depth + 1, cell, name)
+        yield reached.variable(name, _content(cell))
     names = _names(function.__code__)
     known = function.__globals__
-    yield from reached.variables(known, [name for name in names if name in known])
     for name in names:
-        module = known.get(name)
-        if isinstance(module, ModuleType) and is_own_module(module.__name__):
-            space = vars(module)
-            its = [each for each in names if each in space]
-            yield from reached.variables(space, its, prefix=f"{name}.")
+        value = known.get(name)
+        if not isinstance(value, ModuleType):
+            yield reached.variable(name, value)
+        elif is_own_module(value.__name__):
+            its = [each for each in names if each in vars(value)]
+            yield from (reached.variable(f"{name}.{each}", vars(value)[each]) for each in its)
     defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
     for each in (*defaults, *vars(function).values()):
         yield reached.part(f"{function.__name__}()", each)
@@ -143,30 +133,27 @@ def _content(cell: CellType) -> Any:
 
 
 def _attributes_of_class(reached: Reached, kind: type) -> Iterator[Reached]:
-    space = vars(kind)
-    keys = [key for key in space if not (key.startswith("__") and key.endswith("__"))]
-    for each in reached.variables(space, keys, prefix=f"{kind.__name__}."):
-        yield each
-        method = getattr(each.value, "__func__", getattr(each.value, "fget", None))
-        if method is not None:
-            yield reached.part(each.name, method)
-    for method in (space.get("__call__"), space.get("__iter__"), space.get("__next__")):
-        yield reached.part(kind.__name__, method)
+    for key, value in vars(kind).items():
+        name = f"{kind.__name__}.{key}"
+        method = getattr(value, "__func__", getattr(value, "fget", None))
+        if isinstance(value, FunctionType) or method is not None:
+            yield reached.part(name, method or value)
+        elif not (key.startswith("__") and key.endswith("__")):
+            yield reached.variable(name, value)
     yield from (reached.part(base.__name__, base) for base in kind.__bases__)
 
 
 def _attributes_of_object(reached: Reached, value: Any) -> Iterator[Reached]:
-    attributes = attributes_of(value)
-    kind = type(value)
+    attributes, kind = attributes_of(value) or {}, type(value)
+    name, is_restored = reached.name or "self", has_state_dict(value)
     if reached.depth == 0 or is_own_module(kind.__module__):
-        if attributes is not None:
-            name = reached.name or "self"
-            yield from reached.variables(attributes, list(attributes), prefix=f"{name}.")
+        kept = reached.part if is_restored else reached.variable
+        yield from (kept(f"{name}.{key}", each) for key, each in attributes.items())
         yield reached.part(kind.__name__, kind)
-    elif attributes is not None and (_is_of_torch(kind) or has_state_dict(value)):
+    elif _is_of_torch(kind) or is_restored:
         # A running iterator of a loader holds samples and workers
-        names = [name for name in attributes if name != "_iterator"]
-        yield from (reached.part(f"{reached.name}.{name}", attributes[name]) for name in names)
+        names = [key for key in attributes if key != "_iterator"]
+        yield from (reached.part(f"{name}.{key}", attributes[key]) for key in names)
 
 
 def _is_of_torch(kind: type) -> bool:
@@ -217,50 +204,48 @@ def is_own_module(name: str) -> bool:
 class Watched:
     """Variables, attributes and containers of the user, to see which of them change.
 
+    Their values are not held: a tensor that training would free must not stay on the device.
+
     Args:
-        reached: What a workload can reach.
-        restored: Objects among these that are restored, with all that they hold.
+        workload: A function.
+        restored: Objects that are restored, besides those with a state_dict.
     """
 
-    def __init__(self, reached: Sequence[Reached], restored: Sequence[Any]) -> None:
-        spaces = {id(attributes_of(each)) for each in restored}
-        kept = {id(each) for each in restored}
-        self._before = [
-            (each, _contents(each.value))
-            for each in reached
-            if id(each.namespace) not in spaces and id(each.value) not in kept
-        ]
+    def __init__(self, workload: Callable[..., Any], restored: Sequence[Any]) -> None:
+        self._workload = workload
+        self._restored = {id(each) for each in restored}
+        self._before = self._observed()
 
     def changed(self) -> list[str]:
         """Return the names of those that differ by now."""
-        names = [each.name for each, contents in self._before if _differs(each, contents)]
-        return list(dict.fromkeys(names))
+        now = self._observed()
+        return [name for name, before in self._before.items() if now.get(name, before) != before]
+
+    def _observed(self) -> dict[str, Any]:
+        observed: dict[str, Any] = {}
+        for each in reachable(self._workload):
+            is_watched = each.is_variable or isinstance(each.value, _CONTAINERS)
+            if is_watched and id(each.value) not in self._restored:
+                observed.setdefault(each.name, _observation(each.value))
+        return observed
 
 
-def _contents(value: Any) -> Any:
-    """Return what a later comparison needs: entries of a container, writes of a tensor."""
+def _observation(value: Any) -> tuple[Any, ...]:
+    """Return what differs once a value has changed: entries, writes of a tensor, identity."""
+    if type(value) in PLAIN:
+        return (type(value), value)
     if isinstance(value, torch.Tensor):
-        return None if value.is_inference() else value._version  # noqa: SLF001 -- no public name
-    if isinstance(value, (list, set, deque, dict)) and len(value) <= LARGE:
-        return list(value.items()) if isinstance(value, dict) else list(value)
-    return len(value) if isinstance(value, (list, set, deque, dict)) else None
+        # Private name of torch 2.6 to 2.13: how often a tensor was written
+        return (id(value), None if value.is_inference() else value._version)  # noqa: SLF001
+    if not isinstance(value, _CONTAINERS):
+        return (id(value), *(attributes_of(value) or ()))
+    if len(value) > LARGE:
+        return (id(value), len(value))
+    entries = [*value, *(value.values() if isinstance(value, dict) else ())]
+    return (*map(_entry, entries),)
 
 
-def _differs(before: Reached, contents: Any) -> bool:
-    now = before.current()
-    if now is not before.value:
-        is_plain = type(now) in PLAIN and type(before.value) in PLAIN
-        return not (is_plain and _equal(now, before.value))
-    after = _contents(now)
-    if isinstance(contents, list) and isinstance(after, list):
-        return len(after) != len(contents) or not all(map(_equal, contents, after))
-    return bool(contents != after)
-
-
-def _equal(one: Any, other: Any) -> bool:
-    """Compare plain values by value, and everything else by identity."""
-    if isinstance(one, tuple) and isinstance(other, tuple):
-        return len(one) == len(other) and all(map(_equal, one, other))
-    if type(one) in PLAIN and type(one) is type(other):
-        return bool(one == other or one != one)  # noqa: PLR0124 -- NaN
-    return one is other
+def _entry(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return (*map(_entry, value),)
+    return value if type(value) in PLAIN else id(value)

@@ -16,7 +16,7 @@ from autobatch.lightning._compat import (
     forget_combined_loader,
     patched,
 )
-from autobatch.lightning._dataloaders import Loaders, Rebatched, capture_order
+from autobatch.lightning._dataloaders import Loaders, Rebatched, capture_order, take_iterator
 from autobatch.lightning._reads import BatchSizeReads
 
 if TYPE_CHECKING:
@@ -125,6 +125,11 @@ def _set_accumulation(plan: BatchPlan, trainer: Trainer, module: Any) -> None:
 
 def _recreate_optimizers(trainer: Trainer) -> None:
     """Call `configure_optimizers` as `Strategy.setup` of Lightning 2.6 does, at the new size."""
+    # A schedule that needs its length has set up the loader already, and started its workers: they
+    # start again from the restored random state
+    for loader in getattr(combined_loader(trainer.fit_loop), "flattened", ()):
+        if isinstance(loader, DataLoader):
+            take_iterator(loader)
     source = data_source(trainer.fit_loop)
     if isinstance(source.instance, DataLoader):
         source.dataloader()  # gives the loader its new size, which was restored with its order

@@ -52,9 +52,10 @@ from autobatch.lightning._noise_scale import NoiseScale
 from autobatch.lightning._resume import Checkpoint, PriorPlan, TunedFit, known_at_start
 from autobatch.lightning._run import Run, before_epochs
 from autobatch.lightning._silence import silenced
-from autobatch.lightning._trial_data import checked_worst_case
+from autobatch.lightning._trial_data import NoDataError, checked_worst_case
 from autobatch.lightning._tuning import CallbackArguments, tune_evaluation, tune_training
 from autobatch.lightning._workloads import STAGES, before_data, loaders_for
+from autobatch.testing import named_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -86,20 +87,24 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
 
     Args:
         target_batch_size: Samples per optimizer update, over all ranks; overrides an accumulation
-            set in the Trainer. None: the largest micro-batch that fits, with the accumulation of
-            the Trainer.
+            set in the Trainer. None: as `prefer` says, with the accumulation of the Trainer.
         memory_limit: A float up to 1.0 is a share of the device, less the memory of other
             processes. An int is bytes, and so is text such as "10GiB": the limit of this process,
             if other processes leave that much.
+        prefer: Without a target, "fast" takes the smallest micro-batch within 5 % of the fastest
+            that fits, or the size of the loader if that is as fast; "largest" takes the largest
+            that fits.
         max_micro_batch_size: The largest micro-batch to consider, in samples.
         plan: A known plan, or the report file that holds one: verified by one trial instead of a
             search.
         steps_per_trial: Optimizer steps per trial.
         time_limit: Seconds for the search; the best size verified by then is taken. None: no limit.
-            Timing sizes has up to 20 seconds of its own.
+        timing_seconds: Further seconds for timing sizes, which ends as soon as the choice is
+            settled. 0: no timing; the largest sizes are taken. None: at most 20, and at most a
+            tenth of the training that the Trainer plans.
         search: The search strategy; None: `GuidedBisection()`.
-        device: The device whose memory is read: a name such as "cuda:1", or a probe. None: the
-            device of the model.
+        device: The device whose memory is read: a name such as "cuda:1", "simulated:2GiB" for one
+            on the CPU (`autobatch.testing`), or a probe. None: the device of the model.
         latency_limit: For `validate`, `test` and `predict`: seconds within which a step has to
             answer a batch, including the copy to the device. The steps are timed one by one, and
             the largest batch that is answered in time is taken.
@@ -142,10 +147,12 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         *,
         target_batch_size: int | None = None,
         memory_limit: float | str = 0.9,
+        prefer: str = "fast",
         max_micro_batch_size: int | None = None,
         plan: BatchPlan | str | Path | None = None,
         steps_per_trial: int = 3,
         time_limit: float | None = 300,
+        timing_seconds: float | None = None,
         search: Search | None = None,
         device: str | MemoryProbe | None = None,
         latency_limit: float | None = None,
@@ -163,9 +170,11 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         settings = Settings.checked(
             target_batch_size=target_batch_size,
             memory_limit=memory_limit,
+            prefer=prefer,
             max_micro_batch_size=max_micro_batch_size,
             steps_per_trial=steps_per_trial,
             time_limit=time_limit,
+            timing_seconds=timing_seconds,
             dataset_size=None,
             latency_limit=latency_limit,
             percentile=percentile,
@@ -174,7 +183,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         self._arguments = CallbackArguments(
             settings=settings,
             search=checked_search(search),
-            device=device,
+            device=named_device(device),
             worst_case=checked_worst_case(worst_case),
             repairs=check_switch(repair_last_window),
             batch_arg_name=checked_name(batch_arg_name),
@@ -284,10 +293,8 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Tune, and make the Trainer train with the plan."""
         reason = why_idle(trainer)
-        if reason and self._only_tunes:
-            raise AutobatchError(f"Nothing was tuned: {reason}.")
         if reason:
-            _log.info("%s: the batch size is left as it is", reason)
+            self._stay_idle(reason)
             return
         checkpoint = self._run.checkpoint
         check(trainer, pl_module, checkpoint)
@@ -297,7 +304,11 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         last = None if self._only_tunes else self._last
         known_at = partial(known_at_start, self._known, checkpoint, last)
         before = self._plan_before(trainer)
-        tuned = tune_training(trainer, pl_module, self._arguments, known_at, before, FIT_START)
+        try:
+            tuned = tune_training(trainer, pl_module, self._arguments, known_at, before, FIT_START)
+        except NoDataError:
+            self._stay_idle("there is nothing to train on")
+            return
         self._last = TunedFit(tuned.report, tuned.fingerprint)
         if self._only_tunes:
             self._end_run(trainer, "fit", tuned.report)
@@ -402,6 +413,11 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             self.reports["fit"] = self._trained = self._trained.model_copy(update=update)
             refresh_report(self._trained, trainer)
 
+    def _stay_idle(self, reason: str) -> None:
+        if self._only_tunes:
+            raise AutobatchError(f"Nothing was tuned: {reason}.")
+        _log.info("%s: the batch size is left as it is", reason)
+
     def _retune(self, trainer: Any, module: Any, reason: str) -> None:
         """Tune again in the middle of training, for the effective batch size it started with."""
         if self._run.first_report is None or self._trained is None:
@@ -449,6 +465,9 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         check_attribute(module, name)
         try:
             tuned = tune_evaluation(trainer, module, self._arguments, stage)
+        except NoDataError:
+            self._stay_idle("there is no data")
+            return
         except FixedBatchSizeError as error:
             if self._only_tunes:
                 raise

@@ -89,7 +89,7 @@ class Loaders:
                 )
         self.each: tuple[DataLoader[Any], ...] = tuple(self._combined.flattened)
         self.own_sizes: tuple[int, ...] = tuple(_own_size(loader, setter) for loader in self.each)
-        self._setter = setter
+        self.setter = setter
         # Ranks among which Lightning will distribute the samples of each loader
         self.shards = tuple(
             int(trainer.world_size) if requires_distributed_sampler(trainer, loader) else 1
@@ -131,7 +131,7 @@ class Loaders:
     def batches(self, batch_size: int) -> int | None:
         """Return the batches of each rank in an epoch at a batch size; None if unknown."""
         lengths = [
-            _batches_of(loader, size, shards, self._setter)
+            _batches_of(loader, size, shards, self.setter)
             for loader, size, shards in zip(
                 self.each, self.sizes_at(batch_size), self.shards, strict=True
             )
@@ -146,7 +146,7 @@ class Loaders:
         """Change the batch sizes to those for one of the first loader while the body runs."""
         with ExitStack() as stack:
             for loader, size in zip(self.each, self.sizes_at(batch_size), strict=True):
-                stack.enter_context(changed_batch_size(loader, size, self._setter))
+                stack.enter_context(changed_batch_size(loader, size, self.setter))
             yield self._combined
 
     def epoch_length(self, lengths: Sequence[int | float]) -> int | float:
@@ -268,6 +268,16 @@ def capture_order(loader: DataLoader[Any], snapshot: Snapshot) -> None:
     snapshot.capture_light(*(each for each in samplers if each is not None))
     if loader.generator is not None:
         snapshot.capture(loader.generator)
+
+
+def take_iterator(loader: DataLoader[Any]) -> Any:
+    """Take the iterator that keeps persistent workers: the next iteration starts new ones.
+
+    The workers end with it. Its attribute has no public name (torch 2.13).
+    """
+    iterator = vars(loader).get("_iterator")
+    vars(loader).update(_iterator=None)
+    return iterator
 
 
 def is_empty(loader: object) -> bool:

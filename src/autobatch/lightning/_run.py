@@ -146,7 +146,9 @@ class Run:
 
 
 def before_epochs(trainer: Trainer, act: Callable[[], None]) -> patched:
-    """Return a patch to call `act` before each epoch, unless a checkpoint resumes within one.
+    """Return a patch that calls `act` before the first batch of each epoch.
+
+    It does not if a checkpoint resumes within the epoch.
 
     A callback would be too early: the module's own `on_train_epoch_start` comes after those of all
     callbacks.

@@ -6,8 +6,9 @@ import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from autobatch._accumulation import batch_norms
 from autobatch._report.accumulation_notes import never_stepped
-from autobatch._report.tradeoff import common_rule
+from autobatch._report.tradeoff import common_rule, unwrapped
 from autobatch._tune import versions
 from autobatch.lightning._accumulation import last_samples, update_notes
 from autobatch.lightning._attribute import has_batch_size_attribute
@@ -72,7 +73,7 @@ class LightningTraining:
 
     @property
     def name(self) -> str:
-        optimizers = " + ".join(_class_name(each) for each in self.trainer.optimizers)
+        optimizers = " + ".join(_class_name(unwrapped(each)) for each in self.trainer.optimizers)
         return f"{_class_name(self.module)} · {optimizers} · {self.trainer.precision}"
 
     @property
@@ -115,6 +116,12 @@ class LightningTraining:
 
     def largest_samples(self) -> Look | None:
         return self.samples.look
+
+    def planned_seconds(self, sample_seconds: float) -> float | None:
+        return self.limits.planned_seconds(sample_seconds)
+
+    def has_batch_norm(self) -> bool:
+        return bool(batch_norms(self.module.modules()))
 
     def trial_notes(self, plan: BatchPlan) -> tuple[str, ...]:
         return (never_stepped(),) if self.context.optimizers.never_stepped else ()
@@ -201,6 +208,13 @@ class LightningEvaluation:
 
     def largest_samples(self) -> Look | None:
         return self.samples.look
+
+    def planned_seconds(self, sample_seconds: float) -> float | None:
+        samples = self.settings.dataset_size
+        return None if samples is None else sample_seconds * samples / self.trainer.world_size
+
+    def has_batch_norm(self) -> bool:
+        return False
 
     def trial_notes(self, plan: BatchPlan) -> tuple[str, ...]:
         return ()

@@ -32,6 +32,7 @@ class TrainerLimits:
     Args:
         trainer: The Trainer.
         max_steps: Updates after which training stops; -1 for no limit.
+        max_epochs: Epochs after which training stops; None or -1 for no limit.
         validates: True if the Trainer validates.
         batches: Function of a micro-batch size: micro-batches of the loader; None if it has no
             length.
@@ -41,10 +42,25 @@ class TrainerLimits:
 
     trainer: Trainer
     max_steps: int
+    max_epochs: int | None
     validates: bool
     batches: Callable[[int], int | None]
     samples: Callable[[BatchPlan], int | None]
     before: BatchPlan
+
+    def planned_seconds(self, sample_seconds: float) -> float | None:
+        """Return the seconds of all training steps of a rank, at the seconds of one sample."""
+        timers = (each for each in self.trainer.callbacks if type(each).__name__ == "Timer")
+        planned = [timer.time_remaining() for timer in timers]  # max_time
+        samples = self.samples(self.before)
+        if samples is not None and self.max_epochs not in (None, -1):
+            epochs = max(0, self.max_epochs - self.trainer.current_epoch)
+            planned.append(epochs * samples / self.before.world_size * sample_seconds)
+        if self.max_steps != -1:
+            updates = max(0, self.max_steps - self.trainer.global_step)
+            of_rank = self.before.micro_batch_size * self.before.accumulate_grad_batches
+            planned.append(updates * of_rank * sample_seconds)
+        return min((each for each in planned if each is not None), default=None)
 
     def check(self, plan: BatchPlan) -> None:
         """Raise `AutobatchError` if an epoch has too few batches with this plan."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from autobatch import _settings, sinks
+from autobatch import sinks
 from autobatch._distributed import current_ranks
 from autobatch._memory.detect import detect
 from autobatch._plan import BatchPlan
@@ -35,7 +35,7 @@ from autobatch.lightning._resume import DeviceId, PriorPlan, fingerprint_of
 from autobatch.lightning._shown import show_validation
 from autobatch.lightning._subjects import LightningEvaluation, LightningTraining
 from autobatch.lightning._trainer_notes import TrainerLimits, checked_copy_bytes
-from autobatch.lightning._trial_data import Samples
+from autobatch.lightning._trial_data import NoDataError, Samples
 from autobatch.lightning._workloads import VALIDATION, EvaluationSteps, TrainingSteps
 
 if TYPE_CHECKING:
@@ -143,6 +143,7 @@ def tune_training(
     with (
         batch_size_restored(module, arguments.batch_arg_name) as former,
         trial_context(trainer, module, arguments) as (context, copied_bytes),
+        ExitStack() as ends,
     ):
         loaders = Loaders(
             trainer,
@@ -154,12 +155,16 @@ def tune_training(
         limits = TrainerLimits(
             trainer,
             trainer.max_steps,
+            trainer.max_epochs,
             validates=validates,
             batches=loaders.batches,
             samples=partial(_samples_trained, trainer, loaders),
             before=trained or BatchPlan(loaders.batch_size, accumulate, trainer.world_size),
         )
-        samples = Samples(loaders, context.snapshot, arguments.worst_case)
+        samples = ends.enter_context(
+            Samples(loaders, context.snapshot, module.device, arguments.worst_case)
+        )
+        samples.check()
         set_attribute = partial(set_batch_size_attribute, module, arguments.batch_arg_name)
         workload = TrainingSteps(
             trainer, loaders, samples, set_attribute, start_hooks, context.snapshot
@@ -227,10 +232,14 @@ def tune_evaluation(trainer: Any, module: Any, arguments: CallbackArguments, sta
     with (
         batch_size_restored(module, name) as former,
         trial_context(trainer, module, arguments) as (context, _),
+        ExitStack() as ends,
     ):
         loaders = Loaders(trainer, data_source(stage.loop_of(trainer)), mode="sequential")
         settings = _without_target(arguments.settings, loaders.samples)
-        samples = Samples(loaders, context.snapshot, arguments.worst_case)
+        samples = ends.enter_context(
+            Samples(loaders, context.snapshot, module.device, arguments.worst_case)
+        )
+        samples.check()
         steps = EvaluationSteps(trainer, loaders, samples, stage, None, context.snapshot)
 
         def evaluate(batch_size: int, accumulate: int) -> Iterator[None]:
@@ -249,13 +258,10 @@ def tune_evaluation(trainer: Any, module: Any, arguments: CallbackArguments, sta
             samples,
             loaders.batch_size,
         )
-        curve_seconds = _settings.DEFAULTS.curve_seconds
         if arguments.settings.target_batch_size is not None:
-            report = _own_or_smaller(subject, context, arguments.search, curve_seconds)
+            report = _own_or_smaller(subject, context, arguments.search)
             return Tuned(report, _own_or_smaller_sizes(loaders, report), loaders.own_sizes)
-        report = tune(
-            subject, settings, context, arguments.search, known=None, curve_seconds=curve_seconds
-        )
+        report = tune(subject, settings, context, arguments.search, known=None)
         sizes = loaders.sizes_at(report.plan.micro_batch_size)
         return Tuned(report, sizes, loaders.own_sizes)
 
@@ -269,6 +275,7 @@ def trial_context(
     Yields the resources of the trials, and the bytes of the copy that is kept on the host.
     """
     probe = detect(arguments.device, module.device)
+    began = probe.clock()
     with (
         current_ranks() as ranks,
         ranks.abort_together(),
@@ -290,6 +297,7 @@ def trial_context(
         snapshot.capture_light(trainer.datamodule, *users_callbacks(trainer))
         context = TrialContext(
             probe=probe,
+            began=began,
             budget=MemoryBudget(probe, arguments.settings.memory_limit),
             snapshot=snapshot,
             optimizers=optimizers,
@@ -317,15 +325,13 @@ def verify_or_search(
     search: Search,
 ) -> TuningReport:
     """Return the report on a known plan if one trial verifies it, or else on a search."""
-    note, curve_seconds = known.note, _settings.DEFAULTS.curve_seconds
+    note = known.note
     if note is None:  # the user's own
         known_plan(known.plan, settings, world_size=context.ranks.world_size)
     if known.plan is not None:
         noted = replace(subject, first_note=note)
         try:
-            return tune(
-                noted, settings, context, search, known=known.plan, curve_seconds=curve_seconds
-            )
+            return tune(noted, settings, context, search, known=known.plan)
         except DoesNotFitError as error:
             if known.refusal is not None:
                 raise AutobatchError(known.refusal) from error
@@ -338,7 +344,7 @@ def verify_or_search(
     if known.target is not None:
         settings = settings.model_copy(update={"target_batch_size": known.target})
     noted = replace(subject, first_note=note)
-    return tune(noted, settings, context, search, known=None, curve_seconds=curve_seconds)
+    return tune(noted, settings, context, search, known=None)
 
 
 def _with_validation(
@@ -353,26 +359,31 @@ def _with_validation(
         return replace(tuned, report=_noted(tuned.report, f"Validation was not tried: {error}"))
     plan = tuned.report.plan
     context.progress.begin_part("validation")
-    samples = Samples(loaders, context.snapshot, None)
     train = partial(training.workload, plan.micro_batch_size, plan.trial_accumulation)
-    subject = LightningEvaluation(
-        EvaluationSteps(trainer, loaders, samples, VALIDATION, train, context.snapshot),
-        trainer,
-        training.module,
-        VALIDATION,
-        arguments.settings,
-        loaders,
-        samples,
-        loaders.batch_size,
-    )
     try:
-        found = _own_or_smaller(subject, context, arguments.search, curve_seconds=0.0)
+        with Samples(loaders, context.snapshot, training.module.device) as samples:
+            samples.check()
+            subject = LightningEvaluation(
+                EvaluationSteps(trainer, loaders, samples, VALIDATION, train, context.snapshot),
+                trainer,
+                training.module,
+                VALIDATION,
+                arguments.settings.model_copy(update={"timing_seconds": 0.0, "prefer": "largest"}),
+                loaders,
+                samples,
+                loaders.batch_size,
+            )
+            found = _own_or_smaller(subject, context, arguments.search)
+    except NoDataError:
+        return tuned
     except DoesNotFitError as error:
         raise DoesNotFitError(
             f"Training fits, but validation does not beside it. {error}"
         ) from error
     size, own = found.plan.micro_batch_size, loaders.largest_batch
-    report = tuned.report.model_copy(update={"validation_batch_size": size})
+    report = tuned.report.model_copy(
+        update={"validation_batch_size": size, "search_seconds": context.seconds()}
+    )
     if size != own:
         report = _noted(
             report,
@@ -386,7 +397,7 @@ def _with_validation(
 
 
 def _own_or_smaller(
-    subject: LightningEvaluation, context: TrialContext, search: Search, curve_seconds: float
+    subject: LightningEvaluation, context: TrialContext, search: Search
 ) -> TuningReport:
     """Return the report on the loaders' own size if one trial shows that it fits, or else below."""
     own = subject.loaders.largest_batch
@@ -396,13 +407,13 @@ def _own_or_smaller(
     plan = BatchPlan(own, world_size=context.ranks.world_size)
     subject = replace(subject, settings=settings)
     try:
-        return tune(subject, settings, context, search, known=plan, curve_seconds=curve_seconds)
+        return tune(subject, settings, context, search, known=plan)
     except DoesNotFitError:
         if own == 1:
             raise
     smaller = settings.model_copy(update={"max_micro_batch_size": own - 1})
     below = replace(subject, settings=smaller, start_batch_size=max(1, own // 2))
-    return tune(below, smaller, context, search, known=None, curve_seconds=curve_seconds)
+    return tune(below, smaller, context, search, known=None)
 
 
 def _own_or_smaller_sizes(loaders: Loaders, report: TuningReport) -> tuple[int, ...]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib
 from dataclasses import dataclass
-from itertools import count, cycle
+from itertools import count
 from math import inf
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 
+from autobatch._report.tradeoff import unwrapped
 from autobatch.errors import AutobatchError
 from autobatch.lightning._compat import (
     active_loop,
@@ -85,7 +85,7 @@ class TrainingSteps:
             self.shown(batch_size, accumulate) as windows,
             _optimizers_to_step(self._trainer.optimizers) as waiting,
         ):
-            batches = cycle(self._samples.batches(batch_size))
+            batches = self._samples.batches(batch_size)
             self._hooks.first(lambda: self._begin(batches, windows))
             self._complete(batches, windows)
             while waiting and not self._is_automatic and windows.taken < _FIRST_STEPS_WITHIN:
@@ -266,6 +266,7 @@ def _run_manual_optimization(loop: ManualOptimization, arguments: OrderedDict[st
 @contextlib.contextmanager
 def _optimizers_to_step(optimizers: list[Any]) -> Iterator[set[int]]:
     """Yield the ids of optimizers that have not stepped yet; the set shrinks in the body."""
+    optimizers = [unwrapped(optimizer) for optimizer in optimizers]  # a wrapper may have no hooks
     waiting = set(map(id, optimizers))
     hooks = [
         optimizer.register_step_post_hook(lambda stepped, *_: waiting.discard(id(stepped)))
@@ -281,10 +282,6 @@ def _optimizers_to_step(optimizers: list[Any]) -> Iterator[set[int]]:
 
 def on_device(trainer: Trainer, batch: Any, dataloader_idx: int) -> Any:
     """Prepare a batch for a step as the loops of Lightning 2.6 do."""
-    if trainer.strategy.root_device.type == "cpu":
-        # The transfer copies nothing here, and a step may write into its batch
-        applying = importlib.import_module("lightning_utilities.core.apply_func")
-        batch = applying.apply_to_collection(batch, torch.Tensor, torch.clone)
     batch = trainer.precision_plugin.convert_input(batch)
     batch = before_batch_transfer(trainer.lightning_module, batch, dataloader_idx)
     return call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=dataloader_idx)
@@ -431,17 +428,17 @@ class EvaluationSteps:
         with patched(state, stage=type(state.stage)(self._stage.name)), torch.no_grad():
             yield
 
-    def _begin(self, batches: Sequence[Any], lengths: Sequence[int | float]) -> None:
+    def _begin(self, batches: Iterator[Any], lengths: Sequence[int | float]) -> None:
         call_module_hook(self._trainer, f"on_{self._stage.hook}_model_eval")
         self._hooks.start()
         self._round(batches, lengths, 0)
 
-    def _round(self, batches: Sequence[Any], lengths: Sequence[int | float], index: int) -> None:
-        several = len(batches) > 1
-        for position, (batch, length) in enumerate(zip(batches, lengths, strict=False)):
+    def _round(self, batches: Iterator[Any], lengths: Sequence[int | float], index: int) -> None:
+        loaders = self._samples.batches_at_once
+        for position, length in zip(range(loaders), lengths, strict=False):
             within = index if length == inf else index % max(1, int(length))
             active_loop(self._trainer).batch_progress.is_last_batch = within + 1 == length
-            self._step(batch, within, position if several else None)
+            self._step(next(batches), within, position if loaders > 1 else None)
 
     def _step(self, batch: Any, index: int, dataloader_idx: int | None) -> None:
         trainer, loop = self._trainer, active_loop(self._trainer)

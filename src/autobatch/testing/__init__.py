@@ -25,6 +25,19 @@ __all__ = [
 ]
 
 
+def named_device(device: Any) -> Any:
+    """Return the accelerator that a text such as "simulated:2GiB" names; anything else as it is."""
+    if not isinstance(device, str) or device.partition(":")[0] != "simulated":
+        return device
+    try:
+        return SimulatedAccelerator(device.partition(":")[2])
+    except ValueError:
+        raise ValueError(
+            f"device={device!r} names no amount of memory; give it after the colon, in bytes or as "
+            "in 'simulated:2GiB'."
+        ) from None
+
+
 class SimulatedAccelerator:
     """Accelerator of any size on the CPU: real tensors and out-of-memory errors, exact accounting.
 

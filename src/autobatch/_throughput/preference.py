@@ -1,0 +1,91 @@
+"""Choice among sizes that are about as fast as the fastest, by more than luck."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+# Share of the highest throughput that counts as fast
+FAST_ENOUGH: Final = 0.95
+# Standard errors by which a difference has to exceed that
+_STANDARD_ERRORS: Final = 2.0
+# Samples of which BatchNorm takes good statistics
+_ENOUGH_FOR_STATISTICS: Final = 16
+
+
+@dataclass(frozen=True, slots=True)
+class SampleTime:
+    """Time per sample at one size: measured.
+
+    Args:
+        seconds: Seconds per sample.
+        error: Its standard error, as a share of it.
+    """
+
+    seconds: float
+    error: float
+
+    def is_slow(self, fastest: SampleTime) -> bool:
+        """Return True if it is over the limit of a fast size by more than the error."""
+        return self._over(fastest) > _STANDARD_ERRORS * self._error_beside(fastest)
+
+    def is_fast(self, fastest: SampleTime) -> bool:
+        """Return True if it is within the limit of a fast size by more than the error."""
+        if self == fastest:
+            return True
+        return -self._over(fastest) > _STANDARD_ERRORS * self._error_beside(fastest)
+
+    def _over(self, fastest: SampleTime) -> float:
+        return FAST_ENOUGH * self.seconds / fastest.seconds - 1
+
+    def _error_beside(self, fastest: SampleTime) -> float:
+        return math.hypot(self.error, fastest.error)
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """Order of sizes that are about as fast.
+
+    Args:
+        own_size: The user's own batch size, which comes first; None if it is not known.
+        has_batch_norm: Whether the network takes statistics of a micro-batch.
+        is_split: Whether a size is one of several micro-batches of the same update.
+    """
+
+    own_size: int | None
+    has_batch_norm: bool
+    is_split: bool
+
+    def undecided(self, sizes: Collection[int], times: Mapping[int, SampleTime]) -> Collection[int]:
+        """Return the sizes whose errors decide which of `sizes` is taken, and the fastest of all.
+
+        Returns nothing if the choice is settled.
+        """
+        if not times:
+            return ()
+        fastest = min(times, key=lambda size: times[size].seconds)
+        doubtful = set()
+        for size in self.order(sizes):
+            if times[size].is_fast(times[fastest]):
+                break
+            if not times[size].is_slow(times[fastest]):
+                doubtful |= {size, fastest}
+        return doubtful
+
+    def order(self, sizes: Collection[int]) -> list[int]:
+        """Return the sizes worth taking, the preferred one first.
+
+        The smallest comes first: it leaves memory, and gives more updates if there is no target.
+        With BatchNorm sizes of 16 or more come alone if there are any, and the largest part of an
+        update first.
+        """
+        ordered = sorted(set(sizes), reverse=self.has_batch_norm and self.is_split)
+        if self.has_batch_norm:
+            enough = [size for size in ordered if size >= _ENOUGH_FOR_STATISTICS]
+            ordered = enough or sorted(ordered, reverse=True)
+        own = [size for size in {*sizes} if size == self.own_size]
+        return [*own, *(size for size in ordered if size not in own)]

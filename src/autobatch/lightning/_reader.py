@@ -1,0 +1,344 @@
+"""A process that reads batches, so that loaders and data sets of this one stay as they are."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import traceback
+import warnings
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import starmap
+from multiprocessing import connection
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from autobatch.lightning._dataloaders import capture_order, take_iterator
+from autobatch.lightning._reading import reading_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from multiprocessing.connection import Connection
+
+    from autobatch._trials.snapshot import Snapshot
+    from autobatch.lightning._batch_size import SetBatchSize
+    from autobatch.lightning._reading import Reading
+
+# Longest wait for an answer where the loader has no worker, so that its data set may be one that
+# hangs in a forked process
+_MAX_SILENCE: Final = 60.0  # seconds
+_SECONDS_TO_END: Final = 2.0
+_MAX_CACHED: Final = 2**28  # bytes of answers that are kept for the next time
+# Words of errors that only a forked process has: of CUDA, and of torch's autograd
+_FORKED_WORDS: Final = ("CUDA", "fork")
+
+
+class Fresh(Protocol):
+    """A value that was read, of which every call makes a copy as it came out of the loader."""
+
+    def __call__(self) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A value from another process."""
+
+    data: bytes
+
+    def __call__(self) -> Any:
+        return pickle.loads(self.data)  # noqa: S301 -- made by a process forked from this one
+
+
+class Copied:
+    """A value of this process; read again where it cannot be copied."""
+
+    def __init__(self, read: Callable[[], Any]) -> None:
+        self._read = read
+        self._value = read()
+
+    def __call__(self) -> Any:
+        try:
+            return copy.deepcopy(self._value)
+        except Exception:  # whatever a batch holds, the loader can make another one
+            return self._read()
+
+
+class Reader:
+    """Reads loaders in a forked process; in this one where that cannot be done.
+
+    A forked process reads what is in memory here, and whatever reading changes, changes there: the
+    order of the data, counters, random states, caches. In this process a snapshot restores them.
+
+    Args:
+        loaders: The loaders.
+        setter: The user's `set_batch_size`.
+        snapshot: Restores what reading changes in this process.
+    """
+
+    def __init__(
+        self, loaders: Sequence[DataLoader[Any]], setter: SetBatchSize | None, snapshot: Snapshot
+    ) -> None:
+        self._loaders = loaders
+        self._setter = setter
+        self._snapshot = snapshot
+        self._here: dict[int, Reading] = {}  # loaders that this process reads
+        self._process: _ReaderProcess | None = None
+        self._can_fork = sys.platform == "linux"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            self._process.close()
+            self._process = None
+
+    def read(self, at: int, method: str, *arguments: Any) -> Fresh:
+        """Call a method of the `Reading` of a loader; errors of the user pass through."""
+        if self._can_fork and at not in self._here:
+            try:
+                return self._asked(at, method, *arguments)
+            except _UnreadableError:
+                pass  # this process can: it has CUDA, locks, threads, and need not pickle
+        return Copied(lambda: self._read_here(at, method, *arguments))
+
+    def _asked(self, at: int, method: str, *arguments: Any) -> Fresh:
+        if self._process is None:
+            self._process = _ReaderProcess(self._loaders, self._setter)
+            try:
+                self._process.start()
+            except (AssertionError, OSError) as error:  # in a daemonic process, or without memory
+                self._can_fork = False
+                raise _UnreadableError from error
+        wait = None if self._loaders[at].num_workers else _MAX_SILENCE
+        try:
+            return self._process.answer((at, method, arguments), wait)
+        except _EndedError as error:
+            is_killed = self._process.is_killed
+            self.__exit__()
+            if is_killed:
+                raise MemoryError(
+                    "The process that reads batches for trials was killed, as systems do when "
+                    "their memory ends."
+                ) from None
+            self._can_fork = False
+            raise _UnreadableError from error
+
+    def _read_here(self, at: int, method: str, *arguments: Any) -> Any:
+        loader = self._loaders[at]
+        capture_order(loader, self._snapshot)
+        self._snapshot.capture_light(loader.collate_fn, *_layers(loader.dataset))
+        if at not in self._here:
+            self._here[at] = reading_of(copy.copy(loader), self._setter)
+        return getattr(self._here[at], method)(*arguments)
+
+
+class _UnreadableError(Exception):
+    """A batch that another process cannot read or send."""
+
+
+class _EndedError(Exception):
+    """The other process has ended, or hangs."""
+
+
+class _ReaderProcess:
+    """The forked process, and the connection to it."""
+
+    def __init__(self, loaders: Sequence[DataLoader[Any]], setter: SetBatchSize | None) -> None:
+        forked = multiprocessing.get_context("fork")
+        self._connection, self._theirs = forked.Pipe()
+        # Not daemonic, since a loader may have a worker
+        self._process = forked.Process(
+            target=_serve, args=(self._theirs, self._connection, loaders, setter), daemon=False
+        )
+
+    def start(self) -> None:
+        with warnings.catch_warnings():
+            # Python 3.12 warns of threads; those of torch are not needed there
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._process.start()
+        self._theirs.close()
+
+    def answer(self, request: tuple[Any, ...], seconds: float | None) -> Fresh:
+        try:
+            self._connection.send(request)
+            if not connection.wait([self._connection, self._process.sentinel], seconds):
+                raise _EndedError
+            kind = self._connection.recv()
+            data = self._connection.recv_bytes()
+        except (EOFError, OSError) as error:
+            raise _EndedError from error
+        if kind == "value":
+            return Packed(data)
+        if kind == "error":
+            raise pickle.loads(data)  # noqa: S301 -- made by a process forked from this one
+        raise _UnreadableError
+
+    @property
+    def is_killed(self) -> bool:
+        """True after the end by another process, as for lack of memory."""
+        self._process.join(_SECONDS_TO_END)
+        return self._process.exitcode == -signal.SIGKILL
+
+    def close(self) -> None:
+        """End the process and its workers."""
+        self._connection.close()  # which it waits for
+        self._theirs.close()
+        pid = self._process.pid
+        if pid is None:
+            return
+        self._process.join(_SECONDS_TO_END)
+        if self._process.is_alive():
+            self._process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+            self._process.join()
+        self._process.close()
+
+
+def _serve(
+    requests: Connection,
+    other_end: Connection,
+    loaders: Sequence[DataLoader[Any]],
+    setter: SetBatchSize | None,
+) -> None:
+    """Answer requests until the process that sends them closes the connection, or ends."""
+    other_end.close()
+    os.setpgid(0, 0)  # Ctrl-C is for the other process, which ends this one and its workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    gc.freeze()  # a collection here must not end iterators that belong to the other process
+    abandoned = _abandoned_iterators()
+    warnings.simplefilter("ignore")  # training shows them
+    torch.set_num_threads(1)
+    readings = list(starmap(reading_of, ((loader, setter) for loader in loaders)))
+    answers: dict[Any, bytes] = {}
+    parent = multiprocessing.parent_process()
+    ends: list[Any] = [requests, *([parent.sentinel] if parent else [])]
+    while connection.wait(ends) == [requests]:
+        try:
+            request = requests.recv()
+        except EOFError:
+            break
+        if request in answers:
+            kind, data = "value", answers[request]
+        else:
+            kind, data = _answer(readings, *request)
+            if kind == "value" and sum(map(len, answers.values())) + len(data) < _MAX_CACHED:
+                answers[request] = data
+        requests.send(kind)
+        requests.send_bytes(data)
+    del abandoned
+
+
+def _abandoned_iterators() -> list[Any]:
+    """Take iterators with workers from all loaders: workers of another process are not ours.
+
+    The list keeps them, since their end would stop those workers.
+    """
+    loaders = [thing for thing in gc.get_objects() if issubclass(type(thing), DataLoader)]
+    return [take_iterator(loader) for loader in loaders]
+
+
+def _answer(
+    readings: Sequence[Reading], at: int, method: str, arguments: tuple[Any, ...]
+) -> tuple[str, bytes]:
+    try:
+        value = getattr(readings[at], method)(*arguments)
+    except BaseException as error:
+        return _packed_error(error)
+    try:
+        data = packed(value)
+        if not _is_alike(value, pickle.loads(data)):  # noqa: S301 -- made in the line above
+            return "unreadable", b""
+    except Exception:
+        return "unreadable", b""
+    return "value", data
+
+
+def _packed_error(error: BaseException) -> tuple[str, bytes]:
+    if isinstance(error, RuntimeError) and any(word in str(error) for word in _FORKED_WORDS):
+        return "unreadable", b""
+    error.add_note(f"In the process that reads batches for trials:\n{traceback.format_exc()}")
+    try:
+        data = pickle.dumps(error)
+        pickle.loads(data)  # noqa: S301 -- made in the line above
+    except Exception:
+        return "unreadable", b""
+    return "error", data
+
+
+def _is_alike(value: Any, other: Any) -> bool:
+    """Check that a pickle kept the attributes of a batch."""
+    return getattr(value, "__dict__", {}).keys() == getattr(other, "__dict__", {}).keys()
+
+
+def packed(value: Any) -> bytes:
+    """Pickle a value with the data of its tensors.
+
+    A DataLoader sends tensors in shared memory, each with an open file; a large batch of lists
+    would have too many.
+    """
+    buffer = io.BytesIO()
+    _Pickler(buffer, protocol=5).dump(value)
+    return buffer.getvalue()
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles the elements of a plain tensor, where torch would pickle the storage behind it."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if type(value) is not torch.Tensor or not _is_simple(value):
+            return NotImplemented
+        if _extent(value) > 2 * value.numel():
+            value = value.contiguous()
+        array: Any = _bytes(value).numpy()
+        data = pickle.PickleBuffer(array)
+        return _tensor, (data, value.dtype, tuple(value.shape), value.stride())
+
+
+def _is_simple(tensor: torch.Tensor) -> bool:
+    return (
+        tensor.layout is torch.strided
+        and tensor.device.type == "cpu"
+        and not (tensor.requires_grad or tensor.is_quantized or vars(tensor))
+        and not (tensor.is_conj() or tensor.is_neg() or tensor.is_inference())
+    )
+
+
+def _tensor(
+    data: bytearray, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]
+) -> torch.Tensor:
+    """Return a tensor with a storage of its own."""
+    tensor = torch.empty_strided(shape, stride, dtype=dtype)
+    if tensor.numel():
+        _bytes(tensor).copy_(torch.frombuffer(data, dtype=torch.uint8))
+    return tensor
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the elements of a tensor, and those between, as they lie in memory."""
+    return tensor.as_strided((_extent(tensor),), (1,)).view(torch.uint8)
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    if not tensor.numel():
+        return 0
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return 1 + sum((length - 1) * stride for length, stride in steps)
+
+
+def _layers(dataset: Any) -> list[Any]:
+    """Return a data set, its transforms, and the data sets it wraps, as Subset does."""
+    attributes = getattr(dataset, "__dict__", {}).values()  # a plain list has none
+    parts = [part for part in attributes if hasattr(part, "__dict__")]
+    inner = [*parts, *(getattr(dataset, "datasets", None) or ())]
+    wrapped = [part for part in inner if isinstance(part, Dataset)]
+    return [dataset, *parts, *(layer for part in wrapped for layer in _layers(part))]
