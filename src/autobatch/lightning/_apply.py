@@ -83,8 +83,8 @@ def apply_between_epochs(
 
     Optimizers and schedulers stay: they hold the state of training. Lightning asks for the loader
     again, as with `reload_dataloaders_every_n_epochs`; one that was passed to `fit` is the same,
-    and the order of its data continues; in the first epoch, `restore_start` restores the state
-    from which the loader starts, and returns False in a later one. After an error the user's loader
+    and the order of its data continues. In the first epoch `restore_start` restores the state in
+    which the loader was started; in a later one it returns False. After an error the user's loader
     has its own batch size again, and training ends.
     """
     fit_loop = trainer.fit_loop

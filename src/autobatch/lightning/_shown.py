@@ -58,7 +58,7 @@ def show_validation(trainer: Trainer) -> None:
         return
     given, kind = data_source(loop).dataloader(), Imported.COMBINED_LOADER.of(trainer)
     shown = given if isinstance(given, kind) else kind(given, "sequential")
-    showing_evaluation(loop, shown, _lengths(shown, trainer.limit_val_batches)).__enter__()
+    showing_evaluation(loop, shown, _lengths(shown, trainer.limit_val_batches)).apply()
 
 
 def _distributed(
