@@ -4,9 +4,10 @@ AutobatchError
 ├── DoesNotFitError        no allowed batch size fits the budget, or meets the latency limit
 ├── ShortTrialError        a workload ended before its first step
 ├── ProbeError             the memory of a device cannot be read
-└── FixedBatchSizeError    the batch size of a DataLoader cannot be changed
+├── FixedBatchSizeError    the batch size of a DataLoader cannot be changed
+└── WorstCaseError         a worst_case ignores the batch size; also a ValueError
 
-A bad argument is a plain `ValueError`. Exceptions of the user's code pass through unchanged.
+Any other bad argument is a plain `ValueError`. Exceptions of the user's code pass through unchanged.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ __all__ = [
     "FixedBatchSizeError",
     "ProbeError",
     "ShortTrialError",
+    "WorstCaseError",
 ]
 
 
@@ -38,3 +40,7 @@ class ProbeError(AutobatchError):
 
 class FixedBatchSizeError(AutobatchError):
     """The batch size of a DataLoader cannot be changed; AutoBatch only."""
+
+
+class WorstCaseError(AutobatchError, ValueError):
+    """A `worst_case` makes as much data for one batch size as for another; AutoBatch only."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
@@ -289,7 +288,12 @@ def samples_of(loader: DataLoader[Any], shards: int) -> int | None:
     """Return the samples of one rank per epoch; None for a stream."""
     if isinstance(loader.dataset, IterableDataset):
         return None
-    return ceil_div(len(sampler_of(loader)), shards)
+    samples = len(sampler_of(loader))
+    batches, size = _length_of(loader.batch_sampler), _size_of(loader.batch_sampler)
+    # A batch sampler may draw samples many times, or parts of them; the last batch may be short
+    if batches and size and not (batches - 1) * size < samples <= batches * size:
+        samples = batches * size
+    return ceil_div(samples, shards)
 
 
 def _own_size(loader: DataLoader[Any], setter: SetBatchSize | None) -> int:
@@ -310,13 +314,13 @@ def _batches_of(
 ) -> int | None:
     """Return the batches of one rank per epoch at another batch size; None if unknown."""
     samples = samples_of(loader, shards)
-    if not isinstance(loader.batch_sampler, Sized) or samples is None:
+    if _length_of(loader.batch_sampler) is None or samples is None:
         return None
     if shards > 1:
         drops = getattr(loader.batch_sampler, "drop_last", False)
         return samples // batch_size if drops else ceil_div(samples, batch_size)
     with changed_batch_size(loader, batch_size, setter):
-        return len(loader.batch_sampler)
+        return _length_of(loader.batch_sampler)
 
 
 def _problem_of(loader: object, setter: SetBatchSize | None) -> str | None:
@@ -371,7 +375,16 @@ def _batch_sampler_problem(loader: DataLoader[Any]) -> str | None:
 
 
 def _length_of(sampler: Any) -> int | None:
-    return len(sampler) if isinstance(sampler, Sized) else None
+    try:
+        return len(sampler)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def _size_of(batch_sampler: Any) -> int | None:
+    """Return the size of the batches of a user's batch sampler; None of torch's own."""
+    size = getattr(batch_sampler, "batch_size", None)
+    return size if isinstance(size, int) and type(batch_sampler) is not BatchSampler else None
 
 
 def _setter_problem(loader: DataLoader[Any], setter: SetBatchSize) -> str | None:

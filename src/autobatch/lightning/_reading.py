@@ -65,6 +65,9 @@ class Reading(Protocol):
     def largest(self, batch_size: int) -> Any:
         """Return a batch of the largest samples."""
 
+    def counts(self, batch_size: int) -> list[list[int | None]]:
+        """Return the `sample_counts` of some batches; of none where all have the size for sure."""
+
     def first(self, batch_size: int) -> Any:
         """Return a batch of samples in reading order, each once; None if there are too few."""
 
@@ -115,6 +118,9 @@ class _OfDataSet:
             return None
         return self._batch(self._indices[:batch_size])
 
+    def counts(self, batch_size: int) -> list[list[int | None]]:
+        return []
+
     def _batch(self, indices: Iterable[Any]) -> Any:
         self._asked[:] = [list(indices)]
         return next(iter(self._asking))
@@ -156,6 +162,9 @@ class _OfStream:
         if len(self._sizes) < batch_size:
             return None
         return self._batch(self._of(range(batch_size)), batch_size)
+
+    def counts(self, batch_size: int) -> list[list[int | None]]:
+        return []
 
     def _batch(self, loader: DataLoader[Any], batch_size: int) -> Any:
         with changed_batch_size(loader, batch_size, None):
@@ -232,6 +241,13 @@ class _AsIterated:
     def first(self, batch_size: int) -> Any:
         return next(self._batches(batch_size), None)
 
+    def counts(self, batch_size: int) -> list[list[int | None]]:
+        with changed_batch_size(self._loader, batch_size, self._setter):
+            # One more than are counted: the last of an epoch may be short
+            batches = islice(self._loader, _MAX_BATCHES + 1)
+            counts = [sample_counts(each) for each in _within(iter(batches), _MAX_SECONDS)]
+        return counts[:-1]
+
     def _batches(self, batch_size: int | None) -> Iterator[Any]:
         changed: Any = nullcontext()
         if batch_size is not None:
@@ -243,7 +259,9 @@ class _AsIterated:
         is_stream = isinstance(self._loader.dataset, IterableDataset)
         if is_stream or not has_torch_iteration(self._loader):
             return self._loader
-        batches = list(islice(self._loader.batch_sampler or (), _MAX_LISTED))
+        # Not asked for its truth, which may be a length that it does not have
+        sampler: Any = self._loader.batch_sampler
+        batches = list(islice(sampler, _MAX_LISTED))
         loader = copy.copy(self._loader)
         # Samplers that sort by length have their largest batches at one of the ends
         vars(loader).update(batch_sampler=[*batches[-2:], *_spread(batches[:-2])])

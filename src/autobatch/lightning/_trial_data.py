@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import cycle, islice
-from typing import TYPE_CHECKING, Any, Self
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import torch
 from torch.utils.data import default_collate
 
 from autobatch._memory.ledger import unobserved
 from autobatch._report.result import Look
-from autobatch._trials.batches import leaves, map_leaves
-from autobatch.errors import AutobatchError
+from autobatch._trials.batches import leaves, listed, map_leaves
+from autobatch.errors import FixedBatchSizeError, WorstCaseError
 from autobatch.lightning._reader import Copied, Reader
 from autobatch.lightning._reading import LARGEST_KEPT, data_size
 
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from autobatch.lightning._reading import Seen
 
 
+_MEAN_CHANGE: Final = 0.25  # of batches that vary in size, by chance
+
+
 def checked_worst_case(
     worst_case: Callable[[int], Any] | None,
 ) -> Callable[[int], Any] | None:
@@ -37,10 +41,6 @@ def checked_worst_case(
         f"worst_case={worst_case!r} cannot be called; "
         "give a function of a batch size that returns a batch."
     )
-
-
-class WorstCaseError(AutobatchError, ValueError):
-    """A `worst_case` that ignores the batch size: a bad argument, and no size that is refused."""
 
 
 class NoDataError(Exception):
@@ -85,9 +85,37 @@ class Samples:
         self._reader.__exit__(kind, error, traceback)
 
     def check(self) -> None:
-        """Read some samples of each loader; `NoDataError` if one has none."""
-        if self._worst_case is None and any(seen.look.read == 0 for seen in self._seen):
+        """Read some batches of each loader.
+
+        Raises:
+            NoDataError: A loader makes none.
+            FixedBatchSizeError: The number of samples in them does not follow the batch size.
+        """
+        if self._worst_case is not None:
+            return
+        if any(seen.look.read == 0 for seen in self._seen):
             raise NoDataError("A loader makes no batch: there are no samples to try.")
+        if self._loaders.setter is None:
+            for at, own in enumerate(self._loaders.own_sizes):
+                self._check_following(at, own, 2 * own + 1)
+
+    def _check_following(self, at: int, own: int, other: int) -> None:
+        with unobserved():
+            before = self._reader.read(at, "counts", own)()
+            try:
+                after = self._reader.read(at, "counts", other)()
+            except Exception:
+                return  # a size that is refused: trials find those that are not
+        if not before or not after or _follows(before, after, own, other):
+            return
+        found = {count for counts in after for count in counts[-2:-1] if count}
+        loader = type(self._loaders.each[at]).__name__
+        raise FixedBatchSizeError(
+            f"AutoBatch cannot change the batch size of this loader, a {loader}: its batches are of "
+            f"{listed(found)} samples when batch_size is {other}, and of {own} before; pass "
+            "set_batch_size, a function that makes all of its batches follow, or leave AutoBatch "
+            "out."
+        )
 
     @property
     def batches_at_once(self) -> int:
@@ -184,6 +212,24 @@ class Samples:
                     f"worst_case made as much data for {batch_size} samples as for {other}; "
                     "it has to make a batch of the size it is called with."
                 )
+
+
+def _follows(
+    before: list[list[int | None]], after: list[list[int | None]], own: int, other: int
+) -> bool:
+    """Check that samples, counted in any way, grow as the batch size does.
+
+    Batches of one size have to be of one size again, and others to keep their mean.
+    """
+    for then, now in zip(zip(*before, strict=True), zip(*after, strict=True), strict=True):
+        if None in then or None in now:
+            continue
+        if len(set(then)) == 1:
+            if {count * own for count in now} == {then[0] * other}:
+                return True
+        elif abs(fmean(now) * own / (fmean(then) * other) - 1) < _MEAN_CHANGE:
+            return True
+    return False
 
 
 def _is_plain(batch: Any) -> bool:

@@ -376,6 +376,8 @@ def _with_validation(
             found = _own_or_smaller(subject, context, arguments.search)
     except NoDataError:
         return tuned
+    except FixedBatchSizeError as error:
+        return replace(tuned, report=_noted(tuned.report, f"Validation was not tried: {error}"))
     except DoesNotFitError as error:
         raise DoesNotFitError(
             f"Training fits, but validation does not beside it. {error}"

@@ -1,0 +1,111 @@
+"""Samples that really arrive at a step, and in an epoch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler
+
+from autobatch.errors import FixedBatchSizeError
+from lightning_here import Model, data, quiet_trainer, tuner
+
+
+class Zipped(DataLoader):
+    """Makes its batches of inner loaders, whose size is set when they are made."""
+
+    def __init__(self, parts, batch_size):
+        self.loaders = [DataLoader(part, batch_size) for part in parts]
+        super().__init__(parts[0], batch_size)
+
+    def __iter__(self):
+        for batches in zip(*self.loaders, strict=True):
+            yield [torch.cat(parts) for parts in zip(*batches, strict=True)]
+
+
+class Buckets(BatchSampler):
+    """Cuts batches out of buckets, whose size is set when they are made."""
+
+    def __init__(self, sampler, batch_size, multiple):
+        super().__init__(sampler, batch_size, drop_last=False)
+        self.buckets = BatchSampler(sampler, batch_size * multiple, drop_last=False)
+
+    def __iter__(self):
+        for bucket in self.buckets:
+            yield from BatchSampler(bucket, self.batch_size, drop_last=False)
+
+
+@pytest.mark.parametrize(
+    ("loader", "sizes"),
+    [
+        (lambda: Zipped([data(), data()], 4), "8"),
+        (lambda: DataLoader(data(), batch_sampler=Buckets(RandomSampler(data()), 4, 4)), "7, 9"),
+    ],
+    ids=["inner loaders", "buckets"],
+)
+def test_loader_of_which_batches_keep_their_size_is_refused_before_the_search(loader, sizes):
+    model = Model()
+
+    with pytest.raises(
+        FixedBatchSizeError,
+        match=f"its batches are of {sizes} samples when batch_size is 9.*; pass set_batch_size",
+    ):
+        quiet_trainer(tuner()).fit(model, loader())
+
+    assert model.sizes == []
+
+
+class Scenes(Dataset):
+    """A few scenes, out of which many windows are cut."""
+
+    def __init__(self):
+        self.x = data(3).tensors[0]
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, where):
+        scene, shift = where
+        return self.x[scene].roll(shift), scene
+
+
+class Windows(Sampler):
+    def __init__(self, batch_size, length):
+        self.batch_size, self.length = batch_size, length
+
+    def __len__(self):
+        return self.length // self.batch_size
+
+    def __iter__(self):
+        for _ in range(len(self)):
+            yield [(0, 1)] * self.batch_size
+
+
+class Unknown(Windows):
+    def __len__(self):
+        raise NotImplementedError
+
+    def __iter__(self):
+        for _ in range(self.length // self.batch_size):
+            yield [(0, 1)] * self.batch_size
+
+
+def test_samples_of_an_epoch_are_those_that_the_batch_sampler_draws():
+    callback, model = tuner(), Model()
+
+    quiet_trainer(callback, max_epochs=1).fit(
+        model, DataLoader(Scenes(), batch_sampler=Windows(4, 600))
+    )
+
+    assert callback.report.plan.effective_batch_size == 120
+    assert set(model.sizes) == {callback.report.plan.micro_batch_size}
+    assert sum(model.sizes) == 600 // model.sizes[0] * model.sizes[0]
+
+
+def test_batch_sampler_without_a_length_is_tuned():
+    callback, model = tuner(target_batch_size=2, max_micro_batch_size=2), Model()
+
+    quiet_trainer(callback, max_epochs=1).fit(
+        model, DataLoader(Scenes(), batch_sampler=Unknown(4, 600))
+    )
+
+    assert set(model.sizes) == {callback.report.plan.micro_batch_size}
