@@ -262,7 +262,8 @@ def test_the_slowest_rank_decides_on_latency(job):
     first, second = (rank["answering"] for rank in job)
 
     assert first == second
-    assert max(each.batch_size for each in first["latencies"]) == 50
+    within = [each for each in first["latencies"] if each.at_percentile_seconds <= 0.0101]
+    assert within[-1].batch_size == 50
     assert first["plan"] == (1, 1, 2)  # any size gives as much
     assert first["latencies"][0].p50_seconds == pytest.approx(2e-4)
 

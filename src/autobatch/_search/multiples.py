@@ -34,7 +34,8 @@ def next_multiple(trials: Sequence[Trial], high: int) -> int | None:
     if fits:
         sizes = _above(good, fits[0])
     elif failed:
-        own, low = trials[0].batch_size, max(size for size in refused if size < below)
+        own = trials[0].batch_size
+        low = max((size for size in refused if size < below), default=0)
         divisors = (size for size in range(below // 2, 0, -1) if own % size == 0)
         sizes = [*divisors, (low + below) // 2]
     else:
