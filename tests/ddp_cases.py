@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import autobatch
-from autobatch import _settings
+from autobatch import _distributed, _settings
 from autobatch._distributed import current_ranks
 from autobatch.testing import PaperDevice, SimulatedAccelerator
 
@@ -285,6 +285,28 @@ def exploding():
     return {"error": None}
 
 
+def uneven():
+    """`find` with shards of different lengths around the target."""
+    device = PaperDevice("1MiB", per_sample=2000)
+    lengths = (230, 250)
+    report = autobatch.find(
+        device.workload, target_batch_size=240, dataset_size=lengths[RANK], device=device
+    )
+    return report.plan
+
+
+def missing():
+    """Only one rank tunes; afterwards the ranks count differently, so this is the last case."""
+    _distributed._LONGEST_WAIT = timedelta(seconds=2)
+    if RANK == 1:
+        return None
+    try:
+        with current_ranks():
+            return None
+    except autobatch.AutobatchError as error:
+        return str(error)
+
+
 def aborting():
     """Let rank 1 fail in a gather, between two, after the last, and nested; return all errors."""
 
@@ -448,6 +470,8 @@ CASES = {
     "aborting": aborting,
     "standalone": standalone,
     "answering": answering,
+    "uneven": uneven,
+    "missing": missing,
 }
 
 

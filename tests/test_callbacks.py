@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import importlib
 import json
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from torch.utils.data import DataLoader
 
 import autobatch
 from autobatch.testing import SimulatedAccelerator
-from lightning_here import Model, data, pl, tuner
+from lightning_here import Model, data, pl, plain, tuner
 from lightning_here import quiet_trainer as trainer
 from sameness import same
 
@@ -499,3 +501,16 @@ def test_a_user_error_while_retuning_passes_and_restores_everything():
 def test_bad_epochs_to_retune_at_are_refused(epochs):
     with pytest.raises(ValueError, match="retune_at_epochs="):
         autobatch.AutoBatch(retune_at_epochs=epochs)
+
+
+@pytest.mark.parametrize("device", ["simulated:450KiB", "cpu", None])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])
+def test_a_copy_of_a_callback_that_has_tuned_tunes_another_trainer(copied, device):
+    callback = tuner(device=device, max_micro_batch_size=20)
+    trainer(callback).fit(Model(), plain())
+
+    copy_of_it, model = copied(callback), Model()
+
+    assert copy_of_it.reports == callback.reports
+    trainer(copy_of_it).fit(model, plain())
+    assert set(model.sizes) == {copy_of_it.report.plan.micro_batch_size}

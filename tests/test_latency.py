@@ -10,8 +10,17 @@ from hypothesis import strategies as st
 
 import autobatch
 from autobatch import BatchPlan, TuningReport
-from autobatch._latency import cameras, enough_calls, knee, largest_within, slowest, stream
-from autobatch.report import Latency
+from autobatch._latency import (
+    best_within,
+    cameras,
+    enough_calls,
+    knee,
+    largest_within,
+    slowest,
+    stream,
+)
+from autobatch._report.latency import latency_facts
+from autobatch.report import Latency, LatencyLimit
 from latency_cases import Paper, answered, found, latency, measured, spans, steady
 
 
@@ -58,6 +67,44 @@ def test_a_longer_limit_never_gives_a_smaller_batch(latencies, one, other):
 
     assert small is None or (large is not None and large.batch_size >= small.batch_size)
     assert small is None or small.at_percentile_seconds <= short
+
+
+@given(measured(), spans)
+def test_the_size_taken_gives_nearly_the_most_and_the_smallest_does(latencies, limit):
+    within = [each for each in latencies if each.at_percentile_seconds <= limit]
+
+    best = best_within(latencies, limit)
+
+    assert (best is None) == (not within)
+    for each in within:
+        assert best.samples_per_second >= 0.99 * each.samples_per_second
+        if each.samples_per_second >= 0.99 * max(one.samples_per_second for one in within):
+            assert best.batch_size <= each.batch_size
+
+
+def test_a_slower_size_that_gives_less_is_not_taken():
+    def call(size, seconds):
+        return Latency(size, seconds, seconds, seconds, seconds, 100)
+
+    latencies = [call(8, 0.012), call(16, 0.0199), call(32, 0.0398), call(64, 0.1)]
+
+    assert best_within(latencies, 0.2).batch_size == 16
+    assert best_within(latencies, 0.015).batch_size == 8
+    assert best_within(latencies, 0.005) is None
+
+
+def test_no_batch_is_suggested_for_a_stream_that_none_answers_in_time():
+    # A single sample takes 50 ms in its slowest calls, and a batch of 32 takes 20 ms
+    latencies = (
+        Latency(1, 0.010, 0.050, 0.050, 0.050, 100),
+        Latency(32, 0.020, 0.020, 0.020, 0.020, 100),
+    )
+    limit = LatencyLimit(0.033, 99)
+
+    facts = latency_facts(latencies, limit, 32, "answer")
+
+    (streams,) = (fact for fact in facts if fact.label == "Streams")
+    assert "alone" not in streams.remark
 
 
 @given(measured())

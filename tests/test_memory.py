@@ -9,8 +9,8 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from autobatch import MemoryReading
 from autobatch._memory import (
-    MemoryReading,
     format_bytes,
     memory_budget,
     parse_bytes,

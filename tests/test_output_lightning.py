@@ -57,14 +57,15 @@ def test_progress_is_shown_beside_the_bar_of_a_trainer(bar, monkeypatch):
     assert "= 120 per update" in out.getvalue()
 
 
-def test_progress_between_epochs_is_erased_before_the_bar_goes_on(monkeypatch):
+@pytest.mark.parametrize("bar", ["TQDMProgressBar", "RichProgressBar"])
+def test_progress_between_epochs_is_erased_before_the_bar_goes_on(bar, monkeypatch):
     monkeypatch.setenv("TERM", "xterm-256color")
     terminal, out = Terminal(), Terminal()
 
     fit_on(
         out,
         terminal,
-        pl.callbacks.TQDMProgressBar(),
+        getattr(pl.callbacks, bar)(),
         callback=tuner(retune_at_epochs=[1]),
         enable_progress_bar=True,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -20,13 +21,17 @@ class NoisyDevice(PaperDevice):
 
     def __init__(self, *, seed, **options):
         super().__init__(1000, fixed=200, memory=lambda size: 200 + 18 * size, **options)
-        self._draw = random.Random(seed)
+        self._seed, self._draws = seed, itertools.count()
+
+    def _scatter(self, deviation):
+        # Another generator each time: find() restores those that a loop can reach
+        return random.Random(10**6 * self._seed + next(self._draws)).gauss(0, deviation)
 
     def workload(self, batch_size, accumulate):
-        turn = self._draw.gauss(0, 0.02)
+        turn = self._scatter(0.02)
         before = self._now
         for each in super().workload(batch_size, accumulate):
-            self._now += (self._now - before) * abs(turn + self._draw.gauss(0, 0.05))
+            self._now += (self._now - before) * abs(turn + self._scatter(0.05))
             yield each
             before = self._now
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from autobatch._memory import MemoryReading
+from autobatch import MemoryReading
 from autobatch._memory.cuda import CudaProbe
 from autobatch._memory.detect import detect
 from autobatch._memory.host import HostProbe
@@ -29,7 +29,7 @@ from nvml_standin import GIB, FakeGpu, tensor_on, three_cards
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from autobatch._memory import MemoryProbe
+    from autobatch import MemoryProbe
 
 MIB = 2**20
 CPU = torch.device("cpu")

@@ -12,7 +12,8 @@ from rich.cells import cell_len
 
 from autobatch import BatchPlan, NoiseReading, Outcome, Trial, TuningReport
 from autobatch._report.layout import ASCII, UNICODE, terminal
-from autobatch._report.text import completed
+from autobatch._report.tables import thinned
+from autobatch._report.text import completed, page
 from autobatch._report.units import BYTES, aligned, duration, factor, multiple, percent
 from autobatch.report import Look
 from autobatch.sinks import json_file, markdown_file, to_markdown
@@ -539,3 +540,47 @@ def test_a_factor_has_two_digits_or_more(value, text):
 )
 def test_a_multiple_has_two_decimals_or_two_digits(value, text):
     assert multiple(value) == text
+
+
+# Sizes of what is shown; without these bounds each takes minutes
+
+
+def test_a_very_long_text_is_cut():
+    name, note = "x" * 2**23, "1 2 " * 2**21
+    device = example().device.model_copy(update={"name": name})
+    report = example().model_copy(update={"subject": name, "device": device, "notes": (note,)})
+
+    text = str(report)
+
+    assert len(text) < 40_000
+    assert "".join(text.split()).count("x" * 10_000 + "…") == 2
+
+
+@pytest.mark.parametrize("outcome", Outcome)
+def test_thousands_of_sizes_are_one_screen(outcome):
+    seconds = 0.001 if outcome is Outcome.FIT else None
+    trials = tuple(Trial(size, outcome, None, seconds) for size in range(2000, 5000))
+    report = example().model_copy(update={"trials": (*example().trials, *trials)})
+
+    (table, *_) = page(report).tables
+
+    assert len(list(table.rows)) == 12
+    assert f"{len(report.trials) - 12:,} more sizes in report.trials" in table.foot
+
+
+@given(st.sets(st.integers(1, 10_000), max_size=40), st.data())
+def test_the_sizes_closest_to_their_neighbours_are_left_out_one_by_one(sizes, drawn):
+    sizes = sorted(sizes)
+    keep = drawn.draw(st.sets(st.sampled_from(sizes))) if sizes else set()
+
+    expected = list(sizes)
+    while len(expected) > 12:
+        spare = [
+            (after / before, size)
+            for before, size, after in zip(expected, expected[1:], expected[2:], strict=False)
+            if size not in keep
+        ]
+        if not spare:
+            break
+        expected.remove(min(spare)[1])
+    assert thinned(sizes, keep) == expected

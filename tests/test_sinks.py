@@ -131,3 +131,15 @@ def test_an_unwritable_path_is_named(tmp_path):
         sinks.json_file(tmp_path)(example())
 
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_markdown_takes_no_html_and_no_links_from_names_and_notes():
+    bad = "<img src=x onerror=alert(1)> [here](javascript:alert(1)) <javascript:alert(1)>"
+    device = example().device.model_copy(update={"name": bad})
+    update = {"subject": bad, "device": device, "notes": (bad, f"\\{bad}")}
+
+    text = sinks.to_markdown(example().model_copy(update=update))
+
+    assert "<" not in text
+    assert "[" not in text
+    assert text.count("&lt;img src=x onerror=alert(1)> &#91;here](javascript") == 4

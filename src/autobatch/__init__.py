@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from autobatch._find import find
+    from autobatch._memory import MemoryProbe, MemoryReading
     from autobatch._noise import NoiseReading
     from autobatch._noise.loop import noise_scale
     from autobatch._plan import BatchPlan
@@ -24,6 +25,8 @@ __all__ = [
     "Bisection",
     "DoesNotFitError",
     "GuidedBisection",
+    "MemoryProbe",
+    "MemoryReading",
     "NoiseReading",
     "NoiseScale",
     "Outcome",
@@ -43,6 +46,8 @@ _HOMES = {
     "Bisection": "_search",
     "DoesNotFitError": "errors",
     "GuidedBisection": "_search.guided",
+    "MemoryProbe": "_memory",
+    "MemoryReading": "_memory",
     "NoiseReading": "_noise",
     "NoiseScale": "lightning",
     "Outcome": "_trials",

@@ -36,7 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _discard_output()
         return 1
     except (AutobatchError, ValueError, OSError) as error:
-        print(f"autobatch: {error}", file=sys.stderr)
+        from autobatch._report.units import plain
+
+        # Names of files, and of fields in them, may hold escape sequences
+        print(f"autobatch: {plain(str(error))}", file=sys.stderr)
         _discard_output()
         return 2
     return 0

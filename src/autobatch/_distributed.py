@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeVar
 
 from autobatch import errors
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_LONGEST_WAIT: Final = timedelta(minutes=5)  # for the other ranks to begin
 # Marks an exception that every rank raises already; a reference to it would keep the tensors in
 # its frames alive
 _SHARED: Final = "_autobatch_shared"
@@ -72,7 +74,8 @@ class ProcessGroup:
     """All processes of a `torch.distributed` job, connected by a gloo group of their own.
 
     That group needs no GPU memory, and stays usable when a training step fails in the middle of a
-    collective. Every rank has to enter and leave it as a context manager.
+    collective. Every rank has to enter and leave it as a context manager; a rank that does not
+    enter it ends the others in one sentence.
     """
 
     def __init__(self) -> None:
@@ -86,8 +89,31 @@ class ProcessGroup:
     def __enter__(self) -> Self:
         import torch.distributed as dist
 
+        self._await_ranks()
         self._group = dist.new_group(backend="gloo")
         return self
+
+    def _await_ranks(self) -> None:
+        """Wait until every rank is here: a group of its own would wait for a missing one for ever.
+
+        Raises:
+            AutobatchError: A rank has not come in time.
+        """
+        # The store of the job has no public accessor (torch 2.13)
+        from torch.distributed.distributed_c10d import _get_default_store
+
+        store: Any = _get_default_store()
+        entry = store.add(f"autobatch/entries/{self.rank}", 1)  # the same on every rank
+        store.set(f"autobatch/{entry}/{self.rank}", "here")
+        timeout = min(store.timeout, _LONGEST_WAIT)
+        for rank in range(self.world_size):
+            try:
+                store.wait([f"autobatch/{entry}/{rank}"], timeout)
+            except RuntimeError as error:  # DistStoreError
+                raise errors.AutobatchError(
+                    f"Rank {rank} has not come to tune within {timeout.total_seconds():g} seconds: "
+                    "all ranks tune together. Give every rank the same callbacks and arguments."
+                ) from error
 
     def __exit__(self, *_: object) -> None:
         import torch.distributed as dist

@@ -104,8 +104,8 @@ def find(
             on the CPU (`autobatch.testing`), or a probe. None: the device of the model.
         latency_limit: For inference: seconds within which a batch has to be answered. The workload
             then is `answer(batch_size)`, a function that answers one batch, or a generator function
-            that yields after each; its calls are timed one by one, and the largest batch that is
-            answered in time is taken.
+            that yields after each; its calls are timed one by one, and of the batches answered in
+            time the smallest within 1 % of the most throughput is taken.
         percentile: Percentage of calls that have to be answered in time; None: 99. Only with
             `latency_limit`.
         verbose: Whether standard error shows the progress of tuning.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from autobatch import _settings
-from autobatch._latency import largest_within
+from autobatch._latency import best_within
 from autobatch._latency.search import SECONDS_TIMED, LatencySearch
 from autobatch._plan import (
     MAX_CONFIRMATIONS,
@@ -47,7 +47,7 @@ _MAX_BATCH_SIZE: Final = 2**20
 # Share of the planned training that timing sizes may take
 _SHARE_OF_TRAINING: Final = 0.1
 # Identical allocations at this many times the batch size: the workload ignores it
-_IGNORED_FACTOR: Final = 16
+_IGNORED_FACTOR: Final = 2
 
 
 def tune(
@@ -67,7 +67,7 @@ def tune(
         search: Strategy that proposes batch sizes.
         known: A plan to verify instead of a search.
     """
-    accumulation = accumulation_of(subject, settings, context.ranks.world_size)
+    accumulation = accumulation_of(subject, settings, context.ranks)
     own_size = own_batch_size(subject, known, context.ranks)
     runner = TrialRunner(subject.workload, accumulation, settings, context, own_size)
     runner.start()
@@ -81,7 +81,7 @@ def tune(
         latency = LatencySearch(settings.limit_on_latency, runner)
         sizes = find_largest_fit(search, runner, sizes, latency, is_timed=True)
         context.progress.begin("timing answers", SECONDS_TIMED)
-        plan = find_largest_within(latency, runner)
+        plan = find_best_within(latency, runner)
     else:
         sizes = find_largest_fit(search, runner, sizes, None, is_timed=not seconds)
         preference = preference_of(subject, settings, runner)
@@ -99,9 +99,14 @@ def tune(
     )
 
 
-def accumulation_of(subject: Subject, settings: Settings, world_size: int) -> Accumulation:
-    """Return the gradient accumulation of a run, for as much of the target as there is data."""
-    target, most = settings.target_batch_size, subject.max_samples_per_update
+def accumulation_of(subject: Subject, settings: Settings, ranks: Ranks) -> Accumulation:
+    """Return the gradient accumulation of a run, for as much of the target as there is data.
+
+    Ranks may have shards of different lengths; the shortest counts for all of them.
+    """
+    world_size, target = ranks.world_size, settings.target_batch_size
+    lengths = ranks.gather(subject.max_samples_per_update)
+    most = min((length for length in lengths if length is not None), default=None)
     if target is not None and target < world_size:
         raise ValueError(
             f"target_batch_size={target} is less than one sample for each of the {world_size} "
@@ -274,11 +279,12 @@ def _proposal(search: Search, runner: TrialRunner, sizes: SearchRange) -> int | 
 
 def _check_size_is_used(trial: Trial, trials: Sequence[Trial]) -> None:
     allocations = _allocations(trial)
-    if len(allocations) < 2:  # noqa: PLR2004 -- a single one shows nothing
+    if len(allocations) < 3:  # noqa: PLR2004 -- the peak and a single allocation show nothing
         return
     for other in trials:
         is_far = trial.batch_size >= _IGNORED_FACTOR * other.batch_size
-        if is_far and _allocations(other) == allocations:
+        is_same = trial.accumulate == other.accumulate and _allocations(other) == allocations
+        if is_far and is_same:
             raise ValueError(
                 "Memory use was identical at "
                 f"batch_size={other.batch_size} and at batch_size={trial.batch_size}, so the "
@@ -288,15 +294,21 @@ def _check_size_is_used(trial: Trial, trials: Sequence[Trial]) -> None:
 
 
 def _allocations(trial: Trial) -> tuple[int, ...]:
-    """Return the memory profile of a trial, counted from the beginning of its step."""
-    return tuple(nbytes - trial.profile[0] for nbytes in trial.profile)
+    """Return the exact bytes of a trial: its peak, and its last step from the beginning.
+
+    The last step alone may be a partial batch, of as many samples at two sizes.
+    """
+    if trial.peak is None or not trial.profile:
+        return ()
+    first, *_ = trial.profile
+    return (trial.peak - trial.resident, *(nbytes - first for nbytes in trial.profile))
 
 
-def find_largest_within(latency: LatencySearch, runner: TrialRunner) -> BatchPlan:
-    """Return the largest batch size that fits and meets the limit on latency."""
+def find_best_within(latency: LatencySearch, runner: TrialRunner) -> BatchPlan:
+    """Return the batch size with the most throughput of those that meet the limit on latency."""
     runner.check_any_fits()
     latency.measure()
-    best = largest_within(latency.latencies, latency.limit.seconds)
+    best = best_within(latency.latencies, latency.limit.seconds)
     if best is None:
         raise DoesNotFitError(nothing_within(latency.latencies, latency.limit))
     return BatchPlan(best.batch_size, world_size=runner.accumulation.world_size)

@@ -131,7 +131,9 @@ def to_markdown(report: TuningReport) -> str:
         *map(_markdown_table, content.tables),
         "\n".join(f"- **Note:** {note}" for note in content.notes),
     ]
-    return "\n\n".join(block for block in blocks if block) + "\n"
+    text = "\n\n".join(block for block in blocks if block) + "\n"
+    # Names and notes may come from a file: no HTML, and no links
+    return text.replace("<", "&lt;").replace("[", "&#91;")
 
 
 def _markdown_table(table: Table) -> str:

@@ -17,6 +17,8 @@ from autobatch import (
     Bisection,
     DoesNotFitError,
     GuidedBisection,
+    MemoryProbe,
+    MemoryReading,
     NoiseReading,
     NoiseScale,
     Outcome,
@@ -187,3 +189,9 @@ except (ShortTrialError, ProbeError, FixedBatchSizeError):
     pass
 except AutobatchError:
     pass
+
+
+def memory_in_use(probe: MemoryProbe) -> int:
+    reading = probe.read()
+    assert_type(reading, MemoryReading)
+    return reading.used

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 FEWEST_CALLS: Final = 100  # timed at each size if there is time, whatever the percentile
 SMALLEST_SECONDS: Final = 1e-9  # of a call: a clock may not have moved at all
+_AS_FAST: Final = 0.99  # share of the most throughput that a smaller size may do with
 _NEARLY_FASTEST: Final = 0.95  # share of the highest throughput that a larger batch hardly improves
 
 
@@ -96,6 +97,17 @@ def largest_within(latencies: Iterable[Latency], seconds: float) -> Latency | No
     """Return the largest size that is within a limit at the percentile; None if there is none."""
     within = (each for each in latencies if each.at_percentile_seconds <= seconds)
     return max(within, key=attrgetter("batch_size"), default=None)
+
+
+def best_within(latencies: Iterable[Latency], seconds: float) -> Latency | None:
+    """Return the smallest size within a limit that gives nearly the most samples of all within it.
+
+    None if there is none.
+    """
+    within = [each for each in latencies if each.at_percentile_seconds <= seconds]
+    most = max((each.samples_per_second for each in within), default=0.0)
+    fast = (each for each in within if each.samples_per_second >= _AS_FAST * most)
+    return min(fast, key=attrgetter("batch_size"), default=None)
 
 
 def knee(latencies: Iterable[Latency]) -> Latency | None:

@@ -41,6 +41,8 @@ _MESSAGES = (
     "INT_MAX elements",
 )
 _TOO_LARGE = re.compile("|".join(_MESSAGES), re.IGNORECASE)
+# Host memory of a process that reads data, at any batch size (torch 2.13, ExceptionWrapper)
+_IN_WORKER = re.compile(r"Caught \w+ in DataLoader worker process")
 
 # Raised while out of memory was being handled, these are bugs of the handler
 _BUGS = (AttributeError, ImportError, LookupError, NameError, TypeError)
@@ -70,7 +72,7 @@ def is_oom(error: BaseException) -> bool:
 
 def _is_too_large(error: Exception) -> bool:
     if isinstance(error, MemoryError):
-        return True
+        return _IN_WORKER.match(str(error)) is None
     # If torch was never imported there can be no such error, and the check must not import it
     torch_error = getattr(sys.modules.get("torch"), "OutOfMemoryError", None)
     if torch_error is not None and isinstance(error, torch_error):

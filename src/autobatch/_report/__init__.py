@@ -34,7 +34,7 @@ from autobatch._report.tradeoff import (
     effective_rows,
     optimum,
 )
-from autobatch._report.units import counted
+from autobatch._report.units import counted, plain
 from autobatch._settings import Count, Seconds, Settings  # noqa: TC001 -- pydantic reads it
 from autobatch._throughput import (
     CurvePoint,
@@ -345,5 +345,5 @@ def _parsed(text: str, origin: str) -> TuningReport:
         first = error.errors(include_url=False)[0]
         field = ".".join(map(str, first["loc"]))
         raise ValueError(
-            f"{origin} is not a complete report ({field}: {first['msg']}); {remedy}."
+            f"{origin} is not a complete report ({plain(field)}: {plain(first['msg'])}); {remedy}."
         ) from error

@@ -78,7 +78,7 @@ def latency_facts(
         facts.append(_knee_fact(latencies, bend, row))
     # Streams with one sample per limit: cameras, if that is the time of one frame
     rate = 1 / limit.seconds
-    best = stream(latencies, rate, None).best
+    best = stream(latencies, rate, limit.seconds).best
     alone = f"; alone: batches of {best.batch_size:,}" if best else ""
     streams = f"{chosen:,} at {_rounded(rate)} samples/s"
     facts.append(Fact("Streams", streams, f"a sample of each per batch{alone}"))
@@ -95,7 +95,7 @@ def _latency_fact(latencies: Sequence[Latency], row: Latency, limit: LatencyLimi
     if is_below_slowest(row.calls, limit.percentile):
         name = _name(limit.percentile)
     spare = duration(max(0.0, limit.seconds - row.at_percentile_seconds))
-    over = _next_larger(latencies, row.batch_size)
+    over = _smallest_over(latencies, limit, row.batch_size)
     comment = f"; {over.batch_size:,} is over the limit" if over else ""
     return Fact("Latency", f"{median}, {name} {top}", f"{spare} to spare{comment}")
 
@@ -204,7 +204,7 @@ def latency_notes(
     """Return the notes about latency: waiting, sizes that were not timed, few calls, noise."""
     notes = (
         _filling(latencies, limit, chosen),
-        _open(chosen, unfinished),
+        _open(latencies, limit, unfinished),
         _few_calls(latencies, limit, chosen),
         _left_out(unfinished),
         _over_by_trial(unfinished),
@@ -232,18 +232,20 @@ def _filling(latencies: Sequence[Latency], limit: LatencyLimit, chosen: int) -> 
     return f"{note}; in batches of {one.best.batch_size:,} it is answered within {soonest}."
 
 
-def _open(chosen: int, unfinished: Unfinished) -> str | None:
-    if not unfinished.is_open:
+def _open(latencies: Sequence[Latency], limit: LatencyLimit, unfinished: Unfinished) -> str | None:
+    largest = largest_within(latencies, limit.seconds)
+    if not unfinished.is_open or largest is None:
         return None
-    sizes = f"sizes above {chosen:,}"
-    if unfinished.over == chosen + 2:
-        sizes = f"batches of {chosen + 1:,}"
+    size = largest.batch_size
+    sizes = f"sizes above {size:,}"
+    if unfinished.over == size + 2:
+        sizes = f"batches of {size + 1:,}"
     elif unfinished.over is not None:
-        sizes = f"sizes between {chosen:,} and {unfinished.over:,}"
+        sizes = f"sizes between {size:,} and {unfinished.over:,}"
     if unfinished.seconds is None:
         return f"Not timed were {sizes}: they may answer in time too."
-    limit = f"after {unfinished.seconds:g} seconds, its limit"
-    return f"Timing stopped {limit}: {sizes} may answer in time too."
+    after = f"after {unfinished.seconds:g} seconds, its limit"
+    return f"Timing stopped {after}: {sizes} may answer in time too."
 
 
 def _few_calls(latencies: Sequence[Latency], limit: LatencyLimit, chosen: int) -> str | None:
@@ -291,7 +293,7 @@ def _noise(
 
 
 def _noise_above(latencies: Sequence[Latency], limit: LatencyLimit, chosen: int) -> str | None:
-    over = _next_larger(latencies, chosen)
+    over = _smallest_over(latencies, limit, chosen)
     if over is None or over.p50_seconds > limit.seconds or not _is_noisy(over):
         return None
     median, slow = (duration(s) for s in (over.p50_seconds, over.at_percentile_seconds))
@@ -317,8 +319,13 @@ def _row(latencies: Iterable[Latency], size: int) -> Latency | None:
     return next((each for each in latencies if each.batch_size == size), None)
 
 
-def _next_larger(latencies: Iterable[Latency], size: int) -> Latency | None:
-    larger = (each for each in latencies if each.batch_size > size)
+def _smallest_over(latencies: Iterable[Latency], limit: LatencyLimit, size: int) -> Latency | None:
+    """Return the smallest size above another that is over the limit."""
+    larger = (
+        each
+        for each in latencies
+        if each.batch_size > size and each.at_percentile_seconds > limit.seconds
+    )
     return min(larger, key=lambda each: each.batch_size, default=None)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 from autobatch._report.layout import Column, Table
@@ -92,30 +94,33 @@ def _one_screen(
 ) -> list[int]:
     """Leave out the largest failures first, then the sizes closest to their neighbours."""
     fits = [size for size in sizes if size in speeds or tried[size].fits]
-    others = [size for size in sizes if size not in fits]
-    failed = [size for size in others if tried[size].outcome is not Outcome.REFUSED]
+    others = [tried[size] for size in sizes if size not in speeds and not tried[size].fits]
+    refused = [trial.batch_size for trial in others if trial.outcome is Outcome.REFUSED]
+    failed = [trial.batch_size for trial in others if trial.outcome is not Outcome.REFUSED]
     spare = [size for size in failed[1:] if size != chosen]
-    shown = list(sizes)
-    while spare and len(shown) > _ROWS:
-        shown.remove(spare.pop())
+    left_out = set(spare[max(0, len(spare) - max(0, len(sizes) - _ROWS)) :])
     fastest = max(speeds, key=lambda size: speeds[size].of_fastest, default=chosen)
-    keep = {chosen, fastest, *fits[-1:], *others}
-    return thinned(shown, keep)
+    keep = {chosen, fastest, *fits[-1:], *failed, *refused[: _ROWS // 2]}
+    return thinned([size for size in sizes if size not in left_out], keep)
 
 
 def thinned(sizes: Sequence[int], keep: Iterable[int]) -> list[int]:
     """Return one screen of ascending sizes, without those closest to their neighbours."""
-    shown = list(sizes)
-    while len(shown) > _ROWS:
-        spare = [
-            (after / before, size)
-            for before, size, after in zip(shown, shown[1:], shown[2:], strict=False)
-            if size not in keep
-        ]
-        if not spare:
-            break
-        shown.remove(min(spare)[1])
-    return shown
+    before, after = dict(zip(sizes[1:], sizes, strict=False)), dict(pairwise(sizes))
+    # The first and the last have one neighbour, and stay
+    spare = before.keys() & after.keys() - set(keep)
+    closest = [(after[size] / before[size], size) for size in spare]
+    heapq.heapify(closest)
+    while len(before) >= _ROWS and closest:
+        ratio, size = heapq.heappop(closest)
+        if size not in spare or ratio != after[size] / before[size]:
+            continue  # a neighbour has gone since
+        spare.remove(size)
+        one, other = before.pop(size), after.pop(size)
+        after[one], before[other] = other, one
+        for neighbour in spare & {one, other}:
+            heapq.heappush(closest, (after[neighbour] / before[neighbour], neighbour))
+    return [*sizes[:1], *sorted(before)]
 
 
 def effective_table(

@@ -271,7 +271,7 @@ def _effective_foot(report: TuningReport) -> str:
     rule = report.learning_rate
     sentences = (
         _trust(report),
-        f"LR: {rule.optimizer}'s {rule.rule} rule, not applied." if rule else "",
+        f"LR: {plain(rule.optimizer)}'s {rule.rule} rule, not applied." if rule else "",
     )
     return " ".join(sentence for sentence in sentences if sentence)
 
@@ -290,13 +290,13 @@ def _trust(report: TuningReport) -> str:
             )
         case "settling":
             so_far = f"; at least {known} so far" if known else ""
-            why = f": {noise.reason}" if noise.reason else ""
+            why = f": {plain(noise.reason)}" if noise.reason else ""
             return f"Noise scale not settled{so_far}{why}."
         case "at_least":
             batch = f" of {noise.batch_size:,}" if noise.batch_size else ""
             return f"Noise scale at least {known}: updates{batch} are too small to measure more."
         case _:
-            return f"Noise scale not measured: {noise.reason}."
+            return f"Noise scale not measured: {plain(noise.reason or '')}."
 
 
 def _likely(report: TuningReport) -> str:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _DIGITS: Final = 3  # significant digits of the largest number in a column
 _FEWEST_DIGITS: Final = 2  # significant digits of the smallest
 _LONGEST: Final = 1e5  # a column takes a larger unit before its numbers get this large
+_LONGEST_TEXT: Final = 10_000  # characters: layout takes quadratic time (rich 15.0)
 _LEAST_PERCENT: Final = 0.01  # distance from 0 % and 100 % of a share that is neither
 
 
@@ -120,5 +121,6 @@ def counted(count: int, noun: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Return text from outside as one line without control characters."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    """Return text from outside as one line without control characters, cut if it is very long."""
+    shown = text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}…"
+    return " ".join("".join(c if c.isprintable() else " " for c in shown).split())

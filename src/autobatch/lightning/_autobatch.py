@@ -107,7 +107,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             on the CPU (`autobatch.testing`), or a probe. None: the device of the model.
         latency_limit: For `validate`, `test` and `predict`: seconds within which a step has to
             answer a batch, including the copy to the device. The steps are timed one by one, and
-            the largest batch that is answered in time is taken.
+            of the batches answered in time the smallest within 1 % of the most throughput is taken.
         percentile: Percent of the steps that have to be answered in time; None: 99. Only with
             `latency_limit`.
         verbose: Whether the progress of tuning and the report are printed.
@@ -196,6 +196,10 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         self._trained: TuningReport | None = None  # with the plan that training follows
         self._only_tunes = False
         self._run = Run()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy has: all but the state of a run, which belongs to one Trainer."""
+        return {**vars(self), "_run": Run()}
 
     @property
     def report(self) -> TuningReport | None:

@@ -6,7 +6,7 @@ import hashlib
 import re
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from torch.nn.parameter import is_lazy
 
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from autobatch._report import TuningReport
     from autobatch._settings import Settings
     from autobatch.lightning._subjects import LightningTraining
+
+
+_COUNTS: Final = ("micro_batch_size", "accumulate_grad_batches", "world_size")  # of a plan
+_MOST: Final = 2**31  # of each
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,18 +125,27 @@ class Checkpoint:
         return cls(between_epochs=ready == started == progress["processed"])
 
     def with_state(self, state: dict[str, Any]) -> Checkpoint:
-        """Add the values that `state_of` wrote; older versions wrote fewer."""
-        plan = BatchPlan(
-            state["micro_batch_size"],
-            state["accumulate_grad_batches"],
-            state["world_size"],
-        )
+        """Add the values that `state_of` wrote; older versions wrote fewer.
+
+        Raises:
+            AutobatchError: The checkpoint holds a plan that no run can have.
+        """
+        counts: dict[str, Any] = {name: state.get(name) for name in _COUNTS}
+        for name, count in counts.items():
+            if type(count) is not int or not 1 <= count <= _MOST:
+                raise AutobatchError(
+                    f"The plan of AutoBatch in the checkpoint is broken: {name}={count!r} is no "
+                    "count. Resume from another checkpoint, or train without AutoBatch."
+                )
+        plan = BatchPlan(**counts)
+        target = state.get("target_batch_size", plan.effective_batch_size)
+        device, total = state.get("device"), state.get("device_bytes")
         return replace(
             self,
             plan=plan,
-            target=state.get("target_batch_size", plan.effective_batch_size),
-            device=state.get("device"),
-            total=state.get("device_bytes"),
+            target=target if type(target) is int else None,
+            device=device if isinstance(device, str) and type(total) is int else None,
+            total=total if type(total) is int else None,
         )
 
     @staticmethod

@@ -13,6 +13,7 @@ from torch.utils.data import default_collate
 from autobatch._memory.ledger import unobserved
 from autobatch._report.result import Look
 from autobatch._trials.batches import leaves, map_leaves
+from autobatch.errors import AutobatchError
 from autobatch.lightning._reader import Copied, Reader
 from autobatch.lightning._reading import LARGEST_KEPT, data_size
 
@@ -36,6 +37,10 @@ def checked_worst_case(
         f"worst_case={worst_case!r} cannot be called; "
         "give a function of a batch size that returns a batch."
     )
+
+
+class WorstCaseError(AutobatchError, ValueError):
+    """A `worst_case` that ignores the batch size: a bad argument, and no size that is refused."""
 
 
 class NoDataError(Exception):
@@ -175,7 +180,7 @@ class Samples:
         self._worst_case_data[batch_size] = data
         for other, other_data in self._worst_case_data.items():
             if other != batch_size and other_data == data:
-                raise ValueError(
+                raise WorstCaseError(
                     f"worst_case made as much data for {batch_size} samples as for {other}; "
                     "it has to make a batch of the size it is called with."
                 )

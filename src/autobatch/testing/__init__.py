@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import random
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from autobatch._memory import MemoryReading, format_bytes, parse_bytes
@@ -71,6 +72,10 @@ class SimulatedAccelerator:
         self.name = name
         # Other libraries recognise out of memory by these words
         self.ledger = Ledger("CUDA out of memory")
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[int]]:
+        """Copy and pickle the device without the tensors that live on it."""
+        return partial(type(self), foreign=self.foreign, name=self.name), (self.capacity,)
 
     @property
     def foreign(self) -> int:
