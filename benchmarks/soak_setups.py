@@ -38,7 +38,6 @@ from torch.utils.data import (
 )
 
 import autobatch
-from autobatch import _settings
 from autobatch.testing import SimulatedAccelerator
 
 combined = importlib.import_module(f"{pl.__name__}.utilities.combined_loader")
@@ -225,6 +224,8 @@ def _tuner_options(source):
         options["max_micro_batch_size"] = source.choice([5, 12, 30])
     if source.random() < 0.3:
         options["search"] = autobatch.Bisection()
+    if source.random() < 0.3:
+        options["prefer"] = "largest"
     return options
 
 
@@ -356,9 +357,10 @@ def _trained(drawn, plan, folder, *, tunes):
 
 def _tuner(drawn, module):
     device = SimulatedAccelerator(_capacity(drawn, module))
-    # Enough for a few sizes: what is compared is training, not the choice
-    _settings.DEFAULTS = _settings.Defaults(curve_seconds=0.05)
-    return autobatch.AutoBatch(device=device, time_limit=30, **drawn.tuner)
+    # Time enough for a few sizes: what is compared is training, not the choice
+    return autobatch.AutoBatch(
+        device=device, time_limit=30, timing_seconds=0.05, verbose=False, **drawn.tuner
+    )
 
 
 def _capacity(drawn, module):
