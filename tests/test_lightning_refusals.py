@@ -175,7 +175,7 @@ def test_a_loader_that_ignores_its_batch_size_is_refused():
     loader = Stubborn(data(), batch_size=4)
     fitted = trainer(tuner())
 
-    with pytest.raises(autobatch.AutobatchError, match="still makes batches of 4"):
+    with pytest.raises(autobatch.AutobatchError, match="of 4 samples when batch_size is 9"):
         fitted.fit(Model(), loader)
 
     assert loader.batch_size == 4

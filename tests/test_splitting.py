@@ -272,20 +272,6 @@ def test_undecided_test_has_no_note_and_training_continues(module, options, reas
     assert reason in why()[0]
 
 
-def test_failing_half_calls_no_hook_of_the_module():
-    started = []
-
-    class Starting(Stubborn):
-        def on_train_start(self):
-            started.append(self)
-
-    module = Starting()
-
-    fit(module)
-
-    assert started == [module]  # by training itself
-
-
 def test_batch_without_one_row_per_sample_is_not_split(why):
     class Odd(Points):
         def training_step(self, batch, batch_idx):

@@ -91,8 +91,10 @@ def reading_of(loader: DataLoader[Any], setter: SetBatchSize | None) -> Reading:
 
 
 def has_torch_iteration(loader: DataLoader[Any]) -> bool:
-    """Check that the class of a loader leaves iteration to torch."""
-    return type(loader).__iter__ is DataLoader.__iter__
+    """Check that the class of a loader leaves iteration to torch, and computes no part of it."""
+    kind = type(loader)
+    computed = any(hasattr(kind, name) for name in ("dataset", "sampler", "batch_sampler"))
+    return kind.__iter__ is DataLoader.__iter__ and not computed
 
 
 class _OfDataSet:
