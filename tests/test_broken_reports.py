@@ -97,7 +97,7 @@ def test_broken_numbers_are_refused_or_shown():
             raise
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.timeout(3600)
 def test_every_broken_number_is_refused_or_shown():
     for name, stored, path, value in cases():

@@ -47,7 +47,7 @@ def test_an_interrupt_at_some_lines_leaves_nothing(kind):
     assert problems(kind, some_changing) == {}
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.timeout(20_000)
 @pytest.mark.parametrize("kind", interrupts.RUNS)
 def test_an_interrupt_at_any_line_leaves_nothing(kind):

@@ -157,7 +157,8 @@ def test_no_size_has_more_calls_than_an_answer_with_few(limit, late, times, seed
     report = found(Paper(seconds), latency_limit=limit)
 
     answer = latency_of_answer(report)
-    assert answer.calls >= 100
+    # Late calls make sizes fail after many of their calls, until the time is over
+    assert answer.calls >= 100 or any("Timing stopped" in note for note in report.notes)
 
 
 def latency_of_answer(report):

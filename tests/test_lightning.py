@@ -73,7 +73,7 @@ def test_training_after_tuning_is_bit_identical_to_training_by_hand(runs, case):
     assert different == []
     assert len(by_hand["record"]) > 5
     assert len(trials) >= 3
-    if case != "bf16":
+    if case not in ("bf16", "fp16"):  # all trials of the search fit
         assert "out_of_memory" in [outcome for _, outcome in trials]
 
 

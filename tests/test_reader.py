@@ -62,6 +62,16 @@ def assert_same_training(tuned, by_hand):
     assert same(dict(tuned.state_dict()), dict(by_hand.state_dict()))
 
 
+@pytest.fixture(autouse=True)
+def earlier():
+    """Note the children that other tests have left, such as multiprocessing's resource tracker."""
+    EARLIER.clear()
+    EARLIER.update(children())
+
+
+EARLIER: set[int] = set()
+
+
 def children():
     """Return the process numbers of this process's children, ended ones that nobody waited for too."""
     found = []
@@ -72,7 +82,7 @@ def children():
             continue  # ended meanwhile
         if int(fields[1]) == os.getpid():
             found.append(int(path.parent.name))
-    return found
+    return [number for number in found if number not in EARLIER]
 
 
 # The data of this process

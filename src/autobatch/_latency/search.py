@@ -18,6 +18,7 @@ from autobatch._latency import (
     Latency,
     TooSlow,
     Unfinished,
+    best_within,
     calls_above,
     enough_calls,
     largest_within,
@@ -100,6 +101,7 @@ class LatencySearch:
         """Find the largest size within the limit, time it well, and then time smaller sizes."""
         self._find_largest()
         self._time_smaller()
+        self._time_answer()
         if not self.latencies:
             # A call takes longer than all timing should: one timed call is better than none
             steps = self._trials.step_seconds
@@ -135,6 +137,13 @@ class LatencySearch:
                 if not self._time_well(best.batch_size):
                     return
                 best = self._best
+
+    def _time_answer(self) -> None:
+        """Time the size that will be chosen, until it has enough calls."""
+        limit = self.limit.seconds
+        while (best := best_within(self.latencies, limit)) and best.calls < self._enough:
+            if not self._time_well(best.batch_size):
+                return
 
     def _next_size(self) -> int | None:
         """Run trials until the next size to time is known; None if there is none."""
