@@ -36,7 +36,7 @@ whole=575 # seconds
 tests=(tests/test_probes.py tests/test_gpu_lightning.py tests/test_gpu.py)
 marked=gpu brief=()
 if [ "$where" = cpu ]; then
-  marked="not gpu and not slow" brief=(--brief --only U-Net)
+  marked="not gpu and not slow and not sweep" brief=(--brief --only U-Net)
 fi
 outcomes=()
 
