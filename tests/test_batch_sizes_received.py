@@ -47,7 +47,7 @@ def test_loader_of_which_batches_keep_their_size_is_refused_before_the_search(lo
 
     with pytest.raises(
         FixedBatchSizeError,
-        match=f"its batches are of {sizes} samples when batch_size is 9.*; pass set_batch_size",
+        match=f"it makes batches of {sizes} samples when batch_size is 9.*; pass set_batch_size",
     ):
         quiet_trainer(tuner()).fit(model, loader())
 

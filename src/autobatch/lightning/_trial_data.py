@@ -111,8 +111,8 @@ class Samples:
         found = {count for counts in after for count in counts[-2:-1] if count}
         loader = type(self._loaders.each[at]).__name__
         raise FixedBatchSizeError(
-            f"AutoBatch cannot change the batch size of this loader, a {loader}: its batches are of "
-            f"{listed(found)} samples when batch_size is {other}, and of {own} before; pass "
+            f"AutoBatch cannot change the batch size of this loader, a {loader}: it makes batches "
+            f"of {listed(found)} samples when batch_size is {other}; pass "
             "set_batch_size, a function that makes all of its batches follow, or leave AutoBatch "
             "out."
         )
