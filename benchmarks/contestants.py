@@ -129,7 +129,7 @@ class _Marks(logging.Handler):
     """Reads autobatch's log, which has a line for every trial of a search as it ends."""
 
     def __init__(self, work):
-        super().__init__(logging.INFO)
+        super().__init__(logging.DEBUG)
         self._work = work
         self._logger = logging.getLogger("autobatch")
         self.trials = self.unfit = 0
@@ -144,7 +144,7 @@ class _Marks(logging.Handler):
 
     def __enter__(self):
         self._logger.addHandler(self)
-        self._logger.setLevel(logging.INFO)
+        self._logger.setLevel(logging.DEBUG)
         return self
 
     def __exit__(self, *_):

@@ -135,11 +135,18 @@ class Network(pl.LightningModule):
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), 1e-3)
 
-    def on_train_batch_end(self, *_):
+    def end_update(self):
         if self._last is not None:
             self.seconds.append(time.thread_time() - self._last)
         self.wait()
         self._last = time.thread_time()
+
+
+class Updates(pl.Callback):
+    """Ends the updates of training alone: trials run the hooks of the module, and not those of callbacks."""
+
+    def on_train_batch_end(self, trainer, module, *_):  # noqa: ARG002 -- as Lightning calls it
+        module.end_update()
 
 
 class Samples(Dataset):
@@ -231,9 +238,10 @@ def _in_turns(kind, updates):
                 accumulate_grad_batches=plan.accumulate_grad_batches,
             )
 
-        def fit(module, batch_size, **options):
+        def fit(module, batch_size, callbacks=(), **options):
+            steps = {"max_epochs": -1, "max_steps": updates + 10}
             try:
-                trainer(max_epochs=-1, max_steps=updates + 10, **options).fit(
+                trainer(callbacks=[*callbacks, Updates()], **steps, **options).fit(
                     module, _data(batch_size)
                 )
             finally:
