@@ -155,7 +155,8 @@ class _Marks(logging.Handler):
 
 
 def _find(work, **options):
-    return autobatch.find(work.train, device=work.probe, dataset_size=work.ends, **options)
+    options = {"device": work.probe, "dataset_size": work.ends, "prefer": "largest"} | options
+    return autobatch.find(work.train, **options)
 
 
 def guided(work):
@@ -171,7 +172,7 @@ def bisection(work):
 
 
 def in_a_trainer(work):
-    tuner = autobatch.AutoBatch(device=work.probe)
+    tuner = autobatch.AutoBatch(device=work.probe, prefer="largest")
     return tuner.tune(trainer(), work.module(), work.loader(START))
 
 

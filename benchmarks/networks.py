@@ -296,18 +296,18 @@ class _Module(pl.LightningModule):
         torch.manual_seed(0)
         self.network = make()
         self.batch_size = 8
-        self._seen = (log, data)
+        self._seen = lambda: (log, data)  # trials restore what a module holds, not in functions
 
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), 1e-4)
 
     def train_dataloader(self):
-        return _loader(self._seen[1], self.batch_size)
+        return _loader(self._seen()[1], self.batch_size)
 
     def on_train_start(self):
-        self._seen[0].begun += 1
+        self._seen()[0].begun += 1
 
     def training_step(self, batch):
         inputs, labels = batch
-        with self._seen[0].step(len(labels)):
+        with self._seen()[0].step(len(labels)):
             return F.cross_entropy(self.network(inputs), labels)

@@ -91,17 +91,17 @@ class _Module(pl.LightningModule):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.batch_size = 8
-        self._work = [work]  # hidden from code that walks attributes
+        self._work = lambda: work  # trials restore what a module holds, except in functions
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.1)
 
     def train_dataloader(self):
-        return self._work[0].loader(self.batch_size)
+        return self._work().loader(self.batch_size)
 
     def on_train_start(self):
-        self._work[0].start()
+        self._work().start()
 
     def training_step(self, batch):
-        self._work[0].step(len(batch))
+        self._work().step(len(batch))
         return self.weight.sum() * 0
