@@ -138,7 +138,31 @@ def _recreate_optimizers(trainer: Trainer) -> None:
     trainer.strategy.setup_precision_plugin()
 
 
-class BeforeOptimizers:
+class StateBefore:
+    """State that is captured when Lightning calls a method, until `forget`."""
+
+    def __init__(self) -> None:
+        self._snapshot: Snapshot | None = None
+        self._patch: patched | None = None
+
+    def restore(self) -> bool:
+        """Restore the state; False if none was captured."""
+        if self._snapshot is None:
+            return False
+        self._snapshot.restore()
+        return True
+
+    def forget(self) -> None:
+        """Drop the state that was captured, and capture none."""
+        if self._patch is not None:
+            self._patch.restore()
+            self._patch = None
+        if self._snapshot is not None:
+            self._snapshot.forget()
+            self._snapshot = None
+
+
+class BeforeOptimizers(StateBefore):
     """State of module, datamodule and loader just before the Trainer creates its optimizers.
 
     A schedule that asks for its length makes Lightning set up the loader and draw random numbers
@@ -146,9 +170,8 @@ class BeforeOptimizers:
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.read_the_size = False  # of a batch, in configure_optimizers
-        self._snapshot: Snapshot | None = None
-        self._patch: patched | None = None
 
     def watch(self, trainer: Trainer, batch_arg_name: str) -> None:
         """Capture the state when `Strategy.setup` of Lightning 2.6 creates the optimizers."""
@@ -169,17 +192,3 @@ class BeforeOptimizers:
 
         self._patch = patched(trainer.strategy, setup_optimizers=capture_and_create)
         self._patch.apply()
-
-    def restore(self) -> None:
-        """Restore the state that was captured."""
-        if self._snapshot is not None:
-            self._snapshot.restore()
-
-    def forget(self) -> None:
-        """Drop the state that was captured, and capture none."""
-        if self._patch is not None:
-            self._patch.restore()
-            self._patch = None
-        if self._snapshot is not None:
-            self._snapshot.forget()
-            self._snapshot = None

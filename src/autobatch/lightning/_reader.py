@@ -107,7 +107,9 @@ class Reader:
             try:
                 return self._asked(at, method, *arguments)
             except _UnreadableError:
-                pass  # this process can: it has CUDA, locks, threads, and need not pickle
+                # No error of the user's: this process can read it, since it has CUDA, locks and
+                # threads and need not pickle
+                pass
         return Copied(lambda: self._read_here(at, method, *arguments))
 
     def _asked(self, at: int, method: str, *arguments: Any) -> Fresh:
@@ -122,6 +124,8 @@ class Reader:
         try:
             return self._process.answer((at, method, arguments), wait)
         except _EndedError as error:
+            # A fork may die or hang where this process would not, as by locks of other threads;
+            # killed for memory, it would happen here again
             is_killed = self._process.is_killed
             self.__exit__()
             if is_killed:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import DataLoader
 
 from autobatch._trials.snapshot import Snapshot
-from autobatch.lightning._apply import BeforeOptimizers
+from autobatch.lightning._apply import BeforeOptimizers, StateBefore
 from autobatch.lightning._compat import combined_loader, data_source, patched
 from autobatch.lightning._dataloaders import capture_order
 from autobatch.lightning._loading import DataLoaderTimer
@@ -25,16 +25,12 @@ if TYPE_CHECKING:
     from autobatch.lightning._trainer import Trainer
 
 
-class BeforeData:
+class BeforeData(StateBefore):
     """State of random numbers, loader and datamodule before the training loop sets up its data.
 
     Lightning 2.6 starts the loader there. With another batch size in the first epoch it is started
     again, and has to draw the same random numbers.
     """
-
-    def __init__(self) -> None:
-        self._snapshot: Snapshot | None = None
-        self._patch: patched | None = None
 
     def watch(self, trainer: Trainer) -> None:
         """Capture the state when the loop sets up its data for the first time."""
@@ -52,22 +48,6 @@ class BeforeData:
 
         self._patch = patched(loop, setup_data=capture_and_set_up)
         self._patch.apply()
-
-    def restore(self) -> bool:
-        """Restore the state; False if none was captured."""
-        if self._snapshot is None:
-            return False
-        self._snapshot.restore()
-        return True
-
-    def forget(self) -> None:
-        """Drop the state that was captured, and capture none."""
-        if self._patch is not None:
-            self._patch.restore()
-            self._patch = None
-        if self._snapshot is not None:
-            self._snapshot.forget()
-            self._snapshot = None
 
 
 @dataclass

@@ -93,7 +93,8 @@ def _lengths(loaders: CombinedLoader, limit: float) -> list[int | float]:
 def _length(loader: Any) -> int | float:
     try:
         return len(loader)
-    except (TypeError, NotImplementedError):  # a stream
+    except (TypeError, NotImplementedError):
+        # No length to know, of a stream or a sampler: Lightning counts its batches as infinite, too
         return inf
 
 

@@ -284,7 +284,8 @@ def repeated(batch: Any, samples: int, batch_size: int) -> Any:
     try:
         return map_leaves(repeat_leaf, batch)
     except _NotRepeatableError:
-        # However deep it is, the loader's own function has to collate the whole batch
+        # Control flow of a recursive walk: one such leaf, however deep, and the loader's own function
+        # has to collate the whole batch
         return None
 
 
