@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
-from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 from autobatch._report.layout import Column, Table
@@ -100,22 +98,14 @@ def _one_screen(
 
 
 def thinned(sizes: Sequence[int], keep: Iterable[int]) -> list[int]:
-    """Return one screen of ascending sizes, without those closest to their neighbours."""
-    before, after = dict(zip(sizes[1:], sizes, strict=False)), dict(pairwise(sizes))
-    # The first and the last have one neighbour, and stay
-    spare = before.keys() & after.keys() - set(keep)
-    closest = [(after[size] / before[size], size) for size in spare]
-    heapq.heapify(closest)
-    while len(before) >= _ROWS and closest:
-        ratio, size = heapq.heappop(closest)
-        if size not in spare or ratio != after[size] / before[size]:
-            continue  # a neighbour has gone since
-        spare.remove(size)
-        one, other = before.pop(size), after.pop(size)
-        after[one], before[other] = other, one
-        for neighbour in spare & {one, other}:
-            heapq.heappush(closest, (after[neighbour] / before[neighbour], neighbour))
-    return [*sizes[:1], *sorted(before)]
+    """Return one screen of ascending sizes: those to keep, both ends, and others far from these."""
+    shown = {*keep, *sizes[:1], *sizes[-1:]}.intersection(sizes)
+    rest = [size for size in sizes if size not in shown]
+    while rest and len(shown) < _ROWS:
+        farthest = max(rest, key=lambda size: min(max(size / at, at / size) for at in shown))
+        rest.remove(farthest)
+        shown.add(farthest)
+    return sorted(shown)
 
 
 def effective_table(
