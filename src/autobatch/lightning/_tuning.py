@@ -383,8 +383,13 @@ def _with_validation(
             f"Training fits, but validation does not beside it. {error}"
         ) from error
     size, own = found.plan.micro_batch_size, loaders.largest_batch
+    seconds, before = context.seconds(), tuned.report.search_seconds
     report = tuned.report.model_copy(
-        update={"validation_batch_size": size, "search_seconds": context.seconds()}
+        update={
+            "validation_batch_size": size,
+            "search_seconds": seconds,
+            "validation_seconds": seconds - before,
+        }
     )
     if size != own:
         report = _noted(
