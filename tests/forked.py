@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import runpy
 import signal
@@ -12,8 +13,15 @@ import traceback
 import warnings
 
 
-def run_forked(path, *arguments, cwd=None):
+def run_forked(path, *arguments, **options):
     """Run a Python file as a program, and return its exit status and output."""
+    with forked(path, *arguments, **options) as finish:
+        return finish()
+
+
+@contextlib.contextmanager
+def forked(path, *arguments, cwd=None, env=None):
+    """Start a Python file as a program; yield a function that waits for it. It ends with the block."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -21,21 +29,26 @@ def run_forked(path, *arguments, cwd=None):
             warnings.simplefilter("ignore")  # Python 3.12 warns of the threads of pytest-xdist
             process = os.fork()
         if process == 0:
+            os.environ.update(env or {})
             _run_and_exit([str(path), *map(str, arguments)], cwd, out.fileno(), err.fileno())
-        status = _exit_status(process)
-        out.seek(0)
-        err.seek(0)
-        return subprocess.CompletedProcess(
-            [path, *arguments], status, out.read().decode(), err.read().decode()
-        )
+        is_running = True
 
+        def finish():
+            nonlocal is_running
+            status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+            is_running = False
+            texts = []
+            for file in (out, err):
+                file.seek(0)
+                texts.append(file.read().decode())
+            return subprocess.CompletedProcess([path, *arguments], status, *texts)
 
-def _exit_status(process):
-    try:
-        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-    except BaseException:
-        os.kill(process, signal.SIGKILL)
-        raise
+        try:
+            yield finish
+        finally:
+            if is_running:
+                os.kill(process, signal.SIGKILL)
+                os.waitpid(process, 0)
 
 
 def _run_and_exit(argv, cwd, out, err):
