@@ -13,6 +13,7 @@ import torch
 from autobatch import _settings
 from autobatch._latency import best_within
 from autobatch._latency.search import SECONDS_TIMED, LatencySearch
+from autobatch._memory.host import HostProbe
 from autobatch._plan import (
     MAX_CONFIRMATIONS,
     BatchPlan,
@@ -94,6 +95,7 @@ def tune(
         plan = choose_plan(runner, throughput, subject.last_micro_batch, preference)
         throughput = add_to_curve(throughput, runner, plan.micro_batch_size)
     check_same_plan(plan, context.ranks)
+    keep_within_budget(plan, runner)
     return build_report(
         subject, settings, runner, sizes, plan, throughput, latency, curve_seconds=seconds
     )
@@ -348,6 +350,15 @@ def check_same_plan(plan: BatchPlan, ranks: Ranks) -> None:
             f"Ranks chose different plans: {plans}. Please report this; training with them would "
             "be wrong."
         )
+
+
+def keep_within_budget(plan: BatchPlan, runner: TrialRunner) -> None:
+    """Let training begin with as little memory as trials, and stay within the budget on a host."""
+    probe = runner.context.probe
+    probe.release()
+    trial = next(t for t in reversed(runner.trials) if t.batch_size == plan.micro_batch_size)
+    if isinstance(probe, HostProbe) and trial.peak is not None:
+        probe.keep_within(runner.budget - trial.resident, trial.peak - trial.resident)
 
 
 def build_report(
