@@ -60,13 +60,13 @@ def apply(
         undo.add(partial(setattr, trainer, "accumulate_grad_batches", accumulate))
         _set_accumulation(plan, trainer, module)
         # A schedule that needs its length has set up the loader already
-        is_read = before_optimizers.read_the_size or combined_loader(trainer.fit_loop) is not None
-        if is_read:
+        before_optimizers.read_the_size |= combined_loader(trainer.fit_loop) is not None
+        if before_optimizers.read_the_size:
             before_optimizers.restore()
         before_optimizers.forget()
         undo.add(FormerBatchSize(module, batch_arg_name).restore)
         set_batch_size_attribute(module, batch_arg_name, plan.micro_batch_size)
-        if is_read:
+        if before_optimizers.read_the_size:
             _recreate_optimizers(trainer)
         undo.pop_all()  # all went well: the caller undoes it
 
@@ -78,10 +78,12 @@ def apply_between_epochs(
     batch_arg_name: str,
     rebatched: Rebatched,
     restore_start: Callable[[], bool],
+    *,
+    recreates_optimizers: bool,
 ) -> None:
     """Make this Trainer continue with another plan in the epoch that starts now.
 
-    Optimizers and schedulers stay: they hold the state of training. Lightning asks for the loader
+    Optimizers and schedulers stay if they hold state of training. Lightning asks for the loader
     again, as with `reload_dataloaders_every_n_epochs`; one that was passed to `fit` is the same,
     and the order of its data continues. In the first epoch `restore_start` restores the state in
     which the loader was started; in a later one it returns False. After an error the user's loader
@@ -102,6 +104,9 @@ def apply_between_epochs(
                 capture_order(loader, snapshot)
             forget_combined_loader(fit_loop)
             fit_loop.setup_data()
+        if recreates_optimizers and trainer.global_step == 0:
+            with Snapshot():  # random numbers were drawn when they were created the first time
+                trainer.strategy.setup_optimizers(trainer)
         if trainer.progress_bar_callback is not None:
             # The progress bar has read the number of batches already
             trainer.progress_bar_callback.on_train_epoch_start(trainer, module)
@@ -171,7 +176,7 @@ class BeforeOptimizers(StateBefore):
 
     def __init__(self) -> None:
         super().__init__()
-        self.read_the_size = False  # of a batch, in configure_optimizers
+        self.read_the_size = False  # of a batch, or the length of the loader
 
     def watch(self, trainer: Trainer, batch_arg_name: str) -> None:
         """Capture the state when `Strategy.setup` of Lightning 2.6 creates the optimizers."""
