@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import autobatch
 from autobatch.testing import SimulatedAccelerator
-from lightning_here import pl
+from lightning_here import QUICK, pl
 from lightning_here import quiet_trainer as trainer
 from sameness import same
 
@@ -74,6 +74,7 @@ def tuner(capacity="256KiB", **options):
             "target_batch_size": 24,
             "device": SimulatedAccelerator(capacity),
             "evaluate": True,
+            **QUICK,
             **options,
         }
     )
