@@ -437,6 +437,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
                 module,
                 self._arguments.batch_arg_name,
                 self._rebatched(trainer, tuned),
+                self._run.before_optimizers,
                 self._run.before_data.restore,
             )
         self._continue_with(trainer, tuned)
