@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import math
 import weakref
 
 import pytest
@@ -33,6 +34,7 @@ def attempt(workload, size, probe, *, budget=10**12, steps=3, accumulate=1, expe
             steps=steps,
             is_timed=True,
             may_be_refused=False,
+            deadline=math.inf,
             context=TrialContext(
                 probe=probe,
                 began=probe.clock(),

@@ -95,6 +95,7 @@ class Imported(StrEnum):
     FETCHER = "loops.fetchers._PrefetchDataFetcher"
     SAVE_HPARAMS = "core.saving.save_hparams_to_yaml"
     TUNER_EXIT = "utilities.exceptions._TunerExitException"
+    TERMINATED = "utilities.exceptions.SIGTERMException"
 
     def of(self, trainer: Any) -> Any:
         """Return the object from the imported package a Trainer comes from."""

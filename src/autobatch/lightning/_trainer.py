@@ -218,6 +218,7 @@ class Trainer(AnyTrainer, Protocol):
     precision: str
     predict_loop: PredictionLoop
     progress_bar_callback: Any
+    received_sigterm: bool
     save_checkpoint: Callable[..., None]
     should_stop: bool
     state: Any
