@@ -17,7 +17,7 @@ from autobatch.lightning._compat import (
     forget_combined_loader,
     patched,
 )
-from autobatch.lightning._dataloaders import Loaders, Rebatched, capture_order, take_iterator
+from autobatch.lightning._dataloaders import Rebatched, capture_order, take_iterator
 from autobatch.lightning._reads import BatchSizeReads
 
 if TYPE_CHECKING:
@@ -50,14 +50,11 @@ def apply(
         rebatched: Gives the loaders their batch sizes; `undo` restores the user's loader.
         before_optimizers: The state from before the optimizers were created.
 
-    Raises:
-        AutobatchError: A loader does not follow. Loader, accumulation and attributes are restored
-            then, as after any other error.
+    Loader, accumulation and attributes are restored after an error.
     """
     with Undo() as undo:
         undo.add(rebatched.undo)
         rebatched.start()
-        _check_sizes(rebatched, trainer, module)
         accumulate = trainer.accumulate_grad_batches
         undo.add(partial(setattr, trainer, "accumulate_grad_batches", accumulate))
         _set_accumulation(plan, trainer, module)
@@ -92,7 +89,6 @@ def apply_between_epochs(
     with Undo() as undo:
         undo.add(rebatched.undo)
         rebatched.start()
-        _check_sizes(rebatched, trainer, module)
         _set_accumulation(plan, trainer, module)
         set_batch_size_attribute(module, batch_arg_name, plan.micro_batch_size)
         with Snapshot() as snapshot:
@@ -109,16 +105,6 @@ def apply_between_epochs(
             # The progress bar has read the number of batches already
             trainer.progress_bar_callback.on_train_epoch_start(trainer, module)
         undo.pop_all()
-
-
-def _check_sizes(rebatched: Rebatched, trainer: Trainer, module: Any) -> None:
-    with Snapshot() as snapshot:
-        # Training asks the hook of the module for the loader again: this call must leave no trace
-        snapshot.capture_light(module, trainer.datamodule)
-        source = data_source(trainer.fit_loop)
-        loaders = Loaders(trainer, source, mode="max_size_cycle", setter=rebatched.setter)
-        loaders.capture_order(snapshot)
-        rebatched.check(loaders)
 
 
 def _set_accumulation(plan: BatchPlan, trainer: Trainer, module: Any) -> None:
