@@ -6,9 +6,10 @@ from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
 from autobatch._trials.batches import leaves, map_leaves
+from autobatch._trials.reachable import LARGE, attributes_of
 from autobatch._trials.snapshot import Snapshot
 from autobatch.errors import AutobatchError, FixedBatchSizeError
 from autobatch.lightning._batch_size import (
@@ -242,11 +243,30 @@ def _dataloaders_in(given: Any) -> list[DataLoader[Any]]:
 
 
 def capture_order(loader: DataLoader[Any], snapshot: Snapshot) -> None:
-    """Let a snapshot restore the order of the data: samplers, their counters and generators."""
+    """Let a snapshot restore the order of the data: samplers, their counters and generators.
+
+    Counters of the data set as well: without a length, Lightning 2.6 reads the first batch when it
+    sets up the loader.
+    """
     samplers = (loader.batch_sampler, loader.sampler, sampler_of(loader))
     snapshot.capture_light(*(each for each in samplers if each is not None))
+    if loader.num_workers == 0:
+        snapshot.capture_light(*_nested(loader.dataset))
     if loader.generator is not None:
         snapshot.capture(loader.generator)
+
+
+def _nested(dataset: Any) -> list[Any]:
+    """Return a data set and those that it holds in attributes, alone or in lists."""
+    found = {id(dataset): dataset}
+    pending = [dataset]
+    while pending:
+        for value in (attributes_of(pending.pop()) or {}).values():
+            parts = value if isinstance(value, (list, tuple)) and len(value) <= LARGE else [value]
+            new = [part for part in parts if isinstance(part, Dataset) and id(part) not in found]
+            found.update((id(part), part) for part in new)
+            pending.extend(new)
+    return list(found.values())
 
 
 def take_iterator(loader: DataLoader[Any]) -> Any:
