@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import importlib.util
 import os
 from pathlib import Path
@@ -39,6 +40,7 @@ def pytest_configure(config):
 
 def pytest_collection_finish(session):
     """Keep imported objects out of garbage collections, of which a search does many."""
+    importlib.import_module("torch._dynamo")  # or else the first step of an optimizer imports it
     gc.collect()
     gc.freeze()
 

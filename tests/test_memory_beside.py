@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from functools import partial
 
 import pytest
@@ -61,10 +62,10 @@ class Capacity(pl.Callback):
         self.held.close()
 
 
-def fit(*others, size=4, generator=None, callback=None, capacity="900KiB", **options):
+def fit(*others, size=4, generator=None, callback=None, capacity="900KiB", model=None, **options):
     """Return the model and what the callback reports; by hand without a callback."""
     pl.seed_everything(1, verbose=False)
-    model, device = Wide(), SimulatedAccelerator(capacity)
+    model, device = model or Wide(), SimulatedAccelerator(capacity)
     callbacks = []
     if callback is not None:
         callback = callback(device=device)
@@ -91,6 +92,33 @@ def test_memory_made_at_the_start_of_training_is_searched_with_from_the_first_ba
     assert set(model.sizes[:5]) == {plan.micro_batch_size}
     assert model.seen == by_hand.seen
     assert all(map(torch.equal, model.state_dict().values(), by_hand.state_dict().values()))
+
+
+class Scaled(Wide):
+    """Its learning rate follows the batch size, and its schedule the number of updates."""
+
+    def __init__(self):
+        super().__init__()
+        self.batch_size = 4
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), 1e-3 * self.batch_size)
+        steps = self.trainer.estimated_stepping_batches
+        self.schedule = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=steps)
+        return {"optimizer": optimizer, "lr_scheduler": self.schedule}
+
+
+def test_optimizers_that_read_the_size_are_created_again_where_training_has_not_begun():
+    model, report = fit(Average(), callback=autobatch.AutoBatch, model=Scaled())
+    size, updates = (
+        report.plan.micro_batch_size,
+        2 * math.ceil(600 / report.plan.effective_batch_size),
+    )
+
+    assert any("Tuned again at epoch 0" in note for note in report.notes)
+    assert model.schedule.base_lrs == [1e-3 * size]
+    assert model.schedule.total_iters == updates
+    assert model.trainer.lr_scheduler_configs[0].scheduler is model.schedule
 
 
 def test_memory_that_fits_beside_the_peak_changes_nothing():

@@ -22,9 +22,9 @@ from autobatch._plan import (
     per_rank,
 )
 from autobatch._report import Device, TuningReport
-from autobatch._report.latency import latency_notes, nothing_within, too_slow_reason
+from autobatch._report.latency import nothing_within, too_slow_reason
 from autobatch._report.notes import notes
-from autobatch._report.result import Bound, TuningResult, tightest_bound
+from autobatch._report.result import Bound, RunDetails, tightest_bound
 from autobatch._search.guided import GuidedBisection
 from autobatch._search.multiples import next_multiple
 from autobatch._throughput.curve import Throughput, add_to_curve, measure_throughput
@@ -374,65 +374,42 @@ def build_report(
     curve_seconds: float,
 ) -> TuningReport:
     """Return the report of a run."""
-    probe, reading = runner.context.probe, runner.context.budget.reading
-    result = TuningResult(
-        task=subject.task,
-        plan=plan,
-        trials=tuple(map(throughput.with_times, runner.trials)),
-        curve=throughput.curve,
+    context = runner.context
+    run = RunDetails(
+        bound=sizes.bound_met,
+        is_out_of_time=runner.is_out_of_time,
         unreached=throughput.unreached,
         curve_seconds=curve_seconds,
-        target_batch_size=settings.target_batch_size,
-        prefer=settings.prefer,
-        latency_limit=settings.latency_limit,
-        bound=sizes.bound_met,
-        time_limit=settings.time_limit if runner.is_out_of_time else None,
-        source=probe.source,
-        total=reading.total,
-        foreign=reading.foreign,
         before=subject.previous_plan,
-        learning_rate=subject.learning_rate_rule(),
-        dataset_size=subject.samples_per_epoch(plan),
         last_samples=subject.last_micro_batch(plan.micro_batch_size),
         trial_notes=subject.trial_notes(plan),
-        plan_notes=_plan_notes(subject, plan, runner, latency),
-        look=subject.largest_samples(),
+        plan_notes=subject.plan_notes(plan, runner.time_limit),
+        unfinished=latency.unfinished if latency else None,
     )
-    return TuningReport(
+    probe, reading = context.probe, context.budget.reading
+    report = TuningReport(
         autobatch_version=version("lightning-autobatch"),
         settings=settings,
         subject=subject.name,
         device=Device(
-            name=probe.name, source=probe.source, total=result.total, foreign=result.foreign
+            name=probe.name, source=probe.source, total=reading.total, foreign=reading.foreign
         ),
         budget=runner.budget,
-        trials=result.trials,
+        trials=tuple(map(throughput.with_times, runner.trials)),
         plan=plan,
         task=subject.task,
         latencies=latency.latencies if latency else (),
         can_accumulate=subject.can_accumulate,
-        dataset_size=result.dataset_size,
-        look=result.look,
-        curve=result.curve,
+        dataset_size=subject.samples_per_epoch(plan),
+        look=subject.largest_samples(),
+        curve=throughput.curve,
         loading=throughput.loading,
-        learning_rate=result.learning_rate,
-        search_seconds=runner.context.seconds(),
-        notes=notes(result),
+        learning_rate=subject.learning_rate_rule(),
+        search_seconds=context.seconds(),
+        notes=(),
         environment=subject.environment,
     )
-
-
-def _plan_notes(
-    subject: Subject, plan: BatchPlan, runner: TrialRunner, latency: LatencySearch | None
-) -> tuple[str, ...]:
-    found = subject.plan_notes(plan, runner.time_limit)
-    if latency is None:
-        return found
-    size = plan.micro_batch_size
-    return (
-        *latency_notes(latency.latencies, latency.limit, size, latency.unfinished),
-        *found,
-    )
+    return report.model_copy(update={"notes": notes(report, run)})
 
 
 # Arguments of find() and AutoBatch

@@ -16,7 +16,7 @@ from autobatch.lightning._compat import (
     forget_combined_loader,
     patched,
 )
-from autobatch.lightning._dataloaders import Loaders, Rebatched, capture_order, take_iterator
+from autobatch.lightning._dataloaders import Rebatched, capture_order, take_iterator
 from autobatch.lightning._reads import BatchSizeReads
 
 if TYPE_CHECKING:
@@ -48,25 +48,22 @@ def apply(
         rebatched: Gives the loaders their batch sizes; `undo` restores the user's loader.
         before_optimizers: The state from before the optimizers were created.
 
-    Raises:
-        AutobatchError: A loader does not follow. Loader, accumulation and attributes are restored
-            then, as after any other error.
+    Loader, accumulation and attributes are restored after an error.
     """
     with Undo() as undo:
         undo.add(rebatched.undo)
         rebatched.start()
-        _check_sizes(rebatched, trainer, module)
         accumulate = trainer.accumulate_grad_batches
         undo.add(partial(setattr, trainer, "accumulate_grad_batches", accumulate))
         _set_accumulation(plan, trainer, module)
         # A schedule that needs its length has set up the loader already
-        is_read = before_optimizers.read_the_size or combined_loader(trainer.fit_loop) is not None
-        if is_read:
+        before_optimizers.read_the_size |= combined_loader(trainer.fit_loop) is not None
+        if before_optimizers.read_the_size:
             before_optimizers.restore()
         before_optimizers.forget()
         undo.add(FormerBatchSize(module, batch_arg_name).restore)
         set_batch_size_attribute(module, batch_arg_name, plan.micro_batch_size)
-        if is_read:
+        if before_optimizers.read_the_size:
             _recreate_optimizers(trainer)
         undo.pop_all()  # all went well: the caller undoes it
 
@@ -78,10 +75,12 @@ def apply_between_epochs(
     batch_arg_name: str,
     rebatched: Rebatched,
     restore_start: Callable[[], bool],
+    *,
+    recreates_optimizers: bool,
 ) -> None:
     """Make this Trainer continue with another plan in the epoch that starts now.
 
-    Optimizers and schedulers stay: they hold the state of training. Lightning asks for the loader
+    Optimizers and schedulers stay if they hold state of training. Lightning asks for the loader
     again, as with `reload_dataloaders_every_n_epochs`; one that was passed to `fit` is the same,
     and the order of its data continues. In the first epoch `restore_start` restores the state in
     which the loader was started; in a later one it returns False. After an error the user's loader
@@ -91,7 +90,6 @@ def apply_between_epochs(
     with Undo() as undo:
         undo.add(rebatched.undo)
         rebatched.start()
-        _check_sizes(rebatched, trainer, module)
         _set_accumulation(plan, trainer, module)
         set_batch_size_attribute(module, batch_arg_name, plan.micro_batch_size)
         with Snapshot() as snapshot:
@@ -102,20 +100,13 @@ def apply_between_epochs(
                 capture_order(loader, snapshot)
             forget_combined_loader(fit_loop)
             fit_loop.setup_data()
+        if recreates_optimizers and trainer.global_step == 0:
+            with Snapshot():  # random numbers were drawn when they were created the first time
+                trainer.strategy.setup_optimizers(trainer)
         if trainer.progress_bar_callback is not None:
             # The progress bar has read the number of batches already
             trainer.progress_bar_callback.on_train_epoch_start(trainer, module)
         undo.pop_all()
-
-
-def _check_sizes(rebatched: Rebatched, trainer: Trainer, module: Any) -> None:
-    with Snapshot() as snapshot:
-        # Training asks the hook of the module for the loader again: this call must leave no trace
-        snapshot.capture_light(module, trainer.datamodule)
-        source = data_source(trainer.fit_loop)
-        loaders = Loaders(trainer, source, mode="max_size_cycle", setter=rebatched.setter)
-        loaders.capture_order(snapshot)
-        rebatched.check(loaders)
 
 
 def _set_accumulation(plan: BatchPlan, trainer: Trainer, module: Any) -> None:
@@ -171,7 +162,7 @@ class BeforeOptimizers(StateBefore):
 
     def __init__(self) -> None:
         super().__init__()
-        self.read_the_size = False  # of a batch, in configure_optimizers
+        self.read_the_size = False  # of a batch, or the length of the loader
 
     def watch(self, trainer: Trainer, batch_arg_name: str) -> None:
         """Capture the state when `Strategy.setup` of Lightning 2.6 creates the optimizers."""

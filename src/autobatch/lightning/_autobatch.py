@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from autobatch._plan import BatchPlan
     from autobatch._report import TuningReport
     from autobatch._search import Search
+    from autobatch.lightning._batch_size import LoaderSize
     from autobatch.lightning._tuning import Tuned
     from autobatch.lightning._workloads import Stage
 
@@ -448,6 +449,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
                     self._arguments.batch_arg_name,
                     self._rebatched(trainer, tuned),
                     self._run.before_data.restore,
+                    recreates_optimizers=self._run.before_optimizers.read_the_size,
                 )
         self._continue_with(trainer, tuned)
         log_report(tuned.report, trainer)
@@ -463,11 +465,11 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         self.reports["fit"] = tuned.report
         self._show(trainer, "fit", self._sink_for(tuned.report))
 
-    def _resize_validation(self, trainer: Any, batch_sizes: Sequence[int]) -> None:
+    def _resize_validation(self, trainer: Any, sizes: Sequence[LoaderSize]) -> None:
         if "validation" in self._run.loaders:
             self._run.loaders["validation"].undo()
         loop = trainer.fit_loop.epoch_loop.val_loop
-        rebatched = self._run.loaders["validation"] = Rebatched(data_source(loop), batch_sizes)
+        rebatched = self._run.loaders["validation"] = Rebatched(data_source(loop), sizes)
         rebatched.start()
         forget_combined_loader(loop)  # in the middle of training the loop has one
 
@@ -490,18 +492,17 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         if self._only_tunes:
             self._end_run(trainer, stage.name, tuned.report)
         source = data_source(stage.loop_of(trainer))
-        rebatched = self._run.loaders[stage.name] = Rebatched(source, tuned.batch_sizes)
+        rebatched = self._run.loaders[stage.name] = Rebatched(source, tuned.sizes)
         rebatched.start()
         if tuned.is_changed:
             self._run.attribute = FormerBatchSize(module, name)
-            set_batch_size_attribute(module, name, tuned.batch_sizes[0])
+            set_batch_size_attribute(module, name, tuned.sizes[0].batch_size)
         self.reports[stage.name] = tuned.report
         self._show(trainer, stage.name, sinks.console)
 
     def _rebatched(self, trainer: Any, tuned: Tuned) -> Rebatched:
         """Return the training loaders of a plan; the run undoes them from now on."""
-        setter = self._arguments.set_batch_size
-        rebatched = Rebatched(data_source(trainer.fit_loop), tuned.batch_sizes, setter)
+        rebatched = Rebatched(data_source(trainer.fit_loop), tuned.sizes)
         self._run.loaders["train"] = rebatched
         return rebatched
 

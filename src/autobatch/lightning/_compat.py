@@ -93,6 +93,7 @@ class Imported(StrEnum):
     CALL_STRATEGY_HOOK = "trainer.call._call_strategy_hook"
     COMBINED_LOADER = "utilities.combined_loader.CombinedLoader"
     FETCHER = "loops.fetchers._PrefetchDataFetcher"
+    REQUEST_LOADERS = "trainer.connectors.data_connector._request_dataloader"
     SAVE_HPARAMS = "core.saving.save_hparams_to_yaml"
     TUNER_EXIT = "utilities.exceptions._TunerExitException"
     TERMINATED = "utilities.exceptions.SIGTERMException"
@@ -349,7 +350,7 @@ class SavedArguments:
     Args:
         names: Of the positional arguments.
         positional: Their values.
-        keywords: The others, in a dict that may be changed.
+        keywords: The others.
     """
 
     names: tuple[str, ...]
@@ -366,9 +367,10 @@ def saved_arguments(made: Any) -> SavedArguments | None:
     return SavedArguments(names, positional, getattr(made, "__pl_saved_kwargs"))
 
 
-def save_positional(made: Any, positional: tuple[Any, ...]) -> None:
-    """Replace the positional arguments Lightning saved, past the guards of a DataLoader."""
+def save_arguments(made: Any, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    """Replace the arguments Lightning saved, past the guards of a DataLoader."""
     object.__setattr__(made, "__pl_saved_args", positional)
+    object.__setattr__(made, "__pl_saved_kwargs", keywords)
 
 
 # The check

@@ -14,7 +14,6 @@ import traceback
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import starmap
 from multiprocessing import connection
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
@@ -79,15 +78,18 @@ class Reader:
 
     Args:
         loaders: The loaders.
-        setter: The user's `set_batch_size`.
+        setters: For each the function that sets its batch size; None for in place.
         snapshot: Restores what reading changes in this process.
     """
 
     def __init__(
-        self, loaders: Sequence[DataLoader[Any]], setter: SetBatchSize | None, snapshot: Snapshot
+        self,
+        loaders: Sequence[DataLoader[Any]],
+        setters: Sequence[SetBatchSize | None],
+        snapshot: Snapshot,
     ) -> None:
         self._loaders = loaders
-        self._setter = setter
+        self._setters = setters
         self._snapshot = snapshot
         self._here: dict[int, Reading] = {}  # loaders that this process reads
         self._process: _ReaderProcess | None = None
@@ -114,7 +116,7 @@ class Reader:
 
     def _asked(self, at: int, method: str, *arguments: Any) -> Fresh:
         if self._process is None:
-            self._process = _ReaderProcess(self._loaders, self._setter)
+            self._process = _ReaderProcess(self._loaders, self._setters)
             try:
                 self._process.start()
             except (AssertionError, OSError) as error:  # in a daemonic process, or without memory
@@ -141,7 +143,7 @@ class Reader:
         capture_order(loader, self._snapshot)
         self._snapshot.capture_light(loader.collate_fn, *_layers(loader.dataset))
         if at not in self._here:
-            self._here[at] = reading_of(copy.copy(loader), self._setter)
+            self._here[at] = reading_of(copy.copy(loader), self._setters[at])
         return getattr(self._here[at], method)(*arguments)
 
 
@@ -156,12 +158,14 @@ class _EndedError(Exception):
 class _ReaderProcess:
     """The forked process, and the connection to it."""
 
-    def __init__(self, loaders: Sequence[DataLoader[Any]], setter: SetBatchSize | None) -> None:
+    def __init__(
+        self, loaders: Sequence[DataLoader[Any]], setters: Sequence[SetBatchSize | None]
+    ) -> None:
         forked = multiprocessing.get_context("fork")
         self._connection, self._theirs = forked.Pipe()
         # Not daemonic, since a loader may have a worker
         self._process = forked.Process(
-            target=_serve, args=(self._theirs, self._connection, loaders, setter), daemon=False
+            target=_serve, args=(self._theirs, self._connection, loaders, setters), daemon=False
         )
 
     def start(self) -> None:
@@ -212,7 +216,7 @@ def _serve(
     requests: Connection,
     other_end: Connection,
     loaders: Sequence[DataLoader[Any]],
-    setter: SetBatchSize | None,
+    setters: Sequence[SetBatchSize | None],
 ) -> None:
     """Answer requests until the process that sends them closes the connection, or ends."""
     other_end.close()
@@ -222,7 +226,7 @@ def _serve(
     abandoned = _abandoned_iterators()
     warnings.simplefilter("ignore")  # training shows them
     torch.set_num_threads(1)
-    readings = list(starmap(reading_of, ((loader, setter) for loader in loaders)))
+    readings = list(map(reading_of, loaders, setters))
     answers: dict[Any, bytes] = {}
     parent = multiprocessing.parent_process()
     ends: list[Any] = [requests, *([parent.sentinel] if parent else [])]

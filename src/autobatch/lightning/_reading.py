@@ -22,8 +22,9 @@ from torch.utils.data import (
 
 from autobatch._report.result import Look
 from autobatch._trials.batches import sample_counts
-from autobatch.lightning._batch_size import changed_batch_size, sampler_of
+from autobatch.lightning._batch_size import changed_batch_size
 from autobatch.lightning._dataloaders import take_iterator
+from autobatch.lightning._remaking import has_torch_iteration, sampler_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -88,13 +89,6 @@ def reading_of(loader: DataLoader[Any], setter: SetBatchSize | None) -> Reading:
         if type(loader.batch_sampler) is BatchSampler:
             return _OfDataSet(loader)
     return _AsIterated(loader, setter)
-
-
-def has_torch_iteration(loader: DataLoader[Any]) -> bool:
-    """Check that the class of a loader leaves iteration to torch, and computes no part of it."""
-    kind = type(loader)
-    computed = any(hasattr(kind, name) for name in ("dataset", "sampler", "batch_sampler"))
-    return kind.__iter__ is DataLoader.__iter__ and not computed
 
 
 class _OfDataSet:

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from autobatch._report import TuningReport
     from autobatch._search import Search
     from autobatch._settings import Settings
-    from autobatch.lightning._batch_size import SetBatchSize
+    from autobatch.lightning._batch_size import LoaderSize, SetBatchSize
     from autobatch.lightning._workloads import Stage
 
 
@@ -84,19 +84,19 @@ class Tuned:
 
     Args:
         report: The report.
-        batch_sizes: Batch size of each loader.
+        sizes: Of each loader.
         own_sizes: The ones they had.
         fingerprint: Of the model and the data, in training.
-        validation_sizes: Batch size of each validation loader; None if they stay as they are.
+        validation_sizes: Of each validation loader; None if they stay as they are.
         held_by_callbacks: Bytes on the device that callbacks held in trials; None if their hooks
             ran in trials, so that peaks count all that they make.
     """
 
     report: TuningReport
-    batch_sizes: tuple[int, ...]
-    own_sizes: tuple[int, ...]
+    sizes: tuple[LoaderSize, ...]
+    own_sizes: tuple[LoaderSize, ...]
     fingerprint: str = ""
-    validation_sizes: tuple[int, ...] | None = None
+    validation_sizes: tuple[LoaderSize, ...] | None = None
     held_by_callbacks: int | None = None
 
     @property
@@ -111,7 +111,7 @@ class Tuned:
     @property
     def is_changed(self) -> bool:
         """True if a loader gets another batch size."""
-        return self.batch_sizes != self.own_sizes
+        return self.sizes != self.own_sizes
 
 
 def tune_training(
@@ -205,10 +205,11 @@ def tune_training(
         workload.target = known.target or planned or settings.target_batch_size
         report = verify_or_search(known, subject, settings, context, arguments.search)
         limits.check(report.plan)
+        samples.check_size(report.plan.micro_batch_size)
         tuned = Tuned(
             report,
-            loaders.sizes_at(report.plan.micro_batch_size),
-            loaders.own_sizes,
+            loaders.sized(report.plan.micro_batch_size),
+            loaders.sized(loaders.batch_size),
             fingerprint,
             held_by_callbacks=None if workload.runs_callbacks else bytes_of_callbacks(trainer),
         )
@@ -240,6 +241,7 @@ def tune_evaluation(trainer: Any, module: Any, arguments: CallbackArguments, sta
             Samples(loaders, context.snapshot, module.device, arguments.worst_case)
         )
         samples.check()
+        own_sizes = loaders.sized(loaders.batch_size)
         steps = EvaluationSteps(trainer, loaders, samples, stage, None, context.snapshot)
 
         def evaluate(batch_size: int, accumulate: int) -> Iterator[None]:
@@ -260,10 +262,10 @@ def tune_evaluation(trainer: Any, module: Any, arguments: CallbackArguments, sta
         )
         if arguments.settings.target_batch_size is not None:
             report = _own_or_smaller(subject, context, arguments.search)
-            return Tuned(report, _own_or_smaller_sizes(loaders, report), loaders.own_sizes)
+            return Tuned(report, _own_or_smaller_sizes(loaders, report), own_sizes)
         report = tune(subject, settings, context, arguments.search, known=None)
-        sizes = loaders.sizes_at(report.plan.micro_batch_size)
-        return Tuned(report, sizes, loaders.own_sizes)
+        samples.check_size(report.plan.micro_batch_size)
+        return Tuned(report, loaders.sized(report.plan.micro_batch_size), own_sizes)
 
 
 @contextmanager
@@ -418,9 +420,9 @@ def _own_or_smaller(
     return tune(below, smaller, context, search, known=None)
 
 
-def _own_or_smaller_sizes(loaders: Loaders, report: TuningReport) -> tuple[int, ...]:
+def _own_or_smaller_sizes(loaders: Loaders, report: TuningReport) -> tuple[LoaderSize, ...]:
     size = report.plan.micro_batch_size
-    return loaders.own_sizes if size == loaders.largest_batch else loaders.sizes_at(size)
+    return loaders.sized(loaders.batch_size if size == loaders.largest_batch else size)
 
 
 def _without_target(settings: Settings, dataset_size: int | None) -> Settings:
