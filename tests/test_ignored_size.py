@@ -51,7 +51,7 @@ def test_a_loop_with_a_size_of_its_own_is_refused(target):
 def test_sizes_run_only_to_be_timed_show_a_loop_with_a_size_of_its_own():
     own = DataLoader(samples(500), batch_size=16)
 
-    with pytest.raises(ValueError, match=r"^Memory use was identical at batch_size=1 and at"):
+    with pytest.raises(ValueError, match=r"^Memory use was identical at batch_size=\d and at"):
         autobatch.find(
             loop(lambda _: own),
             device=SimulatedAccelerator("1MiB"),
