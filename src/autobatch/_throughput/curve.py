@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # Updates that are timed in one turn of a batch size: noise of the machine then falls on a turn of
 # several sizes, not on all turns of one
 _MIN_UPDATES: Final = 3
+_FEWEST_UPDATES: Final = 2  # of a turn that is out of time
 _MAX_UPDATES: Final = 10
 _TURN_SECONDS: Final = 0.5
 # Updates shorter than the scheduler's time slices need a longer turn
@@ -108,7 +109,7 @@ def measure_throughput(
         unrecorded=unrecorded,
         waited=timer.waited,
         seconds=timer.seconds_spent,
-        seconds_left=timer.seconds - timer.seconds_spent,
+        seconds_left=timer.seconds_left,
     )
 
 
@@ -120,7 +121,7 @@ def _run_missing(sizes: Sequence[int], timer: _UpdateTimer) -> dict[int, Sequenc
     for size in reversed(sizes):
         if size in runner.fitting or not timer.has_time(trial_seconds + timer.seconds / 2):
             continue
-        results = runner.run_unrecorded(size)
+        results = runner.run_unrecorded(size, timer.seconds_left)
         if all(trial.batch_size == size for trial in results):
             unrecorded[size] = results
         else:
@@ -169,8 +170,12 @@ class _UpdateTimer:
     def seconds_spent(self) -> float:
         return self.runner.time_limit.now - self._began
 
+    @property
+    def seconds_left(self) -> float:
+        return self.seconds - self.seconds_spent
+
     def has_time(self, seconds: float) -> bool:
-        return self.seconds_spent + seconds <= self.seconds
+        return seconds <= self.seconds_left
 
     def time_turn(self, batch_size: int) -> Timing | None:
         """Return the timing of the slowest rank; None if the size failed on one of them."""
@@ -185,6 +190,8 @@ class _UpdateTimer:
         return slowest.timing
 
     def _turn_here(self, batch_size: int) -> _Turn | None:
+        clock = self.runner.context.probe.clock
+        deadline = self.runner.deadline(self.seconds_left)
         # The host's own clock: waiting for the device here would slow down the updates
         with loading_watch(time.perf_counter) as waited:
             before = _NO_LOADING
@@ -193,7 +200,8 @@ class _UpdateTimer:
                 nonlocal before
                 if not update_seconds:  # a loader has started its workers by now
                     before = Loading(waited.seconds, 0.0, waited.batches)
-                return enough(update_seconds)
+                is_late = len(update_seconds) >= _FEWEST_UPDATES and clock() >= deadline
+                return is_late or enough(update_seconds)
 
             timing = time_updates(
                 self.runner.workload,
