@@ -450,7 +450,6 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
                     self._rebatched(trainer, tuned),
                     self._run.before_optimizers,
                     self._run.before_data.restore,
-                    recreates_optimizers=self._run.before_optimizers.read_the_size,
                 )
         self._continue_with(trainer, tuned)
         log_report(tuned.report, trainer)
