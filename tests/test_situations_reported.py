@@ -725,13 +725,3 @@ def test_error_that_training_alone_raises_is_the_same_with_autobatch(module, loa
     alone, tuned = errors
     assert type(tuned) is type(alone)
     assert str(tuned) == str(alone)
-
-
-def test_schedule_of_the_accumulation_is_refused():
-    module = Recorded()
-    schedule = pl.callbacks.GradientAccumulationScheduler({0: 2, 1: 4})
-
-    with pytest.raises(AutobatchError, match="GradientAccumulationScheduler"):
-        quiet_trainer(autobatch.AutoBatch(), schedule).fit(module, plain(5))
-
-    assert module.sizes == []
