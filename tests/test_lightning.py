@@ -410,7 +410,7 @@ def test_a_resumed_run_continues_with_the_plan_of_its_checkpoint(tmp_path, stop)
 
 
 def test_the_report_is_printed_and_written_beside_the_logs(tmp_path, capsys):
-    callback, logger = tuner(), pl.loggers.CSVLogger(tmp_path)
+    callback, logger = tuner(verbose=True), pl.loggers.CSVLogger(tmp_path)
 
     trainer(callback, logger=logger).fit(Model(), DataLoader(data(), batch_size=4))
 

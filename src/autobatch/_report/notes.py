@@ -6,6 +6,7 @@ import statistics
 from textwrap import shorten
 from typing import TYPE_CHECKING, Final
 
+from autobatch import _settings
 from autobatch._memory import format_bytes
 from autobatch._plan import ceil_div
 from autobatch._report.accumulation_notes import usual_learning_rate
@@ -255,7 +256,10 @@ def _unreached(report: TuningReport, run: RunDetails) -> str | None:
         parts.append(f"micro-batches of {_listed(in_trials)} were timed in their trials only")
     if never := sorted(set(run.unreached) - fitting):
         parts.append(f"micro-batches of {_listed(never)} were left out")
-    limit = f"{run.curve_seconds:.3g} seconds"
+    is_default = report.settings.timing_seconds is None
+    is_share = is_default and run.curve_seconds < _settings.DEFAULTS.curve_seconds
+    share = ", a tenth of the planned training," if is_share else ""
+    limit = f"{run.curve_seconds:.3g} seconds{share}"
     return f"{limit} were too few to time all sizes: {', '.join(parts)}."
 
 

@@ -12,6 +12,7 @@ import pickle
 import signal
 import stat
 import sys
+import time
 import traceback
 import warnings
 from contextlib import suppress
@@ -34,8 +35,9 @@ if TYPE_CHECKING:
     from autobatch.lightning._batch_size import SetBatchSize
     from autobatch.lightning._reading import Reading
 
-# Longest wait for an answer where the loader has no worker, so that its data set may be one that
-# hangs in a forked process
+# Longest waits for an answer where the loader has no worker, so that its data set may be one that
+# hangs in a forked process: without and with processor time that is used
+_MAX_IDLE: Final = 10.0  # seconds
 _MAX_SILENCE: Final = 60.0  # seconds
 _SECONDS_TO_END: Final = 2.0
 _MAX_CACHED: Final = 2**28  # bytes of answers that are kept for the next time
@@ -125,9 +127,9 @@ class Reader:
             except (AssertionError, OSError) as error:  # in a daemonic process, or without memory
                 self._can_fork = False
                 raise _UnreadableError from error
-        wait = None if self._loaders[at].num_workers else _MAX_SILENCE
+        request = at, method, arguments
         try:
-            return self._process.answer((at, method, arguments), wait)
+            return self._process.answer(request, may_hang=not self._loaders[at].num_workers)
         except _EndedError as error:
             # A fork may die or hang where this process would not, as by locks of other threads;
             # killed for memory, it would happen here again
@@ -178,11 +180,11 @@ class _ReaderProcess:
             self._process.start()
         self._theirs.close()
 
-    def answer(self, request: tuple[Any, ...], seconds: float | None) -> Fresh:
+    def answer(self, request: tuple[Any, ...], *, may_hang: bool) -> Fresh:
         try:
             self._connection.send(request)
-            if not connection.wait([self._connection, self._process.sentinel], seconds):
-                raise _EndedError
+            if may_hang:
+                self._wait()
             kind = self._connection.recv()
             data = self._connection.recv_bytes()
         except (EOFError, OSError) as error:
@@ -192,6 +194,15 @@ class _ReaderProcess:
         if kind == "error":
             raise pickle.loads(data)  # noqa: S301 -- made by a process forked from this one
         raise _UnreadableError
+
+    def _wait(self) -> None:
+        """Wait until there is an answer; `_EndedError` if the process hangs."""
+        pid, began = self._process.pid or 0, time.monotonic()
+        used = _processor_ticks(pid)
+        while not connection.wait([self._connection, self._process.sentinel], _MAX_IDLE):
+            before, used = used, _processor_ticks(pid)
+            if used == before or time.monotonic() - began > _MAX_SILENCE:
+                raise _EndedError
 
     @property
     def is_killed(self) -> bool:
@@ -213,6 +224,17 @@ class _ReaderProcess:
                 os.killpg(pid, signal.SIGKILL)
             self._process.join()
         self._process.close()
+
+
+def _processor_ticks(group: int) -> int:
+    """Return the processor time of a group of processes: the one that reads and its worker."""
+    ticks = 0
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # ended meanwhile
+            fields = path.read_text().rpartition(")")[2].split()
+            if int(fields[2]) == group:
+                ticks += int(fields[11]) + int(fields[12])  # user and system; see proc(5)
+    return ticks
 
 
 def _serve(
