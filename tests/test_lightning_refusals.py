@@ -29,11 +29,9 @@ class WithHook(Model):
 class Precomputed(Sampler):
     """Batches that are computed once."""
 
-    def __init__(self, batch_size):
-        self.batch_size = batch_size
-        self.batches = [
-            list(range(start, start + batch_size)) for start in range(0, 600, batch_size)
-        ]
+    def __init__(self, size):
+        self.batch_size = size
+        self.batches = [list(range(start, start + size)) for start in range(0, 600, size)]
 
     def __iter__(self):
         return iter(self.batches)
@@ -42,8 +40,8 @@ class Precomputed(Sampler):
 class Fixed(Sampler):
     """Batches of the right size, in a fixed number."""
 
-    def __init__(self, batch_size):
-        self.batch_size, self.length = batch_size, 600 // batch_size
+    def __init__(self, size):
+        self.batch_size, self.length = size, 600 // size
 
     def __iter__(self):
         return iter([list(range(self.batch_size))] * self.length)

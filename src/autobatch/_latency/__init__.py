@@ -64,11 +64,6 @@ def enough_calls(percentile: float) -> int:
     return max(FEWEST_CALLS, round(100 / (100 - percentile)))
 
 
-def is_below_slowest(calls: int, percentile: float) -> bool:
-    """Return whether the percentile is another call than the slowest."""
-    return calls_above(calls, percentile) > 0
-
-
 def calls_above(calls: int, percentile: float) -> int:
     """Return how many of the calls may be slower than the percentile."""
     return calls - _rank(calls, percentile)

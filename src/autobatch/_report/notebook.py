@@ -7,9 +7,7 @@ import io
 from html import escape
 from typing import TYPE_CHECKING, Final
 
-from rich.console import Console
-
-from autobatch._report.layout import UNCOLOURED, UNICODE, WIDTH, renderable
+from autobatch._report.layout import UNCOLOURED, console, renderable
 from autobatch._report.text import page
 from autobatch.errors import AutobatchError
 
@@ -26,20 +24,14 @@ _DOTS_PER_INCH: Final = 100  # of the figure: about the width of a notebook
 def to_html(report: TuningReport) -> str:
     """Return text and figure of a report, in the colours of the notebook around it."""
     content = page(report)
-    console = Console(
-        file=io.StringIO(), width=WIDTH, theme=UNCOLOURED, record=True, force_jupyter=False
-    )
-    console.print(renderable(content, UNICODE))
-    text = console.export_html(inline_styles=True, code_format=_TEXT)
-    return text + _figure(report, alt=content.answer)
-
-
-def _figure(report: TuningReport, alt: str) -> str:
+    output = console(io.StringIO(), UNCOLOURED, record=True)
+    output.print(renderable(content))
+    text = output.export_html(inline_styles=True, code_format=_TEXT)
     try:
         figure = report.plot()
     except AutobatchError:  # matplotlib is not installed
-        return ""
+        return text
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=_DOTS_PER_INCH)
     source = f"data:image/png;base64,{base64.b64encode(image.getvalue()).decode()}"
-    return f'<img alt="{escape(alt)}" style="max-width:100%" src="{source}">'
+    return f'{text}<img alt="{escape(content.answer)}" style="max-width:100%" src="{source}">'

@@ -98,8 +98,10 @@ def percent(share: float) -> str:
     return f"{text} %"
 
 
-def factor(value: float) -> str:
-    """Return a factor with two significant digits, "×1.4"."""
+def factor(value: float | None) -> str:
+    """Return a factor with two significant digits, "×1.4"; no text for None."""
+    if value is None:
+        return ""
     return f"×{value:,.0f}" if value >= 10 else f"×{value:.2g}"  # noqa: PLR2004 -- two digits
 
 

@@ -184,6 +184,11 @@ def latest_by_size(trials: Iterable[Trial]) -> tuple[Trial, ...]:
     return tuple(latest[size] for size in sorted(latest))
 
 
+def trial_of(trials: Sequence[Trial], batch_size: int) -> Trial | None:
+    """Return the latest trial of a size; None if there was none."""
+    return next((each for each in reversed(trials) if each.batch_size == batch_size), None)
+
+
 def speed_rows(
     trials: Sequence[Trial], curve: Sequence[CurvePoint], world_size: int
 ) -> tuple[SpeedRow, ...]:

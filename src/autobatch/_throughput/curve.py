@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # Updates that are timed in one turn of a batch size: noise of the machine then falls on a turn of
 # several sizes, not on all turns of one
 _MIN_UPDATES: Final = 3
+_FEWEST_UPDATES: Final = 2  # of a turn that is out of time
 _MAX_UPDATES: Final = 10
 _TURN_SECONDS: Final = 0.5
 # Updates shorter than the scheduler's time slices need a longer turn
@@ -130,7 +131,7 @@ def _run_missing(sizes: Sequence[int], timer: _UpdateTimer) -> dict[int, Sequenc
     for size in reversed(sizes):
         if size in runner.fitting or not timer.has_time(trial_seconds + timer.seconds / 2):
             continue
-        results = runner.run_unrecorded(size)
+        results = runner.run_unrecorded(size, timer.seconds_left)
         if all(trial.batch_size == size for trial in results):
             unrecorded[size] = results
         else:
@@ -194,6 +195,8 @@ class _UpdateTimer:
         return slowest.timing
 
     def _turn_here(self, batch_size: int) -> _Turn | None:
+        clock = self.runner.context.probe.clock
+        deadline = self.runner.deadline(self.seconds_left)
         # The host's own clock: waiting for the device here would slow down the updates
         with loading_watch(time.perf_counter) as waited:
             before = _NO_LOADING
@@ -202,7 +205,8 @@ class _UpdateTimer:
                 nonlocal before
                 if not update_seconds:  # a loader has started its workers by now
                     before = Loading(waited.seconds, 0.0, waited.batches)
-                return enough(update_seconds)
+                is_late = len(update_seconds) >= _FEWEST_UPDATES and clock() >= deadline
+                return is_late or enough(update_seconds)
 
             timing = time_updates(
                 self.runner.workload,

@@ -32,6 +32,7 @@ def run_trial(
     steps: int,
     is_timed: bool,
     may_be_refused: bool,
+    deadline: float,
     context: TrialContext,
 ) -> Trial:
     """Run one batch size within the budget, and measure its memory and time.
@@ -45,6 +46,8 @@ def run_trial(
         steps: Optimizer steps to run.
         is_timed: Whether to run the steps once more if watching memory slows them down.
         may_be_refused: Whether any error of the workload fails the size, and not only memory.
+        deadline: Reading of the device's clock after which no step begins that the size does not
+            need: it needs one step after the first.
         context: Resources of the trials.
 
     Raises:
@@ -58,7 +61,9 @@ def run_trial(
 
     def enough(update_seconds: Sequence[float]) -> bool:
         # The first step allocates optimizer state, and is slower: it is not timed
-        return len(update_seconds) >= max(1, steps - 1)
+        if not update_seconds:
+            return False
+        return len(update_seconds) >= steps - 1 or probe.clock() >= deadline
 
     with failure:
         if _cudnn_selects_algorithms(probe):
@@ -83,7 +88,7 @@ def run_trial(
     measured = measure_memory(trial, run, before, warm, watch, context)
     if not measured.fits:
         return measured
-    if watch is not None and is_timed:
+    if watch is not None and is_timed and probe.clock() < deadline:
         # The watch slows every operator down: time again without it
         with failure:
             timing = time_restarted(workload, batch_size, accumulate, enough, context)

@@ -29,7 +29,7 @@ from autobatch._report.accumulation_notes import (
 from autobatch._trials.batches import listed, row_counts
 from autobatch._trials.workload import free_after_failure
 from autobatch.errors import AutobatchError
-from autobatch.lightning._dataloaders import samples_of
+from autobatch.lightning._epochs import samples_of
 from autobatch.lightning._workloads import on_device
 
 if TYPE_CHECKING:

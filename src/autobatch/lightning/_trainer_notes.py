@@ -14,7 +14,7 @@ from autobatch._plan import ceil_div
 from autobatch._report.accumulation_notes import stretched_schedule
 from autobatch._trials.snapshot import Snapshot
 from autobatch.errors import AutobatchError
-from autobatch.lightning._compat import combined_loader
+from autobatch.lightning._compat import combined_loader, validation_interval
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -75,7 +75,7 @@ class TrainerLimits:
                 f"is less than one, so nothing would be trained. Raise {self._limit}, or lower "
                 "max_micro_batch_size."
             )
-        interval = trainer.val_check_interval
+        interval = validation_interval(trainer)
         if (
             _is_count(interval)
             and interval > taken
@@ -122,7 +122,7 @@ class TrainerLimits:
         return limit * plan.micro_batch_size * plan.world_size if known is None else known
 
     def _validated(self, plan: BatchPlan) -> str | None:
-        interval, before = self.trainer.val_check_interval, self.before
+        interval, before = validation_interval(self.trainer), self.before
         if (
             not _is_count(interval)
             or not self.validates
@@ -246,6 +246,16 @@ def copy_note(nbytes: int, ranks: int) -> str | None:
     return (
         "To restore everything, tuning kept a copy of parameters, buffers, gradients and "
         f"optimizer state on the host: {_for(nbytes, ranks)}."
+    )
+
+
+def rows_note(rows: int, batch_size: int) -> str | None:
+    """Return a note if a sample of the loader becomes several rows of a batch."""
+    if rows == 1:
+        return None
+    return (
+        f"Each sample of the loader becomes {rows} rows of a batch. Sizes and samples here are "
+        f"those of the loader: a micro-batch of {batch_size:,} has {rows * batch_size:,} rows."
     )
 
 

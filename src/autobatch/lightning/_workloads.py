@@ -14,6 +14,7 @@ import torch
 from autobatch._report.tradeoff import unwrapped
 from autobatch.errors import AutobatchError
 from autobatch.lightning._compat import (
+    Imported,
     active_loop,
     before_batch_transfer,
     build_evaluation_kwargs,
@@ -177,6 +178,7 @@ class TrainingSteps:
     def _run(self, batch: Any, windows: _Windows) -> bool:
         """Run a micro-batch; False if `on_train_batch_start` leaves it out."""
         trainer, loop = self._trainer, self._trainer.fit_loop.epoch_loop
+        check_terminated(trainer)
         batch, index, progress = on_device(trainer, batch, 0), windows.index, loop.batch_progress
         progress.current.ready = index
         progress.is_last_batch = index + 1 == windows.batches
@@ -278,6 +280,12 @@ def _optimizers_to_step(optimizers: list[Any]) -> Iterator[set[int]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def check_terminated(trainer: Trainer) -> None:
+    """End the run after SIGTERM, as the loops do: the handler of Lightning 2.6 only notes it."""
+    if trainer.received_sigterm:
+        raise Imported.TERMINATED.of(trainer)
 
 
 def on_device(trainer: Trainer, batch: Any, dataloader_idx: int) -> Any:
@@ -442,6 +450,7 @@ class EvaluationSteps:
 
     def _step(self, batch: Any, index: int, dataloader_idx: int | None) -> None:
         trainer, loop = self._trainer, active_loop(self._trainer)
+        check_terminated(trainer)
         batch = on_device(trainer, batch, dataloader_idx or 0)
         arguments = build_evaluation_kwargs(loop, batch, index, dataloader_idx)
         loop.batch_progress.current.ready = index

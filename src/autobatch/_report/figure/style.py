@@ -6,15 +6,8 @@ import math
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
+from matplotlib import ticker
 from matplotlib.font_manager import findfont, get_font
-from matplotlib.ticker import (
-    EngFormatter,
-    FixedLocator,
-    FuncFormatter,
-    LogLocator,
-    MaxNLocator,
-    NullLocator,
-)
 
 from autobatch._report.units import aligned, plain
 
@@ -51,6 +44,10 @@ STYLE: Final[dict[str, Any]] = {
     "axes.titleweight": "bold",
     "grid.color": "#e3e6ea",
     "legend.fontsize": 9,
+    "legend.borderpad": 0.2,
+    "legend.borderaxespad": 0.3,
+    "legend.columnspacing": 1.2,
+    "legend.handlelength": 1.5,
     "legend.frameon": False,
     "xtick.color": GREY,
     "ytick.color": GREY,
@@ -72,7 +69,7 @@ _LEGEND_LINE: Final = 16  # points
 def short(value: float) -> str:
     """Return a measure in three digits, "7.6" or "1.28M"."""
     if abs(value) >= _EXACT_MEASURES:
-        return str(EngFormatter(sep="").format_eng(float(f"{value:.3g}")))
+        return str(ticker.EngFormatter(sep="").format_eng(float(f"{value:.3g}")))
     text = aligned([value])[0]
     return text.rstrip("0").rstrip(".") if "." in text else text
 
@@ -111,11 +108,11 @@ def size_axis(axes: Axes, sizes: Sequence[int], failing: int | None = None) -> N
     axes.set_xscale("log", base=2)
     axes.set_xlim(2 ** (low - margin), 2 ** (high + (2 * margin if failing else margin)))
     if len(sizes) == 1:
-        axes.xaxis.set_major_locator(FixedLocator(list(sizes)))
+        axes.xaxis.set_major_locator(ticker.FixedLocator(list(sizes)))
     elif high - low < _OCTAVES_OF_POWERS:
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
     else:
-        axes.xaxis.set_major_locator(LogLocator(base=2, numticks=8))
+        axes.xaxis.set_major_locator(ticker.LogLocator(base=2, numticks=8))
     _format(axes.xaxis, count)
 
 
@@ -129,7 +126,7 @@ def shade_failing(axes: Axes, failing: int | None) -> None:
 def value_axis(axes: Axes, highest: float) -> None:
     """Set a y-axis from zero to a little above the highest value."""
     axes.set_ylim(0, 1.12 * (highest or 1.0))
-    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+    axes.yaxis.set_major_locator(ticker.MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     _format(axes.yaxis, short)
 
 
@@ -139,13 +136,13 @@ def log_axis(axes: Axes, values: Sequence[float]) -> None:
     axes.set_yscale("log")
     axes.set_ylim(min(positive) / 1.5, max(positive) * 1.5)
     is_narrow = max(positive) < _NARROW * min(positive)
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if is_narrow else (1,)))
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if is_narrow else (1,)))
     _format(axes.yaxis, short)
 
 
 def _format(axis: Axis, text: Callable[[float], str]) -> None:
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
+    axis.set_minor_locator(ticker.NullLocator())
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: text(value)))
 
 
 def ring(axes: Axes, x: float, y: float, label: str) -> None:
@@ -160,15 +157,7 @@ def heading(axes: Axes, title: str, chosen: str, *, columns: int = 3) -> None:
     axes.set_title(title, pad=8 + _LEGEND_LINE * math.ceil(len(labels) / columns))
     if not labels:
         return
-    legend = axes.legend(
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
-        borderpad=0.2,
-        borderaxespad=0.3,
-        columnspacing=1.2,
-        handlelength=1.5,
-        ncols=columns,
-    )
+    legend = axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns)
     for text in legend.get_texts():
         if text.get_text() == chosen:
             text.set(color=ACCENT, weight="bold")
