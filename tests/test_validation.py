@@ -21,6 +21,7 @@ def test_validation_keeps_a_size_that_fits():
 
     assert model.sizes == {60}
     assert callback.report.validation_batch_size == 60
+    assert 0 < callback.report.validation_seconds < callback.report.search_seconds
     assert not any("Validation runs" in note for note in callback.report.notes)
 
 

@@ -406,6 +406,7 @@ def build_report(
         loading=throughput.loading,
         learning_rate=subject.learning_rate_rule(),
         search_seconds=context.seconds(),
+        timing_seconds=latency.spent if latency else throughput.seconds,
         notes=(),
         environment=subject.environment,
     )
