@@ -257,19 +257,17 @@ def _serve(
     answers: dict[Any, bytes] = {}
     parent = multiprocessing.parent_process()
     ends: list[Any] = [requests, *([parent.sentinel] if parent else [])]
-    while connection.wait(ends) == [requests]:
-        try:
+    with suppress(EOFError, ConnectionError):  # the other process has ended
+        while connection.wait(ends) == [requests]:
             request = requests.recv()
-        except EOFError:
-            break
-        if request in answers:
-            kind, data = "value", answers[request]
-        else:
-            kind, data = _answer(readings, *request)
-            if kind == "value" and sum(map(len, answers.values())) + len(data) < _MAX_CACHED:
-                answers[request] = data
-        requests.send(kind)
-        requests.send_bytes(data)
+            if request in answers:
+                kind, data = "value", answers[request]
+            else:
+                kind, data = _answer(readings, *request)
+                if kind == "value" and sum(map(len, answers.values())) + len(data) < _MAX_CACHED:
+                    answers[request] = data
+            requests.send(kind)
+            requests.send_bytes(data)
     del abandoned
 
 
