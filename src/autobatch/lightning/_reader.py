@@ -23,7 +23,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from autobatch.lightning._dataloaders import capture_order, take_iterator
-from autobatch.lightning._reading import reading_of
+from autobatch.lightning._reading import alike, reading_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -146,7 +146,7 @@ class Reader:
         capture_order(loader, self._snapshot)
         self._snapshot.capture_light(loader.collate_fn, *_layers(loader.dataset))
         if at not in self._here:
-            self._here[at] = reading_of(copy.copy(loader), self._setters[at])
+            self._here[at] = reading_of(alike(loader), self._setters[at])
         return getattr(self._here[at], method)(*arguments)
 
 
