@@ -25,7 +25,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from autobatch.lightning._dataloaders import capture_order, layers, take_iterator
-from autobatch.lightning._reading import reading_of
+from autobatch.lightning._reading import alike, reading_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -148,7 +148,7 @@ class Reader:
         capture_order(loader, self._snapshot)
         self._snapshot.capture_light(loader.collate_fn, *layers(loader.dataset))
         if at not in self._here:
-            self._here[at] = reading_of(copy.copy(loader), self._setters[at])
+            self._here[at] = reading_of(alike(loader), self._setters[at])
         return getattr(self._here[at], method)(*arguments)
 
 
