@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
 import autobatch
+from autobatch.testing import SimulatedAccelerator
 from evaluating import Data, Model, data, loader, tuner
 from lightning_here import pl
 from lightning_here import quiet_trainer as trainer
@@ -298,15 +297,21 @@ def test_the_batch_with_the_most_throughput_within_the_latency_limit_is_applied(
 
 
 def test_slow_steps_limit_the_batch_size():
+    class Clocked(SimulatedAccelerator):
+        now = 0.0
+
+        def clock(self):
+            return self.now
+
+    device = Clocked("1MiB")
+
     class Slow(Model):
         def predict_step(self, batch, batch_idx):
-            time.sleep(0.06 if len(batch[0]) > 4 else 0.0)
+            device.now += 0.06 if len(batch[0]) > 4 else 0.01
             return super().predict_step(batch, batch_idx)
 
     model = Slow()
-    # Half of the calls, even on a busy machine
-    limit = {"latency_limit": 0.04, "percentile": 50}
-    callback = tuner("1MiB", target_batch_size=None, **limit)
+    callback = tuner(device=device, target_batch_size=None, latency_limit=0.04)
 
     report = callback.tune(trainer(), model, dataloaders=loader(2), method="predict")
 

@@ -23,7 +23,7 @@ from autobatch._trials.batches import listed, row_counts
 from autobatch._trials.workload import free_after_failure
 from autobatch.errors import AutobatchError
 from autobatch.lightning._epochs import samples_of
-from autobatch.lightning._workloads import on_device
+from autobatch.lightning._training import on_device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from autobatch._trials.snapshot import Snapshot
     from autobatch._trials.time_limit import TimeLimit
     from autobatch.lightning._dataloaders import Loaders
+    from autobatch.lightning._training import TrainingSteps
     from autobatch.lightning._trial_data import Samples
-    from autobatch.lightning._workloads import TrainingSteps
 
 _log = logging.getLogger("autobatch")
 
