@@ -29,7 +29,7 @@ def test_few_calls_are_reported_with_their_percentile():
     assert f"{here.calls} calls timed, asked for 99 %" in text
     assert "max 2 s " in text
     assert "99 % of calls" not in text
-    assert f"{here.calls} calls at {here.batch_size}" in text
+    assert f"{here.calls} at {here.batch_size}; there p99" in text
     assert "there p99 is the slowest" in text
     few = f"There was no time for 100 calls at {here.batch_size}, only for {here.calls}"
     assert (

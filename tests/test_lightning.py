@@ -40,6 +40,7 @@ def runs(tmp_path_factory):
     return {mode: torch.load(folder / f"{mode}.pt", weights_only=False) for mode in modes}
 
 
+@pytest.mark.timeout(900)  # the fixture trains all cases: minutes on a busy machine
 @pytest.mark.parametrize("case", CASES)
 def test_training_after_tuning_is_bit_identical_to_training_by_hand(runs, case):
     tuned, by_hand = dict(runs["tuned"][case]), runs["by-hand"][case]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from functools import partial
 
 import pytest
@@ -151,3 +152,29 @@ def test_an_average_that_lightning_makes_in_setup_is_in_the_peak():
     largest = max(trial.batch_size for trial in report.trials if trial.fits)
     assert largest < max(trial.batch_size for trial in alone.trials if trial.fits)
     assert not any("Tuned again" in note for note in report.notes)
+
+
+class Lazy(Wide):
+    """Copies its network in a hook after its first step, out of sight of the module."""
+
+    def on_train_batch_end(self, *_):
+        if not hasattr(self, "average"):
+            object.__setattr__(self, "average", copy.deepcopy(self.net))
+
+
+class Views(Wide):
+    """Puts two more views of each sample into the batch, in a hook before the step."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        batch[0] = torch.cat([batch[0], batch[0] + 0.1, batch[0] - 0.1])
+        batch[1] = batch[1].repeat(3)
+
+
+@pytest.mark.parametrize("module", [Lazy, Views])
+def test_memory_that_hooks_of_the_module_make_is_in_the_peak(module):
+    largest = partial(autobatch.AutoBatch, prefer="largest", timing_seconds=0.0)
+
+    _, alone = fit(callback=largest, max_epochs=1)
+    _, report = fit(module=module, callback=largest, max_epochs=1)
+
+    assert report.plan.micro_batch_size < alone.plan.micro_batch_size

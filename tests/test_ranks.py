@@ -177,6 +177,7 @@ def assert_as_by_hand(ranks):
 
 
 @needs_lightning
+@pytest.mark.timeout(900)  # the fixture runs all cases: minutes on a busy machine
 @pytest.mark.parametrize("case", ["passed", "hook", "less memory"])
 def test_two_ranks_train_bit_identically_after_tuning(job, case):
     ranks = [rank[case] for rank in job]

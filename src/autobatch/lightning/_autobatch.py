@@ -48,6 +48,7 @@ from autobatch.lightning._dataloaders import (
     capture_order,
     checked_setter,
 )
+from autobatch.lightning._evaluation import STAGES, before_data, loaders_for
 from autobatch.lightning._hooks import FIT_START
 from autobatch.lightning._loggers import log_report, refresh_report
 from autobatch.lightning._noise_scale import NoiseScale
@@ -56,7 +57,6 @@ from autobatch.lightning._run import Run, before_epochs
 from autobatch.lightning._silence import silenced
 from autobatch.lightning._trial_data import NoDataError, checked_worst_case
 from autobatch.lightning._tuning import CallbackArguments, tune_evaluation, tune_training
-from autobatch.lightning._workloads import STAGES, before_data, loaders_for
 from autobatch.testing import named_device
 
 if TYPE_CHECKING:
@@ -68,8 +68,8 @@ if TYPE_CHECKING:
     from autobatch._report import TuningReport
     from autobatch._search import Search
     from autobatch.lightning._batch_size import LoaderSize
+    from autobatch.lightning._evaluation import Stage
     from autobatch.lightning._tuning import Tuned
-    from autobatch.lightning._workloads import Stage
 
 
 _log = logging.getLogger("autobatch")

@@ -332,6 +332,12 @@ def start_method(strategy: Any) -> str:
     return method
 
 
+def validation_interval(trainer: Any) -> int | float | None:
+    """Return `val_check_interval`; None where time passes between validations."""
+    interval: int | float | None = getattr(trainer, "val_check_interval", None)
+    return interval
+
+
 def averages_models(strategy: Any) -> bool:
     """Return whether a strategy averages models in optimizer steps."""
     return getattr(strategy, "_model_averaging_period", None) is not None

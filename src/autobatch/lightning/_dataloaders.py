@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Final
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
 from autobatch._trials.batches import leaves, map_leaves
-from autobatch._trials.reachable import LARGE, attributes_of
 from autobatch._trials.snapshot import Snapshot
 from autobatch.errors import AutobatchError, FixedBatchSizeError
 from autobatch.lightning._batch_size import (
@@ -251,22 +250,18 @@ def capture_order(loader: DataLoader[Any], snapshot: Snapshot) -> None:
     samplers = (loader.batch_sampler, loader.sampler, sampler_of(loader))
     snapshot.capture_light(*(each for each in samplers if each is not None))
     if loader.num_workers == 0:
-        snapshot.capture_light(*_nested(loader.dataset))
+        snapshot.capture_light(*layers(loader.dataset))
     if loader.generator is not None:
         snapshot.capture(loader.generator)
 
 
-def _nested(dataset: Any) -> list[Any]:
-    """Return a data set and those that it holds in attributes, alone or in lists."""
-    found = {id(dataset): dataset}
-    pending = [dataset]
-    while pending:
-        for value in (attributes_of(pending.pop()) or {}).values():
-            parts = value if isinstance(value, (list, tuple)) and len(value) <= LARGE else [value]
-            new = [part for part in parts if isinstance(part, Dataset) and id(part) not in found]
-            found.update((id(part), part) for part in new)
-            pending.extend(new)
-    return list(found.values())
+def layers(dataset: Any) -> list[Any]:
+    """Return a data set, its transforms, and the data sets it wraps, as Subset does."""
+    attributes = getattr(dataset, "__dict__", {}).values()  # a plain list has none
+    parts = [part for part in attributes if hasattr(part, "__dict__")]
+    inner = [*parts, *(getattr(dataset, "datasets", None) or ())]
+    wrapped = [part for part in inner if isinstance(part, Dataset)]
+    return [dataset, *parts, *(layer for part in wrapped for layer in layers(part))]
 
 
 def take_iterator(loader: DataLoader[Any]) -> Any:

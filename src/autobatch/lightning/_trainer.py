@@ -224,7 +224,6 @@ class Trainer(AnyTrainer, Protocol):
     state: Any
     test_loop: EvaluationLoop
     training: bool
-    val_check_interval: int | float
     validate_loop: EvaluationLoop
     _active_loop: Any
     _checkpoint_connector: CheckpointConnector

@@ -13,7 +13,7 @@ from torch.utils.data import default_collate
 
 from autobatch._memory.ledger import unobserved
 from autobatch._report.result import Look
-from autobatch._trials.batches import leaves, listed, map_leaves
+from autobatch._trials.batches import leaves, listed, map_leaves, rows_of_each, sample_counts
 from autobatch.errors import FixedBatchSizeError, WorstCaseError
 from autobatch.lightning._reader import Copied, Reader
 from autobatch.lightning._reading import LARGEST_KEPT, data_size
@@ -172,6 +172,21 @@ class Samples:
         if self._worst_case is not None:
             return ()
         return tuple(seen.bytes_each for seen in self._seen)
+
+    @property
+    def rows_each(self) -> int:
+        """Rows that a sample of the first loader becomes in a batch; 1 where they vary."""
+        if self._worst_case is not None or self._loaders.is_set_by_user:
+            return 1
+        seen, own = self._seen[0], self._loaders.batch_size
+        if not seen.look.is_even:
+            return 1
+        with unobserved():
+            counts: list[list[int | None]] = self._reader.read(0, "counts", own)()
+            if not counts:
+                own = min(own, LARGEST_KEPT)
+                counts = [sample_counts(self._reader.read(0, "largest", own)())]
+        return rows_of_each(counts[0], own)
 
     @property
     def look(self) -> Look | None:
