@@ -7,8 +7,8 @@ from math import inf
 import torch
 
 import autobatch
-from autobatch._find import PlainLoop
 from autobatch._memory import memory_budget
+from autobatch._subject import PlainLoop
 from autobatch._trials.measure import run_trial
 from autobatch._trials.reachable import Watched
 from autobatch._tune import tune

@@ -2,55 +2,36 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from autobatch._accumulation import batch_norms
 from autobatch._distributed import current_ranks
 from autobatch._memory.detect import detect
-from autobatch._report.accumulation_notes import (
-    batch_norm,
-    ignores_accumulate,
-    never_stepped,
-    stays_changed,
-)
-from autobatch._report.tradeoff import common_rule
+from autobatch._report.known_plan import known_plan
 from autobatch._settings import Settings, checked_verbose
+from autobatch._subject import PlainLoop, accepts_accumulate
 from autobatch._trials.captured import is_generator
 from autobatch._trials.context import MemoryBudget, TrialContext
+from autobatch._trials.first_use import FirstUse, check_not_synchronizing
 from autobatch._trials.optimizers import OptimizerWatch
 from autobatch._trials.reachable import Watched, has_state_dict, reachable
 from autobatch._trials.snapshot import Snapshot, restorable
-from autobatch._tune import checked_search, known_plan, tune, versions
-from autobatch.errors import AutobatchError
+from autobatch._tune import checked_search, tune
 from autobatch.sinks import log, progress
 from autobatch.testing import named_device
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from autobatch._distributed import Ranks
     from autobatch._memory import MemoryProbe
     from autobatch._plan import BatchPlan
-    from autobatch._report import Task, TuningReport
-    from autobatch._report.result import Look
-    from autobatch._report.tradeoff import LearningRateRule
+    from autobatch._report import TuningReport
     from autobatch._search import Search
-    from autobatch._trials.time_limit import TimeLimit
 
 _TRAINABLE: Final = (torch.nn.Module, torch.optim.Optimizer)
-# Classes whose steps wait for other ranks
-_SYNCHRONIZING_WRAPPERS: Final = {
-    "DistributedDataParallel",
-    "FullyShardedDataParallel",
-    "FSDPModule",
-}
 
 
 def find(
@@ -158,12 +139,12 @@ def find(
     ):
         is_training = latency_limit is None
         # A device that the user named is not compared with that of the model
-        on_first_use = _FirstUse(
+        on_first_use = FirstUse(
             probe, optimizers, None if device else model_device, ranks, is_training=is_training
         )
         trainable = [each.value for each in reached if isinstance(each.value, _TRAINABLE)]
         if ranks.world_size > 1:
-            _check_not_synchronizing(*trainable)
+            check_not_synchronizing(*trainable)
         snapshot.capture(*restored, *trainable)
         snapshot.capture_if_possible(
             each for each in reached if not isinstance(each.value, _TRAINABLE)
@@ -199,134 +180,6 @@ def find(
     return report
 
 
-@dataclass(frozen=True, slots=True)
-class PlainLoop:
-    """A training loop, or a function that answers a batch, as the subject of a tuning run.
-
-    Args:
-        function: The function of the user, in any of the accepted forms.
-        can_accumulate: Whether it has a parameter `accumulate`.
-        settings: Validated arguments of the run.
-        context: Resources of the trials.
-        watched: Variables of the user that are not restored.
-    """
-
-    function: Callable[..., Any]
-    can_accumulate: bool
-    settings: Settings
-    context: TrialContext
-    watched: Watched
-
-    start_batch_size: ClassVar = 8
-    own_batch_size: ClassVar = None
-    accumulate: ClassVar = 1
-    previous_plan: ClassVar = None
-
-    @property
-    def task(self) -> Task:
-        return "train" if self.settings.latency_limit is None else "answer"
-
-    @property
-    def name(self) -> str:
-        return _name_of(self.function)
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return versions()
-
-    @property
-    def max_samples_per_update(self) -> int | None:
-        return self.settings.dataset_size
-
-    def workload(self, batch_size: int, accumulate: int) -> Iterator[Any]:
-        """Run a generator to its end, or a plain function again and again, one step each time."""
-        options = {"accumulate": accumulate} if self.can_accumulate else {}
-        while True:
-            result = self.function(batch_size, **options)
-            if isinstance(result, Iterator):
-                yield from result
-                return
-            yield None
-
-    def samples_per_epoch(self, plan: BatchPlan) -> int | None:  # noqa: ARG002 -- any plan
-        return self.settings.dataset_size
-
-    def last_micro_batch(self, batch_size: int) -> int | None:
-        """Return the rest of the data set; with several ranks the loop divides it as it likes."""
-        samples = self.settings.dataset_size
-        if samples is None or self.context.ranks.world_size > 1:
-            return None
-        return samples % batch_size or batch_size
-
-    def learning_rate_rule(self) -> LearningRateRule | None:
-        """Return the rule of the optimizers that have stepped and are still alive."""
-        alive = self.context.snapshot.alive
-        return common_rule([thing for thing in alive if isinstance(thing, torch.optim.Optimizer)])
-
-    def largest_samples(self) -> Look | None:
-        """Return None: the loop makes its own batches."""
-        return None
-
-    def planned_seconds(self, sample_seconds: float) -> float | None:  # noqa: ARG002
-        """Return None: the loop ends when it likes."""
-        return None
-
-    def has_batch_norm(self) -> bool:
-        return self.task == "train" and bool(batch_norms(self.context.snapshot.alive))
-
-    def trial_notes(self, plan: BatchPlan) -> tuple[str, ...]:
-        """Return notes on missing optimizer steps or accumulation, and on what stays changed."""
-        optimizers = self.context.optimizers
-        changed = sorted({*self.watched.changed(), *self.context.snapshot.unrestored})
-        found = (
-            stays_changed(changed) if changed else None,
-            never_stepped() if optimizers.never_stepped else None,
-            ignores_accumulate(plan) if optimizers.steps_every_pass else None,
-        )
-        return tuple(note for note in found if note)
-
-    def plan_notes(self, plan: BatchPlan, time_limit: TimeLimit) -> tuple[str, ...]:  # noqa: ARG002
-        """Return notes on BatchNorm; a model that the workload makes itself is gone by now."""
-        return batch_norm(batch_norms(self.context.snapshot.alive), plan)
-
-
-def accepts_accumulate(workload: Callable[..., Any]) -> bool:
-    """Return whether a workload has a parameter `accumulate`; refuse objects of other forms."""
-    if isinstance(workload, torch.nn.Module) or not callable(workload):
-        raise ValueError(
-            f"workload={type(workload).__name__} is not a training loop; give a function of the "
-            "batch size."
-        )
-    call = getattr(workload, "__call__", None)  # noqa: B004 -- of an object
-    inner = workload.func if isinstance(workload, partial) else workload
-    if any(map(_is_asynchronous, (inner, call))):
-        raise ValueError(
-            f"workload={_name_of(inner)} is asynchronous; give a plain function or generator "
-            "function."
-        )
-    try:
-        signature = inspect.signature(workload)
-    except (TypeError, ValueError):  # some builtins have none
-        return False
-    has_accumulate = "accumulate" in signature.parameters
-    try:
-        signature.bind(1, **({"accumulate": 1} if has_accumulate else {}))
-    except TypeError as error:
-        raise ValueError(
-            f"workload={_name_of(workload)} is not callable as train(batch_size) or "
-            f"train(batch_size, accumulate): {error}."
-        ) from None
-    return has_accumulate
-
-
-def _name_of(function: Callable[..., Any]) -> str:
-    return str(getattr(function, "__name__", type(function).__name__))
-
-
-def _is_asynchronous(function: object) -> bool:
-    return inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
-
-
 def _restorable(restore: Sequence[Any]) -> Sequence[Any]:
     if not isinstance(restore, (list, tuple)):
         raise ValueError(f"restore={type(restore).__name__} is not a list; write restore=[…].")
@@ -352,51 +205,3 @@ def _device_of_model(*things: Any) -> torch.device:
             if parameter is not None:
                 return parameter.device
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _check_not_synchronizing(*things: Any) -> None:
-    """Refuse modules whose steps would wait for a rank that is out of memory."""
-    for name in {kind.__name__ for thing in things for kind in type(thing).__mro__}:
-        if name in _SYNCHRONIZING_WRAPPERS:
-            raise AutobatchError(
-                f"The workload runs a {name}, whose steps wait for other ranks: a rank "
-                "that runs out of memory would hang them. Let the workload run the wrapped module "
-                "(model.module)."
-            )
-
-
-@dataclass(frozen=True, slots=True)
-class _FirstUse:
-    """Called with every module and optimizer when it is used for the first time.
-
-    Args:
-        probe: The device.
-        optimizers: Counts optimizer steps and backward passes.
-        model_device: The device that the probe was chosen by; None if the user chose it.
-        ranks: The processes that train together.
-        is_training: Whether the workload trains.
-    """
-
-    probe: MemoryProbe
-    optimizers: OptimizerWatch
-    model_device: torch.device | None
-    ranks: Ranks
-    is_training: bool
-
-    def __call__(self, thing: object) -> None:
-        self.probe.attach(thing)
-        if not isinstance(thing, torch.nn.Module):
-            return
-        if self.ranks.world_size > 1:
-            _check_not_synchronizing(thing)
-        parameter = next(thing.parameters(), None)
-        if parameter is None:
-            return
-        if self.is_training and torch.is_grad_enabled():
-            self.optimizers.expected |= any(p.requires_grad for p in thing.parameters())
-            self.optimizers.look_at(thing)
-        if self.model_device is not None and parameter.device.type != self.model_device.type:
-            raise AutobatchError(
-                f"The model is on {parameter.device}, but the memory of {self.probe.name} is "
-                f'measured; pass device="{parameter.device}".'
-            )

@@ -1,14 +1,33 @@
-"""Subject: what is being tuned."""
+"""Subject: what is being tuned, and a plain loop as one."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+import inspect
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import torch
+
+from autobatch._accumulation import batch_norms
+from autobatch._report.accumulation_notes import (
+    batch_norm,
+    ignores_accumulate,
+    never_stepped,
+    stays_changed,
+)
+from autobatch._report.tradeoff import common_rule
 
 if TYPE_CHECKING:
     from autobatch._plan import BatchPlan
     from autobatch._report import Task
     from autobatch._report.result import Look
     from autobatch._report.tradeoff import LearningRateRule
+    from autobatch._settings import Settings
+    from autobatch._trials.context import TrialContext
+    from autobatch._trials.reachable import Watched
     from autobatch._trials.time_limit import TimeLimit
     from autobatch._trials.workload import Workload
 
@@ -82,3 +101,137 @@ class Subject(Protocol):
 
     def plan_notes(self, plan: BatchPlan, time_limit: TimeLimit) -> tuple[str, ...]:
         """Return notes on a plan; measure for them only as far as there is time."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlainLoop:
+    """A training loop, or a function that answers a batch, as the subject of a tuning run.
+
+    Args:
+        function: The function of the user, in any of the accepted forms.
+        can_accumulate: Whether it has a parameter `accumulate`.
+        settings: Validated arguments of the run.
+        context: Resources of the trials.
+        watched: Variables of the user that are not restored.
+    """
+
+    function: Callable[..., Any]
+    can_accumulate: bool
+    settings: Settings
+    context: TrialContext
+    watched: Watched
+
+    start_batch_size: ClassVar = 8
+    own_batch_size: ClassVar = None
+    accumulate: ClassVar = 1
+    previous_plan: ClassVar = None
+
+    @property
+    def task(self) -> Task:
+        return "train" if self.settings.latency_limit is None else "answer"
+
+    @property
+    def name(self) -> str:
+        return _name_of(self.function)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return versions()
+
+    @property
+    def max_samples_per_update(self) -> int | None:
+        return self.settings.dataset_size
+
+    def workload(self, batch_size: int, accumulate: int) -> Iterator[Any]:
+        """Run a generator to its end, or a plain function again and again, one step each time."""
+        options = {"accumulate": accumulate} if self.can_accumulate else {}
+        while True:
+            result = self.function(batch_size, **options)
+            if isinstance(result, Iterator):
+                yield from result
+                return
+            yield None
+
+    def samples_per_epoch(self, plan: BatchPlan) -> int | None:  # noqa: ARG002 -- any plan
+        return self.settings.dataset_size
+
+    def last_micro_batch(self, batch_size: int) -> int | None:
+        """Return the rest of the data set; with several ranks the loop divides it as it likes."""
+        samples = self.settings.dataset_size
+        if samples is None or self.context.ranks.world_size > 1:
+            return None
+        return samples % batch_size or batch_size
+
+    def learning_rate_rule(self) -> LearningRateRule | None:
+        """Return the rule of the optimizers that have stepped and are still alive."""
+        alive = self.context.snapshot.alive
+        return common_rule([thing for thing in alive if isinstance(thing, torch.optim.Optimizer)])
+
+    def largest_samples(self) -> Look | None:
+        """Return None: the loop makes its own batches."""
+        return None
+
+    def planned_seconds(self, sample_seconds: float) -> float | None:  # noqa: ARG002
+        """Return None: the loop ends when it likes."""
+        return None
+
+    def has_batch_norm(self) -> bool:
+        return self.task == "train" and bool(batch_norms(self.context.snapshot.alive))
+
+    def trial_notes(self, plan: BatchPlan) -> tuple[str, ...]:
+        """Return notes on missing optimizer steps or accumulation, and on what stays changed."""
+        optimizers = self.context.optimizers
+        changed = sorted({*self.watched.changed(), *self.context.snapshot.unrestored})
+        found = (
+            stays_changed(changed) if changed else None,
+            never_stepped() if optimizers.never_stepped else None,
+            ignores_accumulate(plan) if optimizers.steps_every_pass else None,
+        )
+        return tuple(note for note in found if note)
+
+    def plan_notes(self, plan: BatchPlan, time_limit: TimeLimit) -> tuple[str, ...]:  # noqa: ARG002
+        """Return notes on BatchNorm; a model that the workload makes itself is gone by now."""
+        return batch_norm(batch_norms(self.context.snapshot.alive), plan)
+
+
+def accepts_accumulate(workload: Callable[..., Any]) -> bool:
+    """Return whether a workload has a parameter `accumulate`; refuse objects of other forms."""
+    if isinstance(workload, torch.nn.Module) or not callable(workload):
+        raise ValueError(
+            f"workload={type(workload).__name__} is not a training loop; give a function of the "
+            "batch size."
+        )
+    call = getattr(workload, "__call__", None)  # noqa: B004 -- of an object
+    inner = workload.func if isinstance(workload, partial) else workload
+    if any(map(_is_asynchronous, (inner, call))):
+        raise ValueError(
+            f"workload={_name_of(inner)} is asynchronous; give a plain function or generator "
+            "function."
+        )
+    try:
+        signature = inspect.signature(workload)
+    except (TypeError, ValueError):  # some builtins have none
+        return False
+    has_accumulate = "accumulate" in signature.parameters
+    try:
+        signature.bind(1, **({"accumulate": 1} if has_accumulate else {}))
+    except TypeError as error:
+        raise ValueError(
+            f"workload={_name_of(workload)} is not callable as train(batch_size) or "
+            f"train(batch_size, accumulate): {error}."
+        ) from None
+    return has_accumulate
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+def _is_asynchronous(function: object) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python, torch and CUDA, for the report."""
+    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    return {**found, "cuda": torch.version.cuda} if torch.version.cuda else found

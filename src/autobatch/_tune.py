@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import platform
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
-
-import torch
 
 from autobatch import _settings
 from autobatch._latency import best_within
@@ -413,60 +409,6 @@ def build_report(
     return report.model_copy(update={"notes": notes(report, run)})
 
 
-# Arguments of find() and AutoBatch
-
-
-def known_plan(
-    plan: BatchPlan | str | Path | None, settings: Settings, *, world_size: int | None
-) -> BatchPlan | None:
-    """Return the given plan, read from its report if it is a path; refuse one against `settings`.
-
-    A `world_size` of None is not known yet.
-    """
-    if plan is None:
-        return None
-    if settings.latency_limit is not None:
-        given = plan if isinstance(plan, BatchPlan) else repr(str(plan))
-        raise ValueError(
-            f"plan={given} is verified, and latency_limit={settings.latency_limit:g} asks "
-            "for a search; give one of the two."
-        )
-    if isinstance(plan, (str, Path)):
-        report = TuningReport.read(plan)
-        if report.task != "train":
-            raise ValueError(
-                f"plan={str(plan)!r} is a report about {report.task}, which trains nothing; give "
-                "one of a training."
-            )
-        plan = report.plan
-    if not isinstance(plan, BatchPlan):
-        raise ValueError(f"plan={plan!r} is not a plan; give a BatchPlan, or the path of a report.")
-    _check_against(plan, settings, world_size)
-    return plan
-
-
-def _check_against(plan: BatchPlan, settings: Settings, world_size: int | None) -> None:
-    counts = (plan.micro_batch_size, plan.accumulate_grad_batches, plan.world_size)
-    if any(type(count) is not int or count < 1 for count in counts):
-        raise ValueError(f"plan={plan} must hold whole numbers of 1 or more.")
-    if world_size not in (None, plan.world_size):
-        raise ValueError(
-            f"plan={plan} is for {plan.world_size} ranks, and this job has {world_size}."
-        )
-    most = settings.max_micro_batch_size
-    if most is not None and plan.micro_batch_size > most:
-        raise ValueError(
-            f"plan={plan} has micro-batches of {plan.micro_batch_size}, and "
-            f"max_micro_batch_size={most} allows no more."
-        )
-    target = settings.target_batch_size
-    if target is not None and target != plan.effective_batch_size:
-        raise ValueError(
-            f"plan={plan} gives {plan.effective_batch_size} samples per update, and "
-            f"target_batch_size={target} asks for another number: give one of the two."
-        )
-
-
 def checked_search(search: Search | None) -> Search:
     """Return the given search, or the default one."""
     if search is None:
@@ -476,9 +418,3 @@ def checked_search(search: Search | None) -> Search:
             f"search={search!r} cannot propose sizes; give an object such as Bisection()."
         )
     return search
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python, torch and CUDA, for the report."""
-    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    return {**found, "cuda": torch.version.cuda} if torch.version.cuda else found

@@ -7,12 +7,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from autobatch._trials import Outcome, Trial
-from autobatch._trials.timing import time_restarted, time_steps
+from autobatch._trials.timing import time_restarted, time_steps, until
 from autobatch._trials.workload import FailureCleanup, RunningWorkload, uses_torch_compile
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from autobatch._memory import MemoryProbe, MemoryReading, Watch
     from autobatch._trials.context import TrialContext
     from autobatch._trials.timing import Timing
@@ -58,12 +56,8 @@ def run_trial(
     trial = Trial(batch_size, Outcome.FIT, accumulate=accumulate)
     failure = FailureCleanup(batch_size, probe, may_be_refused=may_be_refused)
 
-    def enough(update_seconds: Sequence[float]) -> bool:
-        # The first step allocates optimizer state, and is slower: it is not timed
-        if not update_seconds:
-            return False
-        return len(update_seconds) >= steps - 1 or probe.clock() >= deadline
-
+    # The first step allocates optimizer state, and is slower: it is not timed
+    enough = until(deadline, probe.clock, updates=steps - 1)
     with failure:
         if _cudnn_selects_algorithms(probe):
             _let_cudnn_select(trial, workload, context)

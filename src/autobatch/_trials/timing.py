@@ -66,6 +66,13 @@ def time_updates(
     return None
 
 
+def until(
+    deadline: float, clock: Callable[[], float], *, updates: int
+) -> Callable[[Sequence[float]], bool]:
+    """Return a function that ends timing after a number of updates, or by a deadline after one."""
+    return lambda seconds: bool(seconds) and (len(seconds) >= updates or clock() >= deadline)
+
+
 def time_restarted(
     workload: Workload,
     batch_size: int,

@@ -47,14 +47,27 @@ class RunningWorkload(Undo):
         self.add(self._end)
 
     def step(self) -> None:
-        """Take the next optimizer step, of another start if need be."""
-        yielded = _next(self._iterator)
-        if yielded is _END:
-            self._iterator = self._begin()
-            self.starts += 1
-            yielded = _next(self._iterator)
+        """Take the next optimizer step, of another start if need be.
+
+        A StopIteration of a step is raised as it is, not as the RuntimeError that Python makes of
+        it in a generator (PEP 479).
+        """
+        stopped: BaseException | None = None
+        yielded: Any = _END
+        try:
+            yielded = next(self._iterator, _END)
             if yielded is _END:
-                raise self._too_short()
+                self._iterator = self._begin()
+                self.starts += 1
+                yielded = next(self._iterator, _END)
+        except RuntimeError as error:
+            stopped = error.__cause__
+            if not isinstance(stopped, StopIteration) or str(error) != _PEP_479:
+                raise
+        if stopped is not None:
+            raise stopped
+        if yielded is _END:
+            raise self._too_short()
         self.steps += 1
         count = _as_count(yielded)
         if count is not None:
@@ -72,21 +85,6 @@ class RunningWorkload(Undo):
             f"batch_size={self._batch_size}, and did not yield when it was started again. A trial "
             "needs at least one step: yield after every optimizer step, or after every answer."
         )
-
-
-def _next(iterator: Iterator[Any]) -> Any:
-    """Advance a workload, and return `_END` at its end.
-
-    A StopIteration of a step is raised as it is, not as the RuntimeError that Python makes of it in
-    a generator (PEP 479).
-    """
-    try:
-        return next(iterator, _END)
-    except RuntimeError as error:
-        if not isinstance(error.__cause__, StopIteration) or str(error) != _PEP_479:
-            raise
-        stopped = error.__cause__
-    raise stopped
 
 
 def _as_count(yielded: Any) -> int | None:

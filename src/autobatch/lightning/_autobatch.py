@@ -10,11 +10,12 @@ from torch.utils.data import DataLoader
 
 from autobatch import sinks
 from autobatch._distributed import stopping_together
+from autobatch._report.known_plan import known_plan
 from autobatch._report.notes import waiting
 from autobatch._report.units import plain
 from autobatch._settings import Settings, checked_verbose
 from autobatch._trials.snapshot import Snapshot
-from autobatch._tune import checked_search, known_plan
+from autobatch._tune import checked_search
 from autobatch._undo import Undo
 from autobatch.errors import AutobatchError, FixedBatchSizeError
 from autobatch.lightning._accumulation import LastWindowCorrection, check_switch

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from autobatch._accumulation import batch_norms
 from autobatch._report.accumulation_notes import never_stepped
 from autobatch._report.tradeoff import common_rule, unwrapped
-from autobatch._tune import versions
+from autobatch._subject import versions
 from autobatch.lightning._accumulation import last_samples, update_notes
 from autobatch.lightning._attribute import has_batch_size_attribute
 from autobatch.lightning._compat import package_of

@@ -11,10 +11,11 @@ from autobatch import sinks
 from autobatch._distributed import current_ranks
 from autobatch._memory.detect import detect
 from autobatch._plan import BatchPlan
+from autobatch._report.known_plan import known_plan
 from autobatch._trials.context import MemoryBudget, TrialContext
 from autobatch._trials.optimizers import OptimizerWatch
 from autobatch._trials.snapshot import Snapshot
-from autobatch._tune import known_plan, tune
+from autobatch._tune import tune
 from autobatch.errors import AutobatchError, DoesNotFitError, FixedBatchSizeError
 from autobatch.lightning._accumulation import SplittingTest, batches_trained, check_repairable
 from autobatch.lightning._attribute import (
