@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _CROWDED: Final = 0.1  # share of device memory held by other processes that is worth a note
 _TIGHT: Final = 0.05  # share of available memory; with less to spare, little more fits
+_FRAGMENTED: Final = 1.10  # reserved over allocated bytes; with less, little more would fit
 _SAME_SPEED: Final = 0.05  # relative difference of speeds within the noise of their timing
 _SCATTERED: Final = 0.3  # relative spread of single updates that hides differences of sizes
 _WAITING: Final = 0.1  # share of time spent on data that more workers would save
@@ -43,6 +44,7 @@ def notes(result: TuningResult) -> tuple[str, ...]:
         # Other sizes
         _past_knee(result),
         _tight(result),
+        _fragmented(result),
         _uneven(result),
         _crowded(result),
         _unreached(result),
@@ -200,6 +202,22 @@ def _tight(result: TuningResult) -> str | None:
         f"Only {format_bytes(max(0, available - peak))} of {format_bytes(result.total)} to spare: "
         "longer inputs, or other processes on this device, may not fit. "
         "A lower memory_limit leaves more."
+    )
+
+
+def _fragmented(result: TuningResult) -> str | None:
+    """Note memory that is reserved and not in use, if memory limits the search."""
+    size = result.largest_fit
+    trial = next((trial for trial in result.fitting if trial.batch_size == size), None)
+    if trial is None or trial.peak is None or not trial.allocated or _reached_bound(result):
+        return None
+    if trial.peak < _FRAGMENTED * trial.allocated or trial.allocated <= trial.resident:
+        return None
+    most = size * (trial.peak - trial.resident) // (trial.allocated - trial.resident)
+    return (
+        f"{format_bytes(trial.peak - trial.allocated)} of {format_bytes(trial.peak)} at {size:,} "
+        f"are fragments. PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True may fit up to {most:,}, "
+        "an estimate from the bytes in use."
     )
 
 
