@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import importlib.util
 import os
 from pathlib import Path
@@ -21,6 +22,16 @@ from autobatch._settings import Defaults
 
 torch.set_num_threads(1)
 pytest.register_assert_rewrite("by_hand")  # its assertions show their values
+
+if importlib.util.find_spec("hypothesis") is not None:
+    from hypothesis import HealthCheck, settings
+
+    # No limits on time, which a busy machine exceeds
+    untimed = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+    # `--hypothesis-profile=full` draws as many examples as Hypothesis does by default
+    settings.register_profile("brief", max_examples=30, **untimed)
+    settings.register_profile("full", max_examples=100, **untimed)
+    settings.load_profile("brief")
 
 TIMES_OUT = importlib.util.find_spec("pytest_timeout") is not None
 SNAPSHOTS = Path(__file__).parent / "snapshots"
@@ -39,6 +50,7 @@ def pytest_configure(config):
 
 def pytest_collection_finish(session):
     """Keep imported objects out of garbage collections, of which a search does many."""
+    importlib.import_module("torch._dynamo")  # or else the first step of an optimizer imports it
     gc.collect()
     gc.freeze()
 

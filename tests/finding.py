@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf
+
 import torch
 
 import autobatch
@@ -51,6 +53,7 @@ def accepted(workload, size, device):
             steps=2,
             is_timed=True,
             may_be_refused=False,
+            deadline=inf,
             context=context,
         ).fits
 

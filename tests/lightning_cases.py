@@ -1,6 +1,6 @@
 """Training runs to compare: tuned by AutoBatch, and with the same two numbers written by hand.
 
-python lightning_cases.py tuned results.pt plans.json [CASE …]
+python lightning_cases.py tuned results.pt plans.json
 python lightning_cases.py by-hand results.pt plans.json
 """
 
@@ -316,7 +316,7 @@ def run(case, plan):
         tuner = autobatch.AutoBatch(
             target_batch_size=120,
             device=SimulatedAccelerator("450KiB"),
-            search=autobatch.Bisection(),
+            search=autobatch.Bisection(resolution=0.25),
         )
         callbacks = [tuner]
     micro, accumulate = plan or (4, 1)
@@ -377,13 +377,12 @@ def run(case, plan):
     return result, (found.micro_batch_size, found.accumulate_grad_batches)
 
 
-def main(mode, results, plans, *cases):
+def main(mode, results, plans):
     warnings.simplefilter("ignore")
-    _settings.DEFAULTS = _settings.Defaults(curve_seconds=0.5)  # enough for a few visits
+    _settings.DEFAULTS = _settings.Defaults(curve_seconds=0.2)  # enough for a few visits
+    importlib.import_module("torch._dynamo")  # or else the first step imports it
     gc.freeze()  # a search collects after each trial: not what imports made
-    known = (
-        json.loads(Path(plans).read_text()) if mode == "by-hand" else dict.fromkeys(cases or CASES)
-    )
+    known = json.loads(Path(plans).read_text()) if mode == "by-hand" else dict.fromkeys(CASES)
     done = {case: run(case, plan) for case, plan in known.items()}
     torch.save({case: result for case, (result, _) in done.items()}, results)
     if mode == "tuned":

@@ -7,6 +7,8 @@ import dataclasses
 from hypothesis import strategies as st
 
 from autobatch import BatchPlan, NoiseReading, Outcome, Trial, TuningReport
+from autobatch._report.notes import notes
+from autobatch._report.result import Bound, RunDetails
 from autobatch.report import CurvePoint, Device, LearningRateRule, Loading, Look, Settings
 
 GIB = 2**30
@@ -56,6 +58,8 @@ def full_example(**changes) -> TuningReport:
     more = {
         "trials": tried,
         "curve": curve,
+        "timing_seconds": 25.3,
+        "validation_seconds": 1.8,
         "noise": NoiseReading("ok", 900, 760, 1080, 51, 150, 400, 256),
         "learning_rate": LearningRateRule("AdamW", "square-root"),
         "loading": Loading(wait_seconds=3.1, step_seconds=6.9, batches=40),
@@ -213,3 +217,40 @@ def reports(draw) -> TuningReport:
         notes=tuple(draw(st.lists(texts, max_size=3))),
         environment=draw(st.dictionaries(texts, texts, max_size=2)),
     )
+
+
+_QUIET = RunDetails(
+    bound=Bound(256, "target_batch_size=256 needs no more than 256 at once"),
+    is_out_of_time=False,
+    unreached=(),
+    curve_seconds=20.0,
+    before=None,
+    last_samples=None,
+    trial_notes=(),
+    plan_notes=(),
+    unfinished=None,
+)
+_OF_SETTINGS = ("target_batch_size", "prefer", "time_limit", "latency_limit")
+_OF_DEVICE = ("source", "foreign")
+
+
+def notes_after(**changes) -> tuple[str, ...]:
+    """Return the notes on a run that has none without `changes` of its fields."""
+
+    def changed(names):
+        return {name: changes.pop(name) for name in names if name in changes}
+
+    run = dataclasses.replace(_QUIET, **changed([f.name for f in dataclasses.fields(_QUIET)]))
+    device = {"name": "", "source": "NVML", "total": 12 * GIB, "foreign": GIB}
+    report = {
+        "trials": (
+            Trial(32, Outcome.FIT),
+            Trial(56, Outcome.FIT),
+            Trial(64, Outcome.OUT_OF_MEMORY),
+        ),
+        "dataset_size": None,
+        "look": None,
+        "settings": settings(**changed(_OF_SETTINGS)),
+        "device": Device(**(device | changed(_OF_DEVICE))),
+    }
+    return notes(example(**(report | changes)), run)

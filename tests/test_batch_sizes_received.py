@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    Sampler,
+    default_collate,
+)
 
 from autobatch.errors import FixedBatchSizeError
 from lightning_here import Model, data, quiet_trainer, tuner
@@ -52,6 +59,38 @@ def test_loader_of_which_batches_keep_their_size_is_refused_before_the_search(lo
         quiet_trainer(tuner()).fit(model, loader())
 
     assert model.sizes == []
+
+
+def four_of_each(samples):
+    return [part.repeat_interleave(4, 0) for part in default_collate(samples)]
+
+
+class Fours(DataLoader):
+    def __iter__(self):
+        return map(four_of_each, super().__iter__())
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [lambda: DataLoader(data(), 4, collate_fn=four_of_each), lambda: Fours(data(), 4)],
+    ids=["collate function", "iteration"],
+)
+def test_rows_of_each_sample_are_noted_and_samples_are_those_of_the_loader(loader):
+    if isinstance(given := loader(), Fours):
+        given.collate_fn = list  # the class collates
+    callback, model = tuner(target_batch_size=24), Model()
+
+    quiet_trainer(callback, max_epochs=1).fit(model, given)
+
+    micro = callback.report.plan.micro_batch_size
+    assert set(model.sizes) == {4 * micro}
+    assert len(model.sizes) == 600 // micro
+    assert callback.report.look.read == 600
+    assert any(
+        f"becomes 4 rows of a batch. Sizes and samples here are those of the loader: a micro-batch "
+        f"of {micro} has {4 * micro} rows." in note
+        for note in callback.report.notes
+    )
 
 
 class Scenes(Dataset):

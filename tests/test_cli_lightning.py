@@ -2,58 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import autobatch
+from forked import run_forked
 from lightning_here import HERE
 
 pytest.importorskip("jsonargparse")
+importlib.import_module(f"{HERE[0]}.cli")  # once, for all programs
 
-PROGRAM = """
-import importlib, json, sys, warnings
-warnings.simplefilter("ignore")
-package, built_in, *sys.argv[1:] = sys.argv[1:]
-pl = importlib.import_module(package)
-LightningCLI = importlib.import_module(package + ".cli").LightningCLI
-import torch
-from torch.utils.data import DataLoader, TensorDataset
-
-class Model(pl.LightningModule):
-    def __init__(self, batch_size: int = 4):
-        super().__init__()
-        self.save_hyperparameters()
-        self.net = torch.nn.Linear(8, 1)
-        self.sizes = []
-    def training_step(self, batch, _):
-        self.sizes.append(len(batch[0]))
-        return self.net(batch[0]).mean()
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.1)
-    def train_dataloader(self):
-        return DataLoader(TensorDataset(torch.zeros(640, 8)), self.hparams.batch_size)
-
-class Own(LightningCLI):
-    def add_arguments_to_parser(self, parser):
-        if built_in == "True":
-            import autobatch
-            parser.add_lightning_class_args(autobatch.AutoBatch, "autobatch")
-
-cli = Own(Model, save_config_callback=None)
-(callback,) = (c for c in cli.trainer.callbacks if type(c).__name__ == "AutoBatch")
-print("RESULT", json.dumps({
-    "sizes": sorted(set(cli.model.sizes)),
-    "effective": callback.report.plan.effective_batch_size,
-    "settings": callback.report.settings.model_dump(),
-    "search": type(callback._arguments.search).__name__,
-    "epochs": sorted(callback._epochs),
-    "total": callback.report.device.total,
-    "evaluates": callback._evaluates,
-}))
-"""
+PROGRAM = Path(__file__).with_name("cli_program.py")
 
 TRAINER = [
     "--trainer.accelerator=cpu",
@@ -65,14 +29,12 @@ TRAINER = [
 
 
 def fit(package, *arguments, built_in=False):
-    command = [sys.executable, "-c", PROGRAM, package, str(built_in), "fit"]
-    done = subprocess.run(
-        [*command, *TRAINER, *arguments],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    words = [package, str(built_in), "fit", *TRAINER, *arguments]
+    if package == HERE[0]:
+        done = run_forked(PROGRAM, *words)
+    else:  # only one of the two packages may be imported
+        command = [sys.executable, PROGRAM, *words]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     (line,) = (li for li in done.stdout.splitlines() if li.startswith("RESULT"))
     return json.loads(line.removeprefix("RESULT"))

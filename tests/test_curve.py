@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import random
 import time
-from dataclasses import replace
 
 import pytest
 import torch
@@ -10,13 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import autobatch
-from autobatch import BatchPlan
-from autobatch._report.notes import notes
-from autobatch._report.result import TuningResult
 from autobatch._throughput.curve import curve_sizes, enough, in_turns, point
 from autobatch._trials.timing import Timing
 from autobatch.testing import PaperDevice, SimulatedAccelerator
 from conftest import set_curve_seconds
+from report_examples import notes_after
 
 pytestmark = pytest.mark.curve
 
@@ -25,31 +22,6 @@ sizes = st.sets(st.integers(1, 5000), min_size=1, max_size=12)
 
 def timing(*seconds, optimizer=()):
     return Timing(tuple(seconds), tuple(optimizer))
-
-
-FOUND = TuningResult(
-    task="train",
-    plan=BatchPlan(8),
-    trials=(),
-    curve=(),
-    unreached=(),
-    curve_seconds=20.0,
-    target_batch_size=8,
-    prefer="largest",
-    latency_limit=None,
-    bound=None,
-    time_limit=None,
-    source="paper",
-    total=2**30,
-    foreign=0,
-    before=None,
-    learning_rate=None,
-    dataset_size=None,
-    trial_notes=(),
-    last_samples=None,
-    plan_notes=(),
-    look=None,
-)
 
 
 # Which sizes
@@ -241,7 +213,7 @@ def test_turns_closer_than_their_updates_are_no_drift():
 
 
 def told_of_drift(points):
-    return any("drifted" in note for note in notes(replace(FOUND, curve=tuple(points))))
+    return any("drifted" in note for note in notes_after(curve=tuple(points)))
 
 
 @given(st.lists(st.lists(st.floats(1e-6, 1e3), min_size=3, max_size=10), min_size=1, max_size=2))

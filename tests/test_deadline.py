@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+import autobatch
 from autobatch._trials.time_limit import TimeLimit
+from autobatch.testing import SimulatedAccelerator
 
 
 def after(seconds, *, limit=60.0, trials=None):
@@ -75,3 +78,54 @@ def test_excluded_seconds_are_spent_and_do_not_count():
 def test_the_nearest_size_is_the_smallest_above_or_the_largest(size, nearest):
     assert after(0, trials={16: 1.0, 4: 1.0}).nearest(size) == nearest
     assert after(0).nearest(size) is None
+
+
+class Clock(SimulatedAccelerator):
+    """A device on which only steps take time."""
+
+    now = 0.0
+
+    def clock(self):
+        return self.now
+
+
+def steps_of_find(seconds, **options):
+    """Return the report and the number of steps, if each step takes the seconds of its number."""
+    device, steps = Clock("1GiB"), []
+
+    def train(batch_size):
+        while True:
+            torch.ones(batch_size, 100).sum()
+            steps.append(batch_size)
+            device.now += seconds(len(steps))
+            yield
+
+    report = autobatch.find(train, device=device, verbose=False, **options)
+    return report, len(steps)
+
+
+@pytest.mark.parametrize(("time_limit", "expected"), [(5, 5), (4.5, 5), (0.5, 2), (None, 200)])
+def test_a_trial_ends_with_the_step_that_reaches_the_time_limit(time_limit, expected):
+    report, steps = steps_of_find(
+        lambda _: 1.0,
+        time_limit=time_limit,
+        steps_per_trial=100,
+        max_micro_batch_size=1,
+        timing_seconds=0,
+    )
+
+    assert steps == expected
+    assert report.plan.micro_batch_size == 1
+
+
+def test_timing_ends_with_the_update_that_uses_up_its_seconds():
+    in_trial = 2
+
+    _, steps = steps_of_find(
+        lambda step: 0.1 if step <= in_trial else 10.0,
+        timing_seconds=5,
+        steps_per_trial=2,
+        max_micro_batch_size=1,
+    )
+
+    assert steps == in_trial + 1 + 2  # the first update of a turn is not timed, and two make a time

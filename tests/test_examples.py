@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from conftest import set_curve_seconds
+from forked import run_forked
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -22,21 +23,14 @@ def packages_of(script: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.py")), ids=lambda p: p.name)
-def test_examples_run_and_print_a_report(script, tmp_path):
+def test_examples_run_and_print_a_report(script, tmp_path, monkeypatch):
     for package in packages_of(script):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"needs {package}")
+        importlib.import_module(package)  # once, for all examples
+    set_curve_seconds(monkeypatch, 2.0)
 
-    ran = subprocess.run(
-        [sys.executable, script],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        check=False,
-        cwd=tmp_path,
-        # Small networks gain nothing from more threads, and lose much if the cores are busy
-        env=os.environ | {"PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"},
-    )
+    ran = run_forked(script, cwd=tmp_path)
 
     assert ran.returncode == 0, ran.stderr
     # A report was printed

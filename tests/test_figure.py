@@ -251,20 +251,17 @@ def test_time_to_the_same_loss_is_shown_with_its_uncertainty():
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("without", "no gradient noise scale was measured"),
-        ("settling", "the gradient noise scale had not settled yet"),
-        ("a lower bound", "the gradient noise scale is at least 1,500"),
-        (
-            "no noise scale to be had",
-            "the gradient noise scale could not be measured: gradients are sharded",
-        ),
-        ("a noise scale, nothing timed", "no size was timed"),
+        ("without", "No gradient noise scale was measured."),
+        ("settling", "Noise scale not settled; at least 80.0 so far."),
+        ("a lower bound", "Noise scale at least 1,500: updates are too small to measure more."),
+        ("no noise scale to be had", "Noise scale not measured: gradients are sharded."),
+        ("a noise scale, nothing timed", "No size was timed."),
     ],
 )
 def test_footer_gives_the_reason_for_a_missing_estimate(name, why):
     shown = words(picture(name))
 
-    assert f"Time to the same loss: not estimated; {why}" in shown
+    assert f"Time to the same loss: not estimated. {why}" in shown
     assert "per update:" not in shown
 
 

@@ -19,7 +19,7 @@ from autobatch._latency import (
     slowest,
     stream,
 )
-from autobatch._report.latency import latency_facts
+from autobatch._report.latency import Answers, latency_facts
 from autobatch.report import Latency, LatencyLimit
 from latency_cases import Paper, answered, found, latency, measured, spans, steady
 
@@ -101,7 +101,7 @@ def test_no_batch_is_suggested_for_a_stream_that_none_answers_in_time():
     )
     limit = LatencyLimit(0.033, 99)
 
-    facts = latency_facts(latencies, limit, 32, "answer")
+    facts = latency_facts(Answers(latencies, limit, 32), "answer")
 
     (streams,) = (fact for fact in facts if fact.label == "Streams")
     assert "alone" not in streams.remark

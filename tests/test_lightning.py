@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import itertools
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch.utils.data import (
 
 import autobatch
 from autobatch.testing import SimulatedAccelerator
+from forked import run_forked
 from lightning_here import HERE, Model, data, pl, plain, tuner
 from lightning_here import quiet_trainer as trainer
 from sameness import same
@@ -30,39 +30,17 @@ CASES = importlib.import_module("lightning_cases").CASES
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Results of every case: tuned in one process, written by hand in another; in two halves."""
-    folders = [tmp_path_factory.mktemp("runs") for _ in range(2)]
-    halves = [sorted(CASES)[::2], sorted(CASES)[1::2]]
-    for mode in ("tuned", "by-hand"):
-        processes = [
-            subprocess.Popen(
-                [
-                    sys.executable,
-                    str(Path(__file__).with_name("lightning_cases.py")),
-                    mode,
-                    str(where / f"{mode}.pt"),
-                    str(where / "plans.json"),
-                    *half,
-                ],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
-            for where, half in zip(folders, halves, strict=True)
-        ]
-        outputs = [process.communicate(timeout=280)[0] for process in processes]
-        assert [process.returncode for process in processes] == [0, 0], outputs
-    return {
-        mode: {
-            case: result
-            for where in folders
-            for case, result in torch.load(where / f"{mode}.pt", weights_only=False).items()
-        }
-        for mode in ("tuned", "by-hand")
-    }
+    """Results of every case: tuned in one process, written by hand in another."""
+    folder = tmp_path_factory.mktemp("runs")
+    program = Path(__file__).with_name("lightning_cases.py")
+    modes = ("tuned", "by-hand")
+    for mode in modes:
+        ran = run_forked(program, mode, folder / f"{mode}.pt", folder / "plans.json")
+        assert ran.returncode == 0, ran.stderr
+    return {mode: torch.load(folder / f"{mode}.pt", weights_only=False) for mode in modes}
 
 
+@pytest.mark.timeout(900)  # the fixture trains all cases: minutes on a busy machine
 @pytest.mark.parametrize("case", CASES)
 def test_training_after_tuning_is_bit_identical_to_training_by_hand(runs, case):
     tuned, by_hand = dict(runs["tuned"][case]), runs["by-hand"][case]
@@ -433,7 +411,7 @@ def test_a_resumed_run_continues_with_the_plan_of_its_checkpoint(tmp_path, stop)
 
 
 def test_the_report_is_printed_and_written_beside_the_logs(tmp_path, capsys):
-    callback, logger = tuner(), pl.loggers.CSVLogger(tmp_path)
+    callback, logger = tuner(verbose=True), pl.loggers.CSVLogger(tmp_path)
 
     trainer(callback, logger=logger).fit(Model(), DataLoader(data(), batch_size=4))
 
@@ -509,7 +487,7 @@ def test_out_of_memory_at_any_allocation_of_a_trial_is_handled(allocation):
 
 
 @pytest.mark.parametrize("package", HERE)
-def test_it_works_with_both_lightning_packages(package):
+def test_it_works_with_both_lightning_packages(package, tmp_path):
     """The Trainer of one package; module and callback may come from the other."""
     code = f"""
 import importlib
@@ -537,4 +515,10 @@ trainer.fit(Model(), DataLoader(TensorDataset(torch.zeros(64, 8)), batch_size=4)
 assert callback.report.plan.effective_batch_size == 32
 assert {package.partition(".")[0]!r} in callback.report.environment
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, capture_output=True)
+    program = tmp_path / "program.py"
+    program.write_text(code)
+    if package == HERE[0]:
+        ran = run_forked(program)
+    else:  # only one of the two packages may be imported
+        ran = subprocess.run([sys.executable, program], check=False, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr

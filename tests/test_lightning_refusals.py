@@ -26,14 +26,18 @@ class WithHook(Model):
         return DataLoader(data(), batch_size=self.hparams.batch_size)
 
 
+class Pulls(Model):
+    def training_step(self, dataloader_iter):
+        batch, batch_idx, _ = next(dataloader_iter)
+        return super().training_step(batch, batch_idx)
+
+
 class Precomputed(Sampler):
     """Batches that are computed once."""
 
-    def __init__(self, batch_size):
-        self.batch_size = batch_size
-        self.batches = [
-            list(range(start, start + batch_size)) for start in range(0, 600, batch_size)
-        ]
+    def __init__(self, size):
+        self.batch_size = size
+        self.batches = [list(range(start, start + size)) for start in range(0, 600, size)]
 
     def __iter__(self):
         return iter(self.batches)
@@ -42,8 +46,8 @@ class Precomputed(Sampler):
 class Fixed(Sampler):
     """Batches of the right size, in a fixed number."""
 
-    def __init__(self, batch_size):
-        self.batch_size, self.length = batch_size, 600 // batch_size
+    def __init__(self, size):
+        self.batch_size, self.length = size, 600 // size
 
     def __iter__(self):
         return iter([list(range(self.batch_size))] * self.length)
@@ -59,6 +63,7 @@ class Tokens(Sampler):
         return iter([[0, 1, 2], [3]])
 
 
+@pytest.mark.filterwarnings("ignore:.*`dataloader_iter`")
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
@@ -101,6 +106,7 @@ class Tokens(Sampler):
             ),
             "GradientAccumulationScheduler",
         ),
+        (lambda: (Pulls(), plain(), {}), "training_step takes the iterator of the loader"),
     ],
     ids=[
         "list of batches",
@@ -111,6 +117,7 @@ class Tokens(Sampler):
         "finder",
         "fixed length",
         "scheduler",
+        "iterator of the loop",
     ],
 )
 def test_unsupported_runs_are_refused_before_anything_changes(make, sentence):

@@ -304,3 +304,26 @@ def test_loader_made_again_at_its_own_size_is_refused_before_training():
         trainer.fit(model)
 
     assert model.epochs == []
+
+
+def test_what_a_hook_of_loaders_sets_is_there_in_every_trial_and_by_hand_once():
+    class Counts(Model):
+        made = 0
+
+        def train_dataloader(self):
+            self.made += 1
+            self.scale = torch.ones(())
+            return plain()
+
+        def training_step(self, batch, batch_idx):
+            return self.scale * super().training_step(batch, batch_idx)
+
+    model = Counts()
+    tuner = autobatch.AutoBatch(
+        target_batch_size=24, max_micro_batch_size=12, device=SimulatedAccelerator("1MiB")
+    )
+    options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    pl.Trainer(max_epochs=1, callbacks=[tuner], enable_progress_bar=False, **options).fit(model)
+
+    assert len(tuner.report.trials) > 1
+    assert model.made == 1

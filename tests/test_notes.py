@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autobatch import BatchPlan, Outcome, Trial
-from autobatch._report.notes import notes
-from autobatch._report.result import Bound, TuningResult, tightest_bound
+from autobatch._report.result import Bound, tightest_bound
 from autobatch.report import CurvePoint, LearningRateRule, Look
+from report_examples import notes_after
 
 
 def drifted(drift):
@@ -37,33 +37,6 @@ def scattered(size, low, high):
     )
 
 
-QUIET = TuningResult(
-    task="train",
-    latency_limit=None,
-    trial_notes=(),
-    plan_notes=(),
-    plan=BatchPlan(32, 8),
-    trials=(
-        Trial(32, Outcome.FIT),
-        Trial(56, Outcome.FIT),
-        Trial(64, Outcome.OUT_OF_MEMORY),
-    ),
-    target_batch_size=256,
-    prefer="largest",
-    bound=Bound(256, "target_batch_size=256 needs no more than 256 at once"),
-    time_limit=None,
-    source="NVML",
-    total=12 * 2**30,
-    foreign=2**30,
-    before=None,
-    curve=(),
-    unreached=(),
-    curve_seconds=20.0,
-    learning_rate=None,
-    dataset_size=None,
-    last_samples=None,
-    look=None,
-)
 NO_BOUND = {
     "target_batch_size": None,
     "max_micro_batch_size": None,
@@ -76,22 +49,22 @@ def test_evaluation_has_no_notes_on_updates():
     sizes = (
         Trial(size, Outcome.FIT, step_seconds=size / speed) for size, speed in ((16, 96), (64, 100))
     )
-    result = replace(
-        QUIET,
-        plan=BatchPlan(64),
-        trials=tuple(sizes),
-        dataset_size=64,
-        target_batch_size=None,
-        bound=None,
-    )
+    result = {
+        "plan": BatchPlan(64),
+        "trials": tuple(sizes),
+        "dataset_size": 64,
+        "target_batch_size": None,
+        "bound": None,
+    }
 
-    assert any("update" in note for note in notes(result))
-    assert notes(replace(result, task="predict")) == ("64 fits, and is about as fast as 16.",)
-    assert notes(replace(result, task="answer", latency_limit=0.1)) == ()
+    assert any("update" in note for note in notes_after(**result))
+    predicting = notes_after(**result, task="predict")
+    assert predicting == ("64 fits, and is about as fast as 16.",)
+    assert notes_after(**result, task="answer", latency_limit=0.1) == ()
 
 
 def test_quiet_result_has_no_notes():
-    assert notes(QUIET) == ()
+    assert notes_after() == ()
 
 
 @pytest.mark.parametrize(
@@ -163,7 +136,13 @@ def test_quiet_result_has_no_notes():
                 "Timings drifted by 12 % while sizes were timed; other processes may use this device.",
             ),
             (
-                {"time_limit": 40.0, "latency_limit": 1.0, "task": "answer"},
+                {
+                    "time_limit": 40.0,
+                    "is_out_of_time": True,
+                    "target_batch_size": None,
+                    "latency_limit": 1.0,
+                    "task": "answer",
+                },
                 "The search stopped at time_limit=40 seconds: larger sizes may answer in time too.",
             ),
             (
@@ -175,7 +154,7 @@ def test_quiet_result_has_no_notes():
             ),
             (
                 {
-                    "trials": (Trial(8, Outcome.FIT), *QUIET.trials),
+                    "trials": tuple(Trial(size, Outcome.FIT) for size in (8, 32, 56)),
                     "unreached": (2, 4, 56, 8),
                 },
                 (
@@ -200,7 +179,7 @@ def test_quiet_result_has_no_notes():
                 "Largest fit not sought: max_micro_batch_size=56 allows no more.",
             ),
             (
-                {"time_limit": 300.0},
+                {"is_out_of_time": True},
                 "The search stopped at time_limit=300 seconds: 56 is the largest verified so far, more may fit.",
             ),
             (
@@ -210,7 +189,7 @@ def test_quiet_result_has_no_notes():
             (
                 {
                     "trials": (
-                        *QUIET.trials,
+                        Trial(32, Outcome.FIT),
                         Trial(1, Outcome.REFUSED, error="ValueError: too few"),
                         Trial(3, Outcome.REFUSED, error="KeyError: 3"),
                         Trial(5, Outcome.REFUSED, error="KeyError: 5"),
@@ -234,17 +213,16 @@ def test_quiet_result_has_no_notes():
     ],
 )
 def test_each_note_has_its_trigger(changes, expected):
-    assert notes(replace(QUIET, **changes)) == tuple(expected)
+    assert notes_after(**changes) == tuple(expected)
 
 
 def test_notes_on_the_plan_come_before_notes_on_measurements():
-    result = replace(
-        QUIET,
+    shown = notes_after(
         trial_notes=("a trial note",),
         plan_notes=("a plan note",),
         target_batch_size=257,
         plan=BatchPlan(32, 4, 2),
-        time_limit=300.0,
+        is_out_of_time=True,
         before=BatchPlan(32, 2),
         dataset_size=200,
         trials=(
@@ -272,22 +250,21 @@ def test_notes_on_the_plan_come_before_notes_on_measurements():
         "Timings drifted",
         "Memory is read",
     ]
-    shown = notes(result)
     assert len(shown) == len(begins)
     assert all(note.startswith(one) for note, one in zip(shown, begins, strict=True))
 
 
 @pytest.mark.parametrize("bound", [56, 57])
 def test_memory_of_other_processes_is_noted_only_if_memory_limits_the_search(bound):
-    result = replace(QUIET, foreign=3 * 2**30, bound=Bound(bound, "there is no more"))
+    found = notes_after(foreign=3 * 2**30, bound=Bound(bound, "there is no more"))
 
-    shown = [note for note in notes(result) if note.startswith("Other processes hold")]
+    shown = [note for note in found if note.startswith("Other processes hold")]
 
     assert bool(shown) == (bound > 56)
 
 
 def test_overridden_accumulation_joins_the_note_on_the_changed_batch():
-    (note,) = notes(replace(QUIET, before=BatchPlan(64, 2)))
+    (note,) = notes_after(before=BatchPlan(64, 2))
 
     assert note.endswith(
         " to 256. accumulate_grad_batches=2 of the Trainer is overridden with 8 to reach target_batch_size."
@@ -339,10 +316,10 @@ def test_overridden_accumulation_joins_the_note_on_the_changed_batch():
     ],
 )
 def test_no_note_below_its_trigger(changes):
-    assert notes(replace(QUIET, **changes)) == ()
+    assert notes_after(**changes) == ()
 
 
-LARGEST = replace(QUIET, target_batch_size=None, plan=BatchPlan(64), bound=None)
+LARGEST = {"target_batch_size": None, "plan": BatchPlan(64), "bound": None}
 
 
 @pytest.mark.parametrize(
@@ -362,7 +339,7 @@ def test_the_largest_that_fits_is_compared_with_smaller_ones(speeds, expected):
         Trial(size, Outcome.FIT, step_seconds=size / speed) for size, speed in speeds.items()
     )
 
-    assert notes(replace(LARGEST, trials=trials)) == expected
+    assert notes_after(**LARGEST, trials=trials) == expected
 
 
 @pytest.mark.parametrize("changes", [{"target_batch_size": 32}, {"latency_limit": 1.0}])
@@ -372,8 +349,10 @@ def test_sizes_are_not_compared_with_a_target_or_a_latency_limit(changes):
         Trial(32, Outcome.FIT, step_seconds=0.3),
     )
 
-    assert notes(replace(LARGEST, plan=BatchPlan(32), trials=trials)) != ()
-    assert notes(replace(LARGEST, plan=BatchPlan(32), trials=trials, **changes)) == ()
+    slower = LARGEST | {"plan": BatchPlan(32), "trials": trials}
+
+    assert notes_after(**slower) != ()
+    assert notes_after(**(slower | changes)) == ()
 
 
 @pytest.mark.parametrize(
@@ -404,6 +383,16 @@ def test_bound_has_its_reason(given_bounds, batch_size, reason):
     assert bound == Bound(batch_size, reason)
 
 
+@pytest.mark.curve  # with the usual limit of 20 seconds
+def test_a_share_of_the_training_that_was_too_short_for_timing_is_named():
+    (note,) = notes_after(unreached=(16,), curve_seconds=0.003)
+
+    assert note == (
+        "0.003 seconds, a tenth of the planned training, were too few to time all sizes: "
+        "micro-batches of 16 were left out."
+    )
+
+
 def test_no_bound_without_limits():
     assert tightest_bound(**NO_BOUND) is None
 
@@ -427,7 +416,7 @@ def test_memory_held_by_fragments_is_noted_with_the_size_that_may_fit(allocated,
     gib = 2**30
     trial = Trial(2424, Outcome.FIT, peak=125 * gib, resident=gib, allocated=allocated * gib)
 
-    found = notes(replace(QUIET, trials=(trial,), total=150 * gib, bound=None))
+    found = notes_after(plan=BatchPlan(2424), trials=(trial,), total=150 * gib, bound=None)
 
     more = 2424 * 124 // (allocated - 1)
     expected = (
@@ -441,6 +430,6 @@ def test_memory_held_by_fragments_is_noted_with_the_size_that_may_fit(allocated,
 def test_fragments_do_not_matter_if_more_samples_are_not_needed():
     trial = Trial(256, Outcome.FIT, peak=2**33, resident=2**20, allocated=2**32)
 
-    found = notes(replace(QUIET, trials=(trial,)))
+    found = notes_after(plan=BatchPlan(256), trials=(trial,))
 
     assert not any("fragments" in note for note in found)

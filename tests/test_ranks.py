@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import importlib
 import importlib.util
 import os
 import socket
@@ -13,6 +15,7 @@ import torch
 from autobatch import BatchPlan, Outcome, Trial
 from autobatch._distributed import SingleProcess
 from autobatch._trials.runner import merged
+from forked import forked
 from sameness import same
 
 CASES = Path(__file__).with_name("ddp_cases.py")
@@ -93,6 +96,23 @@ def finish(*processes):
     assert [process.returncode for process in processes] == [0] * len(processes), outputs
 
 
+def as_by_torchrun(rank, port):
+    """Return the environment of one of two processes; slow tests use torchrun itself."""
+    return {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GROUP_RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "GROUP_WORLD_SIZE": "1",
+        "TORCHELASTIC_RUN_ID": "none",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_USE_AGENT_STORE": "False",
+    }
+
+
 def start(*command):
     environment = {
         name: value
@@ -130,10 +150,17 @@ def job(tmp_path_factory):
         "everything",
         "noise",
         "uneven",
-        "missing",
+        "refusing",
     )
-    port = ("--master-port", free_port())
-    finish(start(*TORCHRUN, "--nproc-per-node", 2, *port, CASES, where, *cases))
+    importlib.import_module("torchmetrics")  # once, for both
+    with contextlib.ExitStack() as stack:
+        port = free_port()
+        ranks = [
+            stack.enter_context(forked(CASES, where, *cases, env=as_by_torchrun(rank, port)))
+            for rank in (0, 1)
+        ]
+        ended = [finish() for finish in ranks]
+    assert [each.returncode for each in ended] == [0, 0], [each.stderr for each in ended]
     return results(where)
 
 
@@ -150,6 +177,7 @@ def assert_as_by_hand(ranks):
 
 
 @needs_lightning
+@pytest.mark.timeout(900)  # the fixture runs all cases: minutes on a busy machine
 @pytest.mark.parametrize("case", ["passed", "hook", "less memory"])
 def test_two_ranks_train_bit_identically_after_tuning(job, case):
     ranks = [rank[case] for rank in job]
@@ -209,8 +237,20 @@ def test_ranks_with_different_shards_choose_one_plan(job):
 
 
 @needs_lightning
-def test_a_rank_that_tunes_alone_ends_in_one_sentence(job):
-    assert job[0]["missing"] == (
+def test_a_rank_that_fails_while_the_plan_is_applied_ends_the_others(job):
+    first, second = (rank["refusing"] for rank in job)
+
+    assert first == "AutobatchError: Rank 1 stopped: ZeroDivisionError: mine"
+    assert second == "ZeroDivisionError: mine"
+
+
+@needs_lightning
+@pytest.mark.slow
+def test_a_callback_on_one_rank_alone_ends_in_one_sentence(tmp_path):
+    port = ("--master-port", free_port())
+    finish(start(*TORCHRUN, "--nproc-per-node", 2, *port, CASES, tmp_path, "missing"))
+
+    assert results(tmp_path)[0]["missing"] == (
         "Rank 1 has not come to tune within 2 seconds: all ranks tune together. Give every rank "
         "the same callbacks and arguments."
     )

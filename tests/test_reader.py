@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
+import random
 import threading
 import time
 from collections import UserDict
@@ -162,6 +163,14 @@ def test_collate_function_that_counts_and_draws_goes_on_as_by_hand():
     assert_same_training(*both)
 
 
+class Drawn(Deep):
+    """Augments at random, by all generators that a worker has."""
+
+    def __getitem__(self, index):
+        x, y = super().__getitem__(index)
+        return x + torch.rand(()) + np.random.random() + random.random(), y
+
+
 class Scheduled(Takes):
     def configure_optimizers(self):
         assert self.trainer.estimated_stepping_batches > 0
@@ -170,7 +179,7 @@ class Scheduled(Takes):
 
 def test_persistent_workers_and_a_schedule_keep_the_order_of_the_data():
     def loader(n):
-        return DataLoader(data(), n, shuffle=True, num_workers=1, persistent_workers=True)
+        return DataLoader(Drawn(), n, shuffle=True, num_workers=1, persistent_workers=True)
 
     _, *both = tuned_and_by_hand(loader, Scheduled)
 
@@ -361,6 +370,23 @@ def test_timeout_of_the_loader_holds_for_a_worker_that_hangs():
     with pytest.raises(RuntimeError, match="timed out after 1 seconds"):
         tuner().tune(quiet_trainer(), Takes(), DataLoader(Hangs(), 4, num_workers=1, timeout=1))
 
+    assert not children()
+
+
+def test_data_set_that_hangs_in_the_other_process_is_read_in_this_one(monkeypatch):
+    monkeypatch.setattr(_reader, "_MAX_IDLE", 0.5)
+
+    class Hangs(Deep):
+        parent = os.getpid()
+
+        def __getitem__(self, index):
+            if os.getpid() != self.parent:
+                time.sleep(600)
+            return super().__getitem__(index)
+
+    report = tuner().tune(quiet_trainer(), Takes(), DataLoader(Hangs(), 4))
+
+    assert report.look.read == 600
     assert not children()
 
 

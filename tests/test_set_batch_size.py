@@ -238,12 +238,31 @@ def test_setter_that_changes_nothing_is_refused():
 
     with pytest.raises(
         autobatch.AutobatchError,
-        match=r"set_batch_size leaves its first batch at (\d+) samples, both at \1 and at",
+        match=r"set_batch_size was called with \d+, and the loader makes batches of [2-9, ]+ samples",
     ) as caught:
         trainer(tuner(set_batch_size=lambda *_: None)).fit(model, loader)
 
     assert "\n" not in str(caught.value)
     assert (model.batches, loader.batch_sampler.tokens) == ([], 16)
+
+
+def test_setter_that_changes_the_first_batch_only_is_refused_before_the_search():
+    class First(Budget):
+        first = None
+
+        def __iter__(self):
+            yield list(range(self.first or 4))
+            yield from super().__iter__()
+
+    loader, model = DataLoader(Indexed(), batch_sampler=First(16)), Tokens()
+
+    def set_first(loader, batch_size):
+        loader.batch_sampler.first = batch_size
+
+    with pytest.raises(autobatch.AutobatchError, match="set_batch_size was called with 9, and the"):
+        trainer(tuner(set_batch_size=set_first)).fit(model, loader)
+
+    assert (model.batches, loader.batch_sampler.first) == ([], None)
 
 
 def test_first_batch_with_all_data_need_not_change():
@@ -255,23 +274,36 @@ def test_first_batch_with_all_data_need_not_change():
 
 def test_error_without_a_setter_names_set_batch_size():
     with pytest.raises(
-        autobatch.AutobatchError, match=r"Budget, has no batch_size \(set_batch_size"
+        autobatch.AutobatchError, match=r"Budget, has no batch_size; pass set_batch_size"
     ):
         trainer(tuner()).fit(Tokens(), by_budget())
 
 
-@pytest.mark.parametrize("least", [1, 20], ids=["at first", "when it is applied"])
-def test_error_of_the_setter_passes_through_and_restores_the_loader(least):
+def exploding_from(least):
     def explode(loader, batch_size):
         budget(loader, batch_size)
         if batch_size >= least:
             raise ZeroDivisionError("mine")
 
+    return explode
+
+
+def test_error_of_the_setter_passes_through_and_restores_the_loader():
     loader = by_budget()
 
     with pytest.raises(ZeroDivisionError, match="mine"):
-        trainer(tuner(set_batch_size=explode)).fit(Tokens(), loader)
+        trainer(tuner(set_batch_size=exploding_from(1))).fit(Tokens(), loader)
 
+    assert loader.batch_sampler.tokens == 16
+
+
+def test_sizes_that_the_setter_does_not_take_are_left_out():
+    loader, callback = by_budget(), tuner(set_batch_size=exploding_from(20))
+
+    trainer(callback).fit(Tokens(), loader)
+
+    assert callback.report.plan.micro_batch_size < 20
+    assert callback.report.plan.effective_batch_size == 120
     assert loader.batch_sampler.tokens == 16
 
 

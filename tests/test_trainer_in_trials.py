@@ -38,6 +38,7 @@ class Reader(Model):
             "batches": trainer.num_training_batches,
             "validation": getattr(trainer.val_dataloaders, "batch_size", None),
             "validation batches": trainer.num_val_batches,
+            "batches between validations": trainer.val_check_batch,
             "updates": trainer.estimated_stepping_batches,
             "accumulation": trainer.accumulate_grad_batches,
             "epoch": trainer.current_epoch,
@@ -88,8 +89,8 @@ class Stream(IterableDataset):
         {},
         {"limit_train_batches": 0.5, "limit_val_batches": 0.5},
         {"limit_train_batches": 3, "limit_val_batches": 1},
-        {"max_steps": 7},
-        {"accumulate_grad_batches": 3},
+        {"max_steps": 7, "val_check_interval": "00:01:00:00"},
+        {"accumulate_grad_batches": 3, "val_check_interval": 0.5},
     ],
     ids=str,
 )

@@ -13,6 +13,7 @@ import torch
 from autobatch import _settings
 from autobatch._latency import best_within
 from autobatch._latency.search import SECONDS_TIMED, LatencySearch
+from autobatch._memory.host import HostProbe
 from autobatch._plan import (
     MAX_CONFIRMATIONS,
     BatchPlan,
@@ -21,9 +22,9 @@ from autobatch._plan import (
     per_rank,
 )
 from autobatch._report import Device, TuningReport
-from autobatch._report.latency import latency_notes, nothing_within, too_slow_reason
+from autobatch._report.latency import nothing_within, too_slow_reason
 from autobatch._report.notes import notes
-from autobatch._report.result import Bound, TuningResult, tightest_bound
+from autobatch._report.result import Bound, RunDetails, tightest_bound
 from autobatch._search.guided import GuidedBisection
 from autobatch._search.multiples import next_multiple
 from autobatch._throughput.curve import Throughput, add_to_curve, measure_throughput
@@ -33,7 +34,7 @@ from autobatch._trials.runner import Accumulation, TrialRunner
 from autobatch.errors import AutobatchError, DoesNotFitError, ShortTrialError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable
 
     from autobatch._distributed import Ranks
     from autobatch._search import Search
@@ -93,7 +94,9 @@ def tune(
         runner.begin("checking the plan")
         plan = choose_plan(runner, throughput, subject.last_micro_batch, preference)
         throughput = add_to_curve(throughput, runner, plan.micro_batch_size)
+        _check_size_is_used([*runner.trials, *map(runner.merge, throughput.unrecorded.values())])
     check_same_plan(plan, context.ranks)
+    keep_within_budget(plan, runner)
     return build_report(
         subject, settings, runner, sizes, plan, throughput, latency, curve_seconds=seconds
     )
@@ -238,7 +241,7 @@ def find_largest_fit(
             continue
         if trial.batch_size < size:  # the workload could not fill it
             sizes = sizes.limited(trial.batch_size)
-        _check_size_is_used(trial, runner.trials)
+        _check_size_is_used(runner.trials)
         too_slow = latency.too_slow(trial.batch_size) if latency and trial.fits else None
         if latency and too_slow:  # larger sizes would fit, but take too long
             high = min(sizes.high, trial.batch_size)
@@ -277,14 +280,14 @@ def _proposal(search: Search, runner: TrialRunner, sizes: SearchRange) -> int | 
     return search.propose(trials, start=start, high=sizes.high, budget=runner.budget)
 
 
-def _check_size_is_used(trial: Trial, trials: Sequence[Trial]) -> None:
-    allocations = _allocations(trial)
-    if len(allocations) < 3:  # noqa: PLR2004 -- the peak and a single allocation show nothing
-        return
-    for other in trials:
-        is_far = trial.batch_size >= _IGNORED_FACTOR * other.batch_size
-        is_same = trial.accumulate == other.accumulate and _allocations(other) == allocations
-        if is_far and is_same:
+def _check_size_is_used(trials: Iterable[Trial]) -> None:
+    smallest: dict[tuple[int, ...], Trial] = {}  # of the trials with the same allocations
+    for trial in sorted(trials, key=lambda each: each.batch_size):
+        allocations = _allocations(trial)
+        if len(allocations) < 3:  # noqa: PLR2004 -- the peak and a single allocation show nothing
+            continue
+        other = smallest.setdefault((trial.accumulate, *allocations), trial)
+        if trial.batch_size >= _IGNORED_FACTOR * other.batch_size:
             raise ValueError(
                 "Memory use was identical at "
                 f"batch_size={other.batch_size} and at batch_size={trial.batch_size}, so the "
@@ -350,6 +353,15 @@ def check_same_plan(plan: BatchPlan, ranks: Ranks) -> None:
         )
 
 
+def keep_within_budget(plan: BatchPlan, runner: TrialRunner) -> None:
+    """Let training begin with as little memory as trials, and stay within the budget on a host."""
+    probe = runner.context.probe
+    probe.release()
+    trial = next(t for t in reversed(runner.trials) if t.batch_size == plan.micro_batch_size)
+    if isinstance(probe, HostProbe) and trial.peak is not None:
+        probe.keep_within(runner.budget - trial.resident, trial.peak - trial.resident)
+
+
 def build_report(
     subject: Subject,
     settings: Settings,
@@ -362,65 +374,43 @@ def build_report(
     curve_seconds: float,
 ) -> TuningReport:
     """Return the report of a run."""
-    probe, reading = runner.context.probe, runner.context.budget.reading
-    result = TuningResult(
-        task=subject.task,
-        plan=plan,
-        trials=tuple(map(throughput.with_times, runner.trials)),
-        curve=throughput.curve,
+    context = runner.context
+    run = RunDetails(
+        bound=sizes.bound_met,
+        is_out_of_time=runner.is_out_of_time,
         unreached=throughput.unreached,
         curve_seconds=curve_seconds,
-        target_batch_size=settings.target_batch_size,
-        prefer=settings.prefer,
-        latency_limit=settings.latency_limit,
-        bound=sizes.bound_met,
-        time_limit=settings.time_limit if runner.is_out_of_time else None,
-        source=probe.source,
-        total=reading.total,
-        foreign=reading.foreign,
         before=subject.previous_plan,
-        learning_rate=subject.learning_rate_rule(),
-        dataset_size=subject.samples_per_epoch(plan),
         last_samples=subject.last_micro_batch(plan.micro_batch_size),
         trial_notes=subject.trial_notes(plan),
-        plan_notes=_plan_notes(subject, plan, runner, latency),
-        look=subject.largest_samples(),
+        plan_notes=subject.plan_notes(plan, runner.time_limit),
+        unfinished=latency.unfinished if latency else None,
     )
-    return TuningReport(
+    probe, reading = context.probe, context.budget.reading
+    report = TuningReport(
         autobatch_version=version("lightning-autobatch"),
         settings=settings,
         subject=subject.name,
         device=Device(
-            name=probe.name, source=probe.source, total=result.total, foreign=result.foreign
+            name=probe.name, source=probe.source, total=reading.total, foreign=reading.foreign
         ),
         budget=runner.budget,
-        trials=result.trials,
+        trials=tuple(map(throughput.with_times, runner.trials)),
         plan=plan,
         task=subject.task,
         latencies=latency.latencies if latency else (),
         can_accumulate=subject.can_accumulate,
-        dataset_size=result.dataset_size,
-        look=result.look,
-        curve=result.curve,
+        dataset_size=subject.samples_per_epoch(plan),
+        look=subject.largest_samples(),
+        curve=throughput.curve,
         loading=throughput.loading,
-        learning_rate=result.learning_rate,
-        search_seconds=runner.context.seconds(),
-        notes=notes(result),
+        learning_rate=subject.learning_rate_rule(),
+        search_seconds=context.seconds(),
+        timing_seconds=latency.spent if latency else throughput.seconds,
+        notes=(),
         environment=subject.environment,
     )
-
-
-def _plan_notes(
-    subject: Subject, plan: BatchPlan, runner: TrialRunner, latency: LatencySearch | None
-) -> tuple[str, ...]:
-    found = subject.plan_notes(plan, runner.time_limit)
-    if latency is None:
-        return found
-    size = plan.micro_batch_size
-    return (
-        *latency_notes(latency.latencies, latency.limit, size, latency.unfinished),
-        *found,
-    )
+    return report.model_copy(update={"notes": notes(report, run)})
 
 
 # Arguments of find() and AutoBatch

@@ -8,12 +8,10 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.text import Text
 
 from autobatch._progress import is_a_terminal, progress
-from autobatch._report import TuningReport, files
-from autobatch._report.layout import COLOURED, WIDTH, glyphs_for, renderable
+from autobatch._report import TuningReport, files, layout
 from autobatch._report.text import completed, page, resumed
 from autobatch._trials.context import Progress
 
@@ -71,23 +69,17 @@ def _print(text: str) -> None:
 
 def _rendered(content: Page) -> str:
     text = io.StringIO()
-    output = Console(
-        file=text,
-        width=WIDTH,
-        theme=COLOURED,
-        highlight=False,
-        force_terminal=is_a_terminal(sys.stdout) or None,
-        force_jupyter=False,
-    )
-    for segments in output.render_lines(renderable(content, _glyphs()), pad=False):
+    is_terminal = is_a_terminal(sys.stdout) or None
+    output = layout.console(text, layout.COLOURED, force_terminal=is_terminal)
+    for segments in output.render_lines(layout.renderable(content), pad=False):
         line = Text.assemble(*((part, style or "") for part, style, _ in segments))
         line.rstrip()  # a narrow terminal would wrap the blanks that fill the width
         output.print(line, soft_wrap=True)
-    return text.getvalue()
+    return _glyphs().spell(text.getvalue())
 
 
 def _glyphs() -> Glyphs:
-    return glyphs_for(getattr(sys.stdout, "encoding", None))
+    return layout.glyphs_for(getattr(sys.stdout, "encoding", None))
 
 
 def log(report: TuningReport) -> None:

@@ -7,8 +7,8 @@ import os
 import sys
 import threading
 import weakref
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import torch
 
@@ -20,6 +20,10 @@ from autobatch._memory import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+
+_ENCODER_LAYER: Final = torch.ops.aten._transformer_encoder_layer_fwd.default
+# Most sizes to keep: operators with new numbers, such as a step count, would add them without end
+_MOST_SIZES: Final = 20_000
 
 
 def unobserved() -> contextlib.AbstractContextManager[None]:
@@ -76,6 +80,9 @@ class Ledger:
         message: First words of its out-of-memory errors, by which other libraries recognise them.
     """
 
+    # Bytes that an operator allocates, by its signature, which alone decides them on any device
+    _sizes: ClassVar[dict[Any, int | None]] = {}
+
     def __init__(self, message: str = "out of memory") -> None:
         self._message = message
         self.current = 0
@@ -86,7 +93,6 @@ class Ledger:
         self.refuse_at: int | None = None
         self._limit: int | None = None
         self._entries: dict[int, _Entry] = {}
-        self._sizes: dict[Any, int | None] = {}
         self._profile = StepProfile(0)
         # Re-entrant: a storage may die, and call back, while an entry is being written
         self._lock = threading.RLock()
@@ -113,7 +119,7 @@ class Ledger:
 
     def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one operator and charge its result; refuse it beforehand if it would not fit."""
-        if self._limit is not None:
+        if self._limit is not None and _may_allocate(func):
             # Before it runs: an absurd request must not take down the host
             expected = self._expected(func, args, kwargs)
             if expected and self.current + expected > self._limit:
@@ -123,7 +129,7 @@ class Ledger:
         arguments: dict[int, int] | None = None  # collected only if needed
         for storage in _storages_in(result):
             if _key(storage) not in self._entries:
-                arguments = _sizes_in((args, kwargs)) if arguments is None else arguments
+                arguments = _sizes_in((args, *kwargs.values())) if arguments is None else arguments
                 if _key(storage) in arguments:
                     continue  # a view of data that was never attached
             self._charge(storage)
@@ -186,17 +192,14 @@ class Ledger:
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> int | None:
         """Bytes an operator will allocate, from a run on the meta device; None if unknown."""
-        returns = func._schema.returns  # type: ignore[attr-defined]
-        if not returns or all(value.alias_info is not None for value in returns):
-            return 0  # views and in-place operators allocate nothing
-        if torch.Tag.nondeterministic_seeded in func.tags:  # type: ignore[attr-defined]
-            return None  # a run on the meta device would draw random numbers too
         try:
             key = (func, _signature(args), _signature(tuple(sorted(kwargs.items()))))
             if key in self._sizes:
                 return self._sizes[key]
         except TypeError:  # an argument that cannot be hashed
             return None
+        if len(self._sizes) >= _MOST_SIZES:
+            self._sizes.clear()
         self._sizes[key] = size = _size_on_meta(func, args, kwargs)
         return size
 
@@ -222,6 +225,16 @@ class _Mode(TorchDispatchMode):
         return self._ledger.run(func, args, kwargs or {})
 
 
+@cache
+def _may_allocate(func: Callable[..., Any]) -> bool:
+    """Return whether a run on the meta device can show what an operator allocates."""
+    returns = func._schema.returns  # type: ignore[attr-defined]
+    if all(value.alias_info is not None for value in returns):
+        return False  # views and in-place operators allocate nothing
+    # A run on the meta device would draw random numbers too
+    return torch.Tag.nondeterministic_seeded not in func.tags  # type: ignore[attr-defined]
+
+
 def _autocast_of(func: Callable[..., Any]) -> contextlib.AbstractContextManager[Any]:
     """Let autocast act within an operator as it does without a dispatch mode.
 
@@ -229,7 +242,7 @@ def _autocast_of(func: Callable[..., Any]) -> contextlib.AbstractContextManager[
     kernels are cast as a whole before; under CPU autocast torch 2.13 takes this one, of a
     `TransformerEncoderLayer` in eval mode, which is not.
     """
-    if func.name() != "aten::_transformer_encoder_layer_fwd":  # type: ignore[attr-defined]
+    if func is not _ENCODER_LAYER:
         return contextlib.nullcontext()
     # The state of the thread on entry to the operator has no public name
     with torch._C._RestorePythonTLSSnapshot():  # type: ignore[attr-defined]
@@ -285,9 +298,12 @@ def _storages(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
 
 
 def _storages_in(values: Any) -> Iterator[torch.UntypedStorage]:
-    for leaf in tree_leaves(values):
-        if isinstance(leaf, torch.Tensor):
-            yield from _storages(leaf)
+    # Operators take and return tensors, and lists of them: faster than a walk of any tree
+    if isinstance(values, torch.Tensor):
+        yield from _storages(values)
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            yield from _storages_in(value)
 
 
 def _sizes_in(values: Any) -> dict[int, int]:

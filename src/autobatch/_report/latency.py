@@ -2,23 +2,70 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from autobatch._latency import enough_calls, is_below_slowest, knee, largest_within, stream
-from autobatch._report.layout import Column, Fact
+from autobatch._latency import calls_above, enough_calls, knee, largest_within, stream
+from autobatch._report.layout import Column, Fact, Table
 from autobatch._report.tables import bar, counts, measures, numbers, table_of, thinned
-from autobatch._report.units import BYTES, SECONDS, counted, duration, percent, rounded, unit_for
+from autobatch._report.units import (
+    BYTES,
+    SECONDS,
+    counted,
+    duration,
+    percent,
+    rounded,
+    trimmed,
+    unit_for,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from autobatch._latency import Latency, TooSlow, Unfinished
-    from autobatch._report.layout import Table
+    from autobatch._report import TuningReport
     from autobatch._settings import LatencyLimit
 
 _LISTED: Final = 6  # sizes below the table that are listed one by one
 _NOISY: Final = 3  # times the median: calls of a workload alone seldom differ by more
 _KNEE_APART: Final = 2 / 3  # of the chosen size: a knee above it is not worth a line
+_ALL: Final = 100  # % of calls
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """Latencies of a report with a limit, and the chosen size."""
+
+    latencies: Sequence[Latency]
+    limit: LatencyLimit
+    chosen: int
+
+    @classmethod
+    def of(cls, report: TuningReport) -> Answers | None:
+        """Return the answers of a report; None without a limit."""
+        limit = report.settings.limit_on_latency
+        if limit is None:
+            return None
+        return cls(report.latencies, limit, report.plan.micro_batch_size)
+
+    @property
+    def row(self) -> Latency | None:
+        """Latency of the chosen size; None if it was not timed."""
+        return next((each for each in self.latencies if each.batch_size == self.chosen), None)
+
+    @property
+    def over(self) -> list[Latency]:
+        """Latencies over the limit."""
+        return [each for each in self.latencies if self.is_over(each)]
+
+    @property
+    def next_over(self) -> Latency | None:
+        """The smallest size above the chosen one that is over the limit."""
+        larger = (each for each in self.over if each.batch_size > self.chosen)
+        return min(larger, key=lambda each: each.batch_size, default=None)
+
+    def is_over(self, latency: Latency) -> bool:
+        return latency.at_percentile_seconds > self.limit.seconds
 
 
 def within(limit: LatencyLimit) -> str:
@@ -26,14 +73,12 @@ def within(limit: LatencyLimit) -> str:
     return f"within {duration(limit.seconds)}"
 
 
-def percentile_comment(limit: LatencyLimit, latencies: Sequence[Latency], chosen: int) -> str:
+def percentile_comment(answers: Answers) -> str:
     """Return the share of calls that has to meet the limit, or the number of calls if few."""
-    row = _row(latencies, chosen)
-    if row is not None and not is_below_slowest(row.calls, limit.percentile):
-        return f"{counted(row.calls, 'call')} timed, asked for {limit.percentile:g} %"
-    if limit.percentile >= 100:  # noqa: PLR2004 -- all of them
-        return "every call that was timed"
-    return f"{limit.percentile:g} % of calls"
+    row, percentile = answers.row, answers.limit.percentile
+    if row is not None and not calls_above(row.calls, percentile):
+        return f"{counted(row.calls, 'call')} timed, asked for {percentile:g} %"
+    return "every call that was timed" if percentile == _ALL else f"{percentile:g} % of calls"
 
 
 def too_slow_reason(too_slow: TooSlow, limit: LatencyLimit) -> str:
@@ -57,7 +102,7 @@ def nothing_within(latencies: Sequence[Latency], limit: LatencyLimit) -> str:
     batch = "a single sample" if row.batch_size == 1 else smallest
     slowest = duration(row.at_percentile_seconds)
     at = f"at the {_ordinal(limit.percentile)} percentile"
-    if not is_below_slowest(row.calls, limit.percentile):
+    if not calls_above(row.calls, limit.percentile):
         at = f"in the slowest of {counted(row.calls, 'call')}"
     return (
         f"{nothing}: {batch} takes {slowest} {at}, {duration(row.p50_seconds)} at the "
@@ -65,22 +110,23 @@ def nothing_within(latencies: Sequence[Latency], limit: LatencyLimit) -> str:
     )
 
 
-def latency_facts(
-    latencies: Sequence[Latency], limit: LatencyLimit, chosen: int, task: str
-) -> list[Fact]:
+def latency_facts(answers: Answers, task: str) -> list[Fact]:
     """Return the facts about the chosen size; none if it was not timed."""
-    row = _row(latencies, chosen)
+    row, latencies, limit = answers.row, answers.latencies, answers.limit
     if row is None:
         return []
-    facts = [_latency_fact(latencies, row, limit), _speed_fact(latencies, row)]
+    facts = [_latency_fact(answers, row), _speed_fact(latencies, row)]
     bend = knee(latencies)
-    if bend is not None and bend.batch_size <= _KNEE_APART * chosen:
-        facts.append(_knee_fact(latencies, bend, row))
+    if bend is not None and bend.batch_size <= _KNEE_APART * answers.chosen:
+        share = bend.samples_per_second / max(each.samples_per_second for each in latencies)
+        sooner, later = (duration(each.at_percentile_seconds) for each in (bend, row))
+        comment = f"{percent(share)} of the fastest, in {sooner} instead of {later}"
+        facts.append(Fact("Knee", f"batches of {bend.batch_size:,}", comment))
     # Streams with one sample per limit: cameras, if that is the time of one frame
     rate = 1 / limit.seconds
     best = stream(latencies, rate, limit.seconds).best
     alone = f"; alone: batches of {best.batch_size:,}" if best else ""
-    streams = f"{chosen:,} at {_rounded(rate)} samples/s"
+    streams = f"{answers.chosen:,} at {trimmed(rate)} samples/s"
     facts.append(Fact("Streams", streams, f"a sample of each per batch{alone}"))
     timed = "with the copy to the device, without reading data"
     if task == "answer":
@@ -89,13 +135,11 @@ def latency_facts(
     return facts
 
 
-def _latency_fact(latencies: Sequence[Latency], row: Latency, limit: LatencyLimit) -> Fact:
+def _latency_fact(answers: Answers, row: Latency) -> Fact:
+    limit, over = answers.limit, answers.next_over
     median, top = (duration(each) for each in (row.p50_seconds, row.at_percentile_seconds))
-    name = "max"
-    if is_below_slowest(row.calls, limit.percentile):
-        name = _name(limit.percentile)
+    name = _name(limit.percentile) if calls_above(row.calls, limit.percentile) else "max"
     spare = duration(max(0.0, limit.seconds - row.at_percentile_seconds))
-    over = _smallest_over(latencies, limit, row.batch_size)
     comment = f"; {over.batch_size:,} is over the limit" if over else ""
     return Fact("Latency", f"{median}, {name} {top}", f"{spare} to spare{comment}")
 
@@ -110,25 +154,16 @@ def _speed_fact(latencies: Sequence[Latency], row: Latency) -> Fact:
     return Fact("Speed", f"{speed} samples/s", comment)
 
 
-def _knee_fact(latencies: Sequence[Latency], bend: Latency, row: Latency) -> Fact:
-    share = bend.samples_per_second / max(each.samples_per_second for each in latencies)
-    sooner, later = (duration(each.at_percentile_seconds) for each in (bend, row))
-    comment = f"{percent(share)} of the fastest, in {sooner} instead of {later}"
-    return Fact("Knee", f"batches of {bend.batch_size:,}", comment)
-
-
-def latency_table(
-    latencies: Sequence[Latency],
-    limit: LatencyLimit,
-    chosen: int,
-    peaks: Mapping[int, int | None],
-) -> Table:
+def latency_table(answers: Answers, peaks: Mapping[int, int | None]) -> Table:
     """Return the sizes that were timed, with percentiles, throughput and peak memory."""
-    shown = _one_screen(latencies, limit, chosen)
+    latencies, chosen, limit = answers.latencies, answers.chosen, answers.limit
+    kept = (each.batch_size for each in (answers.next_over, knee(latencies)) if each)
+    sizes = thinned([each.batch_size for each in latencies], {chosen, *kept})
+    shown = [each for each in latencies if each.batch_size in sizes]
     fastest = max(each.samples_per_second for each in latencies)
     shares = [each.samples_per_second / fastest for each in shown]
     bars = tuple(
-        "over the limit" if each.at_percentile_seconds > limit.seconds else bar(share)
+        "over the limit" if answers.is_over(each) else bar(share)
         for each, share in zip(shown, shares, strict=True)
     )
     return table_of(
@@ -143,15 +178,6 @@ def latency_table(
         chosen=[each.batch_size == chosen for each in shown],
         foot=_foot(shown, len(latencies) - len(shown), limit),
     )
-
-
-def _one_screen(latencies: Sequence[Latency], limit: LatencyLimit, chosen: int) -> list[Latency]:
-    """Leave out sizes, but not the chosen one, the knee, or the smallest above the limit."""
-    over = (each for each in latencies if each.at_percentile_seconds > limit.seconds)
-    above = next((each for each in over if each.batch_size > chosen), None)
-    keep = {chosen, *(each.batch_size for each in (above, knee(latencies)) if each)}
-    sizes = thinned([each.batch_size for each in latencies], keep)
-    return [each for each in latencies if each.batch_size in sizes]
 
 
 def _percentiles(latencies: Sequence[Latency], percentile: float) -> list[Column]:
@@ -173,58 +199,47 @@ def _percentiles(latencies: Sequence[Latency], percentile: float) -> list[Column
 
 def _foot(shown: Sequence[Latency], left_out: int, limit: LatencyLimit) -> str:
     """Return the number of calls of sizes with few, and of sizes that are not shown."""
-    sentences = []
-    few = [each for each in shown if each.calls < enough_calls(limit.percentile)]
-    if few:
-        is_slowest = not any(is_below_slowest(each.calls, limit.percentile) for each in few)
+    sentences, enough = [], enough_calls(limit.percentile)
+    if few := [each for each in shown if each.calls < enough]:
+        calls = ", ".join(f"{each.calls:,} at {each.batch_size:,}" for each in few)
+        if len(few) > _LISTED:
+            calls = f"fewer than {enough:,} at {len(few)} sizes"
+        is_slowest = not any(calls_above(each.calls, limit.percentile) for each in few)
         slowest = f"; there {_name(limit.percentile)} is the slowest" if is_slowest else ""
-        sentences.append(f"Timed: {_by_count(few)}{slowest}")
+        sentences.append(f"Calls: {calls}{slowest}")
     if left_out:
         sentences.append(f"{left_out} more timed; report.latencies has them all")
     return ". ".join(sentences)
 
 
-def _by_count(latencies: Sequence[Latency]) -> str:
-    """Return calls with their sizes, "2 calls at 16; 1 call at 1, 2"; a range if many."""
-    sizes: dict[int, list[str]] = {}
-    for each in latencies:
-        sizes.setdefault(each.calls, []).append(str(each.batch_size))
-    if len(latencies) <= _LISTED:
-        return "; ".join(
-            f"{counted(calls, 'call')} at {', '.join(at)}" for calls, at in sizes.items()
-        )
-    fewest, most = min(sizes), max(sizes)
-    calls = counted(most, "call") if fewest == most else f"{fewest:,} to {counted(most, 'call')}"
-    return f"{calls} at {len(latencies)} sizes"
-
-
-def latency_notes(
-    latencies: Sequence[Latency], limit: LatencyLimit, chosen: int, unfinished: Unfinished
-) -> tuple[str, ...]:
+def latency_notes(report: TuningReport, unfinished: Unfinished) -> tuple[str, ...]:
     """Return the notes about latency: waiting, sizes that were not timed, few calls, noise."""
+    answers = Answers.of(report)
+    if answers is None:
+        return ()
     notes = (
-        _filling(latencies, limit, chosen),
-        _open(latencies, limit, unfinished),
-        _few_calls(latencies, limit, chosen),
+        _filling(answers),
+        _open(answers, unfinished),
+        _few_calls(answers),
         _left_out(unfinished),
         _over_by_trial(unfinished),
-        _noise(latencies, limit, chosen, unfinished),
-        _noise_above(latencies, limit, chosen),
-        _slow_smaller_sizes(latencies, limit),
+        _noise(answers, unfinished),
+        _noise_above(answers.next_over, answers.limit),
+        _slow_smaller_sizes(answers),
     )
     return tuple(note for note in notes if note)
 
 
-def _filling(latencies: Sequence[Latency], limit: LatencyLimit, chosen: int) -> str | None:
-    rate = 1 / limit.seconds
-    one = stream(latencies, rate, None)
+def _filling(answers: Answers) -> str | None:
+    chosen, rate = answers.chosen, 1 / answers.limit.seconds
+    one = stream(answers.latencies, rate, None)
     row = next((row for row in one.rows if row.batch_size == chosen), None)
     if row is None or chosen == 1:
         return None
     filling = duration(row.filling_seconds)
     note = (
         "Waiting for a batch to fill comes on top: one stream of "
-        f"{_rounded(rate)} samples/s takes {filling} to fill {chosen:,}"
+        f"{trimmed(rate)} samples/s takes {filling} to fill {chosen:,}"
     )
     if one.best is None or one.best.batch_size >= chosen:
         return f"{note}."
@@ -232,8 +247,8 @@ def _filling(latencies: Sequence[Latency], limit: LatencyLimit, chosen: int) -> 
     return f"{note}; in batches of {one.best.batch_size:,} it is answered within {soonest}."
 
 
-def _open(latencies: Sequence[Latency], limit: LatencyLimit, unfinished: Unfinished) -> str | None:
-    largest = largest_within(latencies, limit.seconds)
+def _open(answers: Answers, unfinished: Unfinished) -> str | None:
+    largest = largest_within(answers.latencies, answers.limit.seconds)
     if not unfinished.is_open or largest is None:
         return None
     size = largest.batch_size
@@ -248,14 +263,15 @@ def _open(latencies: Sequence[Latency], limit: LatencyLimit, unfinished: Unfinis
     return f"Timing stopped {after}: {sizes} may answer in time too."
 
 
-def _few_calls(latencies: Sequence[Latency], limit: LatencyLimit, chosen: int) -> str | None:
-    enough, row = enough_calls(limit.percentile), _row(latencies, chosen)
+def _few_calls(answers: Answers) -> str | None:
+    row, percentile = answers.row, answers.limit.percentile
+    enough = enough_calls(percentile)
     if row is None or row.calls >= enough:
         return None
-    note = f"There was no time for {enough:,} calls at {chosen:,}, only for {row.calls:,}"
-    if is_below_slowest(row.calls, limit.percentile):
+    note = f"There was no time for {enough:,} calls at {row.batch_size:,}, only for {row.calls:,}"
+    if calls_above(row.calls, percentile):
         return f"{note}."
-    return f"{note}: the {_ordinal(limit.percentile)} percentile is the slowest of them."
+    return f"{note}: the {_ordinal(percentile)} percentile is the slowest of them."
 
 
 def _left_out(unfinished: Unfinished) -> str | None:
@@ -276,24 +292,20 @@ def _over_by_trial(unfinished: Unfinished) -> str | None:
     )
 
 
-def _noise(
-    latencies: Sequence[Latency], limit: LatencyLimit, chosen: int, unfinished: Unfinished
-) -> str | None:
-    row = _row(latencies, chosen)
+def _noise(answers: Answers, unfinished: Unfinished) -> str | None:
+    row = answers.row
     if row is None or not _is_noisy(row):
         return None
-    larger = (each.at_percentile_seconds for each in latencies if each.batch_size > chosen)
-    if unfinished.over is None and all(seconds <= limit.seconds for seconds in larger):
+    if unfinished.over is None and answers.next_over is None:
         return None  # the limit was not the reason to stop at this size
     return (
-        f"At {chosen:,} the {_ordinal(limit.percentile)} percentile is "
+        f"At {answers.chosen:,} the {_ordinal(answers.limit.percentile)} percentile is "
         f"{row.at_percentile_seconds / row.p50_seconds:,.0f} times the median, probably from "
         "noise: on a quiet machine larger batches may answer in time."
     )
 
 
-def _noise_above(latencies: Sequence[Latency], limit: LatencyLimit, chosen: int) -> str | None:
-    over = _smallest_over(latencies, limit, chosen)
+def _noise_above(over: Latency | None, limit: LatencyLimit) -> str | None:
     if over is None or over.p50_seconds > limit.seconds or not _is_noisy(over):
         return None
     median, slow = (duration(s) for s in (over.p50_seconds, over.at_percentile_seconds))
@@ -303,9 +315,9 @@ def _noise_above(latencies: Sequence[Latency], limit: LatencyLimit, chosen: int)
     )
 
 
-def _slow_smaller_sizes(latencies: Sequence[Latency], limit: LatencyLimit) -> str | None:
-    best = largest_within(latencies, limit.seconds)
-    over = [each.batch_size for each in latencies if each.at_percentile_seconds > limit.seconds]
+def _slow_smaller_sizes(answers: Answers) -> str | None:
+    best = largest_within(answers.latencies, answers.limit.seconds)
+    over = (each.batch_size for each in answers.over)
     smaller = [size for size in over if best and size < best.batch_size]
     if not smaller:
         return None
@@ -313,20 +325,6 @@ def _slow_smaller_sizes(latencies: Sequence[Latency], limit: LatencyLimit) -> st
         f"Batches of {_listed(smaller)} are over the limit although larger ones meet it: noise, "
         "or slow kernels for these shapes."
     )
-
-
-def _row(latencies: Iterable[Latency], size: int) -> Latency | None:
-    return next((each for each in latencies if each.batch_size == size), None)
-
-
-def _smallest_over(latencies: Iterable[Latency], limit: LatencyLimit, size: int) -> Latency | None:
-    """Return the smallest size above another that is over the limit."""
-    larger = (
-        each
-        for each in latencies
-        if each.batch_size > size and each.at_percentile_seconds > limit.seconds
-    )
-    return min(larger, key=lambda each: each.batch_size, default=None)
 
 
 def _is_noisy(latency: Latency) -> bool:
@@ -339,12 +337,6 @@ def _parameter(limit: LatencyLimit) -> str:
 
 def _listed(sizes: Iterable[int]) -> str:
     return ", ".join(f"{size:,}" for size in sizes)
-
-
-def _rounded(rate: float) -> str:
-    """Return a rate to three digits, "30": the reciprocal of a limit is seldom round."""
-    value = float(f"{rate:.3g}")
-    return f"{value:,.0f}" if value >= 1000 else f"{value:g}"  # noqa: PLR2004 -- no exponent
 
 
 def _name(percentile: float) -> str:

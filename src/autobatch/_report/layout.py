@@ -6,8 +6,7 @@ import io
 import re
 import textwrap
 from dataclasses import dataclass, field
-from itertools import chain
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from rich import table as rich_table
 from rich.columns import Columns
@@ -25,6 +24,10 @@ WIDTH: Final = 86  # columns
 MARK: Final = "▶"
 _INDENT: Final = 2  # columns
 _JOINT: Final = "\ue000"  # stands for a space that must not end a line
+_HTML: Final = (
+    '<pre style="font-family:monospace;line-height:normal;white-space:pre;overflow-x:auto;'
+    'background:none">{code}</pre>'
+)
 COLOURED: Final = Theme({"chosen": "bold green", "sign": "bold yellow"})
 UNCOLOURED: Final = Theme({"chosen": "bold", "sign": "bold"})
 
@@ -105,89 +108,84 @@ def glyphs_for(encoding: str | None) -> Glyphs:
     return UNICODE
 
 
+def console(file: TextIO, theme: Theme, **options: Any) -> Console:
+    """Return a console for `renderable`; names in a report are never read as markup."""
+    return Console(
+        file=file, width=WIDTH, theme=theme, markup=False, emoji=False, highlight=False,
+        force_jupyter=False, **options,
+    )  # fmt: skip
+
+
 def terminal(page: Page, glyphs: Glyphs) -> str:
     """Return a page as plain text."""
     out = io.StringIO()
-    console = Console(
-        file=out, width=WIDTH, theme=UNCOLOURED, color_system=None, force_jupyter=False
-    )
-    console.print(renderable(page, glyphs))
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+    console(out, UNCOLOURED, color_system=None).print(renderable(page))
+    return glyphs.spell("\n".join(line.rstrip() for line in out.getvalue().splitlines()))
 
 
-def renderable(page: Page, glyphs: Glyphs) -> RenderableType:
-    """Return a page for a console of `WIDTH` columns whose theme has the styles chosen and sign."""
-    return _Layout(glyphs).page(page)
+def html(page: Page) -> str:
+    """Return a page as HTML, in the colours of the notebook around it."""
+    output = console(io.StringIO(), UNCOLOURED, record=True)
+    output.print(renderable(page))
+    return output.export_html(inline_styles=True, code_format=_HTML)
 
 
-@dataclass(frozen=True, slots=True)
-class _Layout:
-    """Blocks of a page; every string becomes a `Text`, so that names are never read as markup."""
-
-    glyphs: Glyphs
-
-    def page(self, page: Page) -> RenderableType:
-        blocks = [self._header(page.header)]
-        if page.answer:
-            parts = [self._text(part) for part in (page.answer, page.comment) if part]
-            blocks.append(_indented(Columns(parts, padding=(0, 4))))
-        if page.facts:
-            blocks.append(_indented(self._facts(page.facts)))
-        blocks += [_indented(self._table(table)) for table in page.tables]
-        if page.notes:
-            blocks.append(_indented(self._notes(page.notes)))
-        return Group(blocks[0], *chain.from_iterable((Text(), block) for block in blocks[1:]))
-
-    def _text(self, content: str, style: str = "") -> Text:
-        return Text(self.glyphs.spell(content), style)
-
-    def _header(self, parts: Sequence[str]) -> RenderableType:
-        """Break lines between parts only."""
-        lines: list[str] = []
-        for part in parts:
-            if lines and len(f"{lines[-1]} · {part}") <= WIDTH:
-                lines[-1] += f" · {part}"
-            else:
-                lines.append(f"  {part}" if lines else part)
-        return self._text("\n".join(lines))
-
-    def _facts(self, facts: Sequence[Fact]) -> RenderableType:
-        grid = rich_table.Table.grid(padding=(0, 3))
-        grid.add_column(no_wrap=True)
-        for fact in facts:
-            grid.add_row(*map(self._text, (fact.label, fact.value, fact.remark)))
-        return grid
-
-    def _table(self, table: Table) -> RenderableType:
-        grid = rich_table.Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="none")
-        for number, column in enumerate(table.columns):
-            # Sizes and bars keep their width; in a table that is too wide, other cells are folded
-            is_fixed = number == 0 or not column.header
-            grid.add_column(
-                self._text(column.header),
-                justify="left" if column.align == "<" else "right",
-                no_wrap=is_fixed,
-                overflow="crop" if is_fixed else "fold",
-            )
-        width = max(len(table.columns[0].header), *(len(row[0]) + 2 for row in table.rows))
-        for number, (first, *others) in enumerate(table.rows):
-            is_marked = number == table.marked
-            mark = MARK if is_marked else ""
-            cells = (f"{mark}{first:>{width - len(mark)}}", *others)
-            grid.add_row(*map(self._text, cells), style="chosen" if is_marked else None)
-        title, foot = (self._text(text) for text in (table.title, table.foot))
-        return Group(*(part for part in (title, grid, foot) if part))
-
-    def _notes(self, notes: Sequence[str]) -> RenderableType:
-        grid = rich_table.Table.grid(padding=(0, 1))
-        for note in notes:
-            lines = wrapped(note, WIDTH - _INDENT - len("! "))
-            grid.add_row(self._text("!", "sign"), self._text("\n".join(lines)))
-        return grid
+def renderable(page: Page) -> RenderableType:
+    """Return the blocks of a page, with an empty line between two."""
+    blocks = [_answer(page), _facts(page.facts), *map(_table, page.tables), _notes(page.notes)]
+    indented = (Padding(block, (1, 0, 0, _INDENT)) for block in blocks if block)
+    return Group(_header(page.header), *indented)
 
 
-def _indented(block: RenderableType) -> RenderableType:
-    return Padding(block, (0, 0, 0, _INDENT))
+def _header(parts: Sequence[str]) -> str:
+    """Break lines between parts only."""
+    lines: list[str] = []
+    for part in parts:
+        if lines and len(f"{lines[-1]} · {part}") <= WIDTH:
+            lines[-1] += f" · {part}"
+        else:
+            lines.append(f"  {part}" if lines else part)
+    return "\n".join(lines)
+
+
+def _answer(page: Page) -> RenderableType | None:
+    parts = [part for part in (page.answer, page.comment) if part]
+    return Columns(parts, padding=(0, 4)) if page.answer else None
+
+
+def _facts(facts: Sequence[Fact]) -> RenderableType | None:
+    grid = rich_table.Table.grid(padding=(0, 3))
+    grid.add_column(no_wrap=True)
+    for fact in facts:
+        grid.add_row(fact.label, fact.value, fact.remark)
+    return grid if facts else None
+
+
+def _table(table: Table) -> RenderableType:
+    grid = rich_table.Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="none")
+    for number, column in enumerate(table.columns):
+        # Sizes and bars keep their width; in a table that is too wide, other cells are folded
+        is_fixed = number == 0 or not column.header
+        grid.add_column(
+            column.header,
+            justify="left" if column.align == "<" else "right",
+            no_wrap=is_fixed,
+            overflow="crop" if is_fixed else "fold",
+        )
+    width = max(len(table.columns[0].header), *(len(row[0]) + 2 for row in table.rows))
+    for number, (first, *others) in enumerate(table.rows):
+        is_marked = number == table.marked
+        mark = MARK if is_marked else ""
+        row = (f"{mark}{first:>{width - len(mark)}}", *others)
+        grid.add_row(*row, style="chosen" if is_marked else None)
+    return Group(*(part for part in (table.title, grid, table.foot) if part))
+
+
+def _notes(notes: Sequence[str]) -> RenderableType | None:
+    grid = rich_table.Table.grid(padding=(0, 1))
+    for note in notes:
+        grid.add_row(Text("!", "sign"), "\n".join(wrapped(note, WIDTH - _INDENT - len("! "))))
+    return grid if notes else None
 
 
 def wrapped(text: str, width: int) -> list[str]:

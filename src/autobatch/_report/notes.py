@@ -6,14 +6,20 @@ import statistics
 from textwrap import shorten
 from typing import TYPE_CHECKING, Final
 
+from autobatch import _settings
 from autobatch._memory import format_bytes
 from autobatch._plan import ceil_div
 from autobatch._report.accumulation_notes import usual_learning_rate
+from autobatch._report.latency import latency_notes
 from autobatch._report.tradeoff import updates_per_epoch
 from autobatch._report.units import counted, percent
+from autobatch._throughput import latest_by_size, trial_of
+from autobatch._trials import Outcome
 
 if TYPE_CHECKING:
-    from autobatch._report.result import TuningResult
+    from autobatch._plan import BatchPlan
+    from autobatch._report import TuningReport
+    from autobatch._report.result import RunDetails
     from autobatch._throughput import CurvePoint
     from autobatch._throughput.loading import Loading
     from autobatch._trials import Trial
@@ -28,40 +34,40 @@ _MOST_OF_ERROR: Final = 160  # characters
 _LEAST_MEASURED: Final = 0.5  # seconds; data loading over less time is noise
 
 
-def notes(result: TuningResult) -> tuple[str, ...]:
+def notes(report: TuningReport, run: RunDetails) -> tuple[str, ...]:
     """Return all notes on a tuning run, the most important first."""
     found = (
         # The plan itself
-        _fails_at_end(result),
-        *result.trial_notes,
-        _deviation(result),
-        _out_of_time(result),
+        _fails_at_end(report, run),
+        *run.trial_notes,
+        _deviation(report, run),
+        _out_of_time(report, run),
         # Training with the plan
-        _changed(result),
-        _short_epoch(result),
-        _all_at_once(result),
-        *result.plan_notes,
+        _changed(report, run.before),
+        _short_epoch(report),
+        _all_at_once(report, run),
+        *(latency_notes(report, run.unfinished) if run.unfinished else ()),
+        *run.plan_notes,
         # Other sizes
-        _past_knee(result),
-        _tight(result),
-        _fragmented(result),
-        _uneven(result),
-        _crowded(result),
-        _unreached(result),
-        _not_sought(result),
-        _refused(result),
+        _past_knee(report),
+        _tight(report),
+        _fragmented(report, run),
+        _uneven(report),
+        _crowded(report, run),
+        _unreached(report, run),
+        _not_sought(report, run),
+        _refused(report, run),
         # Quality of the measurements
-        _scattered(result),
-        _drifted(result),
-        _fallback(result),
+        _scattered(report),
+        _drifted(report),
+        _fallback(report),
     )
     return tuple(note for note in found if note)
 
 
-def _fails_at_end(result: TuningResult) -> str | None:
-    """Note a last micro-batch of an epoch that the workload refuses."""
-    samples = result.last_samples
-    if samples not in result.refused:
+def _fails_at_end(report: TuningReport, run: RunDetails) -> str | None:
+    samples = run.last_samples
+    if samples is None or samples not in _refusals(report):
         return None
     return (
         "Training will fail at the end of an epoch: its last micro-batch has "
@@ -70,30 +76,35 @@ def _fails_at_end(result: TuningResult) -> str | None:
     )
 
 
-def _deviation(result: TuningResult) -> str | None:
-    """Note an effective batch size other than the requested one."""
-    target, got = result.target_batch_size, result.plan.effective_batch_size
+def _refusals(report: TuningReport) -> dict[int, Trial]:
+    """Return the latest trial of each size for which the workload raised an error of its own."""
+    trials = latest_by_size(report.trials)
+    return {trial.batch_size: trial for trial in trials if trial.outcome is Outcome.REFUSED}
+
+
+def _deviation(report: TuningReport, run: RunDetails) -> str | None:
+    target, got = report.settings.target_batch_size, report.plan.effective_batch_size
     if target is None or target == got:
         return None
-    reason = _reason_for_deviation(result, target)
+    reason = _reason_for_deviation(report, run, target)
     return f"Asked for {target:,} samples per update, got {got:,}: {reason}."
 
 
-def _reason_for_deviation(result: TuningResult, target: int) -> str:
-    plan, samples = result.plan, result.dataset_size
+def _reason_for_deviation(report: TuningReport, run: RunDetails, target: int) -> str:
+    plan, samples = report.plan, report.dataset_size
     if samples is not None and plan.effective_batch_size <= samples < target:
         return f"an epoch has no more than {samples:,} samples"
     share, rest = divmod(target, plan.world_size)
     if rest:
         return f"{target:,} is not divisible by {plan.world_size} ranks"
-    largest = max(1, min(result.largest_fit, share))
+    largest = max(1, min(report.largest_fit or 0, share))
     micro = next(size for size in range(largest, 0, -1) if share % size == 0)
     if share // micro > 2 * ceil_div(share, largest):
         return (
             f"exact would take {share // micro:,} micro-batches of {micro:,} instead of "
             f"{plan.accumulate_grad_batches:,} of {plan.micro_batch_size:,}"
         )
-    if result.last_samples is not None and 1 in result.refused:
+    if run.last_samples is not None and 1 in _refusals(report):
         return (
             f"with {target:,}, an epoch would end with a single sample, which the workload "
             "refused; drop_last=True of the loader leaves it out"
@@ -101,50 +112,45 @@ def _reason_for_deviation(result: TuningResult, target: int) -> str:
     return "no plan that gives it exactly was verified"
 
 
-def _out_of_time(result: TuningResult) -> str | None:
-    """Note a search that was ended by its time limit."""
-    if result.time_limit is None:
+def _out_of_time(report: TuningReport, run: RunDetails) -> str | None:
+    limit = report.settings.time_limit
+    if limit is None or not run.is_out_of_time:
         return None
-    stopped = f"The search stopped at time_limit={result.time_limit:g} seconds"
-    if result.latency_limit is not None:
-        return f"{stopped}: larger sizes may answer in time too."
-    return f"{stopped}: {result.largest_fit:,} is the largest verified so far, more may fit."
+    rest = f"{report.largest_fit or 0:,} is the largest verified so far, more may fit"
+    if report.settings.latency_limit is not None:
+        rest = "larger sizes may answer in time too"
+    return f"The search stopped at time_limit={limit:g} seconds: {rest}."
 
 
-def _changed(result: TuningResult) -> str | None:
-    """Note a training that changes: effective batch size, learning rate or accumulation."""
-    before, plan, samples = result.before, result.plan, result.dataset_size
+def _changed(report: TuningReport, before: BatchPlan | None) -> str | None:
+    plan, samples = report.plan, report.dataset_size
     if before is None:
         return None
     sentences = []
     old, new = before.effective_batch_size, plan.effective_batch_size
     # Before and after, a whole epoch in one update is no change either
     if old != new and (samples is None or min(old, new) < samples):
-        sentences.append(f"The effective batch goes from {old:,} to {new:,}{_updates(result)}.")
-        if result.learning_rate is not None:
+        updates = ""
+        if samples is not None:
+            now, then = (updates_per_epoch(each, samples) for each in (plan, before))
+            updates = f": {counted(now, 'update')} per epoch instead of {then:,}"
+        sentences.append(f"The effective batch goes from {old:,} to {new:,}{updates}.")
+        if report.learning_rate is not None:
             most = max(old, new) if samples is None else samples
             ratio = min(new, most) / min(old, most)
-            sentences.append(usual_learning_rate(result.learning_rate, ratio))
+            sentences.append(usual_learning_rate(report.learning_rate, ratio))
     if before.accumulate_grad_batches not in (1, plan.accumulate_grad_batches):
-        purpose = "" if result.target_batch_size is None else " to reach target_batch_size"
+        has_target = report.settings.target_batch_size is not None
         sentences.append(
             f"accumulate_grad_batches={before.accumulate_grad_batches} of the Trainer is "
-            f"overridden with {plan.accumulate_grad_batches}{purpose}."
+            f"overridden with {plan.accumulate_grad_batches}"
+            f"{' to reach target_batch_size' if has_target else ''}."
         )
     return " ".join(sentences) or None
 
 
-def _updates(result: TuningResult) -> str:
-    if result.dataset_size is None or result.before is None:
-        return ""
-    new = updates_per_epoch(result.plan, result.dataset_size)
-    old = updates_per_epoch(result.before, result.dataset_size)
-    return f": {counted(new, 'update')} per epoch instead of {old:,}"
-
-
-def _short_epoch(result: TuningResult) -> str | None:
-    """Note an epoch that does not fill one update."""
-    samples, update = result.dataset_size, result.plan.effective_batch_size
+def _short_epoch(report: TuningReport) -> str | None:
+    samples, update = report.dataset_size, report.plan.effective_batch_size
     if samples is None or samples >= update:
         return None
     return (
@@ -153,29 +159,27 @@ def _short_epoch(result: TuningResult) -> str | None:
     )
 
 
-def _all_at_once(result: TuningResult) -> str | None:
-    """Note a whole epoch in one micro-batch, if no target was requested."""
-    plan, samples = result.plan, result.dataset_size
-    if result.task != "train" or result.target_batch_size is not None or samples is None:
+def _all_at_once(report: TuningReport, run: RunDetails) -> str | None:
+    plan, samples = report.plan, report.dataset_size
+    if report.task != "train" or report.settings.target_batch_size is not None or samples is None:
         return None
     if plan.effective_batch_size != samples or plan.accumulate_grad_batches > 1:
         return None
     # A note on the changed effective batch size has the number of updates already
-    updates = ": it performs one update" if _changed(result) is None else ""
+    updates = ": it performs one update" if _changed(report, run.before) is None else ""
     return (
         f"All {samples:,} samples of an epoch fit at once{updates}. "
         "Set target_batch_size for smaller batches and more updates."
     )
 
 
-def _past_knee(result: TuningResult) -> str | None:
-    """Note a smaller micro-batch that is about as fast as the largest, or faster."""
-    if result.latency_limit is not None or result.target_batch_size is not None:
+def _past_knee(report: TuningReport) -> str | None:
+    settings, size = report.settings, report.plan.micro_batch_size
+    if settings.latency_limit is not None or settings.target_batch_size is not None:
         return None
-    if result.prefer == "fast":
+    if settings.prefer == "fast":
         return None  # a smaller one as fast would have been taken, unless this is the user's own
-    size = result.plan.micro_batch_size
-    speeds = {other: row.samples_per_second for other, row in result.speeds.items()}
+    speeds = {row.batch_size: row.samples_per_second for row in report.sizes}
     smaller = [other for other in speeds if other < size]
     if size not in speeds or not smaller:
         return None
@@ -187,29 +191,27 @@ def _past_knee(result: TuningResult) -> str | None:
     as_fast = [other for other in smaller if 2 * other <= size and speeds[other] >= least]
     if not as_fast:
         return None
-    gain = ", which gives more updates of the same samples" if result.task == "train" else ""
+    gain = ", which gives more updates of the same samples" if report.task == "train" else ""
     return f"{size:,} fits, and is about as fast as {min(as_fast):,}{gain}."
 
 
-def _tight(result: TuningResult) -> str | None:
-    """Note a plan that takes nearly all memory, if no lower budget leaves some anyway."""
-    size = result.plan.micro_batch_size
-    peak = next((trial.peak for trial in result.fitting if trial.batch_size == size), None)
-    available = result.total - result.foreign
+def _tight(report: TuningReport) -> str | None:
+    trial, total = trial_of(report.trials, report.plan.micro_batch_size), report.device.total
+    available = total - report.device.foreign
+    peak = trial.peak if trial and trial.fits else None
     if peak is None or peak < (1 - _TIGHT) * available:
         return None
     return (
-        f"Only {format_bytes(max(0, available - peak))} of {format_bytes(result.total)} to spare: "
+        f"Only {format_bytes(max(0, available - peak))} of {format_bytes(total)} to spare: "
         "longer inputs, or other processes on this device, may not fit. "
         "A lower memory_limit leaves more."
     )
 
 
-def _fragmented(result: TuningResult) -> str | None:
-    """Note memory that is reserved and not in use, if memory limits the search."""
-    size = result.largest_fit
-    trial = next((trial for trial in result.fitting if trial.batch_size == size), None)
-    if trial is None or trial.peak is None or not trial.allocated or _reached_bound(result):
+def _fragmented(report: TuningReport, run: RunDetails) -> str | None:
+    size = report.largest_fit or 0
+    trial = trial_of(report.trials, size)
+    if trial is None or trial.peak is None or not trial.allocated or _reached_bound(report, run):
         return None
     if trial.peak < _FRAGMENTED * trial.allocated or trial.allocated <= trial.resident:
         return None
@@ -221,9 +223,8 @@ def _fragmented(result: TuningResult) -> str | None:
     )
 
 
-def _uneven(result: TuningResult) -> str | None:
-    """Note samples of different sizes."""
-    look = result.look
+def _uneven(report: TuningReport) -> str | None:
+    look = report.look
     if look is None or look.is_even:
         return None
     if look.read == look.among:
@@ -238,33 +239,33 @@ def _uneven(result: TuningResult) -> str | None:
     )
 
 
-def _crowded(result: TuningResult) -> str | None:
-    """Note memory held by other processes, if memory limits the search."""
-    if result.foreign <= _CROWDED * result.total or _reached_bound(result):
+def _crowded(report: TuningReport, run: RunDetails) -> str | None:
+    device = report.device
+    if device.foreign <= _CROWDED * device.total or _reached_bound(report, run):
         return None
     return (
-        f"Other processes hold {format_bytes(result.foreign)} of this device's "
-        f"{format_bytes(result.total)}; the largest fit changes when they start or stop."
+        f"Other processes hold {format_bytes(device.foreign)} of this device's "
+        f"{format_bytes(device.total)}; the largest fit changes when they start or stop."
     )
 
 
-def _reached_bound(result: TuningResult) -> bool:
-    return result.bound is not None and result.largest_fit >= result.bound.batch_size
+def _reached_bound(report: TuningReport, run: RunDetails) -> bool:
+    return run.bound is not None and (report.largest_fit or 0) >= run.bound.batch_size
 
 
-def _unreached(result: TuningResult) -> str | None:
-    """Note sizes that the speed curve had no time for."""
-    if not result.unreached:
+def _unreached(report: TuningReport, run: RunDetails) -> str | None:
+    if not run.unreached:
         return None
-    fitting = {trial.batch_size for trial in result.fitting}
-    in_trials = sorted(fitting.intersection(result.unreached))
-    never = sorted(set(result.unreached) - fitting)
+    fitting = {trial.batch_size for trial in latest_by_size(report.trials) if trial.fits}
     parts = []
-    if in_trials:
+    if in_trials := sorted(fitting.intersection(run.unreached)):
         parts.append(f"micro-batches of {_listed(in_trials)} were timed in their trials only")
-    if never:
+    if never := sorted(set(run.unreached) - fitting):
         parts.append(f"micro-batches of {_listed(never)} were left out")
-    limit = f"{result.curve_seconds:.3g} seconds"
+    is_default = report.settings.timing_seconds is None
+    is_share = is_default and run.curve_seconds < _settings.DEFAULTS.curve_seconds
+    share = ", a tenth of the planned training," if is_share else ""
+    limit = f"{run.curve_seconds:.3g} seconds{share}"
     return f"{limit} were too few to time all sizes: {', '.join(parts)}."
 
 
@@ -273,35 +274,31 @@ def _listed(sizes: list[int]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def _not_sought(result: TuningResult) -> str | None:
-    """Note the bound that ended the search, unless the note on a whole epoch shows it."""
-    if result.bound is None or not _reached_bound(result) or _all_at_once(result):
+def _not_sought(report: TuningReport, run: RunDetails) -> str | None:
+    if run.bound is None or not _reached_bound(report, run) or _all_at_once(report, run):
         return None
-    return f"Largest fit not sought: {result.bound.reason}."
+    return f"Largest fit not sought: {run.bound.reason}."
 
 
-def _refused(result: TuningResult) -> str | None:
-    """Note sizes that the workload refuses, unless training fails because of them."""
-    if not result.refused or result.last_samples in result.refused:
+def _refused(report: TuningReport, run: RunDetails) -> str | None:
+    refused = _refusals(report)
+    if not refused or run.last_samples in refused:
         return None
-    first_of_class = {_class_of(trial): trial for trial in reversed(result.refusals)}
-    errors = "; ".join(
-        shorten(trial.error or "unknown error", _MOST_OF_ERROR, placeholder=" …")
-        for trial in reversed(first_of_class.values())
+    texts = [trial.error or "unknown error" for trial in refused.values()]
+    first_of_class = {text.partition(":")[0]: text for text in reversed(texts)}
+    errors = (
+        shorten(text, _MOST_OF_ERROR, placeholder=" …")
+        for text in reversed(first_of_class.values())
     )
     return (
-        f"The workload itself raised an error at batch_size={_listed(result.refused)}, so only "
-        f"sizes that ran are used ({errors})."
+        f"The workload itself raised an error at batch_size={_listed(list(refused))}, so only "
+        f"sizes that ran are used ({'; '.join(errors)})."
     )
 
 
-def _class_of(trial: Trial) -> str:
-    return (trial.error or "").partition(":")[0]
-
-
-def _scattered(result: TuningResult) -> str | None:
-    """Note updates of the chosen size that differ too much to compare sizes."""
-    row = result.speeds.get(result.plan.micro_batch_size)
+def _scattered(report: TuningReport) -> str | None:
+    size = report.plan.micro_batch_size
+    row = next((row for row in report.sizes if row.batch_size == size), None)
     if row is None or row.samples_per_second_low is None or row.samples_per_second_high is None:
         return None
     low, high = row.samples_per_second_low, row.samples_per_second_high
@@ -313,9 +310,8 @@ def _scattered(result: TuningResult) -> str | None:
     )
 
 
-def _drifted(result: TuningResult) -> str | None:
-    """Note timings that change from the first to the second round."""
-    drifts = [_significant_drift(point) for point in result.curve if point.drift is not None]
+def _drifted(report: TuningReport) -> str | None:
+    drifts = [_significant_drift(point) for point in report.curve if point.drift is not None]
     drift = statistics.median(drifts) if drifts else 0.0
     if drift <= _SAME_SPEED:
         return None
@@ -331,12 +327,9 @@ def _significant_drift(point: CurvePoint) -> float:
     return drift if drift > (point.drift_error or 0.0) else 0.0
 
 
-def _fallback(result: TuningResult) -> str | None:
-    """Note a source of memory readings that is not the best one."""
-    return f"Memory is read from {result.source}." if " because " in result.source else None
-
-
-# Data loading
+def _fallback(report: TuningReport) -> str | None:
+    source = report.device.source
+    return f"Memory is read from {source}." if " because " in source else None
 
 
 def waiting(loading: Loading | None) -> str | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
-from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 from autobatch._report.layout import Column, Table
@@ -49,20 +47,15 @@ def speed_table(trials: Iterable[Trial], rows: Iterable[SpeedRow], plan: BatchPl
     timed = [speeds.get(size) for size in shown]
     # Sizes with fewer steps are marked only beside sizes that were timed longer
     marks = any(row.updates is not None for row in speeds.values())
+    bars = (
+        _bar_of(speeds[size], marks=marks) if size in speeds else _OUTCOMES[tried[size].outcome]
+        for size in shown
+    )
     return table_of(
         [
             counts("micro-batch", shown),
             numbers("samples/s", [row.samples_per_second if row else None for row in timed]),
-            Column(
-                "",
-                tuple(
-                    _bar_of(speeds[size], marks=marks)
-                    if size in speeds
-                    else _OUTCOMES[tried[size].outcome]
-                    for size in shown
-                ),
-                align="<",
-            ),
+            Column("", tuple(bars), align="<"),
             Column("of fastest", tuple(percent(row.of_fastest) if row else "" for row in timed)),
             measures("step {}", [row.step_seconds if row else None for row in timed], SECONDS),
             measures("peak {}", [(tried.get(size) or speeds[size]).peak for size in shown], BYTES),
@@ -92,35 +85,26 @@ def _one_screen(
     speeds: Mapping[int, SpeedRow],
     chosen: int,
 ) -> list[int]:
-    """Leave out the largest failures first, then the sizes closest to their neighbours."""
+    """Leave out the largest failures first, then the sizes closest to others."""
     fits = [size for size in sizes if size in speeds or tried[size].fits]
-    others = [tried[size] for size in sizes if size not in speeds and not tried[size].fits]
-    refused = [trial.batch_size for trial in others if trial.outcome is Outcome.REFUSED]
-    failed = [trial.batch_size for trial in others if trial.outcome is not Outcome.REFUSED]
-    spare = [size for size in failed[1:] if size != chosen]
-    left_out = set(spare[max(0, len(spare) - max(0, len(sizes) - _ROWS)) :])
+    largest = max(fits, default=0)
+    failed = [size for size in sizes if size > largest]
+    spare = max(0, len(sizes) - _ROWS)
+    left_out = set(failed[max(1, len(failed) - spare) :]) - {chosen}
     fastest = max(speeds, key=lambda size: speeds[size].of_fastest, default=chosen)
-    keep = {chosen, fastest, *fits[-1:], *failed, *refused[: _ROWS // 2]}
+    keep = {chosen, fastest, *fits[-1:], *failed[:1]}
     return thinned([size for size in sizes if size not in left_out], keep)
 
 
 def thinned(sizes: Sequence[int], keep: Iterable[int]) -> list[int]:
-    """Return one screen of ascending sizes, without those closest to their neighbours."""
-    before, after = dict(zip(sizes[1:], sizes, strict=False)), dict(pairwise(sizes))
-    # The first and the last have one neighbour, and stay
-    spare = before.keys() & after.keys() - set(keep)
-    closest = [(after[size] / before[size], size) for size in spare]
-    heapq.heapify(closest)
-    while len(before) >= _ROWS and closest:
-        ratio, size = heapq.heappop(closest)
-        if size not in spare or ratio != after[size] / before[size]:
-            continue  # a neighbour has gone since
-        spare.remove(size)
-        one, other = before.pop(size), after.pop(size)
-        after[one], before[other] = other, one
-        for neighbour in spare & {one, other}:
-            heapq.heappush(closest, (after[neighbour] / before[neighbour], neighbour))
-    return [*sizes[:1], *sorted(before)]
+    """Return one screen of ascending sizes: those to keep, both ends, and others far from these."""
+    shown = {*keep, *sizes[:1], *sizes[-1:]}.intersection(sizes)
+    rest = [size for size in sizes if size not in shown]
+    while rest and len(shown) < _ROWS:
+        farthest = max(rest, key=lambda size: min(max(size / at, at / size) for at in shown))
+        rest.remove(farthest)
+        shown.add(farthest)
+    return sorted(shown)
 
 
 def effective_table(
@@ -136,20 +120,21 @@ def effective_table(
     return table_of(
         [
             counts("per update", [row.effective_batch_size for row in rows]),
-            Column("micro-batches", tuple(map(_made_of, rows))),
+            Column(
+                "micro-batches",
+                tuple(
+                    f"{row.accumulate_grad_batches:,} of {row.micro_batch_size:,}" for row in rows
+                ),
+            ),
             counts("updates/epoch", [row.updates_per_epoch for row in rows]),
             measures("{}/epoch", [row.epoch_seconds for row in rows], SECONDS),
             time,
-            Column("LR", tuple(map(_learning_rate, rows))),
+            Column("LR", tuple(factor(row.learning_rate_factor) for row in rows)),
         ],
         title=title,
         chosen=[is_of(row, plan) for row in rows],
         foot=foot,
     )
-
-
-def _made_of(row: EffectiveRow) -> str:
-    return f"{row.accumulate_grad_batches:,} of {row.micro_batch_size:,}"
 
 
 def _relative_time(row: EffectiveRow) -> str:
@@ -158,10 +143,6 @@ def _relative_time(row: EffectiveRow) -> str:
     if row.relative_time == row.relative_time_low == row.relative_time_high:
         return multiple(row.relative_time)
     return f"{multiple(row.relative_time)}  ({spread(row)})"
-
-
-def _learning_rate(row: EffectiveRow) -> str:
-    return "" if row.learning_rate_factor is None else factor(row.learning_rate_factor)
 
 
 def spread(row: EffectiveRow) -> str:

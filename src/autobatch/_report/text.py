@@ -7,24 +7,28 @@ from typing import TYPE_CHECKING, Final
 
 from autobatch._memory import format_bytes
 from autobatch._report.accumulation_notes import accumulation_costs
-from autobatch._report.latency import latency_facts, latency_table, percentile_comment, within
+from autobatch._report.latency import (
+    Answers,
+    latency_facts,
+    latency_table,
+    percentile_comment,
+    within,
+)
 from autobatch._report.layout import Fact, Page
 from autobatch._report.notes import waiting
 from autobatch._report.result import tightest_bound
 from autobatch._report.tables import effective_table, product, speed_table, spread
 from autobatch._report.tradeoff import NoiseRange, is_of
 from autobatch._report.units import counted, duration, percent, plain, rounded
-from autobatch._throughput import latest_by_size
+from autobatch._throughput import latest_by_size, trial_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from autobatch._report import TuningReport
     from autobatch._report.layout import Table
-    from autobatch._report.result import Bound
     from autobatch._report.tradeoff import EffectiveRow
     from autobatch._throughput import SpeedRow
-    from autobatch._trials import Trial
 
 # Share of the budget: a search that only memory ends uses more
 _FULL: Final = 0.95
@@ -50,7 +54,7 @@ def completed(report: TuningReport) -> Page:
     is_compared = NoiseRange.of(report.noise) is not None
     return Page(
         header=("autobatch", plain(report.subject), "what training showed"),
-        answer="" if is_compared else _trust(report),
+        answer="" if is_compared else trust(report),
         comment="",
         facts=(),
         tables=_effective(report) if is_compared else (),
@@ -75,8 +79,17 @@ def _header(report: TuningReport) -> tuple[str, ...]:
         plain(report.subject),
         f"{report.plan.world_size} × {device}",
         f"{done} in {duration(report.search_seconds)}",
+        _parts_of_time(report),
     )
     return tuple(part for part in parts if part)
+
+
+def _parts_of_time(report: TuningReport) -> str:
+    timing, validation = report.timing_seconds or 0.0, report.validation_seconds or 0.0
+    search = max(0.0, report.search_seconds - timing - validation)
+    parts = {"search": search, "timing": timing, "validation": validation}
+    texts = [f"{name} {duration(seconds)}" for name, seconds in parts.items() if seconds]
+    return ", ".join(texts) if len(texts) > 1 else ""
 
 
 def _answer(report: TuningReport) -> str:
@@ -85,18 +98,15 @@ def _answer(report: TuningReport) -> str:
     ranks, limit = report.plan.world_size, report.settings.limit_on_latency
     share = f" on each of {ranks} ranks" if ranks > 1 else ""
     batches = f"Batches of {report.plan.micro_batch_size:,}{share}"
-    if limit is None:
-        return f"{batches} to {report.task}"
-    if report.task == "answer":
+    if limit and report.task == "answer":
         return f"{batches} answer {within(limit)}"
-    return f"{batches} to {report.task}, {within(limit)}"
+    return f"{batches} to {report.task}{f', {within(limit)}' if limit else ''}"
 
 
 def _comment(report: TuningReport) -> str:
     target, got = report.settings.target_batch_size, report.plan.effective_batch_size
-    limit = report.settings.limit_on_latency
-    if limit is not None:
-        return percentile_comment(limit, report.latencies, report.plan.micro_batch_size)
+    if answers := Answers.of(report):
+        return percentile_comment(answers)
     if target is None:
         return _among_sizes(report)
     if target == got:
@@ -112,54 +122,39 @@ def _among_sizes(report: TuningReport) -> str:
     sizes |= {latency.batch_size for latency in report.latencies}
     if len(sizes) == 1:
         return "the only size tried"
-    largest, bound = report.largest_fit or 0, _bound(report)
-    is_smaller = report.plan.micro_batch_size < largest
-    if (
-        is_smaller
-        and bound
-        and largest >= bound.batch_size
-        and report.settings.target_batch_size is None
-    ):
-        return f"{largest:,} fits too; larger sizes not sought"
-    if (bound and largest >= bound.batch_size) or _is_ended_by_latency(report, largest):
-        return "larger sizes not sought"
-    if largest == report.plan.micro_batch_size:
-        return "the largest found to fit"
-    return f"{largest:,} is the largest found to fit"
-
-
-def _bound(report: TuningReport) -> Bound | None:
-    return tightest_bound(
-        target_batch_size=report.settings.target_batch_size,
-        max_micro_batch_size=report.settings.max_micro_batch_size,
+    largest, settings = report.largest_fit or 0, report.settings
+    bound = tightest_bound(
+        target_batch_size=settings.target_batch_size,
+        max_micro_batch_size=settings.max_micro_batch_size,
         dataset_size=report.dataset_size,
         world_size=report.plan.world_size,
     )
+    is_at_bound = bound is not None and largest >= bound.batch_size
+    is_largest = largest == report.plan.micro_batch_size
+    if is_at_bound and not is_largest and settings.target_batch_size is None:
+        return f"{largest:,} fits too; larger sizes not sought"
+    if is_at_bound or _is_ended_by_latency(report, largest):
+        return "larger sizes not sought"
+    return "the largest found to fit" if is_largest else f"{largest:,} is the largest found to fit"
 
 
 def _is_ended_by_latency(report: TuningReport, largest: int) -> bool:
     """Return True if the latency of the largest size ended the search, and not memory."""
     if report.settings.limit_on_latency is None or report.smallest_failing is not None:
         return False
-    trial = _trial_of(report, largest)
+    trial = trial_of(report.trials, largest)
     return ((trial and trial.peak) or 0) < _FULL * report.budget
-
-
-def _trial_of(report: TuningReport, size: int) -> Trial | None:
-    trials = latest_by_size(report.trials)
-    return next((trial for trial in trials if trial.batch_size == size), None)
 
 
 # Facts
 
 
 def _facts(report: TuningReport) -> tuple[Fact, ...]:
-    plan, limit = report.plan, report.settings.limit_on_latency
-    if report.latencies and limit is not None:
-        timed = latency_facts(report.latencies, limit, plan.micro_batch_size, report.task)
-        facts = (*timed, _memory(report), _data(report))
+    answers = Answers.of(report)
+    if answers and answers.latencies:
+        facts = (*latency_facts(answers, report.task), _memory(report), _data(report))
     else:
-        row = next((row for row in report.effective if is_of(row, plan)), None)
+        row = next((row for row in report.effective if is_of(row, report.plan)), None)
         per_update = (_update(report, row), _epoch(row)) if row else ()
         facts = (_speed(report), _memory(report), *per_update, _data(report))
     return tuple(fact for fact in facts if fact)
@@ -187,13 +182,12 @@ def _fastest_of(row: SpeedRow, rows: Sequence[SpeedRow]) -> str:
         return "by one trial, a few steps" if row.updates is None else ""
     if row not in timed:
         return f"by its trial alone; {len(timed)} others were timed"
-    if len(timed) < len(rows):
-        return f"the fastest of {len(timed)} sizes timed, {len(rows) - len(timed)} by trial"
-    return f"the fastest of {len(timed)} sizes timed"
+    by_trial = f", {len(rows) - len(timed)} by trial" if len(timed) < len(rows) else ""
+    return f"the fastest of {len(timed)} sizes timed{by_trial}"
 
 
 def _memory(report: TuningReport) -> Fact | None:
-    trial = _trial_of(report, report.plan.micro_batch_size)
+    trial = trial_of(report.trials, report.plan.micro_batch_size)
     if trial is None or trial.peak is None:
         return None
     budget = format_bytes(report.budget)
@@ -206,7 +200,7 @@ def _memory(report: TuningReport) -> Fact | None:
 
 
 def _update(report: TuningReport, row: EffectiveRow) -> Fact | None:
-    trial = _trial_of(report, row.micro_batch_size)
+    trial = trial_of(report.trials, row.micro_batch_size)
     if trial is None or not row.update_seconds:
         return None
     optimizer = trial.optimizer_seconds
@@ -235,48 +229,39 @@ def _data(report: TuningReport) -> Fact | None:
 
 
 def _tables(report: TuningReport) -> tuple[Table, ...]:
-    limit = report.settings.limit_on_latency
-    if report.latencies and limit is not None:
-        size = report.plan.micro_batch_size
+    answers = Answers.of(report)
+    if answers and answers.latencies:
         peaks = {trial.batch_size: trial.peak for trial in latest_by_size(report.trials)}
-        return (latency_table(report.latencies, limit, size, peaks),)
+        return (latency_table(answers, peaks),)
     if not report.trials:
         return _effective(report)
     return (speed_table(report.trials, report.sizes, report.plan), *_effective(report))
 
 
 def _effective(report: TuningReport) -> tuple[Table, ...]:
-    rows = report.effective
+    rows, noise = report.effective, report.noise
     is_timed = any(row.update_seconds for row in rows)
     if not rows or not (report.dataset_size or is_timed):
         return ()
-    title, foot = _effective_title(report), _effective_foot(report)
-    return (effective_table(rows, report.plan, title=title, foot=foot),)
-
-
-def _effective_title(report: TuningReport) -> str:
-    noise = report.noise
+    title = "Effective batch"
     if noise and (scale := NoiseRange.of(noise)):
-        return (
-            f"Effective batch, compared with {report.plan.effective_batch_size:,}; "
+        title += (
+            f", compared with {report.plan.effective_batch_size:,}; "
             f"noise scale {rounded(scale.samples)}, "
             f"updates {noise.first_update:,}–{noise.last_update:,}"
         )
-    if report.dataset_size:
-        return f"Effective batch, over an epoch of {report.dataset_size:,} samples"
-    return "Effective batch"
+    elif report.dataset_size:
+        title += f", over an epoch of {report.dataset_size:,} samples"
+    return (effective_table(rows, report.plan, title=title, foot=_effective_foot(report)),)
 
 
 def _effective_foot(report: TuningReport) -> str:
     rule = report.learning_rate
-    sentences = (
-        _trust(report),
-        f"LR: {plain(rule.optimizer)}'s {rule.rule} rule, not applied." if rule else "",
-    )
-    return " ".join(sentence for sentence in sentences if sentence)
+    of_rates = f"LR: {plain(rule.optimizer)}'s {rule.rule} rule, not applied." if rule else ""
+    return " ".join(filter(None, (trust(report), of_rates)))
 
 
-def _trust(report: TuningReport) -> str:
+def trust(report: TuningReport) -> str:
     """Return how far to trust the times to the same loss, or why there are none."""
     noise = report.noise
     if noise is None:
@@ -312,14 +297,10 @@ def _likely(report: TuningReport) -> str:
 
 
 def _notes_since_training(report: TuningReport) -> tuple[str, ...]:
-    notes = (waiting(report.loading), _accumulation_costs(report))
-    return tuple(note for note in notes if note)
-
-
-def _accumulation_costs(report: TuningReport) -> str | None:
     best, pace = report.optimum, report.pace
     update_seconds = pace.update(report.plan.micro_batch_size, 1)
-    if best is None or not update_seconds:
-        return None
-    share = pace.optimizer_seconds / update_seconds
-    return accumulation_costs(report.plan, best.accumulate_grad_batches, share)
+    notes = [waiting(report.loading)]
+    if best and update_seconds:
+        share = pace.optimizer_seconds / update_seconds
+        notes.append(accumulation_costs(report.plan, best.accumulate_grad_batches, share))
+    return tuple(note for note in notes if note)

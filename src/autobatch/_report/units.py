@@ -75,6 +75,12 @@ def rounded(value: float) -> str:
     return aligned([value])[0]
 
 
+def trimmed(value: float) -> str:
+    """Return a number with at most three significant digits, "7.6"."""
+    text = rounded(value)
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
 def quantity(value: float, units: Sequence[Unit]) -> str:
     """Return one number with its unit, "48.2 s"; decimals that are all zero are left out."""
     unit = unit_for([value], units)
@@ -98,8 +104,10 @@ def percent(share: float) -> str:
     return f"{text} %"
 
 
-def factor(value: float) -> str:
-    """Return a factor with two significant digits, "×1.4"."""
+def factor(value: float | None) -> str:
+    """Return a factor with two significant digits, "×1.4"; no text for None."""
+    if value is None:
+        return ""
     return f"×{value:,.0f}" if value >= 10 else f"×{value:.2g}"  # noqa: PLR2004 -- two digits
 
 

@@ -43,13 +43,10 @@ class GuidedBisection:
         resolution: Accuracy of the size found, as a share.
         growth: Largest factor from one size to the next while extrapolating peaks; twice that while
             memory does not grow with the batch size.
-        estimate: Whether to predict memory where that is possible, for the first sizes to try; the
-            size found is verified by a trial either way.
     """
 
     resolution: float = 0.01
     growth: int = 8
-    estimate: bool = True
 
     def __post_init__(self) -> None:
         check_resolution(self.resolution)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # Updates that are timed in one turn of a batch size: noise of the machine then falls on a turn of
 # several sizes, not on all turns of one
 _MIN_UPDATES: Final = 3
+_FEWEST_UPDATES: Final = 2  # of a turn that is out of time
 _MAX_UPDATES: Final = 10
 _TURN_SECONDS: Final = 0.5
 # Updates shorter than the scheduler's time slices need a longer turn
@@ -45,21 +46,15 @@ _NO_LOADING: Final = Loading(wait_seconds=0.0, step_seconds=0.0, batches=0)
 
 @dataclass(frozen=True, slots=True)
 class Throughput:
-    """Measured throughput of several batch sizes.
+    """Measured throughput of several batch sizes."""
 
-    Args:
-        curve: Timed sizes in ascending order.
-        unreached: Sizes that there was no time for.
-        unrecorded: Results of all ranks in trials that ran for the curve only, by batch size.
-        waited: Time spent waiting for data during the timed updates.
-        seconds_left: Seconds of the time for the curve that are left.
-    """
-
-    curve: tuple[CurvePoint, ...] = ()
-    unreached: tuple[int, ...] = ()
+    curve: tuple[CurvePoint, ...] = ()  # ascending
+    unreached: tuple[int, ...] = ()  # sizes that there was no time for
+    # Results of all ranks in trials that ran for the curve only, by batch size
     unrecorded: Mapping[int, Sequence[Trial]] = field(default_factory=dict)
-    waited: Loading = _NO_LOADING
-    seconds_left: float = 0.0
+    waited: Loading = _NO_LOADING  # for data, during the timed updates
+    seconds: float = 0.0  # spent on the curve
+    seconds_left: float = 0.0  # of the time for the curve
 
     @property
     def loading(self) -> Loading | None:
@@ -68,17 +63,12 @@ class Throughput:
 
     def with_times(self, trial: Trial) -> Trial:
         """Return a trial with the times of the curve, which no watch on memory slowed down."""
-        for point in self.curve:
-            if trial.fits and (point.batch_size, point.accumulate) == (
-                trial.batch_size,
-                trial.accumulate,
-            ):
-                return replace(
-                    trial,
-                    step_seconds=point.step_seconds,
-                    optimizer_seconds=point.optimizer_seconds,
-                )
-        return trial
+        points = (point for point in self.curve if point.batch_size == trial.batch_size)
+        point = next(points, None)
+        if point is None or not trial.fits or point.accumulate != trial.accumulate:
+            return trial
+        seconds, optimizer = point.step_seconds, point.optimizer_seconds
+        return replace(trial, step_seconds=seconds, optimizer_seconds=optimizer)
 
 
 def measure_throughput(
@@ -118,6 +108,7 @@ def measure_throughput(
         unreached=tuple(size for size in sizes if size not in failed and size not in timings),
         unrecorded=unrecorded,
         waited=timer.waited,
+        seconds=timer.seconds_spent,
         seconds_left=timer.seconds_left,
     )
 
@@ -130,7 +121,7 @@ def _run_missing(sizes: Sequence[int], timer: _UpdateTimer) -> dict[int, Sequenc
     for size in reversed(sizes):
         if size in runner.fitting or not timer.has_time(trial_seconds + timer.seconds / 2):
             continue
-        results = runner.run_unrecorded(size)
+        results = runner.run_unrecorded(size, timer.seconds_left)
         if all(trial.batch_size == size for trial in results):
             unrecorded[size] = results
         else:
@@ -160,7 +151,8 @@ def add_to_curve(throughput: Throughput, runner: TrialRunner, batch_size: int) -
     return replace(
         throughput,
         curve=tuple(sorted((*throughput.curve, added), key=lambda each: each.batch_size)),
-        waited=_added(throughput.waited, timer.waited),
+        waited=throughput.waited + timer.waited,
+        seconds=throughput.seconds + timer.seconds_spent,
     )
 
 
@@ -175,11 +167,15 @@ class _UpdateTimer:
         self._began = runner.time_limit.now
 
     @property
+    def seconds_spent(self) -> float:
+        return self.runner.time_limit.now - self._began
+
+    @property
     def seconds_left(self) -> float:
-        return self.seconds - (self.runner.time_limit.now - self._began)
+        return self.seconds - self.seconds_spent
 
     def has_time(self, seconds: float) -> bool:
-        return self.runner.time_limit.now - self._began + seconds <= self.seconds
+        return seconds <= self.seconds_left
 
     def time_turn(self, batch_size: int) -> Timing | None:
         """Return the timing of the slowest rank; None if the size failed on one of them."""
@@ -190,10 +186,12 @@ class _UpdateTimer:
             self.failed.add(batch_size)
             return None
         slowest = max(known, key=lambda turn: statistics.median(turn.timing.update_seconds))
-        self.waited = _added(self.waited, slowest.waited)
+        self.waited += slowest.waited
         return slowest.timing
 
     def _turn_here(self, batch_size: int) -> _Turn | None:
+        clock = self.runner.context.probe.clock
+        deadline = self.runner.deadline(self.seconds_left)
         # The host's own clock: waiting for the device here would slow down the updates
         with loading_watch(time.perf_counter) as waited:
             before = _NO_LOADING
@@ -202,7 +200,8 @@ class _UpdateTimer:
                 nonlocal before
                 if not update_seconds:  # a loader has started its workers by now
                     before = Loading(waited.seconds, 0.0, waited.batches)
-                return enough(update_seconds)
+                is_late = len(update_seconds) >= _FEWEST_UPDATES and clock() >= deadline
+                return is_late or enough(update_seconds)
 
             timing = time_updates(
                 self.runner.workload,
@@ -225,14 +224,6 @@ class _Turn:
 
     timing: Timing
     waited: Loading
-
-
-def _added(one: Loading, other: Loading) -> Loading:
-    return Loading(
-        one.wait_seconds + other.wait_seconds,
-        one.step_seconds + other.step_seconds,
-        one.batches + other.batches,
-    )
 
 
 def _undecided(

@@ -68,6 +68,17 @@ def sample_counts(batch: Any) -> list[int | None]:
     ]
 
 
+def rows_of_each(counts: list[int | None], samples: int) -> int:
+    """Return the rows of each of the samples, from the `sample_counts` of their batch.
+
+    It is 1 if the batch itself gives its size, as graphs do, or if the rows do not divide evenly.
+    """
+    own, rows, _ = counts
+    if own is not None or not rows or rows % samples:
+        return 1
+    return rows // samples
+
+
 def listed(counts: set[int]) -> str:
     """Return numbers of rows as words: "3, 4", or "no"."""
     return ", ".join(map(str, sorted(counts))) or "no"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
@@ -32,6 +31,7 @@ def run_trial(
     steps: int,
     is_timed: bool,
     may_be_refused: bool,
+    deadline: float,
     context: TrialContext,
 ) -> Trial:
     """Run one batch size within the budget, and measure its memory and time.
@@ -45,6 +45,8 @@ def run_trial(
         steps: Optimizer steps to run.
         is_timed: Whether to run the steps once more if watching memory slows them down.
         may_be_refused: Whether any error of the workload fails the size, and not only memory.
+        deadline: Reading of the device's clock after which no step begins that the size does not
+            need: it needs one step after the first.
         context: Resources of the trials.
 
     Raises:
@@ -58,7 +60,9 @@ def run_trial(
 
     def enough(update_seconds: Sequence[float]) -> bool:
         # The first step allocates optimizer state, and is slower: it is not timed
-        return len(update_seconds) >= max(1, steps - 1)
+        if not update_seconds:
+            return False
+        return len(update_seconds) >= steps - 1 or probe.clock() >= deadline
 
     with failure:
         if _cudnn_selects_algorithms(probe):
@@ -68,7 +72,7 @@ def run_trial(
         before = probe.read()
         run = RunningWorkload(workload, batch_size, accumulate)
         # A generator must be closed under the modes it was started under
-        with probe.limited(budget) as watch, contextlib.closing(run):
+        with probe.limited(budget) as watch, run:
             with context.on_first_use():
                 warm_up(run, watch, context)
                 warm = probe.read()
@@ -83,7 +87,7 @@ def run_trial(
     measured = measure_memory(trial, run, before, warm, watch, context)
     if not measured.fits:
         return measured
-    if watch is not None and is_timed:
+    if watch is not None and is_timed and probe.clock() < deadline:
         # The watch slows every operator down: time again without it
         with failure:
             timing = time_restarted(workload, batch_size, accumulate, enough, context)
@@ -168,7 +172,7 @@ def _let_cudnn_select(trial: Trial, workload: Workload, context: TrialContext) -
     """
     context.probe.release()
     run = RunningWorkload(workload, trial.batch_size, trial.accumulate)
-    with context.probe.limited(context.budget.read()), contextlib.closing(run):
+    with context.probe.limited(context.budget.read()), run:
         with context.on_first_use():
             run.step()
         if uses_torch_compile():

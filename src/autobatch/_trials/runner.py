@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from math import inf
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from autobatch._memory import format_bytes
@@ -86,6 +87,7 @@ class TrialRunner:
         self._ranks = context.ranks
         self._results: list[Sequence[Trial]] = []  # of every rank, in the order of the trials
         self._budgets: Sequence[int] = ()  # of every rank, in bytes
+        self._now = 0.0  # reading of this rank's clock at the latest gather
 
     # The record, the same on every rank
 
@@ -146,6 +148,22 @@ class TrialRunner:
     def run(self, batch_size: int, accumulate: int, *, is_timed: bool) -> Trial:
         """Run one trial on every rank, restore all state, and record the merged result."""
         began = self.time_limit.spent
+        self.record(self._run(batch_size, accumulate, self.time_limit.left, is_timed=is_timed))
+        trial = self.trials[-1]
+        self.time_limit.record(trial.batch_size, self.time_limit.spent - began)
+        best = max(self.fitting, default=None)
+        self.context.progress.tried(trial, best=best, budget=self.budget)
+        return trial
+
+    def run_unrecorded(self, batch_size: int, seconds: float) -> Sequence[Trial]:
+        """Run a trial on every rank without recording it; return the results of all ranks."""
+        accumulate = self.accumulation.in_trial(batch_size)
+        return self._run(batch_size, accumulate, seconds, is_timed=False)
+
+    def _run(
+        self, batch_size: int, accumulate: int, seconds: float | None, *, is_timed: bool
+    ) -> Sequence[Trial]:
+        """Run a trial on every rank that ends early after these seconds; None: no limit."""
         with self.on_every_rank(batch_size):
             trial = run_trial(
                 self.workload,
@@ -154,28 +172,14 @@ class TrialRunner:
                 steps=self.settings.steps_per_trial,
                 is_timed=is_timed,
                 may_be_refused=self.may_be_refused(batch_size),
-                context=self.context,
-            )
-            self.record(self.gather(trial))
-        trial = self.trials[-1]
-        self.time_limit.record(trial.batch_size, self.time_limit.spent - began)
-        best = max(self.fitting, default=None)
-        self.context.progress.tried(trial, best=best, budget=self.budget)
-        return trial
-
-    def run_unrecorded(self, batch_size: int) -> Sequence[Trial]:
-        """Run a trial on every rank without recording it; return the results of all ranks."""
-        with self.on_every_rank(batch_size):
-            trial = run_trial(
-                self.workload,
-                batch_size,
-                accumulate=self.accumulation.in_trial(batch_size),
-                steps=self.settings.steps_per_trial,
-                is_timed=False,
-                may_be_refused=self.may_be_refused(batch_size),
+                deadline=self.deadline(seconds),
                 context=self.context,
             )
             return self.gather(trial)
+
+    def deadline(self, seconds: float | None) -> float:
+        """Return the reading of this rank's clock so many seconds after the latest gather."""
+        return inf if seconds is None else self._now + seconds
 
     def may_be_refused(self, batch_size: int) -> bool:
         """Return False for the user's own size, or else the first that ran: errors are theirs."""
@@ -204,8 +208,8 @@ class TrialRunner:
 
     def gather(self, value: T) -> Sequence[T]:
         """Return the values of all ranks, and update the budgets and the time."""
-        budget, probe = self.context.budget, self.context.probe
-        results = self._ranks.gather(_RankResult(value, budget.nbytes, probe.clock()))
+        self._now = self.context.probe.clock()
+        results = self._ranks.gather(_RankResult(value, self.context.budget.nbytes, self._now))
         self._budgets = [result.budget for result in results]
         self.time_limit.now = results[0].now
         return [result.value for result in results]

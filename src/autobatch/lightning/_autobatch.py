@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import DataLoader
 
 from autobatch import sinks
+from autobatch._distributed import stopping_together
 from autobatch._report.notes import waiting
 from autobatch._report.units import plain
 from autobatch._settings import Settings, checked_verbose
@@ -46,6 +47,7 @@ from autobatch.lightning._dataloaders import (
     capture_order,
     checked_setter,
 )
+from autobatch.lightning._evaluation import STAGES, before_data, loaders_for
 from autobatch.lightning._hooks import FIT_START
 from autobatch.lightning._loggers import log_report, refresh_report
 from autobatch.lightning._noise_scale import NoiseScale
@@ -54,7 +56,6 @@ from autobatch.lightning._run import Run, before_epochs
 from autobatch.lightning._silence import silenced
 from autobatch.lightning._trial_data import NoDataError, checked_worst_case
 from autobatch.lightning._tuning import CallbackArguments, tune_evaluation, tune_training
-from autobatch.lightning._workloads import STAGES, before_data, loaders_for
 from autobatch.testing import named_device
 
 if TYPE_CHECKING:
@@ -65,8 +66,9 @@ if TYPE_CHECKING:
     from autobatch._plan import BatchPlan
     from autobatch._report import TuningReport
     from autobatch._search import Search
+    from autobatch.lightning._batch_size import LoaderSize
+    from autobatch.lightning._evaluation import Stage
     from autobatch.lightning._tuning import Tuned
-    from autobatch.lightning._workloads import Stage
 
 
 _log = logging.getLogger("autobatch")
@@ -309,22 +311,18 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         known_at = partial(known_at_start, self._known, checkpoint, last)
         before = self._plan_before(trainer)
         try:
-            tuned = tune_training(trainer, pl_module, self._arguments, known_at, before, FIT_START)
+            with stopping_together():
+                tuned = tune_training(
+                    trainer, pl_module, self._arguments, known_at, before, FIT_START
+                )
+                self._last = TunedFit(tuned.report, tuned.fingerprint)
+                if not self._only_tunes:
+                    self._apply_at_start(trainer, pl_module, tuned)
         except NoDataError:
             self._stay_idle("there is nothing to train on")
             return
-        self._last = TunedFit(tuned.report, tuned.fingerprint)
         if self._only_tunes:
             self._end_run(trainer, "fit", tuned.report)
-        self._run.before_data.watch(trainer)
-        apply(
-            tuned.report.plan,
-            trainer,
-            pl_module,
-            self._arguments.batch_arg_name,
-            self._rebatched(trainer, tuned),
-            self._run.before_optimizers,
-        )
         self._run.first_report = tuned.report
         self._continue_with(trainer, tuned)
 
@@ -390,6 +388,18 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         """Restore the batch size of the user's loader."""
         self._undo_run()
 
+    def _apply_at_start(self, trainer: Any, module: Any, tuned: Tuned) -> None:
+        """Apply a plan before training begins."""
+        self._run.before_data.watch(trainer)
+        apply(
+            tuned.report.plan,
+            trainer,
+            module,
+            self._arguments.batch_arg_name,
+            self._rebatched(trainer, tuned),
+            self._run.before_optimizers,
+        )
+
     def _undo_run(self) -> None:
         self._run.undo()
 
@@ -428,17 +438,19 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             return
         target = self._run.first_report.plan.effective_batch_size
         known = PriorPlan(target=target, note=f"{reason} {target:,}.")
-        tuned = tune_training(trainer, module, self._arguments, lambda *_: known, None, ())
-        if tuned.report.plan != self._trained.plan:
-            self._run.loaders["train"].undo()
-            apply_between_epochs(
-                tuned.report.plan,
-                trainer,
-                module,
-                self._arguments.batch_arg_name,
-                self._rebatched(trainer, tuned),
-                self._run.before_data.restore,
-            )
+        with stopping_together():
+            tuned = tune_training(trainer, module, self._arguments, lambda *_: known, None, ())
+            if tuned.report.plan != self._trained.plan:
+                self._run.loaders["train"].undo()
+                apply_between_epochs(
+                    tuned.report.plan,
+                    trainer,
+                    module,
+                    self._arguments.batch_arg_name,
+                    self._rebatched(trainer, tuned),
+                    self._run.before_optimizers,
+                    self._run.before_data.restore,
+                )
         self._continue_with(trainer, tuned)
         log_report(tuned.report, trainer)
 
@@ -453,11 +465,11 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         self.reports["fit"] = tuned.report
         self._show(trainer, "fit", self._sink_for(tuned.report))
 
-    def _resize_validation(self, trainer: Any, batch_sizes: Sequence[int]) -> None:
+    def _resize_validation(self, trainer: Any, sizes: Sequence[LoaderSize]) -> None:
         if "validation" in self._run.loaders:
             self._run.loaders["validation"].undo()
         loop = trainer.fit_loop.epoch_loop.val_loop
-        rebatched = self._run.loaders["validation"] = Rebatched(data_source(loop), batch_sizes)
+        rebatched = self._run.loaders["validation"] = Rebatched(data_source(loop), sizes)
         rebatched.start()
         forget_combined_loader(loop)  # in the middle of training the loop has one
 
@@ -480,18 +492,17 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         if self._only_tunes:
             self._end_run(trainer, stage.name, tuned.report)
         source = data_source(stage.loop_of(trainer))
-        rebatched = self._run.loaders[stage.name] = Rebatched(source, tuned.batch_sizes)
+        rebatched = self._run.loaders[stage.name] = Rebatched(source, tuned.sizes)
         rebatched.start()
         if tuned.is_changed:
             self._run.attribute = FormerBatchSize(module, name)
-            set_batch_size_attribute(module, name, tuned.batch_sizes[0])
+            set_batch_size_attribute(module, name, tuned.sizes[0].batch_size)
         self.reports[stage.name] = tuned.report
         self._show(trainer, stage.name, sinks.console)
 
     def _rebatched(self, trainer: Any, tuned: Tuned) -> Rebatched:
         """Return the training loaders of a plan; the run undoes them from now on."""
-        setter = self._arguments.set_batch_size
-        rebatched = Rebatched(data_source(trainer.fit_loop), tuned.batch_sizes, setter)
+        rebatched = Rebatched(data_source(trainer.fit_loop), tuned.sizes)
         self._run.loaders["train"] = rebatched
         return rebatched
 

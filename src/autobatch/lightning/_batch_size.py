@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,13 +10,21 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 from torch.utils.data import DataLoader
 
 from autobatch._undo import Undo
-from autobatch.lightning._compat import save_positional, saved_arguments
+from autobatch.lightning._remaking import Remaking, resize, sampler_of, samplers_of_same_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# The user's set_batch_size
+# The user's set_batch_size, or a Remaking
 SetBatchSize: TypeAlias = Callable[[DataLoader[Any], int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class LoaderSize:
+    """A batch size of a loader, and the way to set it: None for in place."""
+
+    batch_size: int
+    setter: SetBatchSize | None
 
 
 class _Missing:
@@ -37,11 +44,6 @@ def is_writable(batch_sampler: Any) -> bool:
     except Exception:
         return False
     return True
-
-
-def sampler_of(loader: DataLoader[Any]) -> Any:
-    """Return the sampler of single samples, which is not `loader.sampler` under a batch sampler."""
-    return getattr(loader.batch_sampler, "sampler", loader.sampler)
 
 
 class BatchSizeChange(Protocol):
@@ -77,10 +79,16 @@ def batch_size_change(
 ) -> BatchSizeChange:
     """Return a change of the batch size, by the user's setter if there is one."""
     if setter is None:
-        return _Resizing(loader, batch_size_of(loader), batch_size)
+        samplers = samplers_of_same_size(loader)
+        return _Resizing(loader, batch_size_of(loader), batch_size, samplers)
     owners = (loader, loader.batch_sampler, loader.sampler, sampler_of(loader))
-    before = [_Attributes(owner, dict(vars(owner))) for owner in owners if owner is not None]
-    return _SettingByUser(loader, batch_size, setter, before)
+    before = [_Attributes(owner, dict(vars(owner))) for owner in owners if _has_attributes(owner)]
+    kind = _MakingAgain if isinstance(setter, Remaking) else _SettingByUser
+    return kind(loader, batch_size, setter, before)
+
+
+def _has_attributes(owner: Any) -> bool:
+    return hasattr(owner, "__dict__")  # a list of indices is a sampler without
 
 
 @dataclass
@@ -90,38 +98,17 @@ class _Resizing:
     loader: DataLoader[Any]
     former: int
     batch_size: int
+    samplers: list[Any]
 
     @property
     def holds(self) -> bool:
         return batch_size_of(self.loader) == self.batch_size
 
     def make(self) -> None:
-        _resize(self.loader, self.batch_size)
+        resize(self.loader, self.batch_size, self.samplers)
 
     def restore(self) -> None:
-        _resize(self.loader, self.former)
-
-
-def _resize(loader: DataLoader[Any], batch_size: int) -> None:
-    sampler: Any = loader.batch_sampler
-    sampler.batch_size = batch_size
-    if loader.batch_size is not None:
-        # DataLoader refuses plain assignment; iteration uses the batch sampler
-        object.__setattr__(loader, "batch_size", batch_size)
-    for made in (loader, sampler):
-        _update_saved_arguments(made, batch_size)
-
-
-def _update_saved_arguments(made: Any, batch_size: int) -> None:
-    """Update the arguments from which Lightning 2.6 makes a loader again for several ranks."""
-    saved = saved_arguments(made)
-    if saved is None:
-        return
-    if "batch_size" in saved.names:
-        at = saved.names.index("batch_size")
-        save_positional(made, (*saved.positional[:at], batch_size, *saved.positional[at + 1 :]))
-    elif "batch_size" in inspect.signature(type(made).__init__).parameters:
-        saved.keywords["batch_size"] = batch_size
+        resize(self.loader, self.former, self.samplers)
 
 
 @dataclass
@@ -155,6 +142,16 @@ class _SettingByUser:
 
     def _assignments(self) -> list[_Assignment]:
         return [each for owner in self.before for each in owner.assignments()]
+
+
+class _MakingAgain(_SettingByUser):
+    """Parts of a loader that were made again."""
+
+    @property
+    def holds(self) -> bool:
+        # Others, such as lists of batches, may be replaced in each epoch
+        numbers = [each for each in self.assigned or () if isinstance(each.after, int)]
+        return all(each.holds for each in numbers or self.assigned or ())
 
 
 @dataclass(frozen=True, slots=True)

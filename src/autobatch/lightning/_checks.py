@@ -19,7 +19,7 @@ from autobatch.lightning._compat import (
     package_of,
     start_method,
 )
-from autobatch.lightning._dataloaders import is_empty
+from autobatch.lightning._epochs import is_empty
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

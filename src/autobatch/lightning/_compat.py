@@ -93,8 +93,10 @@ class Imported(StrEnum):
     CALL_STRATEGY_HOOK = "trainer.call._call_strategy_hook"
     COMBINED_LOADER = "utilities.combined_loader.CombinedLoader"
     FETCHER = "loops.fetchers._PrefetchDataFetcher"
+    REQUEST_LOADERS = "trainer.connectors.data_connector._request_dataloader"
     SAVE_HPARAMS = "core.saving.save_hparams_to_yaml"
     TUNER_EXIT = "utilities.exceptions._TunerExitException"
+    TERMINATED = "utilities.exceptions.SIGTERMException"
 
     def of(self, trainer: Any) -> Any:
         """Return the object from the imported package a Trainer comes from."""
@@ -330,6 +332,12 @@ def start_method(strategy: Any) -> str:
     return method
 
 
+def validation_interval(trainer: Any) -> int | float | None:
+    """Return `val_check_interval`; None where time passes between validations."""
+    interval: int | float | None = getattr(trainer, "val_check_interval", None)
+    return interval
+
+
 def averages_models(strategy: Any) -> bool:
     """Return whether a strategy averages models in optimizer steps."""
     return getattr(strategy, "_model_averaging_period", None) is not None
@@ -348,7 +356,7 @@ class SavedArguments:
     Args:
         names: Of the positional arguments.
         positional: Their values.
-        keywords: The others, in a dict that may be changed.
+        keywords: The others.
     """
 
     names: tuple[str, ...]
@@ -365,9 +373,10 @@ def saved_arguments(made: Any) -> SavedArguments | None:
     return SavedArguments(names, positional, getattr(made, "__pl_saved_kwargs"))
 
 
-def save_positional(made: Any, positional: tuple[Any, ...]) -> None:
-    """Replace the positional arguments Lightning saved, past the guards of a DataLoader."""
+def save_arguments(made: Any, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    """Replace the arguments Lightning saved, past the guards of a DataLoader."""
     object.__setattr__(made, "__pl_saved_args", positional)
+    object.__setattr__(made, "__pl_saved_kwargs", keywords)
 
 
 # The check

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
-from autobatch._plan import ceil_div
 from autobatch._trials.batches import leaves, map_leaves
 from autobatch._trials.snapshot import Snapshot
 from autobatch.errors import AutobatchError, FixedBatchSizeError
 from autobatch.lightning._batch_size import (
+    LoaderSize,
     batch_size_change,
     batch_size_of,
     changed_batch_size,
     is_writable,
-    sampler_of,
 )
 from autobatch.lightning._compat import (
     Imported,
     combination_mode,
     patched,
     requires_distributed_sampler,
+)
+from autobatch.lightning._epochs import EPOCH_LENGTH, batches_of, length_of, samples_of
+from autobatch.lightning._remaking import (
+    Remaking,
+    arguments_left_open,
+    remade_parts,
+    sampler_of,
 )
 
 if TYPE_CHECKING:
@@ -32,13 +39,9 @@ if TYPE_CHECKING:
     from autobatch.lightning._trainer import CombinedLoader
 
 
-# Batches of an epoch, from those of each loader, by the mode of a CombinedLoader
-_EPOCH_LENGTH: Final[dict[str, Callable[[Sequence[Any]], Any]]] = {
-    "max_size_cycle": max,
-    "max_size": max,
-    "min_size": min,
-    "sequential": sum,
-}
+_COMPARED: Final = 8  # batches of indices of a loader and of one made again
+_PLAIN: Final = "use a plain DataLoader(dataset, batch_size=…)"
+_SETTER: Final = "pass set_batch_size, a function of a loader and a batch size that sets it"
 
 
 def checked_setter(set_batch_size: SetBatchSize | None) -> SetBatchSize | None:
@@ -76,25 +79,22 @@ class Loaders:
         setter: SetBatchSize | None = None,
     ) -> None:
         combined_loader = Imported.COMBINED_LOADER.of(trainer)
-        given = source.dataloader()
+        # As the loops do, so that the arguments of loaders made in a hook are saved
+        given = Imported.REQUEST_LOADERS.of(trainer)(source)
         is_combined = isinstance(given, combined_loader)
         self._combined = given if is_combined else combined_loader(given, mode)
-        for loader in self._combined.flattened:
-            problem = _problem_found_by_changing(loader, setter)
-            if problem:
-                raise FixedBatchSizeError(
-                    f"AutoBatch cannot change the batch size of this loader: {problem}. "
-                    "Use a plain DataLoader(dataset, batch_size=…), or leave AutoBatch out."
-                )
         self.each: tuple[DataLoader[Any], ...] = tuple(self._combined.flattened)
-        self.own_sizes: tuple[int, ...] = tuple(_own_size(loader, setter) for loader in self.each)
-        self.setter = setter
+        self.is_set_by_user = setter is not None
+        # For each loader the function that sets its size; None for in place
+        self.setters = tuple(_way_to_change(loader, setter) for loader in self.each)
+        self.own_sizes = tuple(map(_own_size, self.each, self.setters))
         # Ranks among which Lightning will distribute the samples of each loader
         self.shards = tuple(
             int(trainer.world_size) if requires_distributed_sampler(trainer, loader) else 1
             for loader in self.each
         )
         self._world_size = int(trainer.world_size)
+        self._batches: dict[int, int | None] = {}  # of an epoch, by batch size
 
     @property
     def batch_size(self) -> int:
@@ -127,30 +127,31 @@ class Loaders:
             return len(sampler_of(self.each[0]))
         return samples * self._world_size
 
+    def sized(self, batch_size: int) -> tuple[LoaderSize, ...]:
+        """Return the size of each loader for one of the first, with the way to set it."""
+        return tuple(map(LoaderSize, self.sizes_at(batch_size), self.setters))
+
     def batches(self, batch_size: int) -> int | None:
         """Return the batches of each rank in an epoch at a batch size; None if unknown."""
-        lengths = [
-            _batches_of(loader, size, shards, self.setter)
-            for loader, size, shards in zip(
-                self.each, self.sizes_at(batch_size), self.shards, strict=True
-            )
-        ]
-        known = [length for length in lengths if length is not None]
-        if len(known) < len(lengths):
-            return None
-        return int(self.epoch_length(known))
+        if batch_size not in self._batches:
+            sized = zip(self.each, self.sized(batch_size), self.shards, strict=True)
+            lengths = [batches_of(*each) for each in sized]
+            known = [length for length in lengths if length is not None]
+            is_known = len(known) == len(lengths)
+            self._batches[batch_size] = int(self.epoch_length(known)) if is_known else None
+        return self._batches[batch_size]
 
     @contextmanager
     def at(self, batch_size: int) -> Iterator[CombinedLoader]:
         """Change the batch sizes to those for one of the first loader while the body runs."""
         with ExitStack() as stack:
-            for loader, size in zip(self.each, self.sizes_at(batch_size), strict=True):
-                stack.enter_context(changed_batch_size(loader, size, self.setter))
+            for loader, size in zip(self.each, self.sized(batch_size), strict=True):
+                stack.enter_context(changed_batch_size(loader, size.batch_size, size.setter))
             yield self._combined
 
     def epoch_length(self, lengths: Sequence[int | float]) -> int | float:
         """Return the batches of an epoch, from those of each loader."""
-        length: int | float = _EPOCH_LENGTH[combination_mode(self._combined)](lengths)
+        length: int | float = EPOCH_LENGTH[combination_mode(self._combined)](lengths)
         return length
 
     def samples_in(self, batches: int, batch_size: int) -> int | None:
@@ -183,18 +184,11 @@ class Rebatched:
 
     Args:
         source: Gives the Trainer its loaders.
-        batch_sizes: One for each loader.
-        setter: The user's `set_batch_size`.
+        sizes: One for each loader.
     """
 
-    def __init__(
-        self,
-        source: Any,
-        batch_sizes: Sequence[int],
-        setter: SetBatchSize | None = None,
-    ) -> None:
-        self.setter = setter
-        self._batch_sizes = batch_sizes
+    def __init__(self, source: Any, sizes: Sequence[LoaderSize]) -> None:
+        self._sizes = sizes
         self._changes: list[BatchSizeChange] = []
         self._original_dataloader: Callable[[], Any] = source.dataloader
         # Lightning 2.6 gets all loaders by this method
@@ -211,45 +205,31 @@ class Rebatched:
             self._changes[-1].restore()
             self._changes.pop()
 
-    def check(self, loaders: Loaders) -> None:
-        """Read one batch of indices of each loader; `AutobatchError` if its size is another.
-
-        Not with a `set_batch_size`, which may count in another unit and was checked before.
-        """
-        if self.setter is not None:
-            return
-        for loader, size in zip(loaders.each, self._batch_sizes, strict=True):
-            found = _first_batch_size(loader)
-            samples = samples_of(loader, 1)
-            if found != min(size, samples or found):
-                raise AutobatchError(
-                    f"The loader still makes batches of {found} after its batch size was set to "
-                    f"{size}; AutoBatch cannot tune it."
-                )
-
     def check_used(self, used: Any) -> None:
         """Refuse a loader that Lightning made again at its old batch size, as for several ranks."""
-        if self.setter is not None:
-            return
-        for loader, size in zip(_dataloaders_in(used), self._batch_sizes, strict=False):
-            if _problem_of(loader, None) is None and batch_size_of(loader) != size:
+        for loader, size in zip(_dataloaders_in(used), self._sizes, strict=False):
+            if size.setter is None and _has_another_size(loader, size.batch_size):
                 raise AutobatchError(
                     f"Lightning made the training loader, a {type(loader).__name__}, again with "
-                    f"batches of {batch_size_of(loader)} instead of {size}: its __init__ does not "
-                    "take the size as batch_size. Rename that argument to batch_size, or pass the "
-                    "loader to fit."
+                    f"batches of {batch_size_of(loader)} instead of {size.batch_size}: its "
+                    "__init__ does not take the size as batch_size. Rename that argument to "
+                    "batch_size, or pass the loader to fit."
                 )
 
     def _dataloader(self) -> Any:
         given = self._original_dataloader()
-        for loader, size in zip(_dataloaders_in(given), self._batch_sizes, strict=False):
-            if _problem_of(loader, self.setter) is None and not self._is_changed(loader):
-                self._changes.append(batch_size_change(loader, size, self.setter))
+        for loader, size in zip(_dataloaders_in(given), self._sizes, strict=False):
+            if not (_problem_of(loader, size.setter) or self._is_changed(loader)):
+                self._changes.append(batch_size_change(loader, size.batch_size, size.setter))
                 self._changes[-1].make()
         return given
 
     def _is_changed(self, loader: DataLoader[Any]) -> bool:
         return any(change.loader is loader and change.holds for change in self._changes)
+
+
+def _has_another_size(loader: DataLoader[Any], batch_size: int) -> bool:
+    return not _problem_of(loader, None) and batch_size_of(loader) != batch_size
 
 
 def _dataloaders_in(given: Any) -> list[DataLoader[Any]]:
@@ -262,11 +242,26 @@ def _dataloaders_in(given: Any) -> list[DataLoader[Any]]:
 
 
 def capture_order(loader: DataLoader[Any], snapshot: Snapshot) -> None:
-    """Let a snapshot restore the order of the data: samplers, their counters and generators."""
+    """Let a snapshot restore the order of the data: samplers, their counters and generators.
+
+    Counters of the data set as well: without a length, Lightning 2.6 reads the first batch when it
+    sets up the loader.
+    """
     samplers = (loader.batch_sampler, loader.sampler, sampler_of(loader))
     snapshot.capture_light(*(each for each in samplers if each is not None))
+    if loader.num_workers == 0:
+        snapshot.capture_light(*layers(loader.dataset))
     if loader.generator is not None:
         snapshot.capture(loader.generator)
+
+
+def layers(dataset: Any) -> list[Any]:
+    """Return a data set, its transforms, and the data sets it wraps, as Subset does."""
+    attributes = getattr(dataset, "__dict__", {}).values()  # a plain list has none
+    parts = [part for part in attributes if hasattr(part, "__dict__")]
+    inner = [*parts, *(getattr(dataset, "datasets", None) or ())]
+    wrapped = [part for part in inner if isinstance(part, Dataset)]
+    return [dataset, *parts, *(layer for part in wrapped for layer in layers(part))]
 
 
 def take_iterator(loader: DataLoader[Any]) -> Any:
@@ -279,27 +274,11 @@ def take_iterator(loader: DataLoader[Any]) -> Any:
     return iterator
 
 
-def is_empty(loader: object) -> bool:
-    """Return True for a loader without any data."""
-    return isinstance(loader, DataLoader) and samples_of(loader, 1) == 0
-
-
-def samples_of(loader: DataLoader[Any], shards: int) -> int | None:
-    """Return the samples of one rank per epoch; None for a stream."""
-    if isinstance(loader.dataset, IterableDataset):
-        return None
-    samples = len(sampler_of(loader))
-    batches, size = _length_of(loader.batch_sampler), _size_of(loader.batch_sampler)
-    # A batch sampler may draw samples many times, or parts of them; the last batch may be short
-    if batches and size and not (batches - 1) * size < samples <= batches * size:
-        samples = batches * size
-    return ceil_div(samples, shards)
-
-
 def _own_size(loader: DataLoader[Any], setter: SetBatchSize | None) -> int:
-    """Return the batch size; with a setter, which may count in another unit, of the first batch."""
-    if setter is None:
-        return batch_size_of(loader)
+    """Return the batch size; with a user's setter, which may count otherwise, of a first batch."""
+    size = getattr(loader.batch_sampler, "batch_size", None)
+    if isinstance(size, int) and (setter is None or isinstance(setter, Remaking)):
+        return size
     with _order_restored(loader):
         return _first_batch_size(loader)
 
@@ -309,100 +288,97 @@ def _first_batch_size(loader: DataLoader[Any]) -> int:
     return len(next(iter(loader.batch_sampler)))  # type: ignore[arg-type]  # _problem_of checks
 
 
-def _batches_of(
-    loader: DataLoader[Any], batch_size: int, shards: int, setter: SetBatchSize | None
-) -> int | None:
-    """Return the batches of one rank per epoch at another batch size; None if unknown."""
-    samples = samples_of(loader, shards)
-    if _length_of(loader.batch_sampler) is None or samples is None:
-        return None
-    if shards > 1:
-        drops = getattr(loader.batch_sampler, "drop_last", False)
-        return samples // batch_size if drops else ceil_div(samples, batch_size)
-    with changed_batch_size(loader, batch_size, setter):
-        return _length_of(loader.batch_sampler)
+def _way_to_change(loader: Any, setter: SetBatchSize | None) -> SetBatchSize | None:
+    """Return the function that sets the batch size: the user's, a `Remaking`, None for in place.
+
+    Raises:
+        FixedBatchSizeError: There is none.
+    """
+    if setter is None and isinstance(loader, DataLoader) and _has_to_be_made_again(loader):
+        return Remaking()
+    problem = _problem_of(loader, setter)
+    if problem is None and setter is None:
+        problem = _batch_sampler_problem(loader)
+    if problem is None:
+        return setter
+    raise FixedBatchSizeError(
+        f"AutoBatch cannot change the batch size of this loader: {problem}, or leave AutoBatch out."
+    )
 
 
 def _problem_of(loader: object, setter: SetBatchSize | None) -> str | None:
-    """Return a reason why the batch size of this object cannot be changed."""
+    """Return a reason why the batch size of this object cannot be set, and what to do."""
     if not isinstance(loader, DataLoader):
-        return f"it is a {type(loader).__name__}, not a DataLoader"
+        return f"it is a {type(loader).__name__}, not a DataLoader; {_PLAIN}"
     batch_sampler, sampler = loader.batch_sampler, sampler_of(loader)
     if batch_sampler is None:
-        return "it has batch_size=None"
+        return f"it has batch_size=None; {_PLAIN}"
+    name = type(batch_sampler).__name__
     if setter is None and not isinstance(getattr(batch_sampler, "batch_size", None), int):
-        return (
-            f"its batch sampler, a {type(batch_sampler).__name__}, has no batch_size "
-            "(set_batch_size may change it)"
-        )
+        return f"its batch sampler, a {name}, has no batch_size; {_SETTER}"
     if setter is None and not is_writable(batch_sampler):
-        return (
-            f"the batch_size of its batch sampler, a {type(batch_sampler).__name__}, cannot be set "
-            "(set_batch_size may set what it is computed from)"
-        )
+        return f"the batch_size of its batch sampler, a {name}, cannot be set; {_SETTER}"
     if not isinstance(loader.dataset, IterableDataset) and not hasattr(sampler, "__len__"):
-        return f"its sampler, a {type(sampler).__name__}, has no length"
+        return f"its sampler, a {type(sampler).__name__}, has no length; give it a __len__"
     return None
 
 
-def _problem_found_by_changing(loader: Any, setter: SetBatchSize | None) -> str | None:
-    """Change the batch size and restore it, and return a reason why the batches do not follow."""
-    problem = _problem_of(loader, setter)
-    if problem is not None:
-        return problem
-    if setter is not None:
-        return _setter_problem(loader, setter)
-    return _batch_sampler_problem(loader)
-
-
 def _batch_sampler_problem(loader: DataLoader[Any]) -> str | None:
-    """Return a problem of a batch sampler of a class of the user's."""
+    """Return a problem of a batch sampler of a class of the user's, and what to do."""
     sampler = loader.batch_sampler
     if type(sampler) is BatchSampler:
         return None
     wanted = 1 if batch_size_of(loader) > 1 else 2
     with _order_restored(loader):
-        batches = _length_of(sampler)
+        batches = length_of(sampler)
         with changed_batch_size(loader, wanted, None):
             found = _first_batch_size(loader)
-            is_constant = batches == _length_of(sampler)
-    name = type(sampler).__name__
+            is_constant = batches == length_of(sampler)
+    problem = None
     if batches is not None and is_constant and batches > 1:
-        return f"its batch sampler, a {name}, has {batches} batches at any batch_size"
-    if found == wanted:
-        return None
-    return f"its batch sampler, a {name}, makes batches of {found} when its batch_size is {wanted}"
+        problem = f"has {batches} batches at any batch_size"
+    elif found != wanted:
+        problem = f"makes batches of {found} when its batch_size is {wanted}"
+    return problem and f"its batch sampler, a {type(sampler).__name__}, {problem}; {_SETTER}"
 
 
-def _length_of(sampler: Any) -> int | None:
+def _has_to_be_made_again(loader: DataLoader[Any]) -> bool:
+    """Check that parts of a loader have to be made again for another size, and can be, exactly.
+
+    They can if they are the same when made again at the own size, and no argument is open.
+    """
+    parts = remade_parts(loader)
+    if not parts or loader.batch_sampler is None:
+        return False
+    own = _own_size(loader, Remaking())
+    sizes = (own, 2 * own + 1, max(1, own // 2))
     try:
-        return len(sampler)
-    except (TypeError, NotImplementedError):
-        return None
+        made = [_drawn_at(loader, size, Remaking()) for size in sizes]
+        if made[0] != _drawn(loader):
+            return False
+        for name in arguments_left_open(loader):
+            without = [_drawn_at(loader, size, Remaking(name)) for size in sizes]
+            if without[0] == made[0] and without != made:
+                return False
+    except Exception:  # whatever the classes of the user do not take
+        return False
+    try:
+        is_same = made == [_drawn_at(loader, size, None) for size in sizes]
+    except Exception:  # a size that cannot be set, or a sampler that has to be made again
+        return True
+    return not is_same or loader in parts
 
 
-def _size_of(batch_sampler: Any) -> int | None:
-    """Return the size of the batches of a user's batch sampler; None of torch's own."""
-    size = getattr(batch_sampler, "batch_size", None)
-    return size if isinstance(size, int) and type(batch_sampler) is not BatchSampler else None
+def _drawn_at(loader: DataLoader[Any], batch_size: int, setter: SetBatchSize | None) -> str:
+    with changed_batch_size(loader, batch_size, setter):
+        return _drawn(loader)
 
 
-def _setter_problem(loader: DataLoader[Any], setter: SetBatchSize) -> str | None:
-    """Return a problem of a `set_batch_size` that does not change the batches."""
-    own = _own_size(loader, setter)
-    found = _first_batch_at(loader, own, setter)
-    found_at_double = _first_batch_at(loader, 2 * own, setter)
-    samples = samples_of(loader, 1)
-    if found != found_at_double or (samples is not None and samples <= found):
-        return None
-    return (
-        f"set_batch_size leaves its first batch at {found} samples, both at {own} and at {2 * own}"
-    )
-
-
-def _first_batch_at(loader: DataLoader[Any], batch_size: int, setter: SetBatchSize) -> int:
-    with _order_restored(loader), changed_batch_size(loader, batch_size, setter):
-        return _first_batch_size(loader)
+def _drawn(loader: DataLoader[Any]) -> str:
+    """Return the number of batches of a batch sampler and the first ones, as words."""
+    with _order_restored(loader):
+        batches: Any = loader.batch_sampler
+        return repr([length_of(batches), *islice(batches, _COMPARED)])
 
 
 @contextmanager

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import copy
+import fcntl
 import gc
 import io
 import multiprocessing
 import os
 import pickle
 import signal
+import stat
 import sys
+import time
 import traceback
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import starmap
 from multiprocessing import connection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from autobatch.lightning._dataloaders import capture_order, take_iterator
+from autobatch.lightning._dataloaders import capture_order, layers, take_iterator
 from autobatch.lightning._reading import reading_of
 
 if TYPE_CHECKING:
@@ -32,8 +35,9 @@ if TYPE_CHECKING:
     from autobatch.lightning._batch_size import SetBatchSize
     from autobatch.lightning._reading import Reading
 
-# Longest wait for an answer where the loader has no worker, so that its data set may be one that
-# hangs in a forked process
+# Longest waits for an answer where the loader has no worker, so that its data set may be one that
+# hangs in a forked process: without and with processor time that is used
+_MAX_IDLE: Final = 10.0  # seconds
 _MAX_SILENCE: Final = 60.0  # seconds
 _SECONDS_TO_END: Final = 2.0
 _MAX_CACHED: Final = 2**28  # bytes of answers that are kept for the next time
@@ -79,15 +83,18 @@ class Reader:
 
     Args:
         loaders: The loaders.
-        setter: The user's `set_batch_size`.
+        setters: For each the function that sets its batch size; None for in place.
         snapshot: Restores what reading changes in this process.
     """
 
     def __init__(
-        self, loaders: Sequence[DataLoader[Any]], setter: SetBatchSize | None, snapshot: Snapshot
+        self,
+        loaders: Sequence[DataLoader[Any]],
+        setters: Sequence[SetBatchSize | None],
+        snapshot: Snapshot,
     ) -> None:
         self._loaders = loaders
-        self._setter = setter
+        self._setters = setters
         self._snapshot = snapshot
         self._here: dict[int, Reading] = {}  # loaders that this process reads
         self._process: _ReaderProcess | None = None
@@ -114,15 +121,15 @@ class Reader:
 
     def _asked(self, at: int, method: str, *arguments: Any) -> Fresh:
         if self._process is None:
-            self._process = _ReaderProcess(self._loaders, self._setter)
+            self._process = _ReaderProcess(self._loaders, self._setters)
             try:
                 self._process.start()
             except (AssertionError, OSError) as error:  # in a daemonic process, or without memory
                 self._can_fork = False
                 raise _UnreadableError from error
-        wait = None if self._loaders[at].num_workers else _MAX_SILENCE
+        request = at, method, arguments
         try:
-            return self._process.answer((at, method, arguments), wait)
+            return self._process.answer(request, may_hang=not self._loaders[at].num_workers)
         except _EndedError as error:
             # A fork may die or hang where this process would not, as by locks of other threads;
             # killed for memory, it would happen here again
@@ -139,9 +146,9 @@ class Reader:
     def _read_here(self, at: int, method: str, *arguments: Any) -> Any:
         loader = self._loaders[at]
         capture_order(loader, self._snapshot)
-        self._snapshot.capture_light(loader.collate_fn, *_layers(loader.dataset))
+        self._snapshot.capture_light(loader.collate_fn, *layers(loader.dataset))
         if at not in self._here:
-            self._here[at] = reading_of(copy.copy(loader), self._setter)
+            self._here[at] = reading_of(copy.copy(loader), self._setters[at])
         return getattr(self._here[at], method)(*arguments)
 
 
@@ -156,12 +163,14 @@ class _EndedError(Exception):
 class _ReaderProcess:
     """The forked process, and the connection to it."""
 
-    def __init__(self, loaders: Sequence[DataLoader[Any]], setter: SetBatchSize | None) -> None:
+    def __init__(
+        self, loaders: Sequence[DataLoader[Any]], setters: Sequence[SetBatchSize | None]
+    ) -> None:
         forked = multiprocessing.get_context("fork")
         self._connection, self._theirs = forked.Pipe()
         # Not daemonic, since a loader may have a worker
         self._process = forked.Process(
-            target=_serve, args=(self._theirs, self._connection, loaders, setter), daemon=False
+            target=_serve, args=(self._theirs, self._connection, loaders, setters), daemon=False
         )
 
     def start(self) -> None:
@@ -171,11 +180,11 @@ class _ReaderProcess:
             self._process.start()
         self._theirs.close()
 
-    def answer(self, request: tuple[Any, ...], seconds: float | None) -> Fresh:
+    def answer(self, request: tuple[Any, ...], *, may_hang: bool) -> Fresh:
         try:
             self._connection.send(request)
-            if not connection.wait([self._connection, self._process.sentinel], seconds):
-                raise _EndedError
+            if may_hang:
+                self._wait()
             kind = self._connection.recv()
             data = self._connection.recv_bytes()
         except (EOFError, OSError) as error:
@@ -185,6 +194,15 @@ class _ReaderProcess:
         if kind == "error":
             raise pickle.loads(data)  # noqa: S301 -- made by a process forked from this one
         raise _UnreadableError
+
+    def _wait(self) -> None:
+        """Wait until there is an answer; `_EndedError` if the process hangs."""
+        pid, began = self._process.pid or 0, time.monotonic()
+        used = _processor_ticks(pid)
+        while not connection.wait([self._connection, self._process.sentinel], _MAX_IDLE):
+            before, used = used, _processor_ticks(pid)
+            if used == before or time.monotonic() - began > _MAX_SILENCE:
+                raise _EndedError
 
     @property
     def is_killed(self) -> bool:
@@ -208,38 +226,66 @@ class _ReaderProcess:
         self._process.close()
 
 
+def _processor_ticks(group: int) -> int:
+    """Return the processor time of a group of processes: the one that reads and its worker."""
+    ticks = 0
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # ended meanwhile
+            fields = path.read_text().rpartition(")")[2].split()
+            if int(fields[2]) == group:
+                ticks += int(fields[11]) + int(fields[12])  # user and system; see proc(5)
+    return ticks
+
+
 def _serve(
     requests: Connection,
     other_end: Connection,
     loaders: Sequence[DataLoader[Any]],
-    setter: SetBatchSize | None,
+    setters: Sequence[SetBatchSize | None],
 ) -> None:
     """Answer requests until the process that sends them closes the connection, or ends."""
     other_end.close()
     os.setpgid(0, 0)  # Ctrl-C is for the other process, which ends this one and its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _separate_file_positions()
+    os.register_at_fork(after_in_child=_separate_file_positions)  # of workers
     gc.freeze()  # a collection here must not end iterators that belong to the other process
     abandoned = _abandoned_iterators()
     warnings.simplefilter("ignore")  # training shows them
     torch.set_num_threads(1)
-    readings = list(starmap(reading_of, ((loader, setter) for loader in loaders)))
+    readings = list(map(reading_of, loaders, setters))
     answers: dict[Any, bytes] = {}
     parent = multiprocessing.parent_process()
     ends: list[Any] = [requests, *([parent.sentinel] if parent else [])]
-    while connection.wait(ends) == [requests]:
-        try:
+    with suppress(EOFError, ConnectionError):  # the other process has ended
+        while connection.wait(ends) == [requests]:
             request = requests.recv()
-        except EOFError:
-            break
-        if request in answers:
-            kind, data = "value", answers[request]
-        else:
-            kind, data = _answer(readings, *request)
-            if kind == "value" and sum(map(len, answers.values())) + len(data) < _MAX_CACHED:
-                answers[request] = data
-        requests.send(kind)
-        requests.send_bytes(data)
+            if request in answers:
+                kind, data = "value", answers[request]
+            else:
+                kind, data = _answer(readings, *request)
+                if kind == "value" and sum(map(len, answers.values())) + len(data) < _MAX_CACHED:
+                    answers[request] = data
+            requests.send(kind)
+            requests.send_bytes(data)
     del abandoned
+
+
+def _separate_file_positions() -> None:
+    """Open the files that are read again: a forked process shares their positions.
+
+    A stream may read a file that was opened before, from where it is.
+    """
+    for name in list(Path("/proc/self/fd").iterdir()):
+        number = int(name.name)
+        with suppress(OSError):  # the one of this listing is closed
+            is_file = stat.S_ISREG(os.fstat(number).st_mode)
+            if is_file and fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+                position = os.lseek(number, 0, os.SEEK_CUR)
+                again = os.open(name, os.O_RDONLY)
+                os.lseek(again, position, os.SEEK_SET)
+                os.dup2(again, number, inheritable=os.get_inheritable(number))
+                os.close(again)
 
 
 def _abandoned_iterators() -> list[Any]:
@@ -337,12 +383,3 @@ def _extent(tensor: torch.Tensor) -> int:
         return 0
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     return 1 + sum((length - 1) * stride for length, stride in steps)
-
-
-def _layers(dataset: Any) -> list[Any]:
-    """Return a data set, its transforms, and the data sets it wraps, as Subset does."""
-    attributes = getattr(dataset, "__dict__", {}).values()  # a plain list has none
-    parts = [part for part in attributes if hasattr(part, "__dict__")]
-    inner = [*parts, *(getattr(dataset, "datasets", None) or ())]
-    wrapped = [part for part in inner if isinstance(part, Dataset)]
-    return [dataset, *parts, *(layer for part in wrapped for layer in _layers(part))]

@@ -21,9 +21,10 @@ from torch.utils.data import (
 )
 
 from autobatch._report.result import Look
-from autobatch._trials.batches import sample_counts
-from autobatch.lightning._batch_size import changed_batch_size, sampler_of
+from autobatch._trials.batches import rows_of_each, sample_counts
+from autobatch.lightning._batch_size import changed_batch_size
 from autobatch.lightning._dataloaders import take_iterator
+from autobatch.lightning._remaking import Remaking, has_torch_iteration, sampler_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -88,13 +89,6 @@ def reading_of(loader: DataLoader[Any], setter: SetBatchSize | None) -> Reading:
         if type(loader.batch_sampler) is BatchSampler:
             return _OfDataSet(loader)
     return _AsIterated(loader, setter)
-
-
-def has_torch_iteration(loader: DataLoader[Any]) -> bool:
-    """Check that the class of a loader leaves iteration to torch, and computes no part of it."""
-    kind = type(loader)
-    computed = any(hasattr(kind, name) for name in ("dataset", "sampler", "batch_sampler"))
-    return kind.__iter__ is DataLoader.__iter__ and not computed
 
 
 class _OfDataSet:
@@ -219,14 +213,17 @@ class _AsIterated:
     def __init__(self, loader: DataLoader[Any], setter: SetBatchSize | None) -> None:
         self._loader = loader
         self._setter = setter
+        # Of a batch; the user's function may count in another unit
+        own = getattr(loader.batch_sampler, "batch_size", None)
+        self._own = own if setter is None or isinstance(setter, Remaking) else None
 
     def seen(self) -> Seen:
         sizes: list[int] = []
         largest = 0
         for batch in _within(self._batches(None), _MAX_SECONDS):
-            nbytes = data_size(batch)
-            counts = [count for count in sample_counts(batch) if count]
-            samples = next(iter(counts), 1)
+            nbytes, counts = data_size(batch), sample_counts(batch)
+            samples = next(filter(None, counts), 1)
+            samples //= rows_of_each(counts, self._own or samples)
             sizes += [nbytes // samples] * samples
             largest = max(largest, nbytes // samples)
             if len(sizes) >= _MAX_READ:

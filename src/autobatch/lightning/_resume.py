@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from autobatch._plan import BatchPlan
 from autobatch.errors import AutobatchError
-from autobatch.lightning._dataloaders import samples_of
+from autobatch.lightning._epochs import samples_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,9 +13,11 @@ from autobatch.lightning._compat import (
     Imported,
     combined_loader,
     data_source,
+    patched,
     prepared_loader,
     showing_evaluation,
     showing_training,
+    validation_interval,
 )
 
 if TYPE_CHECKING:
@@ -31,7 +33,10 @@ def training_shown(trainer: Trainer, loaders: Loaders, batch_size: int) -> Itera
     with loaders.at(batch_size) as combined:
         shown = _distributed(trainer, combined, loaders.shards)
         batches = loaders.epoch_length(_lengths(shown, trainer.limit_train_batches))
-        with showing_training(trainer.fit_loop, shown, batches):
+        with (
+            showing_training(trainer.fit_loop, shown, batches),
+            patched(trainer, val_check_batch=_val_check_batch(trainer, batches)),
+        ):
             yield batches
 
 
@@ -59,6 +64,14 @@ def show_validation(trainer: Trainer) -> None:
     given, kind = data_source(loop).dataloader(), Imported.COMBINED_LOADER.of(trainer)
     shown = given if isinstance(given, kind) else kind(given, "sequential")
     showing_evaluation(loop, shown, _lengths(shown, trainer.limit_val_batches)).apply()
+
+
+def _val_check_batch(trainer: Trainer, batches: float) -> int | float | None:
+    """Return the batches between validations, as `_FitLoop.setup_data` of Lightning 2.6."""
+    interval = validation_interval(trainer)
+    if interval is None or isinstance(interval, int):
+        return interval
+    return inf if batches == inf else max(1, int(batches * interval))
 
 
 def _distributed(

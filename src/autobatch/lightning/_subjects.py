@@ -13,7 +13,7 @@ from autobatch._tune import versions
 from autobatch.lightning._accumulation import last_samples, update_notes
 from autobatch.lightning._attribute import has_batch_size_attribute
 from autobatch.lightning._compat import package_of
-from autobatch.lightning._trainer_notes import copy_note, prefetch_note, schedule_notes
+from autobatch.lightning._trainer_notes import copy_note, prefetch_note, rows_note, schedule_notes
 
 if TYPE_CHECKING:
     from autobatch._plan import BatchPlan
@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     from autobatch._trials.workload import Workload
     from autobatch.lightning._accumulation import SplittingTest
     from autobatch.lightning._dataloaders import Loaders
+    from autobatch.lightning._evaluation import Stage
     from autobatch.lightning._trainer_notes import TrainerLimits
+    from autobatch.lightning._training import TrainingSteps
     from autobatch.lightning._trial_data import Samples
-    from autobatch.lightning._workloads import Stage, TrainingSteps
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,13 +135,14 @@ class LightningTraining:
             *schedule_notes(self.trainer, self.limits.before, plan, has_attribute=has_attribute),
             *update_notes(self.trainer, self.loaders, plan, repaired=self.repairs_last_window),
             *self.limits.notes(plan),
-            *self._host_notes(plan),
+            *self._data_notes(plan),
         )
 
-    def _host_notes(self, plan: BatchPlan) -> tuple[str, ...]:
+    def _data_notes(self, plan: BatchPlan) -> tuple[str, ...]:
         devices = self.trainer.num_devices
         sizes = self.loaders.sizes_at(plan.micro_batch_size)
         found = (
+            rows_note(self.samples.rows_each, plan.micro_batch_size),
             copy_note(self.copied_bytes, devices),
             *(
                 prefetch_note(loader, size, nbytes, devices)

@@ -218,12 +218,12 @@ class Trainer(AnyTrainer, Protocol):
     precision: str
     predict_loop: PredictionLoop
     progress_bar_callback: Any
+    received_sigterm: bool
     save_checkpoint: Callable[..., None]
     should_stop: bool
     state: Any
     test_loop: EvaluationLoop
     training: bool
-    val_check_interval: int | float
     validate_loop: EvaluationLoop
     _active_loop: Any
     _checkpoint_connector: CheckpointConnector

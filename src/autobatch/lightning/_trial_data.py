@@ -13,7 +13,7 @@ from torch.utils.data import default_collate
 
 from autobatch._memory.ledger import unobserved
 from autobatch._report.result import Look
-from autobatch._trials.batches import leaves, listed, map_leaves
+from autobatch._trials.batches import leaves, listed, map_leaves, rows_of_each, sample_counts
 from autobatch.errors import FixedBatchSizeError, WorstCaseError
 from autobatch.lightning._reader import Copied, Reader
 from autobatch.lightning._reading import LARGEST_KEPT, data_size
@@ -68,7 +68,7 @@ class Samples:
         worst_case: Callable[[int], Any] | None = None,
     ) -> None:
         self._loaders = loaders
-        self._reader = Reader(loaders.each, loaders.setter, snapshot)
+        self._reader = Reader(loaders.each, loaders.setters, snapshot)
         self._device = device
         self._worst_case = worst_case
         self._worst_case_data: dict[int, int] = {}  # amount of data by batch size
@@ -95,26 +95,37 @@ class Samples:
             return
         if any(seen.look.read == 0 for seen in self._seen):
             raise NoDataError("A loader makes no batch: there are no samples to try.")
-        if self._loaders.setter is None:
-            for at, own in enumerate(self._loaders.own_sizes):
-                self._check_following(at, own, 2 * own + 1)
+        for at, own in enumerate(self._loaders.own_sizes):
+            self._check_following(at, 2 * own + 1)
 
-    def _check_following(self, at: int, own: int, other: int) -> None:
+    def check_size(self, batch_size: int) -> None:
+        """Read some batches at the size of a plan; `FixedBatchSizeError` if they have another."""
+        if self._worst_case is None:
+            for at, size in enumerate(self._loaders.sizes_at(batch_size)):
+                self._check_following(at, size)
+
+    def _check_following(self, at: int, size: int) -> None:
+        own = self._loaders.own_sizes[at]
         with unobserved():
             before = self._reader.read(at, "counts", own)()
             try:
-                after = self._reader.read(at, "counts", other)()
+                after = self._reader.read(at, "counts", size)()
             except Exception:
                 return  # a size that is refused: trials find those that are not
-        if not before or not after or _follows(before, after, own, other):
+        is_users = self._loaders.is_set_by_user
+        if not before or not after or _follows(before, after, own, size, is_exact=not is_users):
             return
-        found = {count for counts in after for count in counts[-2:-1] if count}
-        loader = type(self._loaders.each[at]).__name__
+        found = listed({count for counts in after for count in counts[-2:-1] if count})
+        if is_users:
+            raise FixedBatchSizeError(
+                f"set_batch_size was called with {size}, and the loader makes batches of {found} "
+                "samples; let all of its batches follow the size, in samples of the first batch."
+            )
         raise FixedBatchSizeError(
-            f"AutoBatch cannot change the batch size of this loader, a {loader}: it makes batches "
-            f"of {listed(found)} samples when batch_size is {other}; pass "
-            "set_batch_size, a function that makes all of its batches follow, or leave AutoBatch "
-            "out."
+            "AutoBatch cannot change the batch size of this loader, a "
+            f"{type(self._loaders.each[at]).__name__}: it makes batches of {found} samples when "
+            f"batch_size is {size}; pass set_batch_size, a function that makes all of its batches "
+            "follow, or leave AutoBatch out."
         )
 
     @property
@@ -161,6 +172,21 @@ class Samples:
         if self._worst_case is not None:
             return ()
         return tuple(seen.bytes_each for seen in self._seen)
+
+    @property
+    def rows_each(self) -> int:
+        """Rows that a sample of the first loader becomes in a batch; 1 where they vary."""
+        if self._worst_case is not None or self._loaders.is_set_by_user:
+            return 1
+        seen, own = self._seen[0], self._loaders.batch_size
+        if not seen.look.is_even:
+            return 1
+        with unobserved():
+            counts: list[list[int | None]] = self._reader.read(0, "counts", own)()
+            if not counts:
+                own = min(own, LARGEST_KEPT)
+                counts = [sample_counts(self._reader.read(0, "largest", own)())]
+        return rows_of_each(counts[0], own)
 
     @property
     def look(self) -> Look | None:
@@ -215,7 +241,12 @@ class Samples:
 
 
 def _follows(
-    before: list[list[int | None]], after: list[list[int | None]], own: int, other: int
+    before: list[list[int | None]],
+    after: list[list[int | None]],
+    own: int,
+    size: int,
+    *,
+    is_exact: bool,
 ) -> bool:
     """Check that samples, counted in any way, grow as the batch size does.
 
@@ -224,10 +255,10 @@ def _follows(
     for then, now in zip(zip(*before, strict=True), zip(*after, strict=True), strict=True):
         if None in then or None in now:
             continue
-        if len(set(then)) == 1:
-            if {count * own for count in now} == {then[0] * other}:
+        if is_exact and len(set(then)) == 1:
+            if {count * own for count in now} == {then[0] * size}:
                 return True
-        elif abs(fmean(now) * own / (fmean(then) * other) - 1) < _MEAN_CHANGE:
+        elif abs(fmean(now) * own / (fmean(then) * size) - 1) < _MEAN_CHANGE:
             return True
     return False
 

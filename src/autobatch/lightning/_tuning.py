@@ -29,14 +29,15 @@ from autobatch.lightning._beside import (
 )
 from autobatch.lightning._compat import data_source
 from autobatch.lightning._dataloaders import Loaders
+from autobatch.lightning._evaluation import VALIDATION, EvaluationSteps
 from autobatch.lightning._hooks import users_callbacks
 from autobatch.lightning._isolation import on_new_loops, without_collectives
 from autobatch.lightning._resume import DeviceId, PriorPlan, fingerprint_of
 from autobatch.lightning._shown import show_validation
 from autobatch.lightning._subjects import LightningEvaluation, LightningTraining
 from autobatch.lightning._trainer_notes import TrainerLimits, checked_copy_bytes
+from autobatch.lightning._training import TrainingSteps
 from autobatch.lightning._trial_data import NoDataError, Samples
-from autobatch.lightning._workloads import VALIDATION, EvaluationSteps, TrainingSteps
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -45,8 +46,8 @@ if TYPE_CHECKING:
     from autobatch._report import TuningReport
     from autobatch._search import Search
     from autobatch._settings import Settings
-    from autobatch.lightning._batch_size import SetBatchSize
-    from autobatch.lightning._workloads import Stage
+    from autobatch.lightning._batch_size import LoaderSize, SetBatchSize
+    from autobatch.lightning._evaluation import Stage
 
 
 # (subject, fingerprint, device, settings) -> the plan that is known before a search
@@ -84,19 +85,19 @@ class Tuned:
 
     Args:
         report: The report.
-        batch_sizes: Batch size of each loader.
+        sizes: Of each loader.
         own_sizes: The ones they had.
         fingerprint: Of the model and the data, in training.
-        validation_sizes: Batch size of each validation loader; None if they stay as they are.
+        validation_sizes: Of each validation loader; None if they stay as they are.
         held_by_callbacks: Bytes on the device that callbacks held in trials; None if their hooks
             ran in trials, so that peaks count all that they make.
     """
 
     report: TuningReport
-    batch_sizes: tuple[int, ...]
-    own_sizes: tuple[int, ...]
+    sizes: tuple[LoaderSize, ...]
+    own_sizes: tuple[LoaderSize, ...]
     fingerprint: str = ""
-    validation_sizes: tuple[int, ...] | None = None
+    validation_sizes: tuple[LoaderSize, ...] | None = None
     held_by_callbacks: int | None = None
 
     @property
@@ -111,7 +112,7 @@ class Tuned:
     @property
     def is_changed(self) -> bool:
         """True if a loader gets another batch size."""
-        return self.batch_sizes != self.own_sizes
+        return self.sizes != self.own_sizes
 
 
 def tune_training(
@@ -142,15 +143,10 @@ def tune_training(
     validates = trainer.enable_validation
     with (
         batch_size_restored(module, arguments.batch_arg_name) as former,
-        trial_context(trainer, module, arguments) as (context, copied_bytes),
+        trial_resources(trainer, module, arguments, None) as resources,
         ExitStack() as ends,
     ):
-        loaders = Loaders(
-            trainer,
-            data_source(trainer.fit_loop),
-            mode="max_size_cycle",
-            setter=arguments.set_batch_size,
-        )
+        context, loaders = resources.context, resources.loaders
         accumulate = trainer.accumulate_grad_batches
         limits = TrainerLimits(
             trainer,
@@ -169,7 +165,6 @@ def tune_training(
         workload = TrainingSteps(
             trainer, loaders, samples, set_attribute, start_hooks, context.snapshot
         )
-        show_validation(trainer)
         splits = SplittingTest(
             trainer,
             module,
@@ -192,7 +187,7 @@ def tune_training(
             splits=splits,
             context=context,
             accumulate=accumulate,
-            copied_bytes=copied_bytes,
+            copied_bytes=resources.copied_bytes,
         )
         settings = arguments.settings.model_copy(update={"dataset_size": loaders.samples})
         context.optimizers.expected = True
@@ -205,10 +200,11 @@ def tune_training(
         workload.target = known.target or planned or settings.target_batch_size
         report = verify_or_search(known, subject, settings, context, arguments.search)
         limits.check(report.plan)
+        samples.check_size(report.plan.micro_batch_size)
         tuned = Tuned(
             report,
-            loaders.sizes_at(report.plan.micro_batch_size),
-            loaders.own_sizes,
+            loaders.sized(report.plan.micro_batch_size),
+            loaders.sized(loaders.batch_size),
             fingerprint,
             held_by_callbacks=None if workload.runs_callbacks else bytes_of_callbacks(trainer),
         )
@@ -231,15 +227,16 @@ def tune_evaluation(trainer: Any, module: Any, arguments: CallbackArguments, sta
     name = arguments.batch_arg_name
     with (
         batch_size_restored(module, name) as former,
-        trial_context(trainer, module, arguments) as (context, _),
+        trial_resources(trainer, module, arguments, stage) as resources,
         ExitStack() as ends,
     ):
-        loaders = Loaders(trainer, data_source(stage.loop_of(trainer)), mode="sequential")
+        context, loaders = resources.context, resources.loaders
         settings = _without_target(arguments.settings, loaders.samples)
         samples = ends.enter_context(
             Samples(loaders, context.snapshot, module.device, arguments.worst_case)
         )
         samples.check()
+        own_sizes = loaders.sized(loaders.batch_size)
         steps = EvaluationSteps(trainer, loaders, samples, stage, None, context.snapshot)
 
         def evaluate(batch_size: int, accumulate: int) -> Iterator[None]:
@@ -260,39 +257,55 @@ def tune_evaluation(trainer: Any, module: Any, arguments: CallbackArguments, sta
         )
         if arguments.settings.target_batch_size is not None:
             report = _own_or_smaller(subject, context, arguments.search)
-            return Tuned(report, _own_or_smaller_sizes(loaders, report), loaders.own_sizes)
+            return Tuned(report, _own_or_smaller_sizes(loaders, report), own_sizes)
         report = tune(subject, settings, context, arguments.search, known=None)
-        sizes = loaders.sizes_at(report.plan.micro_batch_size)
-        return Tuned(report, sizes, loaders.own_sizes)
+        samples.check_size(report.plan.micro_batch_size)
+        return Tuned(report, loaders.sized(report.plan.micro_batch_size), own_sizes)
+
+
+@dataclass(frozen=True, slots=True)
+class TrialResources:
+    """Resources of the trials in a Trainer.
+
+    Args:
+        context: Of the trials of any workload.
+        loaders: The loaders of training, or of a stage.
+        copied_bytes: Bytes of the copy of all state that is kept on the host.
+    """
+
+    context: TrialContext
+    loaders: Loaders
+    copied_bytes: int
 
 
 @contextmanager
-def trial_context(
-    trainer: Any, module: Any, arguments: CallbackArguments
-) -> Iterator[tuple[TrialContext, int]]:
-    """Capture all state that trials may change, and isolate the Trainer; restore it at the end.
-
-    Yields the resources of the trials, and the bytes of the copy that is kept on the host.
-    """
+def trial_resources(
+    trainer: Any, module: Any, arguments: CallbackArguments, stage: Stage | None
+) -> Iterator[TrialResources]:
+    """Capture all state that trials may change, and isolate the Trainer; restore it at the end."""
     probe = detect(arguments.device, module.device)
     began = probe.clock()
     with (
         current_ranks() as ranks,
         ranks.abort_together(),
         without_collectives(trainer),
+        Snapshot() as before_hooks,
         Snapshot() as snapshot,
         OptimizerWatch(probe.clock) as optimizers,
         sinks.progress(verbose=arguments.verbose and ranks.rank == 0) as shown,
         on_new_loops(trainer),
     ):
         shown.begin("reading batches", None)
+        # Hooks that make the loaders may change the module and the datamodule, which every trial
+        # has to see
+        before_hooks.capture_light(module, trainer.datamodule)
+        loaders = _asked_for(trainer, arguments, stage)
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         scalers = [] if scaler is None else [scaler]
         captured = (module, *trainer.optimizers, *schedulers, *scalers)
         copied_bytes, *_ = ranks.gather(checked_copy_bytes(captured, trainer.num_devices))
         snapshot.capture(*captured)
-        # Hooks that make the loaders may change the module and the datamodule
         # Callbacks are silent, but a step may change their attributes
         snapshot.capture_light(trainer.datamodule, *users_callbacks(trainer))
         context = TrialContext(
@@ -307,7 +320,17 @@ def trial_context(
         )
         for tensors in tensors_of_callbacks(trainer).values():
             probe.attach(*tensors)
-        yield context, copied_bytes
+        yield TrialResources(context, loaders, copied_bytes)
+
+
+def _asked_for(trainer: Any, arguments: CallbackArguments, stage: Stage | None) -> Loaders:
+    """Return the loaders of a stage, or of training; validation shows its own then."""
+    if stage is not None:
+        return Loaders(trainer, data_source(stage.loop_of(trainer)), mode="sequential")
+    source, setter = data_source(trainer.fit_loop), arguments.set_batch_size
+    loaders = Loaders(trainer, source, mode="max_size_cycle", setter=setter)
+    show_validation(trainer)
+    return loaders
 
 
 def _device_id(trainer: Any, context: TrialContext) -> DeviceId:
@@ -383,8 +406,13 @@ def _with_validation(
             f"Training fits, but validation does not beside it. {error}"
         ) from error
     size, own = found.plan.micro_batch_size, loaders.largest_batch
+    seconds, before = context.seconds(), tuned.report.search_seconds
     report = tuned.report.model_copy(
-        update={"validation_batch_size": size, "search_seconds": context.seconds()}
+        update={
+            "validation_batch_size": size,
+            "search_seconds": seconds,
+            "validation_seconds": seconds - before,
+        }
     )
     if size != own:
         report = _noted(
@@ -418,9 +446,9 @@ def _own_or_smaller(
     return tune(below, smaller, context, search, known=None)
 
 
-def _own_or_smaller_sizes(loaders: Loaders, report: TuningReport) -> tuple[int, ...]:
+def _own_or_smaller_sizes(loaders: Loaders, report: TuningReport) -> tuple[LoaderSize, ...]:
     size = report.plan.micro_batch_size
-    return loaders.own_sizes if size == loaders.largest_batch else loaders.sizes_at(size)
+    return loaders.sized(loaders.batch_size if size == loaders.largest_batch else size)
 
 
 def _without_target(settings: Settings, dataset_size: int | None) -> Settings:

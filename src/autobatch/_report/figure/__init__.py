@@ -137,14 +137,13 @@ def _answer(report: TuningReport) -> str:
     plan = report.plan
     if report.task != "train":
         return page(report).answer
-    parts = [f"Micro-batch {plan.micro_batch_size:,}"]
-    if plan.accumulate_grad_batches > 1:
-        parts.append(f"accumulate {plan.accumulate_grad_batches:,}")
-    if plan.world_size > 1:
-        parts.append(f"{plan.world_size:,} ranks")
-    if len(parts) == 1:
-        return f"{parts[0]}, one per update"
-    return f"{', '.join(parts)}: {plan.effective_batch_size:,} samples per update"
+    micro_batch = f"Micro-batch {plan.micro_batch_size:,}"
+    if plan.effective_batch_size == plan.micro_batch_size:
+        return f"{micro_batch}, one per update"
+    accumulate = plan.accumulate_grad_batches
+    accumulated = f", accumulate {accumulate:,}" if accumulate > 1 else ""
+    ranks = f", {plan.world_size:,} ranks" if plan.world_size > 1 else ""
+    return f"{micro_batch}{accumulated}{ranks}: {plan.effective_batch_size:,} samples per update"
 
 
 def _summary(report: TuningReport) -> str:

@@ -6,17 +6,10 @@ import math
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
+from matplotlib import ticker
 from matplotlib.font_manager import findfont, get_font
-from matplotlib.ticker import (
-    EngFormatter,
-    FixedLocator,
-    FuncFormatter,
-    LogLocator,
-    MaxNLocator,
-    NullLocator,
-)
 
-from autobatch._report.units import aligned, plain
+from autobatch._report.units import plain, trimmed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -51,6 +44,10 @@ STYLE: Final[dict[str, Any]] = {
     "axes.titleweight": "bold",
     "grid.color": "#e3e6ea",
     "legend.fontsize": 9,
+    "legend.borderpad": 0.2,
+    "legend.borderaxespad": 0.3,
+    "legend.columnspacing": 1.2,
+    "legend.handlelength": 1.5,
     "legend.frameon": False,
     "xtick.color": GREY,
     "ytick.color": GREY,
@@ -65,16 +62,14 @@ _NAME_WIDTH: Final = 60  # characters
 _EXACT_COUNTS: Final = 100_000
 _EXACT_MEASURES: Final = 10_000
 _OCTAVES_OF_POWERS: Final = 2  # axes narrower than this have too few powers of two for ticks
-_NARROW: Final = 1000  # times the lowest value; beyond, powers of ten are enough ticks
 _LEGEND_LINE: Final = 16  # points
 
 
 def short(value: float) -> str:
     """Return a measure in three digits, "7.6" or "1.28M"."""
     if abs(value) >= _EXACT_MEASURES:
-        return str(EngFormatter(sep="").format_eng(float(f"{value:.3g}")))
-    text = aligned([value])[0]
-    return text.rstrip("0").rstrip(".") if "." in text else text
+        return str(ticker.EngFormatter(sep="").format_eng(float(f"{value:.3g}")))
+    return trimmed(value)
 
 
 def count(value: float) -> str:
@@ -111,25 +106,18 @@ def size_axis(axes: Axes, sizes: Sequence[int], failing: int | None = None) -> N
     axes.set_xscale("log", base=2)
     axes.set_xlim(2 ** (low - margin), 2 ** (high + (2 * margin if failing else margin)))
     if len(sizes) == 1:
-        axes.xaxis.set_major_locator(FixedLocator(list(sizes)))
+        axes.xaxis.set_major_locator(ticker.FixedLocator(list(sizes)))
     elif high - low < _OCTAVES_OF_POWERS:
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
     else:
-        axes.xaxis.set_major_locator(LogLocator(base=2, numticks=8))
+        axes.xaxis.set_major_locator(ticker.LogLocator(base=2, numticks=8))
     _format(axes.xaxis, count)
-
-
-def shade_failing(axes: Axes, failing: int | None) -> None:
-    """Shade the batch sizes that do not fit."""
-    if failing is not None:
-        end = axes.get_xlim()[1]
-        axes.axvspan(failing, end, color=SHADE, linewidth=0, zorder=0, label="does not fit")
 
 
 def value_axis(axes: Axes, highest: float) -> None:
     """Set a y-axis from zero to a little above the highest value."""
     axes.set_ylim(0, 1.12 * (highest or 1.0))
-    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+    axes.yaxis.set_major_locator(ticker.MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     _format(axes.yaxis, short)
 
 
@@ -138,14 +126,13 @@ def log_axis(axes: Axes, values: Sequence[float]) -> None:
     positive = [value for value in values if value > 0] or [1.0]
     axes.set_yscale("log")
     axes.set_ylim(min(positive) / 1.5, max(positive) * 1.5)
-    is_narrow = max(positive) < _NARROW * min(positive)
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if is_narrow else (1,)))
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     _format(axes.yaxis, short)
 
 
 def _format(axis: Axis, text: Callable[[float], str]) -> None:
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
+    axis.set_minor_locator(ticker.NullLocator())
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: text(value)))
 
 
 def ring(axes: Axes, x: float, y: float, label: str) -> None:
@@ -155,20 +142,18 @@ def ring(axes: Axes, x: float, y: float, label: str) -> None:
 
 
 def heading(axes: Axes, title: str, chosen: str, *, columns: int = 3) -> None:
-    """Set the title of a panel and a legend between title and data; the entry `chosen` is bold."""
-    _, labels = axes.get_legend_handles_labels()
+    """Set the title of a panel, and a legend below it that begins with `chosen` in bold."""
+    handles, labels = axes.get_legend_handles_labels()
     axes.set_title(title, pad=8 + _LEGEND_LINE * math.ceil(len(labels) / columns))
     if not labels:
         return
+    order = sorted(range(len(labels)), key=lambda i: labels[i] != chosen)
     legend = axes.legend(
+        [handles[i] for i in order],
+        [labels[i] for i in order],
         loc="lower left",
         bbox_to_anchor=(0, 1),
-        borderpad=0.2,
-        borderaxespad=0.3,
-        columnspacing=1.2,
-        handlelength=1.5,
         ncols=columns,
     )
-    for text in legend.get_texts():
-        if text.get_text() == chosen:
-            text.set(color=ACCENT, weight="bold")
+    if chosen in labels:
+        legend.get_texts()[0].set(color=ACCENT, weight="bold")

@@ -15,18 +15,19 @@ from autobatch._report.figure.style import (
     GREEN,
     GREY,
     INK,
+    SHADE,
     between,
     count,
     cut,
     drawable,
     heading,
     ring,
-    shade_failing,
     short,
     size_axis,
     value_axis,
 )
 from autobatch._report.tables import spread
+from autobatch._report.text import trust
 from autobatch._report.tradeoff import NoiseRange, is_of
 from autobatch._report.units import BYTES, SECONDS, counted, factor, multiple, percent, unit_for
 from autobatch._throughput import latest_by_size
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-    from autobatch._noise import NoiseReading
     from autobatch._report import TuningReport
     from autobatch._report.tradeoff import EffectiveRow
 
@@ -54,22 +54,19 @@ def speed_panel(axes: Axes, report: TuningReport) -> None:
     ys = np.array([row.samples_per_second for row in rows])
     lows = [row.samples_per_second_low or row.samples_per_second for row in rows]
     highs = [row.samples_per_second_high or row.samples_per_second for row in rows]
-    chosen = ""
-    for row in rows:
-        if row.batch_size == report.plan.micro_batch_size:
-            chosen = f"{short(row.samples_per_second)}/s at {count(row.batch_size)}"
-            if row.of_fastest < 1:
-                chosen += f", {percent(row.of_fastest)} of the fastest"
-            elif len(rows) > 1:
-                chosen += ", the fastest"
-            ring(axes, row.batch_size, row.samples_per_second, chosen)
+    chosen, size = "", report.plan.micro_batch_size
+    if row := next((row for row in rows if row.batch_size == size), None):
+        chosen = f"{short(row.samples_per_second)}/s at {count(size)}"
+        if row.of_fastest < 1:
+            chosen += f", {percent(row.of_fastest)} of the fastest"
+        elif len(rows) > 1:
+            chosen += ", the fastest"
+        ring(axes, size, row.samples_per_second, chosen)
     axes.plot(xs, ys, color=BLUE, alpha=0.4, linewidth=2.2)
     spread = np.abs([ys - lows, ys - highs])
     axes.errorbar(xs, ys, yerr=spread, fmt="o", color=BLUE, elinewidth=2, ms=7)
-    size_axis(axes, _micro_batches(report), report.smallest_failing)
-    shade_failing(axes, report.smallest_failing)
+    _micro_batch_axis(axes, report)
     value_axis(axes, max(highs))
-    axes.set_xlabel("micro-batch" if report.task == "train" else "batch size")
     heading(axes, "Speed: samples per second", chosen)
 
 
@@ -80,7 +77,7 @@ def memory_panel(axes: Axes, report: TuningReport) -> None:
     in_sight = report.budget <= _BUDGET_IN_SIGHT * highest
     top = max(highest, report.budget) if in_sight else highest
     unit = unit_for([top], BYTES)
-    size_axis(axes, _micro_batches(report), report.smallest_failing)
+    _micro_batch_axis(axes, report)
     value_axis(axes, top / unit.factor)
     chosen, size = "", report.plan.micro_batch_size
     if size in held:
@@ -92,8 +89,6 @@ def memory_panel(axes: Axes, report: TuningReport) -> None:
     budget = report.budget / unit.factor
     above = "" if in_sight else ", above this panel"
     axes.axhline(budget, color=INK, label=f"{_as_in_text(budget)} usable{above}")
-    shade_failing(axes, report.smallest_failing)
-    axes.set_xlabel("micro-batch" if report.task == "train" else "batch size")
     heading(axes, f"Peak memory, {unit.name}", chosen)
 
 
@@ -112,9 +107,15 @@ def peaks(report: TuningReport) -> dict[int, int]:
     return {size: peak for size, peak in sorted((timed | tried).items()) if peak is not None}
 
 
-def _micro_batches(report: TuningReport) -> list[int]:
-    """Return the sizes on the x-axes of speed and memory."""
-    return sorted({row.batch_size for row in report.sizes} | set(peaks(report)))
+def _micro_batch_axis(axes: Axes, report: TuningReport) -> None:
+    """Set the x-axis of speed and memory, and shade the sizes that do not fit."""
+    sizes = {row.batch_size for row in report.sizes} | set(peaks(report))
+    size_axis(axes, sorted(sizes), report.smallest_failing)
+    axes.set_xlabel("micro-batch" if report.task == "train" else "batch size")
+    if report.smallest_failing is not None:
+        end = axes.get_xlim()[1]
+        label = "does not fit"
+        axes.axvspan(report.smallest_failing, end, color=SHADE, linewidth=0, zorder=0, label=label)
 
 
 def _as_in_text(value: float) -> str:
@@ -129,25 +130,24 @@ def is_compared(report: TuningReport) -> bool:
 
 def compared_panel(axes: Axes, report: TuningReport) -> None:
     """Draw the estimated time and samples to the same loss, relative to the plan."""
-    shown, plan = _shown_rows(report), _plan_row(report)
+    shown, at = _shown_rows(report), _place_of_plan(report)
     places = {x: row for x, row in enumerate(shown) if row.relative_time is not None}
     xs, rows = list(places), list(places.values())
-    times = [row.relative_time or 0.0 for row in rows]
+    times, lows, highs, samples = (
+        [getattr(row, name) for row in rows]
+        for name in ("relative_time", "relative_time_low", "relative_time_high", "relative_samples")
+    )
     best = times.index(min(times))
+    size = count(shown[at].effective_batch_size)
     is_worth_changing = times[best] < _WORTH_CHANGING
-    size = count(plan.effective_batch_size)
     chosen = f"{size} chosen" if is_worth_changing else f"{size} chosen: about the shortest time"
-    ring(axes, shown.index(plan), 1.0, chosen)
+    ring(axes, at, 1.0, chosen)
     if is_worth_changing:
-        label = (
-            f"{count(rows[best].effective_batch_size)} per update: {multiple(times[best])} the time "
-            f"({spread(rows[best])})"
-        )
+        row = rows[best]
+        shorter = f"{multiple(times[best])} the time ({spread(row)})"
+        label = f"{count(row.effective_batch_size)} per update: {shorter}"
         axes.plot(xs[best], times[best], "o", color=GREEN, ms=10, zorder=5, label=label)
     _near_shortest(axes, report)
-    lows = [row.relative_time_low or 0.0 for row in rows]
-    highs = [row.relative_time_high or 0.0 for row in rows]
-    samples = [row.relative_samples or 0.0 for row in rows]
     axes.fill_between(xs, lows, highs, color=BLUE, alpha=0.14, linewidth=0)
     axes.plot(xs, times, "o-", color=BLUE, linewidth=3, ms=5, label="time to the same loss")
     axes.plot(xs, samples, "--", color=INK, linewidth=1.3, label="samples needed")
@@ -179,10 +179,9 @@ def _shown_rows(report: TuningReport) -> tuple[EffectiveRow, ...]:
     return tuple(others) if is_far else report.effective
 
 
-def _plan_row(report: TuningReport) -> EffectiveRow:
-    """Return the row of the plan."""
-    rows = _shown_rows(report)
-    return next((row for row in rows if is_of(row, report.plan)), rows[0])
+def _place_of_plan(report: TuningReport) -> int:
+    """Return the index of the plan among the rows to show."""
+    return next((x for x, row in enumerate(_shown_rows(report)) if is_of(row, report.plan)), 0)
 
 
 def _effective_axis(axes: Axes, report: TuningReport) -> None:
@@ -214,12 +213,11 @@ def _measured_costs_panel(axes: Axes, report: TuningReport) -> None:
     xs = [x for x, cost in enumerate(costs) if cost]
     ys = [cost for cost in costs if cost]
     axes.plot(xs, ys, "o-", color=BLUE, linewidth=2.2, ms=7)
-    chosen, plan = "", _plan_row(report)
-    x = _shown_rows(report).index(plan)
-    if cost := costs[x]:
+    chosen, at = "", _place_of_plan(report)
+    if cost := costs[at]:
         text = count(cost) if isinstance(cost, int) else short(cost)
-        chosen = f"{text} at {count(plan.effective_batch_size)}"
-        ring(axes, x, cost, chosen)
+        chosen = f"{text} at {count(_shown_rows(report)[at].effective_batch_size)}"
+        ring(axes, at, cost, chosen)
     _effective_axis(axes, report)
     value_axis(axes, max(ys))
     heading(axes, title, chosen)
@@ -240,7 +238,7 @@ def _measured_costs(report: TuningReport) -> tuple[str, list[float | None]]:
 
 def _effective_table(axes: Axes, report: TuningReport) -> None:
     """Draw a table below the x-axis, with a column for each effective batch size."""
-    rows, plan = _shown_rows(report), _plan_row(report)
+    rows, at = _shown_rows(report), _place_of_plan(report)
     lines = {
         "samples/update": [count(row.effective_batch_size) for row in rows],
         "accumulate": [f"×{count(row.accumulate_grad_batches)}" for row in rows],
@@ -248,26 +246,20 @@ def _effective_table(axes: Axes, report: TuningReport) -> None:
     if report.dataset_size is not None:
         lines["updates/epoch"] = [count(row.updates_per_epoch or 0) for row in rows]
     if report.learning_rate is not None:
-        factors = [factor(row.learning_rate_factor or 0) for row in rows]
-        lines[f"LR vs {count(plan.effective_batch_size)}"] = factors
+        factors = [factor(row.learning_rate_factor) for row in rows]
+        lines[f"LR vs {count(rows[at].effective_batch_size)}"] = factors
     axes.tick_params(labelbottom=False)
     axes.set_xlabel("")
     height = _ROW_HEIGHT * len(lines)
     table = axes.table(
-        list(lines.values()),
-        rowLabels=list(lines),
-        cellLoc="center",
-        rowLoc="right",
-        bbox=Bbox.from_bounds(0, -height - 0.01, 1, height),
-        edges="open",
-    )
+        list(lines.values()), rowLabels=list(lines), cellLoc="center", rowLoc="right",
+        bbox=Bbox.from_bounds(0, -height - 0.01, 1, height), edges="open",
+    )  # fmt: skip
     table.auto_set_font_size(False)
     table.set_fontsize(9.5)
     for (_, column), cell in table.get_celld().items():
-        is_chosen = column == rows.index(plan)
-        cell.set_text_props(
-            color=ACCENT if is_chosen else GREY, weight="bold" if is_chosen else "normal"
-        )
+        look = {"color": ACCENT, "weight": "bold"} if column == at else {"color": GREY}
+        cell.set_text_props(**look)
 
 
 def measured_by(report: TuningReport) -> str:
@@ -277,9 +269,9 @@ def measured_by(report: TuningReport) -> str:
 
 
 def _speed_by(report: TuningReport) -> str:
+    updates = [row.updates for row in report.sizes if row.updates is not None]
     if not report.sizes:
         return ""
-    updates = [row.updates for row in report.sizes if row.updates is not None]
     if not updates:
         steps = counted(report.settings.steps_per_trial, "optimizer step")
         return f"Speed: median step of a trial of {steps}."
@@ -293,32 +285,16 @@ def _loss_by(report: TuningReport) -> str:
     if report.task != "train":
         return ""
     noise, scale = report.noise, NoiseRange.of(report.noise)
-    if noise is None or scale is None or not is_compared(report):
-        return f"Time to the same loss: not estimated; {_no_estimate(noise)}."
-    return (
-        "Time to the same loss: estimated from a gradient noise scale of about "
-        f"{short(scale.samples)} (updates {noise.first_update:,}–{noise.last_update:,}); band: for "
-        f"one of {short(scale.low)}–{short(scale.high)}. Assumes that the learning rate is retuned. "
-        "Estimates: they compare batch sizes, and do not predict how long a run takes."
-    )
-
-
-def _no_estimate(noise: NoiseReading | None) -> str:
-    if noise is None:
-        return "no gradient noise scale was measured"
-    match noise.state:
-        case "settling":
-            return (
-                "the gradient noise scale had not settled yet and still rises in the first updates"
-            )
-        case "at_least":
-            least = short(noise.samples or 0)
-            return f"the gradient noise scale is at least {least}; updates are too small for more"
-        case "unavailable":
-            reason = f": {drawable(noise.reason).rstrip('.')}" if noise.reason else ""
-            return f"the gradient noise scale could not be measured{reason}"
-        case "ok":
-            return "no size was timed"
+    if noise and scale and is_compared(report):
+        return (
+            "Time to the same loss: estimated from a gradient noise scale of about "
+            f"{short(scale.samples)} (updates {noise.first_update:,}–{noise.last_update:,}); band: "
+            f"for one of {short(scale.low)}–{short(scale.high)}. Assumes that the learning rate is "
+            "retuned. Estimates: they compare batch sizes, and do not predict how long a run takes."
+        )
+    reason = "No size was timed." if scale else trust(report)
+    missing = "No gradient noise scale was measured."
+    return f"Time to the same loss: not estimated. {drawable(reason or missing)}"
 
 
 def _rule(report: TuningReport) -> str:

@@ -1,0 +1,67 @@
+"""Samples and batches of one loader in an epoch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+
+from autobatch._plan import ceil_div
+from autobatch.lightning._batch_size import changed_batch_size
+from autobatch.lightning._remaking import sampler_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from autobatch.lightning._batch_size import LoaderSize
+
+# Batches of an epoch, from those of each loader, by the mode of a CombinedLoader
+EPOCH_LENGTH: Final[dict[str, Callable[[Sequence[Any]], Any]]] = {
+    "max_size_cycle": max,
+    "max_size": max,
+    "min_size": min,
+    "sequential": sum,
+}
+
+
+def is_empty(loader: object) -> bool:
+    """Return True for a loader without any data."""
+    return isinstance(loader, DataLoader) and samples_of(loader, 1) == 0
+
+
+def samples_of(loader: DataLoader[Any], shards: int) -> int | None:
+    """Return the samples of one rank per epoch; None for a stream."""
+    if isinstance(loader.dataset, IterableDataset):
+        return None
+    samples = len(sampler_of(loader))
+    batches, size = length_of(loader.batch_sampler), _size_of(loader.batch_sampler)
+    # A batch sampler may draw samples many times, or parts of them; the last batch may be short
+    if batches and size and not (batches - 1) * size < samples <= batches * size:
+        samples = batches * size
+    return ceil_div(samples, shards)
+
+
+def batches_of(loader: DataLoader[Any], size: LoaderSize, shards: int) -> int | None:
+    """Return the batches of one rank per epoch at another batch size; None if unknown."""
+    samples = samples_of(loader, shards)
+    if length_of(loader.batch_sampler) is None or samples is None:
+        return None
+    if shards > 1:
+        drops = getattr(loader.batch_sampler, "drop_last", False)
+        return samples // size.batch_size if drops else ceil_div(samples, size.batch_size)
+    with changed_batch_size(loader, size.batch_size, size.setter):
+        return length_of(loader.batch_sampler)
+
+
+def length_of(sampler: Any) -> int | None:
+    """Return the length of a sampler; None if it has none."""
+    try:
+        return len(sampler)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def _size_of(batch_sampler: Any) -> int | None:
+    """Return the size of the batches of a user's batch sampler; None of torch's own."""
+    size = getattr(batch_sampler, "batch_size", None)
+    return size if isinstance(size, int) and type(batch_sampler) is not BatchSampler else None
