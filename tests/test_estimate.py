@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -75,9 +76,14 @@ def measured(step, size):
     with ledger.watching(None, 0):
         batch = step.batch(size)
         for _ in range(2):
-            step.loss(model, batch).backward()
+            for micro_batch in range(step.accumulate):
+                total = step.loss(model, batch)
+                if step.zeroes_after_forward and not micro_batch:
+                    optimizer.zero_grad()
+                (total / step.accumulate if step.accumulate > 1 else total).backward()
             optimizer.step()
-            optimizer.zero_grad()
+            if not step.zeroes_after_forward:
+                optimizer.zero_grad()
     return ledger.peak
 
 
@@ -89,6 +95,25 @@ def test_predicted_bytes_equal_those_of_real_tensors(make, batch):
 
     for size in (7, 64):
         assert estimate.requested(size) == measured(step, size)
+
+
+def test_predicted_bytes_follow_the_order_of_calls_of_a_trainer():
+    """Gradients live through the first forward pass if they are zeroed after it."""
+    model = nn.Sequential(nn.Linear(192, 256), nn.ReLU(), nn.Linear(256, 4))
+    plain = step_of(model, lambda size: (torch.randn(size, 192), images(size)[1]))
+    as_trainer = replace(plain, accumulate=2, zeroes_after_forward=True)
+
+    predicted = [MemoryEstimate.of(step, None).requested(256) for step in (plain, as_trainer)]
+
+    assert predicted == [measured(plain, 256), measured(as_trainer, 256)]
+
+
+def test_a_model_on_another_device_is_traced_like_one_on_the_cpu():
+    model = convolutional()
+
+    elsewhere = trace(step_of(copy.deepcopy(model).to("meta"), images), 2, Gpu())
+
+    assert elsewhere == trace(step_of(model, images), 2, Gpu())
 
 
 @NETWORKS
