@@ -1,0 +1,155 @@
+"""Replay of torch's caching allocator: segments, blocks and a cache, without a device.
+
+After c10/cuda/CUDACachingAllocator.cpp of torch 2.13, for one stream and default settings.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Final
+
+MIB: Final = 2**20
+# Sizes are multiples of this, and a rest below it is not split off
+_SMALLEST: Final = 512
+_LARGEST_SMALL: Final = MIB
+_SMALL_SEGMENT: Final = 2 * MIB
+_LARGE_SEGMENT: Final = 20 * MIB
+# Larger requests have a segment of their own, a multiple of 2 MiB
+_LARGEST_SHARED: Final = 10 * MIB
+_OWN_SEGMENT_STEP: Final = 2 * MIB
+
+
+@dataclass(eq=False, slots=True)
+class Block:
+    """Part of a segment, between its neighbours."""
+
+    address: int
+    nbytes: int
+    is_small: bool
+    is_free: bool = True
+    before: Block | None = None
+    after: Block | None = None
+
+    @property
+    def is_whole_segment(self) -> bool:
+        return self.before is None and self.after is None
+
+
+@dataclass
+class CachingAllocator:
+    """Bytes that torch's allocator gives out and reserves; the peaks may be reset at any time.
+
+    Args:
+        capacity: Most bytes that may be reserved; None for no limit.
+    """
+
+    capacity: int | None = None
+    allocated: int = 0
+    reserved: int = 0
+    peak_allocated: int = 0
+    peak_reserved: int = 0
+    retries: int = 0  # allocations that succeeded after the cache was emptied
+    _small: list[Block] = field(default_factory=list)  # free blocks, by size and address
+    _large: list[Block] = field(default_factory=list)
+    _next_address: int = 0
+
+    def allocate(self, nbytes: int) -> Block | None:
+        """Return a block in use; None if memory ran out."""
+        wanted = max(_SMALLEST, _round_up(nbytes, _SMALLEST))
+        block = self._cached(wanted) or self._new_segment(wanted)
+        if block is None:
+            self.empty()
+            block = self._new_segment(wanted)
+            if block is None:
+                return None
+            self.retries += 1
+        self._split(block, wanted)
+        block.is_free = False
+        self.allocated += block.nbytes
+        self.peak_allocated = max(self.peak_allocated, self.allocated)
+        return block
+
+    def free(self, block: Block) -> None:
+        """Return a block to the cache, merged with its free neighbours."""
+        self.allocated -= block.nbytes
+        block.is_free = True
+        if (after := block.after) is not None and after.is_free:
+            self._take(after)
+            _absorb_next(block)
+        if (before := block.before) is not None and before.is_free:
+            self._take(before)
+            _absorb_next(before)
+            block = before
+        self._put(block)
+
+    def empty(self) -> None:
+        """Return all segments without a block in use to the device."""
+        for pool in (self._small, self._large):
+            self.reserved -= sum(block.nbytes for block in pool if block.is_whole_segment)
+            pool[:] = [block for block in pool if not block.is_whole_segment]
+
+    def reset_peaks(self) -> None:
+        self.peak_allocated, self.peak_reserved = self.allocated, self.reserved
+
+    def _cached(self, wanted: int) -> Block | None:
+        """Return the smallest free block that is large enough, at the lowest address."""
+        pool = self._small if wanted <= _LARGEST_SMALL else self._large
+        at = bisect_left(pool, wanted, key=attrgetter("nbytes"))
+        return pool.pop(at) if at < len(pool) else None
+
+    def _new_segment(self, wanted: int) -> Block | None:
+        nbytes = segment_size(wanted)
+        if self.capacity is not None and self.reserved + nbytes > self.capacity:
+            return None
+        self.reserved += nbytes
+        self.peak_reserved = max(self.peak_reserved, self.reserved)
+        block = Block(self._next_address, nbytes, is_small=wanted <= _LARGEST_SMALL)
+        self._next_address += nbytes
+        return block
+
+    def _split(self, block: Block, wanted: int) -> None:
+        """Return the rest of a block to the cache, unless it is too small for that."""
+        rest = block.nbytes - wanted
+        if rest < _SMALLEST if block.is_small else rest <= _LARGEST_SMALL:
+            return
+        part = Block(block.address + wanted, rest, block.is_small, before=block, after=block.after)
+        if part.after is not None:
+            part.after.before = part
+        block.after, block.nbytes = part, wanted
+        self._put(part)
+
+    def _put(self, block: Block) -> None:
+        insort(self._small if block.is_small else self._large, block, key=_order)
+
+    def _take(self, block: Block) -> None:
+        pool = self._small if block.is_small else self._large
+        del pool[bisect_left(pool, _order(block), key=_order)]
+
+
+def segment_size(nbytes: int) -> int:
+    """Return the bytes that the allocator asks the device for, to serve a request."""
+    if nbytes <= _LARGEST_SMALL:
+        return _SMALL_SEGMENT
+    if nbytes < _LARGEST_SHARED:
+        return _LARGE_SEGMENT
+    return _round_up(nbytes, _OWN_SEGMENT_STEP)
+
+
+def _absorb_next(block: Block) -> None:
+    """Merge a block with the one after it."""
+    gone = block.after
+    if gone is None:
+        return
+    block.nbytes += gone.nbytes
+    block.after = gone.after
+    if block.after is not None:
+        block.after.before = block
+
+
+def _round_up(number: int, step: int) -> int:
+    return -(-number // step) * step
+
+
+_order = attrgetter("nbytes", "address")

@@ -1,0 +1,202 @@
+"""Peaks of memory at any batch size, from the fitted events of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, Self
+
+from autobatch._memory.estimate.allocator import MIB, CachingAllocator
+from autobatch._memory.estimate.events import Kind, Phase, in_fixed_order, in_place_sums
+from autobatch._memory.estimate.fit import SIZES, FittedEvents
+from autobatch._memory.estimate.scratch import Gpu, sum_scratch
+from autobatch._memory.estimate.tracer import trace
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from autobatch._memory.estimate.events import Event
+    from autobatch._memory.estimate.tracer import TrainingStep
+
+# Workspaces of cuBLAS on sm_90, of the main thread and of autograd's, and 1 MiB of other things
+CUBLAS_WORKSPACES: Final = (32 * MIB, 32 * MIB, MIB)
+
+
+class Fit(StrEnum):
+    """Outcome of a step within a capacity."""
+
+    PLAIN = "plain"
+    FLUSHED = "flushed"  # the cache had to be emptied
+    OUT_OF_MEMORY = "out of memory"
+
+
+@dataclass(frozen=True, slots=True)
+class Peaks:
+    """Peaks of memory, in bytes.
+
+    Args:
+        requested: Bytes of live tensors and scratch memory.
+        allocated: Bytes of blocks in use, as `torch.cuda.max_memory_allocated`.
+        reserved: Bytes of segments, as `torch.cuda.max_memory_reserved`.
+        fit: Whether the step fits the capacity.
+    """
+
+    requested: int
+    allocated: int
+    reserved: int
+    fit: Fit
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """Memory of a training step at any batch size.
+
+    Args:
+        events: Events of the step.
+        gpu: The device; None for one that counts live tensors, without an allocator.
+    """
+
+    events: FittedEvents
+    gpu: Gpu | None
+
+    @classmethod
+    def of(cls, step: TrainingStep, gpu: Gpu | None) -> Self:
+        """Trace a step; `UntraceableError` if its memory cannot be predicted."""
+        traces = [cls.traced(step, size, gpu) for size in SIZES]
+        return cls(FittedEvents.through(traces), gpu)
+
+    @staticmethod
+    def traced(step: TrainingStep, size: int, gpu: Gpu | None) -> list[Event]:
+        """Return the events at one size, as they would be on the device, in a fixed order."""
+        events = trace(step, size, gpu)
+        return list(in_fixed_order(events if gpu is None else in_place_sums(events)))
+
+    def requested(self, batch_size: int) -> int:
+        """Return the most bytes that tensors request at once."""
+        return max(peaks.requested for peaks in self.steps(batch_size, None))
+
+    def reserved(self, batch_size: int, capacity: int | None) -> int | None:
+        """Return the most bytes reserved; None if a step runs out of memory within `capacity`."""
+        steps = self.steps(batch_size, capacity)
+        if steps[-1].fit is Fit.OUT_OF_MEMORY:
+            return None
+        return max(peaks.reserved for peaks in steps)
+
+    def steps(self, batch_size: int, capacity: int | None) -> list[Peaks]:
+        """Return the peaks of each step, up to the one that runs out of memory."""
+        if self.gpu is None:
+            replay = _Replay(_Count(capacity), Gpu())
+        else:
+            replay = _Replay(CachingAllocator(capacity), self.gpu)
+            for nbytes in CUBLAS_WORKSPACES:
+                replay.allocator.allocate(nbytes)
+        return replay.run(self.events.at(batch_size))
+
+    def largest(self, capacity: int, high: int) -> int:
+        """Return the largest size up to `high` that runs plainly, within a thousandth; 0 if none.
+
+        Memory may fall as the size grows: a larger size may fit too.
+        """
+
+        def fits(size: int) -> bool:
+            return self.steps(size, capacity)[-1].fit is Fit.PLAIN
+
+        low = min(SIZES[0], high)
+        if not fits(low):
+            return 0
+        bad = min(2 * low, high + 1)
+        while bad <= high and fits(bad):
+            low, bad = bad, min(2 * bad, high + 1)
+        while bad - low > max(1, low // 1000):
+            middle = (low + bad) // 2
+            low, bad = (middle, bad) if fits(middle) else (low, middle)
+        return low
+
+
+@dataclass
+class _Count:
+    """Allocator of a device that counts live bytes."""
+
+    capacity: int | None
+    allocated: int = 0
+    peak_allocated: int = 0
+    retries: ClassVar = 0
+
+    @property
+    def peak_reserved(self) -> int:
+        return self.peak_allocated
+
+    def allocate(self, nbytes: int) -> int | None:
+        if self.capacity is not None and self.allocated + nbytes > self.capacity:
+            return None
+        self.allocated += nbytes
+        self.peak_allocated = max(self.peak_allocated, self.allocated)
+        return nbytes
+
+    def free(self, block: int) -> None:
+        self.allocated -= block
+
+    def reset_peaks(self) -> None:
+        self.peak_allocated = self.allocated
+
+
+class _Replay:
+    """Replay of events on an allocator."""
+
+    def __init__(self, allocator: CachingAllocator | _Count, gpu: Gpu) -> None:
+        self.allocator: Any = allocator
+        self._gpu = gpu
+        self._blocks: dict[int, _InUse] = {}
+        self._requested = 0
+        self._peak_requested = 0
+        self._steps: list[Peaks] = []
+
+    def run(self, events: Iterable[Event]) -> list[Peaks]:
+        for event in events:
+            if event.kind is Kind.FREE:
+                self._free(event.block)
+            elif event.kind is Kind.PHASE:
+                if event.name == Phase.END:
+                    self._end_step(Fit.FLUSHED if self.allocator.retries else Fit.PLAIN)
+            elif not self._allocate(event):
+                self._end_step(Fit.OUT_OF_MEMORY)
+                break
+        return self._steps
+
+    def _allocate(self, event: Event) -> bool:
+        """Allocate, or hold scratch memory for a moment; False if memory ran out."""
+        if event.kind is Kind.ALLOCATE:
+            return self._take(event.block, event.numbers[0])
+        scratch = sum_scratch(event.numbers, self._gpu)
+        numbers = range(-1, -1 - len(scratch), -1)
+        if not all(self._take(*each) for each in zip(numbers, scratch, strict=True)):
+            return False
+        for number in reversed(numbers):
+            self._free(number)
+        return True
+
+    def _take(self, number: int, nbytes: int) -> bool:
+        block = self.allocator.allocate(nbytes)
+        if block is None:
+            return False
+        self._blocks[number] = _InUse(block, nbytes)
+        self._requested += nbytes
+        self._peak_requested = max(self._peak_requested, self._requested)
+        return True
+
+    def _free(self, number: int) -> None:
+        used = self._blocks.pop(number)
+        self._requested -= used.nbytes
+        self.allocator.free(used.block)
+
+    def _end_step(self, fit: Fit) -> None:
+        allocator = self.allocator
+        peaks = Peaks(self._peak_requested, allocator.peak_allocated, allocator.peak_reserved, fit)
+        self._steps.append(peaks)
+        allocator.reset_peaks()
+        self._peak_requested = self._requested
+
+
+class _InUse(NamedTuple):
+    block: Any
+    nbytes: int

@@ -1,0 +1,340 @@
+"""Trace of a training step on fake tensors: nothing is computed, and no state of the user changes.
+
+Fake tensors and dispatch modes have no public names in torch 2.13; all of them are in this module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+import sys
+import weakref
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.nn.modules import module as module_hooks
+from torch.optim import optimizer as optimizer_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from autobatch._memory.estimate.cuda import CudaOperators
+from autobatch._memory.estimate.events import Event, Kind, Phase, UntraceableError
+from autobatch._memory.estimate.scratch import (
+    attention_scratch,
+    axes_of_sum,
+    convolution_scratch,
+)
+from autobatch._memory.ledger import unobserved
+from autobatch._undo import Undo
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from types import FrameType
+
+    from autobatch._memory.estimate.scratch import Gpu
+
+# The first step creates gradients and optimizer state, the second runs with them
+_STEPS: Final = 2
+_HOOKS: Final = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+_SCALAR: Final = 8  # bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingStep:
+    """One optimizer step, to be run on fake tensors.
+
+    Args:
+        model: The model, on any device; a copy of it is traced.
+        optimizer: Its optimizer; copied too.
+        loss: Function of the model and a batch.
+        batch: Function that returns a batch of so many samples, of new tensors on the CPU.
+        autocast: Precision of automatic mixed precision; None without it.
+        accumulate: Micro-batches of one update.
+        zeroes_after_forward: True if gradients are zeroed between forward and backward, as by the
+            Trainer of Lightning.
+    """
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    loss: Callable[[torch.nn.Module, Any], torch.Tensor]
+    batch: Callable[[int], Any]
+    autocast: torch.dtype | None = None
+    accumulate: int = 1
+    zeroes_after_forward: bool = False
+
+
+def trace(step: TrainingStep, batch_size: int, gpu: Gpu | None) -> list[Event]:
+    """Return the events of building a model and of two steps; without a GPU, those of the CPU.
+
+    Raises:
+        UntraceableError: The step cannot run on fake tensors, or does what is not modelled.
+    """
+    _check(step.model)
+    try:
+        with _Untouched(), unobserved():
+            fake = FakeTensorMode(allow_non_fake_inputs=True)
+            model, optimizer = _fake_copy(step, fake)
+            if gpu is not None:
+                _choose_foreach(optimizer)
+            tracer = _Tracer(gpu)
+            tracer.attach(_tensors_in_order(model))
+            tracer.attach(tree_leaves(list(optimizer.state.values())))
+            with CudaOperators() if gpu else contextlib.nullcontext(), fake, tracer:
+                _run(step, model, optimizer, batch_size, tracer)
+    except UntraceableError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise UntraceableError(f"the step does not run on fake tensors ({reason})") from None
+    return tracer.events
+
+
+def _run(
+    step: TrainingStep,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch_size: int,
+    tracer: _Tracer,
+) -> None:
+    autocast = torch.autocast("cpu", step.autocast or torch.bfloat16, step.autocast is not None)
+    batch = step.batch(batch_size)
+    for _ in range(_STEPS):
+        for micro_batch in range(step.accumulate):
+            tracer.begin(Phase.FORWARD)
+            with autocast:
+                loss = step.loss(model, batch)
+            torch.clear_autocast_cache()  # as on leaving the outermost context
+            if step.zeroes_after_forward and not micro_batch:
+                optimizer.zero_grad()
+            tracer.begin(Phase.BACKWARD)
+            (loss / step.accumulate if step.accumulate > 1 else loss).backward()
+        tracer.begin(Phase.OPTIMIZER)
+        optimizer.step()
+        if not step.zeroes_after_forward:
+            optimizer.zero_grad()
+        tracer.begin(Phase.END)
+
+
+def _check(model: torch.nn.Module) -> None:
+    """Refuse models whose memory is not modelled, or that the trace might change."""
+    for name, part in model.named_modules():
+        if isinstance(part, torch.nn.RNNBase):
+            raise UntraceableError(f"{name} is a recurrent network, whose memory is not modelled")
+        if any(getattr(part, hooks) for hooks in _HOOKS):
+            raise UntraceableError(f"{name or 'the model'} has hooks, which may keep tensors")
+    for name, parameter in model.named_parameters():
+        hooks = (parameter._backward_hooks, parameter._post_accumulate_grad_hooks)
+        if any(hooks):
+            raise UntraceableError(f"{name} has hooks, which may keep tensors")
+        if torch.nn.parameter.is_lazy(parameter):
+            raise UntraceableError(f"{name} has no shape yet")
+
+
+def _fake_copy(
+    step: TrainingStep, fake: FakeTensorMode
+) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """Return copies whose tensors are fake and on the CPU, without gradients."""
+    memo: dict[int, Any] = {}
+    for tensor in (*step.model.parameters(), *step.model.buffers()):
+        if tensor.device.type != "cpu":
+            memo[id(tensor)] = _on_fake_cpu(tensor, fake)
+    # Not the Trainer, nor what hangs on it
+    trainer = getattr(step.model, "_trainer", None)
+    if trainer is not None:
+        memo[id(trainer)] = None
+    with FakeCopyMode(fake):
+        model, optimizer = copy.deepcopy((step.model, step.optimizer), memo)
+    for parameter in model.parameters():
+        parameter.grad = None
+    return model, optimizer
+
+
+def _choose_foreach(optimizer: torch.optim.Optimizer) -> None:
+    """Update many parameters at a time, the default on CUDA."""
+    for group in optimizer.param_groups:
+        if group.get("foreach", True) is None and not group.get("fused"):
+            group["foreach"] = True
+
+
+def _on_fake_cpu(tensor: torch.Tensor, fake: FakeTensorMode) -> torch.Tensor:
+    with fake:
+        copied = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+        if isinstance(tensor, torch.nn.Parameter):
+            return torch.nn.Parameter(copied, tensor.requires_grad)
+    return copied
+
+
+def _tensors_in_order(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """Yield parameters and buffers in the order of `Module.to`: those of children first."""
+    for part in reversed(list(model.modules())):
+        yield from part.parameters(recurse=False)
+        yield from part.buffers(recurse=False)
+
+
+class _Tracer(TorchDispatchMode):
+    """Record allocations and releases of every operator, in order."""
+
+    def __init__(self, gpu: Gpu | None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.events: list[Event] = []
+        self._gpu = gpu
+        self._phase = Phase.BUILD
+        self._operator = str(Phase.BUILD)
+        self._blocks = 0
+        self._live: dict[int, _Live] = {}  # by address
+
+    def begin(self, phase: Phase) -> None:
+        self._phase = phase
+        self.events.append(Event(Kind.PHASE, 0, phase))
+
+    def attach(self, things: Iterable[Any]) -> None:
+        """Record tensors that are there already."""
+        for thing in things:
+            if isinstance(thing, torch.Tensor):
+                self._record(thing)
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        self._operator = str(func)
+        if "_local_scalar_dense" in self._operator:
+            if self._phase is Phase.OPTIMIZER:
+                return 1.0  # the count of steps
+            if self._gpu is not None and args[0].dtype is torch.bool and _tests_a_mask():
+                return True
+        results = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves(results) if isinstance(leaf, torch.Tensor)]
+        if self._gpu is not None and "convolution_backward" in self._operator:
+            self._record_convolution(args, results)
+            return results
+        for tensor in tensors:
+            self._record(tensor)
+        if self._gpu is not None:
+            self._record_scratch(args, self._gpu)
+        return results
+
+    def _record(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, nbytes = int(storage._cdata), storage.nbytes()
+        live = self._live.get(key)
+        if live is not None and live.nbytes == nbytes:
+            return
+        if live is not None:  # resized
+            self._forget(key, live.ref)
+        block = 0 if self._is_on_host(nbytes) or not nbytes else self._allocate((nbytes,))
+        self._live[key] = _Live(block, nbytes, weakref.ref(storage, partial(self._forget, key)))
+
+    def _is_on_host(self, nbytes: int) -> bool:
+        """Return True for constants: without a GPU those of `torch.tensor` are not counted.
+
+        On a GPU they are copied to the device, but for the step counts of an optimizer.
+        """
+        if self._gpu is None:
+            return "lift" in self._operator
+        is_constant = "lift" in self._operator or "scalar" in self._operator
+        return is_constant and nbytes <= _SCALAR and self._phase is Phase.OPTIMIZER
+
+    def _allocate(self, numbers: tuple[int, ...]) -> int:
+        self._blocks += 1
+        self.events.append(Event(Kind.ALLOCATE, self._blocks, self._operator, numbers))
+        return self._blocks
+
+    def _free(self, block: int) -> None:
+        self.events.append(Event(Kind.FREE, block, self._operator))
+
+    def _forget(self, key: int, ref: weakref.ref[torch.UntypedStorage]) -> None:
+        live = self._live.get(key)
+        if live is not None and live.ref is ref:
+            del self._live[key]
+            if live.block:
+                self._free(live.block)
+
+    def _record_scratch(self, args: tuple[Any, ...], gpu: Gpu) -> None:
+        name = self._operator
+        if name.startswith(("aten.sum.", "aten.mean.")):
+            dims = args[1] if len(args) > 1 else None
+            numbers = axes_of_sum(args[0], dims)
+            if numbers:
+                self.events.append(Event(Kind.SUM, 0, name, numbers))
+        elif "attention_backward" in name:
+            dropout = args[10] if "flash" in name else 0.0
+            self._hold(attention_scratch(name, args[1], dropout, gpu))
+
+    def _record_convolution(self, args: tuple[Any, ...], results: Any) -> None:
+        """Record the gradients one by one: cuDNN computes that of the input first."""
+        for at, gradient in enumerate(results):
+            if gradient is None:
+                continue
+            self._record(gradient)
+            if at <= 1:
+                self._hold(convolution_scratch(args, of_input=at == 0))
+
+    def _hold(self, scratch: tuple[int, ...]) -> None:
+        """Record memory that is allocated and freed within the operator."""
+        for block in [self._allocate((nbytes,)) for nbytes in scratch][::-1]:
+            self._free(block)
+
+
+def _tests_a_mask() -> bool:
+    """Return True if transformers (5) asks if an attention mask leaves out nothing: assumed."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "transformers.masking_utils":
+            return True
+        frame = frame.f_back
+    return False
+
+
+@dataclass(frozen=True, slots=True)
+class _Live:
+    block: int  # 0 if it is not on the device
+    nbytes: int
+    ref: weakref.ref[torch.UntypedStorage]
+
+
+class _Untouched(Undo):
+    """Global state in the body of which nothing is left: random numbers, hooks, autocast, modes."""
+
+    def start(self) -> None:
+        self.add(partial(random.setstate, random.getstate()))
+        self.add(partial(torch.set_rng_state, torch.get_rng_state()))
+        if (numpy := sys.modules.get("numpy")) is not None:
+            self.add(partial(numpy.random.set_state, numpy.random.get_state()))
+        for hooks in _global_hooks():
+            self.add(partial(_refill, hooks, dict(hooks)))
+            hooks.clear()
+        self.enter_context(torch.enable_grad())
+        # A context of autocast would keep the casts of those within it
+        self.add(partial(torch.set_autocast_enabled, "cpu", torch.is_autocast_enabled("cpu")))
+        torch.set_autocast_enabled("cpu", False)
+        if "torch._dynamo" in sys.modules:
+            self.enter_context(torch.compiler.set_stance("force_eager"))
+
+
+def _global_hooks() -> list[dict[int, Any]]:
+    return [
+        module_hooks._global_forward_hooks,
+        module_hooks._global_forward_pre_hooks,
+        module_hooks._global_backward_hooks,
+        module_hooks._global_backward_pre_hooks,
+        optimizer_hooks._global_optimizer_pre_hooks,
+        optimizer_hooks._global_optimizer_post_hooks,
+    ]
+
+
+def _refill(hooks: dict[int, Any], former: dict[int, Any]) -> None:
+    hooks.clear()
+    hooks.update(former)
