@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import autobatch
 from autobatch.testing import SimulatedAccelerator
-from lightning_here import pl, quiet_trainer
+from lightning_here import QUICK, pl, quiet_trainer
 from sameness import same
 
 X = torch.randn(240, 16, generator=torch.Generator().manual_seed(5))
@@ -68,6 +68,7 @@ def compared(make_loader, module=Recorded, *, own=OWN, callbacks=list, trainer=N
         "target_batch_size": 24,
         "max_micro_batch_size": 12,
         "device": SimulatedAccelerator("900KiB"),
+        **QUICK,
         **options,
     }
     tuner = autobatch.AutoBatch(**options)

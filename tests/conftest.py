@@ -23,6 +23,16 @@ from autobatch._settings import Defaults
 torch.set_num_threads(1)
 pytest.register_assert_rewrite("by_hand")  # its assertions show their values
 
+if importlib.util.find_spec("hypothesis") is not None:
+    from hypothesis import HealthCheck, settings
+
+    # No limits on time, which a busy machine exceeds
+    untimed = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+    # `--hypothesis-profile=full` draws as many examples as Hypothesis does by default
+    settings.register_profile("brief", max_examples=30, **untimed)
+    settings.register_profile("full", max_examples=100, **untimed)
+    settings.load_profile("brief")
+
 TIMES_OUT = importlib.util.find_spec("pytest_timeout") is not None
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 

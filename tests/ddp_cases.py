@@ -13,6 +13,7 @@ import importlib
 import logging
 import os
 import sys
+import traceback
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -285,6 +286,23 @@ def exploding():
     return {"error": None}
 
 
+class RefusesToLoad(Model):
+    """Its own error on one rank, when it is asked for the loader after the trials."""
+
+    def train_dataloader(self):
+        if RANK == 1 and any(frame.name == "apply" for frame in traceback.extract_stack()):
+            raise ZeroDivisionError("mine")
+        return super().train_dataloader()
+
+
+def refusing():
+    """Rank 1 fails while the plan is applied; collectives are out of step then, so it comes last."""
+    try:
+        trainer(tuner()).fit(RefusesToLoad(source="hook"))
+    except (ZeroDivisionError, autobatch.AutobatchError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
 def uneven():
     """`find` with shards of different lengths around the target."""
     device = PaperDevice("1MiB", per_sample=2000)
@@ -296,14 +314,12 @@ def uneven():
 
 
 def missing():
-    """Only one rank tunes; afterwards the ranks count differently, so this is the last case."""
+    """Only one rank has the callback, and ends; the other one waits for it until then."""
     _distributed._LONGEST_WAIT = timedelta(seconds=2)
-    if RANK == 1:
-        return None
+    callbacks = [tuner()] if RANK == 0 else []
     try:
-        with current_ranks():
-            return None
-    except autobatch.AutobatchError as error:
+        trainer(*callbacks).fit(Model(), loader())
+    except (RuntimeError, autobatch.AutobatchError) as error:
         return str(error)
 
 
@@ -471,6 +487,7 @@ CASES = {
     "standalone": standalone,
     "answering": answering,
     "uneven": uneven,
+    "refusing": refusing,
     "missing": missing,
 }
 

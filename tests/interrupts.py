@@ -7,6 +7,7 @@ line, or of every `every`-th line, and prints what each of them left.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import linecache
 import logging
@@ -54,7 +55,9 @@ class Lines:
         sys.settrace(None)
 
     def _on_call(self, frame, event, argument):
-        return self._on_line if frame.f_code.co_filename.startswith(PACKAGE) else None
+        is_ours = frame.f_code.co_filename.startswith(PACKAGE)
+        is_traced = is_ours and (self.at is None or _has_line(frame.f_code, self.at))
+        return self._on_line if is_traced else None
 
     def _on_line(self, frame, event, argument):
         if event != "line":
@@ -67,6 +70,12 @@ class Lines:
             self.was_raised = True
             signal.raise_signal(signal.SIGINT)
         return self._on_line
+
+
+@functools.cache
+def _has_line(code, line):
+    file, number = line
+    return code.co_filename == file and any(number == each for *_, each in code.co_lines())
 
 
 def global_state():

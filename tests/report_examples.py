@@ -58,6 +58,8 @@ def full_example(**changes) -> TuningReport:
     more = {
         "trials": tried,
         "curve": curve,
+        "timing_seconds": 25.3,
+        "validation_seconds": 1.8,
         "noise": NoiseReading("ok", 900, 760, 1080, 51, 150, 400, 256),
         "learning_rate": LearningRateRule("AdamW", "square-root"),
         "loading": Loading(wait_seconds=3.1, step_seconds=6.9, batches=40),

@@ -52,7 +52,6 @@ UPWARD: dict[str, str] = {}
 DEFERRED: dict[str, str] = {
     "_report -> _report.text": "a report prints itself",
     "_report -> _report.figure": "report.plot() loads matplotlib with the picture",
-    "_report -> _report.notebook": "a notebook asks the object itself for its HTML",
 }
 # Modules that users import from
 PUBLIC = ("errors", "lightning", "report", "sinks", "testing")

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 import autobatch
 from autobatch.testing import SimulatedAccelerator
-from lightning_here import Model, data, pl
+from lightning_here import QUICK, Model, data, pl
 from lightning_here import quiet_trainer as trainer
 from sameness import same
 
@@ -27,7 +27,8 @@ LENGTH = 600
 
 
 def tuner(capacity="450KiB", **options):
-    return autobatch.AutoBatch(device=SimulatedAccelerator(capacity), evaluate=True, **options)
+    device = SimulatedAccelerator(capacity)
+    return autobatch.AutoBatch(device=device, evaluate=True, **QUICK, **options)
 
 
 def loader(size=4, length=LENGTH, **options):

@@ -48,6 +48,18 @@ def test_a_loop_with_a_size_of_its_own_is_refused(target):
         )
 
 
+def test_sizes_run_only_to_be_timed_show_a_loop_with_a_size_of_its_own():
+    own = DataLoader(samples(500), batch_size=16)
+
+    with pytest.raises(ValueError, match=r"^Memory use was identical at batch_size=\d and at"):
+        autobatch.find(
+            loop(lambda _: own),
+            device=SimulatedAccelerator("1MiB"),
+            target_batch_size=8,
+            timing_seconds=1,
+        )
+
+
 @pytest.mark.parametrize("steps", [3, 4])
 @pytest.mark.parametrize("count", [20, 25, 64, 500])
 @pytest.mark.parametrize(("features", "width"), [(1, 1), (16, 64)])

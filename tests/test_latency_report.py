@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
@@ -29,7 +29,7 @@ def test_few_calls_are_reported_with_their_percentile():
     assert f"{here.calls} calls timed, asked for 99 %" in text
     assert "max 2 s " in text
     assert "99 % of calls" not in text
-    assert f"{here.calls} calls at {here.batch_size}" in text
+    assert f"{here.calls} at {here.batch_size}; there p99" in text
     assert "there p99 is the slowest" in text
     few = f"There was no time for 100 calls at {here.batch_size}, only for {here.calls}"
     assert (
@@ -180,7 +180,6 @@ def test_latency_report_of_a_high_percentile_and_a_lightning_step(snapshot):
 
 
 @given(reports(), measured(), spans, st.floats(0.1, 100))
-@settings(deadline=None)
 def test_latency_report_keeps_its_width(report, latencies, limit, percentile):
     limited = report.settings.model_copy(update={"latency_limit": limit, "percentile": percentile})
     report = report.model_copy(update={"latencies": latencies, "settings": limited})
@@ -190,7 +189,6 @@ def test_latency_report_keeps_its_width(report, latencies, limit, percentile):
 
 
 @given(measured(), spans, st.integers(0, 29))
-@settings(deadline=None)
 def test_latency_report_marks_the_choice_and_fits_one_screen(latencies, limit, which):
     chosen = latencies[which % len(latencies)].batch_size
     limited = report_settings(target_batch_size=None, latency_limit=limit)

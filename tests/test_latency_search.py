@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -100,7 +100,6 @@ def test_narrowing_down_ends_at_the_largest_size_in_time(true, limit, fixed, tri
     st.floats(0, 0.1),
     st.integers(1, 3000),
 )
-@settings(max_examples=60, deadline=None)
 def test_the_largest_batch_within_the_limit_is_found(base, per_sample, step, jump, most):
     """To within one thirty-second, and exactly up to 63, however slow calls are."""
     seconds = steady(base, per_sample, step, jump)
@@ -127,7 +126,6 @@ def test_the_largest_batch_within_the_limit_is_found(base, per_sample, step, jum
 
 # A line of seconds by size, as base and seconds per sample
 @given(st.floats(1e-4, 0.15), st.floats(1e-5, 0.05), st.floats(1e-3, 0.3))
-@settings(max_examples=60, deadline=None)
 def test_the_answer_has_100_calls_if_they_fit_in_the_time(base, per_sample, limit):
     paper = Paper(steady(base, per_sample))
     with contextlib.suppress(autobatch.DoesNotFitError):

@@ -40,6 +40,7 @@ def runs(tmp_path_factory):
     return {mode: torch.load(folder / f"{mode}.pt", weights_only=False) for mode in modes}
 
 
+@pytest.mark.timeout(900)  # the fixture trains all cases: minutes on a busy machine
 @pytest.mark.parametrize("case", CASES)
 def test_training_after_tuning_is_bit_identical_to_training_by_hand(runs, case):
     tuned, by_hand = dict(runs["tuned"][case]), runs["by-hand"][case]
@@ -410,7 +411,7 @@ def test_a_resumed_run_continues_with_the_plan_of_its_checkpoint(tmp_path, stop)
 
 
 def test_the_report_is_printed_and_written_beside_the_logs(tmp_path, capsys):
-    callback, logger = tuner(), pl.loggers.CSVLogger(tmp_path)
+    callback, logger = tuner(verbose=True), pl.loggers.CSVLogger(tmp_path)
 
     trainer(callback, logger=logger).fit(Model(), DataLoader(data(), batch_size=4))
 

@@ -26,6 +26,12 @@ class WithHook(Model):
         return DataLoader(data(), batch_size=self.hparams.batch_size)
 
 
+class Pulls(Model):
+    def training_step(self, dataloader_iter):
+        batch, batch_idx, _ = next(dataloader_iter)
+        return super().training_step(batch, batch_idx)
+
+
 class Precomputed(Sampler):
     """Batches that are computed once."""
 
@@ -57,6 +63,7 @@ class Tokens(Sampler):
         return iter([[0, 1, 2], [3]])
 
 
+@pytest.mark.filterwarnings("ignore:.*`dataloader_iter`")
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
@@ -99,6 +106,7 @@ class Tokens(Sampler):
             ),
             "GradientAccumulationScheduler",
         ),
+        (lambda: (Pulls(), plain(), {}), "training_step takes the iterator of the loader"),
     ],
     ids=[
         "list of batches",
@@ -109,6 +117,7 @@ class Tokens(Sampler):
         "finder",
         "fixed length",
         "scheduler",
+        "iterator of the loop",
     ],
 )
 def test_unsupported_runs_are_refused_before_anything_changes(make, sentence):

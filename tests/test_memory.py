@@ -9,16 +9,21 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+import autobatch
 from autobatch import MemoryReading
-from autobatch._memory import (
-    format_bytes,
-    memory_budget,
-    parse_bytes,
-    parse_memory_limit,
-)
+from autobatch._memory import format_bytes, memory_budget
 from autobatch._memory.oom import is_oom
+from autobatch.testing import PaperDevice
 
 GIB = 2**30
+
+
+def budget(memory_limit, total="16TiB", others=0):
+    """Return the budget of a search on a device of which other processes hold a part."""
+    device = PaperDevice(total, foreign=others)
+    search = {"max_micro_batch_size": 1, "verbose": False}
+    report = autobatch.find(device.workload, device=device, memory_limit=memory_limit, **search)
+    return report.budget
 
 
 # Limits
@@ -26,8 +31,7 @@ GIB = 2**30
 
 @pytest.mark.parametrize("share", [1e-9, 0.5, 0.9, 1.0])
 def test_a_float_up_to_one_is_a_share(share):
-    assert parse_memory_limit(share) == share
-    assert isinstance(parse_memory_limit(share), float)
+    assert budget(share) == int(share * 16 * 2**40)
 
 
 @pytest.mark.parametrize(
@@ -48,9 +52,8 @@ def test_a_float_up_to_one_is_a_share(share):
     ],
 )
 def test_integers_and_text_are_bytes(value, nbytes):
-    assert parse_memory_limit(value) == nbytes
-    assert isinstance(parse_memory_limit(value), int)
-    assert parse_bytes("capacity", value) == nbytes
+    assert budget(value) == nbytes
+    assert PaperDevice(value).capacity == nbytes
 
 
 @pytest.mark.parametrize(
@@ -90,7 +93,7 @@ def test_a_bad_limit_is_refused_in_one_sentence(value):
         ValueError,
         match=r"^memory_limit=.* must be a share .*, a whole number .* or text",
     ) as caught:
-        parse_memory_limit(value)
+        budget(value)
 
     message = str(caught.value)
     assert repr(value) in message
@@ -100,8 +103,7 @@ def test_a_bad_limit_is_refused_in_one_sentence(value):
 
 @pytest.mark.parametrize(("value", "limit"), [(np.float32(0.5), 0.5), (np.int64(4096), 4096)])
 def test_numpy_scalars_are_accepted(value, limit):
-    assert parse_memory_limit(value) == limit
-    assert type(parse_memory_limit(value)) is type(limit)
+    assert budget(value, total=10_000) == (limit if limit > 1 else limit * 10_000)
 
 
 def test_the_ambiguous_limit_of_one_is_refused():
@@ -109,7 +111,7 @@ def test_the_ambiguous_limit_of_one_is_refused():
         ValueError,
         match=r"^memory_limit=1 could mean one byte or the whole device; write 1\.0",
     ):
-        parse_memory_limit(1)
+        budget(1)
 
 
 @pytest.mark.parametrize("value", [0, -5, True, 0.5, 2.0, None, "0B", "many"])
@@ -118,7 +120,7 @@ def test_a_bad_amount_is_refused_and_the_parameter_named(value):
         ValueError,
         match=r"^capacity=.* must be a whole number of bytes above 0, or text such as",
     ):
-        parse_bytes("capacity", value)
+        PaperDevice(value)
 
 
 # Amounts for people
@@ -150,7 +152,7 @@ def test_bytes_are_formatted_in_binary_units(nbytes, text):
 @given(st.integers(min_value=1, max_value=2**50))
 @example(GIB - 2**18)
 def test_formatted_bytes_can_be_parsed(nbytes):
-    assert parse_bytes("capacity", format_bytes(nbytes)) == pytest.approx(nbytes, rel=0.05)
+    assert PaperDevice(format_bytes(nbytes)).capacity == pytest.approx(nbytes, rel=0.05)
 
 
 # Budgets
@@ -161,19 +163,19 @@ def reading(*, total: int, used: int, reserved: int) -> MemoryReading:
 
 
 def test_a_share_refers_to_the_device_minus_other_processes():
-    assert memory_budget(reading(total=1000, used=300, reserved=100), 0.9) == 700
+    assert budget(0.9, total=1000, others=200) == 700
 
 
 def test_an_amount_is_limited_by_other_processes():
-    assert memory_budget(reading(total=1000, used=300, reserved=100), 500) == 500
-    assert memory_budget(reading(total=1000, used=900, reserved=100), 500) == 200
+    assert budget(500, total=1000, others=200) == 500
+    assert budget(500, total=1000, others=800) == 200
 
 
-@pytest.mark.parametrize(("cap", "budget"), [(None, 700), (900, 700), (400, 400)])
-def test_a_budget_is_at_most_the_users_cap(cap, budget):
+@pytest.mark.parametrize(("cap", "expected"), [(None, 700), (900, 700), (400, 400)])
+def test_a_budget_is_at_most_the_users_cap(cap, expected):
     capped = MemoryReading(total=1000, used=300, reserved=100, peak=0, failures=0, cap=cap)
 
-    assert memory_budget(capped, 0.9) == budget
+    assert memory_budget(capped, 0.9) == expected
     assert memory_budget(capped, 10_000) == min(800, cap or 800)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from functools import partial
 
 import pytest
@@ -15,8 +16,8 @@ from lightning_here import Model, data, pl, quiet_trainer
 
 
 class Wide(Model):
-    def __init__(self):
-        super().__init__()
+    def __init__(self, batch_size=4):
+        super().__init__(batch_size)
         self.net = torch.nn.Sequential(
             torch.nn.Linear(16, 1400), torch.nn.ReLU(), torch.nn.Linear(1400, 4)
         )
@@ -25,6 +26,25 @@ class Wide(Model):
     def training_step(self, batch, batch_idx):
         self.seen.append(batch[0][:, 0].tolist())
         return super().training_step(batch, batch_idx)
+
+
+class Scaled(Wide):
+    """Reads the batch size for the learning rate, and the length of training for the schedule."""
+
+    def __init__(self, batch_size):
+        super().__init__(batch_size)
+        self.rates = []
+
+    def training_step(self, batch, batch_idx):
+        self.rates.append(self.optimizers().param_groups[0]["lr"])
+        return super().training_step(batch, batch_idx)
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameters(), 1e-4 * self.hparams.batch_size)
+        rates = torch.optim.lr_scheduler
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = rates.LinearLR(optimizer, 1, 0.1, total_iters=steps)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
 class Average(pl.Callback):
@@ -61,10 +81,10 @@ class Capacity(pl.Callback):
         self.held.close()
 
 
-def fit(*others, size=4, generator=None, callback=None, capacity="900KiB", **options):
+def fit(*others, module=Wide, size=4, generator=None, callback=None, capacity="900KiB", **options):
     """Return the model and what the callback reports; by hand without a callback."""
     pl.seed_everything(1, verbose=False)
-    model, device = Wide(), SimulatedAccelerator(capacity)
+    model, device = module(size), SimulatedAccelerator(capacity)
     callbacks = []
     if callback is not None:
         callback = callback(device=device)
@@ -76,11 +96,14 @@ def fit(*others, size=4, generator=None, callback=None, capacity="900KiB", **opt
     return model, callback and callback.report
 
 
-@pytest.mark.parametrize("generator", [None, 3])
-def test_memory_made_at_the_start_of_training_is_searched_with_from_the_first_batch(generator):
-    model, report = fit(Average(), callback=autobatch.AutoBatch, generator=generator)
+@pytest.mark.parametrize(("module", "generator"), [(Wide, None), (Scaled, 3)])
+def test_memory_made_at_the_start_of_training_is_searched_with_from_the_first_batch(
+    module, generator
+):
+    model, report = fit(Average(), module=module, callback=autobatch.AutoBatch, generator=generator)
     plan = report.plan
     by_hand, _ = fit(
+        module=module,
         size=plan.micro_batch_size,
         accumulate_grad_batches=plan.accumulate_grad_batches,
         generator=generator,
@@ -90,6 +113,7 @@ def test_memory_made_at_the_start_of_training_is_searched_with_from_the_first_ba
     assert "(Average 115 KiB)" in note
     assert set(model.sizes[:5]) == {plan.micro_batch_size}
     assert model.seen == by_hand.seen
+    assert vars(model).get("rates") == vars(by_hand).get("rates")
     assert all(map(torch.equal, model.state_dict().values(), by_hand.state_dict().values()))
 
 
@@ -128,3 +152,29 @@ def test_an_average_that_lightning_makes_in_setup_is_in_the_peak():
     largest = max(trial.batch_size for trial in report.trials if trial.fits)
     assert largest < max(trial.batch_size for trial in alone.trials if trial.fits)
     assert not any("Tuned again" in note for note in report.notes)
+
+
+class Lazy(Wide):
+    """Copies its network in a hook after its first step, out of sight of the module."""
+
+    def on_train_batch_end(self, *_):
+        if not hasattr(self, "average"):
+            object.__setattr__(self, "average", copy.deepcopy(self.net))
+
+
+class Views(Wide):
+    """Puts two more views of each sample into the batch, in a hook before the step."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        batch[0] = torch.cat([batch[0], batch[0] + 0.1, batch[0] - 0.1])
+        batch[1] = batch[1].repeat(3)
+
+
+@pytest.mark.parametrize("module", [Lazy, Views])
+def test_memory_that_hooks_of_the_module_make_is_in_the_peak(module):
+    largest = partial(autobatch.AutoBatch, prefer="largest", timing_seconds=0.0)
+
+    _, alone = fit(callback=largest, max_epochs=1)
+    _, report = fit(module=module, callback=largest, max_epochs=1)
+
+    assert report.plan.micro_batch_size < alone.plan.micro_batch_size

@@ -383,6 +383,16 @@ def test_bound_has_its_reason(given_bounds, batch_size, reason):
     assert bound == Bound(batch_size, reason)
 
 
+@pytest.mark.curve  # with the usual limit of 20 seconds
+def test_a_share_of_the_training_that_was_too_short_for_timing_is_named():
+    (note,) = notes_after(unreached=(16,), curve_seconds=0.003)
+
+    assert note == (
+        "0.003 seconds, a tenth of the planned training, were too few to time all sizes: "
+        "micro-batches of 16 were left out."
+    )
+
+
 def test_no_bound_without_limits():
     assert tightest_bound(**NO_BOUND) is None
 

@@ -8,7 +8,6 @@ from autobatch._report.accumulation_notes import (
     accumulation_costs,
     batch_norm,
     not_additive,
-    stretched_schedule,
     usual_learning_rate,
 )
 from autobatch.report import LearningRateRule
@@ -85,25 +84,6 @@ def test_usual_learning_rate_follows_the_rule(rule, ratio, expected):
 
     assert note.startswith("AdamW usually wants about ×")
     assert expected in note
-
-
-def test_schedule_in_updates_covers_other_data():
-    note = stretched_schedule("LinearLR", 1000, BatchPlan(32), BatchPlan(32, 8))
-
-    assert note == (
-        "LinearLR counts updates: its 1,000 steps now cover 256,000 samples instead of 32,000."
-    )
-
-
-def test_schedule_of_unknown_length_is_noted_without_it():
-    note = stretched_schedule("LambdaLR", None, BatchPlan(32), BatchPlan(32, 8))
-
-    assert note is not None
-    assert "each of 256 samples now instead of 32" in note
-
-
-def test_schedule_has_no_note_with_the_same_effective_batch():
-    assert stretched_schedule("LinearLR", 1000, BatchPlan(256), BatchPlan(32, 8)) is None
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import autobatch
 from autobatch.testing import SimulatedAccelerator
-from lightning_here import pl, quiet_trainer
+from lightning_here import QUICK, pl, quiet_trainer
 
 strategies = importlib.import_module(f"{pl.__name__}.strategies")
 
@@ -73,6 +73,7 @@ def tuner(**options):
         **{
             "target_batch_size": 120,
             "device": SimulatedAccelerator("450KiB"),
+            **QUICK,
             **options,
         }
     )

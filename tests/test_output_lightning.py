@@ -27,7 +27,7 @@ class Terminal(io.StringIO):
 def fit_on(stdout, stderr, *callbacks, callback=None, **options):
     """Return a fitted model, the Trainer and the callback, after a run with other streams."""
     model = Model()
-    callback = callback or tuner(plan=BatchPlan(60, 2))
+    callback = callback or tuner(plan=BatchPlan(60, 2), verbose=True)
     trainer = quiet_trainer(callback, *callbacks, **options)
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         trainer.fit(model, plain(), val_dataloaders=plain())
@@ -45,7 +45,9 @@ def test_progress_is_shown_beside_the_bar_of_a_trainer(bar, monkeypatch):
     bars = [getattr(pl.callbacks, bar)()] if bar else []
     terminal, out = Terminal(), Terminal()
 
-    _, _, callback = fit_on(out, terminal, *bars, callback=tuner(), enable_progress_bar=bool(bar))
+    _, _, callback = fit_on(
+        out, terminal, *bars, callback=tuner(verbose=True), enable_progress_bar=bool(bar)
+    )
 
     phases = list(dict.fromkeys(tuple(text.split(" · ")[1:3]) for text in texts_of(terminal)))
     assert phases[0] == ("reading batches",)
@@ -66,7 +68,7 @@ def test_progress_between_epochs_is_erased_before_the_bar_goes_on(bar, monkeypat
         out,
         terminal,
         getattr(pl.callbacks, bar)(),
-        callback=tuner(retune_at_epochs=[1]),
+        callback=tuner(retune_at_epochs=[1], verbose=True),
         enable_progress_bar=True,
     )
 
@@ -89,7 +91,7 @@ def test_a_resumed_run_prints_one_line(tmp_path):
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     out = io.StringIO()
 
-    resumed = tuner()
+    resumed = tuner(verbose=True)
     with contextlib.redirect_stdout(out):
         quiet_trainer(resumed, max_epochs=2).fit(
             Model(), plain(), plain(), ckpt_path=tmp_path / "last.ckpt"
@@ -121,7 +123,7 @@ class Slow(Model):
 
 
 def test_the_seconds_of_the_report_are_those_of_all_trials(monkeypatch):
-    model, callback = Slow(), tuner(plan=BatchPlan(60, 2))
+    model, callback = Slow(), tuner(plan=BatchPlan(60, 2), verbose=True)
     monkeypatch.setattr(SimulatedAccelerator, "clock", lambda _: Slow.seconds)
 
     quiet_trainer(callback, num_sanity_val_steps=0, limit_train_batches=1).fit(

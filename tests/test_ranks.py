@@ -150,7 +150,7 @@ def job(tmp_path_factory):
         "everything",
         "noise",
         "uneven",
-        "missing",
+        "refusing",
     )
     importlib.import_module("torchmetrics")  # once, for both
     with contextlib.ExitStack() as stack:
@@ -177,6 +177,7 @@ def assert_as_by_hand(ranks):
 
 
 @needs_lightning
+@pytest.mark.timeout(900)  # the fixture runs all cases: minutes on a busy machine
 @pytest.mark.parametrize("case", ["passed", "hook", "less memory"])
 def test_two_ranks_train_bit_identically_after_tuning(job, case):
     ranks = [rank[case] for rank in job]
@@ -236,8 +237,20 @@ def test_ranks_with_different_shards_choose_one_plan(job):
 
 
 @needs_lightning
-def test_a_rank_that_tunes_alone_ends_in_one_sentence(job):
-    assert job[0]["missing"] == (
+def test_a_rank_that_fails_while_the_plan_is_applied_ends_the_others(job):
+    first, second = (rank["refusing"] for rank in job)
+
+    assert first == "AutobatchError: Rank 1 stopped: ZeroDivisionError: mine"
+    assert second == "ZeroDivisionError: mine"
+
+
+@needs_lightning
+@pytest.mark.slow
+def test_a_callback_on_one_rank_alone_ends_in_one_sentence(tmp_path):
+    port = ("--master-port", free_port())
+    finish(start(*TORCHRUN, "--nproc-per-node", 2, *port, CASES, tmp_path, "missing"))
+
+    assert results(tmp_path)[0]["missing"] == (
         "Rank 1 has not come to tune within 2 seconds: all ranks tune together. Give every rank "
         "the same callbacks and arguments."
     )

@@ -6,7 +6,6 @@ import re
 import numpy as np
 import pytest
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
@@ -318,7 +317,6 @@ def test_the_report_of_a_long_search_is_still_one_screen(snapshot):
 
 
 @given(reports())
-@hypothesis_settings(deadline=None)
 def test_a_report_is_never_wider_than_its_columns(report):
     for text in (report.text(), report.text(ASCII)):
         assert all(cell_len(line) <= WIDTH for line in text.splitlines())
@@ -326,7 +324,6 @@ def test_a_report_is_never_wider_than_its_columns(report):
 
 
 @given(reports())
-@hypothesis_settings(deadline=None)
 def test_the_chosen_size_is_marked_in_each_table_that_holds_it(report):
     chosen = report.plan.micro_batch_size
     sizes = {t.batch_size for t in report.trials} | {row.batch_size for row in report.sizes}

@@ -35,7 +35,7 @@ SEARCHES = (
     GuidedBisection(resolution=0.05, growth=2),
 )
 each_search = pytest.mark.parametrize("search", SEARCHES, ids=repr)
-modest = settings(deadline=None, max_examples=150, derandomize=True)
+modest = settings(max_examples=2 * settings.default.max_examples, derandomize=True)
 
 
 # Any search
@@ -209,7 +209,7 @@ def test_bisection_finds_the_largest_fit_to_its_resolution(search, peak, start, 
 
 @pytest.mark.parametrize("search", [s for s in SEARCHES if isinstance(s, GuidedBisection)])
 @pytest.mark.parametrize("read", ["fit", "all"])
-@settings(modest, max_examples=300)
+@settings(modest, max_examples=4 * settings.default.max_examples)
 @given(peak=monotone(), start=starts, high=highs, lie=st.booleans())
 def test_guided_bisection_finds_the_largest_fit_or_fills_the_budget(
     search, read, peak, start, high, lie
@@ -282,7 +282,7 @@ models = st.builds(
 
 
 @pytest.mark.parametrize("search", [s for s in SEARCHES if isinstance(s, GuidedBisection)])
-@settings(modest, max_examples=300)
+@settings(modest, max_examples=4 * settings.default.max_examples)
 @given(model=models, start=st.integers(1, 64), high=st.integers(1, 20_000))
 def test_with_true_profiles_only_the_first_trial_may_fail(search, model, start, high):
     trials = run(search, model.peak, profile=model.profile, start=start, high=high)

@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from autobatch._trials.snapshot import Snapshot, restorable
+import autobatch
+from autobatch._trials.snapshot import Snapshot
+from autobatch.testing import PaperDevice
 from networks import Perceptron, training
 from sameness import same
 
@@ -59,38 +61,39 @@ def disturb(model, optimizer):
     np.random.rand()
 
 
+def tune(step, *objects):
+    """Run a step in trials, which may do anything to these objects."""
+    device = PaperDevice(1000, per_sample=10)
+
+    def train(batch_size):
+        for _ in device.workload(batch_size, 1):
+            step()
+            yield
+
+    autobatch.find(train, device=device, restore=objects, max_micro_batch_size=1, verbose=False)
+
+
 def test_everything_is_restored():
     model, optimizer = trained()
-    before = inventory(model, optimizer)
+    before, disturbed = inventory(model, optimizer), []
 
-    with Snapshot() as snapshot:
-        snapshot.capture(model, optimizer)
+    def step():
         disturb(model, optimizer)
-        assert not same(before, inventory(model, optimizer))
+        disturbed.append(not same(before, inventory(model, optimizer)))
 
+    tune(step, model, optimizer)
+
+    assert all(disturbed)
+    assert disturbed
     assert same(before, inventory(model, optimizer))
     assert not hasattr(model, "extra")
-
-
-def test_a_snapshot_can_be_restored_repeatedly():
-    model, optimizer = trained()
-    before = inventory(model, optimizer)
-
-    with Snapshot() as snapshot:
-        snapshot.capture(model, optimizer)
-        for _ in range(3):
-            disturb(model, optimizer)
-            snapshot.restore()
-            assert same(before, inventory(model, optimizer))
 
 
 def test_training_continues_bit_identically():
     def run(tuned):
         model, optimizer = trained()
         if tuned:
-            with Snapshot() as snapshot:
-                snapshot.capture(model, optimizer)
-                disturb(model, optimizer)
+            tune(lambda: disturb(model, optimizer), model, optimizer)
         steps = training(model, optimizer)(8, 1)
         for _ in range(3):
             next(steps)
@@ -104,10 +107,12 @@ def test_everything_is_restored_after_an_error(error):
     model, optimizer = trained()
     before = inventory(model, optimizer)
 
-    with pytest.raises(error), Snapshot() as snapshot:
-        snapshot.capture(model, optimizer)
+    def step():
         disturb(model, optimizer)
         raise error
+
+    with pytest.raises(error):
+        tune(step, model, optimizer)
 
     assert same(before, inventory(model, optimizer))
 
@@ -118,9 +123,7 @@ def test_tensors_stay_the_same_objects():
     parameters, groups = [*model.parameters(), *buffers], optimizer.param_groups[0]
     del buffers
 
-    with Snapshot() as snapshot:
-        snapshot.capture(model, optimizer)
-        disturb(model, optimizer)
+    tune(lambda: disturb(model, optimizer), model, optimizer)
 
     after = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     assert after.issuperset(map(id, parameters))
@@ -184,13 +187,11 @@ def test_a_model_of_the_workload_may_die():
 
 def test_buffers_keep_their_storage():
     model, optimizer = trained()
+    address = model.layers[1].running_var.data_ptr()
 
-    with Snapshot() as snapshot:
-        snapshot.capture(model, optimizer)
-        addresses = [module.running_var.data_ptr() for module in [model.layers[1]]]
-        disturb(model, optimizer)
+    tune(lambda: disturb(model, optimizer), model, optimizer)
 
-    assert addresses == [model.layers[1].running_var.data_ptr()]
+    assert model.layers[1].running_var.data_ptr() == address
 
 
 def test_earlier_gradients_do_not_stay_on_the_device():
@@ -216,22 +217,25 @@ def test_earlier_gradients_do_not_stay_on_the_device():
     ids=["torch", "python", "numpy", "old numpy"],
 )
 def test_generators_are_restored(thing, draw):
-    with Snapshot() as snapshot:
-        snapshot.capture(thing)
-        drawn = draw(thing)
+    drawn = []
 
-    assert restorable(thing)
-    assert draw(thing) == drawn
+    tune(lambda: drawn.append(draw(thing)), thing)
+
+    assert draw(thing) == drawn[0]
+    assert len(set(drawn)) > 1
 
 
 def test_a_grad_scaler_is_restored_in_the_middle_of_a_step():
     model, optimizer = trained()
     scaler = torch.amp.GradScaler("cpu")
 
-    with Snapshot() as snapshot:
-        snapshot.capture(model, optimizer, scaler)
+    def step():
         scaler.scale(model.loss(4)).backward()
-        scaler.unscale_(optimizer)  # and then the trial fails
+        scaler.unscale_(optimizer)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        tune(step, model, optimizer, scaler)
 
     scaler.scale(model.loss(4)).backward()
     scaler.unscale_(optimizer)  # would raise if it were remembered
@@ -242,15 +246,18 @@ def test_a_scheduler_is_restored():
     _, optimizer = trained()
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=10)
 
-    with Snapshot() as snapshot:
-        snapshot.capture(optimizer, scheduler)
-        for _ in range(9):
-            optimizer.step()
-            scheduler.step()
-        reached = scheduler.get_last_lr()
+    before, reached = scheduler.get_last_lr(), []
+
+    def step():
+        optimizer.step()
+        scheduler.step()
+        reached.append(scheduler.get_last_lr())
+
+    tune(step, optimizer, scheduler)
 
     assert scheduler.last_epoch == 0
-    assert scheduler.get_last_lr() != reached
+    assert scheduler.get_last_lr() == before
+    assert before not in reached
 
 
 def test_light_capture_does_not_restore_data():
@@ -304,10 +311,8 @@ def test_a_failing_object_does_not_keep_others_from_being_restored():
 
     model, optimizer = trained()
     before = inventory(model, optimizer)
-    with pytest.raises(RuntimeError, match="never"), Snapshot() as snapshot:
-        stubborn = Stubborn()
-        snapshot.capture(stubborn, model, optimizer)
-        disturb(model, optimizer)
+    with pytest.raises(RuntimeError, match="never"):
+        tune(lambda: disturb(model, optimizer), Stubborn(), model, optimizer)
 
     assert same(before, inventory(model, optimizer))
 
@@ -332,10 +337,8 @@ def test_an_interrupt_waits_until_everything_is_restored():
         def load_state_dict(self, state):
             signal.raise_signal(signal.SIGINT)
 
-    interrupting = Interrupting()
-    with pytest.raises(KeyboardInterrupt), Snapshot() as snapshot:
-        snapshot.capture(interrupting, model, optimizer)
-        disturb(model, optimizer)
+    with pytest.raises(KeyboardInterrupt):
+        tune(lambda: disturb(model, optimizer), Interrupting(), model, optimizer)
 
     assert same(before, inventory(model, optimizer))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -345,9 +348,11 @@ def test_parameters_first_seen_at_a_step_are_restored_without_gradient():
     weight = nn.Parameter(torch.ones(3))
     optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
 
-    with Snapshot() as snapshot, snapshot.at_first_step(lambda _: None):
+    def step():
         weight.square().sum().backward()
         optimizer.step()
+
+    tune(step)
 
     assert weight.tolist() == [1, 1, 1]
     assert weight.grad is None
@@ -359,10 +364,9 @@ def test_an_expanded_buffer_is_restored():
     model.register_buffer("mask", torch.ones(1, 1).expand(4, 4))
     model.steps = []
 
-    with Snapshot() as snapshot:
-        snapshot.capture(model)
-        model.steps.append(1)
-        mask = model.mask
+    mask = model.mask
+
+    tune(lambda: model.steps.append(1), model)
 
     assert model.mask is mask
     assert model.steps == []
@@ -384,9 +388,7 @@ def test_an_attribute_with_a_state_dict_is_restored():
     model = nn.Linear(2, 2)
     model.average = Average()
 
-    with Snapshot() as snapshot:
-        snapshot.capture(model)
-        model.average.shadow["w"].add_(1)
+    tune(lambda: model.average.shadow["w"].add_(1), model)
 
     assert model.average.shadow["w"].tolist() == [0, 0]
 

@@ -3,49 +3,46 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
-import math
 import weakref
 
 import pytest
 import torch
 
+import autobatch
 from autobatch import Outcome, Trial
-from autobatch._distributed import SingleProcess
-from autobatch._memory.cuda import CudaProbe
-from autobatch._trials.context import TrialContext
-from autobatch._trials.measure import run_trial
-from autobatch._trials.optimizers import OptimizerWatch
-from autobatch.errors import ShortTrialError
-from autobatch.sinks import progress
+from autobatch.errors import DoesNotFitError, ShortTrialError
 from autobatch.testing import PaperDevice, SimulatedAccelerator
-from contexts import FixedBudget
 from networks import Perceptron, training
 from nvml_standin import GIB, FakeGpu
 
 
-def attempt(workload, size, probe, *, budget=10**12, steps=3, accumulate=1, expects_steps=False):
-    """Run one trial without a snapshot: the caller restores."""
-    with OptimizerWatch(probe.clock) as optimizers, progress() as shown:
-        optimizers.expected = expects_steps
-        return run_trial(
+class Once:
+    """A search that proposes one size, and keeps its trial."""
+
+    def __init__(self, size):
+        self.size = size
+        self.trial = None
+
+    def propose(self, trials, *, start, high, budget):
+        if not trials:
+            return self.size
+        self.trial = trials[0]
+        return None
+
+
+def attempt(workload, size, device, *, memory_limit=1.0, **options):
+    """Return the trial of one size, which need not fit."""
+    once = Once(size)
+    with contextlib.suppress(DoesNotFitError):
+        autobatch.find(
             workload,
-            size,
-            accumulate=accumulate,
-            steps=steps,
-            is_timed=True,
-            may_be_refused=False,
-            deadline=math.inf,
-            context=TrialContext(
-                probe=probe,
-                began=probe.clock(),
-                budget=FixedBudget(budget),
-                snapshot=None,
-                optimizers=optimizers,
-                on_first_use=contextlib.nullcontext,
-                ranks=SingleProcess(),
-                progress=shown,
-            ),
+            device=device,
+            search=once,
+            memory_limit=memory_limit,
+            verbose=False,
+            **options,
         )
+    return once.trial
 
 
 def perceptron():
@@ -57,7 +54,7 @@ def perceptron():
 def test_a_size_that_ran_and_stayed_in_the_budget_fits():
     device = PaperDevice(1000, fixed=100, per_sample=10)
 
-    trial = attempt(device.workload, 8, device, budget=180)
+    trial = attempt(device.workload, 8, device, memory_limit=180)
 
     assert trial.outcome is Outcome.FIT
     assert trial.peak == 180
@@ -68,7 +65,7 @@ def test_a_size_that_ran_and_stayed_in_the_budget_fits():
 def test_an_allocation_past_the_budget_is_out_of_memory():
     device = PaperDevice(1000, fixed=100, per_sample=10)
 
-    trial = attempt(device.workload, 9, device, budget=180)
+    trial = attempt(device.workload, 9, device, memory_limit=180)
 
     assert trial.outcome is Outcome.OUT_OF_MEMORY
     assert trial.peak is None
@@ -76,9 +73,14 @@ def test_an_allocation_past_the_budget_is_out_of_memory():
 
 
 def test_a_budget_that_shrank_meanwhile_decides():
-    device, budgets = PaperDevice(1000, fixed=100, per_sample=10), iter([200, 150])
+    device = PaperDevice(1000, fixed=100, per_sample=10, foreign=800)
 
-    trial = attempt(device.workload, 8, device, budget=lambda: next(budgets))
+    def train(batch_size, accumulate):
+        for _ in device.workload(batch_size, accumulate):
+            device.foreign = 850
+            yield
+
+    trial = attempt(train, 8, device)
 
     assert trial.outcome is Outcome.OVER_BUDGET
     assert trial.peak == 180
@@ -87,9 +89,10 @@ def test_a_budget_that_shrank_meanwhile_decides():
 def test_accumulation_is_timed_per_micro_batch():
     device = PaperDevice(1000, per_sample=1)
 
-    assert attempt(device.workload, 8, device, accumulate=2).step_seconds == pytest.approx(
-        1e-3 + 8e-5
-    )
+    trial = attempt(device.workload, 8, device, target_batch_size=16)
+
+    assert trial.accumulate == 2
+    assert trial.step_seconds == pytest.approx(1e-3 + 8e-5)
 
 
 def test_state_that_appears_after_the_first_step_is_in_the_peak():
@@ -105,7 +108,7 @@ def test_a_workload_that_ends_is_restarted():
         started.append(batch_size)
         yield
 
-    trial = attempt(train, 4, PaperDevice(10), steps=3)
+    trial = attempt(train, 4, PaperDevice(10), steps_per_trial=3)
 
     assert trial.fits
     assert len(started) >= 3
@@ -177,7 +180,7 @@ def making_room(gpu, steps):
 def test_the_allocator_may_retry_in_the_first_step_only(monkeypatch, steps, outcome):
     gpu = FakeGpu().install(monkeypatch)
 
-    trial = attempt(making_room(gpu, steps), 8, CudaProbe(0), budget=6 * GIB)
+    trial = attempt(making_room(gpu, steps), 8, "cuda:0", memory_limit="6GiB")
 
     assert trial.outcome is outcome
 
@@ -204,7 +207,7 @@ def test_cudnn_benchmarking_is_not_part_of_the_peak(monkeypatch, tries):
     gpu, chosen = FakeGpu().install(monkeypatch), set()
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", tries)
 
-    trial = attempt(convolution(gpu, chosen), 8, CudaProbe(0), budget=6 * GIB)
+    trial = attempt(convolution(gpu, chosen), 8, "cuda:0", memory_limit="6GiB")
 
     assert chosen == {8}
     assert trial.outcome is (Outcome.FIT if tries else Outcome.OUT_OF_MEMORY)
@@ -221,7 +224,7 @@ def test_memory_refused_after_cudnn_benchmarking_is_not_a_fit(monkeypatch):
                 gpu.allocate(0, 10 * GIB)
             yield
 
-    trial = attempt(train, 8, CudaProbe(0), budget=6 * GIB)
+    trial = attempt(train, 8, "cuda:0", memory_limit="6GiB")
 
     assert trial.outcome is Outcome.OUT_OF_MEMORY
 
@@ -236,7 +239,7 @@ def test_a_size_without_any_cudnn_algorithm_is_out_of_memory(
         gpu.allocate(0, 10 * GIB)
         yield
 
-    trial = attempt(train, 8, CudaProbe(0), budget=6 * GIB)
+    trial = attempt(train, 8, "cuda:0", memory_limit="6GiB")
 
     assert trial.outcome is Outcome.OUT_OF_MEMORY
     assert gpu.cards[0].share == 1.0
@@ -281,7 +284,7 @@ def test_steps_go_on_until_an_optimizer_has_stepped():
     """A GradScaler skips its first steps while its scale settles, without optimizer state."""
     model, optimizer = perceptron()
     scaler = torch.amp.GradScaler("cpu")
-    probe = SimulatedAccelerator("1GiB")
+    stepped = []
 
     def train(batch_size, accumulate):
         for step in itertools.count():
@@ -291,12 +294,14 @@ def test_steps_go_on_until_an_optimizer_has_stepped():
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
+            stepped.append(len(optimizer.state) > 0)
             yield
 
-    trial = attempt(train, 4, probe, expects_steps=True)
+    trial = attempt(train, 4, SimulatedAccelerator("1GiB"))
 
     assert trial.fits
-    assert optimizer.state
+    assert stepped[8]
+    assert stepped.index(True) == 8
 
 
 def test_the_optimizer_is_timed_without_its_closure():
@@ -324,21 +329,10 @@ def test_the_optimizer_is_timed_without_its_closure():
     assert trial.step_seconds == 5.0
 
 
-def count_allocations(workload):
-    probe = SimulatedAccelerator("1GiB")
-    trial = attempt(workload, 4, probe, steps=2)
-    assert trial.fits
-    return probe.ledger.allocations
+def branching(model, optimizer):
+    """Train with a loss of several passes."""
 
-
-@pytest.mark.parametrize("autograd_branches", [False, True])
-def test_memory_running_out_at_any_allocation_leaves_nothing_behind(autograd_branches):
-    """Refuse each allocation of a trial in turn: the trial fails, and no tensor is left."""
-    from autobatch._trials.snapshot import Snapshot
-
-    model, optimizer = perceptron()
-
-    def branching(batch_size, accumulate):
+    def train(batch_size, accumulate):
         while True:
             loss = model.loss(batch_size) + model.loss(batch_size) * model.loss(batch_size)
             loss.backward()
@@ -346,28 +340,28 @@ def test_memory_running_out_at_any_allocation_leaves_nothing_behind(autograd_bra
             optimizer.zero_grad()
             yield
 
-    workload = branching if autograd_branches else training(model, optimizer)
-    with Snapshot() as snapshot:
-        snapshot.capture(model, optimizer)
-        allocations = count_allocations(workload)
-        snapshot.restore()
-        probe = SimulatedAccelerator("1GiB")
-        probe.attach(model, optimizer)
-        at_rest = probe.read().reserved
+    return train
 
-        for allocation in range(1, allocations + 1):
-            probe.ledger.refuse_at = allocation
-            trial = attempt(workload, 4, probe, steps=2)
-            snapshot.restore()
-            probe.attach(model, optimizer)  # a restored buffer is a new tensor
 
-            assert trial.outcome is Outcome.OUT_OF_MEMORY
-            assert probe.read().reserved == at_rest, (
-                f"left over after refusing allocation {allocation}"
-            )
+@pytest.mark.parametrize("kind", [training, branching])
+def test_memory_running_out_at_any_allocation_leaves_nothing_behind(kind):
+    """Refuse each allocation of a trial in turn: the trial fails, and no tensor is left."""
+    model, optimizer = perceptron()
+    workload, device = kind(model, optimizer), SimulatedAccelerator("1GiB")
+    assert attempt(workload, 4, device, steps_per_trial=2).fits
+    allocations = device.ledger.allocations
+    device.attach(model, optimizer)
+    at_rest = device.read().reserved
 
-        probe.ledger.refuse_at = None
-        assert attempt(workload, 4, probe, steps=2).fits
+    assert allocations > 50
+    for allocation in range(1, allocations + 1):
+        device.ledger.refuse_at = allocation
+
+        trial = attempt(workload, 4, device, steps_per_trial=2)
+
+        device.attach(model)  # a restored buffer is a new tensor
+        assert trial.outcome is Outcome.OUT_OF_MEMORY
+        assert device.read().reserved == at_rest, f"left after refusing allocation {allocation}"
 
 
 def test_frames_of_a_failed_step_are_freed():

@@ -60,32 +60,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=version("lightning-autobatch"))
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    demo = commands.add_parser(
-        "demo", help="tune and train a small real model on this machine; no GPU needed"
-    )
-    demo.add_argument(
-        "--directory",
-        type=Path,
-        default=Path("autobatch-demo"),
-        help="directory of the report (default: %(default)s)",
-    )
+    about = "tune and train a small real model on this machine; no GPU needed"
+    demo = commands.add_parser("demo", help=about)
+    about = "directory of the report (default: %(default)s)"
+    demo.add_argument("--directory", type=Path, default=Path("autobatch-demo"), help=about)
     demo.set_defaults(command=_demo)
 
-    probe = commands.add_parser(
-        "probe", help="print the memory that autobatch sees: devices, other processes, budget"
-    )
-    probe.add_argument(
-        "--memory-limit",
-        default="0.9",
-        help='a share such as 0.9, bytes, or text such as "10GiB" (default: %(default)s)',
-    )
+    about = "print the memory that autobatch sees: devices, other processes, budget"
+    probe = commands.add_parser("probe", help=about)
+    about = 'a share such as 0.9, bytes, or text such as "10GiB" (default: %(default)s)'
+    probe.add_argument("--memory-limit", default="0.9", help=about)
     probe.set_defaults(command=_probe)
 
     show = commands.add_parser("show", help="print a report, or draw it")
     show.add_argument("report", type=Path, help="the JSON file of a report")
-    show.add_argument(
-        "--figure", type=Path, help="also draw the report into this file: .png, .svg or .pdf"
-    )
+    about = "also draw the report into this file: .png, .svg or .pdf"
+    show.add_argument("--figure", type=Path, help=about)
     show.set_defaults(command=_show)
     return parser
 
@@ -182,10 +172,10 @@ def _process_row(probe: MemoryProbe) -> dict[str, str]:
     processes = probe.processes() if isinstance(probe, CudaProbe) else None
     if processes is None:
         return {}
-    texts = [
+    texts = (
         f"{process}: {'unknown' if used is None else format_bytes(used)}"
         for process, used in sorted(processes.items())
-    ]
+    )
     return {"processes": ", ".join(texts) or "none listed by NVML"}
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import json
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeVar
@@ -14,8 +15,10 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
+E = TypeVar("E", bound=BaseException)
 
-_LONGEST_WAIT: Final = timedelta(minutes=5)  # for the other ranks to begin
+_LONGEST_WAIT: Final = timedelta(minutes=5)  # for the other ranks to come
+_WAIT_FOR_READERS: Final = timedelta(seconds=10)  # of a rank that stops, whose process may end
 # Marks an exception that every rank raises already; a reference to it would keep the tensors in
 # its frames alive
 _SHARED: Final = "_autobatch_shared"
@@ -89,31 +92,9 @@ class ProcessGroup:
     def __enter__(self) -> Self:
         import torch.distributed as dist
 
-        self._await_ranks()
+        _Meeting().wait()  # a group of its own would wait for a missing rank for ever
         self._group = dist.new_group(backend="gloo")
         return self
-
-    def _await_ranks(self) -> None:
-        """Wait until every rank is here: a group of its own would wait for a missing one for ever.
-
-        Raises:
-            AutobatchError: A rank has not come in time.
-        """
-        # The store of the job has no public accessor (torch 2.13)
-        from torch.distributed.distributed_c10d import _get_default_store
-
-        store: Any = _get_default_store()
-        entry = store.add(f"autobatch/entries/{self.rank}", 1)  # the same on every rank
-        store.set(f"autobatch/{entry}/{self.rank}", "here")
-        timeout = min(store.timeout, _LONGEST_WAIT)
-        for rank in range(self.world_size):
-            try:
-                store.wait([f"autobatch/{entry}/{rank}"], timeout)
-            except RuntimeError as error:  # DistStoreError
-                raise errors.AutobatchError(
-                    f"Rank {rank} has not come to tune within {timeout.total_seconds():g} seconds: "
-                    "all ranks tune together. Give every rank the same callbacks and arguments."
-                ) from error
 
     def __exit__(self, *_: object) -> None:
         import torch.distributed as dist
@@ -128,12 +109,7 @@ class ProcessGroup:
                 class, if that was an error of autobatch.
         """
         messages = self._exchange(_Message(value))
-        for rank, message in enumerate(messages):
-            if message.error_class is not None:
-                error_class = getattr(errors, message.error_class, errors.AutobatchError)
-                error = error_class(f"Rank {rank} stopped: {message.error_message}")
-                vars(error)[_SHARED] = True
-                raise error
+        _raise_error_in(messages)
         return tuple(message.value for message in messages)
 
     @contextmanager
@@ -152,8 +128,7 @@ class ProcessGroup:
                 self.gather(None)
         except BaseException as error:
             if _SHARED not in vars(error):
-                vars(error)[_SHARED] = True
-                self._exchange(_Message.about(error))
+                self._exchange(_Message.about(_shared(error)))
             raise
         finally:
             self._nesting -= 1
@@ -166,11 +141,103 @@ class ProcessGroup:
         return messages
 
 
+class _Meeting:
+    """A point that every rank comes to, found in the store of the job; each rank counts them.
+
+    A rank that stops before the next one leaves its error there. Unlike a collective, this can be
+    used around code of the user and of Lightning that has collectives of its own.
+    """
+
+    def __init__(self) -> None:
+        import torch.distributed as dist
+
+        # The store of the job has no public accessor (torch 2.13)
+        from torch.distributed.distributed_c10d import _get_default_store
+
+        self._store: Any = _get_default_store()
+        self._rank, self._ranks = dist.get_rank(), range(dist.get_world_size())
+        self._number = self._store.add(f"autobatch/meetings/{self._rank}", 1)
+
+    def wait(self) -> None:
+        """Wait until every rank is here.
+
+        Raises:
+            AutobatchError: A rank has stopped on its way, or has not come in time.
+        """
+        self._leave(_Message())
+        timeout = min(self._store.timeout, _LONGEST_WAIT)
+        for rank in self._ranks:
+            try:
+                self._store.wait([self._key(rank)], timeout)
+            except RuntimeError as error:  # DistStoreError
+                message = (
+                    f"Rank {rank} has not come to tune within {timeout.total_seconds():g} seconds: "
+                    "all ranks tune together. Give every rank the same callbacks and arguments."
+                )
+                raise _shared(errors.AutobatchError(message)) from error
+        _raise_error_in(self._read())
+
+    def stop(self, error: BaseException) -> None:
+        """Leave an error for the other ranks; raise theirs if theirs broke a collective here."""
+        own = _Message.about(error)
+        self._leave(own)
+        others = [_Message() if each == own else each for each in self._read()]
+        if isinstance(error, RuntimeError):  # as a lost connection is
+            _raise_error_in(others)
+        if isinstance(error, Exception):
+            with suppress(RuntimeError):  # a rank may have ended
+                readers = [self._key(rank, "read") for rank in self._ranks]
+                self._store.wait(readers, _WAIT_FOR_READERS)
+
+    def _leave(self, message: _Message) -> None:
+        text = json.dumps([message.error_class, message.error_message])
+        self._store.set(self._key(self._rank), text)
+
+    def _read(self) -> list[_Message]:
+        """Return the messages that are here."""
+        here = [rank for rank in self._ranks if self._store.check([self._key(rank)])]
+        read = {rank: json.loads(self._store.get(self._key(rank))) for rank in here}
+        self._store.set(self._key(self._rank, "read"), "")
+        return [_Message(None, *read.get(rank, ())) for rank in self._ranks]
+
+    def _key(self, rank: int, what: str = "message") -> str:
+        return f"autobatch/{self._number}/{what}/{rank}"
+
+
+def _raise_error_in(messages: Sequence[_Message]) -> None:
+    for rank, message in enumerate(messages):
+        if message.error_class is not None:
+            error_class = getattr(errors, message.error_class, errors.AutobatchError)
+            raise _shared(error_class(f"Rank {rank} stopped: {message.error_message}"))
+
+
+def _shared(error: E) -> E:
+    """Mark an exception of which the other ranks know, and return it."""
+    vars(error)[_SHARED] = True
+    return error
+
+
+@contextmanager
+def stopping_together() -> Iterator[None]:
+    """Raise an exception of one rank on every rank at the end, or where it broke a collective."""
+    if not _is_distributed():
+        yield
+        return
+    try:
+        yield
+    except BaseException as error:
+        if _SHARED not in vars(error):
+            _Meeting().stop(_shared(error))
+        raise
+    _Meeting().wait()
+
+
 def current_ranks() -> AbstractContextManager[Ranks]:
     """Return all ranks of the current `torch.distributed` job, or this process alone."""
+    return ProcessGroup() if _is_distributed() else nullcontext(SingleProcess())
+
+
+def _is_distributed() -> bool:
     import torch.distributed as dist
 
-    is_initialized = dist.is_available() and dist.is_initialized()
-    if is_initialized and dist.get_world_size() > 1:
-        return ProcessGroup()
-    return nullcontext(SingleProcess())
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

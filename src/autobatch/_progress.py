@@ -59,13 +59,7 @@ def progress(
 
 
 class _Display:
-    """Shows the latest news of a tuning run.
-
-    Args:
-        terminal: The terminal whose line is replaced; None without one.
-        write_line: Writes a line every few seconds; None for none.
-        clock: Returns seconds.
-    """
+    """Shows the latest news of a tuning run: on a terminal, and in lines every few seconds."""
 
     def __init__(
         self,
@@ -210,7 +204,7 @@ def _result(trial: Trial, budget: int) -> str:
         case Outcome.FIT:
             speed = trial.samples_per_second
             rate = f"{rounded(speed)} samples/s" if speed else ""
-            measured = ", ".join(part for part in (peak, rate) if part)
+            measured = ", ".join(filter(None, (peak, rate)))
             return f"fits: {measured}" if measured else "fits"
         case Outcome.OVER_BUDGET:
             return f"is over the budget: {peak or format_bytes(budget)}"

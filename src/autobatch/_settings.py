@@ -64,7 +64,7 @@ def _index(value: Any) -> Any:
 def _checked_limit(value: Any) -> Any:
     """Return a valid limit as it was given, for the report; `MemoryBudget` parses it."""
     parse_memory_limit(value)
-    return value
+    return _index(value)  # or pydantic makes bytes of NumPy's types a float, which is a share
 
 
 # Far beyond any measurement, and far from overflow and underflow

@@ -34,7 +34,7 @@ from autobatch._trials.runner import Accumulation, TrialRunner
 from autobatch.errors import AutobatchError, DoesNotFitError, ShortTrialError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable
 
     from autobatch._distributed import Ranks
     from autobatch._search import Search
@@ -94,6 +94,7 @@ def tune(
         runner.begin("checking the plan")
         plan = choose_plan(runner, throughput, subject.last_micro_batch, preference)
         throughput = add_to_curve(throughput, runner, plan.micro_batch_size)
+        _check_size_is_used([*runner.trials, *map(runner.merge, throughput.unrecorded.values())])
     check_same_plan(plan, context.ranks)
     keep_within_budget(plan, runner)
     return build_report(
@@ -240,7 +241,7 @@ def find_largest_fit(
             continue
         if trial.batch_size < size:  # the workload could not fill it
             sizes = sizes.limited(trial.batch_size)
-        _check_size_is_used(trial, runner.trials)
+        _check_size_is_used(runner.trials)
         too_slow = latency.too_slow(trial.batch_size) if latency and trial.fits else None
         if latency and too_slow:  # larger sizes would fit, but take too long
             high = min(sizes.high, trial.batch_size)
@@ -279,14 +280,14 @@ def _proposal(search: Search, runner: TrialRunner, sizes: SearchRange) -> int | 
     return search.propose(trials, start=start, high=sizes.high, budget=runner.budget)
 
 
-def _check_size_is_used(trial: Trial, trials: Sequence[Trial]) -> None:
-    allocations = _allocations(trial)
-    if len(allocations) < 3:  # noqa: PLR2004 -- the peak and a single allocation show nothing
-        return
-    for other in trials:
-        is_far = trial.batch_size >= _IGNORED_FACTOR * other.batch_size
-        is_same = trial.accumulate == other.accumulate and _allocations(other) == allocations
-        if is_far and is_same:
+def _check_size_is_used(trials: Iterable[Trial]) -> None:
+    smallest: dict[tuple[int, ...], Trial] = {}  # of the trials with the same allocations
+    for trial in sorted(trials, key=lambda each: each.batch_size):
+        allocations = _allocations(trial)
+        if len(allocations) < 3:  # noqa: PLR2004 -- the peak and a single allocation show nothing
+            continue
+        other = smallest.setdefault((trial.accumulate, *allocations), trial)
+        if trial.batch_size >= _IGNORED_FACTOR * other.batch_size:
             raise ValueError(
                 "Memory use was identical at "
                 f"batch_size={other.batch_size} and at batch_size={trial.batch_size}, so the "
@@ -405,6 +406,7 @@ def build_report(
         loading=throughput.loading,
         learning_rate=subject.learning_rate_rule(),
         search_seconds=context.seconds(),
+        timing_seconds=latency.spent if latency else throughput.seconds,
         notes=(),
         environment=subject.environment,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import groupby
 from operator import attrgetter
 from typing import TYPE_CHECKING, Final
@@ -72,20 +72,11 @@ def calls_above(calls: int, percentile: float) -> int:
 def slowest(of_ranks: Iterable[Sequence[Latency]]) -> tuple[Latency, ...]:
     """Merge the latencies of several ranks, by size: each number is that of the slowest rank."""
     by_size = sorted((each for one in of_ranks for each in one), key=attrgetter("batch_size"))
-    return tuple(
-        _slowest(size, list(group)) for size, group in groupby(by_size, attrgetter("batch_size"))
-    )
-
-
-def _slowest(batch_size: int, latencies: Sequence[Latency]) -> Latency:
-    return Latency(
-        batch_size=batch_size,
-        p50_seconds=max(each.p50_seconds for each in latencies),
-        p90_seconds=max(each.p90_seconds for each in latencies),
-        p99_seconds=max(each.p99_seconds for each in latencies),
-        at_percentile_seconds=max(each.at_percentile_seconds for each in latencies),
-        calls=min(each.calls for each in latencies),
-    )
+    merged = []
+    for size, group in groupby(by_size, attrgetter("batch_size")):
+        *seconds, calls = zip(*(astuple(each)[1:] for each in group), strict=True)
+        merged.append(Latency(*[size, *map(max, seconds), min(calls)]))
+    return tuple(merged)
 
 
 def largest_within(latencies: Iterable[Latency], seconds: float) -> Latency | None:
@@ -115,35 +106,21 @@ def knee(latencies: Iterable[Latency]) -> Latency | None:
 
 @dataclass(frozen=True, slots=True)
 class TooSlow:
-    """A size above which no size is of use.
-
-    Args:
-        batch_size: Samples per call.
-        step_seconds: Seconds of a step in its trial; None if its calls were timed and all were
-            over the limit.
-    """
+    """A size above which no size is of use."""
 
     batch_size: int
-    step_seconds: float | None
+    step_seconds: float | None  # of its trial; None if its calls were timed, all over the limit
 
 
 @dataclass(frozen=True, slots=True)
 class Unfinished:
-    """Sizes that were not timed.
+    """Sizes that were not timed."""
 
-    Args:
-        seconds: The limit of timing, if it ended the search; None otherwise.
-        is_open: Whether a larger size than the one found may be within the limit.
-        over: The smallest larger size that is over the limit; None if none is known.
-        by_trial: Whether `over` is known by its trial only.
-        left_out: Smaller sizes that were not timed.
-    """
-
-    seconds: float | None
-    is_open: bool
-    over: int | None
-    by_trial: bool
-    left_out: tuple[int, ...]
+    seconds: float | None  # the limit of timing, if it ended the search
+    is_open: bool  # a larger size than the one found may be within the limit
+    over: int | None  # the smallest larger size that is over the limit, if one is known
+    by_trial: bool  # `over` is known by its trial only
+    left_out: tuple[int, ...]  # smaller sizes
 
 
 @dataclass(frozen=True, slots=True)

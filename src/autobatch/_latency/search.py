@@ -24,7 +24,7 @@ from autobatch._latency import (
     largest_within,
     slowest,
 )
-from autobatch._latency.timer import TURN, Goal, LatencyTimer, turn_seconds, warm_up
+from autobatch._latency.timer import Goal, LatencyTimer, turn_seconds, warm_up
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -47,12 +47,7 @@ _OVERSHOOT_SLOW: Final = 1 + 1 / 16
 
 
 class LatencySearch:
-    """Find the largest size within a limit; the slowest rank decides.
-
-    Args:
-        limit: Limit on the time of a call.
-        trials: The trials of the run; every rank times calls with it.
-    """
+    """Find the largest size within a limit; every rank times calls, and the slowest decides."""
 
     def __init__(self, limit: LatencyLimit, trials: TrialRunner) -> None:
         self.limit = limit
@@ -63,7 +58,7 @@ class LatencySearch:
         # Longest call of which two, a warm-up and a timed one, fit into the time
         self._longest = min(limit.seconds, _FOR_ANSWER * SECONDS_TIMED / 2)
         self._out_of_memory: frozenset[int] = frozenset()  # when they were timed
-        self._spent = 0.0  # seconds of the rank that spent most
+        self.spent = 0.0  # seconds of timed calls, on the rank that spent most
         self._is_out_of_time = False
         self._lacks_trials = False
 
@@ -107,7 +102,8 @@ class LatencySearch:
             steps = self._trials.step_seconds
             in_time = (size for size, step in steps.items() if step <= self.limit.seconds)
             size = max(in_time, default=min(steps))
-            self._on_every_rank(partial(self._timer.stay, size, math.inf, Goal(1), math.inf))
+            once = Goal(1, math.inf, 0)
+            self._on_every_rank(partial(self._timer.stay, size, math.inf, once, math.inf))
 
     @property
     def unfinished(self) -> Unfinished:
@@ -148,7 +144,7 @@ class LatencySearch:
     def _next_size(self) -> int | None:
         """Run trials until the next size to time is known; None if there is none."""
         while True:
-            known, left = self._known, _FOR_ANSWER * SECONDS_TIMED - self._spent
+            known, left = self._known, _FOR_ANSWER * SECONDS_TIMED - self.spent
             affordable = min(self._longest, left / 2)  # the first call is not timed
             size = known.next_size(affordable)
             if size is None or size in known.steps:
@@ -177,13 +173,13 @@ class LatencySearch:
         latency, seconds = self._latency(size), self._expected(size)
         calls = latency.calls if latency else 0
         until = _FOR_ANSWER * SECONDS_TIMED
-        fewest = self._spent + (FEWEST_CALLS - calls + warm_up(seconds)) * seconds
+        fewest = self.spent + (FEWEST_CALLS - calls + warm_up(seconds)) * seconds
         if until < fewest <= SECONDS_TIMED:
             until = SECONDS_TIMED
-        if self._spent + turn_seconds(seconds) > until:
+        if self.spent + turn_seconds(seconds) > until:
             self._is_out_of_time = True
             return False
-        affordable = calls + max(1, int((until - self._spent) / seconds))
+        affordable = calls + max(1, int((until - self.spent) / seconds))
         goal = self._goal(min(self._enough, affordable))
         self._on_every_rank(partial(self._timer.stay, size, seconds, goal, until), size)
         return True
@@ -194,11 +190,8 @@ class LatencySearch:
         sizes = _powers_of_two(best.batch_size) if best else [min(self._trials.step_seconds)]
         first, *others = sizes
         for size in (first, *reversed(others)):
-            if (
-                self._latency(size) is None
-                and self._has_time_for(size, 0)
-                and self._trials.verify(size)
-            ):
+            is_new = self._latency(size) is None
+            if is_new and self._has_time_for(size, 0) and self._trials.verify(size):
                 self._time_turn(size)
         expected = {size: self._expected(size) for size in sizes if self._latency(size)}
         goal = self._goal(self._enough)
@@ -206,7 +199,7 @@ class LatencySearch:
 
     def _time_turn(self, size: int) -> None:
         seconds = self._expected(size)
-        self._on_every_rank(partial(self._timer.stay, size, seconds, TURN, SECONDS_TIMED), size)
+        self._on_every_rank(partial(self._timer.turn, size, seconds, SECONDS_TIMED), size)
 
     def _goal(self, calls: int) -> Goal:
         """Return a goal that also ends when the percentile cannot be within the limit any more."""
@@ -227,7 +220,7 @@ class LatencySearch:
         )
         merged = slowest(rank.latencies for rank in ranks)
         self.latencies = tuple(each for each in merged if each.batch_size in sizes)
-        self._spent = max(rank.spent for rank in ranks)
+        self.spent = max(rank.spent for rank in ranks)
         if size is not None and not all(rank.ran for rank in ranks):
             self._out_of_memory |= {size}
 
@@ -255,7 +248,7 @@ class LatencySearch:
     def _has_time_for(self, size: int, calls: int) -> bool:
         """Return whether there is time for a turn and for further calls of the same length."""
         seconds = self._expected(size)
-        return self._spent + turn_seconds(seconds) + calls * seconds <= SECONDS_TIMED
+        return self.spent + turn_seconds(seconds) + calls * seconds <= SECONDS_TIMED
 
     def _check_time(self, size: int, calls: int) -> bool:
         """Return whether there is time as `_has_time_for` does; remember it if there is none."""
@@ -266,26 +259,18 @@ class LatencySearch:
 
 @dataclass(frozen=True, slots=True)
 class KnownTimes:
-    """Seconds of a call, as far as they are known.
+    """Seconds of a call, as far as they are known."""
 
-    Args:
-        limit: Limit on the time of a call.
-        timed: At the percentile, by size, from timed calls.
-        steps: Of a step in its trial, by size, for all sizes that fit.
-    """
-
-    limit: float
-    timed: Mapping[int, float]
-    steps: Mapping[int, float]
+    limit: float  # of a call
+    timed: Mapping[int, float]  # at the percentile, by size, from timed calls
+    steps: Mapping[int, float]  # of a step in its trial, by size, for all sizes that fit
 
     def next_size(self, longest: float) -> int | None:
         """Return the size to time next, or to run a trial of; None if the answer is known.
 
         First the largest that its trial shows to be in time; then sizes between the largest within
-        the limit and the smallest above it. Slow steps are believed without timed calls.
-
-        Args:
-            longest: Seconds of a call that there is time for.
+        the limit and the smallest above it. Slow steps are believed without timed calls. There is
+        time for calls of `longest` seconds.
         """
         candidate = self.candidate(longest)
         low, seconds = self._best, self.timed.get(self._best, 0.0)
@@ -314,13 +299,11 @@ class KnownTimes:
 
     def over(self, longest: float) -> dict[int, float]:
         """Return larger sizes than the best that are over the limit, with their seconds."""
-        timed = {size: each for size, each in self.timed.items() if each > self.limit}
-        tried = {
-            size: each
-            for size, each in self.steps.items()
-            if each > longest and size not in self.timed
+        return {
+            size: seconds
+            for size, seconds in {**self.steps, **self.timed}.items()
+            if size > self._best and seconds > (self.limit if size in self.timed else longest)
         }
-        return {size: each for size, each in (timed | tried).items() if size > self._best}
 
     @property
     def _best(self) -> int:
@@ -344,8 +327,7 @@ def _inside(low: int, high: int, size: float) -> int:
 
 def _powers_of_two(largest: int) -> list[int]:
     """Return the powers of two up to the largest size, and that size."""
-    powers = [2**power for power in range(largest.bit_length())]
-    return powers if powers[-1] == largest else [*powers, largest]
+    return sorted({*(2**power for power in range(largest.bit_length())), largest})
 
 
 @dataclass(frozen=True, slots=True)

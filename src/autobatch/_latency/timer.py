@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -10,44 +9,31 @@ from autobatch._latency import Latency
 from autobatch._trials.timing import time_calls
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from autobatch._trials.context import TrialContext
     from autobatch._trials.workload import Workload
 
+# The calls of a size before the next size has its turn: as many as begin within the time
+_TURN_CALLS: Final = 10
+_TURN_SECONDS: Final = 0.5
+
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """Timed calls after which a size is done.
-
-    Args:
-        calls: Number of calls in all.
-        limit: Seconds after which a call is late.
-        most_late: Late calls that do not end it earlier.
-        seconds: Time that the calls of one stay may take.
-    """
+    """Timed calls after which a size is done: enough calls, or too many that are late."""
 
     calls: int
-    limit: float = math.inf
-    most_late: int = 0
-    seconds: float = math.inf
+    limit: float  # seconds after which a call is late
+    most_late: int  # late calls that do not end it earlier
 
     def is_reached(self, seconds: Sequence[float]) -> bool:
         late = sum(each > self.limit for each in seconds)
         return len(seconds) >= self.calls or late > self.most_late
 
 
-# The calls of a size before the next size has its turn: as many as begin within the time
-TURN: Final = Goal(calls=10, seconds=0.5)
-
-
 class LatencyTimer:
-    """Times single calls on this rank.
-
-    Args:
-        workload: Answers one batch each time it yields.
-        context: Resources of the trials.
-    """
+    """Times single calls of a workload on this rank; the workload answers a batch per yield."""
 
     def __init__(self, workload: Workload, context: TrialContext) -> None:
         self.spent = 0.0  # seconds, with the calls that are left out
@@ -74,9 +60,13 @@ class LatencyTimer:
                 for size in waiting
                 if not goal.is_reached(self._seconds.get(size, ()))
                 and self.spent + turn_seconds(expected[size]) <= until
-                and self._time(size, expected[size], TURN, until)
+                and self.turn(size, expected[size], until)
             ]
         return True
+
+    def turn(self, size: int, expected: float, until: float) -> bool:
+        """Time one turn of a size; False if it is out of memory."""
+        return self._time(size, expected, _is_end_of_turn, until)
 
     def stay(self, size: int, expected: float, goal: Goal, until: float) -> bool:
         """Time one size until it reaches the goal; False if it is out of memory.
@@ -84,19 +74,18 @@ class LatencyTimer:
         Other processes may have taken memory since the trial of the size.
         """
         known = self._seconds.get(size, [])
-        late = sum(each > goal.limit for each in known)
-        rest = Goal(goal.calls - len(known), goal.limit, goal.most_late - late, goal.seconds)
-        return self._time(size, expected, rest, until)
+        return self._time(size, expected, lambda new: goal.is_reached([*known, *new]), until)
 
-    def _time(self, size: int, expected: float, goal: Goal, until: float) -> bool:
+    def _time(
+        self, size: int, expected: float, is_end: Callable[[Sequence[float]], bool], until: float
+    ) -> bool:
         clock = self._context.probe.clock
         began, spent = clock(), self.spent
 
         def is_enough(seconds: Sequence[float]) -> bool:
             if not seconds:
                 return False
-            is_out_of_time = spent + clock() - began + max(seconds) > until
-            return is_out_of_time or goal.is_reached(seconds) or sum(seconds) >= goal.seconds
+            return spent + clock() - began + max(seconds) > until or is_end(seconds)
 
         seconds = time_calls(
             self._workload,
@@ -112,6 +101,10 @@ class LatencyTimer:
         return seconds is not None
 
 
+def _is_end_of_turn(seconds: Sequence[float]) -> bool:
+    return len(seconds) >= _TURN_CALLS or sum(seconds) >= _TURN_SECONDS
+
+
 def warm_up(call_seconds: float) -> int:
     """Calls that are not timed: the first starts the workload, the second may find cold caches."""
     is_slow = call_seconds >= 0.25  # noqa: PLR2004 -- seconds, beside which cold caches are nothing
@@ -121,5 +114,5 @@ def warm_up(call_seconds: float) -> int:
 def turn_seconds(call_seconds: float) -> float:
     """Return the time of a turn, warm-up included."""
     # One call at least, and the last one may begin just before the time is over
-    seconds = call_seconds + (TURN.seconds if call_seconds < TURN.seconds else 0.0)
-    return warm_up(call_seconds) * call_seconds + min(TURN.calls * call_seconds, seconds)
+    seconds = call_seconds + (_TURN_SECONDS if call_seconds < _TURN_SECONDS else 0.0)
+    return warm_up(call_seconds) * call_seconds + min(_TURN_CALLS * call_seconds, seconds)

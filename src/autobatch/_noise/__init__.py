@@ -57,20 +57,13 @@ class Window:
     """One measured update: the squared norm of its gradient at two batch sizes.
 
     A factor that all windows share, such as a loss divided by the accumulation, has no effect.
-
-    Args:
-        update: Number of the update, from 1.
-        small: Mean squared norm of the gradients of its parts.
-        big: Squared norm of their mean, the gradient of the whole update.
-        part_size: Samples of a part; for parts of several sizes the harmonic mean.
-        batch_size: Samples of the whole update, over all ranks.
     """
 
-    update: int
-    small: float
-    big: float
-    part_size: float
-    batch_size: int
+    update: int  # from 1
+    small: float  # mean squared norm of the gradients of its parts
+    big: float  # squared norm of their mean, the gradient of the whole update
+    part_size: float  # samples of a part; for parts of several sizes the harmonic mean
+    batch_size: int  # samples of the whole update, over all ranks
 
     @property
     def signal(self) -> float:
@@ -108,7 +101,7 @@ def estimate(windows: Sequence[Window], *, updates: int, is_warming_up: bool) ->
     low, high = _bootstrap_interval(counted)
     if math.isinf(low):
         low = _lower_bound(counted)
-    samples = _ratio_of_means(counted)
+    samples = _noise_scale(fmean(w.noise for w in counted), fmean(w.signal for w in counted))
     is_vague = math.isinf(samples) or high > _MAX_INTERVAL * low
     state: NoiseState = "at_least" if is_vague else "ok"
     if unsettled:
@@ -140,13 +133,6 @@ def _reason_unsettled(updates: int, counted: int, *, is_warming_up: bool) -> str
 
 def _finite(number: float) -> float | None:
     return number if math.isfinite(number) else None
-
-
-def _ratio_of_means(windows: Sequence[Window]) -> float:
-    return _noise_scale(
-        fmean(window.noise for window in windows),
-        fmean(window.signal for window in windows),
-    )
 
 
 def _noise_scale(noise: float, signal: float) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -36,25 +36,16 @@ def obstacle(model: torch.nn.Module, optimizer: Any) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class GradientNorms:
-    """Squared gradient norms of one update, still on the device.
+    """Squared gradient norms of one update, still on the device."""
 
-    Args:
-        update: Number of the update, from 1.
-        passes: Backward passes of each rank.
-        world_size: Ranks over which the norms were summed.
-        part_size: Samples of a backward pass; for passes of several sizes the harmonic mean.
-        batch_size: Samples of the update, over all ranks.
-        unit: Factor of the loss of a backward pass, divided out so that windows compare.
-        sums: Four sums over ranks: squared norms of the passes, of the whole gradient, of the
-            gradient before the update, and the number of ranks without a problem.
-    """
-
-    update: int
-    passes: int
-    world_size: int
-    part_size: float
-    batch_size: int
-    unit: float | torch.Tensor
+    update: int  # from 1
+    passes: int  # backward passes of each rank
+    world_size: int  # ranks over which the norms were summed
+    part_size: float  # samples of a backward pass; of passes of several sizes the harmonic mean
+    batch_size: int  # samples of the update, over all ranks
+    unit: float | torch.Tensor  # factor of the loss, divided out so that windows compare
+    # Four sums over ranks: squared norms of the passes, of the whole gradient, of the gradient
+    # before the update, and the number of ranks without a problem
     sums: torch.Tensor
 
     def window(self) -> Window | None:
@@ -86,13 +77,37 @@ class NoiseRecord:
         """Keep the norms of one update."""
         self._pending.append(norms)
 
+    def end_update(
+        self,
+        hook: GradientNormHook,
+        flaw: str | None,
+        *,
+        group: Any | None,
+        world_size: int,
+        part_size: int,
+        unit: float | torch.Tensor,
+    ) -> None:
+        """Keep the norms of the update that `hook` measured, if it has no flaw on this rank."""
+        # A rank with a flaw still takes part in the sums of the other ranks
+        passes, sums = hook.passes, hook.sums(group, sound=flaw is None)
+        problem = hook.problem
+        hook.close()
+        if problem is not None:
+            self.give_up(problem)
+        elif flaw is not None:
+            self.skip(flaw)
+        else:
+            samples = passes * world_size * part_size
+            number = self.updates + 1
+            self.add(GradientNorms(number, passes, world_size, part_size, samples, unit, sums))
+
     def skip(self, reason: str) -> None:
         """Count an update that could not be measured."""
         self._skipped += 1
         self._skip_reason = reason
 
-    def give_up(self, reason: str) -> None:
-        """Measure nothing more; the first reason stays."""
+    def give_up(self, reason: str | None) -> None:
+        """Measure nothing more if there is a reason; the first one stays."""
         self.obstacle = self.obstacle or reason
 
     def watch_rate(self, optimizer: Any) -> None:
@@ -131,10 +146,7 @@ class NoiseRecord:
         self._fetch()
         return {
             "updates": self.updates,
-            "windows": [
-                [each.update, each.small, each.big, each.part_size, each.batch_size]
-                for each in self._windows
-            ],
+            "windows": [list(astuple(window)) for window in self._windows],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -10,13 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from autobatch._noise import NoiseReading
-from autobatch._noise.hooks import (
-    GradientNormHook,
-    GradientNorms,
-    NoiseRecord,
-    is_compiled,
-    obstacle,
-)
+from autobatch._noise.hooks import GradientNormHook, NoiseRecord, is_compiled, obstacle
 
 
 def noise_scale(
@@ -108,16 +102,12 @@ class NoiseWatch:
         """The noise scale measured so far."""
         reading = self._record.reading
         # Before the end, the first update may still come
-        if reading.state == "settling" and self._has_ended and not self._record.updates:
-            return NoiseReading("unavailable", reason=self._reason_without_updates())
-        return reading
-
-    def _reason_without_updates(self) -> str:
+        if reading.state != "settling" or not self._has_ended or self._record.updates:
+            return reading
+        reason = "no torch.optim optimizer of the model's parameters stepped"
         if self._optimizer is not None:
-            return "the optimizer that was given never stepped, and its steps end updates"
-        return (
-            "no torch.optim optimizer of the model's parameters stepped, and its steps end updates"
-        )
+            reason = "the optimizer that was given never stepped"
+        return NoiseReading("unavailable", reason=f"{reason}, and its steps end updates")
 
     def __enter__(self) -> Self:
         if self._handles:
@@ -126,7 +116,7 @@ class NoiseWatch:
             )
         self._has_ended = False
         self._find_ranks()
-        self._give_up_at(obstacle(self._model, self._optimizer))
+        self._record.give_up(obstacle(self._model, self._optimizer))
         self._handles.append(register_optimizer_step_pre_hook(self._before_step))
         if not is_compiled(self._model):
             # A hook would make a module that was compiled in place compile again
@@ -153,10 +143,6 @@ class NoiseWatch:
                 "in a job of several processes it has to be given the DistributedDataParallel "
                 "around the model"
             )
-
-    def _give_up_at(self, reason: str | None) -> None:
-        if reason is not None:
-            self._record.give_up(reason)
 
     def _begin_update(self) -> None:
         self._is_partial = False
@@ -211,44 +197,36 @@ class NoiseWatch:
         if is_other or self._optimizer is not None:
             return False
         self._optimizer = optimizer
-        self._give_up_at(obstacle(self._model, optimizer))
+        self._record.give_up(obstacle(self._model, optimizer))
         return True
 
     def _end_update(self) -> None:
-        hook, passes = self._hook, self._hook.passes
+        passes = self._hook.passes
         is_usual, self._usual_passes = self._usual_passes in {0, passes}, passes
-        sums = hook.sums(self._group, sound=is_usual and not self._is_partial)
-        problem = hook.problem
-        parts = passes * self._world_size
-        hook.close()
-        if problem is not None:
-            self._record.give_up(problem)
-        elif parts == 1:
-            self._record.skip(
+        self._record.end_update(
+            self._hook,
+            self._flaw(passes, is_usual=is_usual),
+            group=self._group,
+            world_size=self._world_size,
+            part_size=self._micro_batch_size,
+            unit=1.0,
+        )
+
+    def _flaw(self, passes: int, *, is_usual: bool) -> str | None:
+        """Return a reason not to count an update of this rank."""
+        if passes * self._world_size == 1:
+            return (
                 "an update has one backward pass, so there are no two batch sizes to compare; "
                 "accumulate over two or more micro-batches, or use autobatch.NoiseScale in a "
                 "Lightning Trainer"
             )
-        elif passes == 0:
-            self._record.skip("no backward pass reached the model's parameters")
-        elif self._world_size == 1 and self._is_partial:
-            self._record.skip(
+        if passes == 0:
+            return "no backward pass reached the model's parameters"
+        if self._is_partial:
+            return (
                 f"the model is given fewer samples than micro_batch_size={self._micro_batch_size}"
             )
-        elif self._world_size == 1 and not is_usual:
-            self._record.skip("updates differ in their number of backward passes")
-        else:
-            self._record.add(
-                GradientNorms(
-                    update=self._record.updates + 1,
-                    passes=passes,
-                    world_size=self._world_size,
-                    part_size=self._micro_batch_size,
-                    batch_size=parts * self._micro_batch_size,
-                    unit=1.0,
-                    sums=sums,
-                )
-            )
+        return None if is_usual else "updates differ in their number of backward passes"
 
 
 def _parameters_of(optimizer: Any) -> list[torch.Tensor]:

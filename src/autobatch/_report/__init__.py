@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+from html import escape
 from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from pydantic import BaseModel, ValidationError
@@ -11,7 +14,7 @@ from autobatch import _throughput
 from autobatch._latency import Stream, cameras, knee, stream
 from autobatch._noise import NoiseReading  # noqa: TC001 -- pydantic reads it
 from autobatch._report import files
-from autobatch._report.layout import UNICODE, Glyphs, terminal
+from autobatch._report.layout import UNICODE, Glyphs, html, terminal
 from autobatch._report.result import Look  # noqa: TC001 -- pydantic reads it
 from autobatch._report.schema import (
     CONFIG,
@@ -56,6 +59,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _SCHEMA_VERSION: Final = 1
+_NOTEBOOK_DPI: Final = 100  # of the figure: about the width of a notebook
 Task = Literal["train", "answer", "validate", "test", "predict"]
 
 
@@ -104,6 +108,8 @@ class TuningReport(BaseModel):
             measured.
         latencies: Latency of calls at each batch size, in seconds; empty without latency_limit.
         search_seconds: Duration of tuning from its beginning to its end, in seconds.
+        timing_seconds: Part of it that timed sizes, in seconds; None in reports of earlier versions.
+        validation_seconds: Part of it that tried validation, in seconds; None without it.
         notes: Sentences about consequences of the plan and limits of the measurements.
         environment: Versions of Python packages and drivers, by name.
     """
@@ -129,6 +135,8 @@ class TuningReport(BaseModel):
     loading: Annotated[Loading, *MEASURED] | None = None
     latencies: tuple[StoredLatency, ...] = ()
     search_seconds: Seconds
+    timing_seconds: Seconds | None = None
+    validation_seconds: Seconds | None = None
     notes: tuple[str, ...]
     environment: dict[str, str]
 
@@ -313,9 +321,18 @@ class TuningReport(BaseModel):
         return draw(self, path, ax)
 
     def _repr_html_(self) -> str:
-        from autobatch._report.notebook import to_html
+        from autobatch._report.text import page
 
-        return to_html(self)
+        content = page(self)
+        text = html(content)
+        try:
+            figure = self.plot()
+        except AutobatchError:  # matplotlib is not installed
+            return text
+        image = io.BytesIO()
+        figure.savefig(image, format="png", dpi=_NOTEBOOK_DPI)
+        source = f"data:image/png;base64,{base64.b64encode(image.getvalue()).decode()}"
+        return f'{text}<img alt="{escape(content.answer)}" style="max-width:100%" src="{source}">'
 
     def __str__(self) -> str:
         return self.text()

@@ -62,14 +62,6 @@ def not_additive(splitting: Splitting, plan: BatchPlan) -> str:
     )
 
 
-def not_tested(seconds: float) -> str:
-    """Note that the time limit left the splitting test out."""
-    return (
-        f"time_limit={seconds:g} seconds left no time to test whether micro-batches give the "
-        "gradient of one batch."
-    )
-
-
 def usual_learning_rate(rule: LearningRateRule, ratio: float) -> str:
     """Return the usual change of a learning rate for a change of the effective batch size."""
     change = factor(rule.factor(ratio))
@@ -79,33 +71,12 @@ def usual_learning_rate(rule: LearningRateRule, ratio: float) -> str:
     )
 
 
-def stretched_schedule(
-    scheduler: str, updates: int | None, before: BatchPlan, plan: BatchPlan
-) -> str | None:
-    """Note a learning-rate schedule in updates; `updates` is its length, if known."""
-    old, new = before.effective_batch_size, plan.effective_batch_size
-    if old == new:
-        return None
-    if updates is None:
-        return (
-            f"{scheduler} counts updates, each of {new:,} samples now instead of {old:,}; "
-            "a length from trainer.estimated_stepping_batches would adapt."
-        )
-    return (
-        f"{scheduler} counts updates: its {updates:,} steps now cover {updates * new:,} samples "
-        f"instead of {updates * old:,}."
-    )
-
-
 def accumulation_costs(plan: BatchPlan, best: float, optimizer_share: float) -> str | None:
-    """Note a plan that accumulates far more than the estimated best accumulation.
+    """Note a plan that accumulates far more than is estimated to be best.
 
-    Args:
-        plan: The chosen plan.
-        best: Accumulation with the shortest time to the same loss; below 1, it costs time.
-        optimizer_share: Share of the optimizer in an update of one micro-batch.
+    `optimizer_share` is the share of the optimizer in an update of one micro-batch.
     """
-    best = max(1.0, best)
+    best = max(1.0, best)  # below 1, accumulation costs time
     if plan.accumulate_grad_batches <= _FAR_ABOVE_BEST * best:
         return None
     return (
@@ -145,50 +116,3 @@ def ignores_accumulate(plan: BatchPlan) -> str | None:
         f"each is one micro-batch, an update has {whole // times:,} samples instead of {whole:,}, "
         f"and an epoch {times:,} times as many updates. Step after `accumulate` backward passes."
     )
-
-
-def manual_optimization(plan: BatchPlan) -> str | None:
-    """Note a module with manual optimization, which has to accumulate by itself."""
-    if plan.accumulate_grad_batches == 1:
-        return None
-    return (
-        f"This module uses manual optimization: to reach {plan.effective_batch_size:,} samples per "
-        f"update its training_step has to step every {plan.accumulate_grad_batches:,} "
-        "micro-batches. Trials ran it as it steps now."
-    )
-
-
-def repeated_closures(plan: BatchPlan) -> str | None:
-    """Note an optimizer that evaluates its closure several times in a step."""
-    if plan.accumulate_grad_batches == 1:
-        return None
-    return (
-        "LBFGS evaluates the last micro-batch of an update several times, and Lightning adds up "
-        "the gradients of all evaluations: give a target_batch_size that fits at once."
-    )
-
-
-def last_window(plan: BatchPlan, micro_batches: int, samples: int) -> str | None:
-    """Note the weights that Lightning gives to the last update of an epoch.
-
-    Args:
-        plan: The chosen plan.
-        micro_batches: Micro-batches in the last update.
-        samples: Samples in its last micro-batch.
-    """
-    whole, size = plan.accumulate_grad_batches, plan.micro_batch_size
-    sentences = []
-    if micro_batches < whole:
-        made = f"{micro_batches:,} micro-batch{'es' if micro_batches > 1 else ''}"
-        sentences.append(
-            f"The last update of an epoch is made of {made} instead of {whole:,}, and Lightning "
-            f"still divides by {whole:,}: its gradient is {100 * micro_batches / whole:.3g} % of "
-            "what it should be"
-        )
-    if samples < size and micro_batches > 1:
-        sentences.append(
-            f"The last micro-batch of an epoch has {samples:,} of {size:,} samples, and Lightning "
-            f"counts it as a full one: its samples weigh {size / samples:.3g} times as much as "
-            "others"
-        )
-    return f"{'. '.join(sentences)}; repair_last_window=True corrects it." if sentences else None

@@ -15,6 +15,7 @@ from autobatch._report.units import (
     duration,
     percent,
     rounded,
+    trimmed,
     unit_for,
 )
 
@@ -125,7 +126,7 @@ def latency_facts(answers: Answers, task: str) -> list[Fact]:
     rate = 1 / limit.seconds
     best = stream(latencies, rate, limit.seconds).best
     alone = f"; alone: batches of {best.batch_size:,}" if best else ""
-    streams = f"{answers.chosen:,} at {_rounded(rate)} samples/s"
+    streams = f"{answers.chosen:,} at {trimmed(rate)} samples/s"
     facts.append(Fact("Streams", streams, f"a sample of each per batch{alone}"))
     timed = "with the copy to the device, without reading data"
     if task == "answer":
@@ -198,29 +199,17 @@ def _percentiles(latencies: Sequence[Latency], percentile: float) -> list[Column
 
 def _foot(shown: Sequence[Latency], left_out: int, limit: LatencyLimit) -> str:
     """Return the number of calls of sizes with few, and of sizes that are not shown."""
-    sentences = []
-    few = [each for each in shown if each.calls < enough_calls(limit.percentile)]
-    if few:
+    sentences, enough = [], enough_calls(limit.percentile)
+    if few := [each for each in shown if each.calls < enough]:
+        calls = ", ".join(f"{each.calls:,} at {each.batch_size:,}" for each in few)
+        if len(few) > _LISTED:
+            calls = f"fewer than {enough:,} at {len(few)} sizes"
         is_slowest = not any(calls_above(each.calls, limit.percentile) for each in few)
         slowest = f"; there {_name(limit.percentile)} is the slowest" if is_slowest else ""
-        sentences.append(f"Timed: {_by_count(few)}{slowest}")
+        sentences.append(f"Calls: {calls}{slowest}")
     if left_out:
         sentences.append(f"{left_out} more timed; report.latencies has them all")
     return ". ".join(sentences)
-
-
-def _by_count(latencies: Sequence[Latency]) -> str:
-    """Return calls with their sizes, "2 calls at 16; 1 call at 1, 2"; a range if many."""
-    sizes: dict[int, list[str]] = {}
-    for each in latencies:
-        sizes.setdefault(each.calls, []).append(str(each.batch_size))
-    if len(latencies) <= _LISTED:
-        return "; ".join(
-            f"{counted(calls, 'call')} at {', '.join(at)}" for calls, at in sizes.items()
-        )
-    fewest, most = min(sizes), max(sizes)
-    calls = counted(most, "call") if fewest == most else f"{fewest:,} to {counted(most, 'call')}"
-    return f"{calls} at {len(latencies)} sizes"
 
 
 def latency_notes(report: TuningReport, unfinished: Unfinished) -> tuple[str, ...]:
@@ -250,7 +239,7 @@ def _filling(answers: Answers) -> str | None:
     filling = duration(row.filling_seconds)
     note = (
         "Waiting for a batch to fill comes on top: one stream of "
-        f"{_rounded(rate)} samples/s takes {filling} to fill {chosen:,}"
+        f"{trimmed(rate)} samples/s takes {filling} to fill {chosen:,}"
     )
     if one.best is None or one.best.batch_size >= chosen:
         return f"{note}."
@@ -348,12 +337,6 @@ def _parameter(limit: LatencyLimit) -> str:
 
 def _listed(sizes: Iterable[int]) -> str:
     return ", ".join(f"{size:,}" for size in sizes)
-
-
-def _rounded(rate: float) -> str:
-    """Return a rate to three digits, "30": the reciprocal of a limit is seldom round."""
-    value = float(f"{rate:.3g}")
-    return f"{value:,.0f}" if value >= 1000 else f"{value:g}"  # noqa: PLR2004 -- no exponent
 
 
 def _name(percentile: float) -> str:

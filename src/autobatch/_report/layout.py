@@ -24,6 +24,10 @@ WIDTH: Final = 86  # columns
 MARK: Final = "▶"
 _INDENT: Final = 2  # columns
 _JOINT: Final = "\ue000"  # stands for a space that must not end a line
+_HTML: Final = (
+    '<pre style="font-family:monospace;line-height:normal;white-space:pre;overflow-x:auto;'
+    'background:none">{code}</pre>'
+)
 COLOURED: Final = Theme({"chosen": "bold green", "sign": "bold yellow"})
 UNCOLOURED: Final = Theme({"chosen": "bold", "sign": "bold"})
 
@@ -117,6 +121,13 @@ def terminal(page: Page, glyphs: Glyphs) -> str:
     out = io.StringIO()
     console(out, UNCOLOURED, color_system=None).print(renderable(page))
     return glyphs.spell("\n".join(line.rstrip() for line in out.getvalue().splitlines()))
+
+
+def html(page: Page) -> str:
+    """Return a page as HTML, in the colours of the notebook around it."""
+    output = console(io.StringIO(), UNCOLOURED, record=True)
+    output.print(renderable(page))
+    return output.export_html(inline_styles=True, code_format=_HTML)
 
 
 def renderable(page: Page) -> RenderableType:

@@ -6,6 +6,7 @@ import statistics
 from textwrap import shorten
 from typing import TYPE_CHECKING, Final
 
+from autobatch import _settings
 from autobatch._memory import format_bytes
 from autobatch._plan import ceil_div
 from autobatch._report.accumulation_notes import usual_learning_rate
@@ -63,7 +64,6 @@ def notes(report: TuningReport, run: RunDetails) -> tuple[str, ...]:
 
 
 def _fails_at_end(report: TuningReport, run: RunDetails) -> str | None:
-    """Note a last micro-batch of an epoch that the workload refuses."""
     samples = run.last_samples
     if samples is None or samples not in _refusals(report):
         return None
@@ -81,7 +81,6 @@ def _refusals(report: TuningReport) -> dict[int, Trial]:
 
 
 def _deviation(report: TuningReport, run: RunDetails) -> str | None:
-    """Note an effective batch size other than the requested one."""
     target, got = report.settings.target_batch_size, report.plan.effective_batch_size
     if target is None or target == got:
         return None
@@ -112,7 +111,6 @@ def _reason_for_deviation(report: TuningReport, run: RunDetails, target: int) ->
 
 
 def _out_of_time(report: TuningReport, run: RunDetails) -> str | None:
-    """Note a search that was ended by its time limit."""
     limit = report.settings.time_limit
     if limit is None or not run.is_out_of_time:
         return None
@@ -123,7 +121,6 @@ def _out_of_time(report: TuningReport, run: RunDetails) -> str | None:
 
 
 def _changed(report: TuningReport, before: BatchPlan | None) -> str | None:
-    """Note a training that changes: effective batch size, learning rate or accumulation."""
     plan, samples = report.plan, report.dataset_size
     if before is None:
         return None
@@ -151,7 +148,6 @@ def _changed(report: TuningReport, before: BatchPlan | None) -> str | None:
 
 
 def _short_epoch(report: TuningReport) -> str | None:
-    """Note an epoch that does not fill one update."""
     samples, update = report.dataset_size, report.plan.effective_batch_size
     if samples is None or samples >= update:
         return None
@@ -162,7 +158,6 @@ def _short_epoch(report: TuningReport) -> str | None:
 
 
 def _all_at_once(report: TuningReport, run: RunDetails) -> str | None:
-    """Note a whole epoch in one micro-batch, if no target was requested."""
     plan, samples = report.plan, report.dataset_size
     if report.task != "train" or report.settings.target_batch_size is not None or samples is None:
         return None
@@ -177,7 +172,6 @@ def _all_at_once(report: TuningReport, run: RunDetails) -> str | None:
 
 
 def _past_knee(report: TuningReport) -> str | None:
-    """Note a smaller micro-batch that is about as fast as the largest, or faster."""
     settings, size = report.settings, report.plan.micro_batch_size
     if settings.latency_limit is not None or settings.target_batch_size is not None:
         return None
@@ -200,7 +194,6 @@ def _past_knee(report: TuningReport) -> str | None:
 
 
 def _tight(report: TuningReport) -> str | None:
-    """Note a plan that takes nearly all memory, if no lower budget leaves some anyway."""
     trial, total = trial_of(report.trials, report.plan.micro_batch_size), report.device.total
     available = total - report.device.foreign
     peak = trial.peak if trial and trial.fits else None
@@ -214,7 +207,6 @@ def _tight(report: TuningReport) -> str | None:
 
 
 def _uneven(report: TuningReport) -> str | None:
-    """Note samples of different sizes."""
     look = report.look
     if look is None or look.is_even:
         return None
@@ -231,7 +223,6 @@ def _uneven(report: TuningReport) -> str | None:
 
 
 def _crowded(report: TuningReport, run: RunDetails) -> str | None:
-    """Note memory held by other processes, if memory limits the search."""
     device = report.device
     if device.foreign <= _CROWDED * device.total or _reached_bound(report, run):
         return None
@@ -246,7 +237,6 @@ def _reached_bound(report: TuningReport, run: RunDetails) -> bool:
 
 
 def _unreached(report: TuningReport, run: RunDetails) -> str | None:
-    """Note sizes that the speed curve had no time for."""
     if not run.unreached:
         return None
     fitting = {trial.batch_size for trial in latest_by_size(report.trials) if trial.fits}
@@ -255,7 +245,10 @@ def _unreached(report: TuningReport, run: RunDetails) -> str | None:
         parts.append(f"micro-batches of {_listed(in_trials)} were timed in their trials only")
     if never := sorted(set(run.unreached) - fitting):
         parts.append(f"micro-batches of {_listed(never)} were left out")
-    limit = f"{run.curve_seconds:.3g} seconds"
+    is_default = report.settings.timing_seconds is None
+    is_share = is_default and run.curve_seconds < _settings.DEFAULTS.curve_seconds
+    share = ", a tenth of the planned training," if is_share else ""
+    limit = f"{run.curve_seconds:.3g} seconds{share}"
     return f"{limit} were too few to time all sizes: {', '.join(parts)}."
 
 
@@ -265,14 +258,12 @@ def _listed(sizes: list[int]) -> str:
 
 
 def _not_sought(report: TuningReport, run: RunDetails) -> str | None:
-    """Note the bound that ended the search, unless the note on a whole epoch shows it."""
     if run.bound is None or not _reached_bound(report, run) or _all_at_once(report, run):
         return None
     return f"Largest fit not sought: {run.bound.reason}."
 
 
 def _refused(report: TuningReport, run: RunDetails) -> str | None:
-    """Note sizes that the workload refuses, unless training fails because of them."""
     refused = _refusals(report)
     if not refused or run.last_samples in refused:
         return None
@@ -289,7 +280,6 @@ def _refused(report: TuningReport, run: RunDetails) -> str | None:
 
 
 def _scattered(report: TuningReport) -> str | None:
-    """Note updates of the chosen size that differ too much to compare sizes."""
     size = report.plan.micro_batch_size
     row = next((row for row in report.sizes if row.batch_size == size), None)
     if row is None or row.samples_per_second_low is None or row.samples_per_second_high is None:
@@ -304,7 +294,6 @@ def _scattered(report: TuningReport) -> str | None:
 
 
 def _drifted(report: TuningReport) -> str | None:
-    """Note timings that change from the first to the second round."""
     drifts = [_significant_drift(point) for point in report.curve if point.drift is not None]
     drift = statistics.median(drifts) if drifts else 0.0
     if drift <= _SAME_SPEED:
@@ -322,7 +311,6 @@ def _significant_drift(point: CurvePoint) -> float:
 
 
 def _fallback(report: TuningReport) -> str | None:
-    """Note a source of memory readings that is not the best one."""
     source = report.device.source
     return f"Memory is read from {source}." if " because " in source else None
 

@@ -29,7 +29,9 @@ KINDS: Final = {
     "largest_fit": "measured",
     "search_seconds": "measured",
     "smallest_failing": "measured",
+    "timing_seconds": "measured",
     "validation_batch_size": "measured",
+    "validation_seconds": "measured",
 }
 # Fields of a row of effective batches that need a noise scale
 _ESTIMATED: Final = (

@@ -85,15 +85,14 @@ def _one_screen(
     speeds: Mapping[int, SpeedRow],
     chosen: int,
 ) -> list[int]:
-    """Leave out the largest failures first, then the sizes closest to their neighbours."""
+    """Leave out the largest failures first, then the sizes closest to others."""
     fits = [size for size in sizes if size in speeds or tried[size].fits]
-    others = [tried[size] for size in sizes if size not in speeds and not tried[size].fits]
-    refused = [trial.batch_size for trial in others if trial.outcome is Outcome.REFUSED]
-    failed = [trial.batch_size for trial in others if trial.outcome is not Outcome.REFUSED]
-    spare = [size for size in failed[1:] if size != chosen]
-    left_out = set(spare[max(0, len(spare) - max(0, len(sizes) - _ROWS)) :])
+    largest = max(fits, default=0)
+    failed = [size for size in sizes if size > largest]
+    spare = max(0, len(sizes) - _ROWS)
+    left_out = set(failed[max(1, len(failed) - spare) :]) - {chosen}
     fastest = max(speeds, key=lambda size: speeds[size].of_fastest, default=chosen)
-    keep = {chosen, fastest, *fits[-1:], *failed, *refused[: _ROWS // 2]}
+    keep = {chosen, fastest, *fits[-1:], *failed[:1]}
     return thinned([size for size in sizes if size not in left_out], keep)
 
 

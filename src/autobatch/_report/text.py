@@ -79,8 +79,17 @@ def _header(report: TuningReport) -> tuple[str, ...]:
         plain(report.subject),
         f"{report.plan.world_size} × {device}",
         f"{done} in {duration(report.search_seconds)}",
+        _parts_of_time(report),
     )
     return tuple(part for part in parts if part)
+
+
+def _parts_of_time(report: TuningReport) -> str:
+    timing, validation = report.timing_seconds or 0.0, report.validation_seconds or 0.0
+    search = max(0.0, report.search_seconds - timing - validation)
+    parts = {"search": search, "timing": timing, "validation": validation}
+    texts = [f"{name} {duration(seconds)}" for name, seconds in parts.items() if seconds]
+    return ", ".join(texts) if len(texts) > 1 else ""
 
 
 def _answer(report: TuningReport) -> str:
@@ -89,11 +98,9 @@ def _answer(report: TuningReport) -> str:
     ranks, limit = report.plan.world_size, report.settings.limit_on_latency
     share = f" on each of {ranks} ranks" if ranks > 1 else ""
     batches = f"Batches of {report.plan.micro_batch_size:,}{share}"
-    if limit is None:
-        return f"{batches} to {report.task}"
-    if report.task == "answer":
+    if limit and report.task == "answer":
         return f"{batches} answer {within(limit)}"
-    return f"{batches} to {report.task}, {within(limit)}"
+    return f"{batches} to {report.task}{f', {within(limit)}' if limit else ''}"
 
 
 def _comment(report: TuningReport) -> str:
@@ -175,9 +182,8 @@ def _fastest_of(row: SpeedRow, rows: Sequence[SpeedRow]) -> str:
         return "by one trial, a few steps" if row.updates is None else ""
     if row not in timed:
         return f"by its trial alone; {len(timed)} others were timed"
-    if len(timed) < len(rows):
-        return f"the fastest of {len(timed)} sizes timed, {len(rows) - len(timed)} by trial"
-    return f"the fastest of {len(timed)} sizes timed"
+    by_trial = f", {len(rows) - len(timed)} by trial" if len(timed) < len(rows) else ""
+    return f"the fastest of {len(timed)} sizes timed{by_trial}"
 
 
 def _memory(report: TuningReport) -> Fact | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 from autobatch._plan import ceil_div
 from autobatch._throughput import fit_line, latest_by_size
@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from autobatch._throughput import CurvePoint, LineFit, StepTimes
     from autobatch._trials import Trial
 
-_LINEAR: Final = {"SGD"}
-_SQUARE_ROOT: Final = {
+_Rule: TypeAlias = Literal["linear", "square-root"]
+_ADAPTIVE: Final = (
     "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adafactor", "SparseAdam",
-}  # fmt: skip
+)  # fmt: skip
+_RULES: Final[dict[str, _Rule]] = {"SGD": "linear", **dict.fromkeys(_ADAPTIVE, "square-root")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class LearningRateRule:
     """
 
     optimizer: str
-    rule: Literal["linear", "square-root"]
+    rule: _Rule
 
     def factor(self, ratio: float) -> float:
         """Return the factor of the learning rate for a `ratio` of effective batch sizes."""
@@ -53,12 +54,9 @@ def unwrapped(optimizer: Any) -> Any:
 def rule_for(optimizer: object) -> LearningRateRule | None:
     """Return the rule of the optimizer's class or its base classes; None if no rule is known."""
     optimizer = unwrapped(optimizer)
-    for kind in type(optimizer).__mro__:
-        if kind.__name__ in _LINEAR:
-            return LearningRateRule(type(optimizer).__name__, "linear")
-        if kind.__name__ in _SQUARE_ROOT:
-            return LearningRateRule(type(optimizer).__name__, "square-root")
-    return None
+    name, kinds = type(optimizer).__name__, type(optimizer).__mro__
+    rules = (_RULES[kind.__name__] for kind in kinds if kind.__name__ in _RULES)
+    return next((LearningRateRule(name, rule) for rule in rules), None)
 
 
 def common_rule(optimizers: Iterable[object]) -> LearningRateRule | None:
@@ -139,25 +137,18 @@ class NoiseRange:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Inputs of the costs of effective batches.
+    """Inputs of the costs of effective batches."""
 
-    Args:
-        plan: The chosen plan, the reference of relative values.
-        pace: Measured seconds.
-        dataset_size: Samples per epoch, if known.
-        noise: The noise scale, if one was measured.
-        rule: The rule of the learning rate, if one is known.
-    """
-
-    plan: BatchPlan
-    pace: StepTimes
-    dataset_size: int | None
-    noise: NoiseRange | None
-    rule: LearningRateRule | None
+    plan: BatchPlan  # the chosen one, the reference of relative values
+    pace: StepTimes  # measured
+    dataset_size: int | None  # samples per epoch, if known
+    noise: NoiseRange | None  # if one was measured
+    rule: LearningRateRule | None  # of the learning rate, if one is known
 
     def row(self, candidate: BatchPlan) -> EffectiveRow:
         """Return the cost of a plan; its effective batch is at most the dataset."""
         samples, effective = self.dataset_size, self._samples_per_update(candidate)
+        ratio = effective / self._samples_per_update(self.plan)
         row = EffectiveRow(
             effective_batch_size=effective,
             micro_batch_size=candidate.micro_batch_size,
@@ -165,10 +156,8 @@ class Costs:
             updates_per_epoch=None if samples is None else updates_per_epoch(candidate, samples),
             update_seconds=self._update_seconds(candidate),
             epoch_seconds=self._epoch_seconds(candidate),
+            learning_rate_factor=self.rule.factor(ratio) if self.rule else None,
         )
-        if self.rule is not None:
-            ratio = effective / self._samples_per_update(self.plan)
-            row = replace(row, learning_rate_factor=self.rule.factor(ratio))
         return row if self.noise is None else self._compared(row, self.noise)
 
     def last_samples(self, candidate: BatchPlan) -> int | None:
@@ -188,12 +177,12 @@ class Costs:
         return self.pace.update(candidate.micro_batch_size, candidate.accumulate_grad_batches)
 
     def _epoch_seconds(self, candidate: BatchPlan) -> float | None:
-        if self.dataset_size is None or candidate.micro_batch_size not in self.pace.sizes:
+        samples, micro_seconds = self.dataset_size, self.pace.micro(candidate.micro_batch_size)
+        if samples is None or candidate.micro_batch_size not in self.pace.sizes:
             return None
-        micro_batches = _micro_batches(candidate, self.dataset_size)
-        micro_seconds = self.pace.micro(candidate.micro_batch_size) or 0.0
-        updates = updates_per_epoch(candidate, self.dataset_size)
-        return micro_batches * micro_seconds + updates * self.pace.optimizer_seconds
+        updates = updates_per_epoch(candidate, samples)
+        passes = _micro_batches(candidate, samples) * (micro_seconds or 0.0)
+        return passes + updates * self.pace.optimizer_seconds
 
     def _compared(self, row: EffectiveRow, noise: NoiseRange) -> EffectiveRow:
         """Return the row with its steps and samples to the same loss (arXiv 1812.06162)."""
@@ -228,10 +217,10 @@ def effective_rows(
     run = {trial.batch_size for trial in latest if trial.fits}
     run |= {point.batch_size for point in curve}
     refused = {trial.batch_size for trial in latest if trial.outcome is Outcome.REFUSED}
+    # A refused last micro-batch would end training at the end of an epoch
     rows = [
         costs.row(candidate)
         for candidate in _candidates(costs.plan, run, costs.dataset_size)
-        # A refused last micro-batch would end training at the end of an epoch
         if candidate == costs.plan or costs.last_samples(candidate) not in refused
     ]
     chosen = costs.row(costs.plan)

@@ -75,6 +75,12 @@ def rounded(value: float) -> str:
     return aligned([value])[0]
 
 
+def trimmed(value: float) -> str:
+    """Return a number with at most three significant digits, "7.6"."""
+    text = rounded(value)
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
 def quantity(value: float, units: Sequence[Unit]) -> str:
     """Return one number with its unit, "48.2 s"; decimals that are all zero are left out."""
     unit = unit_for([value], units)

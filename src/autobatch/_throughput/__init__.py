@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from autobatch._throughput.preference import SampleTime
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from autobatch._trials import Trial
 
@@ -111,11 +111,7 @@ class StepTimes:
     @classmethod
     def of(cls, trials: Iterable[Trial], curve: Iterable[CurvePoint]) -> StepTimes:
         """Take the time of a size from the curve, which was timed longer, or its latest trial."""
-        timed: dict[int, Trial | CurvePoint] = {
-            trial.batch_size: trial for trial in latest_by_size(trials) if trial.fits
-        }
-        timed |= {point.batch_size: point for point in curve}
-        ordered = [each for _, each in sorted(timed.items()) if each.step_seconds]
+        ordered = _timed(trials, curve)
         optimizer = sorted(each.optimizer_seconds or 0.0 for each in ordered)
         return cls(
             sizes=tuple(each.batch_size for each in ordered),
@@ -178,6 +174,15 @@ def _error(timed: Trial | CurvePoint) -> float:
     return (error or 0.0) / timed.step_seconds if timed.step_seconds else 0.0
 
 
+def _timed(trials: Iterable[Trial], curve: Iterable[CurvePoint]) -> list[Trial | CurvePoint]:
+    """Return each size that was timed, in ascending order: from the curve, or its latest trial."""
+    timed: dict[int, Trial | CurvePoint] = {
+        trial.batch_size: trial for trial in latest_by_size(trials) if trial.fits
+    }
+    timed |= {point.batch_size: point for point in curve if point.step_seconds}
+    return [timed[size] for size in sorted(timed) if timed[size].step_seconds]
+
+
 def latest_by_size(trials: Iterable[Trial]) -> tuple[Trial, ...]:
     """Return the latest trial of each size, in ascending order of size."""
     latest = {trial.batch_size: trial for trial in trials}
@@ -193,43 +198,35 @@ def speed_rows(
     trials: Sequence[Trial], curve: Sequence[CurvePoint], world_size: int
 ) -> tuple[SpeedRow, ...]:
     """Return the throughput of each size timed, from the curve or else from its latest trial."""
-    rows = {
-        trial.batch_size: SpeedRow(
-            batch_size=trial.batch_size,
-            samples_per_second=trial.batch_size * world_size / trial.step_seconds,
-            samples_per_second_low=None,
-            samples_per_second_high=None,
-            of_fastest=1.0,
-            step_seconds=trial.step_seconds,
-            updates=None,
-            peak=trial.peak,
-        )
-        for trial in latest_by_size(trials)
-        if trial.fits and trial.step_seconds
-    }
-    for point in curve:
-        if point.step_seconds:
-            of_trial = rows.get(point.batch_size)
-            peak = of_trial.peak if of_trial else point.peak
-            rows[point.batch_size] = _row_of_point(point, peak, world_size)
-    fastest = max((row.samples_per_second for row in rows.values()), default=1.0)
-    return tuple(
-        replace(rows[size], of_fastest=rows[size].samples_per_second / fastest)
-        for size in sorted(rows)
-    )
+    peaks = {trial.batch_size: trial.peak for trial in latest_by_size(trials) if trial.fits}
+    rows = [_speed_row(timed, peaks, world_size) for timed in _timed(trials, curve)]
+    fastest = max((row.samples_per_second for row in rows), default=1.0)
+    return tuple(replace(row, of_fastest=row.samples_per_second / fastest) for row in rows)
 
 
-def _row_of_point(point: CurvePoint, peak: int | None, world_size: int) -> SpeedRow:
-    samples, low = point.batch_size * world_size, point.step_seconds_low
-    return SpeedRow(
-        batch_size=point.batch_size,
-        samples_per_second=samples / point.step_seconds,
-        samples_per_second_low=samples / point.step_seconds_high,
-        samples_per_second_high=samples / low if low else None,
+def _speed_row(
+    timed: Trial | CurvePoint, peaks: Mapping[int, int | None], world_size: int
+) -> SpeedRow:
+    size, seconds = timed.batch_size, timed.step_seconds or 0.0
+    samples = size * world_size
+    row = SpeedRow(
+        batch_size=size,
+        samples_per_second=samples / seconds,
+        samples_per_second_low=None,
+        samples_per_second_high=None,
         of_fastest=1.0,
-        step_seconds=point.step_seconds,
-        updates=point.updates,
-        peak=peak,
+        step_seconds=seconds,
+        updates=None,
+        peak=peaks.get(size, timed.peak),
+    )
+    if not isinstance(timed, CurvePoint):
+        return row
+    low = timed.step_seconds_low
+    return replace(
+        row,
+        samples_per_second_low=samples / timed.step_seconds_high,
+        samples_per_second_high=samples / low if low else None,
+        updates=timed.updates,
     )
 
 
@@ -261,11 +258,9 @@ def _weighted_line(
     """Return intercept and slope, neither negative, of a weighted least-squares fit."""
     # Divided by the seconds, for relative residuals: fixed * u + slope * v = 1
     rows = [(w, 1 / seconds, n / seconds) for w, (n, seconds) in zip(weights, points, strict=True)]
-    uu = sum(w * u * u for w, u, _ in rows)
+    u1, v1 = (sum(row[0] * row[k] for row in rows) for k in (1, 2))
+    uu, vv = (sum(row[0] * row[k] ** 2 for row in rows) for k in (1, 2))
     uv = sum(w * u * v for w, u, v in rows)
-    vv = sum(w * v * v for w, _, v in rows)
-    u1 = sum(w * u for w, u, _ in rows)
-    v1 = sum(w * v for w, _, v in rows)
     determinant = uu * vv - uv * uv
     if determinant > 0:
         fixed = (u1 * vv - v1 * uv) / determinant

@@ -46,21 +46,15 @@ _NO_LOADING: Final = Loading(wait_seconds=0.0, step_seconds=0.0, batches=0)
 
 @dataclass(frozen=True, slots=True)
 class Throughput:
-    """Measured throughput of several batch sizes.
+    """Measured throughput of several batch sizes."""
 
-    Args:
-        curve: Timed sizes in ascending order.
-        unreached: Sizes that there was no time for.
-        unrecorded: Results of all ranks in trials that ran for the curve only, by batch size.
-        waited: Time spent waiting for data during the timed updates.
-        seconds_left: Seconds of the time for the curve that are left.
-    """
-
-    curve: tuple[CurvePoint, ...] = ()
-    unreached: tuple[int, ...] = ()
+    curve: tuple[CurvePoint, ...] = ()  # ascending
+    unreached: tuple[int, ...] = ()  # sizes that there was no time for
+    # Results of all ranks in trials that ran for the curve only, by batch size
     unrecorded: Mapping[int, Sequence[Trial]] = field(default_factory=dict)
-    waited: Loading = _NO_LOADING
-    seconds_left: float = 0.0
+    waited: Loading = _NO_LOADING  # for data, during the timed updates
+    seconds: float = 0.0  # spent on the curve
+    seconds_left: float = 0.0  # of the time for the curve
 
     @property
     def loading(self) -> Loading | None:
@@ -69,17 +63,12 @@ class Throughput:
 
     def with_times(self, trial: Trial) -> Trial:
         """Return a trial with the times of the curve, which no watch on memory slowed down."""
-        for point in self.curve:
-            if trial.fits and (point.batch_size, point.accumulate) == (
-                trial.batch_size,
-                trial.accumulate,
-            ):
-                return replace(
-                    trial,
-                    step_seconds=point.step_seconds,
-                    optimizer_seconds=point.optimizer_seconds,
-                )
-        return trial
+        points = (point for point in self.curve if point.batch_size == trial.batch_size)
+        point = next(points, None)
+        if point is None or not trial.fits or point.accumulate != trial.accumulate:
+            return trial
+        seconds, optimizer = point.step_seconds, point.optimizer_seconds
+        return replace(trial, step_seconds=seconds, optimizer_seconds=optimizer)
 
 
 def measure_throughput(
@@ -119,6 +108,7 @@ def measure_throughput(
         unreached=tuple(size for size in sizes if size not in failed and size not in timings),
         unrecorded=unrecorded,
         waited=timer.waited,
+        seconds=timer.seconds_spent,
         seconds_left=timer.seconds_left,
     )
 
@@ -161,7 +151,8 @@ def add_to_curve(throughput: Throughput, runner: TrialRunner, batch_size: int) -
     return replace(
         throughput,
         curve=tuple(sorted((*throughput.curve, added), key=lambda each: each.batch_size)),
-        waited=_added(throughput.waited, timer.waited),
+        waited=throughput.waited + timer.waited,
+        seconds=throughput.seconds + timer.seconds_spent,
     )
 
 
@@ -176,11 +167,15 @@ class _UpdateTimer:
         self._began = runner.time_limit.now
 
     @property
+    def seconds_spent(self) -> float:
+        return self.runner.time_limit.now - self._began
+
+    @property
     def seconds_left(self) -> float:
-        return self.seconds - (self.runner.time_limit.now - self._began)
+        return self.seconds - self.seconds_spent
 
     def has_time(self, seconds: float) -> bool:
-        return self.runner.time_limit.now - self._began + seconds <= self.seconds
+        return seconds <= self.seconds_left
 
     def time_turn(self, batch_size: int) -> Timing | None:
         """Return the timing of the slowest rank; None if the size failed on one of them."""
@@ -191,7 +186,7 @@ class _UpdateTimer:
             self.failed.add(batch_size)
             return None
         slowest = max(known, key=lambda turn: statistics.median(turn.timing.update_seconds))
-        self.waited = _added(self.waited, slowest.waited)
+        self.waited += slowest.waited
         return slowest.timing
 
     def _turn_here(self, batch_size: int) -> _Turn | None:
@@ -229,14 +224,6 @@ class _Turn:
 
     timing: Timing
     waited: Loading
-
-
-def _added(one: Loading, other: Loading) -> Loading:
-    return Loading(
-        one.wait_seconds + other.wait_seconds,
-        one.step_seconds + other.step_seconds,
-        one.batches + other.batches,
-    )
 
 
 def _undecided(

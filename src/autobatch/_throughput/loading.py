@@ -28,6 +28,13 @@ class Loading:
     step_seconds: float
     batches: int
 
+    def __add__(self, other: Loading) -> Loading:
+        return Loading(
+            self.wait_seconds + other.wait_seconds,
+            self.step_seconds + other.step_seconds,
+            self.batches + other.batches,
+        )
+
     @property
     def share(self) -> float:
         """Share of the time spent waiting, 0 to 1."""

@@ -31,34 +31,28 @@ class SampleTime:
 
     def is_slow(self, fastest: SampleTime) -> bool:
         """Return True if it is over the limit of a fast size by more than the error."""
-        return self._over(fastest) > _STANDARD_ERRORS * self._error_beside(fastest)
+        return self._over(fastest) > self._error_beside(fastest)
 
     def is_fast(self, fastest: SampleTime) -> bool:
         """Return True if it is within the limit of a fast size by more than the error."""
         if self == fastest:
             return True
-        return -self._over(fastest) > _STANDARD_ERRORS * self._error_beside(fastest)
+        return -self._over(fastest) > self._error_beside(fastest)
 
     def _over(self, fastest: SampleTime) -> float:
         return FAST_ENOUGH * self.seconds / fastest.seconds - 1
 
     def _error_beside(self, fastest: SampleTime) -> float:
-        return math.hypot(self.error, fastest.error)
+        return _STANDARD_ERRORS * math.hypot(self.error, fastest.error)
 
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """Order of sizes that are about as fast.
+    """Order of sizes that are about as fast."""
 
-    Args:
-        own_size: The user's own batch size, which comes first; None if it is not known.
-        has_batch_norm: Whether the network takes statistics of a micro-batch.
-        is_split: Whether a size is one of several micro-batches of the same update.
-    """
-
-    own_size: int | None
-    has_batch_norm: bool
-    is_split: bool
+    own_size: int | None  # the user's own batch size, which comes first; None if it is not known
+    has_batch_norm: bool  # the network takes statistics of a micro-batch
+    is_split: bool  # a size is one of several micro-batches of the same update
 
     def undecided(self, sizes: Collection[int], times: Mapping[int, SampleTime]) -> Collection[int]:
         """Return the sizes whose errors decide which of `sizes` is taken, and the fastest of all.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
@@ -73,7 +72,7 @@ def run_trial(
         before = probe.read()
         run = RunningWorkload(workload, batch_size, accumulate)
         # A generator must be closed under the modes it was started under
-        with probe.limited(budget) as watch, contextlib.closing(run):
+        with probe.limited(budget) as watch, run:
             with context.on_first_use():
                 warm_up(run, watch, context)
                 warm = probe.read()
@@ -171,7 +170,7 @@ def _let_cudnn_select(trial: Trial, workload: Workload, context: TrialContext) -
     """
     context.probe.release()
     run = RunningWorkload(workload, trial.batch_size, trial.accumulate)
-    with context.probe.limited(context.budget.read()), contextlib.closing(run):
+    with context.probe.limited(context.budget.read()), run:
         with context.on_first_use():
             run.step()
         if uses_torch_compile():

@@ -76,7 +76,7 @@ def time_restarted(
     """Start the workload and time updates after the first, which allocates for all of them."""
     looking = contextlib.nullcontext if uses_torch_compile() else context.on_first_use
     run = RunningWorkload(workload, batch_size, accumulate)
-    with looking(), contextlib.closing(run):
+    with looking(), run:
         run.step()
         return time_steps(run, enough, None, context)
 
@@ -136,14 +136,12 @@ def time_calls(
     looks = is_new and not uses_torch_compile()
     looking = context.on_first_use if looks else contextlib.nullcontext
     cleanup = FailureCleanup(batch_size, context.probe, may_be_refused=False)
-    with cleanup, _within_budget(context):
-        run = RunningWorkload(workload, batch_size, 1)
-        with contextlib.closing(run):
-            with looking():
-                run.step()
-            for _ in range(1, before):
-                run.step()
-            return _call_seconds(run, enough, context)
+    with cleanup, _within_budget(context), RunningWorkload(workload, batch_size, 1) as run:
+        with looking():
+            run.step()
+        for _ in range(1, before):
+            run.step()
+        return _call_seconds(run, enough, context)
     return None
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
 
 from autobatch._memory.oom import is_oom
 from autobatch._trials import Outcome
+from autobatch._undo import Undo
 from autobatch.errors import AutobatchError, ShortTrialError
 
 if TYPE_CHECKING:
@@ -26,23 +27,30 @@ _END: Final = object()
 _PEP_479: Final = "generator raised StopIteration"
 
 
-class RunningWorkload:
-    """A running workload that counts its steps, and restarts when it ends after at least one."""
+class RunningWorkload(Undo):
+    """A running workload that counts its steps, and restarts when it ends after at least one.
+
+    It ends with the block.
+    """
 
     def __init__(self, workload: Workload, batch_size: int, accumulate: int) -> None:
+        super().__init__()
         self.steps = 0
         self.starts = 1
         self.sample_counts: list[int] = []  # of micro-batches, if the workload yields them
         self.accumulate = accumulate
-        self._start: Callable[[], Iterator[Any]] = partial(workload, batch_size, accumulate)
+        self._begin: Callable[[], Iterator[Any]] = partial(workload, batch_size, accumulate)
         self._batch_size = batch_size
-        self._iterator = self._start()
+        self._iterator = self._begin()
+
+    def start(self) -> None:
+        self.add(self._end)
 
     def step(self) -> None:
         """Take the next optimizer step, of another start if need be."""
         yielded = _next(self._iterator)
         if yielded is _END:
-            self._iterator = self._start()
+            self._iterator = self._begin()
             self.starts += 1
             yielded = _next(self._iterator)
             if yielded is _END:
@@ -52,7 +60,7 @@ class RunningWorkload:
         if count is not None:
             self.sample_counts.append(count)
 
-    def close(self) -> None:
+    def _end(self) -> None:
         """Close the workload if it can be closed, and drop it: it may hold tensors."""
         if hasattr(self._iterator, "close"):
             self._iterator.close()

@@ -18,19 +18,12 @@ from autobatch._accumulation import (
 )
 from autobatch._memory import memory_budget, parse_memory_limit
 from autobatch._memory.ledger import eager
-from autobatch._report.accumulation_notes import (
-    batch_norm,
-    last_window,
-    manual_optimization,
-    not_additive,
-    not_tested,
-    repeated_closures,
-)
+from autobatch._report.accumulation_notes import batch_norm, not_additive
 from autobatch._trials.batches import listed, row_counts
 from autobatch._trials.workload import free_after_failure
 from autobatch.errors import AutobatchError
 from autobatch.lightning._epochs import samples_of
-from autobatch.lightning._workloads import on_device
+from autobatch.lightning._training import on_device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,8 +34,8 @@ if TYPE_CHECKING:
     from autobatch._trials.snapshot import Snapshot
     from autobatch._trials.time_limit import TimeLimit
     from autobatch.lightning._dataloaders import Loaders
+    from autobatch.lightning._training import TrainingSteps
     from autobatch.lightning._trial_data import Samples
-    from autobatch.lightning._workloads import TrainingSteps
 
 _log = logging.getLogger("autobatch")
 
@@ -96,7 +89,9 @@ class SplittingTest:
         size = _even_samples(plan)
         is_tested = self.module.automatic_optimization and not norms and size > 0
         if is_tested and not time_limit.allows(size, time_limit.nearest(size), 0.0):
-            return (not_tested(time_limit.limit or 0.0),)
+            limit = f"time_limit={time_limit.limit or 0.0:g} seconds"
+            untested = "whether micro-batches give the gradient of one batch"
+            return (f"{limit} left no time to test {untested}.",)
         # Gathered without a test as well: no rank may wait for another. Each rank has data of its
         # own, and the result of the first counts
         found, *_ = self.ranks.gather(self._tested(size) if is_tested else None)
@@ -193,23 +188,48 @@ def update_notes(
     trainer: Any, loaders: Loaders, plan: BatchPlan, *, repaired: bool
 ) -> tuple[str, ...]:
     """Return notes on the updates of an epoch with a plan."""
-    note: str | None = None
+    whole = plan.accumulate_grad_batches
+    if whole == 1:
+        return ()
     if not trainer.lightning_module.automatic_optimization:
-        note = manual_optimization(plan)
+        note: str | None = (
+            "This module uses manual optimization: to reach "
+            f"{plan.effective_batch_size:,} samples per update its training_step has to step every "
+            f"{whole:,} micro-batches. Trials ran it as it steps now."
+        )
     elif isinstance(trainer.optimizers[0], torch.optim.LBFGS):
-        note = repeated_closures(plan)
-    elif not repaired:
-        note = _last_window(trainer, loaders, plan)
+        note = (
+            "LBFGS evaluates the last micro-batch of an update several times, and Lightning adds "
+            "up the gradients of all evaluations: give a target_batch_size that fits at once."
+        )
+    else:
+        note = None if repaired else _last_window(trainer, loaders, plan)
     return (note,) if note else ()
 
 
 def _last_window(trainer: Any, loaders: Loaders, plan: BatchPlan) -> str | None:
-    size, accumulate = plan.micro_batch_size, plan.accumulate_grad_batches
+    """Note the weights that Lightning gives to the last update of an epoch."""
+    size, whole = plan.micro_batch_size, plan.accumulate_grad_batches
     batches = batches_trained(trainer, loaders, size)
-    if not batches or accumulate == 1:
+    if not batches:
         return None
     samples = last_samples(trainer, loaders, size) or size
-    return last_window(plan, (batches - 1) % accumulate + 1, samples)
+    micro_batches = (batches - 1) % whole + 1
+    sentences = []
+    if micro_batches < whole:
+        made = f"{micro_batches:,} micro-batch{'es' if micro_batches > 1 else ''}"
+        sentences.append(
+            f"The last update of an epoch is made of {made} instead of {whole:,}, and Lightning "
+            f"still divides by {whole:,}: its gradient is {100 * micro_batches / whole:.3g} % of "
+            "what it should be"
+        )
+    if samples < size and micro_batches > 1:
+        sentences.append(
+            f"The last micro-batch of an epoch has {samples:,} of {size:,} samples, and Lightning "
+            f"counts it as a full one: its samples weigh {size / samples:.3g} times as much as "
+            "others"
+        )
+    return f"{'. '.join(sentences)}; repair_last_window=True corrects it." if sentences else None
 
 
 def _samples_after(batches: int, samples: int, batch_size: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 from torch.utils.data import DataLoader
 
@@ -21,6 +22,7 @@ from autobatch.lightning._reads import BatchSizeReads
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from weakref import ReferenceType
 
     from autobatch._plan import BatchPlan
     from autobatch.lightning._trainer import Trainer
@@ -56,15 +58,13 @@ def apply(
         accumulate = trainer.accumulate_grad_batches
         undo.add(partial(setattr, trainer, "accumulate_grad_batches", accumulate))
         _set_accumulation(plan, trainer, module)
-        # A schedule that needs its length has set up the loader already
-        is_read = before_optimizers.read_the_size or combined_loader(trainer.fit_loop) is not None
-        if is_read:
+        if before_optimizers.read_the_plan:
             before_optimizers.restore()
         before_optimizers.forget()
         undo.add(FormerBatchSize(module, batch_arg_name).restore)
         set_batch_size_attribute(module, batch_arg_name, plan.micro_batch_size)
-        if is_read:
-            _recreate_optimizers(trainer)
+        if before_optimizers.read_the_plan:
+            before_optimizers.create_again(trainer)
         undo.pop_all()  # all went well: the caller undoes it
 
 
@@ -74,15 +74,16 @@ def apply_between_epochs(
     module: Any,
     batch_arg_name: str,
     rebatched: Rebatched,
+    before_optimizers: BeforeOptimizers,
     restore_start: Callable[[], bool],
 ) -> None:
     """Make this Trainer continue with another plan in the epoch that starts now.
 
-    Optimizers and schedulers stay: they hold the state of training. Lightning asks for the loader
-    again, as with `reload_dataloaders_every_n_epochs`; one that was passed to `fit` is the same,
-    and the order of its data continues. In the first epoch `restore_start` restores the state in
-    which the loader was started; in a later one it returns False. After an error the user's loader
-    has its own batch size again, and training ends.
+    After the first step optimizers and schedulers stay: they hold the state of training. Lightning
+    asks for the loader again, as with `reload_dataloaders_every_n_epochs`; one that was passed to
+    `fit` is the same, and the order of its data continues. In the first epoch `restore_start`
+    restores the state in which the loader was started; in a later one it returns False. After an
+    error the user's loader has its own batch size again, and training ends.
     """
     fit_loop = trainer.fit_loop
     with Undo() as undo:
@@ -91,6 +92,8 @@ def apply_between_epochs(
         _set_accumulation(plan, trainer, module)
         set_batch_size_attribute(module, batch_arg_name, plan.micro_batch_size)
         with Snapshot() as snapshot:
+            if trainer.global_step == 0 and before_optimizers.read_the_plan:
+                before_optimizers.create_again(trainer)
             loader = data_source(fit_loop).instance
             if not restore_start() and isinstance(loader, DataLoader):
                 # Lightning 2.6 starts the loader when it sets it up, and in any epoch but the first
@@ -107,21 +110,6 @@ def apply_between_epochs(
 def _set_accumulation(plan: BatchPlan, trainer: Trainer, module: Any) -> None:
     if module.automatic_optimization:  # with manual optimization, the module accumulates
         trainer.accumulate_grad_batches = plan.accumulate_grad_batches
-
-
-def _recreate_optimizers(trainer: Trainer) -> None:
-    """Call `configure_optimizers` as `Strategy.setup` of Lightning 2.6 does, at the new size."""
-    # A schedule that needs its length has set up the loader already, and started its workers: they
-    # start again from the restored random state
-    for loader in getattr(combined_loader(trainer.fit_loop), "flattened", ()):
-        if isinstance(loader, DataLoader):
-            take_iterator(loader)
-    source = data_source(trainer.fit_loop)
-    if isinstance(source.instance, DataLoader):
-        source.dataloader()  # gives the loader its new size, which was restored with its order
-    forget_combined_loader(trainer.fit_loop)
-    trainer.strategy.setup_optimizers(trainer)
-    trainer.strategy.setup_precision_plugin()
 
 
 class StateBefore:
@@ -157,7 +145,8 @@ class BeforeOptimizers(StateBefore):
 
     def __init__(self) -> None:
         super().__init__()
-        self.read_the_size = False  # of a batch, in configure_optimizers
+        self.read_the_plan = False  # in configure_optimizers: batch size, accumulation or length
+        self._created: list[ReferenceType[Any]] = []
 
     def watch(self, trainer: Trainer, batch_arg_name: str) -> None:
         """Capture the state when `Strategy.setup` of Lightning 2.6 creates the optimizers."""
@@ -173,8 +162,30 @@ class BeforeOptimizers(StateBefore):
                 capture_order(loader, self._snapshot)
             with BatchSizeReads(trainer, batch_arg_name) as reads:
                 created = create(*arguments)
-            self.read_the_size = reads.happened
+            # A schedule that needs its length has set up the loader already
+            self.read_the_plan = reads.happened or combined_loader(trainer.fit_loop) is not None
+            self._created = list(map(ref, trainer.optimizers))
             return created
 
         self._patch = patched(trainer.strategy, setup_optimizers=capture_and_create)
         self._patch.apply()
+
+    def create_again(self, trainer: Trainer) -> None:
+        """Call `configure_optimizers` as `Strategy.setup` of Lightning 2.6 does, at the new size.
+
+        Optimizers that a callback has put in the place of those of the module stay.
+        """
+        if list(map(ref, trainer.optimizers)) != self._created:
+            return
+        # A schedule that needs its length has set up the loader already, and started its workers:
+        # they start again from the restored random state
+        for loader in getattr(combined_loader(trainer.fit_loop), "flattened", ()):
+            if isinstance(loader, DataLoader):
+                take_iterator(loader)
+        source = data_source(trainer.fit_loop)
+        if isinstance(source.instance, DataLoader):
+            source.dataloader()  # gives the loader its new size, which was restored with its order
+        forget_combined_loader(trainer.fit_loop)
+        trainer.strategy.setup_optimizers(trainer)
+        trainer.strategy.setup_precision_plugin()
+        self._created = list(map(ref, trainer.optimizers))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import DataLoader
 
 from autobatch import sinks
+from autobatch._distributed import stopping_together
 from autobatch._report.notes import waiting
 from autobatch._report.units import plain
 from autobatch._settings import Settings, checked_verbose
@@ -46,6 +47,7 @@ from autobatch.lightning._dataloaders import (
     capture_order,
     checked_setter,
 )
+from autobatch.lightning._evaluation import STAGES, before_data, loaders_for
 from autobatch.lightning._hooks import FIT_START
 from autobatch.lightning._loggers import log_report, refresh_report
 from autobatch.lightning._noise_scale import NoiseScale
@@ -54,7 +56,6 @@ from autobatch.lightning._run import Run, before_epochs
 from autobatch.lightning._silence import silenced
 from autobatch.lightning._trial_data import NoDataError, checked_worst_case
 from autobatch.lightning._tuning import CallbackArguments, tune_evaluation, tune_training
-from autobatch.lightning._workloads import STAGES, before_data, loaders_for
 from autobatch.testing import named_device
 
 if TYPE_CHECKING:
@@ -66,8 +67,8 @@ if TYPE_CHECKING:
     from autobatch._report import TuningReport
     from autobatch._search import Search
     from autobatch.lightning._batch_size import LoaderSize
+    from autobatch.lightning._evaluation import Stage
     from autobatch.lightning._tuning import Tuned
-    from autobatch.lightning._workloads import Stage
 
 
 _log = logging.getLogger("autobatch")
@@ -310,22 +311,18 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         known_at = partial(known_at_start, self._known, checkpoint, last)
         before = self._plan_before(trainer)
         try:
-            tuned = tune_training(trainer, pl_module, self._arguments, known_at, before, FIT_START)
+            with stopping_together():
+                tuned = tune_training(
+                    trainer, pl_module, self._arguments, known_at, before, FIT_START
+                )
+                self._last = TunedFit(tuned.report, tuned.fingerprint)
+                if not self._only_tunes:
+                    self._apply_at_start(trainer, pl_module, tuned)
         except NoDataError:
             self._stay_idle("there is nothing to train on")
             return
-        self._last = TunedFit(tuned.report, tuned.fingerprint)
         if self._only_tunes:
             self._end_run(trainer, "fit", tuned.report)
-        self._run.before_data.watch(trainer)
-        apply(
-            tuned.report.plan,
-            trainer,
-            pl_module,
-            self._arguments.batch_arg_name,
-            self._rebatched(trainer, tuned),
-            self._run.before_optimizers,
-        )
         self._run.first_report = tuned.report
         self._continue_with(trainer, tuned)
 
@@ -391,6 +388,18 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         """Restore the batch size of the user's loader."""
         self._undo_run()
 
+    def _apply_at_start(self, trainer: Any, module: Any, tuned: Tuned) -> None:
+        """Apply a plan before training begins."""
+        self._run.before_data.watch(trainer)
+        apply(
+            tuned.report.plan,
+            trainer,
+            module,
+            self._arguments.batch_arg_name,
+            self._rebatched(trainer, tuned),
+            self._run.before_optimizers,
+        )
+
     def _undo_run(self) -> None:
         self._run.undo()
 
@@ -429,22 +438,24 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             return
         target = self._run.first_report.plan.effective_batch_size
         known = PriorPlan(target=target, note=f"{reason} {target:,}.")
-        try:
-            tuned = tune_training(trainer, module, self._arguments, lambda *_: known, None, ())
-        except FixedBatchSizeError as error:
-            # A sampler that was made again, and has changed itself since: its plan still holds
-            _log.warning("Training continues with its plan. %s", error)
-            return
-        if tuned.report.plan != self._trained.plan:
-            self._run.loaders["train"].undo()
-            apply_between_epochs(
-                tuned.report.plan,
-                trainer,
-                module,
-                self._arguments.batch_arg_name,
-                self._rebatched(trainer, tuned),
-                self._run.before_data.restore,
-            )
+        with stopping_together():
+            try:
+                tuned = tune_training(trainer, module, self._arguments, lambda *_: known, None, ())
+            except FixedBatchSizeError as error:
+                # A sampler that was made again, and has changed itself since: its plan still holds
+                _log.warning("Training continues with its plan. %s", error)
+                return
+            if tuned.report.plan != self._trained.plan:
+                self._run.loaders["train"].undo()
+                apply_between_epochs(
+                    tuned.report.plan,
+                    trainer,
+                    module,
+                    self._arguments.batch_arg_name,
+                    self._rebatched(trainer, tuned),
+                    self._run.before_optimizers,
+                    self._run.before_data.restore,
+                )
         self._continue_with(trainer, tuned)
         log_report(tuned.report, trainer)
 

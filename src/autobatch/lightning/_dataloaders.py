@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
 from autobatch._trials.batches import leaves, map_leaves
 from autobatch._trials.snapshot import Snapshot
@@ -242,11 +242,26 @@ def _dataloaders_in(given: Any) -> list[DataLoader[Any]]:
 
 
 def capture_order(loader: DataLoader[Any], snapshot: Snapshot) -> None:
-    """Let a snapshot restore the order of the data: samplers, their counters and generators."""
+    """Let a snapshot restore the order of the data: samplers, their counters and generators.
+
+    Counters of the data set as well: without a length, Lightning 2.6 reads the first batch when it
+    sets up the loader.
+    """
     samplers = (loader.batch_sampler, loader.sampler, sampler_of(loader))
     snapshot.capture_light(*(each for each in samplers if each is not None))
+    if loader.num_workers == 0:
+        snapshot.capture_light(*layers(loader.dataset))
     if loader.generator is not None:
         snapshot.capture(loader.generator)
+
+
+def layers(dataset: Any) -> list[Any]:
+    """Return a data set, its transforms, and the data sets it wraps, as Subset does."""
+    attributes = getattr(dataset, "__dict__", {}).values()  # a plain list has none
+    parts = [part for part in attributes if hasattr(part, "__dict__")]
+    inner = [*parts, *(getattr(dataset, "datasets", None) or ())]
+    wrapped = [part for part in inner if isinstance(part, Dataset)]
+    return [dataset, *parts, *(layer for part in wrapped for layer in layers(part))]
 
 
 def take_iterator(loader: DataLoader[Any]) -> Any:

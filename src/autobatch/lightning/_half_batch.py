@@ -29,19 +29,12 @@ class NotDividedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class HalfBatchNorms:
-    """Squared gradient norms of a batch and its two halves.
+    """Squared gradient norms of a batch and its two halves."""
 
-    Args:
-        small: Mean squared norm of the gradients of the halves.
-        big: Squared norm of the gradient of the batch.
-        part_size: Harmonic mean of the samples of the halves.
-        batch_size: Samples of the batch.
-    """
-
-    small: torch.Tensor
-    big: torch.Tensor
-    part_size: float
-    batch_size: int
+    small: torch.Tensor  # mean squared norm of the gradients of the halves
+    big: torch.Tensor  # squared norm of the gradient of the batch
+    part_size: float  # harmonic mean of the samples of the halves
+    batch_size: int  # samples of the batch
 
 
 class HalfBatch:
@@ -64,7 +57,9 @@ class HalfBatch:
         Raises:
             NotDividedError: The batch or the module cannot be measured in halves.
         """
-        _check_module(trainer.lightning_module)
+        parts = trainer.lightning_module.modules()
+        if any(is_compiled(part) or type(part).__name__ == "OptimizedModule" for part in parts):
+            raise NotDividedError("torch.compile would compile it again for half a batch")
         samples = _samples_of(batch)
         first, second = samples // 2, samples - samples // 2
         rows = [slice(0, first)] if self._add_up else [slice(0, first), slice(first, samples)]
@@ -105,12 +100,6 @@ class HalfBatch:
             if before != write_counts(known):
                 raise NotDividedError("its training_step changes parameters itself")
         return gradients
-
-
-def _check_module(module: Any) -> None:
-    for part in module.modules():
-        if is_compiled(part) or type(part).__name__ == "OptimizedModule":
-            raise NotDividedError("torch.compile would compile it again for half a batch")
 
 
 def _samples_of(batch: Any) -> int:

@@ -47,13 +47,9 @@ def _log_parts(
         return
     with Snapshot():
         for logger in trainer.loggers:
-            results = (
-                _try(part, report, logger, trainer)
-                for part in _parts(logger, trainer)
-                if part not in omitted
-            )
-            failures = [error for error in results if error is not None]
-            if failures:
+            parts = (part for part in _parts(logger, trainer) if part not in omitted)
+            results = [_try(part, report, logger, trainer) for part in parts]
+            if failures := [error for error in results if error is not None]:
                 _log.log(
                     level,
                     "%s did not take all of the report: %s",
@@ -119,9 +115,8 @@ def _hyperparameters_first(report: TuningReport, logger: Any, trainer: Trainer) 
 def _files(report: TuningReport, logger: Any, _: Any) -> None:
     """Write the report beside the logs, if the logger has a directory."""
     directory = getattr(logger, "log_dir", None) or getattr(logger, "save_dir", None)
-    if not isinstance(directory, str | os.PathLike):
-        return
-    _write(report, os.fspath(directory))
+    if isinstance(directory, str | os.PathLike):
+        _write(report, os.fspath(directory))
 
 
 def _run_files(report: TuningReport, logger: Any, _: Any) -> None:
@@ -142,10 +137,9 @@ def _write(report: TuningReport, directory: str) -> None:
         return
     # Lightning's own loggers write to URLs with fsspec
     remote = importlib.import_module("fsspec")
-    with remote.open(f"{directory}/autobatch.json", "w", encoding="utf-8") as file:
-        file.write(report.to_json() + "\n")
-    with remote.open(f"{directory}/autobatch.md", "w", encoding="utf-8") as file:
-        file.write(sinks.to_markdown(report))
+    for suffix, text in (("json", report.to_json() + "\n"), ("md", sinks.to_markdown(report))):
+        with remote.open(f"{directory}/autobatch.{suffix}", "w", encoding="utf-8") as file:
+            file.write(text)
 
 
 # Tables, curves and text

@@ -108,9 +108,8 @@ class NoiseScale(_Callback):  # type: ignore[misc]  # a class made at run time
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Check for a reason to measure nothing; all ranks find the same."""
         reason = _obstacle(trainer, pl_module)
-        if reason is not None:
-            self._record.give_up(reason)
-        elif trainer.world_size > 1:
+        self._record.give_up(reason)
+        if reason is None and trainer.world_size > 1:
             self._group = trainer.strategy.model.process_group
             self._world_size = trainer.world_size
 
@@ -188,34 +187,21 @@ class NoiseScale(_Callback):  # type: ignore[misc]  # a class made at run time
 
     def _end_update(self, trainer: Any) -> None:
         """Keep the norms of an update of several backward passes."""
-        hook, passes = self._hook, self._hook.passes
-        size = self._sizes[0]
-        is_whole = passes == len(self._sizes) == trainer.accumulate_grad_batches
-        is_even = len(set(self._sizes)) == 1 and size is not None
-        sums = hook.sums(self._group, sound=is_whole and is_even)
-        problem = hook.problem
-        hook.close()
-        if problem is not None:
-            self._record.give_up(problem)
-        elif size is None:
-            self._record.skip("the samples of a batch cannot be counted")
-        elif not is_whole:
-            self._record.skip("updates have fewer backward passes than accumulate_grad_batches")
-        elif not is_even:
-            self._record.skip("the batches of an update differ in size")
-        else:
-            parts = passes * self._world_size
-            self._record.add(
-                GradientNorms(
-                    update=self._record.updates + 1,
-                    passes=passes,
-                    world_size=self._world_size,
-                    part_size=size,
-                    batch_size=parts * size,
-                    unit=self._unit,
-                    sums=sums,
-                )
-            )
+        size, flaw = self._sizes[0], None
+        if size is None:
+            flaw = "the samples of a batch cannot be counted"
+        elif not self._hook.passes == len(self._sizes) == trainer.accumulate_grad_batches:
+            flaw = "updates have fewer backward passes than accumulate_grad_batches"
+        elif len(set(self._sizes)) > 1:
+            flaw = "the batches of an update differ in size"
+        self._record.end_update(
+            self._hook,
+            flaw,
+            group=self._group,
+            world_size=self._world_size,
+            part_size=size or 0,
+            unit=self._unit,
+        )
 
     def _measure_half(self, trainer: Any, module: Any) -> None:
         """Measure an update of one backward pass with half of its batch."""
@@ -248,12 +234,9 @@ class NoiseScale(_Callback):  # type: ignore[misc]  # a class made at run time
         if reading.state not in {"ok", "at_least"} or reading.last_update == self._logged_update:
             return
         self._logged_update = reading.last_update
-        values = {
-            "noise_scale": reading.samples if reading.state == "ok" else None,
-            "noise_scale_low": reading.low,
-            "noise_scale_high": reading.high,
-        }
-        known = {name: value for name, value in values.items() if value is not None}
+        samples = reading.samples if reading.state == "ok" else None
+        values = {"": samples, "_low": reading.low, "_high": reading.high}
+        known = {f"noise_scale{end}": each for end, each in values.items() if each is not None}
         for logger in trainer.loggers:
             logger.log_metrics(known, step=batches_that_stepped(trainer.fit_loop.epoch_loop))
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import fcntl
 import gc
 import io
 import multiprocessing
 import os
 import pickle
 import signal
+import stat
 import sys
 import time
 import traceback
@@ -20,9 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from autobatch.lightning._dataloaders import capture_order, take_iterator
+from autobatch.lightning._dataloaders import capture_order, layers, take_iterator
 from autobatch.lightning._reading import alike, reading_of
 
 if TYPE_CHECKING:
@@ -144,7 +146,7 @@ class Reader:
     def _read_here(self, at: int, method: str, *arguments: Any) -> Any:
         loader = self._loaders[at]
         capture_order(loader, self._snapshot)
-        self._snapshot.capture_light(loader.collate_fn, *_layers(loader.dataset))
+        self._snapshot.capture_light(loader.collate_fn, *layers(loader.dataset))
         if at not in self._here:
             self._here[at] = reading_of(alike(loader), self._setters[at])
         return getattr(self._here[at], method)(*arguments)
@@ -245,6 +247,8 @@ def _serve(
     other_end.close()
     os.setpgid(0, 0)  # Ctrl-C is for the other process, which ends this one and its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _separate_file_positions()
+    os.register_at_fork(after_in_child=_separate_file_positions)  # of workers
     gc.freeze()  # a collection here must not end iterators that belong to the other process
     abandoned = _abandoned_iterators()
     warnings.simplefilter("ignore")  # training shows them
@@ -253,20 +257,35 @@ def _serve(
     answers: dict[Any, bytes] = {}
     parent = multiprocessing.parent_process()
     ends: list[Any] = [requests, *([parent.sentinel] if parent else [])]
-    while connection.wait(ends) == [requests]:
-        try:
+    with suppress(EOFError, ConnectionError):  # the other process has ended
+        while connection.wait(ends) == [requests]:
             request = requests.recv()
-        except EOFError:
-            break
-        if request in answers:
-            kind, data = "value", answers[request]
-        else:
-            kind, data = _answer(readings, *request)
-            if kind == "value" and sum(map(len, answers.values())) + len(data) < _MAX_CACHED:
-                answers[request] = data
-        requests.send(kind)
-        requests.send_bytes(data)
+            if request in answers:
+                kind, data = "value", answers[request]
+            else:
+                kind, data = _answer(readings, *request)
+                if kind == "value" and sum(map(len, answers.values())) + len(data) < _MAX_CACHED:
+                    answers[request] = data
+            requests.send(kind)
+            requests.send_bytes(data)
     del abandoned
+
+
+def _separate_file_positions() -> None:
+    """Open the files that are read again: a forked process shares their positions.
+
+    A stream may read a file that was opened before, from where it is.
+    """
+    for name in list(Path("/proc/self/fd").iterdir()):
+        number = int(name.name)
+        with suppress(OSError):  # the one of this listing is closed
+            is_file = stat.S_ISREG(os.fstat(number).st_mode)
+            if is_file and fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+                position = os.lseek(number, 0, os.SEEK_CUR)
+                again = os.open(name, os.O_RDONLY)
+                os.lseek(again, position, os.SEEK_SET)
+                os.dup2(again, number, inheritable=os.get_inheritable(number))
+                os.close(again)
 
 
 def _abandoned_iterators() -> list[Any]:
@@ -364,12 +383,3 @@ def _extent(tensor: torch.Tensor) -> int:
         return 0
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     return 1 + sum((length - 1) * stride for length, stride in steps)
-
-
-def _layers(dataset: Any) -> list[Any]:
-    """Return a data set, its transforms, and the data sets it wraps, as Subset does."""
-    attributes = getattr(dataset, "__dict__", {}).values()  # a plain list has none
-    parts = [part for part in attributes if hasattr(part, "__dict__")]
-    inner = [*parts, *(getattr(dataset, "datasets", None) or ())]
-    wrapped = [part for part in inner if isinstance(part, Dataset)]
-    return [dataset, *parts, *(layer for part in wrapped for layer in _layers(part))]

@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     from autobatch._trials.workload import Workload
     from autobatch.lightning._accumulation import SplittingTest
     from autobatch.lightning._dataloaders import Loaders
+    from autobatch.lightning._evaluation import Stage
     from autobatch.lightning._trainer_notes import TrainerLimits
+    from autobatch.lightning._training import TrainingSteps
     from autobatch.lightning._trial_data import Samples
-    from autobatch.lightning._workloads import Stage, TrainingSteps
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,6 @@ from torch.optim import lr_scheduler
 from autobatch._memory import format_bytes
 from autobatch._memory.host import HostMemory
 from autobatch._plan import ceil_div
-from autobatch._report.accumulation_notes import stretched_schedule
 from autobatch._trials.snapshot import Snapshot
 from autobatch.errors import AutobatchError
 from autobatch.lightning._compat import combined_loader, validation_interval
@@ -27,26 +26,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TrainerLimits:
-    """Arguments of a Trainer that count batches or steps.
-
-    Args:
-        trainer: The Trainer.
-        max_steps: Updates after which training stops; -1 for no limit.
-        max_epochs: Epochs after which training stops; None or -1 for no limit.
-        validates: True if the Trainer validates.
-        batches: Function of a micro-batch size: micro-batches of the loader; None if it has no
-            length.
-        samples: Function of a plan: samples that an epoch trains on; None if unknown.
-        before: The plan until now.
-    """
+    """Arguments of a Trainer that count batches or steps."""
 
     trainer: Trainer
-    max_steps: int
-    max_epochs: int | None
+    max_steps: int  # updates after which training stops; -1 for no limit
+    max_epochs: int | None  # epochs after which training stops; None or -1 for no limit
     validates: bool
-    batches: Callable[[int], int | None]
-    samples: Callable[[BatchPlan], int | None]
-    before: BatchPlan
+    batches: Callable[[int], int | None]  # of the loader, by size; None if it has no length
+    samples: Callable[[BatchPlan], int | None]  # that an epoch trains on; None if unknown
+    before: BatchPlan  # the plan until now
 
     def planned_seconds(self, sample_seconds: float) -> float | None:
         """Return the seconds of all training steps of a rank, at the seconds of one sample."""
@@ -76,12 +64,8 @@ class TrainerLimits:
                 "max_micro_batch_size."
             )
         interval = validation_interval(trainer)
-        if (
-            _is_count(interval)
-            and interval > taken
-            and trainer.check_val_every_n_epoch is not None
-            and trainer.limit_val_batches > 0
-        ):
+        validates = trainer.check_val_every_n_epoch is not None and trainer.limit_val_batches > 0
+        if validates and _is_count(interval) and interval > taken:
             raise AutobatchError(
                 f"val_check_interval={interval} counts micro-batches, and of {size} samples an "
                 f"epoch has only {taken} instead of {self.batches(self.before.micro_batch_size)}, "
@@ -92,13 +76,8 @@ class TrainerLimits:
 
     def notes(self, plan: BatchPlan) -> tuple[str, ...]:
         """Return a note for each argument that covers more or fewer samples than before."""
-        notes = (
-            self._limited(plan),
-            self._validated(plan),
-            self._logged(plan),
-            self._stopped(plan),
-        )
-        return tuple(note for note in notes if note)
+        each = (self._limited(plan), self._validated(plan), self._logged(plan), self._stopped(plan))
+        return tuple(note for note in each if note)
 
     @property
     def _limit(self) -> str:
@@ -109,17 +88,16 @@ class TrainerLimits:
         limit = self.trainer.limit_train_batches
         if not _is_count(limit):
             return None
-        now, then = self._samples_of(limit, plan), self._samples_of(limit, self.before)
+        now, then = (
+            self.samples(each) or limit * each.micro_batch_size * each.world_size
+            for each in (plan, self.before)
+        )
         if now == then:
             return None
         return (
             f"{self._limit}={limit} counts micro-batches: an epoch trains on {now:,} samples "
             f"instead of {then:,}."
         )
-
-    def _samples_of(self, limit: int, plan: BatchPlan) -> int:
-        known = self.samples(plan)
-        return limit * plan.micro_batch_size * plan.world_size if known is None else known
 
     def _validated(self, plan: BatchPlan) -> str | None:
         interval, before = validation_interval(self.trainer), self.before
@@ -139,9 +117,7 @@ class TrainerLimits:
         """Return a note if epochs become too short for a logged step."""
         every = self.trainer.log_every_n_steps
         now, then = self._updates(plan), self._updates(self.before)
-        if not self.trainer.loggers or now is None or then is None:
-            return None
-        if not now < every <= then:
+        if not self.trainer.loggers or now is None or then is None or not now < every <= then:
             return None
         return (
             f"log_every_n_steps={every} counts updates: an epoch has {now:,} instead of {then:,}, "
@@ -177,26 +153,28 @@ def schedule_notes(
     and covers the same data. A schedule that may compute its length from an attribute with the
     batch size gets a note without a number.
     """
-    if combined_loader(trainer.fit_loop) is not None:
+    is_set_up = combined_loader(trainer.fit_loop) is not None
+    if is_set_up or not trainer.lightning_module.automatic_optimization:
         return ()
-    if not trainer.lightning_module.automatic_optimization:
-        return ()
-    notes = (
-        stretched_schedule(
-            type(config.scheduler).__name__,
-            None if has_attribute else _updates(config),
-            before,
-            plan,
-        )
-        for config in trainer.lr_scheduler_configs
-        if config.interval == "step"
-    )
-    return tuple(dict.fromkeys(note for note in notes if note))
-
-
-def _updates(config: Any) -> int | None:
-    length = _length(config.scheduler)
-    return None if length is None else length * config.frequency
+    old, new = before.effective_batch_size, plan.effective_batch_size
+    notes = []
+    for config in trainer.lr_scheduler_configs:
+        if config.interval != "step" or old == new:
+            continue
+        length = None if has_attribute else _length(config.scheduler)
+        name = type(config.scheduler).__name__
+        if length is None:
+            notes.append(
+                f"{name} counts updates, each of {new:,} samples now instead of {old:,}; "
+                "a length from trainer.estimated_stepping_batches would adapt."
+            )
+        else:
+            updates = length * config.frequency
+            notes.append(
+                f"{name} counts updates: its {updates:,} steps now cover {updates * new:,} samples "
+                f"instead of {updates * old:,}."
+            )
+    return tuple(dict.fromkeys(notes))
 
 
 def _length(scheduler: Any) -> int | None:

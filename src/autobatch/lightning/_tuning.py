@@ -29,14 +29,15 @@ from autobatch.lightning._beside import (
 )
 from autobatch.lightning._compat import data_source
 from autobatch.lightning._dataloaders import Loaders
+from autobatch.lightning._evaluation import VALIDATION, EvaluationSteps
 from autobatch.lightning._hooks import users_callbacks
 from autobatch.lightning._isolation import on_new_loops, without_collectives
 from autobatch.lightning._resume import DeviceId, PriorPlan, fingerprint_of
 from autobatch.lightning._shown import show_validation
 from autobatch.lightning._subjects import LightningEvaluation, LightningTraining
 from autobatch.lightning._trainer_notes import TrainerLimits, checked_copy_bytes
+from autobatch.lightning._training import TrainingSteps
 from autobatch.lightning._trial_data import NoDataError, Samples
-from autobatch.lightning._workloads import VALIDATION, EvaluationSteps, TrainingSteps
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from autobatch._search import Search
     from autobatch._settings import Settings
     from autobatch.lightning._batch_size import LoaderSize, SetBatchSize
-    from autobatch.lightning._workloads import Stage
+    from autobatch.lightning._evaluation import Stage
 
 
 # (subject, fingerprint, device, settings) -> the plan that is known before a search
@@ -405,8 +406,13 @@ def _with_validation(
             f"Training fits, but validation does not beside it. {error}"
         ) from error
     size, own = found.plan.micro_batch_size, loaders.largest_batch
+    seconds, before = context.seconds(), tuned.report.search_seconds
     report = tuned.report.model_copy(
-        update={"validation_batch_size": size, "search_seconds": context.seconds()}
+        update={
+            "validation_batch_size": size,
+            "search_seconds": seconds,
+            "validation_seconds": seconds - before,
+        }
     )
     if size != own:
         report = _noted(

@@ -9,11 +9,12 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from autobatch._memory import MemoryReading, format_bytes, parse_bytes
-from autobatch.testing.recording import Recorder, Recording, ReplayedDevice
+from autobatch._memory import MemoryReading, parse_bytes
+from autobatch.testing.recording import Recorder, Recording, ReplayedDevice, TensorlessDevice
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Mapping
+    from contextlib import AbstractContextManager
 
     from autobatch._memory import Watch
 
@@ -118,7 +119,7 @@ class SimulatedAccelerator:
         return time.perf_counter()
 
 
-class PaperDevice:
+class PaperDevice(TensorlessDevice):
     """Device whose memory, speed and clock follow formulas, with a matching workload; no tensors.
 
     A step of batch size b holds `fixed + per_sample * b` bytes, plus all jumps up to b, plus
@@ -176,10 +177,7 @@ class PaperDevice:
         self._random = random.Random(seed)  # noqa: S311 -- not for secrets
         self._seconds_per_step = seconds_per_step
         self._seconds_per_sample = seconds_per_sample
-        self._now = 0.0
         self._has_state = False
-        self._held = self._peak = self._failures = 0
-        self._limit: int | None = None
 
     def needs(self, batch_size: int) -> int:
         """Return the bytes of a step at this size, with state and without noise."""
@@ -200,48 +198,18 @@ class PaperDevice:
 
     def read(self) -> MemoryReading:
         """Return the present memory, by the formulas."""
-        return MemoryReading(
-            total=self.capacity,
-            used=self.foreign + self._held,
-            reserved=self._held,
-            peak=self._peak,
-            failures=self._failures,
-        )
+        return self._reading(self.capacity, self.foreign)
 
-    @contextlib.contextmanager
-    def limited(self, budget: int) -> Iterator[None]:
+    def limited(self, budget: int) -> AbstractContextManager[None]:
         """Let the workload run out of memory beyond `budget` or the capacity."""
-        self._limit, self._peak = min(budget, self.capacity - self.foreign), self._held
-        try:
-            yield
-        finally:
-            self._limit = None
-
-    def attach(self, *objects: Any) -> None:
-        """Do nothing: there are no tensors."""
+        return self._limited(min(budget, self.capacity - self.foreign))
 
     def release(self) -> None:
         """Free the memory of the last step; optimizer state stays."""
         self._held = self._state * self._has_state
-
-    def clock(self) -> float:
-        """Return seconds on the device's own clock, which only its workload advances."""
-        return self._now
 
     def _curve(self, batch_size: int) -> int:
         if self._memory is not None:
             return int(self._memory(batch_size))
         jumps = sum(nbytes for size, nbytes in self._jumps.items() if batch_size >= size)
         return self._fixed + self._per_sample * batch_size + jumps
-
-    def _hold(self, nbytes: int) -> None:
-        import torch
-
-        if self._limit is not None and nbytes > self._limit:
-            self._failures += 1
-            raise torch.OutOfMemoryError(
-                f"CUDA out of memory. A step on paper takes {format_bytes(nbytes)}, "
-                f"of a limit of {format_bytes(self._limit)}."
-            )
-        self._held = nbytes
-        self._peak = max(self._peak, nbytes)

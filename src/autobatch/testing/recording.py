@@ -17,6 +17,7 @@ from autobatch.errors import AutobatchError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Mapping
+    from contextlib import AbstractContextManager
 
     from autobatch._memory import MemoryProbe, Watch
 
@@ -25,29 +26,18 @@ _SCHEMA_VERSION: Final = 1
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One batch size run under a cap, with memory readings before and after.
+    """One batch size run under a cap, with memory readings before and after."""
 
-    Args:
-        batch_size: Samples per forward pass.
-        accumulate: Micro-batches per optimizer step.
-        budget: Cap in bytes.
-        before: Reading at the start.
-        after: Reading at the end, also after a failure.
-        steps: Optimizer steps completed.
-        step_seconds: Median seconds of a micro-batch without the first step; None for one step.
-        allocator: Statistics of the allocator at the end, under its own names.
-        first: Reading after the first step; None if that did not complete.
-    """
-
-    batch_size: int
-    accumulate: int
-    budget: int
-    before: MemoryReading
-    after: MemoryReading
-    steps: int
-    step_seconds: float | None
+    batch_size: int  # samples per forward pass
+    accumulate: int  # micro-batches per optimizer step
+    budget: int  # the cap, in bytes
+    before: MemoryReading  # at the start
+    after: MemoryReading  # at the end, also after a failure
+    steps: int  # optimizer steps completed
+    step_seconds: float | None  # median of a micro-batch without the first step; None for one step
+    # Statistics of the allocator at the end, under its own names
     allocator: Mapping[str, int] = field(default_factory=dict)
-    first: MemoryReading | None = None
+    first: MemoryReading | None = None  # after the first step; None if that did not complete
 
     @property
     def fits(self) -> bool:
@@ -204,7 +194,51 @@ class Recorder:
         )
 
 
-class ReplayedDevice:
+class TensorlessDevice:
+    """Memory and clock of a device on which a workload holds bytes without tensors."""
+
+    _held = _peak = _failures = 0  # bytes, and refused allocations
+    _now = 0.0  # seconds
+    _limit: int | None = None  # bytes
+
+    @contextlib.contextmanager
+    def _limited(self, budget: int) -> Iterator[None]:
+        self._limit, self._peak = budget, self._held
+        try:
+            yield
+        finally:
+            self._limit = None
+
+    def attach(self, *objects: Any) -> None:
+        """Do nothing: there are no tensors."""
+
+    def clock(self) -> float:
+        """Return seconds on the device's own clock, which only its workload advances."""
+        return self._now
+
+    def _reading(self, total: int, foreign: int) -> MemoryReading:
+        return MemoryReading(
+            total=total,
+            used=foreign + self._held,
+            reserved=self._held,
+            peak=self._peak,
+            failures=self._failures,
+        )
+
+    def _hold(self, nbytes: int) -> None:
+        import torch
+
+        if self._limit is not None and nbytes > self._limit:
+            self._failures += 1
+            raise torch.OutOfMemoryError(
+                f"CUDA out of memory. A step without tensors takes {format_bytes(nbytes)}, "
+                f"of a limit of {format_bytes(self._limit)}."
+            )
+        self._held = nbytes
+        self._peak = max(self._peak, nbytes)
+
+
+class ReplayedDevice(TensorlessDevice):
     """Device that repeats the readings of a recording, with a matching workload; no tensors.
 
     A recorded size peaks at its recorded value; other peaks lie on straight lines through these.
@@ -231,9 +265,6 @@ class ReplayedDevice:
         self.source = "a recording"
         self._started = 0  # number of runs
         self._held = self._run.before.reserved
-        self._peak = self._failures = 0
-        self._limit: int | None = None
-        self._now = 0.0
 
     @property
     def largest(self) -> int:
@@ -256,41 +287,23 @@ class ReplayedDevice:
         needed = self.needs(batch_size, accumulate)
         seconds = self._step_seconds(batch_size, accumulate)
         while True:
-            self._hold(needed)
+            self._hold(max(self._held, needed))  # an allocator keeps what it has
             self._now += seconds * accumulate
             yield batch_size
 
     def read(self) -> MemoryReading:
         """Return the recorded total and use by other processes, and the memory of this replay."""
         recorded = self._run.after if self._limit is None else self._run.before
-        return MemoryReading(
-            total=recorded.total,
-            used=recorded.foreign + self._held,
-            reserved=self._held,
-            peak=self._peak,
-            failures=self._failures,
-        )
+        return self._reading(recorded.total, recorded.foreign)
 
-    @contextlib.contextmanager
-    def limited(self, budget: int) -> Iterator[None]:
-        """Let the workload run out of memory beyond `budget`."""
+    def limited(self, budget: int) -> AbstractContextManager[None]:
+        """Begin the next run; let the workload run out of memory beyond `budget`."""
         self._started += 1
-        self._limit, self._peak = budget, self._held
-        try:
-            yield
-        finally:
-            self._limit = None
-
-    def attach(self, *objects: Any) -> None:
-        """Do nothing: there are no tensors."""
+        return self._limited(budget)
 
     def release(self) -> None:
         """Free the memory of the last step, down to the memory at the start of the run."""
         self._held = self._run.before.reserved
-
-    def clock(self) -> float:
-        """Return seconds on a clock that only the workload advances."""
-        return self._now
 
     @property
     def _run(self) -> Run:
@@ -310,17 +323,6 @@ class ReplayedDevice:
             if run.step_seconds is not None
         }
         return max(1e-6, _on_lines(seconds, batch_size)) if seconds else 1e-3
-
-    def _hold(self, nbytes: int) -> None:
-        import torch
-
-        if self._limit is not None and nbytes > self._limit:
-            self._failures += 1
-            raise torch.OutOfMemoryError(
-                f"out of memory, as recorded: {format_bytes(nbytes)} of {format_bytes(self._limit)}."
-            )
-        self._held = max(self._held, nbytes)  # an allocator keeps what it has
-        self._peak = max(self._peak, self._held)
 
 
 def _on_lines(points: Mapping[int, float], at: int) -> float:

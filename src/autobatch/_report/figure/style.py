@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from matplotlib import ticker
 from matplotlib.font_manager import findfont, get_font
 
-from autobatch._report.units import aligned, plain
+from autobatch._report.units import plain, trimmed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -62,7 +62,6 @@ _NAME_WIDTH: Final = 60  # characters
 _EXACT_COUNTS: Final = 100_000
 _EXACT_MEASURES: Final = 10_000
 _OCTAVES_OF_POWERS: Final = 2  # axes narrower than this have too few powers of two for ticks
-_NARROW: Final = 1000  # times the lowest value; beyond, powers of ten are enough ticks
 _LEGEND_LINE: Final = 16  # points
 
 
@@ -70,8 +69,7 @@ def short(value: float) -> str:
     """Return a measure in three digits, "7.6" or "1.28M"."""
     if abs(value) >= _EXACT_MEASURES:
         return str(ticker.EngFormatter(sep="").format_eng(float(f"{value:.3g}")))
-    text = aligned([value])[0]
-    return text.rstrip("0").rstrip(".") if "." in text else text
+    return trimmed(value)
 
 
 def count(value: float) -> str:
@@ -116,13 +114,6 @@ def size_axis(axes: Axes, sizes: Sequence[int], failing: int | None = None) -> N
     _format(axes.xaxis, count)
 
 
-def shade_failing(axes: Axes, failing: int | None) -> None:
-    """Shade the batch sizes that do not fit."""
-    if failing is not None:
-        end = axes.get_xlim()[1]
-        axes.axvspan(failing, end, color=SHADE, linewidth=0, zorder=0, label="does not fit")
-
-
 def value_axis(axes: Axes, highest: float) -> None:
     """Set a y-axis from zero to a little above the highest value."""
     axes.set_ylim(0, 1.12 * (highest or 1.0))
@@ -135,8 +126,7 @@ def log_axis(axes: Axes, values: Sequence[float]) -> None:
     positive = [value for value in values if value > 0] or [1.0]
     axes.set_yscale("log")
     axes.set_ylim(min(positive) / 1.5, max(positive) * 1.5)
-    is_narrow = max(positive) < _NARROW * min(positive)
-    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if is_narrow else (1,)))
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     _format(axes.yaxis, short)
 
 
@@ -152,12 +142,18 @@ def ring(axes: Axes, x: float, y: float, label: str) -> None:
 
 
 def heading(axes: Axes, title: str, chosen: str, *, columns: int = 3) -> None:
-    """Set the title of a panel and a legend between title and data; the entry `chosen` is bold."""
-    _, labels = axes.get_legend_handles_labels()
+    """Set the title of a panel, and a legend below it that begins with `chosen` in bold."""
+    handles, labels = axes.get_legend_handles_labels()
     axes.set_title(title, pad=8 + _LEGEND_LINE * math.ceil(len(labels) / columns))
     if not labels:
         return
-    legend = axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns)
-    for text in legend.get_texts():
-        if text.get_text() == chosen:
-            text.set(color=ACCENT, weight="bold")
+    order = sorted(range(len(labels)), key=lambda i: labels[i] != chosen)
+    legend = axes.legend(
+        [handles[i] for i in order],
+        [labels[i] for i in order],
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=columns,
+    )
+    if chosen in labels:
+        legend.get_texts()[0].set(color=ACCENT, weight="bold")

@@ -15,13 +15,13 @@ from autobatch._report.figure.style import (
     GREEN,
     GREY,
     INK,
+    SHADE,
     between,
     count,
     cut,
     drawable,
     heading,
     ring,
-    shade_failing,
     short,
     size_axis,
     value_axis,
@@ -54,22 +54,19 @@ def speed_panel(axes: Axes, report: TuningReport) -> None:
     ys = np.array([row.samples_per_second for row in rows])
     lows = [row.samples_per_second_low or row.samples_per_second for row in rows]
     highs = [row.samples_per_second_high or row.samples_per_second for row in rows]
-    chosen = ""
-    for row in rows:
-        if row.batch_size == report.plan.micro_batch_size:
-            chosen = f"{short(row.samples_per_second)}/s at {count(row.batch_size)}"
-            if row.of_fastest < 1:
-                chosen += f", {percent(row.of_fastest)} of the fastest"
-            elif len(rows) > 1:
-                chosen += ", the fastest"
-            ring(axes, row.batch_size, row.samples_per_second, chosen)
+    chosen, size = "", report.plan.micro_batch_size
+    if row := next((row for row in rows if row.batch_size == size), None):
+        chosen = f"{short(row.samples_per_second)}/s at {count(size)}"
+        if row.of_fastest < 1:
+            chosen += f", {percent(row.of_fastest)} of the fastest"
+        elif len(rows) > 1:
+            chosen += ", the fastest"
+        ring(axes, size, row.samples_per_second, chosen)
     axes.plot(xs, ys, color=BLUE, alpha=0.4, linewidth=2.2)
     spread = np.abs([ys - lows, ys - highs])
     axes.errorbar(xs, ys, yerr=spread, fmt="o", color=BLUE, elinewidth=2, ms=7)
-    size_axis(axes, _micro_batches(report), report.smallest_failing)
-    shade_failing(axes, report.smallest_failing)
+    _micro_batch_axis(axes, report)
     value_axis(axes, max(highs))
-    axes.set_xlabel("micro-batch" if report.task == "train" else "batch size")
     heading(axes, "Speed: samples per second", chosen)
 
 
@@ -80,7 +77,7 @@ def memory_panel(axes: Axes, report: TuningReport) -> None:
     in_sight = report.budget <= _BUDGET_IN_SIGHT * highest
     top = max(highest, report.budget) if in_sight else highest
     unit = unit_for([top], BYTES)
-    size_axis(axes, _micro_batches(report), report.smallest_failing)
+    _micro_batch_axis(axes, report)
     value_axis(axes, top / unit.factor)
     chosen, size = "", report.plan.micro_batch_size
     if size in held:
@@ -92,8 +89,6 @@ def memory_panel(axes: Axes, report: TuningReport) -> None:
     budget = report.budget / unit.factor
     above = "" if in_sight else ", above this panel"
     axes.axhline(budget, color=INK, label=f"{_as_in_text(budget)} usable{above}")
-    shade_failing(axes, report.smallest_failing)
-    axes.set_xlabel("micro-batch" if report.task == "train" else "batch size")
     heading(axes, f"Peak memory, {unit.name}", chosen)
 
 
@@ -112,9 +107,15 @@ def peaks(report: TuningReport) -> dict[int, int]:
     return {size: peak for size, peak in sorted((timed | tried).items()) if peak is not None}
 
 
-def _micro_batches(report: TuningReport) -> list[int]:
-    """Return the sizes on the x-axes of speed and memory."""
-    return sorted({row.batch_size for row in report.sizes} | set(peaks(report)))
+def _micro_batch_axis(axes: Axes, report: TuningReport) -> None:
+    """Set the x-axis of speed and memory, and shade the sizes that do not fit."""
+    sizes = {row.batch_size for row in report.sizes} | set(peaks(report))
+    size_axis(axes, sorted(sizes), report.smallest_failing)
+    axes.set_xlabel("micro-batch" if report.task == "train" else "batch size")
+    if report.smallest_failing is not None:
+        end = axes.get_xlim()[1]
+        label = "does not fit"
+        axes.axvspan(report.smallest_failing, end, color=SHADE, linewidth=0, zorder=0, label=label)
 
 
 def _as_in_text(value: float) -> str:
@@ -138,13 +139,14 @@ def compared_panel(axes: Axes, report: TuningReport) -> None:
     )
     best = times.index(min(times))
     size = count(shown[at].effective_batch_size)
-    chosen = f"{size} chosen: about the shortest time"
-    if times[best] < _WORTH_CHANGING:
-        chosen, row = f"{size} chosen", rows[best]
+    is_worth_changing = times[best] < _WORTH_CHANGING
+    chosen = f"{size} chosen" if is_worth_changing else f"{size} chosen: about the shortest time"
+    ring(axes, at, 1.0, chosen)
+    if is_worth_changing:
+        row = rows[best]
         shorter = f"{multiple(times[best])} the time ({spread(row)})"
         label = f"{count(row.effective_batch_size)} per update: {shorter}"
         axes.plot(xs[best], times[best], "o", color=GREEN, ms=10, zorder=5, label=label)
-    ring(axes, at, 1.0, chosen)
     _near_shortest(axes, report)
     axes.fill_between(xs, lows, highs, color=BLUE, alpha=0.14, linewidth=0)
     axes.plot(xs, times, "o-", color=BLUE, linewidth=3, ms=5, label="time to the same loss")
@@ -267,9 +269,9 @@ def measured_by(report: TuningReport) -> str:
 
 
 def _speed_by(report: TuningReport) -> str:
+    updates = [row.updates for row in report.sizes if row.updates is not None]
     if not report.sizes:
         return ""
-    updates = [row.updates for row in report.sizes if row.updates is not None]
     if not updates:
         steps = counted(report.settings.steps_per_trial, "optimizer step")
         return f"Speed: median step of a trial of {steps}."

@@ -1,13 +1,12 @@
-"""Training and evaluation steps of a Trainer as workloads."""
+"""Training steps of a Trainer as a workload, and the way of a batch to the device."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 from dataclasses import dataclass
-from itertools import count
 from math import inf
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
@@ -15,12 +14,8 @@ from autobatch._report.tradeoff import unwrapped
 from autobatch.errors import AutobatchError
 from autobatch.lightning._compat import (
     Imported,
-    active_loop,
     before_batch_transfer,
-    build_evaluation_kwargs,
-    build_step_args,
     build_step_kwargs,
-    call_module_hook,
     call_strategy_hook,
     logger_connector,
     patched,
@@ -28,7 +23,7 @@ from autobatch.lightning._compat import (
     training_step_result,
 )
 from autobatch.lightning._hooks import Hooks
-from autobatch.lightning._shown import evaluation_shown, training_shown
+from autobatch.lightning._shown import training_shown
 
 if TYPE_CHECKING:
     from collections import OrderedDict
@@ -36,7 +31,7 @@ if TYPE_CHECKING:
 
     from autobatch._trials.snapshot import Snapshot
     from autobatch.lightning._dataloaders import Loaders
-    from autobatch.lightning._trainer import ManualOptimization, PredictionLoop, Trainer
+    from autobatch.lightning._trainer import ManualOptimization, Trainer
     from autobatch.lightning._trial_data import Samples
 
 # Micro-batches in which every optimizer of a module with manual optimization has to step once
@@ -293,188 +288,3 @@ def on_device(trainer: Trainer, batch: Any, dataloader_idx: int) -> Any:
     batch = trainer.precision_plugin.convert_input(batch)
     batch = before_batch_transfer(trainer.lightning_module, batch, dataloader_idx)
     return call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=dataloader_idx)
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """One of the methods of a Trainer of Lightning 2.6 that run a module without training it.
-
-    Args:
-        name: Name of the method, and of the state of the Trainer meanwhile.
-        hook: Name in the hooks of the module: "validation" of `on_validation_start`.
-        loop: Attribute of the Trainer that holds its loop.
-        limit: Attribute of the Trainer that limits its batches.
-    """
-
-    name: Literal["validate", "test", "predict"]
-    hook: str
-    loop: str
-    limit: str
-
-    @property
-    def step(self) -> str:
-        """Name of the step of the module."""
-        return f"{self.hook}_step"
-
-    def loop_of(self, trainer: Trainer) -> PredictionLoop:
-        """Return the loop of a Trainer."""
-        loop: PredictionLoop = getattr(trainer, self.loop)
-        return loop
-
-    def limit_of(self, trainer: Trainer) -> int | float:
-        """Return the limit of its batches in a Trainer, a number or a share."""
-        limit: int | float = getattr(trainer, self.limit)
-        return limit
-
-
-VALIDATION: Final = Stage("validate", "validation", "validate_loop", "limit_val_batches")
-STAGES: Final[dict[str, Stage]] = {
-    stage.name: stage
-    for stage in (
-        VALIDATION,
-        Stage("test", "test", "test_loop", "limit_test_batches"),
-        Stage("predict", "predict", "predict_loop", "limit_predict_batches"),
-    )
-}
-
-
-def loaders_for(
-    method: str, train_dataloaders: Any, val_dataloaders: Any, dataloaders: Any
-) -> tuple[Any, ...]:
-    """Return the loaders that a method of the Trainer takes; `ValueError` for any other."""
-    if method == "fit":
-        if dataloaders is not None:
-            raise ValueError(
-                "dataloaders are for validate, test and predict; give fit its train_dataloaders."
-            )
-        return (train_dataloaders, val_dataloaders)
-    if method not in STAGES:
-        raise ValueError(
-            f"method={method!r} is none of a Trainer's; give 'fit', 'validate', 'test' or "
-            "'predict'."
-        )
-    if train_dataloaders is not None or val_dataloaders is not None:
-        raise ValueError(
-            f"train_dataloaders and val_dataloaders are for fit; give {method} its dataloaders."
-        )
-    return (dataloaders,)
-
-
-def before_data(trainer: Trainer, stage: Stage, act: Callable[[], None]) -> patched:
-    """Return a patch to call `act` once before a loop sets up its data, with the model in place.
-
-    It restores itself then.
-    """
-    loop = stage.loop_of(trainer)
-
-    def act_and_set_up() -> None:
-        patch.restore()
-        # The loop has disabled gradients; trials do so by themselves
-        with torch.inference_mode(mode=False), torch.enable_grad():
-            act()
-        loop.setup_data()
-
-    patch = patched(loop, setup_data=act_and_set_up)
-    return patch
-
-
-class EvaluationSteps:
-    """Steps without gradients at any batch size, with a batch of each loader in turn.
-
-    A batch takes the path of `_EvaluationLoop._evaluation_step` and `_PredictionLoop._predict_step`
-    in Lightning 2.6, without logging.
-
-    Args:
-        trainer: The Trainer, on new loops.
-        loaders: The loaders of the stage.
-        samples: Makes the batches.
-        stage: The stage.
-        after: A training loop, of which one update runs first: its memory stays in use while
-            validating.
-        snapshot: Restores what a failed first step has changed.
-    """
-
-    def __init__(
-        self,
-        trainer: Trainer,
-        loaders: Loaders,
-        samples: Samples,
-        stage: Stage,
-        after: Callable[[], Generator[Any]] | None,
-        snapshot: Snapshot,
-    ) -> None:
-        self._trainer = trainer
-        self._loaders = loaders
-        self._samples = samples
-        self._stage = stage
-        self._after = after
-        names = (f"on_{stage.hook}_start", f"on_{stage.hook}_epoch_start")
-        self._hooks = Hooks(trainer, names, f"on_{stage.hook}_batch", snapshot)
-
-    def __call__(self, batch_size: int, accumulate: int) -> Iterator[None]:
-        """Yield after each round of the loaders; nothing is accumulated."""
-        batches = self._samples.batches(batch_size)
-        with contextlib.ExitStack() as stack:
-            if self._after is not None:
-                stack.enter_context(_modes_restored(self._trainer.lightning_module))
-                next(stack.enter_context(contextlib.closing(self._after())))
-            with self._evaluating():
-                loop, limit = active_loop(self._trainer), self._stage.limit_of(self._trainer)
-            lengths = stack.enter_context(
-                evaluation_shown(self._trainer, loop, self._loaders, batch_size, limit)
-            )
-            with self._evaluating():
-                self._hooks.first(lambda: self._begin(batches, lengths))
-            for index in count(1):
-                yield
-                with self._evaluating():
-                    self._round(batches, lengths, index)
-
-    @contextlib.contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        state = self._trainer.state
-        with patched(state, stage=type(state.stage)(self._stage.name)), torch.no_grad():
-            yield
-
-    def _begin(self, batches: Iterator[Any], lengths: Sequence[int | float]) -> None:
-        call_module_hook(self._trainer, f"on_{self._stage.hook}_model_eval")
-        self._hooks.start()
-        self._round(batches, lengths, 0)
-
-    def _round(self, batches: Iterator[Any], lengths: Sequence[int | float], index: int) -> None:
-        loaders = self._samples.batches_at_once
-        for position, length in zip(range(loaders), lengths, strict=False):
-            within = index if length == inf else index % max(1, int(length))
-            active_loop(self._trainer).batch_progress.is_last_batch = within + 1 == length
-            self._step(next(batches), within, position if loaders > 1 else None)
-
-    def _step(self, batch: Any, index: int, dataloader_idx: int | None) -> None:
-        trainer, loop = self._trainer, active_loop(self._trainer)
-        check_terminated(trainer)
-        batch = on_device(trainer, batch, dataloader_idx or 0)
-        arguments = build_evaluation_kwargs(loop, batch, index, dataloader_idx)
-        loop.batch_progress.current.ready = index
-        loop.batch_progress.increment_ready()
-        is_logging = self._stage.hook != "predict"
-        if is_logging:
-            logger_connector(trainer).on_batch_start(batch, dataloader_idx)
-        self._hooks.before_batch(*arguments.values())
-        loop.batch_progress.increment_started()
-        step = self._stage.step
-        outputs = call_strategy_hook(trainer, step, *build_step_args(loop, arguments, step))
-        loop.batch_progress.increment_processed()
-        self._hooks.after_batch(outputs, *arguments.values())
-        if is_logging:
-            logger_connector(trainer).on_batch_end()
-        loop.batch_progress.increment_completed()
-
-
-@contextlib.contextmanager
-def _modes_restored(module: torch.nn.Module) -> Iterator[None]:
-    """Restore the training mode of each submodule after the body."""
-    modes = {part: part.training for part in module.modules()}
-    try:
-        yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
