@@ -3,8 +3,8 @@
     python benchmarks/record.py FOLDER [--device cuda] [--memory 8GiB] [--brief]
 
 Each of three networks is searched, and then run at sizes on the way up to the limit and around it, so that a search that
-tries other sizes finds readings near them. Each network has its own file. Files of a real GPU belong in
-tests/recordings, from which the tests play them back to the search.
+tries other sizes finds readings near them. Each network has its own file. tests/recordings/h200.json
+holds the readings of such files in short.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def truth(peak, high=HIGH, budget=BUDGET):
 
 def close(size, true, resolution):
     """Return True if a search may end at this size."""
-    return true - size <= max(1, int(resolution * (true + 1))) - 1
+    return true - size <= int(resolution * true)
 
 
 def line(largest, fixed=0.0):

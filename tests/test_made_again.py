@@ -106,6 +106,7 @@ MADE = {
 
 @pytest.mark.parametrize("name", [*PASSED, *MADE])
 def test_training_is_the_same_as_with_a_loader_made_at_the_planned_size(name):
+    # 600 samples leave a rest at the size that is looked at before the search, at any place
     callback, modules, own = tuner(), [], []
     for tuned in (True, False):
         plan = callback.report.plan if callback.report else autobatch.BatchPlan(4)
@@ -135,6 +136,23 @@ def test_an_epoch_that_a_sampler_counts_goes_on_after_it_was_made_again():
     quiet_trainer(tuner()).fit(Model(), loader)
 
     assert (loader.batch_sampler.epoch, len(loader.batch_sampler)) == (2, 150)
+
+
+class Reordered(Listed):
+    def __iter__(self):
+        self.batches = self.batches[::-1]
+        return iter(self.batches)
+
+
+def test_training_keeps_its_plan_where_a_sampler_has_changed_since_it_was_made_again(caplog):
+    model, callback = Model(), tuner(retune_at_epochs=[1])
+    loader = DataLoader(data(), batch_sampler=Reordered(LENGTHS, 4))
+
+    quiet_trainer(callback).fit(model, loader)
+
+    assert set(model.sizes) == {callback.report.plan.micro_batch_size}
+    assert "Training continues with its plan. AutoBatch cannot change" in caplog.text
+    assert (loader.batch_sampler.batch_size, len(loader.batch_sampler)) == (4, 150)
 
 
 class Guessed(Buckets):

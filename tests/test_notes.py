@@ -409,3 +409,27 @@ def test_the_lowest_bound_holds(target, largest, dataset, world_size):
     shares = [n // world_size for n in (target, dataset) if n is not None]
     allowed = [*shares, *([largest] if largest is not None else [])]
     assert (bound.batch_size if bound else None) == min(allowed, default=None)
+
+
+@pytest.mark.parametrize(("allocated", "is_noted"), [(101, True), (113, True), (114, False)])
+def test_memory_held_by_fragments_is_noted_with_the_size_that_may_fit(allocated, is_noted):
+    gib = 2**30
+    trial = Trial(2424, Outcome.FIT, peak=125 * gib, resident=gib, allocated=allocated * gib)
+
+    found = notes_after(plan=BatchPlan(2424), trials=(trial,), total=150 * gib, bound=None)
+
+    more = 2424 * 124 // (allocated - 1)
+    expected = (
+        f"{125 - allocated} GiB of 125 GiB at 2,424 are fragments. "
+        f"PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True may fit up to {more:,}, an estimate from "
+        "the bytes in use."
+    )
+    assert (expected in found) is is_noted
+
+
+def test_fragments_do_not_matter_if_more_samples_are_not_needed():
+    trial = Trial(256, Outcome.FIT, peak=2**33, resident=2**20, allocated=2**32)
+
+    found = notes_after(plan=BatchPlan(256), trials=(trial,))
+
+    assert not any("fragments" in note for note in found)

@@ -331,12 +331,26 @@ def without_locks(samples):
     return default_collate([sample for sample, *_ in samples])
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_samples_that_cannot_be_pickled_are_collated_where_they_are_read(workers):
+class LockedStream(IterableDataset):
+    def __iter__(self):
+        return (Locked()[index] for index in range(240))
+
+
+class Uncopied(DataLoader):
+    def __reduce_ex__(self, _):
+        raise TypeError("not to be copied")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "workers"), [(Locked, 0), (Locked, 1), (LockedStream, 0)], ids=str
+)
+def test_samples_and_loaders_that_cannot_be_copied_are_collated_where_they_are_read(
+    dataset, workers
+):
     model = Takes()
     callback = tuner()
 
-    loader = DataLoader(Locked(), 4, collate_fn=without_locks, num_workers=workers)
+    loader = Uncopied(dataset(), 4, collate_fn=without_locks, num_workers=workers)
     quiet_trainer(callback, max_epochs=1).fit(model, loader)
 
     assert set(model.sizes) == {callback.report.plan.micro_batch_size}

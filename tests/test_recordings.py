@@ -1,9 +1,8 @@
-"""Searches on recordings: all files in tests/recordings, and simulated devices."""
+"""Recordings of searches on simulated devices, and searches on their replay."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +14,6 @@ from autobatch.testing import PaperDevice, Recorder, Recording, ReplayedDevice, 
 from conftest import set_curve_seconds
 from networks import Perceptron, training
 from nvml_standin import GIB, FakeGpu
-
-RECORDINGS = sorted((Path(__file__).parent / "recordings").glob("*.json"))
 
 
 def recorded(probe, workload, **options):
@@ -267,15 +264,3 @@ def test_a_replay_repeats_memory_taken_by_other_processes():
     assert again.device.foreign <= report.budget
     assert again.budget <= 10_000 - 100
     assert again.plan.micro_batch_size <= report.plan.micro_batch_size * 1.02
-
-
-@pytest.mark.parametrize("search", [autobatch.GuidedBisection(), autobatch.Bisection()], ids=repr)
-@pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.stem)
-def test_searches_find_the_largest_fit_on_recordings_of_real_devices(path, search):
-    recording = Recording.read(path)
-    device = ReplayedDevice(recording)
-
-    report = replayed(recording, search=search)
-
-    assert report.plan.micro_batch_size >= 0.97 * device.largest
-    assert all(trial.peak <= report.budget for trial in report.trials if trial.fits)

@@ -43,6 +43,9 @@ class MemoryReading:
         failures: Allocations refused or retried so far.
         cap: The user's own limit for this process; None if there is none.
         retries: Failures that succeeded after the allocator had emptied its cache.
+        allocated: Maximum of the bytes in use since the trial began, without cached and
+            fragmented memory; None if the device cannot tell.
+        requested: The same, before the allocator rounds sizes up to blocks.
     """
 
     total: int
@@ -52,6 +55,8 @@ class MemoryReading:
     failures: int
     cap: int | None = None
     retries: int = 0
+    allocated: int | None = None
+    requested: int | None = None
 
     @property
     def refused(self) -> int:
@@ -73,6 +78,19 @@ class Watch(Protocol):
     @property
     def profile(self) -> tuple[int, ...]:
         """Bytes held after each allocation of the last complete step."""
+
+
+class PeakEstimate(Protocol):
+    """Peak memory of a training step, predicted without running it.
+
+    Bytes of the whole process: what it holds before a trial is included.
+    """
+
+    def requested(self, batch_size: int) -> int:
+        """Return the most bytes that tensors request at once."""
+
+    def reserved(self, batch_size: int, capacity: int) -> int | None:
+        """Return the most bytes reserved; None if a step cannot run in `capacity` bytes."""
 
 
 class MemoryProbe(Protocol):

@@ -89,6 +89,8 @@ class CudaProbe:
             failures=sum(stats.get(count, 0) for count in (_RETRIES, *_REFUSALS)),
             cap=self._user_cap(),
             retries=stats.get(_RETRIES, 0),
+            allocated=stats.get("allocated_bytes.all.peak"),
+            requested=stats.get("requested_bytes.all.peak"),
         )
 
     @contextlib.contextmanager

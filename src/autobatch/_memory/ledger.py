@@ -324,8 +324,10 @@ def _size_on_meta(
 
 
 def _signature(value: Any) -> Any:
-    """Properties of an argument that decide the size of the result; TypeError if not hashable."""
+    """Properties of an argument that decide the size of the result; TypeError if there are none."""
     if isinstance(value, torch.Tensor):
+        if value.is_nested:
+            raise TypeError  # it has no shape
         layout = value.stride() if value.layout is torch.strided else value.layout
         return (value.shape, layout, value.dtype, value.requires_grad)
     if isinstance(value, (list, tuple)):

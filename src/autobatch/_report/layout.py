@@ -79,15 +79,10 @@ class Page:
 
 @dataclass(frozen=True, slots=True)
 class Glyphs:
-    """Characters that an output can show; replaced one for one, so that columns stay aligned.
+    """Characters that an output can show; replaced one for one, so that columns stay aligned."""
 
-    Args:
-        encoding: Encoding of the output; characters outside it become "?".
-        stand_ins: Characters that replace others.
-    """
-
-    encoding: str
-    stand_ins: Mapping[int, int] = field(default_factory=dict)
+    encoding: str  # of the output; characters outside it become "?"
+    stand_ins: Mapping[int, int] = field(default_factory=dict)  # characters that replace others
 
     def spell(self, text: str) -> str:
         """Return text in these characters."""

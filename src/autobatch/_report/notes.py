@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _CROWDED: Final = 0.1  # share of device memory held by other processes that is worth a note
 _TIGHT: Final = 0.05  # share of available memory; with less to spare, little more fits
+_FRAGMENTED: Final = 1.10  # reserved over allocated bytes; with less, little more would fit
 _SAME_SPEED: Final = 0.05  # relative difference of speeds within the noise of their timing
 _SCATTERED: Final = 0.3  # relative spread of single updates that hides differences of sizes
 _WAITING: Final = 0.1  # share of time spent on data that more workers would save
@@ -50,6 +51,7 @@ def notes(report: TuningReport, run: RunDetails) -> tuple[str, ...]:
         # Other sizes
         _past_knee(report),
         _tight(report),
+        _fragmented(report, run),
         _uneven(report),
         _crowded(report, run),
         _unreached(report, run),
@@ -203,6 +205,21 @@ def _tight(report: TuningReport) -> str | None:
         f"Only {format_bytes(max(0, available - peak))} of {format_bytes(total)} to spare: "
         "longer inputs, or other processes on this device, may not fit. "
         "A lower memory_limit leaves more."
+    )
+
+
+def _fragmented(report: TuningReport, run: RunDetails) -> str | None:
+    size = report.largest_fit or 0
+    trial = trial_of(report.trials, size)
+    if trial is None or trial.peak is None or not trial.allocated or _reached_bound(report, run):
+        return None
+    if trial.peak < _FRAGMENTED * trial.allocated or trial.allocated <= trial.resident:
+        return None
+    most = size * (trial.peak - trial.resident) // (trial.allocated - trial.resident)
+    return (
+        f"{format_bytes(trial.peak - trial.allocated)} of {format_bytes(trial.peak)} at {size:,} "
+        f"are fragments. PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True may fit up to {most:,}, "
+        "an estimate from the bytes in use."
     )
 
 

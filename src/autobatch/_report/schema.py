@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 # Units of fields whose name has none
 _UNITS: Final = {
-    **dict.fromkeys(("budget", "foreign", "peak", "resident", "total"), "bytes"),
+    **dict.fromkeys(
+        ("allocated", "budget", "foreign", "peak", "requested", "resident", "total"), "bytes"
+    ),
     **dict.fromkeys(("low", "high"), "samples"),  # of a noise scale
 }
 # Numbers at the top of a report; settings are the user's

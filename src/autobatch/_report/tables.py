@@ -140,9 +140,8 @@ def effective_table(
 def _relative_time(row: EffectiveRow) -> str:
     if row.relative_time is None:
         return ""
-    if row.relative_time == row.relative_time_low == row.relative_time_high:
-        return multiple(row.relative_time)
-    return f"{multiple(row.relative_time)}  ({spread(row)})"
+    is_exact = row.relative_time == row.relative_time_low == row.relative_time_high
+    return f"{multiple(row.relative_time)}{'' if is_exact else f'  ({spread(row)})'}"
 
 
 def spread(row: EffectiveRow) -> str:

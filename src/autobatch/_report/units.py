@@ -81,16 +81,11 @@ def trimmed(value: float) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
-def quantity(value: float, units: Sequence[Unit]) -> str:
-    """Return one number with its unit, "48.2 s"; decimals that are all zero are left out."""
-    unit = unit_for([value], units)
-    whole, _, decimals = rounded(value / unit.factor).partition(".")
-    return f"{whole}.{decimals} {unit.name}" if decimals.strip("0") else f"{whole} {unit.name}"
-
-
 def duration(seconds: float) -> str:
-    """Return seconds in the unit that suits them, "71.6 ms"."""
-    return quantity(seconds, SECONDS)
+    """Return seconds in the unit that suits them, "71.6 ms"; no decimals that are all zero."""
+    unit = unit_for([seconds], SECONDS)
+    whole, _, decimals = rounded(seconds / unit.factor).partition(".")
+    return f"{whole}.{decimals} {unit.name}" if decimals.strip("0") else f"{whole} {unit.name}"
 
 
 def percent(share: float) -> str:

@@ -25,8 +25,8 @@ class Bisection:
     """Double until a size fails, then bisect; never reads memory.
 
     Args:
-        resolution: Largest gap between the largest fit and the smallest failure at which the search
-            ends, as a share of the latter; at least one sample.
+        resolution: Largest gap at which the search ends, between the largest fit and the largest
+            size that may fit, as a share of the latter.
     """
 
     resolution: float = 0.01
@@ -56,6 +56,7 @@ class Bracket(NamedTuple):
     refused: int  # largest size too small for the workload; 0 if there is none
     bad: int | None  # smallest failure above both: a failure below a fit is noise
     high: int  # largest size allowed
+    failures: int = 0  # sizes above both that failed
 
     @classmethod
     def of(cls, trials: Sequence[Trial], high: int) -> Bracket:
@@ -63,7 +64,7 @@ class Bracket(NamedTuple):
         refused = max((t.batch_size for t in trials if t.outcome is Outcome.REFUSED), default=0)
         failed = [t.batch_size for t in trials if not t.fits]
         above = [size for size in failed if size > max(good, refused)]
-        return cls(good, refused, min(above, default=None), high)
+        return cls(good, refused, min(above, default=None), high, len(set(above)))
 
     @property
     def low(self) -> int:
@@ -83,8 +84,8 @@ class Bracket(NamedTuple):
             return True
         if self.bad is None:
             return False
-        gap = max(1, int(resolution * self.bad)) if self.good else 1
-        return self.bad - self.low <= gap
+        most = self.bad - 1  # the largest size that may fit
+        return most - self.low <= (int(resolution * most) if self.good else 0)
 
 
 def check_resolution(resolution: float) -> None:

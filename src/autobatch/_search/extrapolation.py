@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
@@ -45,7 +46,16 @@ class Reading(NamedTuple):
 
 
 def readings_of(trials: Sequence[Trial], budget: int) -> list[Reading]:
-    """Return the latest reading of every size whose peak is known, smallest size first."""
+    """Return the latest reading of every size whose peak is known, smallest size first.
+
+    Reserved bytes decide, but they rise in steps. Where all trials have allocated bytes, which are
+    smooth, these are the peaks, and the budget is scaled as at the largest fit.
+    """
+    trials = [t for t in trials if t.peak is not None]
+    top = max((t for t in trials if t.fits), key=lambda t: t.batch_size, default=None)
+    if top is not None and top.peak and all(t.allocated for t in trials):
+        budget = budget * (top.allocated or 0) // top.peak
+        trials = [replace(t, peak=t.allocated) for t in trials]
     readings = {
         t.batch_size: Reading(
             t.batch_size, t.fits, t.peak, budget - t.peak, budget - t.resident, t.profile

@@ -39,6 +39,10 @@ _SECOND_READING: Final = 0.75
 _FLAT: Final = 64
 # A line that exceeds a failed size by this factor does not help to locate the failure
 _MAX_OVERSHOOT: Final = 4
+# Two readings promise too much by up to this share of the way beyond them
+_MARGIN_OF_TWO: Final = 0.04
+# A failure beyond this share of the limit is an error of an unproven line, and not a jump
+_NEAR: Final = 0.9
 # Factor between sizes on the way to a jump: small enough to see nearly every jump before it
 _JUMP_STEP: Final = 1.24
 
@@ -190,15 +194,15 @@ def from_jump(evidence: Evidence) -> Forecast | None:
         return None
     good = line.last.size
     is_well_above = bad > (1 + 2 * (resolution + line.residual)) * good
-    if not is_well_above or line.limit < (1 - resolution) * bad:
+    if not is_well_above or line.limit < bad:
         return None
     target = math.sqrt(good * bad)
-    if line.limit <= _MAX_OVERSHOOT * bad:
-        if _JUMP_STEP * good < bad:
-            target = max(bad / 2, _JUMP_STEP * good)
-        elif line.limit <= (1 + 2 * resolution) * bad:
-            # The line ends so close to the failure that it is noise rather than a jump
-            target = (1 - 2 * resolution) * bad
+    is_first = evidence.bracket.failures == 1
+    if line.limit <= bad / _NEAR and is_first and not line.is_proven:
+        # The line ends so close to the failure that it is in error, and memory did not jump
+        target = good + _NEAR * (bad - good)
+    elif line.limit <= _MAX_OVERSHOOT * bad and _JUMP_STEP * good < bad:
+        target = max(bad / 2, _JUMP_STEP * good)
     return Forecast(line.limit, target, is_certain=False)
 
 
@@ -206,7 +210,7 @@ def from_line(evidence: Evidence) -> Forecast:
     """Follow the line through the last fits, no further than the readings justify."""
     line, top = evidence.line, evidence.top
     if line.is_proven:
-        targets = [line.limit - max(int(evidence.margin * line.limit), line.uncertainty)]
+        targets = [line.limit - max(round(evidence.margin * line.limit), line.uncertainty)]
     else:
         targets = _unproven_targets(evidence)
     targets += [limit_through(top, r) for r in evidence.failed]
@@ -225,7 +229,8 @@ def _unproven_targets(evidence: Evidence) -> list[float]:
     line, fits, top = evidence.line, evidence.fits, evidence.top
     target = line.limit - int(evidence.margin * line.limit)
     if len(fits) < MIN_POINTS:
-        return [target, top.size * min(evidence.growth, max(2, top.headroom))]
+        aim = min(target, top.size * min(evidence.growth, max(2, top.headroom)))
+        return [aim - _MARGIN_OF_TWO * max(0.0, aim - top.size)]
     if line.limit < top.proportional_limit:
         # Memory has jumped, and may continue with the former slope
         before = evidence.line_before

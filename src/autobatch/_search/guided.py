@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from autobatch._search import Bracket, check_resolution
-from autobatch._search.extrapolation import Reading, readings_of
+from autobatch._search.extrapolation import MIN_POINTS, Reading, readings_of
 from autobatch._search.forecast import Evidence, Forecast, exploratory_size, forecast
 
 if TYPE_CHECKING:
@@ -27,12 +27,17 @@ class GuidedBisection:
     failure that the line did not predict, memory jumps in between, and small steps locate the jump.
     Without any readings the search is `Bisection`.
 
+    Where trials carry allocated bytes, as on CUDA, these are extrapolated: they are smooth, while
+    reserved bytes, which decide, rise in steps and may fall as the size grows.
+
     Guarantee, if memory never falls as the size grows: the size found is within `resolution` of the
-    largest that fits (at least one sample), or it leaves unused at most `resolution` of the bytes
-    between resident memory and the budget (at least one sample's share of them); five times
-    `resolution` if peaks scatter about a line by up to twice that. On straight lines below which a
-    few sizes fit, and on maxima of straight lines with true profiles, the first part holds, and no
-    trial fails unless the very first does.
+    largest that fits, or it leaves unused at most `resolution` of the bytes between resident memory
+    and the budget (at least one sample's share of them); five times `resolution` if peaks scatter
+    about a line by up to twice that. On straight lines below which a few sizes fit, and on maxima
+    of straight lines with true profiles, the first part holds, and no trial fails unless the very
+    first does. If reserved memory may fall as the size grows, the size found has run, and on the
+    curves measured so far it is within 1 % of the largest or leaves at most 2 % of those bytes
+    (and one sample's share) unused.
 
     Args:
         resolution: Accuracy of the size found, as a share.
@@ -53,9 +58,9 @@ class GuidedBisection:
         if not trials:
             return min(start, high)
         bracket = Bracket.of(trials, high)
-        if bracket.is_closed(self.resolution):
-            return None
         evidence = Evidence(readings_of(trials, budget), bracket, self.resolution, self.growth)
+        if bracket.is_closed(self.resolution):
+            return self._beyond_a_failure(trials, evidence, budget)
         if not bracket.good:
             # Nothing fits yet: bisect, or go to a size in proportion to a failed peak
             sizes = [bracket.middle, *(r.proportional_limit for r in evidence.failed)]
@@ -72,6 +77,24 @@ class GuidedBisection:
         if predicted.is_certain and _is_reached(predicted.limit, evidence.top, accuracy):
             return None
         return self._next_size(trials, bracket, predicted)
+
+    def _beyond_a_failure(
+        self, trials: Sequence[Trial], evidence: Evidence, budget: int
+    ) -> int | None:
+        """Return a size beyond the only failure if fragmented memory may have caused it.
+
+        A caching allocator may fail at a size, and run larger ones in the same memory.
+        """
+        bracket = evidence.bracket
+        top = next(t for t in trials if t.batch_size == bracket.good) if bracket.good else None
+        if top is None or not top.allocated or top.peak is None or len(evidence.fits) < MIN_POINTS:
+            return None
+        is_fragmented = top.allocated < top.peak
+        is_full = budget - top.peak <= 2 * self.resolution * (budget - top.resident)
+        if bracket.failures != 1 or not is_fragmented or is_full:
+            return None
+        size = (bracket.low + 1 + min(evidence.line.limit, bracket.high)) // 2
+        return size if bracket.bad is not None and size > bracket.bad else None
 
     def _next_size(self, trials: Sequence[Trial], bracket: Bracket, predicted: Forecast) -> int:
         """Return the target of the forecast, but narrow the bracket enough every three trials."""
@@ -90,7 +113,6 @@ class GuidedBisection:
 
 
 def _is_reached(limit: int, top: Reading, accuracy: float) -> bool:
-    """Return True if the next size will not fit, and an error of that prediction costs little."""
-    gap = max(1, int(accuracy * (limit + 1)))
+    """Return True if larger sizes will not fit, and an error of that prediction costs little."""
     share = max(accuracy, 1 / top.size)
-    return limit + 1 - top.size <= gap and top.left <= share * top.room
+    return limit - top.size <= int(accuracy * limit) and top.left <= share * top.room

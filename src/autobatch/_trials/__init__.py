@@ -33,6 +33,8 @@ class Trial:
         resident: Bytes this process held when the trial began.
         profile: Bytes held after each allocation of the last step, if the probe keeps a ledger.
         error: Message of the failure, if there was one.
+        allocated: Most bytes in use at once, without cached and fragmented memory; None if unknown.
+        requested: The same, before the allocator rounds sizes up to blocks.
     """
 
     batch_size: int
@@ -44,6 +46,8 @@ class Trial:
     resident: int = 0
     profile: tuple[int, ...] = ()
     error: str | None = None
+    allocated: int | None = None
+    requested: int | None = None
 
     @property
     def fits(self) -> bool:

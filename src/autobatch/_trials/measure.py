@@ -124,6 +124,8 @@ def measure_memory(
         batch_size=_samples_run(trial, run),
         outcome=Outcome.OUT_OF_MEMORY if has_failed else Outcome.FIT,
         peak=None if has_failed else after.peak,
+        allocated=None if has_failed else after.allocated,
+        requested=None if has_failed else after.requested,
         resident=before.reserved,
         profile=watch.profile if watch else (),
     )

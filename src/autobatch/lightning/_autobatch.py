@@ -440,7 +440,12 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         target = self._run.first_report.plan.effective_batch_size
         known = PriorPlan(target=target, note=f"{reason} {target:,}.")
         with stopping_together():
-            tuned = tune_training(trainer, module, self._arguments, lambda *_: known, None, ())
+            try:
+                tuned = tune_training(trainer, module, self._arguments, lambda *_: known, None, ())
+            except FixedBatchSizeError as error:
+                # A sampler that was made again, and has changed itself since: its plan still holds
+                _log.warning("Training continues with its plan. %s", error)
+                return
             if tuned.report.plan != self._trained.plan:
                 self._run.loaders["train"].undo()
                 apply_between_epochs(

@@ -25,7 +25,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from autobatch.lightning._dataloaders import capture_order, layers, take_iterator
-from autobatch.lightning._reading import reading_of
+from autobatch.lightning._reading import alike, reading_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -148,7 +148,7 @@ class Reader:
         capture_order(loader, self._snapshot)
         self._snapshot.capture_light(loader.collate_fn, *layers(loader.dataset))
         if at not in self._here:
-            self._here[at] = reading_of(copy.copy(loader), self._setters[at])
+            self._here[at] = reading_of(alike(loader), self._setters[at])
         return getattr(self._here[at], method)(*arguments)
 
 
@@ -257,19 +257,17 @@ def _serve(
     answers: dict[Any, bytes] = {}
     parent = multiprocessing.parent_process()
     ends: list[Any] = [requests, *([parent.sentinel] if parent else [])]
-    while connection.wait(ends) == [requests]:
-        try:
+    with suppress(EOFError, ConnectionError):  # the other process has ended
+        while connection.wait(ends) == [requests]:
             request = requests.recv()
-        except EOFError:
-            break
-        if request in answers:
-            kind, data = "value", answers[request]
-        else:
-            kind, data = _answer(readings, *request)
-            if kind == "value" and sum(map(len, answers.values())) + len(data) < _MAX_CACHED:
-                answers[request] = data
-        requests.send(kind)
-        requests.send_bytes(data)
+            if request in answers:
+                kind, data = "value", answers[request]
+            else:
+                kind, data = _answer(readings, *request)
+                if kind == "value" and sum(map(len, answers.values())) + len(data) < _MAX_CACHED:
+                    answers[request] = data
+            requests.send(kind)
+            requests.send_bytes(data)
     del abandoned
 
 

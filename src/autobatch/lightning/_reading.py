@@ -91,14 +91,23 @@ def reading_of(loader: DataLoader[Any], setter: SetBatchSize | None) -> Reading:
     return _AsIterated(loader, setter)
 
 
+def alike(loader: DataLoader[Any], **changes: Any) -> DataLoader[Any]:
+    """Return a loader of the same class and attributes, but for some.
+
+    `copy.copy` would take it apart as for a pickle, which its class may refuse.
+    """
+    made = object.__new__(type(loader))
+    vars(made).update(vars(loader), **changes)
+    return made
+
+
 class _OfDataSet:
     """Reads samples by their indices; the loader itself makes batches of the largest."""
 
     def __init__(self, loader: DataLoader[Any]) -> None:
         self._loader = loader
         self._asked: list[list[Any]] = []  # indices of the batch to make
-        self._asking = copy.copy(loader)
-        vars(self._asking).update(batch_sampler=self._asked)
+        self._asking = alike(loader, batch_sampler=self._asked)
 
     def seen(self) -> Seen:
         sampler = sampler_of(self._loader)
@@ -178,9 +187,7 @@ class _OfStream:
 
     def _of(self, positions: Sequence[int]) -> DataLoader[Any]:
         """Return the loader with some samples of its stream only."""
-        loader = copy.copy(self._loader)
-        vars(loader).update(dataset=_Repeating(self._loader.dataset, positions))
-        return loader
+        return alike(self._loader, dataset=_Repeating(self._loader.dataset, positions))
 
 
 class _Repeating(IterableDataset[Any]):
@@ -261,10 +268,8 @@ class _AsIterated:
         # Not asked for its truth, which may be a length that it does not have
         sampler: Any = self._loader.batch_sampler
         batches = list(islice(sampler, _MAX_LISTED))
-        loader = copy.copy(self._loader)
         # Samplers that sort by length have their largest batches at one of the ends
-        vars(loader).update(batch_sampler=[*batches[-2:], *_spread(batches[:-2])])
-        return loader
+        return alike(self._loader, batch_sampler=[*batches[-2:], *_spread(batches[:-2])])
 
 
 def _no_batch(batch_size: int) -> ValueError:

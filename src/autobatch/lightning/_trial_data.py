@@ -15,6 +15,7 @@ from autobatch._memory.ledger import unobserved
 from autobatch._report.result import Look
 from autobatch._trials.batches import leaves, listed, map_leaves, rows_of_each, sample_counts
 from autobatch.errors import FixedBatchSizeError, WorstCaseError
+from autobatch.lightning._epochs import samples_of
 from autobatch.lightning._reader import Copied, Reader
 from autobatch.lightning._reading import LARGEST_KEPT, data_size
 
@@ -112,8 +113,9 @@ class Samples:
                 after = self._reader.read(at, "counts", size)()
             except Exception:
                 return  # a size that is refused: trials find those that are not
-        is_users = self._loaders.is_set_by_user
-        if not before or not after or _follows(before, after, own, size, is_exact=not is_users):
+        is_users, loader = self._loaders.is_set_by_user, self._loaders.each[at]
+        rest = -1 if is_users else (samples_of(loader, 1) or 0) % size
+        if not before or not after or _follows(before, after, own, size, rest):
             return
         found = listed({count for counts in after for count in counts[-2:-1] if count})
         if is_users:
@@ -123,7 +125,7 @@ class Samples:
             )
         raise FixedBatchSizeError(
             "AutoBatch cannot change the batch size of this loader, a "
-            f"{type(self._loaders.each[at]).__name__}: it makes batches of {found} samples when "
+            f"{type(loader).__name__}: it makes batches of {found} samples when "
             f"batch_size is {size}; pass set_batch_size, a function that makes all of its batches "
             "follow, or leave AutoBatch out."
         )
@@ -241,22 +243,20 @@ class Samples:
 
 
 def _follows(
-    before: list[list[int | None]],
-    after: list[list[int | None]],
-    own: int,
-    size: int,
-    *,
-    is_exact: bool,
+    before: list[list[int | None]], after: list[list[int | None]], own: int, size: int, rest: int
 ) -> bool:
     """Check that samples, counted in any way, grow as the batch size does.
 
-    Batches of one size have to be of one size again, and others to keep their mean.
+    Batches of one size have to be of one size again but for the `rest` of an epoch, which may come
+    anywhere, and others to keep their mean. A negative rest leaves it at the mean.
     """
     for then, now in zip(zip(*before, strict=True), zip(*after, strict=True), strict=True):
         if None in then or None in now:
             continue
-        if is_exact and len(set(then)) == 1:
-            if {count * own for count in now} == {then[0] * size}:
+        full = max(then)
+        if rest >= 0 and then.count(full) >= max(1, len(then) - 1):
+            others = [count * own for count in now if count * own != full * size]
+            if others in ([], [full * rest]):
                 return True
         elif abs(fmean(now) * own / (fmean(then) * size) - 1) < _MEAN_CHANGE:
             return True

@@ -99,6 +99,8 @@ class SimulatedAccelerator:
             reserved=ledger.current,
             peak=ledger.peak,
             failures=ledger.failures,
+            allocated=ledger.peak,
+            requested=ledger.peak,
         )
 
     @contextlib.contextmanager

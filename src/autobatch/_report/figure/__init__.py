@@ -160,12 +160,10 @@ def _summary(report: TuningReport) -> str:
 def _footer(report: TuningReport) -> str:
     """Return the methods of measurement, then device, subject and versions."""
     method = latency.measured_by(report) if report.latencies else training.measured_by(report)
-    lines = textwrap.wrap(method, _FOOTER_WIDTH) + textwrap.wrap(_setup(report), _FOOTER_WIDTH)
+    versions = (f"{name} {number}" for name, number in report.environment.items())
+    setup = " · ".join(map(cut, [*page(report).header[1:], *versions]))
+    lines = textwrap.wrap(method, _FOOTER_WIDTH)
+    lines += textwrap.wrap(f"Measured on {setup}", _FOOTER_WIDTH)
     if len(lines) > _FOOTER_LINES:
         lines[_FOOTER_LINES - 1 :] = [f"{lines[_FOOTER_LINES - 1]} …"]
     return "\n".join(lines)
-
-
-def _setup(report: TuningReport) -> str:
-    versions = (f"{name} {number}" for name, number in report.environment.items())
-    return "Measured on " + " · ".join(map(cut, [*page(report).header[1:], *versions]))

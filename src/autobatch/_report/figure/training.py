@@ -264,8 +264,9 @@ def _effective_table(axes: Axes, report: TuningReport) -> None:
 
 def measured_by(report: TuningReport) -> str:
     """Return sentences on how the numbers were measured or estimated."""
-    sentences = (_speed_by(report), _loss_by(report), _rule(report))
-    return " ".join(sentence for sentence in sentences if sentence)
+    rule = report.learning_rate if report.effective else None
+    of_rates = f"LR: by the {rule.rule} rule, usual for {cut(rule.optimizer)}." if rule else ""
+    return " ".join(filter(None, (_speed_by(report), _loss_by(report), of_rates)))
 
 
 def _speed_by(report: TuningReport) -> str:
@@ -295,10 +296,3 @@ def _loss_by(report: TuningReport) -> str:
     reason = "No size was timed." if scale else trust(report)
     missing = "No gradient noise scale was measured."
     return f"Time to the same loss: not estimated. {drawable(reason or missing)}"
-
-
-def _rule(report: TuningReport) -> str:
-    rule = report.learning_rate
-    if rule is None or not report.effective:
-        return ""
-    return f"LR: by the {rule.rule} rule, usual for {cut(rule.optimizer)}."

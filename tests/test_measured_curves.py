@@ -1,0 +1,65 @@
+"""Searches on memory curves that were measured on a GPU."""
+
+from __future__ import annotations
+
+from statistics import mean
+
+import pytest
+
+from autobatch import Bisection, GuidedBisection, Outcome, Trial
+from measured_curves import measured_curves, starts
+
+CURVES = measured_curves()
+
+
+def run(search, curve, start):
+    trials = []
+    options = {"start": start, "high": 100_000, "budget": curve.budget}
+    while (size := search.propose(tuple(trials), **options)) is not None:
+        fits = curve.fits(size)
+        trials.append(
+            Trial(
+                size,
+                Outcome.FIT if fits else Outcome.OUT_OF_MEMORY,
+                peak=curve.peak(size) if fits else None,
+                resident=curve.resident,
+                allocated=curve.allocated(size) if fits else None,
+            )
+        )
+    return trials
+
+
+def found(trials):
+    return max(trial.batch_size for trial in trials if trial.fits)
+
+
+def failures(trials):
+    return sum(not trial.fits for trial in trials)
+
+
+def test_thirteen_searches_take_less_than_five_trials_and_seldom_fail():
+    searches = [run(GuidedBisection(), curve, start) for curve in CURVES for start in starts(curve)]
+
+    assert len(searches) == 13
+    assert mean(map(len, searches)) <= 4.7
+    assert mean(map(failures, searches)) <= 0.3
+    assert max(map(failures, searches)) <= 1
+
+
+@pytest.mark.parametrize("curve", CURVES, ids=lambda curve: curve.name)
+def test_the_size_found_ran_and_leaves_little_of_the_size_or_the_bytes(curve):
+    for start in (2, 3, 5, *range(8, 49, 4)):
+        size = found(run(GuidedBisection(), curve, start))
+
+        unused = (curve.budget - curve.peak(size)) / (curve.budget - curve.resident)
+        assert curve.fits(size)
+        assert size >= 0.99 * curve.largest or unused <= 0.02 + 1 / size
+
+
+def test_bisection_may_stop_below_a_size_that_fails_though_larger_ones_fit():
+    """Why readings matter: GPT-2 fits at 48 to 52 and runs out of memory at 47."""
+    gpt = next(curve for curve in CURVES if curve.name == "GPT-2, bf16, AdamW")
+
+    assert not gpt.fits(47)
+    assert gpt.largest == 52
+    assert gpt.fits(found(run(Bisection(), gpt, 8)))
