@@ -161,7 +161,9 @@ class EvaluationSteps:
                 evaluation_shown(self._trainer, loop, self._loaders, batch_size, limit)
             )
             with self._evaluating():
-                self._hooks.first(lambda: self._begin(batches, lengths))
+                for attempt in self._hooks.attempts():
+                    with attempt:
+                        self._begin(batches, lengths)
             for index in count(1):
                 yield
                 with self._evaluating():

@@ -10,7 +10,7 @@ from autobatch._memory.oom import is_oom
 from autobatch.lightning._compat import call_callback_hook, call_module_hook
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Iterator, Sequence
 
     from autobatch._trials.snapshot import Snapshot
     from autobatch.lightning._trainer import Trainer
@@ -43,14 +43,22 @@ class Hooks:
         self._snapshot = snapshot
         self.with_callbacks = False  # those of callbacks are called as well
 
-    def first(self, begin: Callable[[], None]) -> None:
-        """Begin a trial; once more with the hooks of callbacks if it fails without them."""
-        try:
-            begin()
-        except Exception as error:
-            if is_oom(error) or self.with_callbacks or not self._are_in_callbacks:
-                raise
-            self._begin_with_callbacks(begin, error)
+    def attempts(self) -> Iterator[Attempt]:
+        """Yield a block that begins a trial, and one with hooks of callbacks if it fails without.
+
+        If that fails too, the first error counts, unless memory ran out.
+        """
+        first = Attempt(is_last=self.with_callbacks or not self._are_in_callbacks)
+        yield first
+        if first.error is None:
+            return
+        error, first.error = first.error, None  # its frames hold the tensors of the step
+        self._snapshot.restore()
+        self.with_callbacks = True
+        yield (second := Attempt(is_last=False))
+        if second.error is not None:
+            self.with_callbacks = False
+            raise error from None
 
     def start(self) -> None:
         """Call the hooks before the first batch."""
@@ -78,16 +86,22 @@ class Hooks:
         names = (*self._start, f"{self._batch}_start", f"{self._batch}_end")
         return any(_is_users(each, name) for each in self._trainer.callbacks for name in names)
 
-    def _begin_with_callbacks(self, begin: Callable[[], None], error: Exception) -> None:
-        self._snapshot.restore()
-        self.with_callbacks = True
-        try:
-            begin()
-        except Exception as second:
-            if is_oom(second):
-                raise
-            self.with_callbacks = False
-            raise error from None
+
+class Attempt:
+    """A block that begins a trial; it keeps an error other than out-of-memory unless it is last."""
+
+    def __init__(self, *, is_last: bool) -> None:
+        self.error: Exception | None = None
+        self._is_last = is_last
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> bool:
+        if self._is_last or not isinstance(error, Exception) or is_oom(error):
+            return False
+        self.error = error
+        return True
 
 
 def users_callbacks(trainer: Trainer) -> list[Any]:

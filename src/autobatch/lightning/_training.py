@@ -82,7 +82,11 @@ class TrainingSteps:
             _optimizers_to_step(self._trainer.optimizers) as waiting,
         ):
             batches = self._samples.batches(batch_size)
-            self._hooks.first(lambda: self._begin(batches, windows))
+            for attempt in self._hooks.attempts():
+                with attempt:
+                    windows.restart()
+                    self.start()
+                    self._micro_batch(batches, windows)
             self._complete(batches, windows)
             while waiting and not self._is_automatic and windows.taken < _FIRST_STEPS_WITHIN:
                 # Some optimizers step every few micro-batches only, and need their memory then
@@ -148,11 +152,6 @@ class TrainingSteps:
             return max(accumulate, self._accumulate)
         return max(accumulate, round(self.target / (batch_size * self._trainer.world_size)))
 
-    def _begin(self, batches: Iterator[Any], windows: _Windows) -> None:
-        windows.restart()
-        self.start()
-        self._micro_batch(batches, windows)
-
     def _update(self, batches: Iterator[Any], windows: _Windows) -> None:
         self._micro_batch(batches, windows)
         self._complete(batches, windows)
@@ -164,34 +163,36 @@ class TrainingSteps:
 
     def _micro_batch(self, batches: Iterator[Any], windows: _Windows) -> None:
         """Run the next micro-batch, in a new epoch if `on_train_batch_start` ends this one."""
-        while not self._run(next(batches), windows):
-            windows.end_epoch()
-            self._trainer.fit_loop.epoch_progress.increment_by(1)
-            self._hooks.call("on_train_epoch_start")
-        windows.advance()
-
-    def _run(self, batch: Any, windows: _Windows) -> bool:
-        """Run a micro-batch; False if `on_train_batch_start` leaves it out."""
         trainer, loop = self._trainer, self._trainer.fit_loop.epoch_loop
-        check_terminated(trainer)
-        batch, index, progress = on_device(trainer, batch, 0), windows.index, loop.batch_progress
-        progress.current.ready = index
-        progress.is_last_batch = index + 1 == windows.batches
-        progress.increment_ready()
-        logger_connector(trainer).on_batch_start(batch)
-        if self._hooks.before_batch(batch, index) == -1:
-            return False
-        progress.increment_started()
+        batch = on_device(trainer, next(batches), 0)
+        while not self._starts(batch, windows):
+            windows.end_epoch()
+            trainer.fit_loop.epoch_progress.increment_by(1)
+            self._hooks.call("on_train_epoch_start")
+            batch = on_device(trainer, next(batches), 0)
+        index = windows.index
+        loop.batch_progress.increment_started()
         arguments = build_step_kwargs(loop, batch, index)
         if self._is_automatic:
             outputs = loop.automatic_optimization.run(trainer.optimizers[0], index, arguments)
         else:
             outputs = _run_manual_optimization(loop.manual_optimization, arguments)
-        progress.increment_processed()
+        loop.batch_progress.increment_processed()
         self._hooks.after_batch(outputs, batch, index)
         logger_connector(trainer).on_batch_end()
-        progress.increment_completed()
-        return True
+        loop.batch_progress.increment_completed()
+        windows.advance()
+
+    def _starts(self, batch: Any, windows: _Windows) -> bool:
+        """Start a micro-batch; False if `on_train_batch_start` leaves it out."""
+        trainer, index = self._trainer, windows.index
+        check_terminated(trainer)
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        progress.current.ready = index
+        progress.is_last_batch = index + 1 == windows.batches
+        progress.increment_ready()
+        logger_connector(trainer).on_batch_start(batch)
+        return bool(self._hooks.before_batch(batch, index) != -1)
 
 
 @dataclass
