@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import autobatch
+from autobatch.lightning._batch_size import LoaderSize
 from autobatch.testing import SimulatedAccelerator
 from lightning_here import Model, data, pl, plain, tuner
 from lightning_here import quiet_trainer as trainer
@@ -339,7 +340,7 @@ def test_training_after_retuning_is_identical_to_a_change_by_hand(own, monkeypat
         if fitted.current_epoch != 1:
             return tuned
         report = tuned.report.model_copy(update={"plan": plans[1]})
-        return replace(tuned, report=report, batch_sizes=(20,))
+        return replace(tuned, report=report, sizes=(LoaderSize(20, None),))
 
     monkeypatch.setattr(_autobatch, "tune_training", second)
     tuned = run(lambda _: callback)

@@ -168,7 +168,7 @@ def find(
                     can_accumulate,
                     settings,
                     context,
-                    Watched(workload, restored),
+                    Watched(workload, [*restored, probe]),
                 ),
                 settings,
                 context,

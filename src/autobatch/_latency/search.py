@@ -194,7 +194,7 @@ class LatencySearch:
             if is_new and self._has_time_for(size, 0) and self._trials.verify(size):
                 self._time_turn(size)
         expected = {size: self._expected(size) for size in sizes if self._latency(size)}
-        goal = self._goal(self._enough)
+        goal = self._goal(min(self._enough, best.calls) if best else self._enough)
         self._on_every_rank(partial(self._timer.take_turns, expected, goal, SECONDS_TIMED))
 
     def _time_turn(self, size: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -50,7 +51,7 @@ class LatencyTimer:
 
         Args:
             expected: Seconds of a call, by size.
-            goal: Number of calls of each size.
+            goal: Number of calls of each size, which none exceeds.
             until: Seconds that may be spent by then, earlier calls included.
         """
         waiting = list(expected)
@@ -60,13 +61,18 @@ class LatencyTimer:
                 for size in waiting
                 if not goal.is_reached(self._seconds.get(size, ()))
                 and self.spent + turn_seconds(expected[size]) <= until
-                and self.turn(size, expected[size], until)
+                and self.turn(size, expected[size], until, goal.calls)
             ]
         return True
 
-    def turn(self, size: int, expected: float, until: float) -> bool:
-        """Time one turn of a size; False if it is out of memory."""
-        return self._time(size, expected, _is_end_of_turn, until)
+    def turn(self, size: int, expected: float, until: float, most: int = sys.maxsize) -> bool:
+        """Time one turn of a size, up to `most` calls in all; False if it is out of memory."""
+        calls = min(_TURN_CALLS, most - len(self._seconds.get(size, ())))
+
+        def is_end(seconds: Sequence[float]) -> bool:
+            return len(seconds) >= calls or sum(seconds) >= _TURN_SECONDS
+
+        return self._time(size, expected, is_end, until)
 
     def stay(self, size: int, expected: float, goal: Goal, until: float) -> bool:
         """Time one size until it reaches the goal; False if it is out of memory.
@@ -99,10 +105,6 @@ class LatencyTimer:
         # No call of a size counts that does not fit any more
         self._seconds[size] = [] if seconds is None else [*self._seconds.get(size, []), *seconds]
         return seconds is not None
-
-
-def _is_end_of_turn(seconds: Sequence[float]) -> bool:
-    return len(seconds) >= _TURN_CALLS or sum(seconds) >= _TURN_SECONDS
 
 
 def warm_up(call_seconds: float) -> int:

@@ -94,11 +94,12 @@ def apply_between_epochs(
         with Snapshot() as snapshot:
             if trainer.global_step == 0 and before_optimizers.read_the_plan:
                 before_optimizers.create_again(trainer)
-            loader = data_source(fit_loop).instance
-            if not restore_start() and isinstance(loader, DataLoader):
+            source = data_source(fit_loop)
+            if not restore_start() and isinstance(source.instance, DataLoader):
+                source.dataloader()  # gives the loader its new size, before it is captured
                 # Lightning 2.6 starts the loader when it sets it up, and in any epoch but the first
                 # again when the epoch runs
-                capture_order(loader, snapshot)
+                capture_order(source.instance, snapshot)
             forget_combined_loader(fit_loop)
             fit_loop.setup_data()
         if trainer.progress_bar_callback is not None:
