@@ -52,11 +52,13 @@ from autobatch.lightning._evaluation import STAGES, before_data, loaders_for
 from autobatch.lightning._hooks import FIT_START
 from autobatch.lightning._loggers import log_report, refresh_report
 from autobatch.lightning._noise_scale import NoiseScale
+from autobatch.lightning._resources import CallbackArguments
 from autobatch.lightning._resume import Checkpoint, PriorPlan, TunedFit, known_at_start
 from autobatch.lightning._run import Run, before_epochs
 from autobatch.lightning._silence import silenced
 from autobatch.lightning._trial_data import NoDataError, checked_worst_case
-from autobatch.lightning._tuning import CallbackArguments, tune_evaluation, tune_training
+from autobatch.lightning._tuning import tune_training
+from autobatch.lightning._tuning_evaluation import tune_evaluation
 from autobatch.testing import named_device
 
 if TYPE_CHECKING:
@@ -69,7 +71,7 @@ if TYPE_CHECKING:
     from autobatch._search import Search
     from autobatch.lightning._batch_size import LoaderSize
     from autobatch.lightning._evaluation import Stage
-    from autobatch.lightning._tuning import Tuned
+    from autobatch.lightning._resources import Tuned
 
 
 _log = logging.getLogger("autobatch")

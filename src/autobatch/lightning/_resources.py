@@ -1,0 +1,165 @@
+"""Arguments, resources and result of one tuning run in a Trainer."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from autobatch import sinks
+from autobatch._distributed import current_ranks
+from autobatch._memory.detect import detect
+from autobatch._trials.context import MemoryBudget, TrialContext
+from autobatch._trials.optimizers import OptimizerWatch
+from autobatch._trials.snapshot import Snapshot
+from autobatch.lightning._beside import (
+    BesideTraining,
+    tensors_of_callbacks,
+)
+from autobatch.lightning._compat import data_source
+from autobatch.lightning._dataloaders import Loaders
+from autobatch.lightning._hooks import users_callbacks
+from autobatch.lightning._isolation import on_new_loops, without_collectives
+from autobatch.lightning._shown import show_validation
+from autobatch.lightning._trainer_notes import checked_copy_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from autobatch._memory import MemoryProbe
+    from autobatch._report import TuningReport
+    from autobatch._search import Search
+    from autobatch._settings import Settings
+    from autobatch.lightning._batch_size import LoaderSize, SetBatchSize
+    from autobatch.lightning._evaluation import Stage
+
+
+@dataclass(frozen=True, slots=True)
+class CallbackArguments:
+    """Arguments of a callback.
+
+    Args:
+        settings: Validated arguments.
+        search: Strategy that proposes batch sizes.
+        device: The device whose memory is read; None: the device of the module.
+        worst_case: Makes the largest batch of a size; None to scan the data set for it.
+        repairs: Whether the last accumulation window of an epoch is corrected.
+        batch_arg_name: Name of the batch size in the module or its datamodule.
+        set_batch_size: Sets the batch size of a loader; None for the default way.
+        verbose: Whether progress and report are printed.
+    """
+
+    settings: Settings
+    search: Search
+    device: str | MemoryProbe | None
+    worst_case: Callable[[int], Any] | None
+    repairs: bool
+    batch_arg_name: str
+    set_batch_size: SetBatchSize | None
+    verbose: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """Result of a tuning run.
+
+    Args:
+        report: The report.
+        sizes: Of each loader.
+        own_sizes: The ones they had.
+        fingerprint: Of the model and the data, in training.
+        validation_sizes: Of each validation loader; None if they stay as they are.
+        held_by_callbacks: Bytes on the device that callbacks held in trials; None if their hooks
+            ran in trials, so that peaks count all that they make.
+    """
+
+    report: TuningReport
+    sizes: tuple[LoaderSize, ...]
+    own_sizes: tuple[LoaderSize, ...]
+    fingerprint: str = ""
+    validation_sizes: tuple[LoaderSize, ...] | None = None
+    held_by_callbacks: int | None = None
+
+    @property
+    def beside(self) -> BesideTraining | None:
+        """Memory of callbacks that training is compared with."""
+        plan = self.report.plan
+        peaks = [t.peak for t in self.report.trials if t.batch_size == plan.micro_batch_size]
+        if self.held_by_callbacks is None or not peaks or peaks[-1] is None:
+            return None
+        return BesideTraining(self.held_by_callbacks, peaks[-1], self.report.budget)
+
+    @property
+    def is_changed(self) -> bool:
+        """True if a loader gets another batch size."""
+        return self.sizes != self.own_sizes
+
+
+@dataclass(frozen=True, slots=True)
+class TrialResources:
+    """Resources of the trials in a Trainer.
+
+    Args:
+        context: Of the trials of any workload.
+        loaders: The loaders of training, or of a stage.
+        copied_bytes: Bytes of the copy of all state that is kept on the host.
+    """
+
+    context: TrialContext
+    loaders: Loaders
+    copied_bytes: int
+
+
+@contextmanager
+def trial_resources(
+    trainer: Any, module: Any, arguments: CallbackArguments, stage: Stage | None
+) -> Iterator[TrialResources]:
+    """Capture all state that trials may change, and isolate the Trainer; restore it at the end."""
+    probe = detect(arguments.device, module.device)
+    began = probe.clock()
+    with (
+        current_ranks() as ranks,
+        ranks.abort_together(),
+        without_collectives(trainer),
+        Snapshot() as before_hooks,
+        Snapshot() as snapshot,
+        OptimizerWatch(probe.clock) as optimizers,
+        sinks.progress(verbose=arguments.verbose and ranks.rank == 0) as shown,
+        on_new_loops(trainer),
+    ):
+        shown.begin("reading batches", None)
+        # Hooks that make the loaders may change the module and the datamodule, which every trial
+        # has to see
+        before_hooks.capture_light(module, trainer.datamodule)
+        loaders = _asked_for(trainer, arguments, stage)
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        scalers = [] if scaler is None else [scaler]
+        captured = (module, *trainer.optimizers, *schedulers, *scalers)
+        copied_bytes, *_ = ranks.gather(checked_copy_bytes(captured, trainer.num_devices))
+        snapshot.capture(*captured)
+        # Callbacks are silent, but a step may change their attributes
+        snapshot.capture_light(trainer.datamodule, *users_callbacks(trainer))
+        context = TrialContext(
+            probe=probe,
+            began=began,
+            budget=MemoryBudget(probe, arguments.settings.memory_limit),
+            snapshot=snapshot,
+            optimizers=optimizers,
+            on_first_use=nullcontext,  # the module and its optimizers are captured already
+            ranks=ranks,
+            progress=shown,
+        )
+        for tensors in tensors_of_callbacks(trainer).values():
+            probe.attach(*tensors)
+        yield TrialResources(context, loaders, copied_bytes)
+
+
+def _asked_for(trainer: Any, arguments: CallbackArguments, stage: Stage | None) -> Loaders:
+    """Return the loaders of a stage, or of training; validation shows its own then."""
+    if stage is not None:
+        return Loaders(trainer, data_source(stage.loop_of(trainer)), mode="sequential")
+    source, setter = data_source(trainer.fit_loop), arguments.set_batch_size
+    loaders = Loaders(trainer, source, mode="max_size_cycle", setter=setter)
+    show_validation(trainer)
+    return loaders
