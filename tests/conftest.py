@@ -49,8 +49,12 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish(session):
-    """Keep imported objects out of garbage collections, of which a search does many."""
     importlib.import_module("torch._dynamo")  # or else the first step of an optimizer imports it
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _without_old_objects():
+    """Keep what was imported before out of garbage collections, of which a search does many."""
     gc.collect()
     gc.freeze()
 

@@ -297,6 +297,9 @@ class RefusesToLoad(Model):
 
 def refusing():
     """Rank 1 fails while the plan is applied; collectives are out of step then, so it comes last."""
+    _distributed._WAIT_FOR_READERS = timedelta(
+        seconds=1
+    )  # rank 0 waits in a collective of Lightning
     try:
         trainer(tuner()).fit(RefusesToLoad(source="hook"))
     except (ZeroDivisionError, autobatch.AutobatchError) as error:
