@@ -80,19 +80,6 @@ class Watch(Protocol):
         """Bytes held after each allocation of the last complete step."""
 
 
-class PeakEstimate(Protocol):
-    """Peak memory of a training step, predicted without running it.
-
-    Bytes of the whole process: what it holds before a trial is included.
-    """
-
-    def requested(self, batch_size: int) -> int:
-        """Return the most bytes that tensors request at once."""
-
-    def reserved(self, batch_size: int, capacity: int) -> int | None:
-        """Return the most bytes reserved; None if a step cannot run in `capacity` bytes."""
-
-
 class MemoryProbe(Protocol):
     """Device whose memory can be read and capped."""
 
