@@ -10,6 +10,7 @@ import gc
 import importlib
 import importlib.util
 import os
+from collections import Counter
 from pathlib import Path
 
 # Networks here are small: a second thread costs more than it gives, most of all on a busy machine.
@@ -33,6 +34,15 @@ if importlib.util.find_spec("hypothesis") is not None:
     settings.register_profile("full", max_examples=100, **untimed)
     settings.load_profile("brief")
 
+# Few tests that take long: pytest-xdist would start these files last, and one process would wait
+STARTED_FIRST = (
+    "test_ranks.py",
+    "test_lightning.py",
+    "test_soak.py",
+    "test_interrupts.py",
+    "test_host_limit.py",
+    "test_waiting.py",
+)
 TIMES_OUT = importlib.util.find_spec("pytest_timeout") is not None
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 
@@ -46,6 +56,14 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if not TIMES_OUT:
         config.addinivalue_line("markers", "timeout(seconds): see the setting timeout")
+    config.option.loadscopereorder = False  # pytest-xdist keeps the order of files made here
+
+
+def pytest_collection_modifyitems(items):
+    tests_of = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.name not in STARTED_FIRST, -tests_of[item.path]))
+    files = {path: number for number, path in enumerate(dict.fromkeys(i.path for i in items))}
+    items.sort(key=lambda item: files[item.path])  # of equal length, one after the other
 
 
 def pytest_collection_finish(session):

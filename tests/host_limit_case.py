@@ -53,4 +53,4 @@ def peak_of(steps):
 find("100GiB", max_micro_batch_size=1)  # imports what a run needs
 limit = HostProbe().read().reserved + 96 * 2**20
 size = find(limit).plan.micro_batch_size
-print(size, limit, peak_of(20))
+print(size, limit, peak_of(8))

@@ -317,6 +317,7 @@ def run(case, plan):
             target_batch_size=120,
             device=SimulatedAccelerator("450KiB"),
             search=autobatch.Bisection(resolution=0.25),
+            steps_per_trial=2,
         )
         callbacks = [tuner]
     micro, accumulate = plan or (4, 1)

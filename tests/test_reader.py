@@ -374,7 +374,9 @@ def test_worker_init_fn_prepares_the_worker_that_reads():
     assert report.look.read == 600
 
 
-def test_timeout_of_the_loader_holds_for_a_worker_that_hangs():
+def test_timeout_of_the_loader_holds_for_a_worker_that_hangs(monkeypatch):
+    monkeypatch.setattr(_reader, "_SECONDS_TO_END", 0.2)
+
     class Hangs(Deep):
         def __getitem__(self, index):
             if torch.utils.data.get_worker_info() is not None:
@@ -389,6 +391,7 @@ def test_timeout_of_the_loader_holds_for_a_worker_that_hangs():
 
 def test_data_set_that_hangs_in_the_other_process_is_read_in_this_one(monkeypatch):
     monkeypatch.setattr(_reader, "_MAX_IDLE", 0.5)
+    monkeypatch.setattr(_reader, "_SECONDS_TO_END", 0.2)
 
     class Hangs(Deep):
         parent = os.getpid()

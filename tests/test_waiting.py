@@ -98,7 +98,7 @@ def test_a_fast_loader_takes_the_smaller_part():
 
 
 def test_validation_does_not_count_as_waiting():
-    validation = DataLoader(torch.ones(3, 4), 1)
+    validation = DataLoader(torch.ones(1, 4), 1)
 
     report = fit(Validated(), Slow(20, 0.0), validation, val_check_interval=1)
 
