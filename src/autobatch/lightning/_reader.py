@@ -249,8 +249,8 @@ def _serve(
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _separate_file_positions()
     os.register_at_fork(after_in_child=_separate_file_positions)  # of workers
+    abandoned = _abandoned_iterators()  # before `freeze`, which hides objects from `get_objects`
     gc.freeze()  # a collection here must not end iterators that belong to the other process
-    abandoned = _abandoned_iterators()
     warnings.simplefilter("ignore")  # training shows them
     torch.set_num_threads(1)
     readings = list(map(reading_of, loaders, setters))
