@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -115,7 +116,9 @@ def measure(session: nox.Session) -> None:
 def readme(session: nox.Session) -> None:
     """Renew the quoted demo output and the figure, in the environment that nox runs in."""
     command = (sys.executable, "-m", "autobatch", "demo")
-    report = session.run(*command, silent=True, env={"PYTHONIOENCODING": "utf-8"}).strip()
+    # Without the lines of progress on standard error
+    options = {"env": {"PYTHONIOENCODING": "utf-8"}, "stderr": subprocess.DEVNULL}
+    report = session.run(*command, silent=True, **options).strip()
     shutil.copy("autobatch-demo/tradeoff.png", "docs/tradeoff.png")
     first_block = report.partition("\n\n  Effective batch")[0]
     _quote(Path("README.md"), first_block)
