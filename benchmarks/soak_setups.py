@@ -159,8 +159,10 @@ def train(drawn, plan=None, *, tunes=False):
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
-        logging.getLogger(pl.__name__).setLevel(logging.CRITICAL)
-        logging.getLogger("autobatch").setLevel(logging.CRITICAL)
+        for name in (pl.__name__, "autobatch"):
+            logger = logging.getLogger(name)
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.CRITICAL)
         return _trained(drawn, plan, Path(folder), tunes=tunes)
 
 

@@ -29,9 +29,11 @@ if importlib.util.find_spec("hypothesis") is not None:
 
     # No limits on time, which a busy machine exceeds
     untimed = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
-    # `--hypothesis-profile=full` draws as many examples as Hypothesis does by default
-    settings.register_profile("brief", max_examples=30, **untimed)
-    settings.register_profile("full", max_examples=100, **untimed)
+    # The same examples in each run, so that a failure is one of the change; `full` has as many as
+    # Hypothesis draws by default, and `--hypothesis-profile=random` looks for new ones
+    settings.register_profile("brief", max_examples=30, derandomize=True, **untimed)
+    settings.register_profile("full", max_examples=100, derandomize=True, **untimed)
+    settings.register_profile("random", max_examples=1000, **untimed)
     settings.load_profile("brief")
 
 # Few tests that take long: pytest-xdist would start these files last, and one process would wait

@@ -126,6 +126,7 @@ def test_the_largest_batch_within_the_limit_is_found(base, per_sample, step, jum
 
 # A line of seconds by size, as base and seconds per sample
 @given(st.floats(1e-4, 0.15), st.floats(1e-5, 0.05), st.floats(1e-3, 0.3))
+@example(0.001953125, 0.00390625, 0.1953125)  # a turn of size 8 comes before it
 @example(1e-4, 1e-4, 0.28125)  # the turns of a smaller size would pass the 59 calls of the answer
 def test_the_answer_has_100_calls_if_they_fit_in_the_time(base, per_sample, limit):
     paper = Paper(steady(base, per_sample))
@@ -133,8 +134,8 @@ def test_the_answer_has_100_calls_if_they_fit_in_the_time(base, per_sample, limi
         report = found(paper, latency_limit=limit, max_micro_batch_size=4096)
 
         answer = latency_of_answer(report)
-        # With the first two calls, which are not timed
-        if 102 * answer.p50_seconds <= SECONDS_TIMED:
+        # With the first two calls, which are not timed, and a turn of smaller sizes before it
+        if 102 * answer.p50_seconds <= SECONDS_TIMED - 2:
             assert answer.calls >= 100
         assert answer.calls == max(each.calls for each in report.latencies) or answer.calls >= 100
 
