@@ -88,7 +88,7 @@ def trace(step: TrainingStep, batch_size: int, gpu: Gpu | None) -> list[Event]:
             tracer = _Tracer(gpu)
             tracer.attach(_tensors_in_order(model))
             tracer.attach(tree_leaves(list(optimizer.state.values())))
-            with CudaOperators() if gpu else contextlib.nullcontext(), fake, tracer:
+            with _operators_of(gpu), fake, tracer:
                 _run(step, model, optimizer, batch_size, tracer)
     except UntraceableError:
         raise
@@ -122,6 +122,12 @@ def _run(
         if not step.zeroes_after_forward:
             optimizer.zero_grad()
         tracer.begin(Phase.END)
+
+
+def _operators_of(gpu: Gpu | None) -> contextlib.AbstractContextManager[Any]:
+    if gpu is None:
+        return contextlib.nullcontext()
+    return CudaOperators(has_flash_attention=gpu.has_flash_attention)
 
 
 def _check(model: torch.nn.Module) -> None:
