@@ -85,6 +85,7 @@ def test_state_gradients_and_parameters_have_the_size_of_the_model():
     assert peak.held["parameters and buffers"] == nbytes
     assert peak.held["gradients"] == nbytes
     assert peak.held["optimizer state"] == 2 * nbytes
+    assert peak.held["scratch memory"] == 65 * MIB  # workspaces of cuBLAS
 
 
 def test_activations_are_those_of_their_module():

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from autobatch._estimate.inputs import Optimizer
     from autobatch._memory.estimate.prediction import MemoryEstimate
 
-_MOST: Final = 2**20  # samples; larger batches are not sought
+_MOST: Final = 2**31  # samples; larger batches are not sought
 
 
 def estimate(
@@ -70,8 +70,8 @@ def estimate(
         >>> model = torch.nn.Linear(512, 512)
         >>> def step(model, batch):
         ...     return model(batch).square().mean()
-        >>> estimate = autobatch.estimate(model, step, torch.randn(8, 512), device="1GiB")
-        >>> 50_000 < estimate.largest.low <= estimate.largest <= estimate.largest.high
+        >>> estimate = autobatch.estimate(model, step, torch.randn(8, 512), device="T4")
+        >>> 500_000 < estimate.largest.low < estimate.largest < estimate.largest.high
         True
     """
     limit = parse_memory_limit(memory_limit)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
-from autobatch._memory.estimate.events import Kind, Origin, Phase
+from autobatch._memory.estimate.events import SCRATCH, Kind, Origin, Phase
 from autobatch._memory.estimate.scratch import sum_scratch
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Held(StrEnum):
     SCRATCH = "scratch memory"
 
 
-_ORIGINS: Final = {
+_ORIGINS: Final[dict[str, Held]] = {
     Origin.PARAMETERS: Held.PARAMETERS,
     Origin.OPTIMIZER_STATE: Held.OPTIMIZER_STATE,
     Origin.BATCH: Held.BATCH,
@@ -116,7 +116,7 @@ def peak(events: Sequence[Event], gpu: Gpu, model: nn.Module) -> Peak:
             activations[blocks.get(event.module, event.module)] += event.numbers[0]
     return Peak(
         phase=all_moments[highest].phase,
-        operator=events[at].name.removeprefix("aten.").removesuffix(".default"),
+        operator=events[at].name.removeprefix("aten.").replace(".default", ""),
         module=events[at].module,
         held=all_moments[highest].held,
         activations=dict(sorted(activations.items(), key=lambda pair: -pair[1])),
@@ -137,33 +137,26 @@ def _held(events: Sequence[Event]) -> dict[int, Held]:
     """Return the kind of memory of each block, by the phases in which it lives."""
     held: dict[int, Held] = {}
     born: dict[int, str] = {}  # phases of live blocks
-    group: set[int] = set()  # blocks of one operator
-    is_group_open = True
     phase = str(Phase.BUILD)
     for event in events:
         if event.kind is Kind.PHASE:
-            if event.name in _LASTING:
-                of = _LASTING[event.name]
-                held |= {block: of.kind for block, at in born.items() if at == of.phase}
+            if lasting := _LASTING.get(event.name):
+                held |= {block: lasting.kind for block, at in born.items() if at == lasting.phase}
             phase = event.name
-            group.clear()
         elif event.kind is Kind.ALLOCATE:
-            if not is_group_open:
-                group.clear()
-            is_group_open = True
-            group.add(event.block)
             born[event.block] = phase
-            if phase == Phase.BUILD:
-                held[event.block] = _ORIGINS.get(event.name, Held.BATCH)  # type: ignore[call-overload]
-            else:
-                is_forward = phase == Phase.FORWARD
-                held[event.block] = Held.ACTIVATIONS if is_forward else Held.TEMPORARY
+            held[event.block] = _held_by(event, phase)
         elif event.kind is Kind.FREE:
-            is_group_open = False
             del born[event.block]
-            if event.block in group:  # by the operator that allocated it
-                held[event.block] = Held.SCRATCH
     return held
+
+
+def _held_by(event: Event, phase: str) -> Held:
+    if event.name.endswith(SCRATCH):
+        return Held.SCRATCH
+    if phase == Phase.BUILD:  # before the first step
+        return _ORIGINS.get(event.name, Held.BATCH)
+    return Held.ACTIVATIONS if phase == Phase.FORWARD else Held.TEMPORARY
 
 
 @dataclass(frozen=True, slots=True)

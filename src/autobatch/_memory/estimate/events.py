@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 _ADD: Final = "aten.add.Tensor"
+SCRATCH: Final = " (scratch memory)"  # ends the name of what is freed within its operator
 
 
 class UntraceableError(Exception):

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from autobatch._memory.estimate.cuda import CudaOperators
-from autobatch._memory.estimate.events import Event, Kind, Origin, Phase, UntraceableError
+from autobatch._memory.estimate.events import SCRATCH, Event, Kind, Origin, Phase, UntraceableError
 from autobatch._memory.estimate.modules import RunningModules
 from autobatch._memory.estimate.scratch import (
     attention_scratch,
@@ -311,8 +311,11 @@ class _Tracer(TorchDispatchMode):
 
     def _hold(self, scratch: tuple[int, ...]) -> None:
         """Record memory that is allocated and freed within the operator."""
+        operator = self._operator
+        self._operator += SCRATCH
         for block in [self._allocate((nbytes,)) for nbytes in scratch][::-1]:
             self._free(block)
+        self._operator = operator
 
 
 def _tests_a_mask() -> bool:
