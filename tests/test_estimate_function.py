@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import autobatch
 from autobatch._estimate.device import target_gpu
@@ -63,10 +64,15 @@ def test_what_holds_the_peak_adds_up_to_the_reserved_bytes(make):
         assert peak.reserved.low < peak.reserved < peak.reserved.high
 
 
+@pytest.fixture(scope="module")
+def traced_once():
+    return of_attention()
+
+
 @settings(max_examples=15)
-@given(st.lists(st.integers(2, 5000), min_size=2, unique=True))
-def test_allocated_memory_grows_with_the_batch(sizes):
-    peaks = [of_attention().at(size).allocated for size in sorted(sizes)]
+@given(sizes=st.lists(st.integers(2, 5000), min_size=2, max_size=8, unique=True))
+def test_allocated_memory_grows_with_the_batch(traced_once, sizes):
+    peaks = [traced_once.at(size).allocated for size in sorted(sizes)]
 
     assert all(smaller <= larger for smaller, larger in pairwise(peaks))
 
@@ -164,6 +170,48 @@ def test_json_has_units_bands_and_its_kind():
         "high": estimate.largest.high,
     }
     assert stored["at_largest"]["reserved_bytes"]["value"] <= stored["budget_bytes"]
+
+
+class Switchable(nn.Module):
+    """Layers with a switch for checkpointing, as those of timm have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Linear(64, 64) for _ in range(8)))
+        self.grad_checkpointing = False
+
+    def set_grad_checkpointing(self):
+        self.grad_checkpointing = True
+
+    def forward(self, x):
+        if self.grad_checkpointing:
+            return checkpoint(self.layers, x, use_reentrant=False)
+        return self.layers(x)
+
+
+def test_changes_are_estimates_of_changed_steps():
+    model = Switchable()
+
+    def square(model, batch):
+        return model(batch).square().mean()
+
+    arguments = {"device": "L4", "memory_limit": "512MiB"}
+    estimate = autobatch.estimate(model, square, torch.randn(2, 64), **arguments)
+    changes = estimate.changes()
+    assert not model.grad_checkpointing
+    model.set_grad_checkpointing()
+    checkpointed = autobatch.estimate(model, square, torch.randn(2, 64), **arguments)
+
+    found = {change.change: change.largest for change in changes}
+    assert list(found) == [
+        "precision bf16-mixed",
+        "gradient checkpointing",
+        "SGD with momentum",
+        "2 micro-batches per update",
+    ]
+    assert found["gradient checkpointing"] == checkpointed.largest != estimate.largest
+    assert found["2 micro-batches per update"] <= estimate.largest <= found["SGD with momentum"]
+    assert "2 micro-batches per update" in estimate.text(changes=changes)
 
 
 def test_a_model_that_cannot_fit_says_so():

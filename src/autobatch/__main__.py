@@ -80,6 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     estimate.add_argument("--memory-limit", default="0.9", help=about)
     about = "micro-batches per update (default: %(default)s)"
     estimate.add_argument("--accumulate", type=int, default=1, help=about)
+    about = "also estimate the step with other precision, optimizer, checkpointing, accumulation"
+    estimate.add_argument("--changes", action="store_true", help=about)
     about = "also write the estimates into this file, as a JSON list"
     estimate.add_argument("--json", type=Path, help=about)
     estimate.set_defaults(command=_estimate)
@@ -127,8 +129,10 @@ def _estimate(options: argparse.Namespace) -> None:
             memory_limit=_number_or_text(options.memory_limit),
             accumulate=options.accumulate,
         )
-        print(of_device.text(glyphs_for(getattr(sys.stdout, "encoding", None))), end="\n\n")
-        found.append(json.loads(of_device.to_json()))
+        changes = of_device.changes() if options.changes else ()
+        glyphs = glyphs_for(getattr(sys.stdout, "encoding", None))
+        print(of_device.text(glyphs, changes), end="\n\n")
+        found.append(json.loads(of_device.to_json(changes)))
     if options.json is not None:
         text = json.dumps(found, indent=2, ensure_ascii=False)
         files.write(options.json, text.encode())

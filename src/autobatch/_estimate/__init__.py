@@ -11,6 +11,7 @@ import torch
 
 from autobatch._estimate.band import Banded, band_of
 from autobatch._estimate.breakdown import peak
+from autobatch._estimate.changes import Change, changed
 from autobatch._estimate.device import target_gpu
 from autobatch._estimate.inputs import Inputs
 from autobatch._memory import memory_budget, parse_memory_limit
@@ -18,7 +19,7 @@ from autobatch._memory.estimate.prediction import Fit
 from autobatch._report.layout import UNICODE, Glyphs, html, terminal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from autobatch._estimate.band import Band
     from autobatch._estimate.breakdown import Peak
@@ -82,9 +83,7 @@ def estimate(
 def estimate_of(inputs: Inputs, target: TargetGpu, limit: float) -> Estimate:
     """Return the estimate of checked inputs on a GPU."""
     memory = inputs.estimated(target.gpu)
-    band = band_of(
-        inputs.model, inputs.optimizer, inputs.precision, memory.events.at(2), target.guesses
-    )
+    band = band_of(inputs, memory.events.at(2), target.guesses)
     budget = max(0, memory_budget(target.reading, limit))
     return Estimate(inputs, target, limit, budget, band, memory)
 
@@ -144,7 +143,9 @@ class Estimate:
     @property
     def subject(self) -> str:
         """Model, optimizer and precision."""
-        names = [type(each).__name__ for each in (self._inputs.model, self._inputs.optimizer)]
+        names = [
+            type(each).__name__ for each in (self._inputs.step.model, self._inputs.step.optimizer)
+        ]
         return " · ".join((*names, self._inputs.precision))
 
     @property
@@ -211,10 +212,25 @@ class Estimate:
         )
 
     def _peak(self, size: int) -> Peak:
-        return peak(list(self._memory.events.at(size)), self._target.gpu, self._inputs.model)
+        return peak(list(self._memory.events.at(size)), self._target.gpu, self._inputs.step.model)
 
-    def to_json(self) -> str:
-        """Return the estimate as JSON, at its largest batch size."""
+    def changes(self) -> tuple[Change, ...]:
+        """Return the largest batch size with one thing changed; each takes a trace of its own.
+
+        These are bf16-mixed instead of 32-true, gradient checkpointing if the model has a switch for
+        it, SGD with momentum instead of another optimizer, and two micro-batches per update.
+        """
+        return tuple(
+            Change(each.change, estimate_of(each.inputs, self._target, self._limit).largest)
+            for each in changed(self._inputs)
+        )
+
+    def to_json(self, changes: Sequence[Change] = ()) -> str:
+        """Return the estimate as JSON, at its largest batch size.
+
+        Args:
+            changes: Changes to write too, as `changes()` returns them.
+        """
         shown = {
             "kind": "estimated",
             "subject": self.subject,
@@ -226,23 +242,27 @@ class Estimate:
             "untested": self.untested,
             "band": self.band_share,
             "at_largest": _written(self.at(max(1, self.largest))),
+            "changes": [
+                {"change": each.change, "largest": _banded(each.largest)} for each in changes
+            ],
         }
         return json.dumps(shown, indent=2, ensure_ascii=False)
 
-    def text(self, glyphs: Glyphs = UNICODE) -> str:
+    def text(self, glyphs: Glyphs = UNICODE, changes: Sequence[Change] = ()) -> str:
         """Return the estimate as text of at most 86 columns.
 
         Args:
             glyphs: Characters that the output can show.
+            changes: Changes to show too, as `changes()` returns them.
         """
         from autobatch._estimate.text import page
 
-        return terminal(page(self), glyphs)
+        return terminal(page(self, changes), glyphs)
 
     def _repr_html_(self) -> str:
         from autobatch._estimate.text import page
 
-        return html(page(self))
+        return html(page(self, ()))
 
     def __str__(self) -> str:
         return self.text()

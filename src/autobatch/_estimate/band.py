@@ -11,6 +11,7 @@ from torch import nn
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    from autobatch._estimate.inputs import Inputs
     from autobatch._memory.estimate.events import Event
     from autobatch._trials import Trial
 
@@ -127,16 +128,10 @@ class Band:
         return replace(corrected, share=share, share_of_small=share)
 
 
-def band_of(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    precision: str,
-    events: Iterable[Event],
-    guesses: Iterable[Guess],
-) -> Band:
+def band_of(inputs: Inputs, events: Iterable[Event], guesses: Iterable[Guess]) -> Band:
     """Return the band of a step; `guesses` are those about the device."""
-    kind = _kind_of(model, {event.name for event in events})
-    found = [*_guesses(model, optimizer, precision), *guesses]
+    kind = _kind_of(inputs.step.model, {event.name for event in events})
+    found = [*_guesses(inputs), *guesses]
     extra = sum(guess.share for guess in found)
     untested = tuple(guess.what for guess in found)
     if kind is _OTHER:
@@ -169,9 +164,10 @@ def _overlaps(layer: nn.Module) -> bool:
     return any(size > stride for size, stride in zip(sizes, strides, strict=True))
 
 
-def _guesses(model: nn.Module, optimizer: torch.optim.Optimizer, precision: str) -> Iterator[Guess]:
-    if precision != "bf16-mixed":
-        yield Guess(f"precision {precision}", _PRECISION)
+def _guesses(inputs: Inputs) -> Iterator[Guess]:
+    model, optimizer = inputs.step.model, inputs.step.optimizer
+    if inputs.precision != "bf16-mixed":
+        yield Guess(f"precision {inputs.precision}", _PRECISION)
     if type(optimizer) is not torch.optim.AdamW:
         yield Guess(f"optimizer {type(optimizer).__name__}", _OPTIMIZER)
     if any(group.get("fused") for group in optimizer.param_groups):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -35,25 +36,15 @@ _QUANTISED: Final = ("bitsandbytes", "torchao")
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """A model, its step and optimizer, and a batch, to be estimated.
+    """A step to be estimated.
 
     Args:
-        model: The model, on any device, "meta" too.
-        step: Function of the model and a batch that returns the loss.
-        batch: A collated sample batch.
-        optimizer: The optimizer of the model.
+        step: The step: model, optimizer, loss and batches.
         precision: Precision as a Trainer names it.
-        accumulate: Micro-batches per update.
-        zeroes_after_forward: Whether gradients are zeroed between forward and backward.
     """
 
-    model: nn.Module
-    step: Callable[[nn.Module, Any], Any]
-    batch: Any
-    optimizer: torch.optim.Optimizer
+    step: TrainingStep
     precision: str
-    accumulate: int
-    zeroes_after_forward: bool = False
 
     @classmethod
     def checked(
@@ -87,54 +78,41 @@ class Inputs:
                 "by row; give a collated batch whose tensors have one row per sample."
             )
         _refuse_unmodelled(model, precision)
-        return cls(model, step, batch, _optimizer_of(model, optimizer), precision, accumulate)
+        made = _optimizer_of(model, optimizer)
+        repeated = partial(_repeated, batch, rows.pop())
+        return cls(TrainingStep(model, made, step, repeated, accumulate=accumulate), precision)
 
     def estimated(self, gpu: Gpu) -> MemoryEstimate:
         """Trace the step; `AutobatchError` if its memory cannot be predicted."""
-        step = TrainingStep(
-            self.model,
-            self.optimizer,
-            self.step,
-            self.batch_of,
-            _AUTOCAST.get(self.precision),
-            self.accumulate,
-            self.zeroes_after_forward,
-        )
+        step = replace(self.step, autocast=_AUTOCAST.get(self.precision))
         try:
             return MemoryEstimate.of(step, gpu)
         except UntraceableError as error:
             raise _refusal(str(error)) from None
 
-    def batch_of(self, size: int) -> Any:
-        """Return a batch of so many samples, the rows of the given one in turn."""
-        (rows,) = row_counts(self.batch)
-
-        def repeat(leaf: Any) -> Any:
-            if not isinstance(leaf, torch.Tensor) or not leaf.ndim:
-                return leaf
-            return leaf[torch.arange(size, device=leaf.device) % rows]
-
-        return map_leaves(repeat, self.batch)
-
     def without_data(self) -> Inputs:
-        """Return copies of model and optimizer on the device "meta", to be changed."""
+        """Return the step with copies of model and optimizer on "meta", which may be changed."""
         memo: dict[int, Any] = {}
-        for tensor in (*self.model.parameters(), *self.model.buffers()):
+        model = self.step.model
+        for tensor in (*model.parameters(), *model.buffers()):
             empty = torch.empty_strided(
                 tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"
             )
             is_parameter = isinstance(tensor, nn.Parameter)
             memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
-        model, optimizer = copy.deepcopy((self.model, self.optimizer), memo)
-        return Inputs(
-            model,
-            self.step,
-            self.batch,
-            optimizer,
-            self.precision,
-            self.accumulate,
-            self.zeroes_after_forward,
-        )
+        copied, optimizer = copy.deepcopy((model, self.step.optimizer), memo)
+        return replace(self, step=replace(self.step, model=copied, optimizer=optimizer))
+
+
+def _repeated(batch: Any, rows: int, size: int) -> Any:
+    """Return a batch of so many samples, the rows of the given one in turn."""
+
+    def repeat(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor) or not leaf.ndim:
+            return leaf
+        return leaf[torch.arange(size, device=leaf.device) % rows]
+
+    return map_leaves(repeat, batch)
 
 
 def _optimizer_of(model: nn.Module, optimizer: Optimizer) -> torch.optim.Optimizer:

@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Final
 from autobatch._estimate.breakdown import Held
 from autobatch._memory import format_bytes
 from autobatch._report.layout import Column, Fact, Page
-from autobatch._report.tables import bar, measures, table_of
-from autobatch._report.units import BYTES, counted, percent, plain
+from autobatch._report.tables import bar, counts, measures, table_of
+from autobatch._report.units import BYTES, counted, factor, percent, plain
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from autobatch._estimate import Estimate, EstimatedPeak
+    from autobatch._estimate.changes import Change
     from autobatch._report.layout import Table
 
 _MODULES: Final = 10  # with the most activations
@@ -20,7 +23,7 @@ _LEAST: Final = 0.001  # share of a row of its own
 _ALWAYS: Final = (Held.PARAMETERS, Held.GRADIENTS, Held.OPTIMIZER_STATE)
 
 
-def page(estimate: Estimate) -> Page:
+def page(estimate: Estimate, changes: Sequence[Change]) -> Page:
     """Return the content of an estimate."""
     peak = estimate.at(max(1, estimate.largest))
     return Page(
@@ -32,7 +35,7 @@ def page(estimate: Estimate) -> Page:
         answer=_answer(estimate),
         comment=_comment(estimate),
         facts=_facts(estimate, peak),
-        tables=(_table(peak),),
+        tables=(_table(peak), *_changes(estimate, changes)),
         notes=_notes(estimate),
     )
 
@@ -89,6 +92,23 @@ def _table(peak: EstimatedPeak) -> Table:
         ],
         title=f"Memory at batch {peak.batch_size:,}",
         chosen=[False] * len(shown),
+    )
+
+
+def _changes(estimate: Estimate, changes: Sequence[Change]) -> Iterator[Table]:
+    """Yield a table of changes, if there are any."""
+    if not changes:
+        return
+    sizes = [each.largest for each in changes]
+    yield table_of(
+        [
+            counts("largest", sizes),
+            Column("band", tuple(f"{size.low:,} to {size.high:,}" for size in sizes)),
+            Column("", tuple(factor(size / max(1, estimate.largest)) for size in sizes)),
+            Column("with", tuple(each.change for each in changes), align="<"),
+        ],
+        title="With one change",
+        chosen=[False] * len(sizes),
     )
 
 
