@@ -71,8 +71,7 @@ class MemoryEstimate:
         step: TrainingStep, size: int, gpu: Gpu | None, deadline: float = math.inf
     ) -> list[Event]:
         """Return the events at one size, as they would be on the device, in a fixed order."""
-        events = trace(step, size, gpu, deadline)
-        return list(in_fixed_order(events if gpu is None else in_place_sums(events)))
+        return list(in_fixed_order(in_place_sums(trace(step, size, gpu, deadline))))
 
     def peaks(self, batch_size: int) -> Peaks:
         """Return the peaks of all steps, without a limit of memory."""
