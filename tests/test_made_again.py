@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler
@@ -144,15 +146,60 @@ class Reordered(Listed):
         return iter(self.batches)
 
 
-def test_training_keeps_its_plan_where_a_sampler_has_changed_since_it_was_made_again(caplog):
+def test_a_sampler_that_an_epoch_changes_is_refused_before_the_search_if_later_ones_are_tuned():
     model, callback = Model(), tuner(retune_at_epochs=[1])
-    loader = DataLoader(data(), batch_sampler=Reordered(LENGTHS, 4))
+    sampler = Reordered(LENGTHS, 4)
+    batches = list(sampler.batches)
 
-    quiet_trainer(callback).fit(model, loader)
+    with pytest.raises(
+        autobatch.AutobatchError, match=r"^retune_at_epochs cannot .* a Reordered has .* pass set_b"
+    ):
+        quiet_trainer(callback).fit(model, DataLoader(data(), batch_sampler=sampler))
 
+    assert model.sizes == []
+    assert (sampler.batch_size, sampler.batches) == (4, batches)
+
+
+def test_a_sampler_that_an_epoch_changes_is_tuned_again_if_a_hook_makes_it():
+    model, callback = Takes(), tuner(retune_at_epochs=[1])
+    model.make = lambda n: DataLoader(data(), batch_sampler=Reordered(LENGTHS, n))
+
+    quiet_trainer(callback).fit(model)
+
+    assert any(note.startswith("Tuned again at epoch 1") for note in callback.report.notes)
     assert set(model.sizes) == {callback.report.plan.micro_batch_size}
-    assert "Training continues with its plan. AutoBatch cannot change" in caplog.text
-    assert (loader.batch_sampler.batch_size, len(loader.batch_sampler)) == (4, 150)
+
+
+class InPlace(Sampler):
+    """Shuffles its order in place in each epoch."""
+
+    def __init__(self, order, batch_size):
+        self.order, self.batch_size = order, batch_size
+
+    def __len__(self):
+        return math.ceil(len(self.order) / self.batch_size)
+
+    def __iter__(self):
+        random.shuffle(self.order)
+        for at in range(0, len(self.order), self.batch_size):
+            yield [int(index) for index in self.order[at : at + self.batch_size]]
+
+
+@pytest.mark.parametrize("kind", [list, np.array])
+def test_a_long_order_that_a_sampler_shuffles_in_place_is_that_of_training_by_hand(kind):
+    callback, seen = tuner(), []
+    for tuned in (True, False):
+        plan = callback.report.plan if callback.report else autobatch.BatchPlan(4)
+        pl.seed_everything(3, verbose=False)
+        model = Takes()
+        sampler = InPlace(kind(range(1200)), plan.micro_batch_size)
+        quiet_trainer(*([callback] if tuned else [])).fit(
+            model, DataLoader(data(1200), batch_sampler=sampler)
+        )
+        seen.append((model.sizes, model.seen))
+
+    assert callback.report.plan.micro_batch_size > 4
+    assert seen[0] == seen[1]
 
 
 class Guessed(Buckets):
