@@ -106,6 +106,53 @@ MADE = {
 }
 
 
+def set_buckets(loader, batch_size):
+    sampler = loader.batch_sampler
+    sampler.batch_size = batch_size
+    sampler.buckets = BatchSampler(sampler.sampler, batch_size * 4, drop_last=False)
+
+
+def set_inner_loaders(loader, batch_size):
+    loader.batch_sampler.batch_size = batch_size
+    loader.loaders = [DataLoader(each.dataset, batch_size, shuffle=True) for each in loader.loaders]
+
+
+SETTERS = {"buckets": set_buckets, "inner loaders": set_inner_loaders}
+
+
+@pytest.mark.parametrize("name", SETTERS)
+def test_a_loader_passed_to_fit_that_cannot_be_made_again_names_the_ways_out(name):
+    model = Model()
+
+    with pytest.raises(
+        autobatch.AutobatchError,
+        match=r"pass set_batch_size, a function .*, or make the loader in train_dataloader, or",
+    ):
+        quiet_trainer(tuner()).fit(model, MADE[name](4))
+
+    assert model.sizes == []
+
+
+@pytest.mark.parametrize("name", SETTERS)
+def test_training_is_the_same_with_a_setter_as_with_a_loader_of_the_planned_size(name):
+    callback, modules = tuner(set_batch_size=SETTERS[name]), []
+    for tuned in (True, False):
+        plan = callback.report.plan if callback.report else autobatch.BatchPlan(4)
+        accumulate = plan.accumulate_grad_batches
+        pl.seed_everything(3, verbose=False)
+        model = Takes()
+        quiet_trainer(*([callback] if tuned else []), accumulate_grad_batches=accumulate).fit(
+            model, MADE[name](plan.micro_batch_size)
+        )
+        modules.append(model)
+
+    tuned, by_hand = modules
+    assert callback.report.plan.effective_batch_size == 120
+    assert callback.report.plan.micro_batch_size > 4
+    assert (tuned.sizes, tuned.seen) == (by_hand.sizes, by_hand.seen)
+    assert same(dict(tuned.state_dict()), dict(by_hand.state_dict()))
+
+
 @pytest.mark.parametrize("name", [*PASSED, *MADE])
 def test_training_is_the_same_as_with_a_loader_made_at_the_planned_size(name):
     # 600 samples leave a rest at the size that is looked at before the search, at any place
