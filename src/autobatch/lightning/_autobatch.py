@@ -185,6 +185,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             percentile=percentile,
         )
         self._known = known_plan(plan, settings, world_size=None)
+        self._epochs = checked_epochs(retune_at_epochs)
         self._arguments = CallbackArguments(
             settings=settings,
             search=checked_search(search),
@@ -193,9 +194,9 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             repairs=check_switch(repair_last_window),
             batch_arg_name=checked_name(batch_arg_name),
             set_batch_size=checked_setter(set_batch_size),
+            retunes=bool(self._epochs),
             verbose=checked_verbose(verbose),
         )
-        self._epochs = checked_epochs(retune_at_epochs)
         self._evaluates = checked_evaluate(evaluate) or latency_limit is not None
         self._last: TunedFit | None = None  # of the previous fit, or of `tune`
         self._trained: TuningReport | None = None  # with the plan that training follows
