@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from autobatch import BatchPlan, NoiseReading, Outcome, Trial, TuningReport
 from autobatch._report.notes import notes
-from autobatch._report.result import Bound, RunDetails
+from autobatch._report.result import RunDetails
+from autobatch._settings import Bound
 from autobatch.report import CurvePoint, Device, LearningRateRule, Loading, Look, Settings
 
 GIB = 2**30

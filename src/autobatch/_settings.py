@@ -89,6 +89,14 @@ class LatencyLimit:
     percentile: float
 
 
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """The largest micro-batch that a search may try, and the reason."""
+
+    batch_size: int
+    reason: str
+
+
 class Settings(BaseModel):
     """Validated arguments of a tuning run.
 
@@ -152,6 +160,22 @@ class Settings(BaseModel):
                 "not given; give latency_limit as well, or leave percentile out."
             )
         return settings
+
+
+def tightest_bound(settings: Settings, world_size: int) -> Bound | None:
+    """Return the lowest bound on a micro-batch; None if only memory bounds it."""
+    ranks = f" on {world_size} ranks" if world_size > 1 else ""
+    bounds = []
+    if (target := settings.target_batch_size) is not None:
+        size = target // world_size
+        reason = f"target_batch_size={target}{ranks} needs no more than {size:,} at once"
+        bounds.append(Bound(size, reason))
+    if (most := settings.max_micro_batch_size) is not None:
+        bounds.append(Bound(most, f"max_micro_batch_size={most} allows no more"))
+    if (samples := settings.dataset_size) is not None:
+        reason = f"an epoch of {samples:,} samples{ranks} has no more"
+        bounds.append(Bound(samples // world_size, reason))
+    return min(bounds, key=lambda bound: bound.batch_size, default=None)
 
 
 def _message(error: ValidationError) -> str:
