@@ -29,20 +29,9 @@ _ALLOWED: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Defaults:
-    """Settings that are not public parameters.
-
-    Args:
-        curve_seconds: Most seconds for the throughput curve if `timing_seconds` is None.
-    """
-
-    curve_seconds: float
-
-
-# Read at each run: tests and benchmarks, which tune many times, replace this one object to time no
-# curve
-DEFAULTS: Final = Defaults(curve_seconds=20.0)
+# Most seconds for timing sizes if `timing_seconds` is None. Read at each run: tests and benchmarks,
+# which tune many times, replace it to time no size
+TIMING_SECONDS: Final = 20.0
 
 
 def checked_verbose(verbose: object) -> bool:

@@ -303,7 +303,7 @@ def find_best_within(latency: LatencySearch, runner: TrialRunner) -> BatchPlan:
 def most_timing_seconds(settings: Settings) -> float:
     """Return the seconds that timing sizes may take, whatever training is planned."""
     given = settings.timing_seconds
-    return _settings.DEFAULTS.curve_seconds if given is None else given
+    return _settings.TIMING_SECONDS if given is None else given
 
 
 def timing_seconds(subject: Subject, settings: Settings, runner: TrialRunner) -> float:
