@@ -15,14 +15,14 @@ from autobatch._plan import (
     BatchPlan,
     check_can_accumulate,
     choose_plan,
-    per_rank,
 )
 from autobatch._report import Device, TuningReport
 from autobatch._report.latency import nothing_within, too_slow_reason
 from autobatch._report.notes import notes
-from autobatch._report.result import Bound, RunDetails, tightest_bound
+from autobatch._report.result import RunDetails
 from autobatch._search.guided import GuidedBisection
 from autobatch._search.multiples import next_multiple
+from autobatch._settings import Bound, tightest_bound
 from autobatch._throughput.curve import Throughput, add_to_curve, measure_throughput
 from autobatch._throughput.preference import Preference
 from autobatch._trials.ignored_size import check_size_is_used
@@ -78,11 +78,10 @@ def tune(
     else:
         sizes = find_largest_fit(search, runner, sizes, None, is_timed=not seconds)
         preference = preference_of(subject, settings, runner)
-        samples = samples_per_rank(accumulation)
         seconds = timing_seconds(subject, settings, runner)
         if seconds:
             context.progress.begin("timing sizes", seconds)
-        throughput = measure_throughput(runner, samples, seconds, preference)
+        throughput = measure_throughput(runner, seconds, preference)
         runner.begin("checking the plan")
         plan = choose_plan(runner, throughput, subject.last_micro_batch, preference)
         throughput = add_to_curve(throughput, runner, plan.micro_batch_size)
@@ -121,13 +120,6 @@ def own_batch_size(subject: Subject, known: BatchPlan | None, ranks: Ranks) -> i
     """Return the user's own batch size, of rank 0: an error at this size is the user's."""
     own, *_ = ranks.gather(subject.own_batch_size)
     return own if known is None else known.micro_batch_size
-
-
-def samples_per_rank(accumulation: Accumulation) -> int | None:
-    """Return the samples per update and rank that reach the target; None without one."""
-    if accumulation.target is None:
-        return None
-    return per_rank(accumulation.target, accumulation.world_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,12 +176,7 @@ class SearchRange:
 
 def search_range(subject: Subject, settings: Settings, ranks: Ranks) -> SearchRange:
     """Return the batch sizes to search, the same on every rank."""
-    bound = tightest_bound(
-        target_batch_size=settings.target_batch_size,
-        max_micro_batch_size=settings.max_micro_batch_size,
-        dataset_size=settings.dataset_size,
-        world_size=ranks.world_size,
-    )
+    bound = tightest_bound(settings, ranks.world_size)
     high = max(1, bound.batch_size) if bound else _MAX_BATCH_SIZE
     ranges = ranks.gather(SearchRange(subject.start_batch_size, high, bound))
     return SearchRange(ranges[0].start, min(each.high for each in ranges), bound)
@@ -247,7 +234,7 @@ def _next_size(
     search: Search, runner: TrialRunner, sizes: SearchRange, latency: LatencySearch | None
 ) -> int | None:
     """Return the size that the search proposes, if there is time for it; None to end."""
-    trials_after = 0 if runner.accumulation.target is None else MAX_CONFIRMATIONS
+    trials_after = MAX_CONFIRMATIONS if runner.accumulation.is_split else 0
     if latency is not None and runner.fitting:
         # Memory may have room for sizes that are far too slow
         sizes = sizes.limited(latency.reach)
@@ -285,7 +272,7 @@ def find_best_within(latency: LatencySearch, runner: TrialRunner) -> BatchPlan:
 def most_timing_seconds(settings: Settings) -> float:
     """Return the seconds that timing sizes may take, whatever training is planned."""
     given = settings.timing_seconds
-    return _settings.DEFAULTS.curve_seconds if given is None else given
+    return _settings.TIMING_SECONDS if given is None else given
 
 
 def timing_seconds(subject: Subject, settings: Settings, runner: TrialRunner) -> float:
@@ -301,7 +288,7 @@ def timing_seconds(subject: Subject, settings: Settings, runner: TrialRunner) ->
 def preference_of(subject: Subject, settings: Settings, runner: TrialRunner) -> Preference | None:
     """Return the order of sizes that are about as fast; None if the largest is taken."""
     has_batch_norm, *_ = runner.gather(subject.has_batch_norm())
-    is_split = runner.accumulation.target is not None
+    is_split = runner.accumulation.is_split
     is_untimed = not most_timing_seconds(settings)
     if not is_split and (settings.prefer == "largest" or is_untimed):
         return None

@@ -49,21 +49,18 @@ class Snapshot(Undo):
 
     Copies are kept on the host. Objects are referenced weakly: a model that a workload builds for
     itself may die, and is then forgotten. The random state of torch, CUDA, NumPy and Python is
-    captured on entering.
+    captured at once.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._memo = Memo()
-        self._random: Saved = Unchanged(None)
+        self._random: Saved = SavedRandomState()
         self._undo = contextlib.ExitStack()
         self._names: dict[int, str] = {}  # of objects that nobody asked to restore, by id
         self.unrestored: set[str] = set()  # those whose state could not be saved or loaded
-
-    def start(self) -> None:
         self.push(self._leave)
         self.push(self._leave)  # completes the first if that was interrupted
-        self._random = SavedRandomState()
 
     def _leave(
         self,
