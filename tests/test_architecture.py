@@ -39,6 +39,7 @@ LAYERS = (
     ("_progress",),
     ("report", "sinks", "testing"),
     ("_subject",),
+    ("_guide",),
     ("_tune",),
     ("_find",),
     ("lightning",),

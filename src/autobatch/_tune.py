@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Final
 
 from autobatch import _settings
+from autobatch._guide import Guide
 from autobatch._latency import best_within
 from autobatch._latency.search import SECONDS_TIMED, LatencySearch
 from autobatch._memory.host import HostProbe
@@ -67,6 +68,7 @@ def tune(
     check_same_arguments(subject, settings, known, context.ranks)
     sizes = search_range(subject, settings, context.ranks)
     throughput, latency, seconds = Throughput(), None, most_timing_seconds(settings)
+    guide = Guide(search, subject, runner)
     runner.begin("searching" if known is None else "checking the plan")
     if known is not None:
         plan = verify(known, runner, sizes)
@@ -76,7 +78,7 @@ def tune(
         context.progress.begin("timing answers", SECONDS_TIMED)
         plan = find_best_within(latency, runner)
     else:
-        sizes = find_largest_fit(search, runner, sizes, None, is_timed=not seconds)
+        sizes = find_largest_fit(guide, runner, sizes, None, is_timed=not seconds)
         preference = preference_of(subject, settings, runner)
         seconds = timing_seconds(subject, settings, runner)
         if seconds:
@@ -88,9 +90,10 @@ def tune(
         check_size_is_used([*runner.trials, *map(runner.merge, throughput.unrecorded.values())])
     check_same_plan(plan, context.ranks)
     keep_within_budget(plan, runner)
-    return build_report(
+    report = build_report(
         subject, settings, runner, sizes, plan, throughput, latency, curve_seconds=seconds
     )
+    return report.model_copy(update={"guide": guide.way})
 
 
 def accumulation_of(subject: Subject, settings: Settings, ranks: Ranks) -> Accumulation:
