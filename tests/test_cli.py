@@ -14,10 +14,9 @@ import autobatch
 from autobatch import __main__ as shell
 from autobatch import sinks
 from autobatch.__main__ import main
-from autobatch._report.layout import UNICODE, terminal
-from autobatch._report.text import completed
 from nvml_standin import DRIVER, GIB, Card, FakeGpu
 from report_examples import example
+from report_examples import printed as shown_by
 
 
 @pytest.fixture
@@ -96,7 +95,7 @@ def test_demo_tunes_trains_and_reports(tmp_path):
     at_first, _, later = printed.partition("\n\nautobatch · DigitsNet")
     measured_later = {"noise": None, "loading": None}
     assert at_first == str(report.model_copy(update=measured_later))
-    assert f"autobatch · DigitsNet{later}" == terminal(completed(report), UNICODE)
+    assert f"autobatch · DigitsNet{later}" == shown_by(report, sinks.completed_on_console)
     assert report.plan.effective_batch_size == 256
     assert report.plan.accumulate_grad_batches > 1
     assert report.noise.state == "ok"

@@ -102,7 +102,7 @@ class Memo:
             return
         reference = self._reference(thing)
         is_found = self.scope.objects and is_plain_object(thing)
-        save_one = _save_nested if is_found else self.scope.save
+        save_one = save_nested if is_found else self.scope.save
         values = {name: save_one(value, self) for name, value in attributes.items()}
         self.objects[id(thing)] = SavedObject(reference, SavedAttributes(reference, values))
 
@@ -132,7 +132,8 @@ def save(value: Any, memo: Memo) -> Saved:
     memo.open.add(id(value))
     try:
         if _has_state(value):
-            return SavedState(value, save(value.state_dict(), memo))
+            state = save(value.state_dict(), memo)
+            return SavedObject(lambda: value, Unchanged(value), state)
         return _save(value, memo)
     finally:
         memo.open.discard(id(value))
@@ -154,7 +155,7 @@ def save_shallow(value: Any, memo: Memo) -> Saved:
     return save(value, memo)
 
 
-def _save_nested(value: Any, memo: Memo) -> Saved:
+def save_nested(value: Any, memo: Memo) -> Saved:
     """Save an attribute of a plain object, but no data."""
     is_values = isinstance(value, torch.Tensor) or _is_array(value)
     return (
@@ -429,18 +430,6 @@ class SavedArray:
 
 
 @dataclass(frozen=True, slots=True)
-class SavedState:
-    """An object with a state_dict that is not a module: schedulers, scalers, weight averages."""
-
-    owner: Any
-    state: Saved
-
-    def restore(self) -> Any:
-        self.owner.load_state_dict(self.state.restore())
-        return self.owner
-
-
-@dataclass(frozen=True, slots=True)
 class SavedAttributes:
     """All attributes of an object; torch keeps parameters, modes, hooks and state in them too."""
 
@@ -465,20 +454,21 @@ class SavedAttributes:
 
 @dataclass(frozen=True, slots=True)
 class SavedObject:
-    """An object captured by a snapshot."""
+    """An object captured by a snapshot, or one with a state_dict: a scheduler, scaler or average."""
 
     reference: Callable[[], Any]
     value: Saved
     state: Saved | None = None
 
-    def restore(self) -> None:
+    def restore(self) -> Any:
         owner = self.reference()
         try:
             if owner is not None and self.state is not None:
                 owner.load_state_dict(self.state.restore())
         finally:
             # Last: a state_dict leaves out details such as a half-done step of a GradScaler
-            self.value.restore()
+            value = self.value.restore()
+        return value
 
 
 def _has_state(value: object) -> bool:

@@ -25,6 +25,7 @@ from autobatch._trials.captured import (
     is_generator,
     save,
     save_light,
+    save_nested,
     save_shallow,
 )
 from autobatch._undo import Undo
@@ -48,21 +49,18 @@ class Snapshot(Undo):
 
     Copies are kept on the host. Objects are referenced weakly: a model that a workload builds for
     itself may die, and is then forgotten. The random state of torch, CUDA, NumPy and Python is
-    captured on entering.
+    captured at once.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._memo = Memo()
-        self._random: Saved = Unchanged(None)
+        self._random: Saved = SavedRandomState()
         self._undo = contextlib.ExitStack()
         self._names: dict[int, str] = {}  # of objects that nobody asked to restore, by id
         self.unrestored: set[str] = set()  # those whose state could not be saved or loaded
-
-    def start(self) -> None:
         self.push(self._leave)
         self.push(self._leave)  # completes the first if that was interrupted
-        self._random = SavedRandomState()
 
     def _leave(
         self,
@@ -124,6 +122,12 @@ class Snapshot(Undo):
         with self._saving(Scope(save_light, objects=False)) as memo:
             for thing in things:
                 memo.add_attributes(thing)
+
+    def capture_samplers(self, *samplers: Any) -> None:
+        """Capture attributes with the values in them, in any number, but no other objects."""
+        with self._saving(Scope(save_nested, objects=False)) as memo:
+            for sampler in samplers:
+                memo.add_attributes(sampler)
 
     def capture_beside_parameters(self, module: torch.nn.Module) -> None:
         """Capture a module but for parameters and gradients, which a forward pass cannot change."""

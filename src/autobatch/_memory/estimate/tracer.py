@@ -102,7 +102,7 @@ def trace(
             if gpu is not None:
                 _choose_foreach(optimizer)
             running = RunningModules(model)
-            tracer = _Tracer(gpu, deadline, running)
+            tracer = _Tracer(gpu, running, deadline)
             tracer.attach_model(model)
             tracer.attach(tree_leaves(list(optimizer.state.values())), Origin.OPTIMIZER_STATE)
             batch, tensors = _fake_batch(step.batch(batch_size), fake)
@@ -229,7 +229,7 @@ def _on_fake_cpu(tensor: torch.Tensor, fake: FakeTensorMode) -> torch.Tensor:
 class _Tracer(TorchDispatchMode):
     """Record allocations and releases of every operator, in order."""
 
-    def __init__(self, gpu: Gpu | None, deadline: float, running: RunningModules) -> None:
+    def __init__(self, gpu: Gpu | None, running: RunningModules, deadline: float) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._running = running
         self.events: list[Event] = []
