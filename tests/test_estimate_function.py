@@ -158,6 +158,25 @@ def test_the_text_is_a_page_of_at_most_86_columns():
     assert "<pre" in of_convolutions()._repr_html_()
 
 
+def test_the_figure_shows_kinds_phases_and_budget(tmp_path):
+    pytest.importorskip("matplotlib")
+    estimate = of_attention()
+
+    figure = estimate.plot(tmp_path / "step.svg", batch_size=64)
+
+    (axes,) = figure.axes
+    labels = {text.get_text() for text in axes.get_legend().get_texts()}
+    assert {"parameters and buffers", "activations", "gradients", "budget, 2 GiB"} <= labels
+    assert [text.get_text().strip() for text in axes.texts] == ["forward", "backward", "optimizer"]
+    highest = max(collection.get_datalim(axes.transData).y1 for collection in axes.collections)
+    peak = estimate.at(64)
+    allocated = peak.allocated - peak.held["rounding"]
+    assert highest == pytest.approx(allocated / 2**30, rel=1e-3)
+    assert (tmp_path / "step.svg").read_text(encoding="utf-8").startswith("<?xml")
+    with pytest.raises(ValueError, match="no suffix of a known format"):
+        estimate.plot("step.txt", batch_size=64)
+
+
 def test_json_has_units_bands_and_its_kind():
     estimate = of_convolutions()
 

@@ -10,16 +10,21 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from autobatch._estimate.band import Banded, band_of
-from autobatch._estimate.breakdown import peak
+from autobatch._estimate.breakdown import moments, peak
 from autobatch._estimate.changes import Change, changed
 from autobatch._estimate.device import target_gpu
 from autobatch._estimate.inputs import Inputs
 from autobatch._memory import memory_budget, parse_memory_limit
 from autobatch._memory.estimate.prediction import Fit
+from autobatch._report import NO_MATPLOTLIB
 from autobatch._report.layout import UNICODE, Glyphs, html, terminal
+from autobatch.errors import AutobatchError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from matplotlib.figure import Figure
 
     from autobatch._estimate.band import Band
     from autobatch._estimate.breakdown import Peak
@@ -210,6 +215,27 @@ class Estimate:
             held=held | {"rounding": max(0, rest), "fragments": reserved - allocated},
             activations=highest.activations,
         )
+
+    def plot(self, path: str | Path | None = None, batch_size: int | None = None) -> Figure:
+        """Draw the memory over one step with its phases, by use, and the budget.
+
+        Args:
+            path: A .png, .svg or .pdf file to write as well.
+            batch_size: Samples per forward pass; None: the largest that fits.
+
+        Raises:
+            AutobatchError: matplotlib is not installed.
+            ValueError: The path has another ending.
+        """
+        try:
+            from autobatch._estimate.figure import draw
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] != "matplotlib":
+                raise
+            raise AutobatchError(NO_MATPLOTLIB) from None
+        peak = self.at(max(1, self.largest) if batch_size is None else batch_size)
+        events = list(self._memory.events.at(peak.batch_size))
+        return draw(self, moments(events, self._target.gpu), peak, path)
 
     def _peak(self, size: int) -> Peak:
         return peak(list(self._memory.events.at(size)), self._target.gpu, self._inputs.step.model)
