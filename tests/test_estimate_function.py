@@ -20,6 +20,8 @@ import autobatch
 from autobatch._estimate.device import target_gpu
 from autobatch._memory.estimate.gpus import GPUS
 from autobatch.errors import AutobatchError
+from autobatch.report import Outcome, Trial
+from report_examples import example
 from sameness import same
 from test_estimate import Attention, convolutional, images, loss, measured, step_of, tokens
 
@@ -175,6 +177,44 @@ def test_the_figure_shows_kinds_phases_and_budget(tmp_path):
     assert (tmp_path / "step.svg").read_text(encoding="utf-8").startswith("<?xml")
     with pytest.raises(ValueError, match="no suffix of a known format"):
         estimate.plot("step.txt", batch_size=64)
+
+
+def report_of(peaks, source="NVML", **changes):
+    report = example(**changes)
+    trials = tuple(
+        Trial(size, Outcome.FIT, peak=round(peak), accumulate=1) for size, peak in peaks.items()
+    )
+    device = report.device.model_copy(update={"name": "NVIDIA H200 (cuda:0)", "source": source})
+    return report.model_copy(update={"trials": trials, "device": device})
+
+
+def test_measured_peaks_correct_an_estimate_and_narrow_its_band(tmp_path):
+    sgd, path = {"optimizer": torch.optim.SGD, "memory_limit": "1GiB"}, tmp_path / "autobatch.json"
+    guessed = of_attention(**sgd)
+    # All bytes are 3 % more than predicted, but for the smallest size
+    measured = {size: 1.03 * guessed.at(size).reserved for size in (4096, 8192, 16384)}
+    path.write_text(report_of({8: 2**25} | measured).to_json(), encoding="utf-8")
+
+    estimate = of_attention(**sgd, calibrate=path)
+
+    assert estimate.at(8192).reserved == pytest.approx(measured[8192], rel=0.001)
+    assert estimate.band_share == pytest.approx(0.01, abs=0.001)
+    assert estimate.band_share < guessed.band_share
+    assert (guessed.untested, estimate.untested) == (("optimizer SGD",), ())
+    assert guessed.largest.low < estimate.largest < guessed.largest
+    with pytest.raises(ValueError, match="was measured on NVIDIA H200 .*scratch memory of L4"):
+        of_attention(**sgd, calibrate=path, device="L4")
+
+
+def test_reports_of_another_step_calibrate_nothing(tmp_path):
+    path = tmp_path / "autobatch.json"
+    for report, error in (
+        (report_of({8: 2**28}, source="simulated"), "no peak of this step that was measured"),
+        (report_of({64: 2**34}), "peaks that are .* off the predicted"),
+    ):
+        path.write_text(report.to_json(), encoding="utf-8")
+        with pytest.raises(ValueError, match=error):
+            autobatch.estimate(Attention(), loss, tokens(4), device="H200", calibrate=path)
 
 
 def test_json_has_units_bands_and_its_kind():

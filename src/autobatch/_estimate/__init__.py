@@ -11,6 +11,7 @@ import torch
 
 from autobatch._estimate.band import Banded, band_of
 from autobatch._estimate.breakdown import moments, peak
+from autobatch._estimate.calibration import calibrated
 from autobatch._estimate.changes import Change, changed
 from autobatch._estimate.device import target_gpu
 from autobatch._estimate.inputs import Inputs
@@ -45,6 +46,7 @@ def estimate(
     device: str | int | None = None,
     memory_limit: float | str = 0.9,
     accumulate: int = 1,
+    calibrate: str | Path | None = None,
 ) -> Estimate:
     """Estimate the memory of a training step on a GPU, which need not be there.
 
@@ -63,6 +65,8 @@ def estimate(
             or "cuda:1" for one that is present.
         memory_limit: A share of the device, less its context; or bytes, or text such as "10GiB".
         accumulate: Micro-batches per update.
+        calibrate: The report file of a tuning run of the same step on a GPU: its measured peaks
+            correct the estimate and narrow its band.
 
     Returns:
         The estimate: `.largest`, `.at(n)`, `.untested`; `print` shows it all.
@@ -82,14 +86,19 @@ def estimate(
     """
     limit = parse_memory_limit(memory_limit)
     inputs = Inputs.checked(model, step, batch, optimizer, precision, accumulate)
-    return estimate_of(inputs, target_gpu(device), limit)
+    return estimate_of(inputs, target_gpu(device), limit, calibrate)
 
 
-def estimate_of(inputs: Inputs, target: TargetGpu, limit: float) -> Estimate:
+def estimate_of(
+    inputs: Inputs, target: TargetGpu, limit: float, calibrate: str | Path | None
+) -> Estimate:
     """Return the estimate of checked inputs on a GPU."""
     memory = inputs.estimated(target.gpu)
     band = band_of(inputs, memory.events.at(2), target.guesses)
     budget = max(0, memory_budget(target.reading, limit))
+    if calibrate is not None:
+        accumulate = inputs.step.accumulate
+        band = calibrated(band, memory, target, calibrate, budget=budget, accumulate=accumulate)
     return Estimate(inputs, target, limit, budget, band, memory)
 
 
@@ -108,7 +117,8 @@ class EstimatedPeak:
         operator: Operator that reaches it.
         module: Module that it belongs to; empty if none is known.
         held: Bytes by use: parameters, gradients, activations and others; "rounding" is what blocks
-            are larger than tensors, "fragments" what is reserved and not in use.
+            are larger than tensors, "fragments" what is reserved and not in use, "correction" by
+            how much measured peaks are larger.
         activations: Bytes of activations by module, the largest first; those of repeated blocks
             together, as "layers.*.mlp".
     """
@@ -212,7 +222,12 @@ class Estimate:
             phase=str(highest.phase),
             operator=highest.operator,
             module=highest.module,
-            held=held | {"rounding": max(0, rest), "fragments": reserved - allocated},
+            held=held
+            | {
+                "rounding": max(0, rest),
+                "fragments": reserved - allocated,
+                "correction": self._band.corrected(reserved) - reserved,
+            },
             activations=highest.activations,
         )
 
@@ -247,7 +262,7 @@ class Estimate:
         it, SGD with momentum instead of another optimizer, and two micro-batches per update.
         """
         return tuple(
-            Change(each.change, estimate_of(each.inputs, self._target, self._limit).largest)
+            Change(each.change, estimate_of(each.inputs, self._target, self._limit, None).largest)
             for each in changed(self._inputs)
         )
 
