@@ -8,7 +8,6 @@ from autobatch._memory.estimate.allocator import MIB, CachingAllocator
 from autobatch._memory.ledger import Ledger
 
 if TYPE_CHECKING:
-    import weakref
     from collections.abc import Callable
 
     import torch
@@ -80,9 +79,10 @@ class CachingLedger(Ledger):
             self._blocks.setdefault(int(storage._cdata), []).append(block)
         return growth
 
-    def _credit(self, key: int, ref: weakref.ref[torch.UntypedStorage]) -> None:
-        entry = self._entries.get(key)
-        if entry is not None and entry.ref is ref:
-            for block in self._blocks.pop(key, ()):
-                self._allocator.free(block)
-        super()._credit(key, ref)
+    def _hand_over(self, term: int, total: int) -> None:
+        self._blocks[total] = self._blocks.pop(term, [])
+
+    def _release(self, key: int, nbytes: int) -> None:
+        for block in self._blocks.pop(key, ()):
+            self._allocator.free(block)
+        super()._release(key, nbytes)

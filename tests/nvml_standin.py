@@ -204,6 +204,9 @@ class FakeGpu:
                 total_memory=card.seen_by_cuda,
                 uuid=whole.uuid,
                 is_integrated=int(card.is_integrated),
+                multi_processor_count=108,
+                max_threads_per_multi_processor=2048,
+                major=8,
             )
 
         def mem_get_info(index: int) -> tuple[int, int]:
@@ -228,6 +231,7 @@ class FakeGpu:
             "set_per_process_memory_fraction": set_share,
             "empty_cache": lambda: [card.let_go() for card in self.devices],
             "synchronize": lambda index: None,
+            "get_allocator_backend": lambda: "native",
         }
 
 

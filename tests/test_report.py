@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -338,6 +339,16 @@ def test_names_cannot_break_the_layout_or_control_the_terminal():
 
     assert text.splitlines()[0].startswith("autobatch · a b [31m c · 1 × RTX 3060")
     assert "\x1b" not in text
+
+
+def test_bytes_in_use_are_shown_beside_reserved_ones_where_they_differ():
+    def column(share):
+        trials = [replace(t, allocated=t.peak and int(share * t.peak)) for t in example().trials]
+        table = page(example().model_copy(update={"trials": tuple(trials)})).tables[0]
+        return {each.header: each.cells for each in table.columns}
+
+    assert column(0.5)["in use GiB"][:3] == ("1.35", "1.40", "1.55")
+    assert not any(header.startswith("in use") for header in column(1.0))
 
 
 def test_columns_without_a_number_are_left_out():

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Final
 
 from autobatch import _settings
+from autobatch._guide import Guide
 from autobatch._latency import best_within
 from autobatch._latency.search import SECONDS_TIMED, LatencySearch
 from autobatch._memory.host import HostProbe
@@ -25,26 +26,22 @@ from autobatch._search.multiples import next_multiple
 from autobatch._settings import Bound, tightest_bound
 from autobatch._throughput.curve import Throughput, add_to_curve, measure_throughput
 from autobatch._throughput.preference import Preference
+from autobatch._trials.ignored_size import check_size_is_used
 from autobatch._trials.refusals import is_selective
 from autobatch._trials.runner import Accumulation, TrialRunner
 from autobatch.errors import AutobatchError, DoesNotFitError, ShortTrialError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from autobatch._distributed import Ranks
     from autobatch._search import Search
     from autobatch._settings import Settings
     from autobatch._subject import Subject
-    from autobatch._trials import Trial
     from autobatch._trials.context import TrialContext
 
 # A workload that never meets a limit has to stop somewhere
 _MAX_BATCH_SIZE: Final = 2**20
 # Share of the planned training that timing sizes may take
 _SHARE_OF_TRAINING: Final = 0.1
-# Identical allocations at this many times the batch size: the workload ignores it
-_IGNORED_FACTOR: Final = 2
 
 
 def tune(
@@ -71,6 +68,7 @@ def tune(
     check_same_arguments(subject, settings, known, context.ranks)
     sizes = search_range(subject, settings, context.ranks)
     throughput, latency, seconds = Throughput(), None, most_timing_seconds(settings)
+    guide = Guide(search, subject, runner)
     runner.begin("searching" if known is None else "checking the plan")
     if known is not None:
         plan = verify(known, runner, sizes)
@@ -80,7 +78,7 @@ def tune(
         context.progress.begin("timing answers", SECONDS_TIMED)
         plan = find_best_within(latency, runner)
     else:
-        sizes = find_largest_fit(search, runner, sizes, None, is_timed=not seconds)
+        sizes = find_largest_fit(guide, runner, sizes, None, is_timed=not seconds)
         preference = preference_of(subject, settings, runner)
         seconds = timing_seconds(subject, settings, runner)
         if seconds:
@@ -89,12 +87,13 @@ def tune(
         runner.begin("checking the plan")
         plan = choose_plan(runner, throughput, subject.last_micro_batch, preference)
         throughput = add_to_curve(throughput, runner, plan.micro_batch_size)
-        _check_size_is_used([*runner.trials, *map(runner.merge, throughput.unrecorded.values())])
+        check_size_is_used([*runner.trials, *map(runner.merge, throughput.unrecorded.values())])
     check_same_plan(plan, context.ranks)
     keep_within_budget(plan, runner)
-    return build_report(
+    report = build_report(
         subject, settings, runner, sizes, plan, throughput, latency, curve_seconds=seconds
     )
+    return report.model_copy(update={"guide": guide.way})
 
 
 def accumulation_of(subject: Subject, settings: Settings, ranks: Ranks) -> Accumulation:
@@ -224,7 +223,7 @@ def find_largest_fit(
             continue
         if trial.batch_size < size:  # the workload could not fill it
             sizes = sizes.limited(trial.batch_size)
-        _check_size_is_used(runner.trials)
+        check_size_is_used(runner.trials)
         too_slow = latency.too_slow(trial.batch_size) if latency and trial.fits else None
         if latency and too_slow:  # larger sizes would fit, but take too long
             high = min(sizes.high, trial.batch_size)
@@ -261,33 +260,6 @@ def _proposal(search: Search, runner: TrialRunner, sizes: SearchRange) -> int | 
     if is_selective(trials):
         return next_multiple(trials, sizes.high)
     return search.propose(trials, start=start, high=sizes.high, budget=runner.budget)
-
-
-def _check_size_is_used(trials: Iterable[Trial]) -> None:
-    smallest: dict[tuple[int, ...], Trial] = {}  # of the trials with the same allocations
-    for trial in sorted(trials, key=lambda each: each.batch_size):
-        allocations = _allocations(trial)
-        if len(allocations) < 3:  # noqa: PLR2004 -- the peak and a single allocation show nothing
-            continue
-        other = smallest.setdefault((trial.accumulate, *allocations), trial)
-        if trial.batch_size >= _IGNORED_FACTOR * other.batch_size:
-            raise ValueError(
-                "Memory use was identical at "
-                f"batch_size={other.batch_size} and at batch_size={trial.batch_size}, so the "
-                "workload seems to ignore its batch size. It must make micro-batches of the given "
-                "size; if the data set is smaller than that, give its length in dataset_size."
-            )
-
-
-def _allocations(trial: Trial) -> tuple[int, ...]:
-    """Return the exact bytes of a trial: its peak, and its last step from the beginning.
-
-    The last step alone may be a partial batch, of as many samples at two sizes.
-    """
-    if trial.peak is None or not trial.profile:
-        return ()
-    first, *_ = trial.profile
-    return (trial.peak - trial.resident, *(nbytes - first for nbytes in trial.profile))
 
 
 def find_best_within(latency: LatencySearch, runner: TrialRunner) -> BatchPlan:

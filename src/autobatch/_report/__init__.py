@@ -107,6 +107,8 @@ class TuningReport(BaseModel):
         loading: Time spent waiting for data beside time in steps, in seconds; None if not
             measured.
         latencies: Latency of calls at each batch size, in seconds; empty without latency_limit.
+        guide: Kind of memory that the search followed, "by predicted memory"; None where there was
+            nothing to predict.
         search_seconds: Duration of tuning from its beginning to its end, in seconds.
         timing_seconds: Part of it that timed sizes, in seconds; None in reports of earlier versions.
         validation_seconds: Part of it that tried validation, in seconds; None without it.
@@ -134,6 +136,7 @@ class TuningReport(BaseModel):
     learning_rate: LearningRateRule | None = None
     loading: Annotated[Loading, *MEASURED] | None = None
     latencies: tuple[StoredLatency, ...] = ()
+    guide: str | None = None
     search_seconds: Seconds
     timing_seconds: Seconds | None = None
     validation_seconds: Seconds | None = None

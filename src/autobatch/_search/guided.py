@@ -43,15 +43,21 @@ class GuidedBisection:
         resolution: Accuracy of the size found, as a share.
         growth: Largest factor from one size to the next while extrapolating peaks; twice that while
             memory does not grow with the batch size.
+        estimate: Whether predicted memory guides the search after its first trial, where the
+            training step of a Trainer can be traced and that trial agrees: on CUDA and simulated
+            devices, on one rank. Nothing is run for it, and trials decide as ever.
     """
 
     resolution: float = 0.01
     growth: int = 8
+    estimate: bool = True
 
     def __post_init__(self) -> None:
         check_resolution(self.resolution)
         if type(self.growth) is not int or self.growth < 2:  # noqa: PLR2004
             raise ValueError(f"growth must be at least 2, got {self.growth!r}.")
+        if type(self.estimate) is not bool:
+            raise ValueError(f"estimate must be True or False, got {self.estimate!r}.")
 
     def propose(self, trials: Sequence[Trial], *, start: int, high: int, budget: int) -> int | None:
         """Return an untried size from 1 to `high`, or None if the largest fit is the answer."""

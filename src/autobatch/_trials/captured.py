@@ -102,7 +102,7 @@ class Memo:
             return
         reference = self._reference(thing)
         is_found = self.scope.objects and is_plain_object(thing)
-        save_one = _save_nested if is_found else self.scope.save
+        save_one = save_nested if is_found else self.scope.save
         values = {name: save_one(value, self) for name, value in attributes.items()}
         self.objects[id(thing)] = SavedObject(reference, SavedAttributes(reference, values))
 
@@ -155,7 +155,7 @@ def save_shallow(value: Any, memo: Memo) -> Saved:
     return save(value, memo)
 
 
-def _save_nested(value: Any, memo: Memo) -> Saved:
+def save_nested(value: Any, memo: Memo) -> Saved:
     """Save an attribute of a plain object, but no data."""
     is_values = isinstance(value, torch.Tensor) or _is_array(value)
     return (

@@ -24,6 +24,7 @@ from autobatch._trials.captured import (
     is_generator,
     save,
     save_light,
+    save_nested,
     save_shallow,
 )
 from autobatch._undo import Undo
@@ -121,6 +122,12 @@ class Snapshot(Undo):
         with self._saving(Scope(save_light, objects=False)) as memo:
             for thing in things:
                 memo.add_attributes(thing)
+
+    def capture_samplers(self, *samplers: Any) -> None:
+        """Capture attributes with the values in them, in any number, but no other objects."""
+        with self._saving(Scope(save_nested, objects=False)) as memo:
+            for sampler in samplers:
+                memo.add_attributes(sampler)
 
     def capture_beside_parameters(self, module: torch.nn.Module) -> None:
         """Capture a module but for parameters and gradients, which a forward pass cannot change."""

@@ -185,6 +185,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             percentile=percentile,
         )
         self._known = known_plan(plan, settings, world_size=None)
+        self._epochs = checked_epochs(retune_at_epochs)
         self._arguments = CallbackArguments(
             settings=settings,
             search=checked_search(search),
@@ -193,9 +194,9 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             repairs=check_switch(repair_last_window),
             batch_arg_name=checked_name(batch_arg_name),
             set_batch_size=checked_setter(set_batch_size),
+            retunes=bool(self._epochs),
             verbose=checked_verbose(verbose),
         )
-        self._epochs = checked_epochs(retune_at_epochs)
         self._evaluates = checked_evaluate(evaluate) or latency_limit is not None
         self._last: TunedFit | None = None  # of the previous fit, or of `tune`
         self._trained: TuningReport | None = None  # with the plan that training follows
@@ -333,8 +334,9 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         """Write the report beside the logs, now that the loggers have created their directory."""
         if self._run.is_tuned:
             self._run.loaders["train"].check_used(trainer.train_dataloader)
-            look = partial(self._before_epoch, trainer, pl_module)
-            self._run.replace(before_epochs(trainer, look))
+            before_hooks = partial(self._before_hooks, trainer, pl_module)
+            after_hooks = partial(self._before_epoch, trainer, pl_module)
+            self._run.replace(before_epochs(trainer, before_hooks, after_hooks))
             log_report(self.reports["fit"], trainer)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
@@ -406,16 +408,29 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
     def _undo_run(self) -> None:
         self._run.undo()
 
+    def _before_hooks(self, trainer: Any, module: Any) -> None:
+        """Tune again before the first epoch if callbacks hold memory already that trials lacked.
+
+        What hooks of the epoch make of optimizers and schedules comes after these are created
+        again.
+        """
+        if trainer.global_step == 0 and trainer.current_epoch not in self._epochs:
+            self._compare(trainer, module)
+
     def _before_epoch(self, trainer: Any, module: Any) -> None:
         """Tune again where the user wants it, or where callbacks hold memory that trials lacked."""
         run, epoch = self._run, trainer.current_epoch
-        reason = f"Tuned again at epoch {epoch}, for the effective batch of"
         if run.is_to_compare or epoch in self._epochs:
-            excess = run.beside.excess(trainer) if run.beside is not None else None
-            if excess or epoch in self._epochs:
-                self._retune(trainer, module, f"{excess} {reason}" if excess else reason)
+            self._compare(trainer, module)
             run.is_to_compare, run.steps_before = False, trainer.global_step
         run.before_data.forget()
+
+    def _compare(self, trainer: Any, module: Any) -> None:
+        epoch, beside = trainer.current_epoch, self._run.beside
+        excess = beside.excess(trainer) if beside is not None else None
+        if excess or epoch in self._epochs:
+            reason = f"Tuned again at epoch {epoch}, for the effective batch of"
+            self._retune(trainer, module, f"{excess} {reason}" if excess else reason)
 
     def _look_beside(self, trainer: Any) -> None:
         """Warn if callbacks hold memory since the first step that makes training run out of it."""
