@@ -47,6 +47,8 @@ class CallbackArguments:
         batch_arg_name: Name of the batch size in the module or its datamodule.
         set_batch_size: Sets the batch size of a loader; None for the default way.
         verbose: Whether progress and report are printed.
+        survives: Whether training goes on in pieces when memory runs out.
+        keeps: Whether nothing is tuned.
     """
 
     settings: Settings
@@ -57,6 +59,8 @@ class CallbackArguments:
     batch_arg_name: str
     set_batch_size: SetBatchSize | None
     verbose: bool
+    survives: bool
+    keeps: bool
 
 
 @dataclass(frozen=True, slots=True)
