@@ -376,6 +376,13 @@ def test_columns_without_a_number_are_left_out():
             {"settings": settings(target_batch_size=None, max_micro_batch_size=56)},
             "56 fits too; larger sizes not sought",
         ),
+        (  # of larger epochs that the Trainer cuts off
+            {
+                "settings": settings(target_batch_size=None, dataset_size=1000),
+                "dataset_size": 40,
+            },
+            "56 is the largest found to fit",
+        ),
     ],
 )
 def test_the_answer_compares_the_plan_with_the_target(changes, text):

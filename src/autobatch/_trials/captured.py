@@ -328,42 +328,25 @@ class SavedGenerator:
 
     def __init__(self, generator: Any) -> None:
         self._generator = generator
-        if isinstance(generator, random.Random):
-            self._state: Any = generator.getstate()
-        elif hasattr(generator, "bit_generator"):
-            self._state = generator.bit_generator.state
+        if hasattr(generator, "getstate"):  # Python's
+            self._state, self._set = generator.getstate(), generator.setstate
+        elif hasattr(generator, "get_state"):
+            self._state, self._set = generator.get_state(), generator.set_state
         else:
-            self._state = generator.get_state()
+            bits = generator.bit_generator
+            self._state, self._set = bits.state, functools.partial(setattr, bits, "state")
 
     def restore(self) -> Any:
-        generator = self._generator
-        if isinstance(generator, random.Random):
-            generator.setstate(self._state)
-        elif hasattr(generator, "bit_generator"):
-            generator.bit_generator.state = self._state
-        else:
-            generator.set_state(self._state)
-        return generator
+        self._set(self._state)
+        return self._generator
 
 
-class SavedRandomState:
-    """Global random state of torch, CUDA, NumPy and Python."""
-
-    def __init__(self) -> None:
-        self._torch = torch.get_rng_state()
-        # A query of CUDA's state would create a context, even if nothing else uses the device
-        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-        self._numpy = sys.modules.get("numpy")
-        self._numpy_state = self._numpy.random.get_state() if self._numpy else None
-        self._python = random.getstate()
-
-    def restore(self) -> None:
-        torch.set_rng_state(self._torch)
-        if self._cuda is not None:
-            torch.cuda.set_rng_state_all(self._cuda)
-        if self._numpy:
-            self._numpy.random.set_state(self._numpy_state)
-        random.setstate(self._python)
+def global_generators() -> list[Any]:
+    """Return the generators of torch, CUDA, NumPy and Python that are used if none is given."""
+    numpy = sys.modules.get("numpy")
+    # A query of CUDA's state would create a context, even if nothing else uses the device
+    cuda = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
+    return [torch.default_generator, *cuda, *([numpy.random] if numpy else ()), random]
 
 
 @_save.register(set)
