@@ -156,7 +156,8 @@ def _kind_of(model: nn.Module, operators: set[str]) -> float:
     )
     if is_convolutional:
         return _CONVOLUTIONAL
-    has_attention = any("scaled_dot_product" in name for name in operators)
+    # By torch's function, or written out as in Swin
+    has_attention = any("scaled_dot_product" in name or "._softmax." in name for name in operators)
     return _TRANSFORMER if has_attention else _OTHER
 
 
