@@ -245,7 +245,7 @@ class Switchable(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.layers = nn.Sequential(*(nn.Linear(64, 64) for _ in range(8)))
+        self.layers = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
         self.grad_checkpointing = False
 
     def set_grad_checkpointing(self):

@@ -48,8 +48,7 @@ def _answer(estimate: Estimate) -> str:
 
 def _comment(estimate: Estimate) -> str:
     low, high = estimate.largest.low, estimate.largest.high
-    share = percent(estimate.band_share)
-    return f"{low:,} to {high:,} with memory ±{share}"
+    return f"{low:,} to {high:,} with memory ±{100 * estimate.band_share:.1f} %"
 
 
 def _facts(estimate: Estimate, peak: EstimatedPeak) -> tuple[Fact, ...]:
