@@ -128,7 +128,8 @@ def find(
     restored = _restorable(restore)
     reached = [each for each in reachable(workload) if _has_state(each.value)]
     trainable = [each.value for each in reached if isinstance(each.value, _TRAINABLE)]
-    others = [each for each in reached if not isinstance(each.value, _TRAINABLE)]
+    named = {id(each) for each in (*trainable, *restored)}
+    others = [each for each in reached if id(each.value) not in named]
     model_device = _device_of_model(*restored, *trainable)
     is_training = latency_limit is None
     probe = detect(named_device(device), model_device)
