@@ -298,6 +298,7 @@ def test_find_and_autobatch_share_their_keywords():
     own_of_autobatch = {
         "batch_arg_name",
         "evaluate",
+        "on_out_of_memory",
         "repair_last_window",
         "retune_at_epochs",
         "set_batch_size",

@@ -253,7 +253,7 @@ def test_steps_that_are_not_modelled_are_refused_in_one_sentence(monkeypatch):
     refused("in eval mode", convolutional().eval())
     refused("needs parameters of torch.bfloat16", precision="bf16-true")
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
-    refused("does not model PYTORCH_CUDA_ALLOC_CONF=max_split_size_mb:64")
+    refused("PYTORCH_CUDA_ALLOC_CONF=max_split_size_mb:64 changes the allocator")
 
 
 def test_bad_arguments_are_refused_by_name():

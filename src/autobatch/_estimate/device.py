@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from typing import Final
@@ -11,8 +10,9 @@ import torch
 
 from autobatch._estimate.band import Guess
 from autobatch._memory import MemoryReading, format_bytes, parse_bytes
-from autobatch._memory.cuda import CudaProbe
-from autobatch._memory.estimate.gpus import GPUS, gpu_of
+from autobatch._memory.cuda import CudaProbe, check_allocator
+from autobatch._memory.estimate.events import UntraceableError
+from autobatch._memory.estimate.gpus import GPUS
 from autobatch._memory.estimate.scratch import Gpu
 from autobatch.errors import AutobatchError
 
@@ -22,8 +22,6 @@ _MEASURED: Final = "H200"
 # Added to the band; not measured
 _ANOTHER_GPU: Final = 0.01
 _UNKNOWN_GPU: Final = 0.02
-# Names of the variable in torch 2.13 and before
-_SETTINGS: Final = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +43,22 @@ class TargetGpu:
 
 def target_gpu(device: str | int | None) -> TargetGpu:
     """Return the GPU; `ValueError` for an unknown one, `AutobatchError` for one not modelled."""
-    _check_allocator()
+    try:
+        return _target_gpu(device)
+    except UntraceableError as error:
+        raise AutobatchError(
+            f"Memory on this GPU cannot be estimated: {error}; find the batch size on it with "
+            "autobatch.find."
+        ) from None
+
+
+def _target_gpu(device: str | int | None) -> TargetGpu:
+    check_allocator()
     if device is None or (isinstance(device, str) and device.partition(":")[0] == "cuda"):
         return _present(device)
     known = {_letters(name): model for name, model in GPUS.items()}
     if isinstance(device, str) and (model := known.get(_letters(device))):
-        guess = Guess(f"GPUs other than an {_MEASURED}", _ANOTHER_GPU)
-        guesses = () if model.name == _MEASURED else (guess,)
+        guesses = () if model.name == _MEASURED else (_guess_of_gpu(),)
         return TargetGpu(model.name, _unused(model.total), model.gpu, guesses)
     try:
         total = parse_bytes("device", device)
@@ -75,41 +82,15 @@ def _unused(total: int) -> MemoryReading:
 
 
 def _present(device: str | None) -> TargetGpu:
-    if torch.version.hip is not None:
-        raise AutobatchError(
-            "estimate models NVIDIA GPUs, and this torch is built for ROCm; "
-            "find the batch size on the GPU with autobatch.find."
-        )
     if not torch.cuda.is_available():
         raise ValueError(
             f"device={device!r} is the GPU that is present, and torch sees none; name one of "
             f"{', '.join(GPUS)}, or give an amount of memory such as '24GiB'."
         )
-    index = torch.device(device or "cuda").index
-    probe = CudaProbe(index)
-    properties = torch.cuda.get_device_properties(
-        torch.cuda.current_device() if index is None else index
-    )
-    architecture = f"{properties.major}{properties.minor}"
-    gpu = gpu_of(
-        architecture,
-        properties.multi_processor_count,
-        properties.max_threads_per_multi_processor,
-    )
-    is_measured = _MEASURED in properties.name
-    guesses = () if is_measured else (Guess(f"GPUs other than an {_MEASURED}", _ANOTHER_GPU),)
-    return TargetGpu(probe.name, probe.read(), gpu, guesses)
+    probe = CudaProbe(torch.device(device or "cuda").index)
+    guesses = () if _MEASURED in probe.name else (_guess_of_gpu(),)
+    return TargetGpu(probe.name, probe.read(), probe.gpu(), guesses)
 
 
-def _check_allocator() -> None:
-    for name in _SETTINGS:
-        options = [each.strip() for each in os.environ.get(name, "").split(",") if each.strip()]
-        changed = [each for each in options if each.lower() not in _AS_BY_DEFAULT]
-        if changed:
-            raise AutobatchError(
-                f"estimate does not model {name}={os.environ[name]}; unset it, or find the batch "
-                "size on the GPU with autobatch.find."
-            )
-
-
-_AS_BY_DEFAULT: Final = ("expandable_segments:false", "backend:native")
+def _guess_of_gpu() -> Guess:
+    return Guess(f"GPUs other than an {_MEASURED}", _ANOTHER_GPU)

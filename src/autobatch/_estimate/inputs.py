@@ -77,10 +77,16 @@ class Inputs:
                 f"batch has tensors of {listed(rows)} rows, and one batch has to be repeated row "
                 "by row; give a collated batch whose tensors have one row per sample."
             )
-        _refuse_unmodelled(model, precision)
         made = _optimizer_of(model, optimizer)
         repeated = partial(_repeated, batch, rows.pop())
-        return cls(TrainingStep(model, made, step, repeated, accumulate=accumulate), precision)
+        return cls.of(TrainingStep(model, made, step, repeated, accumulate=accumulate), precision)
+
+    @classmethod
+    def of(cls, step: TrainingStep, precision: str) -> Inputs:
+        """Return the inputs of a step; `AutobatchError` for one that is not modelled."""
+        for reason in _reasons(step.model, precision):
+            raise refusal(reason)
+        return cls(step, precision)
 
     def estimated(self, gpu: Gpu) -> MemoryEstimate:
         """Trace the step; `AutobatchError` if its memory cannot be predicted."""
@@ -88,12 +94,13 @@ class Inputs:
         try:
             return MemoryEstimate.of(step, gpu)
         except UntraceableError as error:
-            raise _refusal(str(error)) from None
+            raise refusal(str(error)) from None
 
     def without_data(self) -> Inputs:
         """Return the step with copies of model and optimizer on "meta", which may be changed."""
-        memo: dict[int, Any] = {}
         model = self.step.model
+        trainer = getattr(model, "_trainer", None)
+        memo: dict[int, Any] = {} if trainer is None else {id(trainer): None}
         for tensor in (*model.parameters(), *model.buffers()):
             empty = torch.empty_strided(
                 tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"
@@ -130,11 +137,6 @@ def _optimizer_of(model: nn.Module, optimizer: Optimizer) -> torch.optim.Optimiz
     return made
 
 
-def _refuse_unmodelled(model: nn.Module, precision: str) -> None:
-    for reason in _reasons(model, precision):
-        raise _refusal(reason)
-
-
 def _reasons(model: nn.Module, precision: str) -> Iterator[str]:
     if not model.training:
         yield "the model is in eval mode; call model.train() if it is to be trained, otherwise"
@@ -164,7 +166,8 @@ def _is_sharded(parameter: torch.Tensor) -> bool:
     return type(parameter.data).__module__.startswith(_SHARDED)
 
 
-def _refusal(reason: str) -> AutobatchError:
+def refusal(reason: str) -> AutobatchError:
+    """Return the error of a step that is not modelled, for a reason."""
     return AutobatchError(
         f"The memory of this step cannot be estimated: {reason}; find the batch size on the GPU "
         "with autobatch.find or AutoBatch."

@@ -27,6 +27,27 @@ class Look:
 
 
 @dataclass(frozen=True, slots=True)
+class Survived:
+    """A micro-batch of training that ran out of memory, and was done in pieces instead.
+
+    Args:
+        step: Updates before it.
+        epoch: The epoch.
+        samples: Samples in the micro-batch.
+        pieces: Number of pieces.
+        piece_size: Samples in the smallest piece.
+        lost_seconds: Seconds of the attempts that failed.
+    """
+
+    step: int
+    epoch: int
+    samples: int
+    pieces: int
+    piece_size: int
+    lost_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class RunDetails:
     """Details of a tuning run that its notes depend on, and that a report does not keep."""
 

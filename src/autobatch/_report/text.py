@@ -15,7 +15,7 @@ from autobatch._report.latency import (
     within,
 )
 from autobatch._report.layout import Fact, Page
-from autobatch._report.notes import waiting
+from autobatch._report.notes import survived, waiting
 from autobatch._report.tables import effective_table, product, speed_table, spread
 from autobatch._report.tradeoff import NoiseRange, is_of
 from autobatch._report.units import counted, duration, percent, plain, rounded
@@ -298,7 +298,7 @@ def _likely(report: TuningReport) -> str:
 def _notes_since_training(report: TuningReport) -> tuple[str, ...]:
     best, pace = report.optimum, report.pace
     update_seconds = pace.update(report.plan.micro_batch_size, 1)
-    notes = [waiting(report.loading)]
+    notes = [waiting(report.loading), survived(report.survived, report.plan)]
     if best and update_seconds:
         share = pace.optimizer_seconds / update_seconds
         notes.append(accumulation_costs(report.plan, best.accumulate_grad_batches, share))

@@ -227,7 +227,7 @@ def from_line(evidence: Evidence) -> Forecast:
 def _unproven_sizes(evidence: Evidence) -> list[float]:
     """Limit the extrapolation from two readings that no third one confirms."""
     line, fits, top = evidence.line, evidence.fits, evidence.top
-    size = line.limit - int(evidence.margin * line.limit)
+    size = line.limit - round(evidence.margin * line.limit)
     if len(fits) < MIN_POINTS:
         aim = min(size, top.size * min(evidence.growth, max(2, top.headroom)))
         return [aim - _MARGIN_OF_TWO * max(0.0, aim - top.size)]

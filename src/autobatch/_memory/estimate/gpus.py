@@ -14,8 +14,9 @@ from autobatch._memory.estimate.allocator import MIB
 from autobatch._memory.estimate.scratch import Gpu
 
 # By compute capability; sm_90 and sm_100 have cuDNN's attention in torch, sm_80 and later flash
-_THREADS: Final = {"70": 2048, "75": 1024, "80": 2048, "86": 1536, "89": 1536}
-_THREADS_OF_LATER: Final = {"90": 2048, "100": 2048, "120": 1536}
+_THREADS: Final = {
+    "70": 2048, "75": 1024, "80": 2048, "86": 1536, "89": 1536, "90": 2048, "120": 1536,
+}  # fmt: skip
 _WITH_CUDNN_ATTENTION: Final = ("90", "100")
 _WITHOUT_FLASH_ATTENTION: Final = ("70", "75")
 _SMALL_WORKSPACE: Final = 4096 * 1024 * 2 + 16 * 1024 * 8  # cuBLAS's, but for sm_90 and sm_100
@@ -42,17 +43,17 @@ class GpuModel:
     @property
     def gpu(self) -> Gpu:
         """Properties for scratch memory."""
-        return gpu_of(self.architecture, self.multiprocessors)
+        threads = _THREADS[self.architecture]
+        return gpu_of(self.architecture, self.multiprocessors, threads, has_new_cudnn=True)
 
 
-def gpu_of(architecture: str, multiprocessors: int, threads: int | None = None) -> Gpu:
-    """Return the properties of a compute capability; its threads may be given."""
+def gpu_of(architecture: str, multiprocessors: int, threads: int, *, has_new_cudnn: bool) -> Gpu:
+    """Return the properties of a compute capability; those of cuDNN from 9.15 on are new."""
     has_cudnn_attention = architecture in _WITH_CUDNN_ATTENTION
-    known = _THREADS | _THREADS_OF_LATER
     return Gpu(
         multiprocessors=multiprocessors,
-        threads=threads or known.get(architecture, 2048),
-        has_cudnn_attention=has_cudnn_attention,
+        threads=threads,
+        has_cudnn_attention=has_cudnn_attention and has_new_cudnn,
         has_flash_attention=architecture not in _WITHOUT_FLASH_ATTENTION,
         cublas_workspace=32 * MIB if has_cudnn_attention else _SMALL_WORKSPACE,
     )
