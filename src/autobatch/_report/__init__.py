@@ -108,6 +108,8 @@ class TuningReport(BaseModel):
             measured.
         survived: Micro-batches of training that ran out of memory and were done in pieces.
         latencies: Latency of calls at each batch size, in seconds; empty without latency_limit.
+        guide: Kind of memory that the search followed, "by predicted memory"; None where there was
+            nothing to predict.
         search_seconds: Duration of tuning from its beginning to its end, in seconds.
         timing_seconds: Part of it that timed sizes, in seconds; None in reports of earlier versions.
         validation_seconds: Part of it that tried validation, in seconds; None without it.
@@ -136,6 +138,7 @@ class TuningReport(BaseModel):
     loading: Annotated[Loading, *MEASURED] | None = None
     survived: tuple[Annotated[Survived, *MEASURED], ...] = ()
     latencies: tuple[StoredLatency, ...] = ()
+    guide: str | None = None
     search_seconds: Seconds
     timing_seconds: Seconds | None = None
     validation_seconds: Seconds | None = None

@@ -265,7 +265,7 @@ def _unreached(report: TuningReport, run: RunDetails) -> str | None:
     if never := sorted(set(run.unreached) - fitting):
         parts.append(f"micro-batches of {_listed(never)} were left out")
     is_default = report.settings.timing_seconds is None
-    is_share = is_default and run.curve_seconds < _settings.DEFAULTS.curve_seconds
+    is_share = is_default and run.curve_seconds < _settings.TIMING_SECONDS
     share = ", a tenth of the planned training," if is_share else ""
     limit = f"{run.curve_seconds:.3g} seconds{share}"
     return f"{limit} were too few to time all sizes: {', '.join(parts)}."

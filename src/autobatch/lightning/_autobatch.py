@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from autobatch import sinks
 from autobatch._distributed import current_ranks, stopping_together
+from autobatch._estimate.device import target_gpu
 from autobatch._memory.detect import detect
 from autobatch._report.known_plan import known_plan
 from autobatch._report.notes import survived, waiting
@@ -53,6 +54,7 @@ from autobatch.lightning._dataloaders import (
     capture_order,
     checked_setter,
 )
+from autobatch.lightning._estimating import estimate_training
 from autobatch.lightning._evaluation import STAGES, before_data, loaders_for
 from autobatch.lightning._hooks import FIT_START
 from autobatch.lightning._loggers import log_report, refresh_report
@@ -71,6 +73,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from autobatch._estimate import Estimate
+    from autobatch._estimate.device import TargetGpu
     from autobatch._memory import MemoryProbe
     from autobatch._plan import BatchPlan
     from autobatch._report import TuningReport
@@ -207,6 +211,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             percentile=percentile,
         )
         self._known = known_plan(None if keeps else plan, settings, world_size=None)
+        self._epochs = checked_epochs(retune_at_epochs)
         self._arguments = CallbackArguments(
             settings=settings,
             search=checked_search(search),
@@ -215,15 +220,17 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             repairs=check_switch(repair_last_window),
             batch_arg_name=checked_name(batch_arg_name),
             set_batch_size=checked_setter(set_batch_size),
+            retunes=bool(self._epochs),
             verbose=checked_verbose(verbose),
             survives=survives,
             keeps=keeps,
         )
-        self._epochs = checked_epochs(retune_at_epochs)
         self._evaluates = checked_evaluate(evaluate) or latency_limit is not None
         self._last: TunedFit | None = None  # of the previous fit, or of `tune`
         self._trained: TuningReport | None = None  # with the plan that training follows
         self._only_tunes = False
+        self._target: TargetGpu | None = None  # of an estimate, while it is made
+        self._estimated: Estimate | None = None
         self._run = Run()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -269,6 +276,58 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         check_latency(self._arguments.settings, method)
         check_launcher(trainer)
         loaders = loaders_for(method, train_dataloaders, val_dataloaders, dataloaders)
+        self.reports.pop(method, None)
+        self._begin_only(trainer, method, model, loaders, datamodule)
+        if method not in self.reports:
+            raise AutobatchError(f"Nothing was tuned: {method} ended before its first batch.")
+        return self.reports[method]
+
+    def estimate(
+        self,
+        trainer: Any,
+        model: Any,
+        train_dataloaders: Any = None,
+        *,
+        datamodule: Any = None,
+        device: str | int | None = None,
+    ) -> Estimate:
+        """Estimate the memory of a training step on a GPU, which need not be there; run no step.
+
+        As `autobatch.estimate`, with the module's own step and optimizer, batches of the loader, and
+        Lightning's order of calls. `memory_limit` and `target_batch_size` are those of the callback:
+        if one micro-batch does not reach the target, the step accumulates. The Trainer, the model
+        and the loaders stay as they are.
+
+        Args:
+            trainer: A Trainer with the precision to estimate; `accelerator="cpu"` without a GPU.
+            model: The module.
+            train_dataloaders: As for `Trainer.fit`.
+            datamodule: A datamodule, instead of loaders.
+            device: Name of a GPU, such as "H100" or "A100-40GB"; its memory in bytes or as text;
+                None or "cuda:1" for one that is present.
+
+        Returns:
+            The estimate: `.largest`, `.at(n)`, `.untested`; `print` shows it all.
+
+        Raises:
+            ValueError: `trainer` is not a Trainer, or `device` is not a known GPU.
+            AutobatchError: The memory of the step cannot be estimated.
+        """
+        check_trainer(trainer)
+        check_launcher(trainer)
+        loaders = loaders_for("fit", train_dataloaders, None, None)
+        with Undo() as undo, undo:
+            undo.add(partial(setattr, self, "_target", None))
+            self._target, self._estimated = target_gpu(device), None
+            self._begin_only(trainer, "fit", model, loaders, datamodule)
+        if self._estimated is None:
+            raise AutobatchError("Nothing was estimated: fit ended before its first batch.")
+        return self._estimated
+
+    def _begin_only(
+        self, trainer: Any, method: str, model: Any, loaders: Sequence[Any], datamodule: Any
+    ) -> None:
+        """Begin a method of the Trainer and end it before its first batch; restore all state."""
         # Another AutoBatch of the Trainer stays out of it
         others = [each for each in trainer.callbacks if not isinstance(each, AutoBatch)]
         # Entered twice: an interrupt between the body and the inner exit still meets the outer one
@@ -285,12 +344,8 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             undo.add(partial(setattr, self, "_only_tunes", False))
             undo.add(self._undo_run)
             trainer.callbacks = [self, *others]
-            self.reports.pop(method, None)
             self._only_tunes = True
             getattr(trainer, method)(model, *loaders, datamodule=datamodule)
-        if method not in self.reports:
-            raise AutobatchError(f"Nothing was tuned: {method} ended before its first batch.")
-        return self.reports[method]
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Move to the front, so that other callbacks see the tuned loader and optimizers."""
@@ -344,6 +399,11 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         known_at = partial(known_at_start, self._known, checkpoint, last)
         before = self._plan_before(trainer)
         try:
+            if self._target is not None:
+                self._estimated = estimate_training(
+                    trainer, pl_module, self._arguments, self._target
+                )
+                raise Imported.TUNER_EXIT.of(trainer)
             with stopping_together():
                 tuned = tune_training(
                     trainer, pl_module, self._arguments, known_at, before, FIT_START
@@ -365,8 +425,9 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             self._survive(trainer, pl_module)
         if self._run.is_tuned:
             self._run.loaders["train"].check_used(trainer.train_dataloader)
-            look = partial(self._before_epoch, trainer, pl_module)
-            self._run.replace(before_epochs(trainer, look))
+            before_hooks = partial(self._before_hooks, trainer, pl_module)
+            after_hooks = partial(self._before_epoch, trainer, pl_module)
+            self._run.replace(before_epochs(trainer, before_hooks, after_hooks))
             log_report(self.reports["fit"], trainer)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
@@ -461,16 +522,29 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
     def _undo_run(self) -> None:
         self._run.undo()
 
+    def _before_hooks(self, trainer: Any, module: Any) -> None:
+        """Tune again before the first epoch if callbacks hold memory already that trials lacked.
+
+        What hooks of the epoch make of optimizers and schedules comes after these are created
+        again.
+        """
+        if trainer.global_step == 0 and trainer.current_epoch not in self._epochs:
+            self._compare(trainer, module)
+
     def _before_epoch(self, trainer: Any, module: Any) -> None:
         """Tune again where the user wants it, or where callbacks hold memory that trials lacked."""
         run, epoch = self._run, trainer.current_epoch
-        reason = f"Tuned again at epoch {epoch}, for the effective batch of"
         if run.is_to_compare or epoch in self._epochs:
-            excess = run.beside.excess(trainer) if run.beside is not None else None
-            if excess or epoch in self._epochs:
-                self._retune(trainer, module, f"{excess} {reason}" if excess else reason)
+            self._compare(trainer, module)
             run.is_to_compare, run.steps_before = False, trainer.global_step
         run.before_data.forget()
+
+    def _compare(self, trainer: Any, module: Any) -> None:
+        epoch, beside = trainer.current_epoch, self._run.beside
+        excess = beside.excess(trainer) if beside is not None else None
+        if excess or epoch in self._epochs:
+            reason = f"Tuned again at epoch {epoch}, for the effective batch of"
+            self._retune(trainer, module, f"{excess} {reason}" if excess else reason)
 
     def _look_beside(self, trainer: Any) -> None:
         """Warn if callbacks hold memory since the first step that makes training run out of it."""

@@ -502,7 +502,9 @@ class patched(Undo):  # noqa: N801 -- reads as what it does: with patched(owner,
         self._former: dict[str, Any] = {}  # of the names that are replaced now
 
     def start(self) -> None:
-        self.add(self.restore)
+        # Not `add`, which keeps a closure: no pickle takes one
+        self.push(self.restore)
+        self.push(self.restore)
         self.apply()
 
     def apply(self) -> None:
@@ -512,7 +514,7 @@ class patched(Undo):  # noqa: N801 -- reads as what it does: with patched(owner,
             self._former[name] = getattr(self._owner, name) if has_own else _Absent
             _set(self._owner, name, value)
 
-    def restore(self) -> None:
+    def restore(self, *_: object) -> None:
         """Restore what was there; a second call changes nothing, or completes the first."""
         while self._former:
             name, former = next(reversed(self._former.items()))

@@ -128,20 +128,26 @@ class Run:
             self.attribute = None
 
 
-def before_epochs(trainer: Trainer, act: Callable[[], None]) -> patched:
-    """Return a patch that calls `act` before the first batch of each epoch.
+def before_epochs(
+    trainer: Trainer, before_hooks: Callable[[], None], after_hooks: Callable[[], None]
+) -> patched:
+    """Return a patch that acts before and after the hooks `on_train_epoch_start` of each epoch.
 
-    It does not if a checkpoint resumes within the epoch.
-
-    A callback would be too early: the module's own `on_train_epoch_start` comes after those of all
-    callbacks.
+    It does not if a checkpoint resumes within the epoch. A callback of its own would act between
+    them: those of other callbacks and of the module come later.
     """
     loop = trainer.fit_loop
-    advance = loop.advance
 
-    def act_and_advance() -> None:
-        if not (loop.restarted_mid_epoch or loop.restarted_on_epoch_end):
-            act()
-        advance()
+    def acting(act: Callable[[], None], method: Callable[[], None]) -> Callable[[], None]:
+        def act_and_go_on() -> None:
+            if not (loop.restarted_mid_epoch or loop.restarted_on_epoch_end):
+                act()
+            method()
 
-    return patched(loop, advance=act_and_advance)
+        return act_and_go_on
+
+    return patched(
+        loop,
+        on_advance_start=acting(before_hooks, loop.on_advance_start),
+        advance=acting(after_hooks, loop.advance),
+    )

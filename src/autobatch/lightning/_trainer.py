@@ -113,6 +113,7 @@ class FitLoop(Protocol):
     """`_FitLoop`, as far as AutoBatch uses it."""
 
     advance: Callable[[], None]
+    on_advance_start: Callable[[], None]
     epoch_loop: EpochLoop
     epoch_progress: Any  # its `current.completed` is the current epoch
     max_batches: int | float
