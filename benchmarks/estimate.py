@@ -1,21 +1,27 @@
-"""Predicted peaks of training steps against those measured on an H200; prints a Markdown table.
+"""Predicted peaks of training steps against those measured on an H200, as Markdown tables.
 
 Measured with torch 2.11.0+cu130 and bf16 autocast: `estimate_peaks.json`, the third step of each
-row. Needs timm and transformers, no GPU: `python benchmarks/estimate.py [NETWORK ...]`.
+row, and the searches in `tests/recordings`. Needs timm and transformers, no GPU:
+`python benchmarks/estimate.py [--page docs/estimate.md] [NETWORK ...]`.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import statistics
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import workloads
+from pages import renew, table
 from torch.nn import functional as F
 
+from autobatch._estimate.band import band_of
+from autobatch._estimate.inputs import Inputs
 from autobatch._memory.estimate.prediction import MemoryEstimate
 from autobatch._memory.estimate.scratch import Gpu
 from autobatch._memory.estimate.tracer import TrainingStep
@@ -23,7 +29,10 @@ from autobatch._memory.estimate.tracer import TrainingStep
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    from autobatch._estimate.band import Band
+
 MEASURED = Path(__file__).with_name("estimate_peaks.json")
+RECORDED = Path(__file__).parents[1] / "tests" / "recordings" / "h200.json"
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,12 @@ class Comparison:
     reserved: int
     allocated_error: float
     reserved_error: float
+    band: float
+
+    @property
+    def is_within(self) -> bool:
+        """Whether the measured peak lies in the band of the predicted one."""
+        return 1 - self.band <= 1 / (1 + self.reserved_error) <= 1 + self.band
 
 
 def images(name: str, kind: str = "convolutional") -> Network:
@@ -102,6 +117,21 @@ def llama() -> torch.nn.Module:
     )
 
 
+def clip() -> Network:
+    def make() -> torch.nn.Module:
+        from transformers import CLIPConfig, CLIPModel
+
+        return CLIPModel(CLIPConfig())
+
+    def batch(size: int) -> object:
+        return torch.randint(0, 49_408, (size, 77)), torch.randn(size, 3, 224, 224)
+
+    def loss(model: torch.nn.Module, batch: object) -> torch.Tensor:
+        return model(input_ids=batch[0], pixel_values=batch[1], return_loss=True).loss
+
+    return Network("transformer", make, batch, loss)
+
+
 NETWORKS = {
     "timm resnet50": images("resnet50"),
     "timm convnext_tiny": images("convnext_tiny"),
@@ -112,21 +142,52 @@ NETWORKS = {
     "gpt2 T256 checkpointing": text(256, checkpointed_gpt2),
     "bert T128": text(128, bert, is_causal=False),
     "llama 12x768 T256": text(256, llama),
+    "clip": clip(),
 }
+
+
+def recorded(name: str, kind: str) -> Network:
+    """Return a network of the recorded searches, which makes its batch on the device."""
+    return Network(
+        kind, workloads.NETWORKS[name], lambda size: size, lambda model, n: model.loss(n, "cpu")
+    )
+
+
+# In the order in which one process ran them
+SEARCHES = {
+    "ResNet-50": recorded("ResNet-50", "convolutional"),
+    "GPT-2": recorded("GPT-2", "transformer"),
+    "U-Net": recorded("U-Net", "convolutional"),
+}
+
+
+@dataclass(frozen=True)
+class Predicted:
+    estimate: MemoryEstimate
+    band: Band
+
+
+def predicted(network: Network) -> Predicted:
+    model = network.make().train()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
+    step = TrainingStep(model, optimizer, network.loss, network.batch, torch.bfloat16)
+    estimate = MemoryEstimate.of(step, Gpu())
+    band = band_of(Inputs(step, "bf16-mixed"), estimate.events.at(2), ())
+    return Predicted(estimate, band)
 
 
 def compared(names: Iterable[str]) -> Iterator[Comparison]:
     """Yield a comparison for each measured batch size of these networks."""
     rows = json.loads(MEASURED.read_text(encoding="utf-8"))["rows"]
     for name in names:
+        if name in SEARCHES:
+            yield from compared_with_search(name)
+            continue
         network = NETWORKS[name]
-        model = network.make().train()
-        optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
-        step = TrainingStep(model, optimizer, network.loss, network.batch, torch.bfloat16)
-        estimate = MemoryEstimate.of(step, Gpu())
+        of = predicted(network)
         for row in rows:
             if row["model"] == name:
-                steady = estimate.steps(row["batch"], None)[-1]
+                steady = of.estimate.steps(row["batch"], None)[-1]
                 # Measured above what was there before the model, the workspaces of cuBLAS
                 allocated = steady.allocated - sum(Gpu().workspaces)
                 yield Comparison(
@@ -137,7 +198,36 @@ def compared(names: Iterable[str]) -> Iterator[Comparison]:
                     row["reserved"][-1],
                     allocated / row["allocated"][-1] - 1,
                     steady.reserved / row["reserved"][-1] - 1,
+                    of.band.share_at(steady.reserved),
                 )
+
+
+def compared_with_search(name: str) -> Iterator[Comparison]:
+    """Yield a comparison for each size that fitted in a recorded search."""
+    searches = json.loads(RECORDED.read_text(encoding="utf-8"))["searches"]
+    (search,) = (each for each in searches if each["name"] == f"{name}, bf16, AdamW")
+    before = 0  # bytes of the network that ran before in the same process
+    if name != next(iter(SEARCHES)):
+        model = SEARCHES[list(SEARCHES)[list(SEARCHES).index(name) - 1]].make()
+        before = sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
+    network = SEARCHES[name]
+    of = predicted(network)
+    for size, reserved, allocated, requested, outcome in search["points"]:
+        if outcome == "fits":
+            peaks = of.estimate.peaks(size)
+            # It was still held in some trials and not in others; requested bytes show which
+            asked = peaks.requested + sum(Gpu().workspaces)
+            held = min((0, before), key=lambda extra: abs(asked + extra - requested))
+            yield Comparison(
+                f"recorded {name}",
+                network.kind,
+                size,
+                allocated,
+                reserved,
+                (peaks.allocated + held) / allocated - 1,
+                (peaks.reserved + held) / reserved - 1,
+                of.band.share_at(peaks.reserved),
+            )
 
 
 def mean_error(rows: Iterable[Comparison], kind: str) -> float:
@@ -145,24 +235,63 @@ def mean_error(rows: Iterable[Comparison], kind: str) -> float:
     return statistics.mean(abs(row.reserved_error) for row in rows if row.kind == kind)
 
 
-def main(names: list[str]) -> None:
-    print("| network | batch | allocated, MiB | error | reserved, MiB | error |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    rows = []
-    for row in compared(names or NETWORKS):
-        rows.append(row)
-        allocated, reserved = (f"{n / 2**20:,.0f}" for n in (row.allocated, row.reserved))
-        print(
-            f"| {row.network} | {row.batch_size} | {allocated} | {row.allocated_error:+.2%} "
-            f"| {reserved} | {row.reserved_error:+.2%} |",
-            flush=True,
-        )
-    print()
+def summary(rows: list[Comparison]) -> str:
+    """Return a table of the errors of each kind of network."""
+    lines = []
     for kind in sorted({row.kind for row in rows}):
-        worst = max((row.reserved_error for row in rows if row.kind == kind), key=abs)
-        mean = mean_error(rows, kind)
-        print(f"{kind}: reserved {mean:.2%} off in the mean, {worst:+.2%} at worst")
+        of_kind = [row for row in rows if row.kind == kind]
+        worst = max((row.reserved_error for row in of_kind), key=abs)
+        share = sum(row.is_within for row in of_kind) / len(of_kind)
+        allocated = statistics.mean(abs(row.allocated_error) for row in of_kind)
+        lines.append(
+            [
+                kind,
+                str(len(of_kind)),
+                f"{allocated:.2%}",
+                f"{mean_error(rows, kind):.2%}",
+                f"{worst:+.2%}",
+                f"{math.floor(1000 * share) / 10:g} %",
+            ]
+        )
+    header = ["network", "rows", "allocated: mean", "reserved: mean", "worst", "within the band"]
+    return table(header, lines)
+
+
+def full(rows: list[Comparison]) -> str:
+    """Return a table of all comparisons."""
+    header = ["network", "batch", "allocated, MiB", "error", "reserved, MiB", "error ", "band"]
+    return table(
+        header,
+        [
+            [
+                row.network,
+                str(row.batch_size),
+                f"{row.allocated / 2**20:,.0f}",
+                f"{row.allocated_error:+.2%}",
+                f"{row.reserved / 2**20:,.0f}",
+                f"{row.reserved_error:+.2%}",
+                f"±{row.band:.1%}" + ("" if row.is_within else ", outside"),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("networks", nargs="*", help="all by default")
+    parser.add_argument("--page", type=Path, help="also renew the tables in this page")
+    options = parser.parse_args()
+    rows = []
+    for name in options.networks or [*NETWORKS, *SEARCHES]:
+        for row in compared([name]):
+            rows.append(row)
+            print(row, flush=True)
+    text = f"{summary(rows)}\n\n{full(rows)}"
+    print(text)
+    if options.page is not None:
+        renew(options.page, "estimate.py", text)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
