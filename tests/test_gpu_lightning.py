@@ -45,6 +45,41 @@ def trainer(place, *callbacks, **options):
     return quiet_trainer(*callbacks, accelerator=kind, devices=1, **options)
 
 
+class Growing(Dataset):
+    """Batches whose size grows until one is half as large again as the memory of the device."""
+
+    def __init__(self, largest):
+        self.sizes = [largest * part // 12 for part in range(1, 19)]
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def __getitem__(self, index):
+        return torch.arange(self.sizes[index])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="memory has to run out in training itself"
+)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_batch_that_grows_beyond_the_device_is_trained_in_pieces(place, precision):
+    if not place.is_real:
+        pytest.skip("memory has to run out in training itself")
+    free, _ = torch.cuda.mem_get_info()
+    # A step holds about five tensors of each sample's width in 32 bits
+    largest = free // (5 * 4 * place.width)
+    survivor = autobatch.AutoBatch(plan="keep", on_out_of_memory="split", verbose=False)
+    options = {"precision": precision, "limit_train_batches": 18}
+    module = Module(place)
+
+    trainer(place, survivor, **options).fit(module, DataLoader(Growing(largest), batch_size=None))
+
+    assert survivor.survived
+    assert sum(module.sizes) == sum(Growing(largest).sizes)
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_trial_has_the_peak_of_the_same_steps_in_fit(place, accumulate, precision):

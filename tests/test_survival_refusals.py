@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -237,6 +239,37 @@ def test_sharding_strategy_is_refused_before_training(monkeypatch):
 
     with pytest.raises(autobatch.AutobatchError, match="FSDPStrategy makes ranks wait"):
         check_survival(trainer, Model())
+
+
+class OverridesBackward(Model):
+    def backward(self, loss):
+        loss.backward()
+
+
+class WithSyncNorm(Model):
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.SyncBatchNorm(4)
+
+
+@pytest.mark.parametrize(
+    ("module", "wrapper", "problem"),
+    [
+        (Model, {}, None),
+        (OverridesBackward, {}, "overrides backward"),
+        (WithSyncNorm, {}, "SyncBatchNorm makes ranks wait"),
+        (Model, {"static_graph": True}, "has static_graph or mixed_precision"),
+    ],
+)
+def test_ddp_is_refused_where_ranks_could_hang(monkeypatch, module, wrapper, problem):
+    trainer = quiet_trainer()
+    strategy = object.__new__(pl.strategies.DDPStrategy)
+    strategy._model, strategy._optimizers = SimpleNamespace(**wrapper), []
+    monkeypatch.setattr(pl.Trainer, "strategy", property(lambda _: strategy))
+    refused = pytest.raises(autobatch.AutobatchError, match=problem)
+
+    with refused if problem else contextlib.nullcontext():
+        check_survival(trainer, module())
 
 
 @pytest.mark.parametrize(

@@ -386,12 +386,12 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Tune, and make the Trainer train with the plan."""
+        if self._arguments.survives:
+            check_survival(trainer, pl_module)
         reason = why_idle(trainer)
         if reason:
             self._stay_idle(reason)
             return
-        if self._arguments.survives:
-            check_survival(trainer, pl_module)
         if self._arguments.keeps:
             self._stay_idle('plan="keep" tunes nothing')
             return
