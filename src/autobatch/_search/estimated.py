@@ -62,7 +62,7 @@ class EstimatedSearch:
             return None
         careful = int((1 - _MARGIN) * limit)
         is_near = top.batch_size >= (1 - 2 * _MARGIN) * limit
-        is_roomy = self._reserved(limit) <= (1 - _MARGIN) * capacity
+        is_roomy = limit == high and self._reserved(limit) <= (1 - _MARGIN) * capacity
         return limit if is_near or is_roomy else max(careful, top.batch_size + 1)
 
     def _reserved(self, batch_size: int) -> int:
