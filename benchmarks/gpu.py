@@ -222,7 +222,7 @@ def searched(place, build, method, at_most, size):
     row = Row(method)
     model = build().to("cpu")
     timing = 0.0
-    _settings.DEFAULTS = _settings.Defaults(size.timing_seconds)
+    _settings.TIMING_SECONDS = size.timing_seconds
     began = time.perf_counter()
     try:
         row.found, row.trials, row.ooms, timing = METHODS[method](place, model, at_most)
@@ -232,7 +232,7 @@ def searched(place, build, method, at_most, size):
         row.said = f"{type(error).__name__}: {error}".partition("\n")[0]
     row.whole = time.perf_counter() - began
     row.seconds = row.whole - timing
-    _settings.DEFAULTS = _settings.Defaults(curve_seconds=0.0)
+    _settings.TIMING_SECONDS = 0.0
     return row
 
 
@@ -289,11 +289,11 @@ def plan_against_small_batches(place, build, size):
         train, device=place.probe(), memory_limit=place.memory
     ).plan.micro_batch_size
     target = 2 * max(8, largest // 8 * 8)
-    _settings.DEFAULTS = _settings.Defaults(curve_seconds=5.0)
+    _settings.TIMING_SECONDS = 5.0
     report = autobatch.find(
         train, device=place.probe(), memory_limit=place.memory, target_batch_size=target
     )
-    _settings.DEFAULTS = _settings.Defaults(curve_seconds=0.0)
+    _settings.TIMING_SECONDS = 0.0
     plan = report.plan
     small = max(1, plan.micro_batch_size // 8)
     patterns = {
@@ -525,7 +525,7 @@ def main():
     for package in ("pytorch_lightning", "lightning.pytorch"):
         logging.getLogger(package).setLevel(logging.ERROR)
     importlib.import_module("autobatch.sinks").console = lambda _: None
-    _settings.DEFAULTS = _settings.Defaults(curve_seconds=0.0)
+    _settings.TIMING_SECONDS = 0.0
     told = surroundings(places[0])
     results = {place.memory: {} for place in places}
     predicted = []

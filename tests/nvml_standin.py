@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pynvml
 import torch
 
-from caching_allocator import CachingAllocator, CachingLedger
+from caching_allocator import CachingLedger, SmallAllocator
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -54,7 +54,7 @@ class Card:
     share: float = 1.0
     retries: int = 0
     ooms: int = 0
-    allocator: CachingAllocator | None = None
+    allocator: SmallAllocator | None = None
     allocated: Callable[[], int] = lambda: 0  # bytes of live tensors, while `allocating`
 
     @property
@@ -85,7 +85,7 @@ class Card:
     def reset_peak(self) -> None:
         self.peak = self.held
         if self.allocator:
-            self.allocator.peak = self.held
+            self.allocator.reset_peaks()
 
     def stats(self) -> dict[str, int]:
         """Return the part of torch.cuda.memory_stats that is used."""
@@ -187,7 +187,7 @@ class FakeGpu:
     def allocating(self, index: int, mib: int) -> Iterator[None]:
         """Count CPU tensors of this thread on a card; `mib` bytes stand for a MiB."""
         card = self.devices[index]
-        card.allocator = CachingAllocator(mib, lambda: card.room)
+        card.allocator = SmallAllocator(mib, lambda: card.room)
         ledger = CachingLedger(card.allocator)
         card.allocated = lambda: ledger.current
         with ledger.watching(None, offset=0):
@@ -207,6 +207,7 @@ class FakeGpu:
                 multi_processor_count=108,
                 max_threads_per_multi_processor=2048,
                 major=8,
+                minor=0,
             )
 
         def mem_get_info(index: int) -> tuple[int, int]:

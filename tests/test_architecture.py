@@ -36,6 +36,7 @@ LAYERS = (
     ("_search", "_throughput"),
     ("_plan", "_latency", "_noise", "_accumulation"),
     ("_report",),
+    ("_estimate",),
     ("_progress",),
     ("report", "sinks", "testing"),
     ("_subject",),
@@ -51,6 +52,7 @@ LAYER = {name: height for height, row in enumerate(LAYERS) for name in row}
 UPWARD: dict[str, str] = {}
 # Imports inside a function that would be a cycle within their folder
 DEFERRED: dict[str, str] = {
+    "_estimate -> _estimate.text": "an estimate prints itself",
     "_report -> _report.text": "a report prints itself",
     "_report -> _report.figure": "report.plot() loads matplotlib with the picture",
 }
@@ -296,6 +298,7 @@ def test_find_and_autobatch_share_their_keywords():
     own_of_autobatch = {
         "batch_arg_name",
         "evaluate",
+        "on_out_of_memory",
         "repair_last_window",
         "retune_at_epochs",
         "set_batch_size",

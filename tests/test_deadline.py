@@ -129,3 +129,23 @@ def test_timing_ends_with_the_update_that_uses_up_its_seconds():
     )
 
     assert steps == in_trial + 1 + 2  # the first update of a turn is not timed, and two make a time
+
+
+def test_warm_up_without_a_step_of_the_optimizer_obeys_the_limit():
+    model, steps = torch.nn.Linear(1, 1), {}
+
+    class Slow(SimulatedAccelerator):
+        def clock(self):
+            return float(sum(steps.values()))
+
+    def train(batch_size):
+        while True:
+            model(torch.ones(batch_size, 1)).sum().backward()
+            steps[batch_size] = steps.get(batch_size, 0) + 1
+            yield
+
+    report = autobatch.find(train, device=Slow("1MiB"), time_limit=5, timing_seconds=0)
+
+    assert steps == {8: 6}  # one more than the limit, which is timed
+    assert report.plan.micro_batch_size == 8
+    assert any("no torch.optim optimizer stepped" in note for note in report.notes)

@@ -88,6 +88,38 @@ def test_state_is_restored_after_an_error_at_a_later_size():
     assert unchanged(before, state_of(model, optimizer))
 
 
+class Unrestorable:
+    """Fails to load its state once a step has changed it."""
+
+    steps = 0
+
+    def state_dict(self):
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state):
+        if state["steps"] != self.steps:
+            raise RuntimeError("cannot load")
+
+
+@pytest.mark.parametrize("fails_at", [8, 16])
+def test_an_error_of_the_loop_passes_before_one_of_restoring(fails_at):
+    counter = Unrestorable()
+
+    def train(batch_size, accumulate):
+        for _ in training(*perceptron())(batch_size, accumulate):
+            if batch_size == fails_at:
+                counter.steps += 1
+                raise ZeroDivisionError("mine")
+            yield
+
+    with pytest.raises(ZeroDivisionError, match=r"^mine$") as caught:
+        autobatch.find(train, device=SimulatedAccelerator("1MiB"), restore=[counter])
+
+    notes = caught.value.__notes__
+    assert notes[0] == f"autobatch was trying batch_size={fails_at}"
+    assert "could not restore everything: RuntimeError('cannot load')" in notes[1]
+
+
 def test_arguments_of_a_partial_are_restored():
     model, optimizer = perceptron()
     model.eval()

@@ -75,3 +75,16 @@ def test_no_loop_that_follows_its_size_is_refused(steps, count, features, width)
     )
 
     assert report.plan.micro_batch_size == count
+
+
+@pytest.mark.parametrize("target", [16, 24])
+def test_trials_with_and_without_accumulation_show_a_loop_with_a_size_of_its_own(target):
+    own = DataLoader(samples(500), batch_size=16)
+
+    with pytest.raises(ValueError, match=r"^Memory use was identical at batch_size=8 and at"):
+        autobatch.find(
+            loop(lambda _: own),
+            device=SimulatedAccelerator("1MiB"),
+            target_batch_size=target,
+            timing_seconds=0,
+        )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler
@@ -104,6 +106,53 @@ MADE = {
 }
 
 
+def set_buckets(loader, batch_size):
+    sampler = loader.batch_sampler
+    sampler.batch_size = batch_size
+    sampler.buckets = BatchSampler(sampler.sampler, batch_size * 4, drop_last=False)
+
+
+def set_inner_loaders(loader, batch_size):
+    loader.batch_sampler.batch_size = batch_size
+    loader.loaders = [DataLoader(each.dataset, batch_size, shuffle=True) for each in loader.loaders]
+
+
+SETTERS = {"buckets": set_buckets, "inner loaders": set_inner_loaders}
+
+
+@pytest.mark.parametrize("name", SETTERS)
+def test_a_loader_passed_to_fit_that_cannot_be_made_again_names_the_ways_out(name):
+    model = Model()
+
+    with pytest.raises(
+        autobatch.AutobatchError,
+        match=r"pass set_batch_size, a function .*, or make the loader in train_dataloader, or",
+    ):
+        quiet_trainer(tuner()).fit(model, MADE[name](4))
+
+    assert model.sizes == []
+
+
+@pytest.mark.parametrize("name", SETTERS)
+def test_training_is_the_same_with_a_setter_as_with_a_loader_of_the_planned_size(name):
+    callback, modules = tuner(set_batch_size=SETTERS[name]), []
+    for tuned in (True, False):
+        plan = callback.report.plan if callback.report else autobatch.BatchPlan(4)
+        accumulate = plan.accumulate_grad_batches
+        pl.seed_everything(3, verbose=False)
+        model = Takes()
+        quiet_trainer(*([callback] if tuned else []), accumulate_grad_batches=accumulate).fit(
+            model, MADE[name](plan.micro_batch_size)
+        )
+        modules.append(model)
+
+    tuned, by_hand = modules
+    assert callback.report.plan.effective_batch_size == 120
+    assert callback.report.plan.micro_batch_size > 4
+    assert (tuned.sizes, tuned.seen) == (by_hand.sizes, by_hand.seen)
+    assert same(dict(tuned.state_dict()), dict(by_hand.state_dict()))
+
+
 @pytest.mark.parametrize("name", [*PASSED, *MADE])
 def test_training_is_the_same_as_with_a_loader_made_at_the_planned_size(name):
     # 600 samples leave a rest at the size that is looked at before the search, at any place
@@ -144,15 +193,60 @@ class Reordered(Listed):
         return iter(self.batches)
 
 
-def test_training_keeps_its_plan_where_a_sampler_has_changed_since_it_was_made_again(caplog):
+def test_a_sampler_that_an_epoch_changes_is_refused_before_the_search_if_later_ones_are_tuned():
     model, callback = Model(), tuner(retune_at_epochs=[1])
-    loader = DataLoader(data(), batch_sampler=Reordered(LENGTHS, 4))
+    sampler = Reordered(LENGTHS, 4)
+    batches = list(sampler.batches)
 
-    quiet_trainer(callback).fit(model, loader)
+    with pytest.raises(
+        autobatch.AutobatchError, match=r"^retune_at_epochs cannot .* a Reordered has .* pass set_b"
+    ):
+        quiet_trainer(callback).fit(model, DataLoader(data(), batch_sampler=sampler))
 
+    assert model.sizes == []
+    assert (sampler.batch_size, sampler.batches) == (4, batches)
+
+
+def test_a_sampler_that_an_epoch_changes_is_tuned_again_if_a_hook_makes_it():
+    model, callback = Takes(), tuner(retune_at_epochs=[1])
+    model.make = lambda n: DataLoader(data(), batch_sampler=Reordered(LENGTHS, n))
+
+    quiet_trainer(callback).fit(model)
+
+    assert any(note.startswith("Tuned again at epoch 1") for note in callback.report.notes)
     assert set(model.sizes) == {callback.report.plan.micro_batch_size}
-    assert "Training continues with its plan. AutoBatch cannot change" in caplog.text
-    assert (loader.batch_sampler.batch_size, len(loader.batch_sampler)) == (4, 150)
+
+
+class InPlace(Sampler):
+    """Shuffles its order in place in each epoch."""
+
+    def __init__(self, order, batch_size):
+        self.order, self.batch_size = order, batch_size
+
+    def __len__(self):
+        return math.ceil(len(self.order) / self.batch_size)
+
+    def __iter__(self):
+        random.shuffle(self.order)
+        for at in range(0, len(self.order), self.batch_size):
+            yield [int(index) for index in self.order[at : at + self.batch_size]]
+
+
+@pytest.mark.parametrize("kind", [list, np.array])
+def test_a_long_order_that_a_sampler_shuffles_in_place_is_that_of_training_by_hand(kind):
+    callback, seen = tuner(), []
+    for tuned in (True, False):
+        plan = callback.report.plan if callback.report else autobatch.BatchPlan(4)
+        pl.seed_everything(3, verbose=False)
+        model = Takes()
+        sampler = InPlace(kind(range(1200)), plan.micro_batch_size)
+        quiet_trainer(*([callback] if tuned else [])).fit(
+            model, DataLoader(data(1200), batch_sampler=sampler)
+        )
+        seen.append((model.sizes, model.seen))
+
+    assert callback.report.plan.micro_batch_size > 4
+    assert seen[0] == seen[1]
 
 
 class Guessed(Buckets):

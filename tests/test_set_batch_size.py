@@ -161,7 +161,9 @@ def test_trials_run_batches_of_the_loader_at_the_size_in_the_report():
             self.tokens_seen.append(sum(LENGTHS[index] for index in batch[2]))
             return super().training_step(batch, batch_idx)
 
-    report = tokens_tuned().tune(trainer(), Watched(), by_budget())
+    # Without a target: for a plan that accumulates, another step tests a batch and its halves
+    tuning = tokens_tuned(target_batch_size=None, prefer="largest")
+    report = tuning.tune(trainer(), Watched(), by_budget())
 
     limits = {MEAN * trial.batch_size for trial in report.trials}
     for tokens in set(Watched.tokens_seen):
@@ -305,6 +307,21 @@ def test_sizes_that_the_setter_does_not_take_are_left_out():
     assert callback.report.plan.micro_batch_size < 20
     assert callback.report.plan.effective_batch_size == 120
     assert loader.batch_sampler.tokens == 16
+
+
+def test_sizes_that_the_setter_rounds_are_left_out():
+    def round_up(loader, batch_size):
+        loader.batch_sampler.batch_size = -(-batch_size // 8) * 8
+
+    model, callback = Model(), tuner(set_batch_size=round_up)
+
+    trainer(callback).fit(model, DataLoader(data(), batch_size=32))
+
+    plan = callback.report.plan
+    assert (plan.micro_batch_size % 8, plan.effective_batch_size) == (0, 120)
+    assert set(model.sizes) == {plan.micro_batch_size}
+    refused = [trial for trial in callback.report.trials if not trial.fits and trial.error]
+    assert any(f"{each.batch_size}, and the loader makes" in each.error for each in refused)
 
 
 @pytest.mark.parametrize("given", [3, "tokens", [budget]])

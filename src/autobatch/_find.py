@@ -147,7 +147,7 @@ def find(
             check_not_synchronizing(*trainable)
         snapshot.capture(*restored, *trainable)
         snapshot.capture_if_possible(
-            each for each in reached if not isinstance(each.value, _TRAINABLE)
+            [each for each in reached if not isinstance(each.value, _TRAINABLE)]
         )
         if is_training:
             optimizers.look_at(*restored, *trainable)

@@ -16,36 +16,32 @@ from autobatch._plan import (
     BatchPlan,
     check_can_accumulate,
     choose_plan,
-    per_rank,
 )
 from autobatch._report import Device, TuningReport
 from autobatch._report.latency import nothing_within, too_slow_reason
 from autobatch._report.notes import notes
-from autobatch._report.result import Bound, RunDetails, tightest_bound
+from autobatch._report.result import RunDetails
 from autobatch._search.guided import GuidedBisection
 from autobatch._search.multiples import next_multiple
+from autobatch._settings import Bound, tightest_bound
 from autobatch._throughput.curve import Throughput, add_to_curve, measure_throughput
 from autobatch._throughput.preference import Preference
+from autobatch._trials.ignored_size import check_size_is_used
 from autobatch._trials.refusals import is_selective
 from autobatch._trials.runner import Accumulation, TrialRunner
 from autobatch.errors import AutobatchError, DoesNotFitError, ShortTrialError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from autobatch._distributed import Ranks
     from autobatch._search import Search
     from autobatch._settings import Settings
     from autobatch._subject import Subject
-    from autobatch._trials import Trial
     from autobatch._trials.context import TrialContext
 
 # A workload that never meets a limit has to stop somewhere
 _MAX_BATCH_SIZE: Final = 2**20
 # Share of the planned training that timing sizes may take
 _SHARE_OF_TRAINING: Final = 0.1
-# Identical allocations at this many times the batch size: the workload ignores it
-_IGNORED_FACTOR: Final = 2
 
 
 def tune(
@@ -84,15 +80,14 @@ def tune(
     else:
         sizes = find_largest_fit(guide, runner, sizes, None, is_timed=not seconds)
         preference = preference_of(subject, settings, runner)
-        samples = samples_per_rank(accumulation)
         seconds = timing_seconds(subject, settings, runner)
         if seconds:
             context.progress.begin("timing sizes", seconds)
-        throughput = measure_throughput(runner, samples, seconds, preference)
+        throughput = measure_throughput(runner, seconds, preference)
         runner.begin("checking the plan")
         plan = choose_plan(runner, throughput, subject.last_micro_batch, preference)
         throughput = add_to_curve(throughput, runner, plan.micro_batch_size)
-        _check_size_is_used([*runner.trials, *map(runner.merge, throughput.unrecorded.values())])
+        check_size_is_used([*runner.trials, *map(runner.merge, throughput.unrecorded.values())])
     check_same_plan(plan, context.ranks)
     keep_within_budget(plan, runner)
     report = build_report(
@@ -128,13 +123,6 @@ def own_batch_size(subject: Subject, known: BatchPlan | None, ranks: Ranks) -> i
     """Return the user's own batch size, of rank 0: an error at this size is the user's."""
     own, *_ = ranks.gather(subject.own_batch_size)
     return own if known is None else known.micro_batch_size
-
-
-def samples_per_rank(accumulation: Accumulation) -> int | None:
-    """Return the samples per update and rank that reach the target; None without one."""
-    if accumulation.target is None:
-        return None
-    return per_rank(accumulation.target, accumulation.world_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,12 +179,7 @@ class SearchRange:
 
 def search_range(subject: Subject, settings: Settings, ranks: Ranks) -> SearchRange:
     """Return the batch sizes to search, the same on every rank."""
-    bound = tightest_bound(
-        target_batch_size=settings.target_batch_size,
-        max_micro_batch_size=settings.max_micro_batch_size,
-        dataset_size=settings.dataset_size,
-        world_size=ranks.world_size,
-    )
+    bound = tightest_bound(settings, ranks.world_size)
     high = max(1, bound.batch_size) if bound else _MAX_BATCH_SIZE
     ranges = ranks.gather(SearchRange(subject.start_batch_size, high, bound))
     return SearchRange(ranges[0].start, min(each.high for each in ranges), bound)
@@ -240,7 +223,7 @@ def find_largest_fit(
             continue
         if trial.batch_size < size:  # the workload could not fill it
             sizes = sizes.limited(trial.batch_size)
-        _check_size_is_used(runner.trials)
+        check_size_is_used(runner.trials)
         too_slow = latency.too_slow(trial.batch_size) if latency and trial.fits else None
         if latency and too_slow:  # larger sizes would fit, but take too long
             high = min(sizes.high, trial.batch_size)
@@ -254,7 +237,7 @@ def _next_size(
     search: Search, runner: TrialRunner, sizes: SearchRange, latency: LatencySearch | None
 ) -> int | None:
     """Return the size that the search proposes, if there is time for it; None to end."""
-    trials_after = 0 if runner.accumulation.target is None else MAX_CONFIRMATIONS
+    trials_after = MAX_CONFIRMATIONS if runner.accumulation.is_split else 0
     if latency is not None and runner.fitting:
         # Memory may have room for sizes that are far too slow
         sizes = sizes.limited(latency.reach)
@@ -279,33 +262,6 @@ def _proposal(search: Search, runner: TrialRunner, sizes: SearchRange) -> int | 
     return search.propose(trials, start=start, high=sizes.high, budget=runner.budget)
 
 
-def _check_size_is_used(trials: Iterable[Trial]) -> None:
-    smallest: dict[tuple[int, ...], Trial] = {}  # of the trials with the same allocations
-    for trial in sorted(trials, key=lambda each: each.batch_size):
-        allocations = _allocations(trial)
-        if len(allocations) < 3:  # noqa: PLR2004 -- the peak and a single allocation show nothing
-            continue
-        other = smallest.setdefault((trial.accumulate, *allocations), trial)
-        if trial.batch_size >= _IGNORED_FACTOR * other.batch_size:
-            raise ValueError(
-                "Memory use was identical at "
-                f"batch_size={other.batch_size} and at batch_size={trial.batch_size}, so the "
-                "workload seems to ignore its batch size. It must make micro-batches of the given "
-                "size; if the data set is smaller than that, give its length in dataset_size."
-            )
-
-
-def _allocations(trial: Trial) -> tuple[int, ...]:
-    """Return the exact bytes of a trial: its peak, and its last step from the beginning.
-
-    The last step alone may be a partial batch, of as many samples at two sizes.
-    """
-    if trial.peak is None or not trial.profile:
-        return ()
-    first, *_ = trial.profile
-    return (trial.peak - trial.resident, *(nbytes - first for nbytes in trial.profile))
-
-
 def find_best_within(latency: LatencySearch, runner: TrialRunner) -> BatchPlan:
     """Return the batch size with the most throughput of those that meet the limit on latency."""
     runner.check_any_fits()
@@ -319,7 +275,7 @@ def find_best_within(latency: LatencySearch, runner: TrialRunner) -> BatchPlan:
 def most_timing_seconds(settings: Settings) -> float:
     """Return the seconds that timing sizes may take, whatever training is planned."""
     given = settings.timing_seconds
-    return _settings.DEFAULTS.curve_seconds if given is None else given
+    return _settings.TIMING_SECONDS if given is None else given
 
 
 def timing_seconds(subject: Subject, settings: Settings, runner: TrialRunner) -> float:
@@ -335,7 +291,7 @@ def timing_seconds(subject: Subject, settings: Settings, runner: TrialRunner) ->
 def preference_of(subject: Subject, settings: Settings, runner: TrialRunner) -> Preference | None:
     """Return the order of sizes that are about as fast; None if the largest is taken."""
     has_batch_norm, *_ = runner.gather(subject.has_batch_norm())
-    is_split = runner.accumulation.target is not None
+    is_split = runner.accumulation.is_split
     is_untimed = not most_timing_seconds(settings)
     if not is_split and (settings.prefer == "largest" or is_untimed):
         return None

@@ -143,19 +143,18 @@ class CudaProbe:
         """
         import torch
 
-        from autobatch._memory.estimate.scratch import Gpu
+        from autobatch._memory.estimate.gpus import gpu_of
 
-        for name in _ALLOCATOR_SETTINGS:
-            if os.environ.get(name):
-                raise UntraceableError(f"{name} changes the allocator")
+        check_allocator()
         if torch.version.hip or torch.cuda.get_allocator_backend() != "native":
             raise UntraceableError("the allocator is not the native one of CUDA")
         properties = torch.cuda.get_device_properties(self._index)
         cudnn = torch.backends.cudnn.version() or 0
-        return Gpu(
+        return gpu_of(
+            f"{properties.major}{properties.minor}",
             properties.multi_processor_count,
             properties.max_threads_per_multi_processor,
-            has_cudnn_attention=properties.major in (9, 10) and cudnn >= _CUDNN_ATTENTION,
+            has_new_cudnn=cudnn >= _CUDNN_ATTENTION,
         )
 
     def processes(self) -> dict[int, int | None] | None:
@@ -211,6 +210,13 @@ class CudaProbe:
         """Read from CUDA from now on: both count differently and are never mixed."""
         self._nvml = None
         self._nvml_problem = _explain(error)
+
+
+def check_allocator() -> None:
+    """Raise `UntraceableError` if torch's allocator has other settings than its defaults."""
+    for name in _ALLOCATOR_SETTINGS:
+        if os.environ.get(name):
+            raise UntraceableError(f"{name}={os.environ[name]} changes the allocator")
 
 
 class _NvmlDevice:

@@ -111,7 +111,7 @@ class Ledger:
 
     def attach(self, *objects: Any) -> None:
         """Charge existing tensors: of modules, gradients, optimizer states and containers."""
-        for tensor in _tensors_of(objects):
+        for tensor in tensors_of(objects):
             for storage in _storages(tensor):
                 self._enter(storage)
 
@@ -309,7 +309,8 @@ def _autocast_of(func: Callable[..., Any]) -> contextlib.AbstractContextManager[
     return guard
 
 
-def _tensors_of(objects: Iterable[Any]) -> Iterator[torch.Tensor]:
+def tensors_of(objects: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """Yield the tensors of modules, gradients, optimizer states and containers."""
     for thing in objects:
         if isinstance(thing, torch.nn.Module):
             for parameter in thing.parameters():
@@ -318,7 +319,7 @@ def _tensors_of(objects: Iterable[Any]) -> Iterator[torch.Tensor]:
                     yield parameter.grad
             yield from thing.buffers()
         elif isinstance(thing, torch.optim.Optimizer):
-            yield from _tensors_of(tree_leaves(list(thing.state.values())))
+            yield from tensors_of(tree_leaves(list(thing.state.values())))
         else:
             yield from (leaf for leaf in tree_leaves(thing) if isinstance(leaf, torch.Tensor))
 

@@ -15,7 +15,7 @@ from autobatch._latency import Stream, cameras, knee, stream
 from autobatch._noise import NoiseReading  # noqa: TC001 -- pydantic reads it
 from autobatch._report import files
 from autobatch._report.layout import UNICODE, Glyphs, html, terminal
-from autobatch._report.result import Look  # noqa: TC001 -- pydantic reads it
+from autobatch._report.result import Look, Survived  # noqa: TC001 -- pydantic reads them
 from autobatch._report.schema import (
     CONFIG,
     KINDS,
@@ -106,6 +106,7 @@ class TuningReport(BaseModel):
         learning_rate: Usual rule for the learning rate of this optimizer; None if none is known.
         loading: Time spent waiting for data beside time in steps, in seconds; None if not
             measured.
+        survived: Micro-batches of training that ran out of memory and were done in pieces.
         latencies: Latency of calls at each batch size, in seconds; empty without latency_limit.
         guide: Kind of memory that the search followed, "by predicted memory"; None where there was
             nothing to predict.
@@ -135,6 +136,7 @@ class TuningReport(BaseModel):
     noise: Annotated[NoiseReading, *MEASURED] | None = None
     learning_rate: LearningRateRule | None = None
     loading: Annotated[Loading, *MEASURED] | None = None
+    survived: tuple[Annotated[Survived, *MEASURED], ...] = ()
     latencies: tuple[StoredLatency, ...] = ()
     guide: str | None = None
     search_seconds: Seconds

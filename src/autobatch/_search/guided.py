@@ -111,19 +111,19 @@ class GuidedBisection:
         return size if bracket.bad is not None and size > bracket.bad else None
 
     def _next_size(self, trials: Sequence[Trial], bracket: Bracket, predicted: Forecast) -> int:
-        """Return the target of the forecast, but narrow the bracket enough every three trials."""
+        """Return the size of the forecast, but narrow the bracket enough every three trials."""
         good, bad = bracket.good, bracket.bad
         # At the predicted limit, the next larger size proves it by failing
-        target = max(predicted.target, good + max(1, int(self.resolution * good)))
+        size = max(predicted.size, good + max(1, int(self.resolution * good)))
         before = Bracket.of(trials[:-3], bracket.high)
         if bad is None:
             # Without a certain prediction steps grow as long as no size fails
-            is_uncertain = not predicted.is_certain or predicted.target <= good
+            is_uncertain = not predicted.is_certain or predicted.size <= good
             if good < 2 * before.good and is_uncertain:
-                target = max(target, min(2 * good - before.good, predicted.limit))
-            return bracket.clip(target)
+                size = max(size, min(2 * good - before.good, predicted.limit))
+            return bracket.clip(size)
         is_slow = before.bad is not None and before.low * bad**2 > before.bad * good**2
-        return bracket.clip(math.isqrt(good * bad) if is_slow or target >= bad else target)
+        return bracket.clip(math.isqrt(good * bad) if is_slow or size >= bad else size)
 
 
 def _is_fragmented(trial: Trial) -> bool:

@@ -54,7 +54,7 @@ def run_trial(
     """
     probe = context.probe
     trial = Trial(batch_size, Outcome.FIT, accumulate=accumulate)
-    failure = FailureCleanup(batch_size, probe, may_be_refused=may_be_refused)
+    failure = FailureCleanup(batch_size, context, may_be_refused=may_be_refused)
 
     # The first step allocates optimizer state, and is slower: it is not timed
     enough = until(deadline, probe.clock, updates=steps - 1)
@@ -68,7 +68,7 @@ def run_trial(
         # A generator must be closed under the modes it was started under
         with probe.limited(budget) as watch, run:
             with context.on_first_use():
-                warm_up(run, watch, context)
+                warm_up(run, watch, deadline, context)
                 warm = probe.read()
                 is_eager = watch is not None or not uses_torch_compile()
                 if is_eager:
@@ -90,7 +90,9 @@ def run_trial(
     return measure_time(measured, timing)
 
 
-def warm_up(run: RunningWorkload, watch: Watch | None, context: TrialContext) -> None:
+def warm_up(
+    run: RunningWorkload, watch: Watch | None, deadline: float, context: TrialContext
+) -> None:
     """Take steps until optimizer state exists: the first real optimizer step allocates it."""
     optimizers = context.optimizers
     steps_before = optimizers.steps
@@ -102,6 +104,8 @@ def warm_up(run: RunningWorkload, watch: Watch | None, context: TrialContext) ->
         context.progress.stepped()
         if optimizers.steps > steps_before or not optimizers.expected:
             return
+        if context.probe.clock() >= deadline:
+            break
     # If no optimizer ever stepped, later trials need not wait for one
     optimizers.expected = optimizers.steps > 0
 

@@ -60,7 +60,7 @@ def time_updates(
     Returns:
         The timings; None if the size failed.
     """
-    cleanup = FailureCleanup(batch_size, context.probe, may_be_refused=may_be_refused)
+    cleanup = FailureCleanup(batch_size, context, may_be_refused=may_be_refused)
     with cleanup, _within_budget(context):
         return time_restarted(workload, batch_size, accumulate, enough, context)
     return None
@@ -142,7 +142,7 @@ def time_calls(
     """
     looks = is_new and not uses_torch_compile()
     looking = context.on_first_use if looks else contextlib.nullcontext
-    cleanup = FailureCleanup(batch_size, context.probe, may_be_refused=False)
+    cleanup = FailureCleanup(batch_size, context, may_be_refused=False)
     with cleanup, _within_budget(context), RunningWorkload(workload, batch_size, 1) as run:
         with looking():
             run.step()

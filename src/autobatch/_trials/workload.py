@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from autobatch._memory import MemoryProbe
+    from autobatch._trials.context import TrialContext
 
 # (batch size, accumulation) -> a training loop that yields after every optimizer step
 Workload: TypeAlias = Callable[[int, int], Iterator[Any]]
@@ -42,8 +43,6 @@ class RunningWorkload(Undo):
         self._begin: Callable[[], Iterator[Any]] = partial(workload, batch_size, accumulate)
         self._batch_size = batch_size
         self._iterator = self._begin()
-
-    def start(self) -> None:
         self.add(self._end)
 
     def step(self) -> None:
@@ -101,14 +100,15 @@ class FailureCleanup:
     """A context manager that ends the error of a failed size, and frees everything the step held.
 
     An error fails the size if memory ran out, or if the workload may refuse the size. Other errors,
-    and those of autobatch itself, pass through with a note that names the batch size.
+    and those of autobatch itself, pass through with a note that names the batch size. So does a
+    refusal after which the state cannot be restored, as it then counts more than that failure.
     """
 
-    def __init__(self, batch_size: int, probe: MemoryProbe, *, may_be_refused: bool) -> None:
+    def __init__(self, batch_size: int, context: TrialContext, *, may_be_refused: bool) -> None:
         self.outcome: Outcome | None = None  # of a size that failed
         self.message: str | None = None  # class and first line of the error
         self._batch_size = batch_size
-        self._probe = probe
+        self._context = context
         self._may_be_refused = may_be_refused
 
     def __enter__(self) -> Self:
@@ -123,11 +123,13 @@ class FailureCleanup:
         if error is None:
             return False
         self.outcome = self._outcome_of(error)
+        if self.outcome is Outcome.REFUSED and not self._restores():
+            self.outcome = None
         if self.outcome is None or not isinstance(error, Exception):
             error.add_note(f"autobatch was trying batch_size={self._batch_size}")
             return False
         self.message = f"{type(error).__name__}: {error}".partition("\n")[0]
-        free_after_failure(error, self._probe)
+        free_after_failure(error, self._context.probe)
         return True
 
     def _outcome_of(self, error: BaseException) -> Outcome | None:
@@ -137,6 +139,13 @@ class FailureCleanup:
             return Outcome.OUT_OF_MEMORY
         is_ours = isinstance(error, AutobatchError)
         return Outcome.REFUSED if self._may_be_refused and not is_ours else None
+
+    def _restores(self) -> bool:
+        try:
+            self._context.snapshot.restore()
+        except Exception:  # the snapshot notes it at the error when it is left
+            return False
+        return True
 
 
 def free_after_failure(error: Exception, probe: MemoryProbe) -> None:

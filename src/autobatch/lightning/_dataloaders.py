@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
@@ -81,6 +82,7 @@ class Loaders:
         combined_loader = Imported.COMBINED_LOADER.of(trainer)
         # As the loops do, so that the arguments of loaders made in a hook are saved
         given = Imported.REQUEST_LOADERS.of(trainer)(source)
+        self._is_kept = given is source.instance  # for all epochs; a hook makes new loaders
         is_combined = isinstance(given, combined_loader)
         self._combined = given if is_combined else combined_loader(given, mode)
         self.each: tuple[DataLoader[Any], ...] = tuple(self._combined.flattened)
@@ -94,7 +96,7 @@ class Loaders:
             for loader in self.each
         )
         self._world_size = int(trainer.world_size)
-        self._batches: dict[int, int | None] = {}  # of an epoch, by batch size
+        self._lengths: dict[int, tuple[int, ...] | None] = {}  # of each loader, by batch size
 
     @property
     def batch_size(self) -> int:
@@ -111,6 +113,17 @@ class Loaders:
         """Return the batch size of each loader for one of the first."""
         first = self.own_sizes[0]
         return tuple(max(1, round(own * batch_size / first)) for own in self.own_sizes)
+
+    def check_later_epochs(self) -> None:
+        """Refuse parts that would have to be made again, and change themselves in an epoch."""
+        for loader, setter in zip(self.each, self.setters, strict=True):
+            if self._is_kept and isinstance(setter, Remaking) and _changes_itself(loader):
+                part, *_ = remade_parts(loader)
+                raise FixedBatchSizeError(
+                    "retune_at_epochs cannot change the batch size of this loader in a later "
+                    f"epoch: a {type(part).__name__} has other batches after an epoch than one "
+                    f"that is made again; {_SETTER}, or make the loader in train_dataloader."
+                )
 
     @property
     def is_sequential(self) -> bool:
@@ -133,13 +146,17 @@ class Loaders:
 
     def batches(self, batch_size: int) -> int | None:
         """Return the batches of each rank in an epoch at a batch size; None if unknown."""
-        if batch_size not in self._batches:
+        lengths = self.lengths(batch_size)
+        return None if lengths is None else int(self.epoch_length(lengths))
+
+    def lengths(self, batch_size: int) -> tuple[int, ...] | None:
+        """Return the batches of each loader on a rank at a batch size; None if one is unknown."""
+        if batch_size not in self._lengths:
             sized = zip(self.each, self.sized(batch_size), self.shards, strict=True)
             lengths = [batches_of(*each) for each in sized]
-            known = [length for length in lengths if length is not None]
-            is_known = len(known) == len(lengths)
-            self._batches[batch_size] = int(self.epoch_length(known)) if is_known else None
-        return self._batches[batch_size]
+            known = tuple(length for length in lengths if length is not None)
+            self._lengths[batch_size] = known if len(known) == len(lengths) else None
+        return self._lengths[batch_size]
 
     @contextmanager
     def at(self, batch_size: int) -> Iterator[CombinedLoader]:
@@ -248,7 +265,7 @@ def capture_order(loader: DataLoader[Any], snapshot: Snapshot) -> None:
     sets up the loader.
     """
     samplers = (loader.batch_sampler, loader.sampler, sampler_of(loader))
-    snapshot.capture_light(*(each for each in samplers if each is not None))
+    snapshot.capture_samplers(*(each for each in samplers if each is not None))
     if loader.num_workers == 0:
         snapshot.capture_light(*layers(loader.dataset))
     if loader.generator is not None:
@@ -367,6 +384,15 @@ def _has_to_be_made_again(loader: DataLoader[Any]) -> bool:
     except Exception:  # a size that cannot be set, or a sampler that has to be made again
         return True
     return not is_same or loader in parts
+
+
+def _changes_itself(loader: DataLoader[Any]) -> bool:
+    """Check that a batch sampler draws otherwise after an epoch than when it is made again."""
+    own, batches = _own_size(loader, Remaking()), loader.batch_sampler
+    with _order_restored(loader):
+        if batches is not None:
+            deque(batches, maxlen=0)
+        return _drawn(loader) != _drawn_at(loader, own, Remaking())
 
 
 def _drawn_at(loader: DataLoader[Any], batch_size: int, setter: SetBatchSize | None) -> str:

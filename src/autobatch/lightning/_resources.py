@@ -46,7 +46,10 @@ class CallbackArguments:
         repairs: Whether the last accumulation window of an epoch is corrected.
         batch_arg_name: Name of the batch size in the module or its datamodule.
         set_batch_size: Sets the batch size of a loader; None for the default way.
+        retunes: Whether later epochs are tuned again.
         verbose: Whether progress and report are printed.
+        survives: Whether training goes on in pieces when memory runs out.
+        keeps: Whether nothing is tuned.
     """
 
     settings: Settings
@@ -56,7 +59,10 @@ class CallbackArguments:
     repairs: bool
     batch_arg_name: str
     set_batch_size: SetBatchSize | None
+    retunes: bool
     verbose: bool
+    survives: bool
+    keeps: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,5 +167,7 @@ def _asked_for(trainer: Any, arguments: CallbackArguments, stage: Stage | None) 
         return Loaders(trainer, data_source(stage.loop_of(trainer)), mode="sequential")
     source, setter = data_source(trainer.fit_loop), arguments.set_batch_size
     loaders = Loaders(trainer, source, mode="max_size_cycle", setter=setter)
+    if arguments.retunes:
+        loaders.check_later_epochs()
     show_validation(trainer)
     return loaders

@@ -73,6 +73,7 @@ class Samples:
         self._device = device
         self._worst_case = worst_case
         self._worst_case_data: dict[int, int] = {}  # amount of data by batch size
+        self._counted: dict[tuple[int, int], list[list[int | None]]] = {}  # by loader and size
 
     def __enter__(self) -> Self:
         return self
@@ -107,28 +108,41 @@ class Samples:
 
     def _check_following(self, at: int, size: int) -> None:
         own = self._loaders.own_sizes[at]
-        with unobserved():
-            before = self._reader.read(at, "counts", own)()
-            try:
-                after = self._reader.read(at, "counts", size)()
-            except Exception:
-                return  # a size that is refused: trials find those that are not
+        before = self._counts(at, own)
+        try:
+            after = self._counts(at, size)
+        except Exception:
+            return  # a size that is refused: trials find those that are not
         is_users, loader = self._loaders.is_set_by_user, self._loaders.each[at]
         rest = -1 if is_users else (samples_of(loader, 1) or 0) % size
         if not before or not after or _follows(before, after, own, size, rest):
             return
-        found = listed({count for counts in after for count in counts[-2:-1] if count})
         if is_users:
             raise FixedBatchSizeError(
-                f"set_batch_size was called with {size}, and the loader makes batches of {found} "
-                "samples; let all of its batches follow the size, in samples of the first batch."
+                f"{_set_by_user(size, after)} let all of its batches follow the size, in samples "
+                "of the first batch."
             )
         raise FixedBatchSizeError(
             "AutoBatch cannot change the batch size of this loader, a "
-            f"{type(loader).__name__}: it makes batches of {found} samples when "
-            f"batch_size is {size}; pass set_batch_size, a function that makes all of its batches "
-            "follow, or leave AutoBatch out."
+            f"{type(loader).__name__} with a {type(loader.batch_sampler).__name__}: it makes "
+            f"batches of {_rows(after)} samples when batch_size is {size}; pass set_batch_size, a "
+            "function that makes all of its batches follow, or make the loader in "
+            "train_dataloader, or leave AutoBatch out."
         )
+
+    def _check_rounding(self, at: int, size: int) -> None:
+        """Refuse a size for which a `set_batch_size` makes even batches of another one."""
+        own = self._loaders.own_sizes[at]
+        before, after = self._counts(at, own), self._counts(at, size)
+        if before and after and not _is_exact(before, after, own, size):
+            raise ValueError(f"{_set_by_user(size, after)} other sizes are tried.")
+
+    def _counts(self, at: int, size: int) -> list[list[int | None]]:
+        """Return the `sample_counts` of some batches, as `Reading` reads them once."""
+        if (at, size) not in self._counted:
+            with unobserved():
+                self._counted[at, size] = self._reader.read(at, "counts", size)()
+        return self._counted[at, size]
 
     @property
     def batches_at_once(self) -> int:
@@ -183,8 +197,8 @@ class Samples:
         seen, own = self._seen[0], self._loaders.batch_size
         if not seen.look.is_even:
             return 1
+        counts = self._counts(0, own)
         with unobserved():
-            counts: list[list[int | None]] = self._reader.read(0, "counts", own)()
             if not counts:
                 own = min(own, LARGEST_KEPT)
                 counts = [sample_counts(self._reader.read(0, "largest", own)())]
@@ -215,6 +229,9 @@ class Samples:
             self._check_growth(batch_size, make())
             return [make]
         sizes = self._loaders.sizes_at(batch_size)
+        if self._loaders.is_set_by_user:
+            for at, size in enumerate(sizes):
+                self._check_rounding(at, size)
         parts = [self._largest(at, size) for at, size in enumerate(sizes)]
         if self._loaders.is_sequential:
             return parts
@@ -261,6 +278,33 @@ def _follows(
         elif abs(fmean(now) * own / (fmean(then) * size) - 1) < _MEAN_CHANGE:
             return True
     return False
+
+
+def _is_exact(
+    before: list[list[int | None]], after: list[list[int | None]], own: int, size: int
+) -> bool:
+    """Check that batches of one size become those of another, counted in any way.
+
+    Batches that vary in size are not compared.
+    """
+    for then, now in zip(zip(*before, strict=True), zip(*after, strict=True), strict=True):
+        if None in then or None in now:
+            continue
+        if len({*then}) > 1 or len({*now}) > 1 or now[0] * own == then[0] * size:
+            return True
+    return False
+
+
+def _set_by_user(size: int, counts: list[list[int | None]]) -> str:
+    return (
+        f"set_batch_size was called with {size}, and the loader makes batches of {_rows(counts)} "
+        "samples;"
+    )
+
+
+def _rows(counts: list[list[int | None]]) -> str:
+    """Return the numbers of samples in batches, by the rows of their tensors."""
+    return listed({rows for _, rows, _ in counts if rows})
 
 
 def _is_plain(batch: Any) -> bool:

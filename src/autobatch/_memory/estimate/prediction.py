@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
-from autobatch._memory.estimate.allocator import MIB, CachingAllocator
+from autobatch._memory.estimate.allocator import CachingAllocator
 from autobatch._memory.estimate.events import Kind, Phase, in_fixed_order, in_place_sums
 from autobatch._memory.estimate.fit import SIZES, FittedEvents
 from autobatch._memory.estimate.scratch import Gpu, sum_scratch
@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 
     from autobatch._memory.estimate.events import Event
     from autobatch._memory.estimate.tracer import TrainingStep
-
-# Workspaces of cuBLAS on sm_90, of the main thread and of autograd's, and 1 MiB of other things
-CUBLAS_WORKSPACES: Final = (32 * MIB, 32 * MIB, MIB)
 
 
 class Fit(StrEnum):
@@ -100,7 +97,7 @@ class MemoryEstimate:
             replay = _Replay(_Count(capacity), Gpu())
         else:
             replay = _Replay(CachingAllocator(capacity), self.gpu)
-            for nbytes in CUBLAS_WORKSPACES:
+            for nbytes in self.gpu.workspaces:
                 replay.allocator.allocate(nbytes)
         return replay.run(self.events.at(batch_size))
 

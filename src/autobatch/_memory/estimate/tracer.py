@@ -26,7 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from autobatch._memory.estimate.cuda import CudaOperators
-from autobatch._memory.estimate.events import Event, Kind, Phase, UntraceableError
+from autobatch._memory.estimate.events import SCRATCH, Event, Kind, Origin, Phase, UntraceableError
+from autobatch._memory.estimate.modules import RunningModules
 from autobatch._memory.estimate.scratch import (
     attention_scratch,
     axes_of_sum,
@@ -36,7 +37,7 @@ from autobatch._memory.ledger import unobserved
 from autobatch._undo import Undo
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
     from types import FrameType
 
     from autobatch._memory.estimate.scratch import Gpu
@@ -100,12 +101,13 @@ def trace(
             model, optimizer = _fake_copy(step, fake)
             if gpu is not None:
                 _choose_foreach(optimizer)
-            tracer = _Tracer(gpu, deadline)
-            tracer.attach(_tensors_in_order(model))
-            tracer.attach(tree_leaves(list(optimizer.state.values())))
+            running = RunningModules(model)
+            tracer = _Tracer(gpu, running, deadline)
+            tracer.attach_model(model)
+            tracer.attach(tree_leaves(list(optimizer.state.values())), Origin.OPTIMIZER_STATE)
             batch, tensors = _fake_batch(step.batch(batch_size), fake)
-            tracer.attach(tensors)
-            with CudaOperators() if gpu else contextlib.nullcontext(), fake, tracer:
+            tracer.attach(tensors, Origin.BATCH)
+            with _operators_of(gpu), fake, tracer, running:
                 _run(step, model, optimizer, batch, tracer)
     except UntraceableError:
         raise
@@ -139,6 +141,12 @@ def _run(
         if not step.zeroes_after_forward:
             optimizer.zero_grad()
         tracer.begin(Phase.END)
+
+
+def _operators_of(gpu: Gpu | None) -> contextlib.AbstractContextManager[Any]:
+    if gpu is None:
+        return contextlib.nullcontext()
+    return CudaOperators(has_flash_attention=gpu.has_flash_attention)
 
 
 def _check(model: torch.nn.Module) -> None:
@@ -218,23 +226,18 @@ def _on_fake_cpu(tensor: torch.Tensor, fake: FakeTensorMode) -> torch.Tensor:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
 
 
-def _tensors_in_order(model: torch.nn.Module) -> Iterator[torch.Tensor]:
-    """Yield parameters and buffers in the order of `Module.to`: those of children first."""
-    for part in reversed(list(model.modules())):
-        yield from part.parameters(recurse=False)
-        yield from part.buffers(recurse=False)
-
-
 class _Tracer(TorchDispatchMode):
     """Record allocations and releases of every operator, in order."""
 
-    def __init__(self, gpu: Gpu | None, deadline: float) -> None:
+    def __init__(self, gpu: Gpu | None, running: RunningModules, deadline: float) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._running = running
         self.events: list[Event] = []
         self._gpu = gpu
         self._deadline = deadline
         self._phase = Phase.BUILD
         self._operator = str(Phase.BUILD)
+        self._module = ""
         self._blocks = 0
         self._live: dict[int, _Live] = {}  # by address
 
@@ -242,11 +245,20 @@ class _Tracer(TorchDispatchMode):
         self._phase = phase
         self.events.append(Event(Kind.PHASE, 0, phase))
 
-    def attach(self, things: Iterable[Any]) -> None:
+    def attach(self, things: Iterable[Any], origin: Origin) -> None:
         """Record tensors that are there already."""
+        self._operator = str(origin)
         for thing in things:
             if isinstance(thing, torch.Tensor):
                 self._record(thing)
+
+    def attach_model(self, model: torch.nn.Module) -> None:
+        """Record parameters and buffers in the order of `Module.to`: those of children first."""
+        for name, part in reversed(list(model.named_modules())):
+            self._module = name
+            tensors = (*part.parameters(recurse=False), *part.buffers(recurse=False))
+            self.attach(tensors, Origin.PARAMETERS)
+        self._module = ""
 
     def __torch_dispatch__(
         self,
@@ -258,6 +270,7 @@ class _Tracer(TorchDispatchMode):
         if time.perf_counter() > self._deadline:
             raise UntraceableError("tracing the step takes too long")
         self._operator = str(func)
+        self._module = self._module_of(args)
         if "_local_scalar_dense" in self._operator:
             if self._phase is Phase.OPTIMIZER:
                 return 1.0  # the count of steps
@@ -283,7 +296,19 @@ class _Tracer(TorchDispatchMode):
         if live is not None:  # resized
             self._forget(key, live.ref)
         block = 0 if self._is_on_host(nbytes) or not nbytes else self._allocate((nbytes,))
-        self._live[key] = _Live(block, nbytes, weakref.ref(storage, partial(self._forget, key)))
+        ref = weakref.ref(storage, partial(self._forget, key))
+        self._live[key] = _Live(block, nbytes, self._module, ref)
+
+    def _module_of(self, args: tuple[Any, ...]) -> str:
+        """Return the module that runs; for a gradient, the one that owns the last tensor it reads."""
+        if self._running.innermost or self._phase is not Phase.BACKWARD:
+            return self._running.innermost
+        for leaf in reversed(tree_leaves(args)):
+            if isinstance(leaf, torch.Tensor):
+                live = self._live.get(int(leaf.untyped_storage()._cdata))
+                if live is not None and live.module:
+                    return live.module
+        return ""
 
     def _is_on_host(self, nbytes: int) -> bool:
         """Return True for constants: without a GPU those of `torch.tensor` are not counted.
@@ -297,7 +322,9 @@ class _Tracer(TorchDispatchMode):
 
     def _allocate(self, numbers: tuple[int, ...]) -> int:
         self._blocks += 1
-        self.events.append(Event(Kind.ALLOCATE, self._blocks, self._operator, numbers))
+        self.events.append(
+            Event(Kind.ALLOCATE, self._blocks, self._operator, numbers, self._module)
+        )
         return self._blocks
 
     def _free(self, block: int) -> None:
@@ -316,7 +343,7 @@ class _Tracer(TorchDispatchMode):
             dims = args[1] if len(args) > 1 else None
             numbers = axes_of_sum(args[0], dims)
             if numbers:
-                self.events.append(Event(Kind.SUM, 0, name, numbers))
+                self.events.append(Event(Kind.SUM, 0, name, numbers, self._module))
         elif "attention_backward" in name:
             dropout = args[10] if "flash" in name else 0.0
             self._hold(attention_scratch(name, args[1], dropout, gpu))
@@ -332,8 +359,11 @@ class _Tracer(TorchDispatchMode):
 
     def _hold(self, scratch: tuple[int, ...]) -> None:
         """Record memory that is allocated and freed within the operator."""
+        operator = self._operator
+        self._operator += SCRATCH
         for block in [self._allocate((nbytes,)) for nbytes in scratch][::-1]:
             self._free(block)
+        self._operator = operator
 
 
 def _tests_a_mask() -> bool:
@@ -350,6 +380,7 @@ def _tests_a_mask() -> bool:
 class _Live:
     block: int  # 0 if it is not on the device
     nbytes: int
+    module: str
     ref: weakref.ref[torch.UntypedStorage]
 
 
