@@ -52,6 +52,7 @@ LAYER = {name: height for height, row in enumerate(LAYERS) for name in row}
 UPWARD: dict[str, str] = {}
 # Imports inside a function that would be a cycle within their folder
 DEFERRED: dict[str, str] = {
+    "_estimate -> _estimate.figure": "estimate.plot() loads matplotlib with the picture",
     "_estimate -> _estimate.text": "an estimate prints itself",
     "_report -> _report.text": "a report prints itself",
     "_report -> _report.figure": "report.plot() loads matplotlib with the picture",

@@ -80,6 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     estimate.add_argument("--memory-limit", default="0.9", help=about)
     about = "micro-batches per update (default: %(default)s)"
     estimate.add_argument("--accumulate", type=int, default=1, help=about)
+    about = "a report of the same step on a GPU, whose measured peaks correct the estimate"
+    estimate.add_argument("--calibrate", type=Path, help=about)
     about = "also estimate the step with other precision, optimizer, checkpointing, accumulation"
     estimate.add_argument("--changes", action="store_true", help=about)
     about = "also write the estimates into this file, as a JSON list"
@@ -128,6 +130,7 @@ def _estimate(options: argparse.Namespace) -> None:
             device=int(device) if device and device.isdigit() else device,
             memory_limit=_number_or_text(options.memory_limit),
             accumulate=options.accumulate,
+            calibrate=options.calibrate,
         )
         changes = of_device.changes() if options.changes else ()
         glyphs = glyphs_for(getattr(sys.stdout, "encoding", None))

@@ -67,7 +67,8 @@ def tune(
     runner.start()
     check_same_arguments(subject, settings, known, context.ranks)
     sizes = search_range(subject, settings, context.ranks)
-    throughput, latency, seconds = Throughput(), None, most_timing_seconds(settings)
+    throughput, latency = Throughput(), None
+    curve_seconds = most_timing_seconds(settings)
     guide = Guide(search, subject, runner)
     runner.begin("searching" if known is None else "checking the plan")
     if known is not None:
@@ -78,12 +79,12 @@ def tune(
         context.progress.begin("timing answers", SECONDS_TIMED)
         plan = find_best_within(latency, runner)
     else:
-        sizes = find_largest_fit(guide, runner, sizes, None, is_timed=not seconds)
+        sizes = find_largest_fit(guide, runner, sizes, None, is_timed=not curve_seconds)
         preference = preference_of(subject, settings, runner)
-        seconds = timing_seconds(subject, settings, runner)
-        if seconds:
-            context.progress.begin("timing sizes", seconds)
-        throughput = measure_throughput(runner, seconds, preference)
+        curve_seconds = timing_seconds(subject, settings, runner)
+        if curve_seconds:
+            context.progress.begin("timing sizes", curve_seconds)
+        throughput = measure_throughput(runner, curve_seconds, preference)
         runner.begin("checking the plan")
         plan = choose_plan(runner, throughput, subject.last_micro_batch, preference)
         throughput = add_to_curve(throughput, runner, plan.micro_batch_size)
@@ -91,7 +92,7 @@ def tune(
     check_same_plan(plan, context.ranks)
     keep_within_budget(plan, runner)
     report = build_report(
-        subject, settings, runner, sizes, plan, throughput, latency, curve_seconds=seconds
+        subject, settings, runner, sizes, plan, throughput, latency, curve_seconds=curve_seconds
     )
     return report.model_copy(update={"guide": guide.way})
 

@@ -10,16 +10,22 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from autobatch._estimate.band import Banded, band_of
-from autobatch._estimate.breakdown import peak
+from autobatch._estimate.breakdown import moments, peak
+from autobatch._estimate.calibration import calibrated
 from autobatch._estimate.changes import Change, changed
 from autobatch._estimate.device import target_gpu
 from autobatch._estimate.inputs import Inputs
 from autobatch._memory import memory_budget, parse_memory_limit
 from autobatch._memory.estimate.prediction import Fit
+from autobatch._report import NO_MATPLOTLIB
 from autobatch._report.layout import UNICODE, Glyphs, html, terminal
+from autobatch.errors import AutobatchError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from matplotlib.figure import Figure
 
     from autobatch._estimate.band import Band
     from autobatch._estimate.breakdown import Peak
@@ -40,6 +46,7 @@ def estimate(
     device: str | int | None = None,
     memory_limit: float | str = 0.9,
     accumulate: int = 1,
+    calibrate: str | Path | None = None,
 ) -> Estimate:
     """Estimate the memory of a training step on a GPU, which need not be there.
 
@@ -58,6 +65,8 @@ def estimate(
             or "cuda:1" for one that is present.
         memory_limit: A share of the device, less its context; or bytes, or text such as "10GiB".
         accumulate: Micro-batches per update.
+        calibrate: The report file of a tuning run of the same step on a GPU: its measured peaks
+            correct the estimate and narrow its band.
 
     Returns:
         The estimate: `.largest`, `.at(n)`, `.untested`; `print` shows it all.
@@ -77,14 +86,19 @@ def estimate(
     """
     limit = parse_memory_limit(memory_limit)
     inputs = Inputs.checked(model, step, batch, optimizer, precision, accumulate)
-    return estimate_of(inputs, target_gpu(device), limit)
+    return estimate_of(inputs, target_gpu(device), limit, calibrate)
 
 
-def estimate_of(inputs: Inputs, target: TargetGpu, limit: float) -> Estimate:
+def estimate_of(
+    inputs: Inputs, target: TargetGpu, limit: float, calibrate: str | Path | None
+) -> Estimate:
     """Return the estimate of checked inputs on a GPU."""
     memory = inputs.estimated(target.gpu)
     band = band_of(inputs, memory.events.at(2), target.guesses)
     budget = max(0, memory_budget(target.reading, limit))
+    if calibrate is not None:
+        accumulate = inputs.step.accumulate
+        band = calibrated(band, memory, target, calibrate, budget=budget, accumulate=accumulate)
     return Estimate(inputs, target, limit, budget, band, memory)
 
 
@@ -103,7 +117,8 @@ class EstimatedPeak:
         operator: Operator that reaches it.
         module: Module that it belongs to; empty if none is known.
         held: Bytes by use: parameters, gradients, activations and others; "rounding" is what blocks
-            are larger than tensors, "fragments" what is reserved and not in use.
+            are larger than tensors, "fragments" what is reserved and not in use, "correction" by
+            how much measured peaks are larger.
         activations: Bytes of activations by module, the largest first; those of repeated blocks
             together, as "layers.*.mlp".
     """
@@ -207,9 +222,35 @@ class Estimate:
             phase=str(highest.phase),
             operator=highest.operator,
             module=highest.module,
-            held=held | {"rounding": max(0, rest), "fragments": reserved - allocated},
+            held=held
+            | {
+                "rounding": max(0, rest),
+                "fragments": reserved - allocated,
+                "correction": self._band.corrected(reserved) - reserved,
+            },
             activations=highest.activations,
         )
+
+    def plot(self, path: str | Path | None = None, batch_size: int | None = None) -> Figure:
+        """Draw the memory over one step with its phases, by use, and the budget.
+
+        Args:
+            path: A .png, .svg or .pdf file to write as well.
+            batch_size: Samples per forward pass; None: the largest that fits.
+
+        Raises:
+            AutobatchError: matplotlib is not installed.
+            ValueError: The path has another ending.
+        """
+        try:
+            from autobatch._estimate.figure import draw
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] != "matplotlib":
+                raise
+            raise AutobatchError(NO_MATPLOTLIB) from None
+        peak = self.at(max(1, self.largest) if batch_size is None else batch_size)
+        events = list(self._memory.events.at(peak.batch_size))
+        return draw(self, moments(events, self._target.gpu), peak, path)
 
     def _peak(self, size: int) -> Peak:
         return peak(list(self._memory.events.at(size)), self._target.gpu, self._inputs.step.model)
@@ -221,7 +262,7 @@ class Estimate:
         it, SGD with momentum instead of another optimizer, and two micro-batches per update.
         """
         return tuple(
-            Change(each.change, estimate_of(each.inputs, self._target, self._limit).largest)
+            Change(each.change, estimate_of(each.inputs, self._target, self._limit, None).largest)
             for each in changed(self._inputs)
         )
 

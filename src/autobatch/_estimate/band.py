@@ -30,6 +30,7 @@ _LAYOUT: Final = 0.04
 _BENCHMARK: Final = 0.04
 # Of a report that calibrates: errors beside those that the report shows
 _CALIBRATED: Final = 0.01
+_FACTOR: Final = 4  # of the largest peak; smaller ones say nothing of larger batches
 _LARGE_TRIAL: Final = 0.1  # share of the budget, from which a ratio is better than an offset
 
 
@@ -82,6 +83,7 @@ class Band:
         untested: What was guessed.
         ratio: Measured over predicted peaks.
         offset: Bytes by which measured peaks are larger.
+        error: Measured peak over the predicted one, less 1, before the correction.
     """
 
     share: float
@@ -90,6 +92,7 @@ class Band:
     untested: tuple[str, ...] = ()
     ratio: float = 1.0
     offset: int = 0
+    error: float = 0.0
 
     def around(self, nbytes: int) -> Banded:
         """Return a corrected peak with its band."""
@@ -120,12 +123,17 @@ class Band:
             corrected = replace(self, ratio=peaks[largest] / predicted[largest], offset=0)
         else:
             corrected = replace(self, ratio=1.0, offset=peaks[largest] - predicted[largest])
-        errors = (
-            abs(corrected.corrected(bytes_) / peak - 1)
-            for bytes_, peak in zip(predicted, peaks, strict=True)
+        share = _CALIBRATED + max(
+            abs(corrected.corrected(nbytes) / peak - 1)
+            for nbytes, peak in zip(predicted, peaks, strict=True)
+            if peak >= peaks[largest] / _FACTOR
         )
-        share = min(max(errors) + _CALIBRATED, max(self.share, self.share_of_small))
-        return replace(corrected, share=share, share_of_small=share)
+        return replace(
+            corrected,
+            share=min(share, self.share),
+            share_of_small=min(share, self.share_of_small),
+            error=peaks[largest] / predicted[largest] - 1,
+        )
 
 
 def band_of(inputs: Inputs, events: Iterable[Event], guesses: Iterable[Guess]) -> Band:
@@ -148,7 +156,8 @@ def _kind_of(model: nn.Module, operators: set[str]) -> float:
     )
     if is_convolutional:
         return _CONVOLUTIONAL
-    has_attention = any("scaled_dot_product" in name for name in operators)
+    # By torch's function, or written out as in Swin
+    has_attention = any("scaled_dot_product" in name or "._softmax." in name for name in operators)
     return _TRANSFORMER if has_attention else _OTHER
 
 

@@ -78,7 +78,7 @@ class Peak:
 def moments(events: Sequence[Event], gpu: Gpu) -> list[Moment]:
     """Return the memory after every event of the last step."""
     held = _held(events)
-    ends = [at for at, event in enumerate(events) if _begins(event, Phase.END)]
+    ends = _ends(events)
     now: Counter[Held] = Counter({Held.SCRATCH: sum(gpu.workspaces)})
     sizes: dict[int, int] = {}
     phase = str(Phase.BUILD)
@@ -92,7 +92,7 @@ def moments(events: Sequence[Event], gpu: Gpu) -> list[Moment]:
         elif event.kind is Kind.FREE:
             now[held[event.block]] -= sizes.pop(event.block)
         scratch = sum(sum_scratch(event.numbers, gpu)) if event.kind is Kind.SUM else 0
-        if at > ends[-2]:
+        if ends[-2] < at < ends[-1]:
             found.append(Moment(phase, {**now, Held.SCRATCH: now[Held.SCRATCH] + scratch}))
     return found
 
@@ -101,7 +101,7 @@ def peak(events: Sequence[Event], gpu: Gpu, model: nn.Module) -> Peak:
     """Return the peak of the last step."""
     all_moments = moments(events, gpu)
     highest = max(range(len(all_moments)), key=lambda at: all_moments[at].total)
-    at = len(events) - len(all_moments) + highest
+    at = _ends(events)[-2] + 1 + highest
     held = _held(events)
     live: dict[int, Event] = {}
     for event in events[: at + 1]:
@@ -174,5 +174,10 @@ _LASTING: Final[dict[str, _Lasting]] = {
 }
 
 
-def _begins(event: Event, phase: Phase) -> bool:
-    return event.kind is Kind.PHASE and event.name == phase
+def _ends(events: Sequence[Event]) -> list[int]:
+    """Return the places at which steps end."""
+    return [
+        at
+        for at, event in enumerate(events)
+        if event.kind is Kind.PHASE and event.name == Phase.END
+    ]

@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _SCHEMA_VERSION: Final = 1
+NO_MATPLOTLIB: Final = 'A picture needs matplotlib: pip install "lightning-autobatch[plot]".'
 _NOTEBOOK_DPI: Final = 100  # of the figure: about the width of a notebook
 Task = Literal["train", "answer", "validate", "test", "predict"]
 
@@ -320,9 +321,7 @@ class TuningReport(BaseModel):
         except ModuleNotFoundError as error:
             if (error.name or "").partition(".")[0] != "matplotlib":
                 raise
-            raise AutobatchError(
-                'A picture needs matplotlib: pip install "lightning-autobatch[plot]".'
-            ) from None
+            raise AutobatchError(NO_MATPLOTLIB) from None
         return draw(self, path, ax)
 
     def _repr_html_(self) -> str:

@@ -73,7 +73,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from autobatch._estimate import Estimate
-    from autobatch._estimate.device import TargetGpu
     from autobatch._memory import MemoryProbe
     from autobatch._plan import BatchPlan
     from autobatch._report import TuningReport
@@ -228,7 +227,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         self._last: TunedFit | None = None  # of the previous fit, or of `tune`
         self._trained: TuningReport | None = None  # with the plan that training follows
         self._only_tunes = False
-        self._target: TargetGpu | None = None  # of an estimate, while it is made
+        self._estimates: Callable[..., Estimate] | None = None  # instead of tuning
         self._estimated: Estimate | None = None
         self._run = Run()
 
@@ -289,6 +288,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         *,
         datamodule: Any = None,
         device: str | int | None = None,
+        calibrate: str | Path | None = None,
     ) -> Estimate:
         """Estimate the memory of a training step on a GPU, which need not be there; run no step.
 
@@ -304,6 +304,8 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             datamodule: A datamodule, instead of loaders.
             device: Name of a GPU, such as "H100" or "A100-40GB"; its memory in bytes or as text;
                 None or "cuda:1" for one that is present.
+            calibrate: The report file of a tuning run of the same step on a GPU: its measured peaks
+                correct the estimate and narrow its band.
 
         Returns:
             The estimate: `.largest`, `.at(n)`, `.untested`; `print` shows it all.
@@ -316,8 +318,11 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         check_launcher(trainer)
         loaders = loaders_for("fit", train_dataloaders, None, None)
         with Undo() as undo, undo:
-            undo.add(partial(setattr, self, "_target", None))
-            self._target, self._estimated = target_gpu(device), None
+            undo.add(partial(setattr, self, "_estimates", None))
+            self._estimated = None
+            self._estimates = partial(
+                estimate_training, target=target_gpu(device), calibrate=calibrate
+            )
             self._begin_only(trainer, "fit", model, loaders, datamodule)
         if self._estimated is None:
             raise AutobatchError("Nothing was estimated: fit ended before its first batch.")
@@ -398,10 +403,8 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         known_at = partial(known_at_start, self._known, checkpoint, last)
         before = self._plan_before(trainer)
         try:
-            if self._target is not None:
-                self._estimated = estimate_training(
-                    trainer, pl_module, self._arguments, self._target
-                )
+            if self._estimates is not None:
+                self._estimated = self._estimates(trainer, pl_module, self._arguments)
                 raise Imported.TUNER_EXIT.of(trainer)
             with stopping_together():
                 tuned = tune_training(

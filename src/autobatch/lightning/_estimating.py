@@ -16,13 +16,19 @@ from autobatch.lightning._traced import traceable_step
 from autobatch.lightning._trial_data import Samples
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from autobatch._estimate import Estimate
     from autobatch._estimate.device import TargetGpu
     from autobatch.lightning._resources import CallbackArguments
 
 
 def estimate_training(
-    trainer: Any, module: Any, arguments: CallbackArguments, target: TargetGpu
+    trainer: Any,
+    module: Any,
+    arguments: CallbackArguments,
+    target: TargetGpu,
+    calibrate: str | Path | None,
 ) -> Estimate:
     """Estimate a step on batches of the training loader; restore all state.
 
@@ -49,9 +55,9 @@ def estimate_training(
         wanted = arguments.settings.target_batch_size
         if wanted is not None:
             step = replace(step, accumulate=1)
-        estimate = estimate_of(Inputs.of(step, trainer.precision), target, limit)
+        estimate = estimate_of(Inputs.of(step, trainer.precision), target, limit, calibrate)
         if wanted is not None and estimate.largest < wanted // trainer.world_size:
             # Gradients live through all forward passes but the first, however many there are
             step = replace(step, accumulate=2)
-            estimate = estimate_of(Inputs.of(step, trainer.precision), target, limit)
+            estimate = estimate_of(Inputs.of(step, trainer.precision), target, limit, calibrate)
     return estimate

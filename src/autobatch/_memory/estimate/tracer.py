@@ -50,6 +50,8 @@ _HOOKS: Final = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
+# The one hook in it lets embeddings need gradients, for checkpoints (transformers 5.24)
+_KEEPS_NOTHING: Final = "transformers.modeling_utils"
 _SCALAR: Final = 8  # bytes
 _CPU: Final = torch.device("cpu")
 
@@ -154,11 +156,11 @@ def _check(model: torch.nn.Module) -> None:
     for name, part in model.named_modules():
         if isinstance(part, torch.nn.RNNBase):
             raise UntraceableError(f"{name} is a recurrent network, whose memory is not modelled")
-        if any(getattr(part, hooks) for hooks in _HOOKS):
+        hooks = [hook for kind in _HOOKS for hook in getattr(part, kind).values()]
+        if not all(getattr(hook, "__module__", "") == _KEEPS_NOTHING for hook in hooks):
             raise UntraceableError(f"{name or 'the model'} has hooks, which may keep tensors")
     for name, parameter in model.named_parameters():
-        hooks = (parameter._backward_hooks, parameter._post_accumulate_grad_hooks)
-        if any(hooks):
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
             raise UntraceableError(f"{name} has hooks, which may keep tensors")
         if torch.nn.parameter.is_lazy(parameter):
             raise UntraceableError(f"{name} has no shape yet")
