@@ -92,9 +92,9 @@ class Trained(pl.LightningModule):
         return self.kind(self.parameters(), lr=self.rate)
 
 
-def windows(count, accumulate, dtype=torch.float32):
+def windows(count, accumulate, dtype=torch.float32, seed=5):
     """Return batches of accumulation windows that all have the same samples."""
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator().manual_seed(seed)
     x = torch.randn(accumulate * SAMPLES, 16, generator=generator, dtype=dtype)
     return TensorDataset(x.repeat(count, 1), x[:, :4].argmax(1).repeat(count))
 
@@ -185,6 +185,7 @@ def trained(
     count=None,
     callbacks=(),
     dtype=torch.float32,
+    seed=5,
     **options,
 ):
     """Train as many windows as there are refusals, or `count`."""
@@ -200,7 +201,7 @@ def trained(
         log_every_n_steps=1,
         **options,
     )
-    data = windows(count or len(refusals), accumulate, dtype)
+    data = windows(count or len(refusals), accumulate, dtype, seed)
     trainer.fit(module, DataLoader(data, batch_size=SAMPLES))
     return Run(module, trainer, refusing, callback.survived)
 
@@ -211,7 +212,7 @@ def allocations(module, **options):
 
 
 def by_hand(
-    module, pieces, *, accumulate=1, count=1, autocast=None, scale=1.0, dtype=torch.float32
+    module, pieces, *, accumulate=1, count=1, autocast=None, scale=1.0, dtype=torch.float32, seed=5
 ):
     """Train in plain PyTorch; return the optimizer and the gradients before each step.
 
@@ -223,9 +224,10 @@ def by_hand(
         autocast: Type of 16 bits, if any.
         scale: Factor of the loss in the backward pass.
         dtype: Type of the data.
+        seed: Seed of the data.
     """
     optimizer = module.configure_optimizers()
-    x, y = windows(1, accumulate, dtype).tensors
+    x, y = windows(1, accumulate, dtype, seed).tensors
     gradients = []
     for _ in range(count):
         optimizer.zero_grad()

@@ -153,7 +153,7 @@ def test_a_turn_takes_enough_updates(seconds, is_enough):
 def test_a_point_is_the_median_with_its_deciles_per_micro_batch():
     seconds = [2.0 * value for value in range(1, 12)]
 
-    got = point(8, 2, [timing(*seconds, optimizer=[0.1, 0.2, 0.3])], peak=7)
+    got = point(8, 2, [timing(*seconds, optimizer=[0.1, 0.2, 0.3])], peak=7, noise=0.0)
 
     assert (got.step_seconds, got.step_seconds_low, got.step_seconds_high) == (6, 2, 10)
     assert (got.optimizer_seconds, got.updates, got.peak) == (0.2, 11, 7)
@@ -161,7 +161,7 @@ def test_a_point_is_the_median_with_its_deciles_per_micro_batch():
 
 
 def test_drift_compares_the_later_turn_with_the_earlier():
-    got = point(8, 1, [timing(1, 1, 1), timing(1.2, 1.2, 9)], peak=None)
+    got = point(8, 1, [timing(1, 1, 1), timing(1.2, 1.2, 9)], peak=None, noise=0.0)
 
     assert got.drift == pytest.approx(1.2)
 
@@ -179,6 +179,7 @@ def test_noise_of_quick_steps_is_no_drift(seed, step):
                 for off in (0, draw.choice([-1, 1]) * min(step / 6, 9e-5))
             ],
             None,
+            0.0,
         )
         for size in (1, 2, 4, 8)
     ]
@@ -199,6 +200,7 @@ def test_a_drift_beyond_the_spread_is_noted(seed, drift, step):
                 for by in (1, drift)
             ],
             None,
+            0.0,
         )
         for size in (1, 2, 4, 8)
     ]
@@ -211,7 +213,7 @@ def test_a_drift_beyond_the_spread_is_noted(seed, drift, step):
 
 def test_turns_closer_than_their_updates_are_no_drift():
     wide = [1.0, 2.0, 1.1, 1.9, 1.5]
-    points = [point(1, 1, [timing(*wide), timing(*(1.2 * s for s in wide))], None)]
+    points = [point(1, 1, [timing(*wide), timing(*(1.2 * s for s in wide))], None, 0.0)]
 
     assert points[0].drift == pytest.approx(1.2)
     assert not told_of_drift(points)
@@ -223,7 +225,7 @@ def told_of_drift(points):
 
 @given(st.lists(st.lists(st.floats(1e-6, 1e3), min_size=3, max_size=10), min_size=1, max_size=2))
 def test_the_spread_contains_the_median(visits):
-    got = point(1, 1, [timing(*each) for each in visits], None)
+    got = point(1, 1, [timing(*each) for each in visits], None, 0.0)
 
     assert got.step_seconds_low <= got.step_seconds <= got.step_seconds_high
 

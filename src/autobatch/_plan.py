@@ -145,7 +145,7 @@ class _Choice:
         sizes = {point.batch_size for point in self.curve} - failed
         usable = list(filter(self._is_usable, preference.order(sizes)))
         plans = [BatchPlan(size, accumulate, self._world_size) for size in usable]
-        return fast_plans(plans, StepTimes.of((), self.curve), preference)
+        return fast_plans(plans, StepTimes.undisturbed(self.curve), preference)
 
     def for_target(self, target: int, preference: Preference) -> BatchPlan:
         """Return the best plan whose micro-batch was run with the accumulation of training."""
@@ -188,7 +188,7 @@ class _Choice:
         if not self.runner.fitting:
             return ()
         # The few steps of a trial are no measure of speed
-        times = StepTimes.of((), self.curve)
+        times = StepTimes.undisturbed(self.curve)
         largest = self.runner.fitting[-1]
         plans = candidates(target, self._world_size, largest, times, self._is_usable, preference)
         if is_selective(self.runner.trials):

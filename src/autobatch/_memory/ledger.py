@@ -29,6 +29,8 @@ _MOST_SIZES: Final = 20_000
 
 def unobserved() -> contextlib.AbstractContextManager[None]:
     """Run the body without dispatch modes: copies by autobatch are not the user's memory."""
+    if not torch._C._len_torch_dispatch_stack():
+        return contextlib.nullcontext()  # in a tenth of the time
     return _disable_current_modes()
 
 

@@ -36,8 +36,11 @@ class CurvePoint:
         drift: Later timing as a multiple of the earlier one; None if there was only one.
         drift_error: Difference of the drift from 1 that noise explains, from the spread of the
             updates and the resolution of clock and scheduler; None if there is no drift.
-        step_seconds_error: Standard error of `step_seconds`, from the spread of the updates and
-            of the turns in which they were timed; None in reports of earlier versions.
+        step_seconds_error: Error of `undisturbed_seconds`, by which the choice of a size goes: from
+            the number of turns, and the noise of the machine in all of them; None in reports of
+            earlier versions.
+        undisturbed_seconds: The same as `step_seconds` for updates that other processes did not
+            slow down; None in reports of earlier versions.
     """
 
     batch_size: int
@@ -51,6 +54,7 @@ class CurvePoint:
     drift: float | None
     drift_error: float | None = None  # missing in earlier reports
     step_seconds_error: float | None = None  # missing in earlier reports
+    undisturbed_seconds: float | None = None  # missing in earlier reports
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +123,15 @@ class StepTimes:
             optimizer_seconds=optimizer[len(optimizer) // 2] if optimizer else 0.0,
             errors=tuple(map(_error, ordered)),
         )
+
+    @classmethod
+    def undisturbed(cls, curve: Iterable[CurvePoint]) -> StepTimes:
+        """Take the times of the curve without what other processes added to them."""
+        points = (
+            replace(point, step_seconds=point.undisturbed_seconds or point.step_seconds)
+            for point in curve
+        )
+        return cls.of((), points)
 
     def micro(self, batch_size: int) -> float | None:
         """Return the seconds of one micro-batch; None outside the sizes measured."""

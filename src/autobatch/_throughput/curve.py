@@ -34,10 +34,11 @@ _MAX_QUICK_UPDATES: Final = 100
 # Standard errors by which two turns may differ by chance: updates in a row share their noise
 _STANDARD_ERRORS: Final = 3.0
 _WAKE_UP_SECONDS: Final = 1e-4  # that another process can cost an update
-# Relative standard deviation of turns of one size, and the number of turns that it counts for
-_USUAL_SPREAD: Final = 0.03
-_USUAL_TURNS: Final = 2
-_LEAST_ERROR: Final = 0.005  # of any timing
+# Shares by which updates are slower at times: on any machine, in the only turn of a size as far as
+# anybody knows, and in many turns
+_USUAL_NOISE: Final = 0.015
+_FIRST_ERROR: Final = 0.2
+_LEAST_ERROR: Final = 0.005
 _MAX_TURNS: Final = 12  # of a size whose speed is in doubt
 _EXACT_SIZES: Final = 3  # additional sizes that give the target exactly
 
@@ -101,7 +102,9 @@ def measure_throughput(
     failed = timer.failed | {size for size, trial in tried.items() if not trial.fits}
     return Throughput(
         curve=tuple(
-            point(size, runner.accumulation.in_trial(size), turns, tried[size].peak)
+            point(
+                size, runner.accumulation.in_trial(size), turns, tried[size].peak, noise_of(timings)
+            )
             for size, turns in timings.items()
         ),
         unreached=tuple(size for size in sizes if size not in failed and size not in timings),
@@ -146,7 +149,7 @@ def add_to_curve(throughput: Throughput, runner: TrialRunner, batch_size: int) -
     if batch_size not in timings:
         return replace(throughput, unreached=(*throughput.unreached, batch_size))
     accumulate = runner.accumulation.in_trial(batch_size)
-    added = point(batch_size, accumulate, timings[batch_size], trial.peak)
+    added = point(batch_size, accumulate, timings[batch_size], trial.peak, noise_of(timings))
     return replace(
         throughput,
         curve=tuple(sorted((*throughput.curve, added), key=lambda each: each.batch_size)),
@@ -233,11 +236,12 @@ def _undecided(
     """Return the sizes of which one more turn could change the choice, and the fastest."""
     if preference is None:
         return ()
+    noise, samples = noise_of(timings), accumulation.samples
     points = [
-        point(size, accumulation.in_trial(size), turns, None)
+        point(size, accumulation.in_trial(size), turns, None, noise)
         for size, turns in sorted(timings.items())
     ]
-    timed, samples = StepTimes.of((), points), accumulation.samples
+    timed = StepTimes.undisturbed(points)
     times = timed.by_size(
         {size: accumulation.in_update(size) for size in timed.sizes if size <= (samples or size)}
     )
@@ -320,7 +324,7 @@ def _turn_seconds(update_seconds: float) -> float:
 
 
 def point(
-    batch_size: int, accumulate: int, timings: Sequence[Timing], peak: int | None
+    batch_size: int, accumulate: int, timings: Sequence[Timing], peak: int | None, noise: float
 ) -> CurvePoint:
     """Return the point of the curve that the turns of one size give."""
     seconds = [each / accumulate for timing in timings for each in timing.update_seconds]
@@ -340,19 +344,46 @@ def point(
         peak=peak,
         drift=drift,
         drift_error=None if drift is None else _drift_error(timings[0], timings[-1]),
-        step_seconds_error=_standard_error(timings) / accumulate,
+        step_seconds_error=_error(len(timings), noise) * _undisturbed(timings) / accumulate,
+        undisturbed_seconds=_undisturbed(timings) / accumulate,
     )
 
 
-def _standard_error(timings: Sequence[Timing]) -> float:
-    """Return the standard error of the median update: of updates in turns, and of the turns."""
-    medians = [statistics.median(timing.update_seconds) for timing in timings]
-    middle, turns = statistics.median(medians), len(medians)
-    within = _median_error([each for timing in timings for each in timing.update_seconds])
-    # Two turns may agree by chance: what is usual counts as much as two more of them
-    squares = sum((each - statistics.mean(medians)) ** 2 for each in medians)
-    variance = (_USUAL_TURNS * (_USUAL_SPREAD * middle) ** 2 + squares) / (_USUAL_TURNS + turns - 1)
-    return max(within, math.sqrt(variance / turns), _LEAST_ERROR * middle)
+def noise_of(timings: Mapping[int, Sequence[Timing]]) -> float:
+    """Return the share by which this machine slows updates down at times, over all turns.
+
+    Other processes do that for as long as an update or many turns.
+    """
+    quick = [list(map(_quick, turns)) for turns in timings.values()]
+    deciles = [_deciles(turn) for turns in timings.values() for turn in turns]
+    pairs = [
+        *((each[0], each[-1]) for each in deciles),
+        *((min(each), max(each)) for each in quick),
+    ]
+    squares = [(slow / fast - 1) ** 2 for fast, slow in pairs if slow > fast > 0]
+    return max(_USUAL_NOISE, math.sqrt(statistics.mean(squares)) if squares else 0.0)
+
+
+def _undisturbed(timings: Sequence[Timing]) -> float:
+    """Return the seconds of an update that nothing slowed down: the least of all turns."""
+    return min(map(_quick, timings))
+
+
+def _quick(timing: Timing) -> float:
+    return float(_deciles(timing)[0])
+
+
+def _deciles(timing: Timing) -> Sequence[float]:
+    return statistics.quantiles(timing.update_seconds, n=10, method="inclusive")
+
+
+def _error(turns: int, noise: float) -> float:
+    """Return the share by which undisturbed updates may be quicker than those of these turns.
+
+    Half of the turns of a machine that others use too are slow, so each turn halves the doubt.
+    """
+    least = _LEAST_ERROR if turns > 1 else _FIRST_ERROR
+    return max(least, 3 * noise * 0.5 ** (turns - 1))
 
 
 def _drift_error(one: Timing, other: Timing) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -11,8 +10,8 @@ if TYPE_CHECKING:
 
 # Share of the highest throughput that counts as fast
 FAST_ENOUGH: Final = 0.95
-# Standard errors by which a difference has to exceed that
-_STANDARD_ERRORS: Final = 2.0
+# Errors by which a difference has to exceed that
+_ERRORS: Final = 2.0
 # Samples of which BatchNorm takes good statistics
 _ENOUGH_FOR_STATISTICS: Final = 16
 
@@ -23,27 +22,25 @@ class SampleTime:
 
     Args:
         seconds: Seconds per sample.
-        error: Its standard error, as a share of it.
+        error: Share of it by which it may be less: noise of a machine only adds to it.
     """
 
     seconds: float
     error: float
 
     def is_slow(self, fastest: SampleTime) -> bool:
-        """Return True if it is over the limit of a fast size by more than the error."""
-        return self._over(fastest) > self._error_beside(fastest)
+        """Return True if it is over the limit of a fast size by more than its error.
+
+        The fastest one can be faster still, which changes nothing.
+        """
+        return self._over(fastest) > _ERRORS * self.error
 
     def is_fast(self, fastest: SampleTime) -> bool:
-        """Return True if it is within the limit of a fast size by more than the error."""
-        if self == fastest:
-            return True
-        return -self._over(fastest) > self._error_beside(fastest)
+        """Return True if it is within the limit of a fast size by more than the error of that."""
+        return self == fastest or -self._over(fastest) > _ERRORS * fastest.error
 
     def _over(self, fastest: SampleTime) -> float:
         return FAST_ENOUGH * self.seconds / fastest.seconds - 1
-
-    def _error_beside(self, fastest: SampleTime) -> float:
-        return _STANDARD_ERRORS * math.hypot(self.error, fastest.error)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import DataLoader
 
 from autobatch import sinks
-from autobatch._distributed import stopping_together
+from autobatch._distributed import current_ranks, stopping_together
 from autobatch._estimate.device import target_gpu
 from autobatch._memory.detect import detect
 from autobatch._report.known_plan import known_plan
@@ -514,7 +515,9 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         self._run.replace(self._run.survival.patch())
 
     def _end_survival(self, trainer: Any, survival: Survival) -> None:
-        self.survived = tuple(survival.events)
+        with current_ranks() as ranks:
+            of_ranks = ranks.gather(tuple(survival.events))
+        self.survived = tuple(sorted(itertools.chain(*of_ranks), key=lambda event: event.step))
         plan = self._trained.plan if self._trained and self._run.is_tuned else survival.plan
         if (note := survived(self.survived, plan)) and trainer.is_global_zero:
             _log.warning("%s", note)

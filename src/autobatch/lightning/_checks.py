@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from autobatch._settings import Settings
     from autobatch.lightning._resume import Checkpoint
-    from autobatch.lightning._trainer import Trainer
+    from autobatch.lightning._trainer import Strategy, Trainer
 
 
 def check_trainer(trainer: Any) -> None:
@@ -130,12 +130,30 @@ def _against_survival(trainer: Trainer, module: Any) -> Iterator[str]:
     strategies = package(trainer).strategies
     if not module.automatic_optimization:
         yield "with manual optimization (automatic_optimization=False), training_step steps itself"
-    if not isinstance(trainer.strategy, strategies.SingleDeviceStrategy):
-        yield f"{type(trainer.strategy).__name__} makes ranks wait for each other in every pass"
+    strategy = trainer.strategy
+    if isinstance(strategy, strategies.DDPStrategy):
+        yield from _against_survival_on_ranks(strategy, module)
+    elif not isinstance(strategy, strategies.SingleDeviceStrategy):
+        yield f"{type(strategy).__name__} makes ranks wait for each other in every pass"
     if any(isinstance(unwrapped(each), torch.optim.LBFGS) for each in trainer.optimizers):
         yield "LBFGS evaluates a batch several times in a step"
     if "dataloader_iter" in inspect.signature(module.training_step).parameters:
         yield "training_step takes the iterator of the loader"
+
+
+def _against_survival_on_ranks(strategy: Strategy, module: Any) -> Iterator[str]:
+    wrapper = strategy.model
+    if any(isinstance(part, torch.nn.SyncBatchNorm) for part in module.modules()):
+        yield "SyncBatchNorm makes ranks wait for each other in the forward pass"
+    if getattr(wrapper, "static_graph", False) or getattr(wrapper, "mixed_precision", None):
+        yield "DistributedDataParallel has static_graph or mixed_precision"
+    if _overrides_backward(module):
+        yield "the module overrides backward, and ranks share its hooks"
+
+
+def _overrides_backward(module: Any) -> bool:
+    owner = next(kind for kind in type(module).__mro__ if "backward" in vars(kind))
+    return not owner.__module__.startswith(("lightning.", "pytorch_lightning."))
 
 
 def check_launcher(trainer: Trainer) -> None:

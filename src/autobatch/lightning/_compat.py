@@ -235,6 +235,14 @@ def set_logged_on_step(trainer: Trainer, name: str, value: Any) -> None:
     result._forward_cache = value
 
 
+def is_redirected(module: LightningModule) -> bool:
+    """Return whether the forward pass of a wrapper has not reached the module yet.
+
+    Lightning 2.6 lets `forward` lead to `training_step` until then.
+    """
+    return getattr(vars(module).get("forward"), "__name__", "") == "wrapped_forward"
+
+
 def is_synchronized_in_step(trainer: Trainer) -> bool:
     """Return whether `self.log` of a training step communicates with other ranks."""
     return any(

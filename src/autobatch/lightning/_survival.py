@@ -107,7 +107,8 @@ class Survival:
                 return micro_batch.run_whole()
             batch, pieces, done = kept.batch, 2, attempt.done
         cuts = _cut(slice(0, divisible_samples(batch)), pieces)
-        self._run_pieces(micro_batch, batch, cuts, done)
+        with micro_batch.in_pieces(done):
+            self._run_pieces(micro_batch, batch, cuts, done)
         result = micro_batch.finish(is_sum=bool(self._is_sum))
         self._end(micro_batch, _nbytes(batch))
         return result

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    import torch
+    from torch.nn.parallel import DistributedDataParallel
 
 
 class LocalGradients:
@@ -42,7 +44,10 @@ class LocalGradients:
         return [parameter for parameter, before in changed if before is not None]
 
     def add(
-        self, loss: torch.Tensor, done: Sequence[torch.Tensor], run: Callable[[torch.Tensor], None]
+        self,
+        loss: torch.Tensor,
+        done: Sequence[torch.Tensor],
+        backward: Callable[[torch.Tensor], None],
     ) -> None:
         """Run the backward pass of a piece, without effect on parameters that are done."""
         left_out = set(map(id, done))
@@ -52,10 +57,13 @@ class LocalGradients:
         try:
             for each in done:
                 each.grad = None
-            run(loss)
+            backward(loss)
         finally:
             for each, gradient in aside:
                 each.grad = gradient
+
+    def finish(self, done: Sequence[torch.Tensor]) -> None:
+        """End the backward pass of a micro-batch in pieces."""
 
     def _note(self, parameters: Iterable[torch.Tensor]) -> None:
         self._noted = [
@@ -71,3 +79,57 @@ class LocalGradients:
             for parameter, before, version in self._noted
             if parameter.grad is not before or (before is not None and before._version != version)
         ]
+
+
+class SynchronizedGradients(LocalGradients):
+    """Gradients that DistributedDataParallel reduces over ranks in this backward pass.
+
+    Other ranks wait in the same reduction and do not learn of a failure: this rank computes the rest
+    of its own gradient, and then finishes the reduction. Its buckets have taken the gradient of each
+    parameter that had changed when the attempt failed, so that all of these are done.
+
+    Args:
+        parameters: Of the optimizer.
+        wrapper: DistributedDataParallel around the module.
+    """
+
+    def __init__(
+        self, parameters: Sequence[torch.Tensor], wrapper: DistributedDataParallel
+    ) -> None:
+        super().__init__(parameters)
+        self._wrapper = wrapper
+        self._added: dict[int, torch.Tensor] = {}  # parameters with a gradient of the pieces
+
+    def undo(self) -> list[torch.Tensor]:
+        changed, self._noted = self._changed(), []
+        return [parameter for parameter, _ in changed]
+
+    def add(
+        self,
+        loss: torch.Tensor,
+        done: Sequence[torch.Tensor],
+        backward: Callable[[torch.Tensor], None],
+    ) -> None:
+        # Not by a backward pass: hooks of the reducer may wait for gradients
+        left_out = set(map(id, done))
+        rest = [each for each in self._parameters if id(each) not in left_out]
+        made = torch.autograd.grad(loss, rest, allow_unused=True)
+        pairs = [(each, one) for each, one in zip(rest, made, strict=True) if one is not None]
+        # Memory that this needs is asked for before any gradient is changed
+        fresh = [one.clone() if each.grad is None else one for each, one in pairs]
+        for (each, _), one in zip(pairs, fresh, strict=True):
+            if each.grad is None:
+                each.grad = one
+            else:
+                each.grad.add_(one)
+            self._added[id(each)] = each
+
+    def finish(self, done: Sequence[torch.Tensor]) -> None:
+        """Hand over the gradients: a backward pass of zeros fires the hooks of the reducer."""
+        rest = list(self._added.values())
+        roots = [each.view_as(each) for each in rest]
+        zeros = [torch.zeros((), dtype=p.dtype, device=p.device).expand(p.shape) for p in rest]
+        if not done:  # no hook has fired
+            unused = self._wrapper.find_unused_parameters
+            self._wrapper.reducer.prepare_for_backward(roots if unused else [])
+        torch.autograd.backward(roots, zeros)

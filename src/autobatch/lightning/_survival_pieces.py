@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum, auto
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from autobatch.lightning._compat import (
     Imported,
     backward_of,
+    is_redirected,
+    is_synchronized_in_step,
     logged_on_step,
     logged_results,
+    patched,
     set_logged_on_step,
     training_step_result,
     zero_grad_of,
 )
-from autobatch.lightning._survival_gradients import LocalGradients
+from autobatch.lightning._survival_gradients import LocalGradients, SynchronizedGradients
 from autobatch.lightning._survival_state import NotUndoneError
 
 if TYPE_CHECKING:
     from collections import OrderedDict
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from autobatch.lightning._trainer import Trainer
 
@@ -68,13 +73,19 @@ class MicroBatch:
             if each.requires_grad
         ]
         self._stage = _Stage.FORWARD
-        self._gradients = LocalGradients(self.parameters)
+        wrapper = trainer.strategy.model
+        self._wrapper = wrapper if isinstance(wrapper, DistributedDataParallel) else None
+        if self._wrapper is not None and self._wrapper.require_backward_grad_sync:
+            self._gradients: LocalGradients = SynchronizedGradients(self.parameters, self._wrapper)
+        else:
+            self._gradients = LocalGradients(self.parameters)
         self._trainer = trainer
         self._arguments = arguments
         self._optimizer = optimizer
         self._backward = backward_of(trainer, optimizer)
         self._reset = zero_grad_of(trainer, index, optimizer)
         self._is_announced = False  # on_before_backward was called
+        self._is_begun = False  # what DistributedDataParallel does before the forward pass
         self._done: list[_Done] = []
 
     def run_whole(self) -> Any:
@@ -83,6 +94,26 @@ class MicroBatch:
         loop = self._trainer.fit_loop.epoch_loop
         step = partial(training_step_result, loop, self._arguments)
         return Imported.CLOSURE.of(self._trainer)(step, backward, self._zero_grad).closure()
+
+    @contextmanager
+    def in_pieces(self, done: Sequence[torch.Tensor]) -> Iterator[None]:
+        """Run pieces in the body, and then finish the backward pass.
+
+        Under DistributedDataParallel they run on the module without it, and what it does before and
+        after a forward pass is done once, as by the other ranks.
+        """
+        wrapper, module = self._wrapper, self._trainer.lightning_module
+        if wrapper is None:
+            yield
+            return
+        if not self._is_begun:
+            wrapper._pre_forward()
+            self._is_begun = True
+        # A failed forward pass has not reached this; the next would synchronize buffers otherwise
+        wrapper.require_forward_param_sync = wrapper.require_backward_grad_sync
+        with patched(self._trainer.strategy, model=module):
+            yield
+        self._gradients.finish(done)
 
     def run_piece(
         self, piece: Any, samples: int, weight: float, done: Sequence[torch.Tensor]
@@ -106,7 +137,8 @@ class MicroBatch:
             self._zero_grad()
             self._stage = _Stage.BACKWARD
             if self._backward is not None and result.closure_loss is not None:
-                self._gradients.add(weight * result.closure_loss, done, self._run_backward_of_piece)
+                loss = self._announced(weight * result.closure_loss)
+                self._gradients.add(loss, done, self._run_backward_of_piece)
         result.closure_loss = None
         result.extra = {name: _detached(value) for name, value in result.extra.items()}
         self._done.append(_Done(samples, result, logged_on_step(self._trainer)))
@@ -117,6 +149,13 @@ class MicroBatch:
         Raises:
             NotUndoneError: The attempt has had other effects.
         """
+        module = self._trainer.lightning_module
+        if self._wrapper is not None:
+            if self._stage is _Stage.FORWARD and is_redirected(module) and not self._is_begun:
+                raise NotUndoneError("memory ran out in DistributedDataParallel, between ranks")
+            if is_synchronized_in_step(self._trainer):
+                raise NotUndoneError("self.log of training_step communicates with other ranks")
+            self._is_begun = True
         if self._stage is _Stage.ZERO_GRAD:
             raise NotUndoneError("memory ran out while gradients were reset")
         # torch 2.13 has no public name for these hooks; optimizers in the backward pass use them
@@ -166,15 +205,17 @@ class MicroBatch:
         if self._backward is not None:
             self._backward(loss)
 
-    def _run_backward_of_piece(self, loss: torch.Tensor) -> None:
-        """Run the backward pass as `Strategy.backward` of Lightning 2.6 does, with hooks once."""
+    def _announced(self, loss: torch.Tensor) -> Any:
+        """Return a scaled loss, and call the hooks before the first backward pass."""
         plugin, module = self._trainer.precision_plugin, self._trainer.lightning_module
         if self._is_announced:
             scaler = getattr(plugin, "scaler", None)
-            loss = loss if scaler is None else scaler.scale(loss)
-        else:
-            self._is_announced = True
-            loss = plugin.pre_backward(loss, module)
+            return loss if scaler is None else scaler.scale(loss)
+        self._is_announced = True
+        return plugin.pre_backward(loss, module)
+
+    def _run_backward_of_piece(self, loss: torch.Tensor) -> None:
+        plugin, module = self._trainer.precision_plugin, self._trainer.lightning_module
         plugin.backward(loss, module, self._optimizer)
 
     def _merged_extra(self, name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -11,6 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from autobatch._memory.ledger import unobserved
 from autobatch._trials.batches import leaves, map_leaves
+from autobatch._trials.reachable import LARGE, PLAIN
 from autobatch.lightning._compat import logged_results
 
 if TYPE_CHECKING:
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
 # Elements of a tensor; a larger one is not copied before each micro-batch, its version shows if it
 # was changed
 _SMALL: Final = 4096
-_MOST_ENTRIES: Final = 1000  # of a container; a larger one holds data
 _CONTAINERS: Final = frozenset({list, dict, set, deque})
 _OF_TORCH: Final = frozenset(vars(torch.nn.Module()))  # attributes that every module has
 
@@ -30,22 +31,28 @@ class NotUndoneError(Exception):
     """A failed micro-batch that cannot be undone; the message is the reason."""
 
 
-@dataclass(frozen=True, slots=True)
 class _Attributes:
     """The attributes of an object, and the entries of its small containers."""
 
-    owner: dict[str, Any]
-    values: dict[str, Any]
-    contents: list[tuple[Any, Any]]  # a container, and its copy
+    __slots__ = ("contents", "generators", "owner", "tensors", "values")
 
-    @classmethod
-    def of(cls, owner: dict[str, Any]) -> _Attributes:
-        contents = [
-            (value, value.copy())
-            for name, value in owner.items()
-            if type(value) in _CONTAINERS and name not in _OF_TORCH and len(value) <= _MOST_ENTRIES
-        ]
-        return cls(owner, dict(owner), contents)
+    def __init__(self, owner: dict[str, Any]) -> None:
+        self.owner = owner
+        self.values = owner.copy()
+        self.contents: list[tuple[Any, Any]] = []  # a container, and its copy
+        self.tensors: list[torch.Tensor] = []
+        self.generators: list[torch.Generator] = []
+        for name, value in owner.items():
+            kind = type(value)
+            if kind in PLAIN:
+                continue
+            if kind is torch.Tensor:
+                self.tensors.append(value)
+            elif kind in _CONTAINERS:
+                if len(value) <= LARGE and name not in _OF_TORCH:
+                    self.contents.append((value, value.copy()))
+            elif kind is torch.Generator:
+                self.generators.append(value)
 
     def restore(self) -> None:
         for name in self.owner.keys() - self.values.keys():
@@ -78,41 +85,53 @@ class StepState:
             if isinstance(part, _NormBase)
             for buffer in part.buffers(recurse=False)
         }
+        self._copied: list[torch.Tensor] = []
         self._copies: list[torch.Tensor] = []
 
     def keep(self, batch: Any) -> Kept:
         """Keep the state before an attempt at a batch."""
-        attributes = [_Attributes.of(owner) for owner in (*self._objects, *self._buffers)]
-        tensors = list(_tensors_of(attributes))
-        small = [each for each in tensors if self._is_copied(each)]
-        large = [each for each in tensors if not self._is_copied(each)]
+        attributes = [_Attributes(owner) for owner in (*self._objects, *self._buffers)]
+        small: list[torch.Tensor] = []
+        large: list[torch.Tensor] = []
+        for each in attributes:
+            for tensor in each.tensors:
+                # Copies go into the same tensor again, which inference tensors and leaves refuse
+                if not tensor.requires_grad and not tensor.is_inference():
+                    (small if self._is_copied(tensor) else large).append(tensor)
+        generators = list(self._generators())
+        generators += [one for each in attributes for one in each.generators]
         with unobserved(), torch.no_grad():
-            if [_kind(each) for each in small] != [_kind(each) for each in self._copies]:
-                self._copies = [torch.empty_like(each) for each in small]
-            if small:
-                torch._foreach_copy_(self._copies, small)
+            self._prepare_copies(small)
+            _copy(small, self._copies)
+            random = [(each, each.get_state()) for each in generators]
         results = logged_results(self._trainer)
-        logged = [vars(results), results, *(vars(each) for each in results.values())]
+        logged = (vars(results), results, *map(vars, results.values()))
         return Kept(
             batch=map_leaves(_same, batch),
-            attributes=[*attributes, *(_Attributes(each, dict(each), []) for each in logged)],
+            attributes=attributes,
+            logged=[(owner, owner.copy()) for owner in logged],
             small=small,
             copies=self._copies,
             versions=_versions((*large, *leaves(batch))),
-            random=[(each, each.get_state()) for each in self._generators(attributes)],
+            random=random,
         )
 
+    def _prepare_copies(self, tensors: list[torch.Tensor]) -> None:
+        """Make room for copies, unless there is from the time before."""
+        same = len(tensors) == len(self._copied) and all(map(operator.is_, tensors, self._copied))
+        if not same and list(map(_kind, tensors)) != list(map(_kind, self._copies)):
+            self._copies = [torch.empty_like(each) for each in tensors]
+        self._copied = tensors
+
     def _is_copied(self, tensor: torch.Tensor) -> bool:
+        if tensor.layout is not torch.strided:
+            return False
         return tensor.numel() <= _SMALL or id(tensor) in self._normalizing
 
-    def _generators(self, attributes: Iterable[_Attributes]) -> Iterator[torch.Generator]:
+    def _generators(self) -> Iterator[torch.Generator]:
         yield torch.default_generator
         if self._device.type == "cuda":
             yield torch.cuda.default_generators[self._device.index or 0]
-        for each in attributes:
-            for value in each.values.values():
-                if isinstance(value, torch.Generator):
-                    yield value
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +141,7 @@ class Kept:
     Args:
         batch: The batch, in containers of its own.
         attributes: Attributes of objects.
+        logged: Collections of logged values, and what they held.
         small: Tensors whose values are kept.
         copies: Those values, until state is kept again.
         versions: Other tensors, and their versions.
@@ -130,6 +150,7 @@ class Kept:
 
     batch: Any
     attributes: list[_Attributes]
+    logged: list[tuple[dict[str, Any], dict[str, Any]]]
     small: list[torch.Tensor]
     copies: list[torch.Tensor]
     versions: list[tuple[torch.Tensor, int]]
@@ -143,16 +164,28 @@ class Kept:
         """
         for each in self.attributes:
             each.restore()
+        for owner, values in self.logged:
+            owner.clear()
+            owner.update(values)
         for generator, state in self.random:
             generator.set_state(state)
         with unobserved(), torch.no_grad():
-            if self.small:
-                torch._foreach_copy_(self.small, self.copies)
+            _copy(self.copies, self.small)
         inputs = {id(leaf) for leaf in leaves(self.batch)}
         for tensor, version in self.versions:
             if tensor._version != version:
                 what = "its batch" if id(tensor) in inputs else f"a {tuple(tensor.shape)} buffer"
                 raise NotUndoneError(f"training_step writes into {what}")
+
+
+def _copy(sources: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
+    """Copy values, those of one dtype together: torch 2.13 copies mixed ones one by one."""
+    pairs = list(zip(targets, sources, strict=True))
+    for is_floating in (True, False):
+        alike = [pair for pair in pairs if pair[0].is_floating_point() is is_floating]
+        if alike:
+            into, values = zip(*alike, strict=True)
+            torch._foreach_copy_(list(into), list(values))
 
 
 def _same(leaf: Any) -> Any:
@@ -165,15 +198,6 @@ def _is_metric(part: object) -> bool:
 
 def _kind(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.dtype, tensor.device
-
-
-def _tensors_of(attributes: Iterable[_Attributes]) -> Iterator[torch.Tensor]:
-    for each in attributes:
-        for value in each.values.values():
-            if not isinstance(value, torch.Tensor) or value.requires_grad:
-                continue
-            if value.layout is torch.strided and not value.is_inference():
-                yield value
 
 
 def _versions(values: Iterable[Any]) -> list[tuple[torch.Tensor, int]]:
