@@ -1,8 +1,9 @@
 """Compare ways to find a batch size on one GPU: their results, their cost, and the value of the plan.
 
-    python benchmarks/gpu.py [--device cuda] [--memory 8GiB] [--json PATH] [--markdown PATH] [--brief]
+    python benchmarks/gpu.py [--device cuda] [--memory 8GiB full] [--json PATH] [--markdown PATH] [--brief]
 
-Three networks in bf16, made here so that nothing is fetched: a ResNet-50, a transformer like the smallest GPT-2, a U-Net.
+Three networks in bf16, made here so that nothing is fetched: a ResNet-50, a transformer like the smallest GPT-2, a U-Net;
+and one each of timm, transformers and torchvision, where they are installed. Then predicted peaks of six others of these.
 Every method may use the same memory: autobatch as its budget, the others under a cap of torch's allocator. Results are
 written after each network, and after each method.
 """
@@ -21,15 +22,19 @@ import tempfile
 import time
 import warnings
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from pages import renew, table
 from torch.utils.data import DataLoader, Dataset
-from workloads import BRIEF, NETWORKS, Place, fresh, surroundings
+from workloads import BRIEF, NETWORKS, OF_OTHERS, UNSEEN, Place, fresh, installed, surroundings
 
 import autobatch
 from autobatch import _settings
+from autobatch._memory.estimate.events import UntraceableError
+from autobatch._memory.estimate.prediction import MemoryEstimate
+from autobatch._memory.estimate.tracer import TrainingStep
 
 START = 8  # the batch size that every method starts from, where it takes one
 GOAL = 0.97  # of the budget used at the size found
@@ -40,14 +45,17 @@ class Size:
     """Extent of the benchmark."""
 
     networks: dict
-    memory: str
+    predicted: dict  # networks whose peaks are predicted
+    memory: tuple[str, ...]
     steps: int  # at the size that autobatch found
     steps_of_others: int
     updates: int  # timed of each plan, and of training with NoiseScale
+    timing_seconds: float  # of the whole tuning, at most
 
 
-FULL = Size(NETWORKS, "8GiB", 200, 20, 10)
-QUICK = Size(BRIEF, "12MiB", 5, 2, 5)
+FULL = Size(NETWORKS | installed(OF_OTHERS), installed(UNSEEN), ("8GiB",), 200, 20, 10, 20.0)
+QUICK = Size(BRIEF, BRIEF, ("12MiB",), 5, 2, 5, 1.0)
+SIZES_PREDICTED = (8, 32, 96)
 
 
 @dataclass
@@ -60,6 +68,7 @@ class Row:
         trials: Sizes it ran.
         ooms: Times it ran out of memory during the search; for autobatch, repeated allocations count too.
         seconds: Of the search, without timing a speed curve.
+        whole: Seconds of the whole tuning, with that.
         used: The peak at the size found, as a share of the allowed memory; None if that did not run.
         steps: Steps run at the size found.
         ooms_in_steps: Times memory ran out in them.
@@ -71,6 +80,7 @@ class Row:
     trials: int = 0
     ooms: int = 0
     seconds: float = 0.0
+    whole: float = 0.0
     used: float | None = None
     steps: int = 0
     ooms_in_steps: int = 0
@@ -152,7 +162,8 @@ def by_autobatch(place, model, _):
     tuner = autobatch.AutoBatch(memory_limit=place.memory, device=probe)
     report = tuner.tune(trainer(pl, place), module_of(pl, model, ran))
     refused = sum(trial.outcome == "out_of_memory" for trial in report.trials)
-    return report.plan.micro_batch_size, len(report.trials), refused
+    print(f"guided {report.guide}", flush=True)
+    return report.largest_fit, len(report.trials), refused, report.timing_seconds
 
 
 def by_lightning(place, model, _, mode):
@@ -162,7 +173,7 @@ def by_lightning(place, model, _, mode):
     with place.capped() as usage:
         usage.attach(model)
         found = tuner.scale_batch_size(module_of(pl, model, ran), mode=mode)
-        return found, len(ran), usage.ooms
+        return found, len(ran), usage.ooms, 0.0
 
 
 def by_accelerate(place, model, at_most):
@@ -185,7 +196,7 @@ def by_accelerate(place, model, at_most):
 
     with place.capped() as usage:
         usage.attach(model)
-        return run(), len(ran), usage.ooms
+        return run(), len(ran), usage.ooms, 0.0
 
 
 METHODS = {
@@ -206,18 +217,22 @@ def needs(what, found):
     return found
 
 
-def searched(place, build, method, at_most):
+def searched(place, build, method, at_most, size):
     """Return the row of a method, before its size is run."""
     row = Row(method)
     model = build().to("cpu")
+    timing = 0.0
+    _settings.TIMING_SECONDS = size.timing_seconds
     began = time.perf_counter()
     try:
-        row.found, row.trials, row.ooms = METHODS[method](place, model, at_most)
+        row.found, row.trials, row.ooms, timing = METHODS[method](place, model, at_most)
     except MissingError as missing:
         row.said = str(missing)
     except Exception as error:  # an exception of another package is its result
         row.said = f"{type(error).__name__}: {error}".partition("\n")[0]
-    row.seconds = time.perf_counter() - began
+    row.whole = time.perf_counter() - began
+    row.seconds = row.whole - timing
+    _settings.TIMING_SECONDS = 0.0
     return row
 
 
@@ -325,6 +340,55 @@ def noise_scale_overhead(place, build, plan, size):
     }
 
 
+# Predicted peaks
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Peak of three steps at a batch size, in bytes: reserved ones on CUDA, requested ones elsewhere."""
+
+    network: str
+    batch_size: int
+    predicted: int
+    measured: int
+
+
+def predictions(place, name, build):
+    """Yield predicted and measured peaks, from small sizes to the first that runs out of memory."""
+    model = build()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
+    step = TrainingStep(
+        model, optimizer, lambda model, size: model.loss(size, "cpu"), int, torch.bfloat16
+    )
+    estimate = MemoryEstimate.of(step, place.probe().gpu())
+    del model, optimizer, step
+    for batch_size in SIZES_PREDICTED:
+        clean(place)
+        with place.capped() as usage:
+            model, train = fresh(place, build)
+            usage.attach(model)
+            try:
+                with contextlib.closing(train(batch_size, 1)) as loop:
+                    for _ in range(3):
+                        next(loop)
+            except torch.OutOfMemoryError:
+                return
+            peaks = estimate.peaks(batch_size)
+            yield Prediction(name, batch_size, peaks.reserved, usage.peak)
+        del model, train, loop
+
+
+def predicted_page(rows):
+    header = ["network", "batch", "predicted, MiB", "measured, MiB", "error"]
+    cells = [
+        [row.network, str(row.batch_size)]
+        + [f"{nbytes / 2**20:,.1f}" for nbytes in (row.predicted, row.measured)]
+        + [f"{row.predicted / row.measured - 1:+.2%}"]
+        for row in rows
+    ]
+    return "\n\n".join(["Peaks of networks, predicted without running them:", table(header, cells)])
+
+
 # All of it
 
 
@@ -334,7 +398,7 @@ def benchmark(place, name, size, keep):
     result = Result(name)
     at_most = START
     for method in METHODS:
-        row = searched(place, build, method, at_most)
+        row = searched(place, build, method, at_most, size)
         if row.found is not None:
             own = method == "autobatch"
             at_most = row.found if own else at_most
@@ -381,6 +445,7 @@ def page(told, memory, results):
                 "sizes tried",
                 "out of memory",
                 "seconds",
+                "with timing",
                 "memory used",
                 "steps then",
                 "out of memory",
@@ -416,9 +481,10 @@ def page(told, memory, results):
 def cells(result, row):
     name = f"{result.network}, {row.method}"
     if row.found is None:
-        return [name, row.said or "none", *[""] * 6]
+        return [name, row.said or "none", *[""] * 7]
     used = row.said if row.used is None else f"{row.used:.1%}"
-    counts = (row.found, row.trials, row.ooms, f"{row.seconds:.1f}", used)
+    seconds = (f"{row.seconds:.1f}", f"{row.whole:.1f}")
+    counts = (row.found, row.trials, row.ooms, *seconds, used)
     return [name, *map(str, counts), str(row.steps), str(row.ooms_in_steps)]
 
 
@@ -438,7 +504,9 @@ def plan_cells(result):
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--memory", help="memory for every method (8GiB)")
+    parser.add_argument(
+        "--memory", nargs="+", help="memory for every method (8GiB), one run each; or full"
+    )
     parser.add_argument("--only", help="one network, by its name")
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
     parser.add_argument("--markdown", type=Path, help="write the tables into this page")
@@ -451,35 +519,46 @@ def arguments():
 def main():
     given = arguments()
     size = QUICK if given.brief else FULL
-    place = Place.named(given.device, given.memory or size.memory)
+    places = [Place.named(given.device, memory) for memory in given.memory or size.memory]
     warnings.simplefilter("ignore")
     lightning()  # which sets its logger's level when it is imported
     for package in ("pytorch_lightning", "lightning.pytorch"):
         logging.getLogger(package).setLevel(logging.ERROR)
     importlib.import_module("autobatch.sinks").console = lambda _: None
     _settings.TIMING_SECONDS = 0.0
-    told = surroundings(place)
-    results = {}
+    told = surroundings(places[0])
+    results = {place.memory: {} for place in places}
+    predicted = []
 
-    def keep(result):
-        results[result.network] = result
+    def text():
+        parts = [page(told, memory, list(of.values())) for memory, of in results.items() if of]
+        return "\n\n".join([*parts, *([predicted_page(predicted)] if predicted else [])])
+
+    def keep(place, result):
+        if result is not None:
+            results[place.memory][result.network] = result
         if given.json:
             numbers = {
                 "surroundings": told,
-                "memory": place.memory,
-                "results": [asdict(each) for each in results.values()],
+                "results": {
+                    memory: [asdict(each) for each in of.values()] for memory, of in results.items()
+                },
+                "predicted": [asdict(each) for each in predicted],
             }
             given.json.write_text(json.dumps(numbers, indent=1), encoding="utf-8")
         if given.markdown:
-            renew(
-                given.markdown,
-                "gpu.py",
-                page(told, place.memory, list(results.values())),
-            )
+            renew(given.markdown, "gpu.py", text())
 
-    for name in [given.only] if given.only else size.networks:
-        benchmark(place, name, size, keep)
-    print(f"\n{page(told, place.memory, list(results.values()))}")
+    for place in places:
+        for name in [given.only] if given.only else size.networks:
+            benchmark(place, name, size, partial(keep, place))
+    for name, build in [] if given.only and not given.brief else size.predicted.items():
+        try:
+            predicted += predictions(places[-1], name, build)
+        except UntraceableError as error:
+            print(f"{name}: {error}", flush=True)
+        keep(places[-1], None)
+    print(f"\n{text()}")
 
 
 if __name__ == "__main__":

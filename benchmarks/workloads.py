@@ -6,11 +6,14 @@ Inputs are made on the device by each step, so reading data is not measured.
 from __future__ import annotations
 
 import contextlib
+import importlib
+import importlib.util
 import itertools
 import os
 import platform
 import time
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 import pynvml
@@ -159,6 +162,73 @@ class UNet(nn.Module):
 
 
 NETWORKS = {"ResNet-50": ResNet, "GPT-2": Gpt, "U-Net": UNet}
+
+
+class Images(nn.Module):
+    """A classifier of another package, on random images."""
+
+    def __init__(self, model, side=224):
+        super().__init__()
+        self.model, self.side = model, side
+
+    def loss(self, count, device):
+        images = torch.randn(count, 3, self.side, self.side, device=device)
+        return F.cross_entropy(self.model(images), torch.randint(0, 1000, (count,), device=device))
+
+
+class Text(nn.Module):
+    """A language model of transformers, on random tokens."""
+
+    def __init__(self, model, length):
+        super().__init__()
+        self.model, self.length = model, length
+
+    def loss(self, count, device):
+        vocabulary = self.model.config.vocab_size
+        tokens = torch.randint(2, vocabulary, (count, self.length), device=device)
+        return self.model(input_ids=tokens, labels=tokens).loss
+
+
+def of_timm(name):
+    return Images(importlib.import_module("timm").create_model(name, num_classes=1000))
+
+
+def of_torchvision(name):
+    return Images(getattr(importlib.import_module("torchvision").models, name)())
+
+
+def of_transformers(name, length, **config):
+    """Return a model with random weights, of the default size of its configuration."""
+    package = importlib.import_module("transformers")
+    made = getattr(package, f"{name}Config")(**config)
+    made.use_cache = False
+    kind = "LMHeadModel" if name == "GPT2" else "ForCausalLM"
+    return Text(getattr(package, f"{name}{kind}")(made), length)
+
+
+def installed(networks):
+    """Return the networks whose package is installed."""
+    return {
+        name: build
+        for name, build in networks.items()
+        if importlib.util.find_spec(name.partition(" ")[0]) is not None
+    }
+
+
+OF_OTHERS = {
+    "timm vit_base_patch16_224": partial(of_timm, "vit_base_patch16_224"),
+    "transformers GPT2": partial(of_transformers, "GPT2", 512),
+    "torchvision resnet50": partial(of_torchvision, "resnet50"),
+}
+# Those that no prediction has been compared with
+UNSEEN = {
+    "timm deit_small_patch16_224": partial(of_timm, "deit_small_patch16_224"),
+    "timm regnety_016": partial(of_timm, "regnety_016"),
+    "torchvision resnet101": partial(of_torchvision, "resnet101"),
+    "torchvision vgg16_bn": partial(of_torchvision, "vgg16_bn"),
+    "transformers OPT": partial(of_transformers, "OPT", 256),
+    "transformers Roberta": partial(of_transformers, "Roberta", 256, is_decoder=True),
+}
 # The same in little, to see that a benchmark runs
 BRIEF = {
     "ResNet-50": lambda: ResNet(32, (1, 1, 1, 1), 8),
@@ -168,6 +238,8 @@ BRIEF = {
 
 
 # Where
+
+FULL = 0.9  # of a device
 
 
 class _SpokenLikeCuda(Ledger):
@@ -191,10 +263,11 @@ class Place:
 
     @classmethod
     def named(cls, device, memory):
-        place = cls(device, parse_bytes("--memory", memory))
-        if place.is_cuda and not torch.cuda.is_available():
+        if device == "cuda" and not torch.cuda.is_available():
             raise SystemExit("--device cuda: there is no CUDA device; see --device cpu.")
-        return place
+        if memory == "full":
+            return cls(device, int(FULL * torch.cuda.get_device_properties(0).total_memory))
+        return cls(device, parse_bytes("--memory", memory))
 
     @property
     def is_cuda(self):

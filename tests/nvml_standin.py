@@ -207,6 +207,7 @@ class FakeGpu:
                 multi_processor_count=108,
                 max_threads_per_multi_processor=2048,
                 major=8,
+                minor=0,
             )
 
         def mem_get_info(index: int) -> tuple[int, int]:

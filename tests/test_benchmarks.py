@@ -143,3 +143,10 @@ def test_measure_prints_every_row_of_its_table(tmp_path):
     assert all(f"| {name} " in printed for name in found)
     find, fit = map(int, found["frames from find / fit to the user's step"].split(" / "))
     assert 1 < find < fit
+
+
+def test_replays_compare_searches_by_measured_and_predicted_memory():
+    printed = run("replays.py", "--quick", needs=[])
+
+    assert re.search(r"(?m)^\| replayed, by predicted memory \| +4 \| +[23]\.\d+ \|", printed)
+    assert re.search(r"(?m)^\| measured, by measured memory +\| +13 \| +4\.38 \|", printed)

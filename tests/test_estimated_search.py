@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -25,9 +25,9 @@ class Line:
         return Peaks(requested, requested, int(self.reserve * requested), Fit.PLAIN)
 
 
-def run(estimate, each, *, start=8, high=100_000, reserve=1.1):
+def run(estimate, each, *, start=8, high=100_000, reserve=1.1, truth=None):
     """Search on a line of `each` bytes a sample, as long as the estimate is trusted."""
-    true, trials, size = Line(each, reserve), [], start
+    true, trials, size = truth or Line(each, reserve), [], start
     search = EstimatedSearch(estimate, 0.01)
     while size is not None:
         peaks = true.peaks(size)
@@ -48,7 +48,7 @@ def run(estimate, each, *, start=8, high=100_000, reserve=1.1):
 
 
 def test_a_true_estimate_takes_three_trials_without_a_failure():
-    assert run(Line(100), 100) == [8, 881, 899]
+    assert run(Line(100), 100) == [8, 880, 899]
 
 
 def test_a_first_trial_at_the_predicted_limit_is_the_answer():
@@ -57,6 +57,24 @@ def test_a_first_trial_at_the_predicted_limit_is_the_answer():
 
 def test_the_cap_is_tried_at_once_if_it_has_room_to_spare():
     assert run(Line(100), 100, high=500) == [8, 500]
+
+
+@dataclass(frozen=True)
+class Rough(Line):
+    """Estimate whose reserved bytes are 5 % higher at every fourth size."""
+
+    def peaks(self, batch_size):
+        peaks = super().peaks(batch_size)
+        return replace(peaks, reserved=int(peaks.reserved * (1 if batch_size % 4 else 1.05)))
+
+
+def test_a_size_beyond_the_first_that_does_not_fit_is_found():
+    """864 needs too much, and 899 does not."""
+    found = run(Rough(100), 100, truth=Rough(100))
+
+    assert min(found) > 0
+    assert found[-1] in (897, 898, 899)
+    assert len(found) <= 3
 
 
 @pytest.mark.parametrize("reserve", [1.07, 1.115])

@@ -85,6 +85,14 @@ def tried(report):
     return [trial.batch_size if trial.fits else -trial.batch_size for trial in report.trials]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def patience():
+    """A busy machine may take longer than predictions are given."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_guide, "_SECONDS", 600.0)
+        yield
+
+
 @pytest.fixture(scope="module")
 def measured():
     return fitted(Module(), search=MEASURED)

@@ -13,8 +13,10 @@ if TYPE_CHECKING:
 
 # An estimate that misses the requested bytes of the first trial by a larger share is not used
 MAX_ERROR: Final = 0.01
-# Share of the predicted limit left out by the first proposal: its trial corrects the prediction
+# Share of the budget left free by the first proposal: its trial corrects the prediction
 _MARGIN: Final = 0.02
+# Sizes up to this multiple of the limit may fit: an allocator reserves more or less by fragments
+_BEYOND: Final = 1.04
 # Below this share of the budget a measured peak corrects predictions by bytes, above it by a factor
 _SMALL: Final = 0.1
 _MAX_TRIALS: Final = 4  # trials until peaks alone guide the search
@@ -54,16 +56,16 @@ class EstimatedSearch:
     def propose(self, trials: Sequence[Trial], *, high: int, budget: int) -> int | None:
         """Return the size to try after the largest fit; None if that is the answer."""
         top = max(trials, key=lambda trial: trial.batch_size)
-        if budget - (top.peak or 0) <= self.resolution * (budget - top.resident):
-            return None
         capacity = self._capacity(top, budget)
-        limit = self._largest(top.batch_size, high, capacity)
+        is_full = budget - (top.peak or 0) <= self.resolution * (budget - top.resident)
+        within = int((1 - self.resolution) * capacity) if is_full else capacity
+        limit = self._largest(top.batch_size, high, within)
         if limit - top.batch_size <= int(self.resolution * limit):
             return None
-        careful = int((1 - _MARGIN) * limit)
+        # Reserved bytes may fall as the size grows: the margin is one of bytes
+        careful = self._largest(top.batch_size, limit, int((1 - _MARGIN) * capacity))
         is_near = top.batch_size >= (1 - 2 * _MARGIN) * limit
-        is_roomy = self._reserved(limit) <= (1 - _MARGIN) * capacity
-        return limit if is_near or is_roomy else max(careful, top.batch_size + 1)
+        return limit if is_near or careful <= top.batch_size else careful
 
     def _reserved(self, batch_size: int) -> int:
         return self.estimate.peaks(batch_size).reserved
@@ -78,7 +80,8 @@ class EstimatedSearch:
     def _largest(self, low: int, high: int, capacity: int) -> int:
         """Return a size predicted to fit, within a thousandth of one that does not.
 
-        Predictions take time: they begin at the size that a straight line gives.
+        Predictions take time: they begin at the size that a straight line gives, and look at few
+        sizes beyond the first that does not fit.
         """
         rise = self._reserved(2 * low) - self._reserved(low)
         size = low + low * (capacity - self._reserved(low)) // rise if rise > 0 else high
@@ -93,4 +96,5 @@ class EstimatedSearch:
             middle = (good + bad) // 2
             fits = self._reserved(middle) <= capacity
             good, bad = (middle, bad) if fits else (good, middle)
-        return good
+        beyond = range(good + 1, min(int(_BEYOND * good), high) + 1, max(1, good // 100))
+        return max((n for n in beyond if self._reserved(n) <= capacity), default=good)
