@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
-from autobatch._memory.estimate.prediction import CUBLAS_WORKSPACES, MemoryEstimate
+from autobatch._memory.estimate.prediction import MemoryEstimate
 from autobatch._memory.estimate.scratch import Gpu
 from autobatch._memory.estimate.tracer import TrainingStep
 
@@ -128,7 +128,7 @@ def compared(names: Iterable[str]) -> Iterator[Comparison]:
             if row["model"] == name:
                 steady = estimate.steps(row["batch"], None)[-1]
                 # Measured above what was there before the model, the workspaces of cuBLAS
-                allocated = steady.allocated - sum(CUBLAS_WORKSPACES)
+                allocated = steady.allocated - sum(Gpu().workspaces)
                 yield Comparison(
                     name,
                     network.kind,

@@ -274,11 +274,11 @@ def plan_against_small_batches(place, build, size):
         train, device=place.probe(), memory_limit=place.memory
     ).plan.micro_batch_size
     target = 2 * max(8, largest // 8 * 8)
-    _settings.DEFAULTS = _settings.Defaults(curve_seconds=5.0)
+    _settings.TIMING_SECONDS = 5.0
     report = autobatch.find(
         train, device=place.probe(), memory_limit=place.memory, target_batch_size=target
     )
-    _settings.DEFAULTS = _settings.Defaults(curve_seconds=0.0)
+    _settings.TIMING_SECONDS = 0.0
     plan = report.plan
     small = max(1, plan.micro_batch_size // 8)
     patterns = {
@@ -457,7 +457,7 @@ def main():
     for package in ("pytorch_lightning", "lightning.pytorch"):
         logging.getLogger(package).setLevel(logging.ERROR)
     importlib.import_module("autobatch.sinks").console = lambda _: None
-    _settings.DEFAULTS = _settings.Defaults(curve_seconds=0.0)
+    _settings.TIMING_SECONDS = 0.0
     told = surroundings(place)
     results = {}
 

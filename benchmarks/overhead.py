@@ -343,11 +343,11 @@ class without_the_curve:  # noqa: N801 -- reads as what it does
     """Measure no throughput curve."""
 
     def __enter__(self):
-        self._defaults = _settings.DEFAULTS
-        _settings.DEFAULTS = _settings.Defaults(curve_seconds=0.0)
+        self._timing_seconds = _settings.TIMING_SECONDS
+        _settings.TIMING_SECONDS = 0.0
 
     def __exit__(self, *_):
-        _settings.DEFAULTS = self._defaults
+        _settings.TIMING_SECONDS = self._timing_seconds
 
 
 # Copies

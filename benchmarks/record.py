@@ -90,7 +90,7 @@ def main():
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     importlib.import_module("autobatch.sinks").console = lambda _: None
-    _settings.DEFAULTS = _settings.Defaults(curve_seconds=0.0)
+    _settings.TIMING_SECONDS = 0.0
     memory = given.memory or ("12MiB" if given.brief else "8GiB")
     place = Place.named(given.device, memory)
     networks = BRIEF if given.brief else NETWORKS

@@ -463,7 +463,7 @@ def main():
     gc.freeze()  # what was imported is not looked through after every failure
     began = time.perf_counter()
     if given.quick:
-        _settings.DEFAULTS = _settings.Defaults(curve_seconds=1.0)  # nothing is said of it then
+        _settings.TIMING_SECONDS = 1.0  # nothing is said of it then
     on_paper, real = [], []
     if given.only != "networks":
         on_paper = on_curves(one_of_each() if given.quick else list(curves.curves(curves.MAXIMA)))

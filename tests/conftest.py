@@ -19,8 +19,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-from autobatch._settings import Defaults
-
 torch.set_num_threads(1)
 pytest.register_assert_rewrite("by_hand")  # its assertions show their values
 
@@ -88,7 +86,7 @@ def _without_curve(request, monkeypatch):
 
 def set_curve_seconds(monkeypatch, seconds):
     """Replace the one default that find() and AutoBatch read at each call."""
-    monkeypatch.setattr("autobatch._settings.DEFAULTS", Defaults(curve_seconds=seconds))
+    monkeypatch.setattr("autobatch._settings.TIMING_SECONDS", seconds)
 
 
 @pytest.fixture(

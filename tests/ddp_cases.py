@@ -497,7 +497,7 @@ CASES = {
 
 def main(directory, *cases):
     warnings.simplefilter("ignore")
-    _settings.DEFAULTS = _settings.Defaults(curve_seconds=0.2)  # enough for a few visits
+    _settings.TIMING_SECONDS = 0.2  # enough for a few visits
     importlib.import_module("torch._dynamo")  # or else the first step imports it
     gc.freeze()  # keep imported objects out of the garbage collections of a search
     for package in ("pytorch_lightning", "lightning.pytorch"):

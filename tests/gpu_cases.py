@@ -212,7 +212,7 @@ CASES = {case.__name__: case for case in (allocator, identity, ddp, assertion)}
 
 def main(case, kind):
     warnings.simplefilter("ignore")
-    _settings.DEFAULTS = _settings.Defaults(curve_seconds=0.0)
+    _settings.TIMING_SECONDS = 0.0
     with (
         pytest.MonkeyPatch.context() as monkeypatch,
         on_cuda() if kind == "cuda" else on_paper(monkeypatch) as place,

@@ -344,7 +344,7 @@ def _described(line, which, found):
 if __name__ == "__main__":
     import autobatch._settings as settings
 
-    settings.DEFAULTS = settings.Defaults(curve_seconds=0.0)
+    settings.TIMING_SECONDS = 0.0
     logging.getLogger(pl.__name__).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)

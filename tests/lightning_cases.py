@@ -380,7 +380,7 @@ def run(case, plan):
 
 def main(mode, results, plans):
     warnings.simplefilter("ignore")
-    _settings.DEFAULTS = _settings.Defaults(curve_seconds=0.2)  # enough for a few visits
+    _settings.TIMING_SECONDS = 0.2  # enough for a few visits
     importlib.import_module("torch._dynamo")  # or else the first step imports it
     gc.freeze()  # a search collects after each trial: not what imports made
     known = json.loads(Path(plans).read_text()) if mode == "by-hand" else dict.fromkeys(CASES)

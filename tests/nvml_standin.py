@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pynvml
 import torch
 
-from caching_allocator import CachingAllocator, CachingLedger
+from caching_allocator import CachingLedger, SmallAllocator
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -54,7 +54,7 @@ class Card:
     share: float = 1.0
     retries: int = 0
     ooms: int = 0
-    allocator: CachingAllocator | None = None
+    allocator: SmallAllocator | None = None
     allocated: Callable[[], int] = lambda: 0  # bytes of live tensors, while `allocating`
 
     @property
@@ -85,7 +85,7 @@ class Card:
     def reset_peak(self) -> None:
         self.peak = self.held
         if self.allocator:
-            self.allocator.peak = self.held
+            self.allocator.reset_peaks()
 
     def stats(self) -> dict[str, int]:
         """Return the part of torch.cuda.memory_stats that is used."""
@@ -187,7 +187,7 @@ class FakeGpu:
     def allocating(self, index: int, mib: int) -> Iterator[None]:
         """Count CPU tensors of this thread on a card; `mib` bytes stand for a MiB."""
         card = self.devices[index]
-        card.allocator = CachingAllocator(mib, lambda: card.room)
+        card.allocator = SmallAllocator(mib, lambda: card.room)
         ledger = CachingLedger(card.allocator)
         card.allocated = lambda: ledger.current
         with ledger.watching(None, offset=0):
@@ -204,6 +204,9 @@ class FakeGpu:
                 total_memory=card.seen_by_cuda,
                 uuid=whole.uuid,
                 is_integrated=int(card.is_integrated),
+                multi_processor_count=108,
+                max_threads_per_multi_processor=2048,
+                major=8,
             )
 
         def mem_get_info(index: int) -> tuple[int, int]:
@@ -228,6 +231,7 @@ class FakeGpu:
             "set_per_process_memory_fraction": set_share,
             "empty_cache": lambda: [card.let_go() for card in self.devices],
             "synchronize": lambda index: None,
+            "get_allocator_backend": lambda: "native",
         }
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 
 from hypothesis import strategies as st
 
-from autobatch import BatchPlan, NoiseReading, Outcome, Trial, TuningReport
+from autobatch import BatchPlan, NoiseReading, Outcome, Trial, TuningReport, sinks
 from autobatch._report.notes import notes
-from autobatch._report.result import Bound, RunDetails
+from autobatch._report.result import RunDetails
+from autobatch._settings import Bound
 from autobatch.report import CurvePoint, Device, LearningRateRule, Loading, Look, Settings
 
 GIB = 2**30
@@ -36,6 +39,15 @@ def settings(**changes) -> Settings:
         "dataset_size": None,
     }
     return Settings.checked(**(defaults | changes))
+
+
+def printed(report: TuningReport, sink=sinks.console, encoding="utf-8") -> str:
+    """Return what a sink prints to an output in this encoding that is no terminal."""
+    output = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    with contextlib.redirect_stdout(output):
+        sink(report)
+    output.seek(0)
+    return output.read().strip("\n")
 
 
 def full_example(**changes) -> TuningReport:

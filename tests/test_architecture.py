@@ -36,9 +36,11 @@ LAYERS = (
     ("_search", "_throughput"),
     ("_plan", "_latency", "_noise", "_accumulation"),
     ("_report",),
+    ("_estimate",),
     ("_progress",),
     ("report", "sinks", "testing"),
     ("_subject",),
+    ("_guide",),
     ("_tune",),
     ("_find",),
     ("lightning",),
@@ -50,6 +52,8 @@ LAYER = {name: height for height, row in enumerate(LAYERS) for name in row}
 UPWARD: dict[str, str] = {}
 # Imports inside a function that would be a cycle within their folder
 DEFERRED: dict[str, str] = {
+    "_estimate -> _estimate.figure": "estimate.plot() loads matplotlib with the picture",
+    "_estimate -> _estimate.text": "an estimate prints itself",
     "_report -> _report.text": "a report prints itself",
     "_report -> _report.figure": "report.plot() loads matplotlib with the picture",
 }
@@ -295,6 +299,7 @@ def test_find_and_autobatch_share_their_keywords():
     own_of_autobatch = {
         "batch_arg_name",
         "evaluate",
+        "on_out_of_memory",
         "repair_last_window",
         "retune_at_epochs",
         "set_batch_size",

@@ -14,10 +14,9 @@ import autobatch
 from autobatch import __main__ as shell
 from autobatch import sinks
 from autobatch.__main__ import main
-from autobatch._report.layout import UNICODE, terminal
-from autobatch._report.text import completed
 from nvml_standin import DRIVER, GIB, Card, FakeGpu
 from report_examples import example
+from report_examples import printed as shown_by
 
 
 @pytest.fixture
@@ -96,7 +95,7 @@ def test_demo_tunes_trains_and_reports(tmp_path):
     at_first, _, later = printed.partition("\n\nautobatch · DigitsNet")
     measured_later = {"noise": None, "loading": None}
     assert at_first == str(report.model_copy(update=measured_later))
-    assert f"autobatch · DigitsNet{later}" == terminal(completed(report), UNICODE)
+    assert f"autobatch · DigitsNet{later}" == shown_by(report, sinks.completed_on_console)
     assert report.plan.effective_batch_size == 256
     assert report.plan.accumulate_grad_batches > 1
     assert report.noise.state == "ok"
@@ -320,3 +319,63 @@ def test_errors_are_printed_without_a_traceback(tmp_path):
     assert refused.stdout == ""
     assert refused.stderr.startswith("autobatch: nowhere.json cannot be read")
     assert refused.stderr.count("\n") == 1
+
+
+# estimate
+
+MAKE = """
+import torch
+from torch import nn
+
+
+def make():
+    return nn.Linear(256, 256), lambda model, batch: model(batch).square().mean(), torch.ones(2, 256)
+
+
+def with_sgd():
+    model, step, batch = make()
+    return model, step, batch, torch.optim.SGD(model.parameters())
+
+
+def nothing():
+    return None
+"""
+
+
+@pytest.fixture
+def made(monkeypatch, tmp_path):
+    (tmp_path / "networks_here.py").write_text(MAKE, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    yield
+    sys.modules.pop("networks_here", None)
+
+
+@pytest.mark.usefixtures("made")
+def test_estimate_prints_each_device_and_writes_json(tmp_path, capsys):
+    arguments = ["--device", "T4", "--device", "24GiB", "--json", "estimates.json"]
+
+    status = main(["estimate", "networks_here:with_sgd", *arguments])
+
+    printed = capsys.readouterr().out
+    assert status == 0
+    assert "Linear · SGD · 32-true · T4, budget" in printed
+    assert "GPU of 24 GiB" in printed
+    stored = json.loads((tmp_path / "estimates.json").read_text(encoding="utf-8"))
+    assert [each["device"] for each in stored] == ["T4", "GPU of 24 GiB"]
+    assert stored[0]["largest"]["value"] < stored[1]["largest"]["value"]
+    assert f"Batches of {stored[0]['largest']['value']:,} samples fit" in printed
+
+
+@pytest.mark.usefixtures("made")
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("no_such_module:make", "cannot be imported"),
+        ("networks_here:none", "is not a function"),
+        ("networks_here:nothing", "returned NoneType"),
+    ],
+)
+def test_estimate_refuses_what_makes_no_network(name, error, capsys):
+    assert main(["estimate", name, "--device", "T4"]) == 2
+
+    assert f"{name} {error}" in one_sentence(capsys)

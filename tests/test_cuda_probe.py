@@ -162,7 +162,7 @@ def test_a_search_stays_within_the_users_cap_without_a_failure(monkeypatch):
             with gpu.holding(0, batch_size * GIB // 64):
                 yield
 
-    report = autobatch.find(train, device=CudaProbe(0))
+    report = autobatch.find(train, device="cuda:0")
 
     assert report.budget == int(0.125 * gpu.cards[0].seen_by_cuda)
     assert all(trial.outcome != "out_of_memory" for trial in report.trials)
@@ -367,7 +367,7 @@ def test_a_search_without_nvml_works_and_the_report_notes_it(monkeypatch, machin
             with gpu.holding(0, batch_size * GIB // 64):
                 yield
 
-    report = autobatch.find(train, device=CudaProbe(0), memory_limit="2GiB")
+    report = autobatch.find(train, device="cuda:0", memory_limit="2GiB")
 
     (note,) = (note for note in report.notes if note.startswith("Memory is read from"))
     assert "torch.cuda.mem_get_info, because" in note
@@ -385,7 +385,7 @@ def test_a_search_with_nvml_has_no_note_about_it(monkeypatch):
             with gpu.holding(0, batch_size * GIB // 64):
                 yield
 
-    report = autobatch.find(train, device=CudaProbe(0), memory_limit="2GiB")
+    report = autobatch.find(train, device="cuda:0", memory_limit="2GiB")
 
     assert report.device.source == "NVML"
     assert not any("Memory is read from" in note for note in report.notes)
@@ -457,7 +457,7 @@ def test_without_any_source_the_error_gives_both_reasons(
         ProbeError,
         match=r"cuda:0 cannot be read: CUDA error: not permitted; NVML failed: Driver Not Loaded\. Pass device=",
     ):
-        CudaProbe(0)
+        autobatch.find(lambda batch_size: None, device="cuda:0")
 
 
 def test_a_lost_gpu_raises_a_probe_error(monkeypatch):
@@ -483,7 +483,7 @@ def test_a_gpu_lost_in_a_trial_ends_the_search(monkeypatch):
             yield
 
     with pytest.raises(ProbeError, match="GPU is lost"):
-        autobatch.find(train, device=CudaProbe(0))
+        autobatch.find(train, device="cuda:0")
 
     assert gpu.cards[0].share == 1.0
 
@@ -511,7 +511,7 @@ def test_an_allocator_without_statistics_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_stats", refuse)
 
     with pytest.raises(ProbeError, match=r"has no statistics for .* Pass device="):
-        CudaProbe(0)
+        autobatch.find(lambda batch_size: None, device="cuda:0")
 
 
 @pytest.mark.parametrize(

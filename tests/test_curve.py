@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import autobatch
 from autobatch._throughput.curve import curve_sizes, enough, in_turns, point
+from autobatch._trials.runner import Accumulation
 from autobatch._trials.timing import Timing
 from autobatch.testing import PaperDevice, SimulatedAccelerator
 from conftest import set_curve_seconds
@@ -24,12 +25,16 @@ def timing(*seconds, optimizer=()):
     return Timing(tuple(seconds), tuple(optimizer))
 
 
+def accumulation(samples):
+    return Accumulation(is_supported=True, default=1, target=samples, world_size=1)
+
+
 # Which sizes
 
 
 @given(sizes, st.none() | st.integers(1, 10_000))
 def test_powers_of_two_and_fitting_sizes_are_timed(fitting, samples):
-    chosen = curve_sizes(sorted(fitting), samples)
+    chosen = curve_sizes(sorted(fitting), accumulation(samples))
 
     powers = {2**i for i in range(13) if 2**i <= max(fitting)}
     assert fitting | powers <= set(chosen)
@@ -41,8 +46,8 @@ def test_powers_of_two_and_fitting_sizes_are_timed(fitting, samples):
 
 
 def test_the_largest_sizes_that_give_the_target_exactly_are_timed():
-    assert set(curve_sizes([8, 86], 1000)) >= {50, 40, 25}
-    assert set(curve_sizes([8, 86], 60)) >= {60, 30}
+    assert set(curve_sizes([8, 86], accumulation(1000))) >= {50, 40, 25}
+    assert set(curve_sizes([8, 86], accumulation(60))) >= {60, 30}
 
 
 # In turns

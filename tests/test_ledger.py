@@ -123,6 +123,60 @@ def test_a_step_leaves_nothing_but_parameters_gradients_and_state():
     assert ledger.current == at_rest
 
 
+def test_gradients_that_meet_are_added_in_place():
+    """Without a ledger autograd writes their sum into one of them."""
+    x = torch.zeros(256, requires_grad=True)
+    ledger = Ledger()
+
+    with ledger.watching(None, 0):
+        hidden = x * 1  # 1 KiB, and each of its two gradients
+        total = (hidden * 2).sum() + (hidden * 3).sum()  # 4 bytes, and its gradient
+        total.backward()
+
+    assert ledger.peak == 3 * KIB + 2 * 4
+    assert ledger.current == 2 * KIB + 4
+    assert x.grad[0] == 5
+
+
+def test_a_sum_whose_terms_live_on_is_charged():
+    x = torch.zeros(256, requires_grad=True)
+    ledger, kept = Ledger(), []
+
+    with ledger.watching(None, 0):
+        hidden = x * 1
+        pair = [hidden.view(-1), hidden.view(-1)]
+        for each in pair:
+            each.register_hook(kept.append)
+        (pair[0] * 2 + pair[1] * 3).sum().backward()
+
+    assert x.grad[0] == 5
+    assert ledger.current == 4 * KIB  # hidden, its gradient and both kept ones
+    assert ledger.peak > 5 * KIB  # and their sum
+
+
+def test_sums_of_the_user_are_charged():
+    ledger = Ledger()
+
+    with ledger.watching(None, 0):
+        x = torch.zeros(256)
+        x = x + x
+
+    assert ledger.peak == 2 * KIB
+    assert ledger.current == KIB
+
+
+def test_a_linear_layer_adds_its_bias_in_place():
+    layer = nn.Linear(16, 16)
+    x = torch.zeros(4, 4, 16).transpose(0, 1)  # not contiguous: a product, then a sum
+    ledger = Ledger()
+
+    with torch.no_grad(), ledger.watching(None, 0):
+        y = layer(x)
+
+    assert ledger.current == y.nbytes
+    assert ledger.peak == y.nbytes + x.nbytes  # a contiguous copy of the input
+
+
 def test_training_is_bit_identical_under_the_ledger():
     def train(watched):
         torch.manual_seed(0)

@@ -15,7 +15,16 @@ from lightning_here import Model, data, quiet_trainer, tuner
 
 FOLDER = Path(importlib.import_module("autobatch.lightning").__file__).parent
 # Private names of torch, and a public one of named tuples
-OF_OTHERS = {"_milestones", "_schedulers", "_version", "_iterator", "_replace"}
+OF_OTHERS = {
+    "_post_accumulate_grad_hooks",
+    "_foreach_copy_",
+    "_milestones",
+    "_schedulers",
+    "_version",
+    "_iterator",
+    "_replace",
+    "_pre_forward",
+}
 compat = importlib.import_module("autobatch.lightning._compat")
 
 

@@ -81,7 +81,23 @@ class Capacity(pl.Callback):
         self.held.close()
 
 
-def fit(*others, module=Wide, size=4, generator=None, callback=None, capacity="900KiB", **options):
+class Annealed(pl.callbacks.StochasticWeightAveraging):
+    """Replaces the schedule where the first epoch starts."""
+
+    def __init__(self):
+        super().__init__(1e-3, swa_epoch_start=1)
+
+
+def fit(
+    *others,
+    module=Wide,
+    size=4,
+    generator=None,
+    workers=0,
+    callback=None,
+    capacity="900KiB",
+    **options,
+):
     """Return the model and what the callback reports; by hand without a callback."""
     pl.seed_everything(1, verbose=False)
     model, device = module(size), SimulatedAccelerator(capacity)
@@ -90,27 +106,39 @@ def fit(*others, module=Wide, size=4, generator=None, callback=None, capacity="9
         callback = callback(device=device)
         callbacks = [callback, Capacity(device)]
     generator = generator and torch.Generator().manual_seed(generator)
-    quiet_trainer(*callbacks, *others, **options).fit(
-        model, DataLoader(data(), size, shuffle=True, generator=generator)
-    )
+    persistent = {"num_workers": workers, "persistent_workers": workers > 0}
+    loader = DataLoader(data(), size, shuffle=True, generator=generator, **persistent)
+    quiet_trainer(*callbacks, *others, **options).fit(model, loader)
     return model, callback and callback.report
 
 
-@pytest.mark.parametrize(("module", "generator"), [(Wide, None), (Scaled, 3)])
+@pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch")
+@pytest.mark.parametrize(
+    ("module", "others", "options"),
+    [
+        (Wide, (), {}),
+        (Scaled, (), {"generator": 3}),
+        (Wide, (), {"workers": 1}),
+        (Scaled, (Annealed,), {"capacity": "1100KiB"}),
+    ],
+    ids=["plain", "schedule", "persistent workers", "schedule replaced by a callback"],
+)
 def test_memory_made_at_the_start_of_training_is_searched_with_from_the_first_batch(
-    module, generator
+    module, others, options
 ):
-    model, report = fit(Average(), module=module, callback=autobatch.AutoBatch, generator=generator)
+    average = [Average(), *(other() for other in others)]
+    model, report = fit(*average, module=module, callback=autobatch.AutoBatch, **options)
     plan = report.plan
     by_hand, _ = fit(
+        *(other() for other in others),
         module=module,
         size=plan.micro_batch_size,
         accumulate_grad_batches=plan.accumulate_grad_batches,
-        generator=generator,
+        **options,
     )
 
     (note,) = [note for note in report.notes if "Tuned again at epoch 0" in note]
-    assert "(Average 115 KiB)" in note
+    assert "Average 115 KiB" in note
     assert set(model.sizes[:5]) == {plan.micro_batch_size}
     assert model.seen == by_hand.seen
     assert vars(model).get("rates") == vars(by_hand).get("rates")

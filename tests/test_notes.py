@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autobatch import BatchPlan, Outcome, Trial
-from autobatch._report.result import Bound, tightest_bound
+from autobatch._settings import Bound, tightest_bound
 from autobatch.report import CurvePoint, LearningRateRule, Look
-from report_examples import notes_after
+from report_examples import notes_after, settings
 
 
 def drifted(drift):
@@ -35,14 +35,6 @@ def scattered(size, low, high):
         step_seconds_low=low,
         step_seconds_high=high,
     )
-
-
-NO_BOUND = {
-    "target_batch_size": None,
-    "max_micro_batch_size": None,
-    "dataset_size": None,
-    "world_size": 1,
-}
 
 
 def test_evaluation_has_no_notes_on_updates():
@@ -356,29 +348,33 @@ def test_sizes_are_not_compared_with_a_target_or_a_latency_limit(changes):
 
 
 @pytest.mark.parametrize(
-    ("given_bounds", "batch_size", "reason"),
+    ("given_bounds", "world_size", "batch_size", "reason"),
     [
         (
             {"target_batch_size": 256},
+            1,
             256,
             "target_batch_size=256 needs no more than 256 at once",
         ),
         (
-            {"target_batch_size": 256, "world_size": 4},
+            {"target_batch_size": 256},
+            4,
             64,
             "target_batch_size=256 on 4 ranks needs no more than 64 at once",
         ),
-        ({"max_micro_batch_size": 64}, 64, "max_micro_batch_size=64 allows no more"),
-        ({"dataset_size": 1797}, 1797, "an epoch of 1,797 samples has no more"),
+        ({"max_micro_batch_size": 64}, 1, 64, "max_micro_batch_size=64 allows no more"),
+        ({"dataset_size": 1797}, 1, 1797, "an epoch of 1,797 samples has no more"),
         (
-            {"dataset_size": 1797, "world_size": 2},
+            {"dataset_size": 1797},
+            2,
             898,
             "an epoch of 1,797 samples on 2 ranks has no more",
         ),
     ],
 )
-def test_bound_has_its_reason(given_bounds, batch_size, reason):
-    bound = tightest_bound(**(NO_BOUND | given_bounds))
+def test_bound_has_its_reason(given_bounds, world_size, batch_size, reason):
+    arguments = settings(**({"target_batch_size": None} | given_bounds))
+    bound = tightest_bound(arguments, world_size)
 
     assert bound == Bound(batch_size, reason)
 
@@ -394,17 +390,13 @@ def test_a_share_of_the_training_that_was_too_short_for_timing_is_named():
 
 
 def test_no_bound_without_limits():
-    assert tightest_bound(**NO_BOUND) is None
+    assert tightest_bound(settings(target_batch_size=None), 1) is None
 
 
 @given(*[st.none() | st.integers(1, 10**6)] * 3, st.integers(1, 64))
 def test_the_lowest_bound_holds(target, largest, dataset, world_size):
-    bound = tightest_bound(
-        target_batch_size=target,
-        max_micro_batch_size=largest,
-        dataset_size=dataset,
-        world_size=world_size,
-    )
+    given_bounds = {"max_micro_batch_size": largest, "dataset_size": dataset}
+    bound = tightest_bound(settings(target_batch_size=target, **given_bounds), world_size)
 
     shares = [n // world_size for n in (target, dataset) if n is not None]
     allowed = [*shares, *([largest] if largest is not None else [])]

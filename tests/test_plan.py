@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autobatch import BatchPlan, Outcome, Trial, _plan
-from autobatch._plan import nearest, per_rank
+from autobatch._plan import nearest
 from autobatch._throughput.preference import Preference
+from autobatch._trials.runner import per_rank
 from autobatch.report import StepTimes
 
 counts = st.integers(1, 5000)

@@ -16,11 +16,10 @@ from torch.utils.data import DataLoader, TensorDataset
 import autobatch
 from autobatch import sinks
 from autobatch._memory import detect
-from autobatch._report.layout import UNICODE, terminal
-from autobatch._report.text import completed
 from autobatch.report import LearningRateRule
 from autobatch.testing import SimulatedAccelerator
 from report_examples import example, full_example
+from report_examples import printed as shown_by
 from test_architecture import LAYER, PUBLIC
 
 ROOT = Path(__file__).parent.parent
@@ -185,7 +184,7 @@ def test_report_page_quotes_current_demo_output():
     rule = LearningRateRule("AdamW", "square-root")
     expected = outline(str(example(dataset_size=5752, learning_rate=rule)))
     assert set(outline(at_first)[2:]) <= {*expected, "trials"}
-    compared = terminal(completed(full_example(learning_rate=rule)), UNICODE)
+    compared = shown_by(full_example(learning_rate=rule), sinks.completed_on_console)
     expected = outline(compared.partition("what training showed")[2])
     assert outline(completion)[:2] == expected[:2] == ["Effective", "per"]
     assert "% of the held-out digits; " in last

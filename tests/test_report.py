@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,14 +11,13 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from autobatch import BatchPlan, NoiseReading, Outcome, Trial, TuningReport
-from autobatch._report.layout import ASCII, UNICODE, terminal
 from autobatch._report.tables import thinned
-from autobatch._report.text import completed, page
+from autobatch._report.text import page
 from autobatch._report.units import BYTES, aligned, duration, factor, multiple, percent
 from autobatch.report import Look
-from autobatch.sinks import json_file, markdown_file, to_markdown
+from autobatch.sinks import completed_on_console, json_file, markdown_file, to_markdown
 from conftest import SNAPSHOTS
-from report_examples import GIB, example, full_example, reports, settings
+from report_examples import GIB, example, full_example, printed, reports, settings
 
 WIDTH = 86
 
@@ -258,10 +258,10 @@ def test_the_loss_is_not_mentioned_without_a_noise_scale():
 
 
 def test_the_report_in_ascii(snapshot):
-    text = example().text(ASCII)
+    text = printed(example(), encoding="ascii")
 
     assert text.isascii()
-    assert "?" not in full_example().text(ASCII)
+    assert "?" not in printed(full_example(), encoding="ascii")
     snapshot(f"{text}\n", "report_ascii.txt")
 
 
@@ -318,9 +318,8 @@ def test_the_report_of_a_long_search_is_still_one_screen(snapshot):
 
 @given(reports())
 def test_a_report_is_never_wider_than_its_columns(report):
-    for text in (report.text(), report.text(ASCII)):
+    for text in (str(report), printed(report, encoding="ascii")):
         assert all(cell_len(line) <= WIDTH for line in text.splitlines())
-    assert report.text(ASCII).isascii()
 
 
 @given(reports())
@@ -340,6 +339,16 @@ def test_names_cannot_break_the_layout_or_control_the_terminal():
 
     assert text.splitlines()[0].startswith("autobatch · a b [31m c · 1 × RTX 3060")
     assert "\x1b" not in text
+
+
+def test_bytes_in_use_are_shown_beside_reserved_ones_where_they_differ():
+    def column(share):
+        trials = [replace(t, allocated=t.peak and int(share * t.peak)) for t in example().trials]
+        table = page(example().model_copy(update={"trials": tuple(trials)})).tables[0]
+        return {each.header: each.cells for each in table.columns}
+
+    assert column(0.5)["in use GiB"][:3] == ("1.35", "1.40", "1.55")
+    assert not any(header.startswith("in use") for header in column(1.0))
 
 
 def test_columns_without_a_number_are_left_out():
@@ -366,6 +375,13 @@ def test_columns_without_a_number_are_left_out():
         (
             {"settings": settings(target_batch_size=None, max_micro_batch_size=56)},
             "56 fits too; larger sizes not sought",
+        ),
+        (  # of larger epochs that the Trainer cuts off
+            {
+                "settings": settings(target_batch_size=None, dataset_size=1000),
+                "dataset_size": 40,
+            },
+            "56 is the largest found to fit",
         ),
     ],
 )
@@ -416,7 +432,7 @@ def test_counts_have_commas_in_every_text():
     for text in (
         str(report),
         to_markdown(report),
-        terminal(completed(report), UNICODE),
+        printed(report, completed_on_console),
         repr(report),
     ):
         counts = text.replace("RTX 3060", "")
@@ -425,8 +441,10 @@ def test_counts_have_commas_in_every_text():
 
 
 def test_the_completed_report_has_a_table_only_with_a_noise_scale():
-    short = terminal(completed(full_example(noise=NoiseReading("settling", reason="why"))), UNICODE)
-    full = terminal(completed(full_example()), UNICODE)
+    short = printed(
+        full_example(noise=NoiseReading("settling", reason="why")), completed_on_console
+    )
+    full = printed(full_example(), completed_on_console)
 
     assert "Noise scale not settled: why." in short
     assert "per update" not in short

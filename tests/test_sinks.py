@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 
 from autobatch import TuningReport, sinks
-from autobatch._report.layout import ASCII
-from report_examples import example, reports
+from report_examples import example, printed, reports
 
 
 class Terminal(io.StringIO):
@@ -43,7 +42,7 @@ def test_an_encoding_without_the_glyphs_gets_ascii(monkeypatch):
     sinks.console(example())
 
     narrow.seek(0)
-    assert narrow.read() == f"{example().text(ASCII)}\n"
+    assert narrow.read() == f"{printed(example(), encoding='ascii')}\n"
 
 
 def test_a_terminal_shows_the_choice_and_the_notes_in_colour(monkeypatch):

@@ -8,17 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autobatch import BatchPlan, NoiseReading, Outcome, Trial
-from autobatch._report.tradeoff import (
-    Costs,
-    best_accumulation,
-    best_batch,
-    common_rule,
-    effective_rows,
-    is_of,
-    optimum,
-)
-from autobatch._throughput import fit_line, knee, latest_by_size, speed_rows
-from autobatch.report import CurvePoint, LearningRateRule, NoiseRange, StepTimes
+from autobatch._report.tradeoff import best_accumulation, best_batch, common_rule
+from autobatch.report import CurvePoint, LearningRateRule, LineFit, NoiseRange
+from report_examples import example
 
 times = st.floats(1e-6, 1e3)
 trials = st.builds(
@@ -35,9 +27,37 @@ plans = st.builds(BatchPlan, st.integers(1, 100), st.integers(1, 100), st.intege
 datasets = st.none() | st.integers(1, 10**6)
 
 
-def rows_of(plan, history, dataset_size, *, curve=(), noise=None, rule=None):
-    costs = Costs(plan, StepTimes.of(history, curve), dataset_size, noise, rule)
-    return effective_rows(costs, history, curve)
+def report_of(plan, history, dataset_size=None, *, curve=(), noise=None, rule=None):
+    return example(
+        plan=plan,
+        trials=tuple(history),
+        dataset_size=dataset_size,
+        curve=tuple(curve),
+        noise=noise,
+        learning_rate=rule,
+    )
+
+
+def rows_of(plan, history, dataset_size, **measured):
+    return report_of(plan, history, dataset_size, **measured).effective
+
+
+def speeds_of(history, curve=(), world_size=1):
+    return report_of(BatchPlan(1, 1, world_size), history, curve=curve).sizes
+
+
+def line_of(seconds):
+    """The line through timed sizes, from their seconds."""
+    return report_of(BatchPlan(1), (), curve=[point(*each) for each in seconds.items()]).fit
+
+
+def latest(history):
+    return {trial.batch_size: trial for trial in history}.values()
+
+
+def is_of(row, plan):
+    made = (row.micro_batch_size, row.accumulate_grad_batches)
+    return made == (plan.micro_batch_size, plan.accumulate_grad_batches)
 
 
 def point(batch_size, step_seconds, spread=0.0, optimizer_seconds=None, accumulate=1):
@@ -56,7 +76,7 @@ def point(batch_size, step_seconds, spread=0.0, optimizer_seconds=None, accumula
 
 @given(tried, st.integers(1, 9))
 def test_each_timed_size_that_fits_has_one_speed_row(history, world_size):
-    rows = speed_rows(history, (), world_size)
+    rows = speeds_of(history, (), world_size)
 
     last = {trial.batch_size: trial for trial in history}
     timed = [t for t in last.values() if t.fits and t.step_seconds]
@@ -66,7 +86,7 @@ def test_each_timed_size_that_fits_has_one_speed_row(history, world_size):
 
 
 def test_samples_per_second_count_all_ranks():
-    (row,) = speed_rows([Trial(8, Outcome.FIT, 100, step_seconds=0.5)], (), 4)
+    (row,) = speeds_of([Trial(8, Outcome.FIT, 100, step_seconds=0.5)], (), 4)
 
     assert row.samples_per_second == 64
 
@@ -74,8 +94,8 @@ def test_samples_per_second_count_all_ranks():
 def test_latest_trial_of_a_size_counts():
     history = [Trial(8, Outcome.FIT, 1, 0.5), Trial(8, Outcome.OVER_BUDGET, 2)]
 
-    assert latest_by_size(history) == (history[1],)
-    assert speed_rows(history, (), 1) == ()
+    assert speeds_of(history) == ()
+    assert report_of(BatchPlan(8), history).largest_fit is None
 
 
 @given(plans, tried, datasets)
@@ -110,7 +130,7 @@ def test_last_row_is_the_whole_epoch_in_one_update(plan, history, dataset_size):
 
 @given(plans, tried, datasets)
 def test_micro_batches_of_rows_are_the_plans_or_ran(plan, history, dataset_size):
-    run = {trial.batch_size for trial in latest_by_size(history) if trial.fits}
+    run = {trial.batch_size for trial in latest(history) if trial.fits}
 
     for row in rows_of(plan, history, dataset_size):
         assert row.micro_batch_size in run | {plan.micro_batch_size}
@@ -128,7 +148,7 @@ def test_updates_cover_the_epoch_and_none_is_empty(plan, history, dataset_size):
 
 @given(plans, tried, datasets)
 def test_unmeasured_values_are_none(plan, history, dataset_size):
-    timed = {t.batch_size for t in latest_by_size(history) if t.fits and t.step_seconds}
+    timed = {t.batch_size for t in latest(history) if t.fits and t.step_seconds}
 
     for row in rows_of(plan, history, dataset_size):
         known = row.micro_batch_size in timed
@@ -190,7 +210,7 @@ def test_smaller_rows_halve_accumulation_then_use_sizes_that_ran():
 
 
 def test_curve_replaces_the_time_of_a_trial_and_keeps_its_peak():
-    (row,) = speed_rows([Trial(8, Outcome.FIT, 100, 0.5)], [point(8, 0.25, 0.2)], 2)
+    (row,) = speeds_of([Trial(8, Outcome.FIT, 100, 0.5)], [point(8, 0.25, 0.2)], 2)
 
     assert (row.samples_per_second, row.updates, row.peak) == (64, 20, 100)
     assert row.samples_per_second_low == pytest.approx(64 / 1.2)
@@ -199,20 +219,22 @@ def test_curve_replaces_the_time_of_a_trial_and_keeps_its_peak():
 
 @given(st.dictionaries(st.integers(1, 500), times, min_size=1), st.floats(0, 0.9))
 def test_spread_contains_its_point_and_the_knee_is_fast(seconds, spread):
-    rows = speed_rows([], [point(*each, spread) for each in seconds.items()], 1)
+    curve = [point(*each, spread) for each in seconds.items()]
+    report = report_of(BatchPlan(1), (), curve=curve)
 
+    rows = report.sizes
     for row in rows:
         assert row.samples_per_second_low <= row.samples_per_second * (1 + 1e-9)
         assert row.samples_per_second_high >= row.samples_per_second * (1 - 1e-9)
     fast = [row.batch_size for row in rows if row.of_fastest >= 0.95]
-    assert knee(rows) == min(fast)
+    assert report.knee == min(fast)
 
 
 @given(st.floats(1e-4, 1), st.floats(1e-5, 1e-1))
 def test_line_is_found_in_linear_times(fixed, slope):
     sizes = (1, 2, 4, 8, 16, 32, 64)
 
-    fit = fit_line(StepTimes(sizes, tuple(fixed + slope * size for size in sizes), 0.0))
+    fit = line_of({size: fixed + slope * size for size in sizes})
 
     assert fit.worst_miss < 1e-6
     assert fit.seconds(10) == pytest.approx(fixed + 10 * slope)
@@ -223,7 +245,7 @@ def test_one_outlier_hardly_bends_the_line():
     seconds = [0.01 + 0.001 * size for size in sizes]
     seconds[3] *= 1.095
 
-    fit = fit_line(StepTimes(sizes, tuple(seconds), 0.0))
+    fit = line_of(dict(zip(sizes, seconds, strict=True)))
 
     assert fit.fixed_seconds == pytest.approx(0.01, rel=0.03)
     assert fit.seconds_per_sample == pytest.approx(0.001, rel=0.03)
@@ -241,17 +263,14 @@ def test_one_outlier_hardly_bends_the_line():
 def test_line_that_misses_a_size_by_ten_percent_is_dropped(
     samples_per_second,
 ):
-    sizes = tuple(samples_per_second)
-    seconds = tuple(size / speed for size, speed in samples_per_second.items())
+    seconds = {size: size / speed for size, speed in samples_per_second.items()}
 
-    assert fit_line(StepTimes(sizes, seconds, 0.0)) is None
+    assert line_of(seconds) is None
 
 
 @given(st.lists(times, min_size=3, max_size=8))
 def test_line_is_never_negative(seconds):
-    sizes = tuple(2**i for i in range(len(seconds)))
-
-    fit = fit_line(StepTimes(sizes, tuple(seconds), 0.0))
+    fit = line_of({2**i: each for i, each in enumerate(seconds)})
 
     assert fit is None or min(fit.fixed_seconds, fit.seconds_per_sample) >= 0
 
@@ -259,7 +278,7 @@ def test_line_is_never_negative(seconds):
 # The noise scale
 
 noises = st.builds(
-    lambda samples, below, above: NoiseRange(samples, samples / below, samples * above),
+    lambda samples, below, above: NoiseReading("ok", samples, samples / below, samples * above),
     st.floats(1, 1e6),
     st.floats(1, 10),
     st.floats(1, 10),
@@ -290,7 +309,7 @@ def test_larger_batches_take_fewer_updates_and_more_samples(plan, history, datas
 
 def test_formulas_of_the_noise_scale():
     history = [Trial(16, Outcome.FIT, 1, 0.1, optimizer_seconds=0.02)]
-    noise = NoiseRange(300, 75, 1200)
+    noise = NoiseReading("ok", 300, 75, 1200)
 
     rows = rows_of(BatchPlan(16, 4), history, None, noise=noise)
 
@@ -318,7 +337,7 @@ def test_noise_range_is_at_least_a_factor_of_four_each_way():
 
 @given(noises, st.floats(1e-4, 1), st.floats(1e-5, 1e-2), st.floats(0, 1))
 def test_best_batch_has_the_shortest_time_to_the_same_loss(noise, fixed, slope, optimizer):
-    fit = fit_line(StepTimes((1, 2, 4), tuple(fixed + slope * b for b in (1, 2, 4)), 0.0))
+    fit, noise = LineFit(fixed, slope, 0.0), NoiseRange.of(noise)
 
     def time(batch):
         return (1 + noise.samples / batch) * (fit.seconds(batch) + optimizer)
@@ -335,23 +354,21 @@ def test_best_accumulation_has_the_shortest_time_to_the_same_loss(
     def time(k):
         return (1 + noise.samples / (k * micro)) * (k * micro_seconds + optimizer)
 
-    best = best_accumulation(noise, BatchPlan(micro), micro_seconds, optimizer)
+    best = best_accumulation(NoiseRange.of(noise), BatchPlan(micro), micro_seconds, optimizer)
 
     assert time(best) <= min(time(best * 0.9), time(best * 1.1)) * (1 + 1e-9)
 
 
 @given(plans, tried, datasets, noises)
 def test_near_range_is_within_ten_percent_of_the_shortest_time(plan, history, dataset_size, noise):
-    costs = Costs(plan, StepTimes.of(history, ()), dataset_size, noise, None)
-    rows = effective_rows(costs, history, ())
-
-    best = optimum(costs, rows)
+    report = report_of(plan, history, dataset_size, noise=noise)
+    rows, best = report.effective, report.optimum
 
     times = {
         row.effective_batch_size: row.relative_time for row in rows if row.relative_time is not None
     }
     if best is None:
-        assert plan.micro_batch_size not in costs.pace.sizes or not min(costs.pace.micro_seconds)
+        assert plan.micro_batch_size not in report.pace.sizes or not min(report.pace.micro_seconds)
     else:
         least = min(times.values())
         assert times[best.effective_batch_size] == least

@@ -74,6 +74,20 @@ def test_a_share_of_an_epoch_below_one_batch_is_refused():
     assert (model.sizes, data_loader.batch_size) == ([], 4)
 
 
+def test_a_share_below_one_batch_of_one_of_several_loaders_is_refused():
+    class First(Model):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch[0], batch_idx)
+
+    loaders = [loader(), loader(length=60)]
+    fitted = trainer(known(), limit_train_batches=0.5)
+
+    with pytest.raises(autobatch.AutobatchError, match=r"limit_train_batches=0\.5 of the 1 "):
+        fitted.fit(First(), loaders)
+
+    assert [each.batch_size for each in loaders] == [4, 4]
+
+
 def test_a_validation_interval_in_batches_is_noted_in_samples():
     model = Model()
 

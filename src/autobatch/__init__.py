@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from autobatch._estimate import Estimate, estimate
     from autobatch._find import find
     from autobatch._memory import MemoryProbe, MemoryReading
     from autobatch._noise import NoiseReading
@@ -24,6 +25,7 @@ __all__ = [
     "BatchPlan",
     "Bisection",
     "DoesNotFitError",
+    "Estimate",
     "GuidedBisection",
     "MemoryProbe",
     "MemoryReading",
@@ -34,6 +36,7 @@ __all__ = [
     "ShortTrialError",
     "Trial",
     "TuningReport",
+    "estimate",
     "find",
     "noise_scale",
 ]
@@ -45,6 +48,7 @@ _HOMES = {
     "BatchPlan": "_plan",
     "Bisection": "_search",
     "DoesNotFitError": "errors",
+    "Estimate": "_estimate",
     "GuidedBisection": "_search.guided",
     "MemoryProbe": "_memory",
     "MemoryReading": "_memory",
@@ -55,6 +59,7 @@ _HOMES = {
     "ShortTrialError": "errors",
     "Trial": "_trials",
     "TuningReport": "_report",
+    "estimate": "_estimate",
     "find": "_find",
     "noise_scale": "_noise.loop",
 }

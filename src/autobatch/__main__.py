@@ -1,8 +1,10 @@
-"""Command line: autobatch demo | probe | show."""
+"""Command line: autobatch demo | estimate | probe | show."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import json
 import logging
 import os
 import platform
@@ -66,6 +68,26 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--directory", type=Path, default=Path("autobatch-demo"), help=about)
     demo.set_defaults(command=_demo)
 
+    about = "estimate the batch that fits on a GPU that is not here; runs no step"
+    estimate = commands.add_parser("estimate", help=about)
+    about = "package.module:function that returns model, step and batch, and maybe an optimizer"
+    estimate.add_argument("make", help=about)
+    about = "a GPU such as H100, or its memory such as 24GiB; may be given several times"
+    estimate.add_argument("--device", action="append", help=about)
+    about = 'as in a Trainer: "bf16-mixed" (default: %(default)s)'
+    estimate.add_argument("--precision", default="32-true", help=about)
+    about = 'a share such as 0.9, bytes, or text such as "10GiB" (default: %(default)s)'
+    estimate.add_argument("--memory-limit", default="0.9", help=about)
+    about = "micro-batches per update (default: %(default)s)"
+    estimate.add_argument("--accumulate", type=int, default=1, help=about)
+    about = "a report of the same step on a GPU, whose measured peaks correct the estimate"
+    estimate.add_argument("--calibrate", type=Path, help=about)
+    about = "also estimate the step with other precision, optimizer, checkpointing, accumulation"
+    estimate.add_argument("--changes", action="store_true", help=about)
+    about = "also write the estimates into this file, as a JSON list"
+    estimate.add_argument("--json", type=Path, help=about)
+    estimate.set_defaults(command=_estimate)
+
     about = "print the memory that autobatch sees: devices, other processes, budget"
     probe = commands.add_parser("probe", help=about)
     about = 'a share such as 0.9, bytes, or text such as "10GiB" (default: %(default)s)'
@@ -89,6 +111,61 @@ def _show(options: argparse.Namespace) -> None:
         sinks.figure_file(options.figure)(report)  # first: an error leaves nothing printed
     sinks.console(report)
 
+
+# estimate
+
+
+def _estimate(options: argparse.Namespace) -> None:
+    from autobatch._estimate import estimate
+    from autobatch._report import files
+    from autobatch._report.layout import glyphs_for
+
+    made = _made_by(options.make)
+    found = []
+    for device in options.device or [None]:
+        of_device = estimate(
+            *made[:3],
+            **({"optimizer": made[3]} if made[3:] else {}),
+            precision=options.precision,
+            device=int(device) if device and device.isdigit() else device,
+            memory_limit=_number_or_text(options.memory_limit),
+            accumulate=options.accumulate,
+            calibrate=options.calibrate,
+        )
+        changes = of_device.changes() if options.changes else ()
+        glyphs = glyphs_for(getattr(sys.stdout, "encoding", None))
+        print(of_device.text(glyphs, changes), end="\n\n")
+        found.append(json.loads(of_device.to_json(changes)))
+    if options.json is not None:
+        text = json.dumps(found, indent=2, ensure_ascii=False)
+        files.write(options.json, text.encode())
+
+
+def _made_by(name: str) -> tuple[Any, ...]:
+    """Return what a function of the user makes, imported from the current directory too."""
+    module_name, _, function_name = name.partition(":")
+    sys.path.insert(0, "")
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except ModuleNotFoundError as error:
+        if not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # an import of the user's own module
+        raise ValueError(f"{name} cannot be imported ({error}); {_MAKE}.") from error
+    except (AttributeError, ValueError) as error:
+        raise ValueError(f"{name} is not a function ({error}); {_MAKE}.") from error
+    finally:
+        sys.path.remove("")
+    made = function()
+    if not isinstance(made, tuple) or len(made) not in _PARTS:
+        raise ValueError(f"{name} returned {type(made).__name__}; {_MAKE}.")
+    return made
+
+
+_PARTS: Final = (3, 4)
+_MAKE: Final = (
+    "give package.module:function, which returns a tuple of model, step and batch, and maybe an "
+    "optimizer"
+)
 
 # probe
 

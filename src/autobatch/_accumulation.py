@@ -93,6 +93,17 @@ def split_gradient(
 ) -> Splitting | None:
     """Compare the mean gradient of two halves of a batch with the gradient of the whole.
 
+    Every tensor of the batch must have a row for each sample: see `compare_halves`.
+    """
+    _check_splittable(batch, samples)
+    return compare_halves(gradient, batch, samples, threshold)
+
+
+def compare_halves(
+    gradient: Callable[[Any], Gradient], batch: Any, samples: int, threshold: float
+) -> Splitting | None:
+    """Compare the gradients of a batch and its halves; leaves without rows stay as they are.
+
     `gradient` is called three or four times, and two gradients are kept at a time. It may draw
     random numbers: a difference that is not clear of their effect is no result.
 
@@ -100,10 +111,8 @@ def split_gradient(
         None if the difference is at most `threshold`.
 
     Raises:
-        UndecidedError: The batch cannot be split, a gradient is not finite, or the difference
-            may be random.
+        UndecidedError: A gradient is not finite, or the difference may be random.
     """
-    _check_splittable(batch, samples)
     half = samples // 2
     first = cut(batch, samples, slice(0, half))
     second = cut(batch, samples, slice(half, 2 * half))

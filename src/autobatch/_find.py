@@ -127,7 +127,11 @@ def find(
     is_verbose = checked_verbose(verbose)
     restored = _restorable(restore)
     reached = [each for each in reachable(workload) if _has_state(each.value)]
-    model_device = _device_of_model(*restored, *(each.value for each in reached))
+    trainable = [each.value for each in reached if isinstance(each.value, _TRAINABLE)]
+    named = {id(each) for each in (*trainable, *restored)}
+    others = [each for each in reached if id(each.value) not in named]
+    model_device = _device_of_model(*restored, *trainable)
+    is_training = latency_limit is None
     probe = detect(named_device(device), model_device)
     began = probe.clock()
     with (
@@ -137,18 +141,14 @@ def find(
         OptimizerWatch(probe.clock) as optimizers,
         progress(verbose=is_verbose and ranks.rank == 0) as shown,
     ):
-        is_training = latency_limit is None
         # A device that the user named is not compared with that of the model
         on_first_use = FirstUse(
             probe, optimizers, None if device else model_device, ranks, is_training=is_training
         )
-        trainable = [each.value for each in reached if isinstance(each.value, _TRAINABLE)]
         if ranks.world_size > 1:
             check_not_synchronizing(*trainable)
         snapshot.capture(*restored, *trainable)
-        snapshot.capture_if_possible(
-            each for each in reached if not isinstance(each.value, _TRAINABLE)
-        )
+        snapshot.capture_if_possible(others)
         if is_training:
             optimizers.look_at(*restored, *trainable)
         context = TrialContext(
@@ -161,20 +161,12 @@ def find(
             ranks=ranks,
             progress=shown,
         )
+        watched = Watched(workload, [*restored, probe])
+        subject = PlainLoop(workload, can_accumulate, settings, context, watched)
+        strategy = checked_search(search)
+        known = known_plan(plan, settings, world_size=ranks.world_size)
         with snapshot.at_first_step(on_first_use):
-            report = tune(
-                PlainLoop(
-                    workload,
-                    can_accumulate,
-                    settings,
-                    context,
-                    Watched(workload, [*restored, probe]),
-                ),
-                settings,
-                context,
-                checked_search(search),
-                known=known_plan(plan, settings, world_size=ranks.world_size),
-            )
+            report = tune(subject, settings, context, strategy, known=known)
     if ranks.rank == 0:
         log(report)
     return report

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 from autobatch._throughput import StepTimes
 from autobatch._trials import trial_accumulation
 from autobatch._trials.refusals import is_selective, refused_sizes
+from autobatch._trials.runner import per_rank
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -288,7 +289,8 @@ def candidates(
         BatchPlan(size, samples // size, world_size)
         for size in sorted(preference.order(sizes), reverse=True)
     ]
-    fastest = min(times.by_size(samples, 1).values(), key=_seconds, default=None)
+    timed = {size: max(1, round(samples / size)) for size in times.sizes if size <= samples}
+    fastest = min(times.by_size(timed).values(), key=_seconds, default=None)
     fast = [] if fastest is None else _fast(exact, fastest, times)
     cheap = [plan for plan in exact if plan.accumulate_grad_batches <= most]
     if fast:
@@ -372,11 +374,6 @@ def nearest(target: int, world_size: int, sizes: Iterable[int]) -> BatchPlan:
 
 def _distance(plan: BatchPlan, target: int) -> int:
     return abs(plan.effective_batch_size - target)
-
-
-def per_rank(target: int, world_size: int) -> int:
-    """Return the samples per update of each rank, rounded to the nearest whole number."""
-    return max(1, round(target / world_size))
 
 
 def ceil_div(numerator: int, denominator: int) -> int:

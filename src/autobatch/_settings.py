@@ -29,20 +29,9 @@ _ALLOWED: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Defaults:
-    """Settings that are not public parameters.
-
-    Args:
-        curve_seconds: Most seconds for the throughput curve if `timing_seconds` is None.
-    """
-
-    curve_seconds: float
-
-
-# Read at each run: tests and benchmarks, which tune many times, replace this one object to time no
-# curve
-DEFAULTS: Final = Defaults(curve_seconds=20.0)
+# Most seconds for timing sizes if `timing_seconds` is None. Read at each run: tests and benchmarks,
+# which tune many times, replace it to time no size
+TIMING_SECONDS: Final = 20.0
 
 
 def checked_verbose(verbose: object) -> bool:
@@ -87,6 +76,14 @@ class LatencyLimit:
 
     seconds: float
     percentile: float
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """The largest micro-batch that a search may try, and the reason."""
+
+    batch_size: int
+    reason: str
 
 
 class Settings(BaseModel):
@@ -152,6 +149,22 @@ class Settings(BaseModel):
                 "not given; give latency_limit as well, or leave percentile out."
             )
         return settings
+
+
+def tightest_bound(settings: Settings, world_size: int) -> Bound | None:
+    """Return the lowest bound on a micro-batch; None if only memory bounds it."""
+    ranks = f" on {world_size} ranks" if world_size > 1 else ""
+    bounds = []
+    if (target := settings.target_batch_size) is not None:
+        size = target // world_size
+        reason = f"target_batch_size={target}{ranks} needs no more than {size:,} at once"
+        bounds.append(Bound(size, reason))
+    if (most := settings.max_micro_batch_size) is not None:
+        bounds.append(Bound(most, f"max_micro_batch_size={most} allows no more"))
+    if (samples := settings.dataset_size) is not None:
+        reason = f"an epoch of {samples:,} samples{ranks} has no more"
+        bounds.append(Bound(samples // world_size, reason))
+    return min(bounds, key=lambda bound: bound.batch_size, default=None)
 
 
 def _message(error: ValidationError) -> str:

@@ -21,6 +21,7 @@ from autobatch._report.accumulation_notes import (
 from autobatch._report.tradeoff import common_rule
 
 if TYPE_CHECKING:
+    from autobatch._memory.estimate.tracer import TrainingStep
     from autobatch._plan import BatchPlan
     from autobatch._report import Task
     from autobatch._report.result import Look
@@ -89,6 +90,13 @@ class Subject(Protocol):
 
     def largest_samples(self) -> Look | None:
         """Return how many samples were scanned for the largest ones; None if none were."""
+
+    def traceable_step(self, accumulate: int) -> TrainingStep | None:
+        """Return the step to predict memory of, with so many micro-batches; None if it is opaque.
+
+        Raises:
+            UntraceableError: The step does what a trace cannot follow.
+        """
 
     def planned_seconds(self, sample_seconds: float) -> float | None:
         """Return the seconds of all steps to come on a rank, at the seconds of one sample."""
@@ -169,6 +177,10 @@ class PlainLoop:
 
     def largest_samples(self) -> Look | None:
         """Return None: the loop makes its own batches."""
+        return None
+
+    def traceable_step(self, accumulate: int) -> TrainingStep | None:  # noqa: ARG002
+        """Return None: the loop makes tensors and takes steps in its own way."""
         return None
 
     def planned_seconds(self, sample_seconds: float) -> float | None:  # noqa: ARG002

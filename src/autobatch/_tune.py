@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Final
 
 from autobatch import _settings
+from autobatch._guide import Guide
 from autobatch._latency import best_within
 from autobatch._latency.search import SECONDS_TIMED, LatencySearch
 from autobatch._memory.host import HostProbe
@@ -15,14 +16,14 @@ from autobatch._plan import (
     BatchPlan,
     check_can_accumulate,
     choose_plan,
-    per_rank,
 )
 from autobatch._report import Device, TuningReport
 from autobatch._report.latency import nothing_within, too_slow_reason
 from autobatch._report.notes import notes
-from autobatch._report.result import Bound, RunDetails, tightest_bound
+from autobatch._report.result import RunDetails
 from autobatch._search.guided import GuidedBisection
 from autobatch._search.multiples import next_multiple
+from autobatch._settings import Bound, tightest_bound
 from autobatch._throughput.curve import Throughput, add_to_curve, measure_throughput
 from autobatch._throughput.preference import Preference
 from autobatch._trials.ignored_size import check_size_is_used
@@ -66,7 +67,9 @@ def tune(
     runner.start()
     check_same_arguments(subject, settings, known, context.ranks)
     sizes = search_range(subject, settings, context.ranks)
-    throughput, latency, seconds = Throughput(), None, most_timing_seconds(settings)
+    throughput, latency = Throughput(), None
+    curve_seconds = most_timing_seconds(settings)
+    guide = Guide(search, subject, runner)
     runner.begin("searching" if known is None else "checking the plan")
     if known is not None:
         plan = verify(known, runner, sizes)
@@ -76,22 +79,22 @@ def tune(
         context.progress.begin("timing answers", SECONDS_TIMED)
         plan = find_best_within(latency, runner)
     else:
-        sizes = find_largest_fit(search, runner, sizes, None, is_timed=not seconds)
+        sizes = find_largest_fit(guide, runner, sizes, None, is_timed=not curve_seconds)
         preference = preference_of(subject, settings, runner)
-        samples = samples_per_rank(accumulation)
-        seconds = timing_seconds(subject, settings, runner)
-        if seconds:
-            context.progress.begin("timing sizes", seconds)
-        throughput = measure_throughput(runner, samples, seconds, preference)
+        curve_seconds = timing_seconds(subject, settings, runner)
+        if curve_seconds:
+            context.progress.begin("timing sizes", curve_seconds)
+        throughput = measure_throughput(runner, curve_seconds, preference)
         runner.begin("checking the plan")
         plan = choose_plan(runner, throughput, subject.last_micro_batch, preference)
         throughput = add_to_curve(throughput, runner, plan.micro_batch_size)
         check_size_is_used([*runner.trials, *map(runner.merge, throughput.unrecorded.values())])
     check_same_plan(plan, context.ranks)
     keep_within_budget(plan, runner)
-    return build_report(
-        subject, settings, runner, sizes, plan, throughput, latency, curve_seconds=seconds
+    report = build_report(
+        subject, settings, runner, sizes, plan, throughput, latency, curve_seconds=curve_seconds
     )
+    return report.model_copy(update={"guide": guide.way})
 
 
 def accumulation_of(subject: Subject, settings: Settings, ranks: Ranks) -> Accumulation:
@@ -121,13 +124,6 @@ def own_batch_size(subject: Subject, known: BatchPlan | None, ranks: Ranks) -> i
     """Return the user's own batch size, of rank 0: an error at this size is the user's."""
     own, *_ = ranks.gather(subject.own_batch_size)
     return own if known is None else known.micro_batch_size
-
-
-def samples_per_rank(accumulation: Accumulation) -> int | None:
-    """Return the samples per update and rank that reach the target; None without one."""
-    if accumulation.target is None:
-        return None
-    return per_rank(accumulation.target, accumulation.world_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,12 +180,7 @@ class SearchRange:
 
 def search_range(subject: Subject, settings: Settings, ranks: Ranks) -> SearchRange:
     """Return the batch sizes to search, the same on every rank."""
-    bound = tightest_bound(
-        target_batch_size=settings.target_batch_size,
-        max_micro_batch_size=settings.max_micro_batch_size,
-        dataset_size=settings.dataset_size,
-        world_size=ranks.world_size,
-    )
+    bound = tightest_bound(settings, ranks.world_size)
     high = max(1, bound.batch_size) if bound else _MAX_BATCH_SIZE
     ranges = ranks.gather(SearchRange(subject.start_batch_size, high, bound))
     return SearchRange(ranges[0].start, min(each.high for each in ranges), bound)
@@ -247,7 +238,7 @@ def _next_size(
     search: Search, runner: TrialRunner, sizes: SearchRange, latency: LatencySearch | None
 ) -> int | None:
     """Return the size that the search proposes, if there is time for it; None to end."""
-    trials_after = 0 if runner.accumulation.target is None else MAX_CONFIRMATIONS
+    trials_after = MAX_CONFIRMATIONS if runner.accumulation.is_split else 0
     if latency is not None and runner.fitting:
         # Memory may have room for sizes that are far too slow
         sizes = sizes.limited(latency.reach)
@@ -285,7 +276,7 @@ def find_best_within(latency: LatencySearch, runner: TrialRunner) -> BatchPlan:
 def most_timing_seconds(settings: Settings) -> float:
     """Return the seconds that timing sizes may take, whatever training is planned."""
     given = settings.timing_seconds
-    return _settings.DEFAULTS.curve_seconds if given is None else given
+    return _settings.TIMING_SECONDS if given is None else given
 
 
 def timing_seconds(subject: Subject, settings: Settings, runner: TrialRunner) -> float:
@@ -301,7 +292,7 @@ def timing_seconds(subject: Subject, settings: Settings, runner: TrialRunner) ->
 def preference_of(subject: Subject, settings: Settings, runner: TrialRunner) -> Preference | None:
     """Return the order of sizes that are about as fast; None if the largest is taken."""
     has_batch_norm, *_ = runner.gather(subject.has_batch_norm())
-    is_split = runner.accumulation.target is not None
+    is_split = runner.accumulation.is_split
     is_untimed = not most_timing_seconds(settings)
     if not is_split and (settings.prefer == "largest" or is_untimed):
         return None

@@ -32,19 +32,14 @@ class Undo(ExitStack):
 
     def add(self, undo: Callable[[], object]) -> None:
         """Register an undo before the change is made."""
-        # Not `callback`: an object that holds its undo may be copied or pickled
-        self.push(partial(_call, undo))
-        self.push(partial(_call, undo))
+        self.callback(undo)
+        self.callback(undo)
 
     def hook(self, register: Callable[..., Any], *arguments: Any, **keywords: Any) -> None:
         """Register a hook of torch, and remove it on leaving."""
         handles: list[Any] = []
         self.add(partial(_remove_all, handles))
         handles.append(register(*arguments, **keywords))
-
-
-def _call(undo: Callable[[], object], *_: object) -> None:
-    undo()
 
 
 def _remove_all(handles: list[Any]) -> None:

@@ -9,7 +9,7 @@ from autobatch._latency import Latency, Stream, StreamRow
 from autobatch._noise import NoiseReading
 from autobatch._plan import BatchPlan
 from autobatch._report import Device, TuningReport
-from autobatch._report.result import Look
+from autobatch._report.result import Look, Survived
 from autobatch._report.tradeoff import EffectiveRow, LearningRateRule, NoiseRange, Optimum
 from autobatch._settings import LatencyLimit, Settings
 from autobatch._throughput import CurvePoint, LineFit, SpeedRow, StepTimes
@@ -38,6 +38,7 @@ __all__ = [
     "StepTimes",
     "Stream",
     "StreamRow",
+    "Survived",
     "Trial",
     "TuningReport",
 ]

@@ -16,6 +16,7 @@ from autobatch import (
     BatchPlan,
     Bisection,
     DoesNotFitError,
+    Estimate,
     GuidedBisection,
     MemoryProbe,
     MemoryReading,
@@ -84,6 +85,24 @@ for report in (
     autobatch.find(step, latency_limit=1 / 30, percentile=99.9),
 ):
     assert_type(report, TuningReport)
+
+
+# An estimate
+
+
+def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+    return torch.as_tensor(model(batch).mean())
+
+
+for estimated in (
+    autobatch.estimate(model, loss, torch.zeros(2, 64), device="H100"),
+    autobatch.estimate(model, loss, [1], optimizer=optimizer, precision="bf16-mixed"),
+    autobatch.estimate(model, loss, {}, optimizer=torch.optim.SGD, device=2**34, accumulate=4),
+):
+    assert_type(estimated, Estimate)
+    assert_type(estimated.largest.low, int)
+    assert_type(estimated.at(64).reserved.high, int)
+    assert_type(estimated.untested, tuple[str, ...])
 
 
 # The report

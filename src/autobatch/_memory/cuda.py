@@ -8,16 +8,21 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from autobatch._memory import PROBE_REMEDY, MemoryReading, format_bytes
+from autobatch._memory.estimate.events import UntraceableError
 from autobatch._memory.host import HostMemory
 from autobatch.errors import ProbeError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from autobatch._memory.estimate.scratch import Gpu
+
 # Counters of torch's allocator. Retries succeeded after the cache was emptied; rejections, since
 # torch 2.13, are refused before cudaMalloc is called
 _RETRIES: Final = "num_alloc_retries"
 _REFUSALS: Final = ("num_ooms", "num_oom_rejections")
+_ALLOCATOR_SETTINGS: Final = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+_CUDNN_ATTENTION: Final = 91500  # version from which torch 2.13 prefers cuDNN's attention
 
 # Explanations of NVML's errors, by their code in nvml.h
 _EXPLANATIONS: Final = {
@@ -130,6 +135,28 @@ class CudaProbe:
         torch.cuda.synchronize(self._index)
         return time.perf_counter()
 
+    def gpu(self) -> Gpu:
+        """Return the properties that predicted peaks depend on.
+
+        Raises:
+            UntraceableError: Memory is not torch's own allocator's with its default settings.
+        """
+        import torch
+
+        from autobatch._memory.estimate.gpus import gpu_of
+
+        check_allocator()
+        if torch.version.hip or torch.cuda.get_allocator_backend() != "native":
+            raise UntraceableError("the allocator is not the native one of CUDA")
+        properties = torch.cuda.get_device_properties(self._index)
+        cudnn = torch.backends.cudnn.version() or 0
+        return gpu_of(
+            f"{properties.major}{properties.minor}",
+            properties.multi_processor_count,
+            properties.max_threads_per_multi_processor,
+            has_new_cudnn=cudnn >= _CUDNN_ATTENTION,
+        )
+
     def processes(self) -> dict[int, int | None] | None:
         """Memory per process ID in bytes (None if NVML has no number); None without NVML."""
         if self._nvml is None:
@@ -183,6 +210,13 @@ class CudaProbe:
         """Read from CUDA from now on: both count differently and are never mixed."""
         self._nvml = None
         self._nvml_problem = _explain(error)
+
+
+def check_allocator() -> None:
+    """Raise `UntraceableError` if torch's allocator has other settings than its defaults."""
+    for name in _ALLOCATOR_SETTINGS:
+        if os.environ.get(name):
+            raise UntraceableError(f"{name}={os.environ[name]} changes the allocator")
 
 
 class _NvmlDevice:

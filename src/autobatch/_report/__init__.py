@@ -15,7 +15,7 @@ from autobatch._latency import Stream, cameras, knee, stream
 from autobatch._noise import NoiseReading  # noqa: TC001 -- pydantic reads it
 from autobatch._report import files
 from autobatch._report.layout import UNICODE, Glyphs, html, terminal
-from autobatch._report.result import Look  # noqa: TC001 -- pydantic reads it
+from autobatch._report.result import Look, Survived  # noqa: TC001 -- pydantic reads them
 from autobatch._report.schema import (
     CONFIG,
     KINDS,
@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _SCHEMA_VERSION: Final = 1
+NO_MATPLOTLIB: Final = 'A picture needs matplotlib: pip install "lightning-autobatch[plot]".'
 _NOTEBOOK_DPI: Final = 100  # of the figure: about the width of a notebook
 Task = Literal["train", "answer", "validate", "test", "predict"]
 
@@ -106,7 +107,10 @@ class TuningReport(BaseModel):
         learning_rate: Usual rule for the learning rate of this optimizer; None if none is known.
         loading: Time spent waiting for data beside time in steps, in seconds; None if not
             measured.
+        survived: Micro-batches of training that ran out of memory and were done in pieces.
         latencies: Latency of calls at each batch size, in seconds; empty without latency_limit.
+        guide: Kind of memory that the search followed, "by predicted memory"; None where there was
+            nothing to predict.
         search_seconds: Duration of tuning from its beginning to its end, in seconds.
         timing_seconds: Part of it that timed sizes, in seconds; None in reports of earlier versions.
         validation_seconds: Part of it that tried validation, in seconds; None without it.
@@ -133,7 +137,9 @@ class TuningReport(BaseModel):
     noise: Annotated[NoiseReading, *MEASURED] | None = None
     learning_rate: LearningRateRule | None = None
     loading: Annotated[Loading, *MEASURED] | None = None
+    survived: tuple[Annotated[Survived, *MEASURED], ...] = ()
     latencies: tuple[StoredLatency, ...] = ()
+    guide: str | None = None
     search_seconds: Seconds
     timing_seconds: Seconds | None = None
     validation_seconds: Seconds | None = None
@@ -315,9 +321,7 @@ class TuningReport(BaseModel):
         except ModuleNotFoundError as error:
             if (error.name or "").partition(".")[0] != "matplotlib":
                 raise
-            raise AutobatchError(
-                'A picture needs matplotlib: pip install "lightning-autobatch[plot]".'
-            ) from None
+            raise AutobatchError(NO_MATPLOTLIB) from None
         return draw(self, path, ax)
 
     def _repr_html_(self) -> str:

@@ -12,14 +12,16 @@ from autobatch._plan import ceil_div
 from autobatch._report.accumulation_notes import usual_learning_rate
 from autobatch._report.latency import latency_notes
 from autobatch._report.tradeoff import updates_per_epoch
-from autobatch._report.units import counted, percent
+from autobatch._report.units import counted, duration, percent
 from autobatch._throughput import latest_by_size, trial_of
 from autobatch._trials import Outcome
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from autobatch._plan import BatchPlan
     from autobatch._report import TuningReport
-    from autobatch._report.result import RunDetails
+    from autobatch._report.result import RunDetails, Survived
     from autobatch._throughput import CurvePoint
     from autobatch._throughput.loading import Loading
     from autobatch._trials import Trial
@@ -263,7 +265,7 @@ def _unreached(report: TuningReport, run: RunDetails) -> str | None:
     if never := sorted(set(run.unreached) - fitting):
         parts.append(f"micro-batches of {_listed(never)} were left out")
     is_default = report.settings.timing_seconds is None
-    is_share = is_default and run.curve_seconds < _settings.DEFAULTS.curve_seconds
+    is_share = is_default and run.curve_seconds < _settings.TIMING_SECONDS
     share = ", a tenth of the planned training," if is_share else ""
     limit = f"{run.curve_seconds:.3g} seconds{share}"
     return f"{limit} were too few to time all sizes: {', '.join(parts)}."
@@ -340,3 +342,18 @@ def waiting(loading: Loading | None) -> str | None:
         return None
     share = percent(loading.share)
     return f"Data loading took {share} of the time: raise num_workers before the batch size."
+
+
+def survived(events: Sequence[Survived], plan: BatchPlan) -> str | None:
+    """Note training that ran out of memory, with a plan of the same batch that would have fitted."""
+    if not events:
+        return None
+    size = min(event.piece_size for event in events)
+    micro_batches = plan.micro_batch_size * plan.accumulate_grad_batches
+    fitting = max((each for each in range(1, size + 1) if micro_batches % each == 0), default=1)
+    times = "once" if len(events) == 1 else f"{len(events):,} times"
+    lost = duration(sum(event.lost_seconds for event in events))
+    return (
+        f"Training ran out of memory {times} and went on in pieces, which took {lost}. "
+        f"Micro-batches of {fitting:,} × {micro_batches // fitting:,} would have fitted."
+    )

@@ -1,4 +1,4 @@
-"""Details of a tuning run beside its report: bounds of the search, and inputs of notes."""
+"""Details of a tuning run beside its report: inputs of its text and notes."""
 
 from __future__ import annotations
 
@@ -8,14 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from autobatch._latency import Unfinished
     from autobatch._plan import BatchPlan
-
-
-@dataclass(frozen=True, slots=True)
-class Bound:
-    """The largest micro-batch that a search may try, and the reason."""
-
-    batch_size: int
-    reason: str
+    from autobatch._settings import Bound
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +27,27 @@ class Look:
 
 
 @dataclass(frozen=True, slots=True)
+class Survived:
+    """A micro-batch of training that ran out of memory, and was done in pieces instead.
+
+    Args:
+        step: Updates before it.
+        epoch: The epoch.
+        samples: Samples in the micro-batch.
+        pieces: Number of pieces.
+        piece_size: Samples in the smallest piece.
+        lost_seconds: Seconds of the attempts that failed.
+    """
+
+    step: int
+    epoch: int
+    samples: int
+    pieces: int
+    piece_size: int
+    lost_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class RunDetails:
     """Details of a tuning run that its notes depend on, and that a report does not keep."""
 
@@ -46,26 +60,3 @@ class RunDetails:
     trial_notes: tuple[str, ...]  # differences between trials and training
     plan_notes: tuple[str, ...]  # notes of the subject on the plan
     unfinished: Unfinished | None  # timing of calls; None without a latency limit
-
-
-def tightest_bound(
-    *,
-    target_batch_size: int | None,
-    max_micro_batch_size: int | None,
-    dataset_size: int | None,
-    world_size: int,
-) -> Bound | None:
-    """Return the lowest bound on a micro-batch; None if only memory bounds it."""
-    ranks = f" on {world_size} ranks" if world_size > 1 else ""
-    bounds = []
-    if target_batch_size is not None:
-        size = target_batch_size // world_size
-        reason = f"target_batch_size={target_batch_size}{ranks} needs no more than {size:,} at once"
-        bounds.append(Bound(size, reason))
-    if max_micro_batch_size is not None:
-        reason = f"max_micro_batch_size={max_micro_batch_size} allows no more"
-        bounds.append(Bound(max_micro_batch_size, reason))
-    if dataset_size is not None:
-        reason = f"an epoch of {dataset_size:,} samples{ranks} has no more"
-        bounds.append(Bound(dataset_size // world_size, reason))
-    return min(bounds, key=lambda bound: bound.batch_size, default=None)

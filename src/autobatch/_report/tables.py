@@ -51,6 +51,12 @@ def speed_table(trials: Iterable[Trial], rows: Iterable[SpeedRow], plan: BatchPl
         _bar_of(speeds[size], marks=marks) if size in speeds else _OUTCOMES[tried[size].outcome]
         for size in shown
     )
+    peaks = [(tried.get(size) or speeds[size]).peak for size in shown]
+    # Beside the reserved bytes, which are the peak, where the allocator has reserved more
+    allocated = [tried[size].allocated if size in tried else None for size in shown]
+    is_told = any(
+        each is not None and each != peak for each, peak in zip(allocated, peaks, strict=True)
+    )
     return table_of(
         [
             counts("micro-batch", shown),
@@ -58,7 +64,8 @@ def speed_table(trials: Iterable[Trial], rows: Iterable[SpeedRow], plan: BatchPl
             Column("", tuple(bars), align="<"),
             Column("of fastest", tuple(percent(row.of_fastest) if row else "" for row in timed)),
             measures("step {}", [row.step_seconds if row else None for row in timed], SECONDS),
-            measures("peak {}", [(tried.get(size) or speeds[size]).peak for size in shown], BYTES),
+            measures("peak {}", peaks, BYTES),
+            *([measures("in use {}", allocated, BYTES)] if is_told else ()),
         ],
         chosen=[size == plan.micro_batch_size for size in shown],
         foot=_foot(timed if marks else (), len(sizes) - len(shown)),

@@ -15,11 +15,11 @@ from autobatch._report.latency import (
     within,
 )
 from autobatch._report.layout import Fact, Page
-from autobatch._report.notes import waiting
-from autobatch._report.result import tightest_bound
+from autobatch._report.notes import survived, waiting
 from autobatch._report.tables import effective_table, product, speed_table, spread
 from autobatch._report.tradeoff import NoiseRange, is_of
 from autobatch._report.units import counted, duration, percent, plain, rounded
+from autobatch._settings import tightest_bound
 from autobatch._throughput import latest_by_size, trial_of
 
 if TYPE_CHECKING:
@@ -123,12 +123,7 @@ def _among_sizes(report: TuningReport) -> str:
     if len(sizes) == 1:
         return "the only size tried"
     largest, settings = report.largest_fit or 0, report.settings
-    bound = tightest_bound(
-        target_batch_size=settings.target_batch_size,
-        max_micro_batch_size=settings.max_micro_batch_size,
-        dataset_size=report.dataset_size,
-        world_size=report.plan.world_size,
-    )
+    bound = tightest_bound(settings, report.plan.world_size)
     is_at_bound = bound is not None and largest >= bound.batch_size
     is_largest = largest == report.plan.micro_batch_size
     if is_at_bound and not is_largest and settings.target_batch_size is None:
@@ -156,8 +151,12 @@ def _facts(report: TuningReport) -> tuple[Fact, ...]:
     else:
         row = next((row for row in report.effective if is_of(row, report.plan)), None)
         per_update = (_update(report, row), _epoch(row)) if row else ()
-        facts = (_speed(report), _memory(report), *per_update, _data(report))
+        facts = (_speed(report), _memory(report), *per_update, _data(report), _guide(report))
     return tuple(fact for fact in facts if fact)
+
+
+def _guide(report: TuningReport) -> Fact | None:
+    return Fact("Search", plain(report.guide), "") if report.guide else None
 
 
 def _speed(report: TuningReport) -> Fact | None:
@@ -299,7 +298,7 @@ def _likely(report: TuningReport) -> str:
 def _notes_since_training(report: TuningReport) -> tuple[str, ...]:
     best, pace = report.optimum, report.pace
     update_seconds = pace.update(report.plan.micro_batch_size, 1)
-    notes = [waiting(report.loading)]
+    notes = [waiting(report.loading), survived(report.survived, report.plan)]
     if best and update_seconds:
         share = pace.optimizer_seconds / update_seconds
         notes.append(accumulation_costs(report.plan, best.accumulate_grad_batches, share))

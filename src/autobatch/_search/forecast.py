@@ -51,7 +51,7 @@ class Forecast(NamedTuple):
     """Prediction of the largest fit, and the next size on the way to it."""
 
     limit: int  # largest size predicted to fit
-    target: float  # size to try next
+    size: float  # size to try next
     is_certain: bool  # the prediction may end the search
     noise: float = 0.0  # sizes closer together than this share cannot be distinguished
 
@@ -175,12 +175,12 @@ def from_bend(evidence: Evidence) -> Forecast | None:
         return None
     if any(abs(parabola.at(r.size) - r.peak) > tolerance for r in before):
         return None
-    target = limit - int(evidence.margin * limit)
+    size = limit - int(evidence.margin * limit)
     # Certain if the parabola through the readings before has predicted the last peak
     is_certain = bool(before) and (
         abs(QuadraticFit.through_peaks((before[-1], a, b)).at(top.size) - top.peak) <= tolerance
     )
-    return Forecast(limit, target, is_certain)
+    return Forecast(limit, size, is_certain)
 
 
 def from_jump(evidence: Evidence) -> Forecast | None:
@@ -196,40 +196,40 @@ def from_jump(evidence: Evidence) -> Forecast | None:
     is_well_above = bad > (1 + 2 * (resolution + line.residual)) * good
     if not is_well_above or line.limit < bad:
         return None
-    target = math.sqrt(good * bad)
+    size = math.sqrt(good * bad)
     is_first = evidence.bracket.failures == 1
     if line.limit <= bad / _NEAR and is_first and not line.is_proven:
         # The line ends so close to the failure that it is in error, and memory did not jump
-        target = good + _NEAR * (bad - good)
+        size = good + _NEAR * (bad - good)
     elif line.limit <= _MAX_OVERSHOOT * bad and _JUMP_STEP * good < bad:
-        target = max(bad / 2, _JUMP_STEP * good)
-    return Forecast(line.limit, target, is_certain=False)
+        size = max(bad / 2, _JUMP_STEP * good)
+    return Forecast(line.limit, size, is_certain=False)
 
 
 def from_line(evidence: Evidence) -> Forecast:
     """Follow the line through the last fits, no further than the readings justify."""
     line, top = evidence.line, evidence.top
     if line.is_proven:
-        targets = [line.limit - max(round(evidence.margin * line.limit), line.uncertainty)]
+        sizes = [line.limit - max(round(evidence.margin * line.limit), line.uncertainty)]
     else:
-        targets = _unproven_targets(evidence)
-    targets += [limit_through(top, r) for r in evidence.failed]
+        sizes = _unproven_sizes(evidence)
+    sizes += [limit_through(top, r) for r in evidence.failed]
     # A short line is not extrapolated far
     length = top.size - line.first.size
-    targets += [top.size * evidence.growth, top.size + evidence.growth * length]
+    sizes += [top.size * evidence.growth, top.size + evidence.growth * length]
     # Ending the search takes more proof than continuing it
     is_straight = line.is_noisy or line.residual <= evidence.margin
     is_full = top.left <= evidence.margin * top.room
     noise = 2 * line.residual if line.is_noisy else 0.0
-    return Forecast(line.limit, min(targets), is_full or (line.is_proven and is_straight), noise)
+    return Forecast(line.limit, min(sizes), is_full or (line.is_proven and is_straight), noise)
 
 
-def _unproven_targets(evidence: Evidence) -> list[float]:
+def _unproven_sizes(evidence: Evidence) -> list[float]:
     """Limit the extrapolation from two readings that no third one confirms."""
     line, fits, top = evidence.line, evidence.fits, evidence.top
-    target = line.limit - int(evidence.margin * line.limit)
+    size = line.limit - round(evidence.margin * line.limit)
     if len(fits) < MIN_POINTS:
-        aim = min(target, top.size * min(evidence.growth, max(2, top.headroom)))
+        aim = min(size, top.size * min(evidence.growth, max(2, top.headroom)))
         return [aim - _MARGIN_OF_TWO * max(0.0, aim - top.size)]
     if line.limit < top.proportional_limit:
         # Memory has jumped, and may continue with the former slope
@@ -239,8 +239,8 @@ def _unproven_targets(evidence: Evidence) -> list[float]:
         return [(top.size + top.left / before.slope) * (1 - evidence.margin)]
     if LinearFit.through(fits[:-1], 2 * evidence.resolution).limit > line.limit:
         # Memory rises ever faster, and a line overestimates the limit
-        return [target, top.proportional_limit]
-    return [target]
+        return [size, top.proportional_limit]
+    return [size]
 
 
 def exploratory_size(evidence: Evidence) -> int:

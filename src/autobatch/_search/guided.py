@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from autobatch._search import Bracket, check_resolution
 from autobatch._search.extrapolation import MIN_POINTS, Reading, readings_of
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from autobatch._trials import Trial
+
+# Share of a failed size up to which a failure beyond the largest fit may be tried to be passed
+_CLOSE: Final = 0.05
 
 
 @dataclass(frozen=True)
@@ -43,15 +46,21 @@ class GuidedBisection:
         resolution: Accuracy of the size found, as a share.
         growth: Largest factor from one size to the next while extrapolating peaks; twice that while
             memory does not grow with the batch size.
+        estimate: Whether predicted memory guides the search after its first trial, where the
+            training step of a Trainer can be traced and that trial agrees: on CUDA and simulated
+            devices, on one rank. Nothing is run for it, and trials decide as ever.
     """
 
     resolution: float = 0.01
     growth: int = 8
+    estimate: bool = True
 
     def __post_init__(self) -> None:
         check_resolution(self.resolution)
         if type(self.growth) is not int or self.growth < 2:  # noqa: PLR2004
             raise ValueError(f"growth must be at least 2, got {self.growth!r}.")
+        if type(self.estimate) is not bool:
+            raise ValueError(f"estimate must be True or False, got {self.estimate!r}.")
 
     def propose(self, trials: Sequence[Trial], *, start: int, high: int, budget: int) -> int | None:
         """Return an untried size from 1 to `high`, or None if the largest fit is the answer."""
@@ -61,6 +70,10 @@ class GuidedBisection:
         evidence = Evidence(readings_of(trials, budget), bracket, self.resolution, self.growth)
         if bracket.is_closed(self.resolution):
             return self._beyond_a_failure(trials, evidence, budget)
+        if bracket.is_closed(_CLOSE):
+            beyond = self._beyond_a_failure(trials, evidence, budget)
+            if beyond is not None:
+                return beyond
         if not bracket.good:
             # Nothing fits yet: bisect, or go to a size in proportion to a failed peak
             sizes = [bracket.middle, *(r.proportional_limit for r in evidence.failed)]
@@ -74,7 +87,9 @@ class GuidedBisection:
         accuracy = self.resolution + predicted.noise
         if bracket.is_closed(accuracy):
             return None
-        if predicted.is_certain and _is_reached(predicted.limit, evidence.top, accuracy):
+        # Reserved memory rises in steps: its limit is no sharper than that
+        unused = 2 * accuracy if any(map(_is_fragmented, trials)) else accuracy
+        if predicted.is_certain and _is_reached(predicted.limit, evidence.top, accuracy, unused):
             return None
         return self._next_size(trials, bracket, predicted)
 
@@ -87,32 +102,36 @@ class GuidedBisection:
         """
         bracket = evidence.bracket
         top = next(t for t in trials if t.batch_size == bracket.good) if bracket.good else None
-        if top is None or not top.allocated or top.peak is None or len(evidence.fits) < MIN_POINTS:
+        if top is None or top.peak is None or len(evidence.fits) < MIN_POINTS:
             return None
-        is_fragmented = top.allocated < top.peak
         is_full = budget - top.peak <= 2 * self.resolution * (budget - top.resident)
-        if bracket.failures != 1 or not is_fragmented or is_full:
+        if bracket.failures != 1 or not _is_fragmented(top) or is_full:
             return None
         size = (bracket.low + 1 + min(evidence.line.limit, bracket.high)) // 2
         return size if bracket.bad is not None and size > bracket.bad else None
 
     def _next_size(self, trials: Sequence[Trial], bracket: Bracket, predicted: Forecast) -> int:
-        """Return the target of the forecast, but narrow the bracket enough every three trials."""
+        """Return the size of the forecast, but narrow the bracket enough every three trials."""
         good, bad = bracket.good, bracket.bad
         # At the predicted limit, the next larger size proves it by failing
-        target = max(predicted.target, good + max(1, int(self.resolution * good)))
+        size = max(predicted.size, good + max(1, int(self.resolution * good)))
         before = Bracket.of(trials[:-3], bracket.high)
         if bad is None:
             # Without a certain prediction steps grow as long as no size fails
-            is_uncertain = not predicted.is_certain or predicted.target <= good
+            is_uncertain = not predicted.is_certain or predicted.size <= good
             if good < 2 * before.good and is_uncertain:
-                target = max(target, min(2 * good - before.good, predicted.limit))
-            return bracket.clip(target)
+                size = max(size, min(2 * good - before.good, predicted.limit))
+            return bracket.clip(size)
         is_slow = before.bad is not None and before.low * bad**2 > before.bad * good**2
-        return bracket.clip(math.isqrt(good * bad) if is_slow or target >= bad else target)
+        return bracket.clip(math.isqrt(good * bad) if is_slow or size >= bad else size)
 
 
-def _is_reached(limit: int, top: Reading, accuracy: float) -> bool:
+def _is_fragmented(trial: Trial) -> bool:
+    """Return True if the allocator had reserved more than was in use."""
+    return bool(trial.allocated) and (trial.allocated or 0) < (trial.peak or 0)
+
+
+def _is_reached(limit: int, top: Reading, accuracy: float, unused: float) -> bool:
     """Return True if larger sizes will not fit, and an error of that prediction costs little."""
-    share = max(accuracy, 1 / top.size)
+    share = max(unused, 1 / top.size)
     return limit - top.size <= int(accuracy * limit) and top.left <= share * top.room

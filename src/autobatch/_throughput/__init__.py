@@ -151,18 +151,9 @@ class StepTimes:
             return None
         return SampleTime(seconds / (batch_size * accumulate), self._error(batch_size))
 
-    def by_size(self, samples: int | None, accumulate: int) -> dict[int, SampleTime]:
-        """Return the time per sample of every measured size.
-
-        Args:
-            samples: Samples per update, which no micro-batch exceeds; None for any.
-            accumulate: Micro-batches per update if `samples` is None.
-        """
-        times = {
-            size: self.per_sample(size, max(1, round(samples / size)) if samples else accumulate)
-            for size in self.sizes
-            if samples is None or size <= samples
-        }
+    def by_size(self, micro_batches: Mapping[int, int]) -> dict[int, SampleTime]:
+        """Return the time per sample of sizes, at the given micro-batches per update."""
+        times = {size: self.per_sample(size, count) for size, count in micro_batches.items()}
         return {size: each for size, each in times.items() if each is not None}
 
     def _error(self, batch_size: int) -> float:

@@ -73,13 +73,12 @@ class Throughput:
 
 
 def measure_throughput(
-    runner: TrialRunner, samples: int | None, seconds: float, preference: Preference | None
+    runner: TrialRunner, seconds: float, preference: Preference | None
 ) -> Throughput:
     """Time the sizes that fit and some below, in turns, until the choice of one is settled.
 
     Args:
         runner: The runner of the trials that have been run.
-        samples: Samples per update and rank with a target; None without one.
         seconds: Seconds that all of it may take.
         preference: Order of sizes that are about as fast; None if speed does not decide.
     """
@@ -89,7 +88,7 @@ def measure_throughput(
         timer = _UpdateTimer(runner, seconds)
         sizes = runner.fitting
         if not is_selective(runner.trials):
-            sizes = curve_sizes(sizes, samples)
+            sizes = curve_sizes(sizes, runner.accumulation)
         unrecorded = _run_missing(sizes, timer)
         tried = {trial.batch_size: trial for trial in runner.trials if trial.fits}
         tried |= {size: runner.merge(results) for size, results in unrecorded.items()}
@@ -98,7 +97,7 @@ def measure_throughput(
             time_turn=timer.time_turn,
             affordable=timer.has_time,
             update_seconds=lambda size: (tried[size].step_seconds or 0.0) * tried[size].accumulate,
-            undecided=partial(_undecided, runner.accumulation, samples, preference),
+            undecided=partial(_undecided, runner.accumulation, preference),
         )
     failed = timer.failed | {size for size, trial in tried.items() if not trial.fits}
     return Throughput(
@@ -231,29 +230,32 @@ class _Turn:
 
 def _undecided(
     accumulation: Accumulation,
-    samples: int | None,
     preference: Preference | None,
     timings: Mapping[int, Sequence[Timing]],
 ) -> Sequence[int]:
     """Return the sizes of which one more turn could change the choice, and the fastest."""
     if preference is None:
         return ()
-    points = (
-        point(size, accumulation.in_trial(size), turns, None, noise_of(timings))
+    noise, samples = noise_of(timings), accumulation.samples
+    points = [
+        point(size, accumulation.in_trial(size), turns, None, noise)
         for size, turns in sorted(timings.items())
+    ]
+    timed = StepTimes.undisturbed(points)
+    times = timed.by_size(
+        {size: accumulation.in_update(size) for size in timed.sizes if size <= (samples or size)}
     )
-    times = StepTimes.undisturbed(points).by_size(samples, accumulation.default)
     sizes = [size for size in times if samples is None or samples % size == 0]
     doubtful = preference.undecided(sizes, times)
     return [size for size in doubtful if len(timings[size]) < _MAX_TURNS]
 
 
-def curve_sizes(fitting: Sequence[int], samples: int | None) -> list[int]:
+def curve_sizes(fitting: Sequence[int], accumulation: Accumulation) -> list[int]:
     """Return the sizes to time.
 
-    These are the sizes that fit, powers of two below, and the largest divisors of `samples`.
+    These are the sizes that fit, powers of two below, and the largest that divide an update.
     """
-    largest = fitting[-1]
+    largest, samples = fitting[-1], accumulation.samples
     powers = {2**exponent for exponent in range(largest.bit_length())}
     exact: list[int] = []
     if samples is not None:

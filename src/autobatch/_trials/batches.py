@@ -84,15 +84,42 @@ def listed(counts: set[int]) -> str:
     return ", ".join(map(str, sorted(counts))) or "no"
 
 
+class NotDividedError(Exception):
+    """A batch that cannot be divided, or a module not measured in parts; with the reason."""
+
+
+def divisible_samples(batch: Any) -> int:
+    """Return the samples of a batch of tensors in plain containers, each with a row per sample.
+
+    Raises:
+        NotDividedError: The batch cannot be divided.
+    """
+    if not all(isinstance(leaf, torch.Tensor) or is_plain(leaf) for leaf in leaves(batch)):
+        raise NotDividedError("its batches are not of tensors in plain containers")
+    counts = row_counts(batch)
+    if len(counts) != 1:
+        raise NotDividedError(f"the tensors in its batches have {listed(counts)} rows")
+    (samples,) = counts
+    if samples < 2:  # noqa: PLR2004 -- two halves
+        raise NotDividedError("its batches are of one sample")
+    return samples
+
+
 def cut(batch: Any, samples: int, rows: slice) -> Any:
     """Return some rows of a batch of `samples`, in copies: a step may write into its tensors."""
+    views = view(batch, samples, rows)
+    return map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, views)
 
-    def cut_leaf(leaf: Any) -> Any:
+
+def view(batch: Any, samples: int, rows: slice) -> Any:
+    """Return some rows of a batch of `samples`, in the same memory."""
+
+    def view_leaf(leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
-            return leaf[rows].clone() if leaf.ndim else leaf.clone()
+            return leaf[rows] if leaf.ndim else leaf
         return leaf[rows] if is_plain_list(leaf) and len(leaf) == samples else leaf
 
-    return map_leaves(cut_leaf, batch)
+    return map_leaves(view_leaf, batch)
 
 
 def is_plain_list(value: Any) -> bool:

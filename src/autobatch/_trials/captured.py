@@ -132,7 +132,8 @@ def save(value: Any, memo: Memo) -> Saved:
     memo.open.add(id(value))
     try:
         if _has_state(value):
-            return SavedState(value, save(value.state_dict(), memo))
+            state = save(value.state_dict(), memo)
+            return SavedObject(lambda: value, Unchanged(value), state)
         return _save(value, memo)
     finally:
         memo.open.discard(id(value))
@@ -327,42 +328,25 @@ class SavedGenerator:
 
     def __init__(self, generator: Any) -> None:
         self._generator = generator
-        if isinstance(generator, random.Random):
-            self._state: Any = generator.getstate()
-        elif hasattr(generator, "bit_generator"):
-            self._state = generator.bit_generator.state
+        if hasattr(generator, "getstate"):  # Python's
+            self._state, self._set = generator.getstate(), generator.setstate
+        elif hasattr(generator, "get_state"):
+            self._state, self._set = generator.get_state(), generator.set_state
         else:
-            self._state = generator.get_state()
+            bits = generator.bit_generator
+            self._state, self._set = bits.state, functools.partial(setattr, bits, "state")
 
     def restore(self) -> Any:
-        generator = self._generator
-        if isinstance(generator, random.Random):
-            generator.setstate(self._state)
-        elif hasattr(generator, "bit_generator"):
-            generator.bit_generator.state = self._state
-        else:
-            generator.set_state(self._state)
-        return generator
+        self._set(self._state)
+        return self._generator
 
 
-class SavedRandomState:
-    """Global random state of torch, CUDA, NumPy and Python."""
-
-    def __init__(self) -> None:
-        self._torch = torch.get_rng_state()
-        # A query of CUDA's state would create a context, even if nothing else uses the device
-        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-        self._numpy = sys.modules.get("numpy")
-        self._numpy_state = self._numpy.random.get_state() if self._numpy else None
-        self._python = random.getstate()
-
-    def restore(self) -> None:
-        torch.set_rng_state(self._torch)
-        if self._cuda is not None:
-            torch.cuda.set_rng_state_all(self._cuda)
-        if self._numpy:
-            self._numpy.random.set_state(self._numpy_state)
-        random.setstate(self._python)
+def global_generators() -> list[Any]:
+    """Return the generators of torch, CUDA, NumPy and Python that are used if none is given."""
+    numpy = sys.modules.get("numpy")
+    # A query of CUDA's state would create a context, even if nothing else uses the device
+    cuda = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
+    return [torch.default_generator, *cuda, *([numpy.random] if numpy else ()), random]
 
 
 @_save.register(set)
@@ -429,18 +413,6 @@ class SavedArray:
 
 
 @dataclass(frozen=True, slots=True)
-class SavedState:
-    """An object with a state_dict that is not a module: schedulers, scalers, weight averages."""
-
-    owner: Any
-    state: Saved
-
-    def restore(self) -> Any:
-        self.owner.load_state_dict(self.state.restore())
-        return self.owner
-
-
-@dataclass(frozen=True, slots=True)
 class SavedAttributes:
     """All attributes of an object; torch keeps parameters, modes, hooks and state in them too."""
 
@@ -465,20 +437,21 @@ class SavedAttributes:
 
 @dataclass(frozen=True, slots=True)
 class SavedObject:
-    """An object captured by a snapshot."""
+    """An object captured by a snapshot, or one with a state_dict: a scheduler, scaler or average."""
 
     reference: Callable[[], Any]
     value: Saved
     state: Saved | None = None
 
-    def restore(self) -> None:
+    def restore(self) -> Any:
         owner = self.reference()
         try:
             if owner is not None and self.state is not None:
                 owner.load_state_dict(self.state.restore())
         finally:
             # Last: a state_dict leaves out details such as a half-done step of a GradScaler
-            self.value.restore()
+            value = self.value.restore()
+        return value
 
 
 def _has_state(value: object) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from math import inf
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -40,6 +41,21 @@ class Accumulation:
     target: int | None
     world_size: int
 
+    @property
+    def is_split(self) -> bool:
+        """True if a micro-batch may be one of several that reach a target."""
+        return self.target is not None
+
+    @property
+    def samples(self) -> int | None:
+        """Samples per update and rank that reach the target; None without one."""
+        return None if self.target is None else per_rank(self.target, self.world_size)
+
+    def in_update(self, batch_size: int) -> int:
+        """Return the micro-batches per update in training, to about the target."""
+        samples = self.samples
+        return self.default if samples is None else max(1, round(samples / batch_size))
+
     def in_trial(self, batch_size: int) -> int:
         """Return the micro-batches per update in a trial of a size, as training will need them."""
         if not self.is_supported:
@@ -47,6 +63,11 @@ class Accumulation:
         if self.target is None:
             return trial_accumulation(self.default)
         return 1 if batch_size * self.world_size >= self.target else 2
+
+
+def per_rank(target: int, world_size: int) -> int:
+    """Return the samples per update of each rank, rounded to the nearest whole number."""
+    return max(1, round(target / world_size))
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,8 +168,10 @@ class TrialRunner:
 
     def run(self, batch_size: int, accumulate: int, *, is_timed: bool) -> Trial:
         """Run one trial on every rank, restore all state, and record the merged result."""
-        began = self.time_limit.spent
-        self.record(self._run(batch_size, accumulate, self.time_limit.left, is_timed=is_timed))
+        began, deadline = self.time_limit.spent, self.deadline(self.time_limit.left)
+        with self.on_every_rank(batch_size):
+            run = self._run_with(batch_size, accumulate, deadline)
+            self.record(self.gather(run(is_timed=is_timed)))
         trial = self.trials[-1]
         self.time_limit.record(trial.batch_size, self.time_limit.spent - began)
         best = max(self.fitting, default=None)
@@ -157,25 +180,23 @@ class TrialRunner:
 
     def run_unrecorded(self, batch_size: int, seconds: float) -> Sequence[Trial]:
         """Run a trial on every rank without recording it; return the results of all ranks."""
-        accumulate = self.accumulation.in_trial(batch_size)
-        return self._run(batch_size, accumulate, seconds, is_timed=False)
-
-    def _run(
-        self, batch_size: int, accumulate: int, seconds: float | None, *, is_timed: bool
-    ) -> Sequence[Trial]:
-        """Run a trial on every rank that ends early after these seconds; None: no limit."""
+        accumulate, deadline = self.accumulation.in_trial(batch_size), self.deadline(seconds)
         with self.on_every_rank(batch_size):
-            trial = run_trial(
-                self.workload,
-                batch_size,
-                accumulate=accumulate,
-                steps=self.settings.steps_per_trial,
-                is_timed=is_timed,
-                may_be_refused=self.may_be_refused(batch_size),
-                deadline=self.deadline(seconds),
-                context=self.context,
-            )
-            return self.gather(trial)
+            run = self._run_with(batch_size, accumulate, deadline)
+            return self.gather(run(is_timed=False))
+
+    def _run_with(self, batch_size: int, accumulate: int, deadline: float) -> partial[Trial]:
+        """Return `run_trial` with the arguments of this run."""
+        return partial(
+            run_trial,
+            self.workload,
+            batch_size,
+            accumulate=accumulate,
+            steps=self.settings.steps_per_trial,
+            may_be_refused=self.may_be_refused(batch_size),
+            deadline=deadline,
+            context=self.context,
+        )
 
     def deadline(self, seconds: float | None) -> float:
         """Return the reading of this rank's clock so many seconds after the latest gather."""

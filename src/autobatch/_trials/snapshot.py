@@ -7,21 +7,20 @@ import logging
 import signal
 import threading
 import warnings
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import ChainedScheduler, OneCycleLR, SequentialLR
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from autobatch._memory.ledger import eager, unobserved
+from autobatch._memory.ledger import eager, tensors_of, unobserved
 from autobatch._trials.captured import (
     Memo,
-    Saved,
-    SavedRandomState,
+    SavedGenerator,
     Scope,
-    Unchanged,
+    global_generators,
     is_generator,
     save,
     save_light,
@@ -33,6 +32,7 @@ from autobatch._undo import Undo
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    from autobatch._trials.captured import Saved
     from autobatch._trials.reachable import Reached
 
 _logger = logging.getLogger(__name__)
@@ -49,21 +49,18 @@ class Snapshot(Undo):
 
     Copies are kept on the host. Objects are referenced weakly: a model that a workload builds for
     itself may die, and is then forgotten. The random state of torch, CUDA, NumPy and Python is
-    captured on entering.
+    captured at once.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._memo = Memo()
-        self._random: Saved = Unchanged(None)
+        self._random = {id(each): SavedGenerator(each) for each in global_generators()}
         self._undo = contextlib.ExitStack()
         self._names: dict[int, str] = {}  # of objects that nobody asked to restore, by id
         self.unrestored: set[str] = set()  # those whose state could not be saved or loaded
-
-    def start(self) -> None:
         self.push(self._leave)
         self.push(self._leave)  # completes the first if that was interrupted
-        self._random = SavedRandomState()
 
     def _leave(
         self,
@@ -86,17 +83,17 @@ class Snapshot(Undo):
         """Drop everything captured without restoring it."""
         self._undo.close()
         self._memo.clear()
-        self._random = Unchanged(None)
+        self._random.clear()
 
     @staticmethod
     def bytes_of(*things: Any) -> int:
         """Bytes that `capture` copies: parameters, gradients, buffers and optimizer state."""
-        tensors = {id(tensor): tensor for tensor in _tensors_of(things)}
-        # The size of a sparse tensor does not follow from its shape
+        tensors = {id(tensor): tensor for tensor in tensors_of(things)}
+        # The size of a sparse tensor does not follow from its shape, and a lazy one has none yet
         return sum(
             tensor.numel() * tensor.element_size()
             for tensor in tensors.values()
-            if tensor.layout is torch.strided and not tensor.is_meta
+            if not (tensor.is_meta or is_lazy(tensor)) and tensor.layout is torch.strided
         )
 
     def capture(self, *things: Any) -> None:
@@ -151,7 +148,8 @@ class Snapshot(Undo):
         failure: BaseException | None = None
         self._memo.restores += 1
         with _uninterrupted(), unobserved(), torch.no_grad():
-            for key, saved in (*self._memo.objects.items(), (None, self._random)):
+            everything: dict[int, Saved] = {**self._memo.objects, **self._random}
+            for key, saved in everything.items():
                 try:
                     saved.restore()
                 except BaseException as error:  # the rest must still be restored
@@ -249,23 +247,6 @@ def _parts_of(things: Iterable[Any]) -> Iterator[Any]:
     """Yield the modules of each module, and everything else itself."""
     for thing in things:
         yield from thing.modules() if isinstance(thing, torch.nn.Module) else [thing]
-
-
-def _tensors_of(things: Iterable[Any]) -> Iterator[torch.Tensor]:
-    for thing in things:
-        owned: list[torch.Tensor] = []
-        if isinstance(thing, torch.nn.Module):
-            owned = [*thing.parameters(), *thing.buffers()]
-        elif isinstance(thing, torch.optim.Optimizer):
-            owned = [each for group in thing.param_groups for each in group["params"]]
-            values = chain.from_iterable(map(dict.values, thing.state.values()))
-            yield from (each for each in values if isinstance(each, torch.Tensor))
-        for tensor in owned:
-            if torch.nn.parameter.is_lazy(tensor):
-                continue
-            yield tensor
-            if tensor.is_leaf and tensor.grad is not None:
-                yield tensor.grad
 
 
 @contextlib.contextmanager

@@ -43,8 +43,6 @@ class RunningWorkload(Undo):
         self._begin: Callable[[], Iterator[Any]] = partial(workload, batch_size, accumulate)
         self._batch_size = batch_size
         self._iterator = self._begin()
-
-    def start(self) -> None:
         self.add(self._end)
 
     def step(self) -> None:

@@ -43,7 +43,7 @@ _MAX_SAMPLES: Final = 32  # of the batch that is split: enough for the effect, a
 # Change of the gradient, as a share of its norm, by precision. Rounding alone changes 5e-7 in 32
 # bits, 3e-4 under fp16 autocast and 2e-3 under bf16 autocast. Other precisions, such as eight bits,
 # round too much for a test.
-_THRESHOLDS: Final = {
+THRESHOLDS: Final = {
     "64-true": 0.01,
     "32-true": 0.01,
     "16-true": 0.01,
@@ -112,7 +112,7 @@ class SplittingTest:
 
     def _measured(self, size: int) -> Splitting | None:
         precision = self.trainer.precision
-        if precision not in _THRESHOLDS:
+        if precision not in THRESHOLDS:
             raise UndecidedError(f"precision={precision!r} rounds too much")
         host_batch = self.samples.ordinary(size)
         if host_batch is None:
@@ -129,7 +129,7 @@ class SplittingTest:
         ):
             self.steps.start()
             batch = on_device(self.trainer, host_batch, 0)
-            return split_gradient(self._gradient, batch, size, threshold=_THRESHOLDS[precision])
+            return split_gradient(self._gradient, batch, size, threshold=THRESHOLDS[precision])
 
     def _gradient(self, batch: Any) -> Sequence[torch.Tensor | None]:
         loss = self.steps.loss(batch)

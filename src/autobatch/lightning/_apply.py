@@ -95,7 +95,9 @@ def apply_between_epochs(
             if trainer.global_step == 0 and before_optimizers.read_the_plan:
                 before_optimizers.create_again(trainer)
             source = data_source(fit_loop)
-            if not restore_start() and isinstance(source.instance, DataLoader):
+            if restore_start():
+                _end_persistent_workers(trainer)
+            elif isinstance(source.instance, DataLoader):
                 source.dataloader()  # gives the loader its new size, before it is captured
                 # Lightning 2.6 starts the loader when it sets it up, and in any epoch but the first
                 # again when the epoch runs
@@ -111,6 +113,13 @@ def apply_between_epochs(
 def _set_accumulation(plan: BatchPlan, trainer: Trainer, module: Any) -> None:
     if module.automatic_optimization:  # with manual optimization, the module accumulates
         trainer.accumulate_grad_batches = plan.accumulate_grad_batches
+
+
+def _end_persistent_workers(trainer: Trainer) -> None:
+    """Let loaders that are set up start new workers, which draw their seed, as at the start."""
+    for loader in getattr(combined_loader(trainer.fit_loop), "flattened", ()):
+        if isinstance(loader, DataLoader):
+            take_iterator(loader)
 
 
 class StateBefore:
@@ -178,11 +187,8 @@ class BeforeOptimizers(StateBefore):
         """
         if list(map(ref, trainer.optimizers)) != self._created:
             return
-        # A schedule that needs its length has set up the loader already, and started its workers:
-        # they start again from the restored random state
-        for loader in getattr(combined_loader(trainer.fit_loop), "flattened", ()):
-            if isinstance(loader, DataLoader):
-                take_iterator(loader)
+        # A schedule that needs its length has set up the loader already
+        _end_persistent_workers(trainer)
         source = data_source(trainer.fit_loop)
         if isinstance(source.instance, DataLoader):
             source.dataloader()  # gives the loader its new size, which was restored with its order

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -9,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import DataLoader
 
 from autobatch import sinks
-from autobatch._distributed import stopping_together
+from autobatch._distributed import current_ranks, stopping_together
+from autobatch._estimate.device import target_gpu
+from autobatch._memory.detect import detect
 from autobatch._report.known_plan import known_plan
-from autobatch._report.notes import waiting
+from autobatch._report.notes import survived, waiting
 from autobatch._report.units import plain
 from autobatch._settings import Settings, checked_verbose
 from autobatch._trials.snapshot import Snapshot
@@ -32,9 +35,12 @@ from autobatch.lightning._checks import (
     check_latency,
     check_launcher,
     check_lightning,
+    check_survival,
     check_trainer,
     checked_epochs,
     checked_evaluate,
+    checked_keep,
+    checked_survival,
     why_idle,
 )
 from autobatch.lightning._compat import (
@@ -48,6 +54,7 @@ from autobatch.lightning._dataloaders import (
     capture_order,
     checked_setter,
 )
+from autobatch.lightning._estimating import estimate_training
 from autobatch.lightning._evaluation import STAGES, before_data, loaders_for
 from autobatch.lightning._hooks import FIT_START
 from autobatch.lightning._loggers import log_report, refresh_report
@@ -56,6 +63,7 @@ from autobatch.lightning._resources import CallbackArguments
 from autobatch.lightning._resume import Checkpoint, PriorPlan, TunedFit, known_at_start
 from autobatch.lightning._run import Run, before_epochs
 from autobatch.lightning._silence import silenced
+from autobatch.lightning._survival import Survival
 from autobatch.lightning._trial_data import NoDataError, checked_worst_case
 from autobatch.lightning._tuning import tune_training
 from autobatch.lightning._tuning_evaluation import tune_evaluation
@@ -65,9 +73,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from autobatch._estimate import Estimate
     from autobatch._memory import MemoryProbe
     from autobatch._plan import BatchPlan
     from autobatch._report import TuningReport
+    from autobatch._report.result import Survived
     from autobatch._search import Search
     from autobatch.lightning._batch_size import LoaderSize
     from autobatch.lightning._evaluation import Stage
@@ -101,7 +111,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             that fits.
         max_micro_batch_size: The largest micro-batch to consider, in samples.
         plan: A known plan, or the report file that holds one: verified by one trial instead of a
-            search.
+            search. "keep" tunes nothing: batch size and accumulation stay as they are.
         steps_per_trial: Optimizer steps per trial.
         time_limit: Seconds for the search; the best size verified by then is taken. None: no limit.
         timing_seconds: Further seconds for timing sizes, which ends as soon as the choice is
@@ -131,12 +141,16 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             batch sampler is set.
         retune_at_epochs: Epochs at whose start it tunes again, for the same effective batch size:
             for callbacks such as BackboneFinetuning, which let more of the model train.
+        on_out_of_memory: "split" lets training go on when memory runs out in it: the micro-batch is
+            undone, run again in pieces weighted by their samples, and the optimizer steps once.
+            "raise" lets training end.
         evaluate: True tunes `validate`, `test` and `predict` of the Trainer too, as `latency_limit`
             does: to the largest batch that fits, or with a target only if their own batch does not.
 
     Attributes:
         reports: The last report of each method of the Trainer: "fit", "validate", "test" and
             "predict".
+        survived: Micro-batches of the last `fit` that ran out of memory and were done in pieces.
 
     Raises:
         ValueError: An argument has a bad value.
@@ -169,9 +183,20 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         set_batch_size: Callable[[DataLoader[Any], int], None] | None = None,
         retune_at_epochs: Sequence[int] = (),
         evaluate: bool = False,
+        on_out_of_memory: str = "raise",
     ) -> None:
         super().__init__()
         self.reports: dict[str, TuningReport] = {}
+        self.survived: tuple[Survived, ...] = ()
+        survives = checked_survival(on_out_of_memory)
+        keeps = checked_keep(
+            plan,
+            survives=survives,
+            target_batch_size=target_batch_size,
+            max_micro_batch_size=max_micro_batch_size,
+            repair_last_window=repair_last_window,
+            retune_at_epochs=retune_at_epochs,
+        )
         settings = Settings.checked(
             target_batch_size=target_batch_size,
             memory_limit=memory_limit,
@@ -184,7 +209,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             latency_limit=latency_limit,
             percentile=percentile,
         )
-        self._known = known_plan(plan, settings, world_size=None)
+        self._known = known_plan(None if keeps else plan, settings, world_size=None)
         self._epochs = checked_epochs(retune_at_epochs)
         self._arguments = CallbackArguments(
             settings=settings,
@@ -196,11 +221,15 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             set_batch_size=checked_setter(set_batch_size),
             retunes=bool(self._epochs),
             verbose=checked_verbose(verbose),
+            survives=survives,
+            keeps=keeps,
         )
         self._evaluates = checked_evaluate(evaluate) or latency_limit is not None
         self._last: TunedFit | None = None  # of the previous fit, or of `tune`
         self._trained: TuningReport | None = None  # with the plan that training follows
         self._only_tunes = False
+        self._estimates: Callable[..., Estimate] | None = None  # instead of tuning
+        self._estimated: Estimate | None = None
         self._run = Run()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -246,6 +275,64 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         check_latency(self._arguments.settings, method)
         check_launcher(trainer)
         loaders = loaders_for(method, train_dataloaders, val_dataloaders, dataloaders)
+        self.reports.pop(method, None)
+        self._begin_only(trainer, method, model, loaders, datamodule)
+        if method not in self.reports:
+            raise AutobatchError(f"Nothing was tuned: {method} ended before its first batch.")
+        return self.reports[method]
+
+    def estimate(
+        self,
+        trainer: Any,
+        model: Any,
+        train_dataloaders: Any = None,
+        *,
+        datamodule: Any = None,
+        device: str | int | None = None,
+        calibrate: str | Path | None = None,
+    ) -> Estimate:
+        """Estimate the memory of a training step on a GPU, which need not be there; run no step.
+
+        As `autobatch.estimate`, with the module's own step and optimizer, batches of the loader, and
+        Lightning's order of calls. `memory_limit` and `target_batch_size` are those of the callback:
+        if one micro-batch does not reach the target, the step accumulates. The Trainer, the model
+        and the loaders stay as they are.
+
+        Args:
+            trainer: A Trainer with the precision to estimate; `accelerator="cpu"` without a GPU.
+            model: The module.
+            train_dataloaders: As for `Trainer.fit`.
+            datamodule: A datamodule, instead of loaders.
+            device: Name of a GPU, such as "H100" or "A100-40GB"; its memory in bytes or as text;
+                None or "cuda:1" for one that is present.
+            calibrate: The report file of a tuning run of the same step on a GPU: its measured peaks
+                correct the estimate and narrow its band.
+
+        Returns:
+            The estimate: `.largest`, `.at(n)`, `.untested`; `print` shows it all.
+
+        Raises:
+            ValueError: `trainer` is not a Trainer, or `device` is not a known GPU.
+            AutobatchError: The memory of the step cannot be estimated.
+        """
+        check_trainer(trainer)
+        check_launcher(trainer)
+        loaders = loaders_for("fit", train_dataloaders, None, None)
+        with Undo() as undo, undo:
+            undo.add(partial(setattr, self, "_estimates", None))
+            self._estimated = None
+            self._estimates = partial(
+                estimate_training, target=target_gpu(device), calibrate=calibrate
+            )
+            self._begin_only(trainer, "fit", model, loaders, datamodule)
+        if self._estimated is None:
+            raise AutobatchError("Nothing was estimated: fit ended before its first batch.")
+        return self._estimated
+
+    def _begin_only(
+        self, trainer: Any, method: str, model: Any, loaders: Sequence[Any], datamodule: Any
+    ) -> None:
+        """Begin a method of the Trainer and end it before its first batch; restore all state."""
         # Another AutoBatch of the Trainer stays out of it
         others = [each for each in trainer.callbacks if not isinstance(each, AutoBatch)]
         # Entered twice: an interrupt between the body and the inner exit still meets the outer one
@@ -262,12 +349,8 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             undo.add(partial(setattr, self, "_only_tunes", False))
             undo.add(self._undo_run)
             trainer.callbacks = [self, *others]
-            self.reports.pop(method, None)
             self._only_tunes = True
             getattr(trainer, method)(model, *loaders, datamodule=datamodule)
-        if method not in self.reports:
-            raise AutobatchError(f"Nothing was tuned: {method} ended before its first batch.")
-        return self.reports[method]
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Move to the front, so that other callbacks see the tuned loader and optimizers."""
@@ -282,6 +365,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         trainer.callbacks = [self, *others]
         check_lightning(trainer)
         if stage == "fit":
+            self.survived = ()
             self._run.before_optimizers.watch(trainer, self._arguments.batch_arg_name)
         else:
             evaluate = partial(self._tune_evaluation, trainer, STAGES[stage])
@@ -306,6 +390,11 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         if reason:
             self._stay_idle(reason)
             return
+        if self._arguments.survives:
+            check_survival(trainer, pl_module)
+        if self._arguments.keeps:
+            self._stay_idle('plan="keep" tunes nothing')
+            return
         checkpoint = self._run.checkpoint
         check(trainer, pl_module, checkpoint)
         if checkpoint is not None:
@@ -315,6 +404,9 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         known_at = partial(known_at_start, self._known, checkpoint, last)
         before = self._plan_before(trainer)
         try:
+            if self._estimates is not None:
+                self._estimated = self._estimates(trainer, pl_module, self._arguments)
+                raise Imported.TUNER_EXIT.of(trainer)
             with stopping_together():
                 tuned = tune_training(
                     trainer, pl_module, self._arguments, known_at, before, FIT_START
@@ -332,10 +424,13 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Write the report beside the logs, now that the loggers have created their directory."""
+        if self._arguments.survives:
+            self._survive(trainer, pl_module)
         if self._run.is_tuned:
             self._run.loaders["train"].check_used(trainer.train_dataloader)
-            look = partial(self._before_epoch, trainer, pl_module)
-            self._run.replace(before_epochs(trainer, look))
+            before_hooks = partial(self._before_hooks, trainer, pl_module)
+            after_hooks = partial(self._before_epoch, trainer, pl_module)
+            self._run.replace(before_epochs(trainer, before_hooks, after_hooks))
             log_report(self.reports["fit"], trainer)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
@@ -372,11 +467,17 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Complete the report with the measurements made while training."""
         self._run.timer.stop()
+        if self._run.survival is not None:
+            self._end_survival(trainer, self._run.survival)
         if self._trained is None or not self._run.is_tuned:
             return
         loading = self._run.timer.loading
         noise = next((c for c in trainer.callbacks if isinstance(c, NoiseScale)), None)
-        measured = {"loading": loading, "noise": noise.reading if noise else None}
+        measured = {
+            "loading": loading,
+            "noise": noise.reading if noise else None,
+            "survived": self.survived,
+        }
         self.reports["fit"] = self._trained = self._trained.model_copy(update=measured)
         refresh_report(self._trained, trainer)
         if noise is not None:
@@ -390,6 +491,8 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Restore the batch size of the user's loader."""
+        if self._run.survival is not None:
+            self._run.survival.note_half_step(exception)
         self._undo_run()
 
     def _apply_at_start(self, trainer: Any, module: Any, tuned: Tuned) -> None:
@@ -404,19 +507,47 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             self._run.before_optimizers,
         )
 
+    def _survive(self, trainer: Any, module: Any) -> None:
+        """Let training go on when memory runs out in it."""
+        probe = detect(self._arguments.device, module.device)
+        size = getattr(trainer.train_dataloader, "batch_size", None)
+        self._run.survival = Survival(trainer, probe, size if isinstance(size, int) else None)
+        self._run.replace(self._run.survival.patch())
+
+    def _end_survival(self, trainer: Any, survival: Survival) -> None:
+        with current_ranks() as ranks:
+            of_ranks = ranks.gather(tuple(survival.events))
+        self.survived = tuple(sorted(itertools.chain(*of_ranks), key=lambda event: event.step))
+        plan = self._trained.plan if self._trained and self._run.is_tuned else survival.plan
+        if (note := survived(self.survived, plan)) and trainer.is_global_zero:
+            _log.warning("%s", note)
+
     def _undo_run(self) -> None:
         self._run.undo()
+
+    def _before_hooks(self, trainer: Any, module: Any) -> None:
+        """Tune again before the first epoch if callbacks hold memory already that trials lacked.
+
+        What hooks of the epoch make of optimizers and schedules comes after these are created
+        again.
+        """
+        if trainer.global_step == 0 and trainer.current_epoch not in self._epochs:
+            self._compare(trainer, module)
 
     def _before_epoch(self, trainer: Any, module: Any) -> None:
         """Tune again where the user wants it, or where callbacks hold memory that trials lacked."""
         run, epoch = self._run, trainer.current_epoch
-        reason = f"Tuned again at epoch {epoch}, for the effective batch of"
         if run.is_to_compare or epoch in self._epochs:
-            excess = run.beside.excess(trainer) if run.beside is not None else None
-            if excess or epoch in self._epochs:
-                self._retune(trainer, module, f"{excess} {reason}" if excess else reason)
+            self._compare(trainer, module)
             run.is_to_compare, run.steps_before = False, trainer.global_step
         run.before_data.forget()
+
+    def _compare(self, trainer: Any, module: Any) -> None:
+        epoch, beside = trainer.current_epoch, self._run.beside
+        excess = beside.excess(trainer) if beside is not None else None
+        if excess or epoch in self._epochs:
+            reason = f"Tuned again at epoch {epoch}, for the effective batch of"
+            self._retune(trainer, module, f"{excess} {reason}" if excess else reason)
 
     def _look_beside(self, trainer: Any) -> None:
         """Warn if callbacks hold memory since the first step that makes training run out of it."""

@@ -6,8 +6,10 @@ import inspect
 import sys
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.utils.data import DataLoader
 
+from autobatch._report.tradeoff import unwrapped
 from autobatch.errors import AutobatchError
 from autobatch.lightning._compat import (
     TESTED,
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
     from autobatch._settings import Settings
     from autobatch.lightning._resume import Checkpoint
-    from autobatch.lightning._trainer import Trainer
+    from autobatch.lightning._trainer import Strategy, Trainer
 
 
 def check_trainer(trainer: Any) -> None:
@@ -85,6 +87,73 @@ def checked_evaluate(evaluate: object) -> bool:
             "or False to leave them as they are."
         )
     return evaluate
+
+
+def checked_survival(on_out_of_memory: object) -> bool:
+    """Return True if training survives out of memory; `ValueError` for other values."""
+    if on_out_of_memory not in ("raise", "split"):
+        raise ValueError(
+            f'on_out_of_memory={on_out_of_memory!r} is unknown; give "split" to run a micro-batch '
+            'that runs out of memory again in pieces, or "raise" to let training end.'
+        )
+    return on_out_of_memory == "split"
+
+
+def checked_keep(plan: object, *, survives: bool, **others: object) -> bool:
+    """Return True for `plan="keep"`; `ValueError` with an argument that asks for another plan."""
+    if plan != "keep":
+        return False
+    given = next((f"{name}={value!r}" for name, value in others.items() if value), None)
+    if given is not None:
+        raise ValueError(
+            f"plan='keep' leaves batch size and accumulation as they are in the Trainer, and "
+            f"{given} changes them; give one of the two."
+        )
+    if not survives:
+        raise ValueError(
+            "plan='keep' tunes nothing, and on_out_of_memory='raise' changes nothing in training; "
+            'give on_out_of_memory="split", or leave AutoBatch out.'
+        )
+    return True
+
+
+def check_survival(trainer: Trainer, module: Any) -> None:
+    """Raise `AutobatchError` where a micro-batch cannot be undone and run again in pieces."""
+    for problem in _against_survival(trainer, module):
+        raise AutobatchError(
+            f'on_out_of_memory="split" cannot repeat the micro-batches of this run: {problem}; '
+            "leave it out."
+        )
+
+
+def _against_survival(trainer: Trainer, module: Any) -> Iterator[str]:
+    strategies = package(trainer).strategies
+    if not module.automatic_optimization:
+        yield "with manual optimization (automatic_optimization=False), training_step steps itself"
+    strategy = trainer.strategy
+    if isinstance(strategy, strategies.DDPStrategy):
+        yield from _against_survival_on_ranks(strategy, module)
+    elif not isinstance(strategy, strategies.SingleDeviceStrategy):
+        yield f"{type(strategy).__name__} makes ranks wait for each other in every pass"
+    if any(isinstance(unwrapped(each), torch.optim.LBFGS) for each in trainer.optimizers):
+        yield "LBFGS evaluates a batch several times in a step"
+    if "dataloader_iter" in inspect.signature(module.training_step).parameters:
+        yield "training_step takes the iterator of the loader"
+
+
+def _against_survival_on_ranks(strategy: Strategy, module: Any) -> Iterator[str]:
+    wrapper = strategy.model
+    if any(isinstance(part, torch.nn.SyncBatchNorm) for part in module.modules()):
+        yield "SyncBatchNorm makes ranks wait for each other in the forward pass"
+    if getattr(wrapper, "static_graph", False) or getattr(wrapper, "mixed_precision", None):
+        yield "DistributedDataParallel has static_graph or mixed_precision"
+    if _overrides_backward(module):
+        yield "the module overrides backward, and ranks share its hooks"
+
+
+def _overrides_backward(module: Any) -> bool:
+    owner = next(kind for kind in type(module).__mro__ if "backward" in vars(kind))
+    return not owner.__module__.startswith(("lightning.", "pytorch_lightning."))
 
 
 def check_launcher(trainer: Trainer) -> None:

@@ -91,6 +91,7 @@ class Imported(StrEnum):
     CALL_CALLBACK_HOOKS = "trainer.call._call_callback_hooks"
     CALL_MODULE_HOOK = "trainer.call._call_lightning_module_hook"
     CALL_STRATEGY_HOOK = "trainer.call._call_strategy_hook"
+    CLOSURE = "loops.optimization.automatic.Closure"
     COMBINED_LOADER = "utilities.combined_loader.CombinedLoader"
     FETCHER = "loops.fetchers._PrefetchDataFetcher"
     REQUEST_LOADERS = "trainer.connectors.data_connector._request_dataloader"
@@ -190,6 +191,64 @@ def build_step_args(
 def training_step_result(loop: EpochLoop, arguments: OrderedDict[str, Any]) -> Any:
     """Call `training_step` as automatic optimization does, and return its `ClosureResult`."""
     return loop.automatic_optimization._training_step(arguments)
+
+
+def replacing_closures(trainer: Trainer, make: Callable[..., Any]) -> patched:
+    """Replace the closures of automatic optimization: training_step, zero_grad and backward.
+
+    `make` is called for each micro-batch with the arguments of the step, the optimizer and the
+    index of the batch. The closure runs under `no_sync` while gradients accumulate, and otherwise
+    in `optimizer.step`, before gradients are unscaled and clipped.
+    """
+    return patched(trainer.fit_loop.epoch_loop.automatic_optimization, _make_closure=make)
+
+
+def backward_of(trainer: Trainer, optimizer: Any) -> Callable[[Any], None] | None:
+    """Return the function that runs the backward pass of a loss with all its hooks."""
+    return trainer.fit_loop.epoch_loop.automatic_optimization._make_backward_fn(optimizer)
+
+
+def zero_grad_of(trainer: Trainer, index: int, optimizer: Any) -> Callable[[], None] | None:
+    """Return the function that resets gradients; None within an accumulation window."""
+    return trainer.fit_loop.epoch_loop.automatic_optimization._make_zero_grad_fn(index, optimizer)
+
+
+def logged_results(trainer: Trainer) -> Any:
+    """Return the values that `self.log` has collected in this loop, a dict."""
+    return trainer._results
+
+
+def logged_on_step(trainer: Trainer) -> dict[str, Any]:
+    """Return the tensors that the last `training_step` has logged, without those of metrics."""
+    return {
+        name: result._forward_cache
+        for name, result in trainer._results.items()
+        if result.is_tensor and result.meta.on_step and result.meta.is_mean_reduction
+    }
+
+
+def set_logged_on_step(trainer: Trainer, name: str, value: Any) -> None:
+    """Replace a value that `training_step` has logged for this step."""
+    result = trainer._results[name]
+    if not result.meta.on_epoch:
+        result.value = value
+    result._forward_cache = value
+
+
+def is_redirected(module: LightningModule) -> bool:
+    """Return whether the forward pass of a wrapper has not reached the module yet.
+
+    Lightning 2.6 lets `forward` lead to `training_step` until then.
+    """
+    return getattr(vars(module).get("forward"), "__name__", "") == "wrapped_forward"
+
+
+def is_synchronized_in_step(trainer: Trainer) -> bool:
+    """Return whether `self.log` of a training step communicates with other ranks."""
+    return any(
+        result.is_tensor and result.meta.on_step and result.meta.sync.should
+        for result in trainer._results.values()
+    )
 
 
 def new_epoch_loop(trainer: Trainer) -> EpochLoop:
@@ -443,7 +502,9 @@ class patched(Undo):  # noqa: N801 -- reads as what it does: with patched(owner,
         self._former: dict[str, Any] = {}  # of the names that are replaced now
 
     def start(self) -> None:
-        self.add(self.restore)
+        # Not `add`, which keeps a closure: no pickle takes one
+        self.push(self.restore)
+        self.push(self.restore)
         self.apply()
 
     def apply(self) -> None:
@@ -453,7 +514,7 @@ class patched(Undo):  # noqa: N801 -- reads as what it does: with patched(owner,
             self._former[name] = getattr(self._owner, name) if has_own else _Absent
             _set(self._owner, name, value)
 
-    def restore(self) -> None:
+    def restore(self, *_: object) -> None:
         """Restore what was there; a second call changes nothing, or completes the first."""
         while self._former:
             name, former = next(reversed(self._former.items()))

@@ -96,7 +96,7 @@ class Loaders:
             for loader in self.each
         )
         self._world_size = int(trainer.world_size)
-        self._batches: dict[int, int | None] = {}  # of an epoch, by batch size
+        self._lengths: dict[int, tuple[int, ...] | None] = {}  # of each loader, by batch size
 
     @property
     def batch_size(self) -> int:
@@ -146,13 +146,17 @@ class Loaders:
 
     def batches(self, batch_size: int) -> int | None:
         """Return the batches of each rank in an epoch at a batch size; None if unknown."""
-        if batch_size not in self._batches:
+        lengths = self.lengths(batch_size)
+        return None if lengths is None else int(self.epoch_length(lengths))
+
+    def lengths(self, batch_size: int) -> tuple[int, ...] | None:
+        """Return the batches of each loader on a rank at a batch size; None if one is unknown."""
+        if batch_size not in self._lengths:
             sized = zip(self.each, self.sized(batch_size), self.shards, strict=True)
             lengths = [batches_of(*each) for each in sized]
-            known = [length for length in lengths if length is not None]
-            is_known = len(known) == len(lengths)
-            self._batches[batch_size] = int(self.epoch_length(known)) if is_known else None
-        return self._batches[batch_size]
+            known = tuple(length for length in lengths if length is not None)
+            self._lengths[batch_size] = known if len(known) == len(lengths) else None
+        return self._lengths[batch_size]
 
     @contextmanager
     def at(self, batch_size: int) -> Iterator[CombinedLoader]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from autobatch._noise.hooks import is_compiled, real, squared_norm, write_counts
-from autobatch._trials.batches import cut, is_plain, leaves, listed, row_counts
+from autobatch._trials.batches import NotDividedError, cut, divisible_samples
 from autobatch._trials.snapshot import Snapshot
 from autobatch.lightning._compat import build_step_kwargs
 from autobatch.lightning._silence import silenced
@@ -21,10 +21,6 @@ if TYPE_CHECKING:
 # The mean gradient of two halves may differ from the gradient of the batch by this share of its
 # norm; rounding under bf16 is below
 _ROUNDING: Final = 0.02
-
-
-class NotDividedError(Exception):
-    """A batch or module that cannot be measured in halves; the message is the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +56,7 @@ class HalfBatch:
         parts = trainer.lightning_module.modules()
         if any(is_compiled(part) or type(part).__name__ == "OptimizedModule" for part in parts):
             raise NotDividedError("torch.compile would compile it again for half a batch")
-        samples = _samples_of(batch)
+        samples = divisible_samples(batch)
         first, second = samples // 2, samples - samples // 2
         rows = [slice(0, first)] if self._add_up else [slice(0, first), slice(first, samples)]
         halves = [cut(batch, samples, each) for each in rows]
@@ -95,26 +91,14 @@ class HalfBatch:
                 snapshot.capture_beside_parameters(module)
             known = snapshot.parameters
             before = write_counts(known)
-            vars(module)["log"] = _log_nothing  # the snapshot deletes it, as everything new
-            gradients = [_gradient(trainer, each, index, parameters) for each in batches]
+            vars(module)["log"] = log_nothing  # the snapshot deletes it, as everything new
+            gradients = [step_gradient(trainer, each, index, parameters) for each in batches]
             if before != write_counts(known):
                 raise NotDividedError("its training_step changes parameters itself")
         return gradients
 
 
-def _samples_of(batch: Any) -> int:
-    if not all(isinstance(leaf, torch.Tensor) or is_plain(leaf) for leaf in leaves(batch)):
-        raise NotDividedError("its batches are not of tensors in plain containers")
-    counts = row_counts(batch)
-    if len(counts) != 1:
-        raise NotDividedError(f"the tensors in its batches have {listed(counts)} rows")
-    (samples,) = counts
-    if samples < 2:  # noqa: PLR2004 -- two halves
-        raise NotDividedError("its batches are of one sample")
-    return samples
-
-
-def _gradient(
+def step_gradient(
     trainer: Any, batch: Any, index: int, parameters: Sequence[Parameter]
 ) -> Sequence[torch.Tensor | None]:
     """Return the gradient of one training step, scaled as in training; `.grad` stays as it is."""
@@ -176,5 +160,5 @@ def _is_near(both: Sequence[torch.Tensor], whole: Sequence[torch.Tensor]) -> boo
     return bool(difference <= _ROUNDING**2 * _norm(whole))
 
 
-def _log_nothing(*_: Any, **__: Any) -> None:
+def log_nothing(*_: Any, **__: Any) -> None:
     """Replace `self.log`."""

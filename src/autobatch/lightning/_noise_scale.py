@@ -11,7 +11,7 @@ from autobatch._memory.oom import is_oom
 from autobatch._noise.hooks import GradientNormHook, GradientNorms, NoiseRecord, obstacle
 from autobatch._noise.loop import checked_interval
 from autobatch._report.units import plain
-from autobatch._trials.batches import row_counts
+from autobatch._trials.batches import NotDividedError, row_counts
 from autobatch.errors import AutobatchError
 from autobatch.lightning._compat import (
     batches_that_stepped,
@@ -20,7 +20,7 @@ from autobatch.lightning._compat import (
     name_missing_to_noise_scale,
     should_accumulate,
 )
-from autobatch.lightning._half_batch import HalfBatch, NotDividedError
+from autobatch.lightning._half_batch import HalfBatch
 
 if TYPE_CHECKING:
     from autobatch._noise import NoiseReading

@@ -48,6 +48,8 @@ class CallbackArguments:
         set_batch_size: Sets the batch size of a loader; None for the default way.
         retunes: Whether later epochs are tuned again.
         verbose: Whether progress and report are printed.
+        survives: Whether training goes on in pieces when memory runs out.
+        keeps: Whether nothing is tuned.
     """
 
     settings: Settings
@@ -59,6 +61,8 @@ class CallbackArguments:
     set_batch_size: SetBatchSize | None
     retunes: bool
     verbose: bool
+    survives: bool
+    keeps: bool
 
 
 @dataclass(frozen=True, slots=True)

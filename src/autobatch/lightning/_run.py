@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from autobatch.lightning._beside import BesideTraining
     from autobatch.lightning._dataloaders import Rebatched
     from autobatch.lightning._resume import Checkpoint
+    from autobatch.lightning._survival import Survival
     from autobatch.lightning._trainer import Trainer
 
 
@@ -66,6 +67,7 @@ class Run:
         beside: Memory that callbacks held in trials; None if there is nothing to compare.
         is_to_compare: True if it is compared before the next epoch.
         steps_before: Updates before this epoch, if it is compared after the first one of it.
+        survival: Runs micro-batches that run out of memory again, if the user wants that.
         patches: Methods of the loops that are replaced; `replace` adds to them.
         attribute: The former batch size of the module, while an evaluation runs with another.
     """
@@ -80,6 +82,7 @@ class Run:
     beside: BesideTraining | None = None
     is_to_compare: bool = True
     steps_before: int | None = None
+    survival: Survival | None = None
     patches: list[patched] = field(default_factory=list)
     attribute: FormerBatchSize | None = None
 
@@ -113,7 +116,7 @@ class Run:
         self.before_optimizers.forget()
         self.before_data.forget()
         self.timer.stop()
-        self.window = None
+        self.window = self.survival = None
         while self.patches:
             self.patches[-1].restore()
             self.patches.pop()
@@ -125,20 +128,26 @@ class Run:
             self.attribute = None
 
 
-def before_epochs(trainer: Trainer, act: Callable[[], None]) -> patched:
-    """Return a patch that calls `act` before the first batch of each epoch.
+def before_epochs(
+    trainer: Trainer, before_hooks: Callable[[], None], after_hooks: Callable[[], None]
+) -> patched:
+    """Return a patch that acts before and after the hooks `on_train_epoch_start` of each epoch.
 
-    It does not if a checkpoint resumes within the epoch.
-
-    A callback would be too early: the module's own `on_train_epoch_start` comes after those of all
-    callbacks.
+    It does not if a checkpoint resumes within the epoch. A callback of its own would act between
+    them: those of other callbacks and of the module come later.
     """
     loop = trainer.fit_loop
-    advance = loop.advance
 
-    def act_and_advance() -> None:
-        if not (loop.restarted_mid_epoch or loop.restarted_on_epoch_end):
-            act()
-        advance()
+    def acting(act: Callable[[], None], method: Callable[[], None]) -> Callable[[], None]:
+        def act_and_go_on() -> None:
+            if not (loop.restarted_mid_epoch or loop.restarted_on_epoch_end):
+                act()
+            method()
 
-    return patched(loop, advance=act_and_advance)
+        return act_and_go_on
+
+    return patched(
+        loop,
+        on_advance_start=acting(before_hooks, loop.on_advance_start),
+        advance=acting(after_hooks, loop.advance),
+    )

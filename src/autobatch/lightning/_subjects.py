@@ -13,9 +13,11 @@ from autobatch._subject import versions
 from autobatch.lightning._accumulation import last_samples, update_notes
 from autobatch.lightning._attribute import has_batch_size_attribute
 from autobatch.lightning._compat import package_of
+from autobatch.lightning._traced import traceable_step
 from autobatch.lightning._trainer_notes import copy_note, prefetch_note, rows_note, schedule_notes
 
 if TYPE_CHECKING:
+    from autobatch._memory.estimate.tracer import TrainingStep
     from autobatch._plan import BatchPlan
     from autobatch._report import Task
     from autobatch._report.result import Look
@@ -118,6 +120,9 @@ class LightningTraining:
     def largest_samples(self) -> Look | None:
         return self.samples.look
 
+    def traceable_step(self, accumulate: int) -> TrainingStep:
+        return traceable_step(self.trainer, self.module, self.samples, accumulate)
+
     def planned_seconds(self, sample_seconds: float) -> float | None:
         return self.limits.planned_seconds(sample_seconds)
 
@@ -210,6 +215,9 @@ class LightningEvaluation:
 
     def largest_samples(self) -> Look | None:
         return self.samples.look
+
+    def traceable_step(self, accumulate: int) -> None:
+        """Return None: an evaluation has no training step."""
 
     def planned_seconds(self, sample_seconds: float) -> float | None:
         samples = self.settings.dataset_size

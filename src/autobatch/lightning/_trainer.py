@@ -58,6 +58,9 @@ class AutomaticOptimization(Protocol):
     """`_AutomaticOptimization`."""
 
     run: Callable[..., Any]
+    _make_backward_fn: Callable[..., Callable[[Any], None] | None]
+    _make_closure: Callable[..., Any]
+    _make_zero_grad_fn: Callable[..., Callable[[], None] | None]
     _training_step: Callable[[OrderedDict[str, Any]], Any]
 
 
@@ -110,6 +113,7 @@ class FitLoop(Protocol):
     """`_FitLoop`, as far as AutoBatch uses it."""
 
     advance: Callable[[], None]
+    on_advance_start: Callable[[], None]
     epoch_loop: EpochLoop
     epoch_progress: Any  # its `current.completed` is the current epoch
     max_batches: int | float
@@ -230,3 +234,4 @@ class Trainer(AnyTrainer, Protocol):
     _data_connector: DataConnector
     _logger_connector: LoggerConnector
     _loggers: list[Any]
+    _results: Any  # of the active loop

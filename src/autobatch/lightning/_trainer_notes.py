@@ -32,7 +32,8 @@ class TrainerLimits:
     max_steps: int  # updates after which training stops; -1 for no limit
     max_epochs: int | None  # epochs after which training stops; None or -1 for no limit
     validates: bool
-    batches: Callable[[int], int | None]  # of the loader, by size; None if it has no length
+    batches: Callable[[int], int | None]  # of an epoch, by size; None if a loader has no length
+    lengths: Callable[[int], tuple[int, ...] | None]  # of each loader
     samples: Callable[[BatchPlan], int | None]  # that an epoch trains on; None if unknown
     before: BatchPlan  # the plan until now
 
@@ -53,14 +54,16 @@ class TrainerLimits:
     def check(self, plan: BatchPlan) -> None:
         """Raise `AutobatchError` if an epoch has too few batches with this plan."""
         trainer, size = self.trainer, plan.micro_batch_size
-        batches, limit = self.batches(size), trainer.limit_train_batches
-        if batches is None:
+        batches, lengths = self.batches(size), self.lengths(size)
+        if batches is None or lengths is None:
             return
+        limit, fewest = trainer.limit_train_batches, min(lengths)
         taken = min(batches, limit) if _is_count(limit) else int(batches * limit)
-        if taken == 0:
+        # Lightning 2.6 refuses a share that leaves no batch of one of several loaders
+        if taken == 0 or (fewest and not _is_count(limit) and int(fewest * limit) == 0):
             raise AutobatchError(
-                f"{self._limit}={limit} of the {batches} micro-batches of {size} that an epoch has "
-                f"is less than one, so nothing would be trained. Raise {self._limit}, or lower "
+                f"{self._limit}={limit} of the {fewest} micro-batches that a loader has at a batch "
+                f"size of {size} is less than one. Raise {self._limit}, or lower "
                 "max_micro_batch_size."
             )
         interval = validation_interval(trainer)

@@ -75,6 +75,7 @@ def tune_training(
             trainer.max_epochs,
             validates=validates,
             batches=loaders.batches,
+            lengths=loaders.lengths,
             samples=partial(_samples_trained, trainer, loaders),
             before=trained or BatchPlan(loaders.batch_size, accumulate, trainer.world_size),
         )

@@ -116,6 +116,9 @@ class SimulatedAccelerator:
     def release(self) -> None:
         """Do nothing: there is no cache, a tensor is freed when it dies."""
 
+    def gpu(self) -> None:
+        """Return None: predicted peaks are those of live tensors, and of no GPU's allocator."""
+
     def clock(self) -> float:
         """Return wall-clock seconds."""
         return time.perf_counter()

@@ -31,7 +31,15 @@ _BATCH_HEADS_LENGTH_WIDTH: Final = 4
 
 
 class CudaOperators(Undo):
-    """While it lasts, CPU tensors run the operators that tensors on CUDA would run."""
+    """While it lasts, CPU tensors run the operators that tensors on CUDA would run.
+
+    Args:
+        has_flash_attention: Whether the GPU has the flash kernel.
+    """
+
+    def __init__(self, *, has_flash_attention: bool) -> None:
+        super().__init__()
+        self._attention = partial(_attention, has_flash_attention)
 
     def start(self) -> None:
         plain = F.dropout
@@ -41,7 +49,7 @@ class CudaOperators(Undo):
         ) -> torch.Tensor:
             return plain(input, p, training, True) if inplace else _dropout(input, p, training)
 
-        self._replace(F, "scaled_dot_product_attention", _attention)
+        self._replace(F, "scaled_dot_product_attention", self._attention)
         self._replace(F, "dropout", functional_dropout)
         self._replace(torch, "dropout", _dropout)
         # transformers 5 asks for fake tensors, and makes masks for them that it leaves out
@@ -84,6 +92,7 @@ def _dropout(input: torch.Tensor, p: float, train: bool) -> torch.Tensor:
 
 
 def _attention(
+    has_flash_attention: bool,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -107,7 +116,8 @@ def _attention(
     width = query.size(-1)
     is_half = query.dtype in _HALF
     same_width = width == value.size(-1)
-    if is_half and attn_mask is None and same_width and width <= _WIDEST_FLASH_HEAD:
+    suits_flash = has_flash_attention and is_half and same_width and width <= _WIDEST_FLASH_HEAD
+    if suits_flash and attn_mask is None:
         scale = scale or 1 / math.sqrt(width)
         padded = [
             F.pad(each, (0, -width % 8)) if width % 8 else each for each in (query, key, value)

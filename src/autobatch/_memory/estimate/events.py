@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 _ADD: Final = "aten.add.Tensor"
+SCRATCH: Final = " (scratch memory)"  # ends the name of what is freed within its operator
 
 
 class UntraceableError(Exception):
@@ -35,6 +36,14 @@ class Phase(StrEnum):
     END = "end"  # of a step
 
 
+class Origin(StrEnum):
+    """Use of memory that is held before the first step: the name of its allocation."""
+
+    PARAMETERS = "parameters"
+    OPTIMIZER_STATE = "optimizer state"
+    BATCH = "batch"
+
+
 @dataclass(frozen=True, slots=True)
 class Event:
     """One event; all but `numbers` is the same at every batch size.
@@ -44,12 +53,14 @@ class Event:
         block: Number of the allocation; 0 for other events.
         name: The operator, or the phase that begins.
         numbers: Bytes of an allocation, or axes of a sum.
+        module: The module that allocates; empty if none is known.
     """
 
     kind: Kind
     block: int
     name: str
     numbers: tuple[int, ...] = ()
+    module: str = ""
 
 
 def in_place_sums(events: Sequence[Event]) -> list[Event]:

@@ -60,6 +60,6 @@ class FittedEvents:
         for index, event in enumerate(self._first):
             if index in self._changes:
                 numbers = tuple(parabola.at(size) for parabola in self._changes[index])
-                yield Event(event.kind, event.block, event.name, numbers)
+                yield Event(event.kind, event.block, event.name, numbers, event.module)
             else:
                 yield event

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
-from autobatch._memory.estimate.allocator import MIB, CachingAllocator
+from autobatch._memory.estimate.allocator import CachingAllocator
 from autobatch._memory.estimate.events import Kind, Phase, in_fixed_order, in_place_sums
 from autobatch._memory.estimate.fit import SIZES, FittedEvents
 from autobatch._memory.estimate.scratch import Gpu, sum_scratch
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
 
     from autobatch._memory.estimate.events import Event
     from autobatch._memory.estimate.tracer import TrainingStep
-
-# Workspaces of cuBLAS on sm_90, of the main thread and of autograd's, and 1 MiB of other things
-CUBLAS_WORKSPACES: Final = (32 * MIB, 32 * MIB, MIB)
 
 
 class Fit(StrEnum):
@@ -60,16 +58,27 @@ class MemoryEstimate:
     gpu: Gpu | None
 
     @classmethod
-    def of(cls, step: TrainingStep, gpu: Gpu | None) -> Self:
-        """Trace a step; `UntraceableError` if its memory cannot be predicted."""
-        traces = [cls.traced(step, size, gpu) for size in SIZES]
+    def of(cls, step: TrainingStep, gpu: Gpu | None, deadline: float = math.inf) -> Self:
+        """Trace a step; `UntraceableError` if its memory cannot be predicted by the deadline."""
+        traces = [cls.traced(step, size, gpu, deadline) for size in SIZES]
         return cls(FittedEvents.through(traces), gpu)
 
     @staticmethod
-    def traced(step: TrainingStep, size: int, gpu: Gpu | None) -> list[Event]:
+    def traced(
+        step: TrainingStep, size: int, gpu: Gpu | None, deadline: float = math.inf
+    ) -> list[Event]:
         """Return the events at one size, as they would be on the device, in a fixed order."""
-        events = trace(step, size, gpu)
-        return list(in_fixed_order(events if gpu is None else in_place_sums(events)))
+        return list(in_fixed_order(in_place_sums(trace(step, size, gpu, deadline))))
+
+    def peaks(self, batch_size: int) -> Peaks:
+        """Return the peaks of all steps, without a limit of memory."""
+        steps = self.steps(batch_size, None)
+        return Peaks(
+            max(peaks.requested for peaks in steps),
+            max(peaks.allocated for peaks in steps),
+            max(peaks.reserved for peaks in steps),
+            Fit.PLAIN,
+        )
 
     def requested(self, batch_size: int) -> int:
         """Return the most bytes that tensors request at once."""
@@ -88,7 +97,7 @@ class MemoryEstimate:
             replay = _Replay(_Count(capacity), Gpu())
         else:
             replay = _Replay(CachingAllocator(capacity), self.gpu)
-            for nbytes in CUBLAS_WORKSPACES:
+            for nbytes in self.gpu.workspaces:
                 replay.allocator.allocate(nbytes)
         return replay.run(self.events.at(batch_size))
 

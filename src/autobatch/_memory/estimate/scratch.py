@@ -32,11 +32,20 @@ class Gpu:
         multiprocessors: Number of streaming multiprocessors.
         threads: Resident threads of one of them.
         has_cudnn_attention: Whether attention is cuDNN's: on sm_90 and sm_100 from 9.15 on.
+        has_flash_attention: Whether it has the flash kernel: from sm_80 on.
+        cublas_workspace: Bytes of one of cuBLAS's workspaces; torch takes 32 MiB on sm_90.
     """
 
     multiprocessors: int = 132
     threads: int = 2048
     has_cudnn_attention: bool = True
+    has_flash_attention: bool = True
+    cublas_workspace: int = 32 * 2**20
+
+    @property
+    def workspaces(self) -> tuple[int, ...]:
+        """Bytes of the workspaces of the main thread and of autograd's, and of other things."""
+        return (self.cublas_workspace, self.cublas_workspace, 2**20)
 
 
 class Axis(NamedTuple):

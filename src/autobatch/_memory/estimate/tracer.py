@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import random
 import sys
+import time
+import warnings
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -22,7 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from autobatch._memory.estimate.cuda import CudaOperators
-from autobatch._memory.estimate.events import Event, Kind, Phase, UntraceableError
+from autobatch._memory.estimate.events import SCRATCH, Event, Kind, Origin, Phase, UntraceableError
+from autobatch._memory.estimate.modules import RunningModules
 from autobatch._memory.estimate.scratch import (
     attention_scratch,
     axes_of_sum,
@@ -32,7 +37,7 @@ from autobatch._memory.ledger import unobserved
 from autobatch._undo import Undo
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
     from types import FrameType
 
     from autobatch._memory.estimate.scratch import Gpu
@@ -45,7 +50,10 @@ _HOOKS: Final = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
+# The one hook in it lets embeddings need gradients, for checkpoints (transformers 5.24)
+_KEEPS_NOTHING: Final = "transformers.modeling_utils"
 _SCALAR: Final = 8  # bytes
+_CPU: Final = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +63,8 @@ class TrainingStep:
     Args:
         model: The model, on any device; a copy of it is traced.
         optimizer: Its optimizer; copied too.
-        loss: Function of the model and a batch.
-        batch: Function that returns a batch of so many samples, of new tensors on the CPU.
+        loss: Function of the model and a batch that returns the loss, or a dict with a key "loss".
+        batch: Function that returns a batch of so many samples, of tensors on the CPU.
         autocast: Precision of automatic mixed precision; None without it.
         accumulate: Micro-batches of one update.
         zeroes_after_forward: True if gradients are zeroed between forward and backward, as by the
@@ -65,31 +73,44 @@ class TrainingStep:
 
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
-    loss: Callable[[torch.nn.Module, Any], torch.Tensor]
+    loss: Callable[[torch.nn.Module, Any], Any]
     batch: Callable[[int], Any]
     autocast: torch.dtype | None = None
     accumulate: int = 1
     zeroes_after_forward: bool = False
 
 
-def trace(step: TrainingStep, batch_size: int, gpu: Gpu | None) -> list[Event]:
+def trace(
+    step: TrainingStep, batch_size: int, gpu: Gpu | None, deadline: float = math.inf
+) -> list[Event]:
     """Return the events of building a model and of two steps; without a GPU, those of the CPU.
 
+    Args:
+        step: The step.
+        batch_size: Samples in a batch.
+        gpu: The device; None for one that counts live tensors.
+        deadline: Reading of `time.perf_counter` at which the trace is given up.
+
     Raises:
-        UntraceableError: The step cannot run on fake tensors, or does what is not modelled.
+        UntraceableError: The step cannot run on fake tensors, does what is not modelled, or takes
+            too long.
     """
     _check(step.model)
     try:
-        with _Untouched(), unobserved():
+        with _Untouched(), unobserved(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a copy without its Trainer
             fake = FakeTensorMode(allow_non_fake_inputs=True)
             model, optimizer = _fake_copy(step, fake)
             if gpu is not None:
                 _choose_foreach(optimizer)
-            tracer = _Tracer(gpu)
-            tracer.attach(_tensors_in_order(model))
-            tracer.attach(tree_leaves(list(optimizer.state.values())))
-            with CudaOperators() if gpu else contextlib.nullcontext(), fake, tracer:
-                _run(step, model, optimizer, batch_size, tracer)
+            running = RunningModules(model)
+            tracer = _Tracer(gpu, running, deadline)
+            tracer.attach_model(model)
+            tracer.attach(tree_leaves(list(optimizer.state.values())), Origin.OPTIMIZER_STATE)
+            batch, tensors = _fake_batch(step.batch(batch_size), fake)
+            tracer.attach(tensors, Origin.BATCH)
+            with _operators_of(gpu), fake, tracer, running:
+                _run(step, model, optimizer, batch, tracer)
     except UntraceableError:
         raise
     except Exception as error:
@@ -102,16 +123,16 @@ def _run(
     step: TrainingStep,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
-    batch_size: int,
+    batch: Any,
     tracer: _Tracer,
 ) -> None:
     autocast = torch.autocast("cpu", step.autocast or torch.bfloat16, step.autocast is not None)
-    batch = step.batch(batch_size)
     for _ in range(_STEPS):
         for micro_batch in range(step.accumulate):
             tracer.begin(Phase.FORWARD)
             with autocast:
-                loss = step.loss(model, batch)
+                outputs = step.loss(model, batch)  # all of them live through the backward pass
+            loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
             torch.clear_autocast_cache()  # as on leaving the outermost context
             if step.zeroes_after_forward and not micro_batch:
                 optimizer.zero_grad()
@@ -124,16 +145,22 @@ def _run(
         tracer.begin(Phase.END)
 
 
+def _operators_of(gpu: Gpu | None) -> contextlib.AbstractContextManager[Any]:
+    if gpu is None:
+        return contextlib.nullcontext()
+    return CudaOperators(has_flash_attention=gpu.has_flash_attention)
+
+
 def _check(model: torch.nn.Module) -> None:
     """Refuse models whose memory is not modelled, or that the trace might change."""
     for name, part in model.named_modules():
         if isinstance(part, torch.nn.RNNBase):
             raise UntraceableError(f"{name} is a recurrent network, whose memory is not modelled")
-        if any(getattr(part, hooks) for hooks in _HOOKS):
+        hooks = [hook for kind in _HOOKS for hook in getattr(part, kind).values()]
+        if not all(getattr(hook, "__module__", "") == _KEEPS_NOTHING for hook in hooks):
             raise UntraceableError(f"{name or 'the model'} has hooks, which may keep tensors")
     for name, parameter in model.named_parameters():
-        hooks = (parameter._backward_hooks, parameter._post_accumulate_grad_hooks)
-        if any(hooks):
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
             raise UntraceableError(f"{name} has hooks, which may keep tensors")
         if torch.nn.parameter.is_lazy(parameter):
             raise UntraceableError(f"{name} has no shape yet")
@@ -144,18 +171,49 @@ def _fake_copy(
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     """Return copies whose tensors are fake and on the CPU, without gradients."""
     memo: dict[int, Any] = {}
-    for tensor in (*step.model.parameters(), *step.model.buffers()):
-        if tensor.device.type != "cpu":
-            memo[id(tensor)] = _on_fake_cpu(tensor, fake)
     # Not the Trainer, nor what hangs on it
     trainer = getattr(step.model, "_trainer", None)
     if trainer is not None:
         memo[id(trainer)] = None
-    with FakeCopyMode(fake):
+    for part in step.model.modules():  # the name of its device, by which a module makes tensors
+        memo |= {id(each): _CPU for each in vars(part).values() if isinstance(each, torch.device)}
+    with _CopyToCpu(fake):
         model, optimizer = copy.deepcopy((step.model, step.optimizer), memo)
     for parameter in model.parameters():
         parameter.grad = None
     return model, optimizer
+
+
+def _fake_batch(batch: Any, fake: FakeTensorMode) -> tuple[Any, list[torch.Tensor]]:
+    """Return a copy of a batch without data, and the tensors in it, whatever their containers."""
+    memo: dict[int, Any] = {}
+    with _CopyToCpu(fake):
+        copied = copy.deepcopy(batch, memo)
+    return copied, [each for each in memo.values() if isinstance(each, torch.Tensor)]
+
+
+class _CopyToCpu(FakeCopyMode):
+    """Let deep copies of all tensors be fake ones on the CPU."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Any = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> Any:
+        if func not in (torch.Tensor.__deepcopy__, torch.Tensor.clone) or _is_on_cpu(args[0]):
+            return super().__torch_function__(func, types, args, kwargs)  # type: ignore[arg-type]
+        if func is torch.Tensor.clone:  # of a parameter
+            return _on_fake_cpu(args[0], self.fake_mode)
+        tensor, memo = args
+        if id(tensor) not in memo:
+            memo[id(tensor)] = _on_fake_cpu(tensor, self.fake_mode)
+        return memo[id(tensor)]
+
+
+def _is_on_cpu(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu"
 
 
 def _choose_foreach(optimizer: torch.optim.Optimizer) -> None:
@@ -167,28 +225,21 @@ def _choose_foreach(optimizer: torch.optim.Optimizer) -> None:
 
 def _on_fake_cpu(tensor: torch.Tensor, fake: FakeTensorMode) -> torch.Tensor:
     with fake:
-        copied = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-        if isinstance(tensor, torch.nn.Parameter):
-            return torch.nn.Parameter(copied, tensor.requires_grad)
-    return copied
-
-
-def _tensors_in_order(model: torch.nn.Module) -> Iterator[torch.Tensor]:
-    """Yield parameters and buffers in the order of `Module.to`: those of children first."""
-    for part in reversed(list(model.modules())):
-        yield from part.parameters(recurse=False)
-        yield from part.buffers(recurse=False)
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
 
 
 class _Tracer(TorchDispatchMode):
     """Record allocations and releases of every operator, in order."""
 
-    def __init__(self, gpu: Gpu | None) -> None:
+    def __init__(self, gpu: Gpu | None, running: RunningModules, deadline: float) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._running = running
         self.events: list[Event] = []
         self._gpu = gpu
+        self._deadline = deadline
         self._phase = Phase.BUILD
         self._operator = str(Phase.BUILD)
+        self._module = ""
         self._blocks = 0
         self._live: dict[int, _Live] = {}  # by address
 
@@ -196,11 +247,20 @@ class _Tracer(TorchDispatchMode):
         self._phase = phase
         self.events.append(Event(Kind.PHASE, 0, phase))
 
-    def attach(self, things: Iterable[Any]) -> None:
+    def attach(self, things: Iterable[Any], origin: Origin) -> None:
         """Record tensors that are there already."""
+        self._operator = str(origin)
         for thing in things:
             if isinstance(thing, torch.Tensor):
                 self._record(thing)
+
+    def attach_model(self, model: torch.nn.Module) -> None:
+        """Record parameters and buffers in the order of `Module.to`: those of children first."""
+        for name, part in reversed(list(model.named_modules())):
+            self._module = name
+            tensors = (*part.parameters(recurse=False), *part.buffers(recurse=False))
+            self.attach(tensors, Origin.PARAMETERS)
+        self._module = ""
 
     def __torch_dispatch__(
         self,
@@ -209,7 +269,10 @@ class _Tracer(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if time.perf_counter() > self._deadline:
+            raise UntraceableError("tracing the step takes too long")
         self._operator = str(func)
+        self._module = self._module_of(args)
         if "_local_scalar_dense" in self._operator:
             if self._phase is Phase.OPTIMIZER:
                 return 1.0  # the count of steps
@@ -235,7 +298,19 @@ class _Tracer(TorchDispatchMode):
         if live is not None:  # resized
             self._forget(key, live.ref)
         block = 0 if self._is_on_host(nbytes) or not nbytes else self._allocate((nbytes,))
-        self._live[key] = _Live(block, nbytes, weakref.ref(storage, partial(self._forget, key)))
+        ref = weakref.ref(storage, partial(self._forget, key))
+        self._live[key] = _Live(block, nbytes, self._module, ref)
+
+    def _module_of(self, args: tuple[Any, ...]) -> str:
+        """Return the module that runs; for a gradient, the one that owns the last tensor it reads."""
+        if self._running.innermost or self._phase is not Phase.BACKWARD:
+            return self._running.innermost
+        for leaf in reversed(tree_leaves(args)):
+            if isinstance(leaf, torch.Tensor):
+                live = self._live.get(int(leaf.untyped_storage()._cdata))
+                if live is not None and live.module:
+                    return live.module
+        return ""
 
     def _is_on_host(self, nbytes: int) -> bool:
         """Return True for constants: without a GPU those of `torch.tensor` are not counted.
@@ -249,7 +324,9 @@ class _Tracer(TorchDispatchMode):
 
     def _allocate(self, numbers: tuple[int, ...]) -> int:
         self._blocks += 1
-        self.events.append(Event(Kind.ALLOCATE, self._blocks, self._operator, numbers))
+        self.events.append(
+            Event(Kind.ALLOCATE, self._blocks, self._operator, numbers, self._module)
+        )
         return self._blocks
 
     def _free(self, block: int) -> None:
@@ -268,7 +345,7 @@ class _Tracer(TorchDispatchMode):
             dims = args[1] if len(args) > 1 else None
             numbers = axes_of_sum(args[0], dims)
             if numbers:
-                self.events.append(Event(Kind.SUM, 0, name, numbers))
+                self.events.append(Event(Kind.SUM, 0, name, numbers, self._module))
         elif "attention_backward" in name:
             dropout = args[10] if "flash" in name else 0.0
             self._hold(attention_scratch(name, args[1], dropout, gpu))
@@ -284,8 +361,11 @@ class _Tracer(TorchDispatchMode):
 
     def _hold(self, scratch: tuple[int, ...]) -> None:
         """Record memory that is allocated and freed within the operator."""
+        operator = self._operator
+        self._operator += SCRATCH
         for block in [self._allocate((nbytes,)) for nbytes in scratch][::-1]:
             self._free(block)
+        self._operator = operator
 
 
 def _tests_a_mask() -> bool:
@@ -302,6 +382,7 @@ def _tests_a_mask() -> bool:
 class _Live:
     block: int  # 0 if it is not on the device
     nbytes: int
+    module: str
     ref: weakref.ref[torch.UntypedStorage]
 
 

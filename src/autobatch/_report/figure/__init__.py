@@ -49,17 +49,18 @@ class Picture(Figure):
 
 def draw(report: TuningReport, path: str | Path | None, ax: Axes | None) -> Figure:
     """Draw the figure, or its main panel into `ax`; write it to a file if one is named."""
-    file = None if path is None else _checked(path)
+    file = None if path is None else checked_path(path)
     if ax is not None and not isinstance(ax, Axes):
         raise ValueError(f"ax={ax!r} is not an Axes of matplotlib; give one, or None.")
     with mpl_style.context(["default", STYLE]):
         figure = _picture(report) if ax is None else _main_panel(report, ax)
     if file is not None:
-        files.write(file, _rendered(figure, file.suffix[1:].lower(), dpi=_DPI))
+        write(figure, file)
     return figure
 
 
-def _checked(path: str | Path) -> Path:
+def checked_path(path: str | Path) -> Path:
+    """Return the file of a figure; `ValueError` for one of another format."""
     file = files.named(path, "that ends in .png, .svg or .pdf, or None")
     if file.suffix.lower() not in _SUFFIXES:
         raise ValueError(
@@ -69,6 +70,11 @@ def _checked(path: str | Path) -> Path:
     if file.is_dir():
         raise ValueError(f"path={str(path)!r} is a directory; give a file in it.")
     return file
+
+
+def write(figure: Figure, file: Path) -> None:
+    """Write a figure to a file."""
+    files.write(file, _rendered(figure, file.suffix[1:].lower(), dpi=_DPI))
 
 
 def _rendered(figure: Figure, kind: str, *, dpi: int) -> bytes:

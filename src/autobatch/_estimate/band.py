@@ -1,0 +1,193 @@
+"""Bands of an estimate: errors that were measured, and wider ones for what was not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final, Self
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from autobatch._estimate.inputs import Inputs
+    from autobatch._memory.estimate.events import Event
+    from autobatch._trials import Trial
+
+_GIB: Final = 2**30
+# Relative errors of the reserved peak on an H200, in bf16-mixed with AdamW: benchmarks/estimate.py
+_TRANSFORMER: Final = 0.015
+_SMALL_TRANSFORMER: Final = 0.04
+_SMALL: Final = 3 * _GIB  # bytes of a peak below which segments of 20 MiB count
+_CONVOLUTIONAL: Final = 0.04
+_OTHER: Final = 0.06
+# Added for each thing that no GPU was compared in; not measured
+_PRECISION: Final = 0.03
+_OPTIMIZER: Final = 0.01
+_FUSED: Final = 0.01
+_LAYOUT: Final = 0.04
+_BENCHMARK: Final = 0.04
+# Of a report that calibrates: errors beside those that the report shows
+_CALIBRATED: Final = 0.01
+_FACTOR: Final = 4  # of the largest peak; smaller ones say nothing of larger batches
+_LARGE_TRIAL: Final = 0.1  # share of the budget, from which a ratio is better than an offset
+
+
+class Banded(int):
+    """A whole number between `low` and `high`, its band.
+
+    Attributes:
+        low: Lower end.
+        high: Upper end.
+    """
+
+    low: int
+    high: int
+
+    def __new__(cls, value: int, low: int, high: int) -> Self:
+        """Return a number with its band."""
+        banded = super().__new__(cls, value)
+        banded.low, banded.high = low, high
+        return banded
+
+    def __getnewargs__(self) -> tuple[int, int, int]:  # type: ignore[override]
+        """Return the arguments of a copy."""
+        return int(self), self.low, self.high
+
+    def __repr__(self) -> str:
+        return f"{int(self)} ({self.low}–{self.high})"
+
+
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """Something that was never compared with a GPU.
+
+    Args:
+        what: A phrase for people.
+        share: Width that it adds to the band, as a share.
+    """
+
+    what: str
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """Relative error of a predicted peak, and its correction by measured peaks.
+
+    Args:
+        share: Error of a peak of at least `small` bytes.
+        share_of_small: Error of a smaller peak.
+        small: Bytes below which a peak is small.
+        untested: What was guessed.
+        ratio: Measured over predicted peaks.
+        offset: Bytes by which measured peaks are larger.
+        error: Measured peak over the predicted one, less 1, before the correction.
+    """
+
+    share: float
+    share_of_small: float
+    small: int = _SMALL
+    untested: tuple[str, ...] = ()
+    ratio: float = 1.0
+    offset: int = 0
+    error: float = 0.0
+
+    def around(self, nbytes: int) -> Banded:
+        """Return a corrected peak with its band."""
+        peak = self.corrected(nbytes)
+        share = self.share_at(peak)
+        return Banded(peak, round(peak * (1 - share)), round(peak * (1 + share)))
+
+    def share_at(self, nbytes: int) -> float:
+        """Return the error of a peak."""
+        return self.share if nbytes >= self.small else self.share_of_small
+
+    def corrected(self, nbytes: int) -> int:
+        """Return the measured peak that a prediction stands for."""
+        return round(nbytes * self.ratio) + self.offset
+
+    def uncorrected(self, nbytes: float) -> int:
+        """Return the prediction that is corrected to these bytes."""
+        return max(0, round((nbytes - self.offset) / self.ratio))
+
+    def calibrated(self, trials: Sequence[Trial], predicted: Sequence[int], budget: int) -> Self:
+        """Return a band around measured peaks; the largest trial corrects the prediction.
+
+        A small trial gives an offset and a large one a ratio: allocators have plateaus.
+        """
+        peaks = [trial.peak or 0 for trial in trials]
+        largest = max(range(len(peaks)), key=peaks.__getitem__)
+        if peaks[largest] >= _LARGE_TRIAL * budget:
+            corrected = replace(self, ratio=peaks[largest] / predicted[largest], offset=0)
+        else:
+            corrected = replace(self, ratio=1.0, offset=peaks[largest] - predicted[largest])
+        share = _CALIBRATED + max(
+            abs(corrected.corrected(nbytes) / peak - 1)
+            for nbytes, peak in zip(predicted, peaks, strict=True)
+            if peak >= peaks[largest] / _FACTOR
+        )
+        return replace(
+            corrected,
+            share=min(share, self.share),
+            share_of_small=min(share, self.share_of_small),
+            error=peaks[largest] / predicted[largest] - 1,
+        )
+
+
+def band_of(inputs: Inputs, events: Iterable[Event], guesses: Iterable[Guess]) -> Band:
+    """Return the band of a step; `guesses` are those about the device."""
+    kind = _kind_of(inputs.step.model, {event.name for event in events})
+    found = [*_guesses(inputs), *guesses]
+    extra = sum(guess.share for guess in found)
+    untested = tuple(guess.what for guess in found)
+    if kind is _OTHER:
+        untested = ("networks without attention or convolutions", *untested)
+    small = _SMALL_TRANSFORMER if kind is _TRANSFORMER else kind
+    return Band(kind + extra, small + extra, untested=untested)
+
+
+def _kind_of(model: nn.Module, operators: set[str]) -> float:
+    """Return the error of a kind of network. Convolutions that make patches are no matter."""
+    layers = [part for part in model.modules() if isinstance(part, _CONVOLUTIONS)]
+    is_convolutional = any(map(_overlaps, layers)) or (
+        not layers and any("convolution_backward" in name for name in operators)
+    )
+    if is_convolutional:
+        return _CONVOLUTIONAL
+    # By torch's function, or written out as in Swin
+    has_attention = any("scaled_dot_product" in name or "._softmax." in name for name in operators)
+    return _TRANSFORMER if has_attention else _OTHER
+
+
+_CONVOLUTIONS: Final = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d,
+    nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+)  # fmt: skip
+
+
+def _overlaps(layer: nn.Module) -> bool:
+    sizes: Any = layer.kernel_size
+    strides: Any = layer.stride
+    return any(size > stride for size, stride in zip(sizes, strides, strict=True))
+
+
+def _guesses(inputs: Inputs) -> Iterator[Guess]:
+    model, optimizer = inputs.step.model, inputs.step.optimizer
+    if inputs.precision != "bf16-mixed":
+        yield Guess(f"precision {inputs.precision}", _PRECISION)
+    if type(optimizer) is not torch.optim.AdamW:
+        yield Guess(f"optimizer {type(optimizer).__name__}", _OPTIMIZER)
+    if any(group.get("fused") for group in optimizer.param_groups):
+        yield Guess("fused=True of the optimizer", _FUSED)
+    if any(map(_is_channels_last, model.parameters())):
+        yield Guess("channels_last", _LAYOUT)
+    has_convolutions = any(isinstance(part, _CONVOLUTIONS) for part in model.modules())
+    if has_convolutions and torch.backends.cudnn.benchmark:
+        yield Guess("torch.backends.cudnn.benchmark", _BENCHMARK)
+
+
+def _is_channels_last(parameter: torch.Tensor) -> bool:
+    is_image = parameter.ndim == 4 and not parameter.is_contiguous()  # noqa: PLR2004 -- NCHW
+    return is_image and parameter.is_contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,80 @@
+"""Steps that differ in one thing, with the batch that each of them would let fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import nn
+
+    from autobatch._estimate.band import Banded
+    from autobatch._estimate.inputs import Inputs
+
+# Methods that let a model recompute its activations, and the attribute that shows it
+_SWITCHES: Final = {
+    "gradient_checkpointing_enable": "is_gradient_checkpointing",  # transformers 5
+    "set_grad_checkpointing": "grad_checkpointing",  # timm 1.0
+}
+_MOMENTUM: Final = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A change of the step, and its effect: estimated.
+
+    Args:
+        change: The change, in words.
+        largest: Largest batch size with it; `.low` and `.high` are its band.
+    """
+
+    change: str
+    largest: Banded
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """A step with one change."""
+
+    change: str
+    inputs: Inputs
+
+
+def changed(inputs: Inputs) -> Iterator[Changed]:
+    """Yield the step with each change that applies to it."""
+    step = inputs.step
+    if inputs.precision == "32-true":
+        yield Changed("precision bf16-mixed", replace(inputs, precision="bf16-mixed"))
+    if (checkpointed := _checkpointed(inputs)) is not None:
+        yield Changed("gradient checkpointing", checkpointed)
+    if not isinstance(step.optimizer, torch.optim.SGD):
+        trained = [p for group in step.optimizer.param_groups for p in group["params"]]
+        sgd = torch.optim.SGD(trained, 1e-3, momentum=_MOMENTUM)
+        yield Changed("SGD with momentum", replace(inputs, step=replace(step, optimizer=sgd)))
+    if step.accumulate == 1:
+        yield Changed(
+            "2 micro-batches per update", replace(inputs, step=replace(step, accumulate=2))
+        )
+
+
+def _checkpointed(inputs: Inputs) -> Inputs | None:
+    """Return the step with checkpointing by the switch of the model; None without one, or if on."""
+    if _switch(inputs.step.model) is None:
+        return None
+    copied = inputs.without_data()
+    switch = _switch(copied.step.model)
+    switch()
+    return copied
+
+
+def _switch(model: nn.Module) -> Any:
+    """Return the method of the outermost module that has one which is off."""
+    for part in model.modules():
+        for method, state in _SWITCHES.items():
+            if hasattr(part, method):
+                return None if getattr(part, state, False) is True else getattr(part, method)
+    return None

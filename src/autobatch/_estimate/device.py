@@ -1,0 +1,96 @@
+"""The GPU of an estimate: by name, by its memory, or the one that is present."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from autobatch._estimate.band import Guess
+from autobatch._memory import MemoryReading, format_bytes, parse_bytes
+from autobatch._memory.cuda import CudaProbe, check_allocator
+from autobatch._memory.estimate.events import UntraceableError
+from autobatch._memory.estimate.gpus import GPUS
+from autobatch._memory.estimate.scratch import Gpu
+from autobatch.errors import AutobatchError
+
+# Outside of torch's allocator on an H200, with the modules of a training step: measured
+_CONTEXT: Final = 808_255_488
+_MEASURED: Final = "H200"
+# Added to the band; not measured
+_ANOTHER_GPU: Final = 0.01
+_UNKNOWN_GPU: Final = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class TargetGpu:
+    """The GPU that memory is estimated for.
+
+    Args:
+        name: Its name for people.
+        reading: Memory before training: what is used is the device context, and other processes.
+        gpu: Properties for scratch memory.
+        guesses: What was never compared with it.
+    """
+
+    name: str
+    reading: MemoryReading
+    gpu: Gpu
+    guesses: tuple[Guess, ...] = ()
+
+
+def target_gpu(device: str | int | None) -> TargetGpu:
+    """Return the GPU; `ValueError` for an unknown one, `AutobatchError` for one not modelled."""
+    try:
+        return _target_gpu(device)
+    except UntraceableError as error:
+        raise AutobatchError(
+            f"Memory on this GPU cannot be estimated: {error}; find the batch size on it with "
+            "autobatch.find."
+        ) from None
+
+
+def _target_gpu(device: str | int | None) -> TargetGpu:
+    check_allocator()
+    if device is None or (isinstance(device, str) and device.partition(":")[0] == "cuda"):
+        return _present(device)
+    known = {_letters(name): model for name, model in GPUS.items()}
+    if isinstance(device, str) and (model := known.get(_letters(device))):
+        guesses = () if model.name == _MEASURED else (_guess_of_gpu(),)
+        return TargetGpu(model.name, _unused(model.total), model.gpu, guesses)
+    try:
+        total = parse_bytes("device", device)
+    except ValueError:
+        raise ValueError(
+            f"device={device!r} is not a known GPU; give one of {', '.join(GPUS)}, an amount of "
+            "memory such as '24GiB', or None for the GPU that is present."
+        ) from None
+    guess = Guess("the type of the GPU, taken for an H100", _UNKNOWN_GPU)
+    return TargetGpu(f"GPU of {format_bytes(total)}", _unused(total), Gpu(), (guess,))
+
+
+def _letters(name: str) -> str:
+    """Return a name without what is spelled in several ways: "RTX 4090", "rtx4090", "A100-40"."""
+    letters = re.sub(r"[^A-Z0-9]", "", name.upper())
+    return letters.removeprefix("NVIDIA").removeprefix("GEFORCE").removesuffix("GB")
+
+
+def _unused(total: int) -> MemoryReading:
+    return MemoryReading(total=total, used=_CONTEXT, reserved=0, peak=0, failures=0)
+
+
+def _present(device: str | None) -> TargetGpu:
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"device={device!r} is the GPU that is present, and torch sees none; name one of "
+            f"{', '.join(GPUS)}, or give an amount of memory such as '24GiB'."
+        )
+    probe = CudaProbe(torch.device(device or "cuda").index)
+    guesses = () if _MEASURED in probe.name else (_guess_of_gpu(),)
+    return TargetGpu(probe.name, probe.read(), probe.gpu(), guesses)
+
+
+def _guess_of_gpu() -> Guess:
+    return Guess(f"GPUs other than an {_MEASURED}", _ANOTHER_GPU)

@@ -1,0 +1,80 @@
+"""A search on predicted peaks: its proposals, and when it does without them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from autobatch import Outcome, Trial
+from autobatch._memory.estimate.prediction import Fit, Peaks
+from autobatch._search.estimated import EstimatedSearch
+
+BUDGET, HELD = 100_000, 1000
+
+
+@dataclass(frozen=True)
+class Line:
+    """Estimate whose peaks are on a straight line; reserved bytes exceed requested ones."""
+
+    each: float
+    reserve: float = 1.1
+
+    def peaks(self, batch_size):
+        requested = int(HELD + self.each * batch_size)
+        return Peaks(requested, requested, int(self.reserve * requested), Fit.PLAIN)
+
+
+def run(estimate, each, *, start=8, high=100_000, reserve=1.1):
+    """Search on a line of `each` bytes a sample, as long as the estimate is trusted."""
+    true, trials, size = Line(each, reserve), [], start
+    search = EstimatedSearch(estimate, 0.01)
+    while size is not None:
+        peaks = true.peaks(size)
+        fits = peaks.reserved <= BUDGET
+        trials.append(
+            Trial(
+                size,
+                Outcome.FIT if fits else Outcome.OUT_OF_MEMORY,
+                peak=peaks.reserved if fits else None,
+                resident=HELD,
+                requested=peaks.requested if fits else None,
+            )
+        )
+        if not search.is_trusted(trials):
+            break
+        size = search.propose(trials, high=high, budget=BUDGET)
+    return [trial.batch_size if trial.fits else -trial.batch_size for trial in trials]
+
+
+def test_a_true_estimate_takes_three_trials_without_a_failure():
+    assert run(Line(100), 100) == [8, 881, 899]
+
+
+def test_a_first_trial_at_the_predicted_limit_is_the_answer():
+    assert run(Line(100), 100, start=899) == [899]
+
+
+def test_the_cap_is_tried_at_once_if_it_has_room_to_spare():
+    assert run(Line(100), 100, high=500) == [8, 500]
+
+
+@pytest.mark.parametrize("reserve", [1.07, 1.115])
+def test_reserved_bytes_that_were_not_predicted_are_learned_from_a_trial(reserve):
+    found = run(Line(100), 100, start=64, reserve=reserve)
+
+    largest = int((BUDGET / reserve - HELD) / 100)
+    assert found[-1] >= 0.99 * largest
+    assert len(found) <= 4
+    assert min(found) > 0
+
+
+@pytest.mark.parametrize("wrong", [1, 85, 119, 140])
+def test_requested_bytes_off_by_more_than_a_hundredth_end_its_trust(wrong):
+    assert run(Line(wrong), 100) == [8]
+
+
+def test_a_failure_at_a_predicted_size_ends_its_trust():
+    # Memory per sample rises beyond the first trial: the estimate agrees there only
+    assert run(Line(100, reserve=0.9), 100, start=300, reserve=1.1)[0] == 300
+    assert run(Line(100, reserve=0.9), 100, start=30, reserve=1.1)[-1] < 0

@@ -1,0 +1,171 @@
+"""A micro-batch that runs out of memory is undone and run again in pieces."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from autobatch.lightning._survival_limit import PieceLimit
+from lightning_here import pl
+from sameness import same
+from surviving import SAMPLES, Trained, allocations, by_hand, quick_collections, trained
+
+HALVES = [3, 3]
+MixedPrecision = pl.plugins.precision.MixedPrecision
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick():
+    with quick_collections():
+        yield
+
+
+@pytest.fixture
+def whole_first(monkeypatch):
+    """Let each micro-batch begin as a whole, also after a failure."""
+    monkeypatch.setattr(PieceLimit, "pieces", lambda *_: 1)
+
+
+def refusals_at(count, every=1):
+    """Return one window for each allocation that is refused, or for every n-th and the last."""
+    return [[at] for at in sorted({*range(1, count + 1, every), count})]
+
+
+def test_training_without_a_failure_is_the_same_to_the_bit():
+    optimizer, gradients = by_hand(plain := Trained(), {}, accumulate=2, count=3)
+
+    run = trained(Trained(), accumulate=2, count=3)
+
+    assert run.survived == ()
+    assert same(run.refusing.gradients, gradients)
+    assert same(run.optimizer_state, optimizer.state_dict()["state"])
+    assert same(run.module.net.state_dict(), plain.net.state_dict())
+
+
+@pytest.mark.usefixtures("whole_first")
+@pytest.mark.parametrize(
+    ("network", "every"),
+    [
+        ("norm and dropout", 4),
+        pytest.param("norm and dropout", 1, marks=pytest.mark.slow),
+        pytest.param("transformer", 2, marks=pytest.mark.slow),
+        pytest.param("residual", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_a_failing_micro_batch_is_as_if_cut_by_hand(network, every):
+    refusals = refusals_at(allocations(Trained(network)), every)
+    expected = Trained(network)
+    optimizer, gradients = by_hand(expected, {0: HALVES}, count=len(refusals))
+
+    run = trained(Trained(network), refusals)
+
+    assert [(each.samples, each.pieces) for each in run.survived] == [(6, 2)] * len(refusals)
+    assert same(run.refusing.gradients, gradients)
+    assert same(run.optimizer_state, optimizer.state_dict()["state"])
+    assert same(run.module.net.state_dict(), expected.net.state_dict())
+    assert run.module.sizes == HALVES * len(refusals)
+    assert run.module.seen == SAMPLES * len(refusals)
+
+
+def is_of(gradients, *wholes):
+    """Check that each gradient is that of one of the ways to run the micro-batch."""
+    return all(
+        any(torch.equal(gradient, whole[name]) for whole in wholes)
+        for name, gradient in gradients.items()
+    )
+
+
+@pytest.mark.usefixtures("whole_first")
+@pytest.mark.parametrize(
+    ("network", "every"),
+    [
+        ("norm and dropout", 4),
+        pytest.param("norm and dropout", 1, marks=pytest.mark.slow),
+        pytest.param("transformer", 2, marks=pytest.mark.slow),
+        pytest.param("residual", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_later_in_a_window_each_gradient_is_of_the_whole_or_the_pieces(network, every):
+    make = partial(Trained, network, torch.optim.SGD, 0.0)
+    place = {"accumulate": 4, "position": 2}
+    (whole,) = by_hand(make(), {}, accumulate=4)[1]
+    (halves,) = by_hand(make(), {2: HALVES}, accumulate=4)[1]
+
+    run = trained(make(), refusals_at(allocations(make(), **place), every), **place)
+
+    found = run.refusing.gradients
+    assert all(gradients.keys() == whole.keys() for gradients in found)
+    assert all(is_of(gradients, whole, halves) for gradients in found)
+    assert sum(same(gradients, halves) for gradients in found) > len(found) / 2
+    assert not all(same(gradients, halves) for gradients in found)  # some parameters were done
+
+
+PRECISIONS = {
+    "bf16": ({"precision": "bf16-mixed"}, {"autocast": torch.bfloat16}),
+    "fp16 scaler": (
+        {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]},
+        {"autocast": torch.float16, "scale": 2.0**16},
+    ),
+}
+
+
+@pytest.mark.usefixtures("whole_first")
+@pytest.mark.parametrize(
+    "name", [pytest.param(each, marks=pytest.mark.slow) for each in PRECISIONS]
+)
+def test_sixteen_bits_give_the_gradients_of_pieces(name):
+    options, at_hand = PRECISIONS[name]
+    make = partial(Trained, optimizer=torch.optim.SGD, rate=0.0)
+    (halves,) = by_hand(make(), {0: HALVES}, **at_hand)[1]
+    refusals = refusals_at(allocations(make(), **options), 2)
+
+    run = trained(make(), refusals, **options)
+
+    assert all(same(gradients, halves) for gradients in run.refusing.gradients)
+
+
+@pytest.mark.usefixtures("whole_first")
+@pytest.mark.parametrize(
+    ("network", "place"),
+    [
+        ("deterministic", {"accumulate": 4, "position": 1}),
+        pytest.param("transformer without dropout", {}, marks=pytest.mark.slow),
+    ],
+)
+def test_without_random_numbers_training_ends_as_if_nothing_had_failed(network, place):
+    make = partial(lambda: Trained(network, torch.optim.SGD).double())
+    options = {"precision": "64-true", "dtype": torch.float64, **place}
+    refusals = refusals_at(allocations(make(), **options), 9)
+    never = trained(make(), count=len(refusals), **options)
+
+    run = trained(make(), refusals, **options)
+
+    assert len(run.survived) == len(refusals)
+    for name, value in run.module.state_dict().items():
+        assert torch.allclose(value, never.module.state_dict()[name], rtol=0, atol=1e-12)
+    for row, expected in zip(run.refusing.rows, never.refusing.rows, strict=True):
+        assert row == pytest.approx(expected, rel=1e-9)
+    shown, expected = run.trainer.callback_metrics, never.trainer.callback_metrics
+    assert torch.allclose(shown["loss_epoch"], expected["loss_epoch"])
+    assert torch.equal(shown["accuracy"], expected["accuracy"])
+
+
+@pytest.mark.usefixtures("whole_first")
+def test_second_failures_in_the_pieces_are_survived():
+    make = partial(lambda: Trained("deterministic", torch.optim.SGD).double())
+    options = {"precision": "64-true", "dtype": torch.float64, "accumulate": 2, "position": 1}
+    count = allocations(make(), **options)
+    # The loss is tested in the first window; later ones fail in a piece
+    refusals = [
+        [count],
+        *([first, second] for first in (2, count - 3) for second in range(3, 40, 5)),
+    ]
+    never = trained(make(), count=len(refusals), **options)
+
+    run = trained(make(), refusals, **options)
+
+    assert {each.pieces for each in run.survived} == {2, 3}
+    for name, value in run.module.state_dict().items():
+        assert torch.allclose(value, never.module.state_dict()[name], rtol=0, atol=1e-12)

@@ -1,0 +1,268 @@
+"""Micro-batches that cannot be run in pieces: the error of the user, with a note."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+import autobatch
+from autobatch.lightning._checks import check_survival
+from lightning_here import QUICK, Model, data, pl, quiet_trainer
+from surviving import SPLIT, Trained, quick_collections, trained
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick():
+    with quick_collections():
+        yield
+
+
+class Failing(Trained):
+    """Runs out of memory at each batch of more than `most` samples, once it has seen the batch."""
+
+    most = 3
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        if len(batch[1]) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return loss
+
+
+def notes_of(module, loader=None, **options):
+    """Return the notes of the error that ends training."""
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        if loader is None:
+            trained(module, count=2, **options)
+        else:
+            fit(module, loader)
+    return " ".join(caught.value.__notes__)
+
+
+def fit(module, loader, **options):
+    callback = autobatch.AutoBatch(**{**SPLIT, **options})
+    trainer = quiet_trainer(callback, max_epochs=1)
+    trainer.fit(module, loader)
+    return callback
+
+
+class Contrastive(Failing):
+    def loss(self, x, y):
+        self.logits = self.net(x)
+        return F.cross_entropy(self.logits @ self.logits.T, torch.arange(len(x)))
+
+
+class WritesIntoBatch(Failing):
+    def loss(self, x, y):
+        x.mul_(2)
+        return super().loss(x, y)
+
+
+class WritesIntoBuffer(Failing):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("queue", torch.zeros(5000))
+
+    def loss(self, x, y):
+        self.queue += 1
+        return super().loss(x, y)
+
+
+class OneSample(Failing):
+    most = 0
+
+    def __init__(self):
+        super().__init__("deterministic")
+
+
+class OneSampleWithNorm(Failing):
+    most = 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Contrastive, "its loss mixes samples or does not weigh them equally"),
+        (WritesIntoBatch, "training_step writes into its batch"),
+        (WritesIntoBuffer, r"training_step writes into a \(5000,\) buffer"),
+        (OneSample, "a single sample does not fit"),
+        (OneSampleWithNorm, "3 samples do not fit, and BatchNorm needs 2"),
+    ],
+)
+def test_error_passes_with_the_reason(kind, reason):
+    notes = notes_of(kind())
+
+    assert re.search(f"did not run the micro-batch again in pieces: {reason}", notes)
+
+
+class Opaque:
+    def __init__(self, x):
+        self.x = x
+
+
+class TakesAny(Model):
+    """Runs out of memory at each batch."""
+
+    def training_step(self, batch, batch_idx):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def opaque(samples):
+    return [Opaque(x) for x, _ in samples]
+
+
+def time_first(samples):
+    return torch.stack([x for x, _ in samples], 1)
+
+
+@pytest.mark.parametrize(
+    ("collate", "size", "reason"),
+    [
+        (opaque, 4, "its batches are not of tensors in plain containers"),
+        (time_first, 4, "its tensors have 16 rows, and a batch has 4 samples"),
+        (None, 1, "its batches are of one sample"),
+    ],
+)
+def test_batch_that_cannot_be_divided_passes_the_error(collate, size, reason):
+    notes = notes_of(TakesAny(), DataLoader(data(8), batch_size=size, collate_fn=collate))
+
+    assert f"did not run the micro-batch again in pieces: {reason}." in notes
+
+
+class SumOfLosses(Failing):
+    def loss(self, x, y):
+        self.logits = self.net(x)
+        return F.cross_entropy(self.logits, y, reduction="sum")
+
+
+def test_loss_that_is_a_sum_is_not_weighted():
+    make = lambda kind: kind("deterministic", torch.optim.SGD).double()  # noqa: E731
+    whole = type("Whole", (SumOfLosses,), {"most": 99})
+    options = {"precision": "64-true", "dtype": torch.float64, "count": 3}
+    never = trained(make(whole), **options)
+
+    run = trained(make(SumOfLosses), **options)
+
+    assert [(each.pieces, each.step) for each in run.survived] == [(2, 0)]
+    for name, value in run.module.state_dict().items():
+        assert torch.allclose(value, never.module.state_dict()[name], rtol=0, atol=1e-12)
+    assert run.refusing.rows[0]["output"] == pytest.approx(never.refusing.rows[0]["output"])
+
+
+class FixedSize(Failing):
+    def loss(self, x, y):
+        return super().loss(x.view(6, 16), y)
+
+
+def test_error_of_a_piece_passes_with_a_note():
+    with pytest.raises(RuntimeError, match="shape") as caught:
+        trained(FixedSize(), count=1)
+
+    assert "autobatch was running a micro-batch in pieces" in caught.value.__notes__[-1]
+
+
+class StepsInBackward(Failing):
+    def __init__(self):
+        super().__init__()
+        for each in self.parameters():
+            each.register_post_accumulate_grad_hook(self.stepped)
+
+    def stepped(self, parameter):
+        parameter.grad = None
+
+    def on_after_backward(self):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_gradients_that_are_used_in_the_backward_pass_are_not_repeated():
+    assert "its gradients are used in the backward pass" in notes_of(
+        type("", (StepsInBackward,), {"most": 99})()
+    )
+
+
+class OutOfMemoryInStep(torch.optim.SGD):
+    def step(self, closure=None):
+        closure()
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_error_of_the_optimizer_says_that_weights_may_be_half_updated(tmp_path):
+    notes = notes_of(Trained(optimizer=OutOfMemoryInStep))
+
+    assert "weights and optimizer state may be half updated" in notes
+    assert "No checkpoint was written before." in notes
+
+
+class Manual(Model):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class WithLBFGS(Model):
+    def configure_optimizers(self):
+        return torch.optim.LBFGS(self.parameters())
+
+
+class FromIterator(Model):
+    def training_step(self, dataloader_iter):
+        pass
+
+
+@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")
+@pytest.mark.parametrize(
+    ("module", "problem"),
+    [
+        (Manual, "manual optimization"),
+        (WithLBFGS, "LBFGS evaluates a batch several times"),
+        (FromIterator, "training_step takes the iterator of the loader"),
+    ],
+)
+def test_module_is_refused_before_training(module, problem):
+    with pytest.raises(autobatch.AutobatchError, match=problem) as caught:
+        fit(module(), DataLoader(data(8), batch_size=4))
+
+    assert 'on_out_of_memory="split"' in str(caught.value)
+
+
+def test_sharding_strategy_is_refused_before_training(monkeypatch):
+    # Made without __init__, which needs a GPU, and shown in place of the real one
+    trainer = quiet_trainer()
+    strategy = object.__new__(pl.strategies.FSDPStrategy)
+    monkeypatch.setattr(pl.Trainer, "strategy", property(lambda _: strategy))
+
+    with pytest.raises(autobatch.AutobatchError, match="FSDPStrategy makes ranks wait"):
+        check_survival(trainer, Model())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"on_out_of_memory": "skip"}, "on_out_of_memory='skip' is unknown; give"),
+        ({"plan": "keep"}, "plan='keep' tunes nothing, and on_out_of_memory='raise'"),
+        (SPLIT | {"target_batch_size": 8}, "target_batch_size=8 changes them; give one"),
+        (SPLIT | {"repair_last_window": True}, "repair_last_window=True changes them"),
+    ],
+)
+def test_bad_arguments_are_refused_in_one_sentence(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        autobatch.AutoBatch(**arguments)
+
+
+def test_nothing_of_the_trainer_is_changed_by_default():
+    seen = []
+
+    class Looks(pl.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            seen.append("_make_closure" in vars(trainer.fit_loop.epoch_loop.automatic_optimization))
+
+    for arguments in (SPLIT, {"max_micro_batch_size": 4, "device": "simulated:1GiB", **QUICK}):
+        quiet_trainer(autobatch.AutoBatch(**arguments), Looks(), max_steps=1).fit(
+            Model(), DataLoader(data(8), batch_size=4)
+        )
+
+    assert seen == [True, False]
