@@ -9,7 +9,7 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
 
 from autobatch._memory import PROBE_REMEDY, MemoryReading
 from autobatch.errors import ProbeError
@@ -28,6 +28,8 @@ _SEPARATE: Final = 128 * 1024
 _KEPT: Final = 32 * 1024**2
 # Heap over live tensors: of steps on the CPU, the largest that was seen is 3
 _FRAGMENTED: Final = 4
+# Spare bytes over live tensors of a trial, above which the heap may keep what these leave
+_FEW_IN_HEAP: Final = 16
 
 
 class HostProbe:
@@ -46,6 +48,7 @@ class HostProbe:
         self._ledger = Ledger()
         self._outside: int | None = None  # bytes of this process that the ledger does not see
         self._at_once = False  # whether malloc returns freed tensors
+        self._needs_at_once = False  # whether a size within the budget could exceed it otherwise
         self.read()  # fails here rather than in the first trial
 
     @property
@@ -74,13 +77,17 @@ class HostProbe:
         malloc returns freed tensors at once in the body, so that memory is what the ledger counts.
         """
         resident = self._resident()
-        self._outside = outside = resident - self._ledger.current
+        # malloc may put a tensor into free parts of its heap, which are not returned afterwards
+        self._outside = outside = resident - self._ledger.current + self._free_heap()
         self._return_tensors(at_once=True)
         try:
             with self._ledger.watching(budget - outside, offset=outside) as watch:
                 yield watch
         finally:
-            self.keep_within(budget - resident, outside + self._ledger.peak - resident)
+            # Once a size needs it, for all: tensors of others would leave free parts in the heap
+            growth = outside + self._ledger.peak - resident
+            self._needs_at_once |= _FEW_IN_HEAP * growth > budget - resident
+            self._return_tensors(at_once=self._needs_at_once)
 
     def attach(self, *objects: Any) -> None:
         """Charge existing objects: modules, optimizers, tensors in any container."""
@@ -118,6 +125,14 @@ class HostProbe:
         mallopt(_M_MMAP_THRESHOLD, threshold)
         mallopt(_M_TRIM_THRESHOLD, threshold if at_once else 2 * threshold)  # as glibc has them
 
+    def _free_heap(self) -> int:
+        """Return the free bytes in the heap of malloc; 0 where it does not say."""
+        info = getattr(ctypes.CDLL(None), "mallinfo2", None)
+        if info is None or self._root != Path("/"):  # files of another process
+            return 0
+        info.restype = _MallocInfo
+        return int(info().fordblks)
+
     def _limits(self) -> list[MemoryLimit]:
         """Machine, and every control group with a limit around this process."""
         machine = machine_limit(self._root)
@@ -142,6 +157,18 @@ class HostProbe:
                 f"so no trial could be judged. {PROBE_REMEDY}"
             )
         return resident
+
+
+class _MallocInfo(ctypes.Structure):
+    """The struct `mallinfo2` of glibc 2.33 and later."""
+
+    _fields_: ClassVar = [
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    ]
 
 
 @dataclass(frozen=True, slots=True)
