@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import collections
-import importlib
 
 import pytest
 import torch
 
 import autobatch
+from autobatch._trials import batches
 from test_noise_scale_lightning import KnownNoise, read
-
-half_batch = importlib.import_module("autobatch.lightning._half_batch")
 
 
 def test_one_half_runs_once_halves_have_added_up():
@@ -37,11 +35,11 @@ def test_one_half_runs_once_halves_have_added_up():
     ],
 )
 def test_batch_without_two_halves_is_refused(batch, reason):
-    with pytest.raises(half_batch.NotDividedError, match=reason):
-        half_batch._samples_of(batch)
+    with pytest.raises(batches.NotDividedError, match=reason):
+        batches.divisible_samples(batch)
 
 
 def test_samples_in_mappings_of_other_classes_are_counted():
     batch = collections.UserDict(ids=torch.zeros(4, 2), names=["a", "b", "c", "d"])
 
-    assert half_batch._samples_of(batch) == 4
+    assert batches.divisible_samples(batch) == 4
