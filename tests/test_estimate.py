@@ -216,6 +216,16 @@ def test_steps_that_depend_on_the_size_are_refused():
         MemoryEstimate.of(step_of(convolutional(), images, loss=loops), None)
 
 
+def test_trace_out_of_time_ends_before_the_first_layer():
+    def loss(model, batch):
+        return model(batch[0].flatten(1)).sum()
+
+    step = step_of(nn.Linear(images(1)[0].numel(), 2), images, loss=loss)
+
+    with pytest.raises(UntraceableError, match="takes too long"):
+        trace(step, 2, None, deadline=0.0)
+
+
 def test_hooks_and_recurrent_networks_are_refused():
     hooked = convolutional()
     hooked[0].register_forward_hook(lambda *_: None)
