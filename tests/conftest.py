@@ -1,4 +1,4 @@
-"""Setup of all tests: one thread, no throughput curve unless marked `curve`, and text snapshots.
+"""Setup of all tests: one thread, quick tuning unless marked otherwise, and text snapshots.
 
 `pytest --overwrite` rewrites the snapshots, `git diff` shows the changes.
 """
@@ -82,6 +82,13 @@ def _without_curve(request, monkeypatch):
     """Time no throughput curve, unless a test is marked `curve`: most tests tune many times."""
     if request.node.get_closest_marker("curve") is None:
         set_curve_seconds(monkeypatch, 0.0)
+
+
+@pytest.fixture(autouse=True)
+def _without_guide(request, monkeypatch):
+    """Predict no memory, unless a test is marked `guide`: traces take longer than small trials."""
+    if request.node.get_closest_marker("guide") is None:
+        monkeypatch.setattr("autobatch._guide.Guide._confirmed", lambda *_: None)
 
 
 def set_curve_seconds(monkeypatch, seconds):

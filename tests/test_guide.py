@@ -13,6 +13,8 @@ from autobatch.testing import SimulatedAccelerator
 from lightning_here import data, pl, quiet_trainer, tuner
 from sameness import same
 
+pytestmark = pytest.mark.guide
+
 MEASURED = GuidedBisection(estimate=False)
 
 

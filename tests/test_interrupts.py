@@ -8,7 +8,7 @@ import pytest
 
 import interrupts
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.guide, pytest.mark.filterwarnings("ignore")]
 
 # Lines that enter or leave a change
 CHANGING = (

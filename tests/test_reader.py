@@ -18,7 +18,6 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-import autobatch
 from lightning_here import Model, data, pl, quiet_trainer, tuner
 from sameness import same
 
@@ -310,9 +309,7 @@ def test_loader_with_its_own_iteration_is_iterated_in_trials():
             received.add(len(batch[0]))
             return batch
 
-    # Without predictions, for which the step runs at other sizes
-    measured = autobatch.GuidedBisection(estimate=False)
-    report = tuner(target_batch_size=None, search=measured).tune(
+    report = tuner(target_batch_size=None).tune(
         quiet_trainer(), Watched(), Pairs(data(), 4, shuffle=True)
     )
 
