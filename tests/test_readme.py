@@ -182,7 +182,8 @@ def test_report_page_quotes_current_demo_output():
     # The lines of any report with the same parts
     at_first, _, completion = printed.partition("what training showed")
     rule = LearningRateRule("AdamW", "square-root")
-    expected = outline(str(example(dataset_size=5752, learning_rate=rule)))
+    guide = "by predicted memory"
+    expected = outline(str(example(dataset_size=5752, learning_rate=rule, guide=guide)))
     assert set(outline(at_first)[2:]) <= {*expected, "trials"}
     compared = shown_by(full_example(learning_rate=rule), sinks.completed_on_console)
     expected = outline(compared.partition("what training showed")[2])

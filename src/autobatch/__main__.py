@@ -275,6 +275,7 @@ def _number_or_text(text: str) -> float | str:
 
 _DEMO_MEMORY: Final = "8MiB"  # small enough to be filled by images of 8 × 8 pixels
 _DEMO_STEPS: Final = 10  # per trial; they take milliseconds, and more steps give steadier times
+_DEMO_TIMING: Final = 10.0  # seconds: enough for all sizes, in a training of half a minute
 # Each digit is trained with these shifts in pixels and with noise, or the network memorises it
 _DEMO_SHIFTS: Final = ((0, 0), (0, 1), (1, 0), (0, -1))
 
@@ -344,6 +345,7 @@ def run_demo() -> DemoResult:
         target_batch_size=256,
         repair_last_window=True,
         steps_per_trial=_DEMO_STEPS,
+        timing_seconds=_DEMO_TIMING,
         device=SimulatedAccelerator(_DEMO_MEMORY),
     )
     trainer = pl.Trainer(

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 FAST_ENOUGH: Final = 0.95
 # Errors by which a difference has to exceed that
 _ERRORS: Final = 2.0
+# Share by which a size may be over that, when time has ended before its error was small
+_MOST_OVER: Final = 0.06
 # Samples of which BatchNorm takes good statistics
 _ENOUGH_FOR_STATISTICS: Final = 16
 
@@ -29,11 +31,15 @@ class SampleTime:
     error: float
 
     def is_slow(self, fastest: SampleTime) -> bool:
-        """Return True if it is over the limit of a fast size by more than its error.
+        """Return True if it is over the limit of a fast size by more than its error, or by much.
 
         The fastest one can be faster still, which changes nothing.
         """
-        return self._over(fastest) > _ERRORS * self.error
+        return self._over(fastest) > min(_ERRORS * self.error, _MOST_OVER)
+
+    def may_be_fast(self, fastest: SampleTime) -> bool:
+        """Return True if it is within the limit of a fast size, or over it by less than its error."""
+        return self._over(fastest) <= _ERRORS * self.error
 
     def is_fast(self, fastest: SampleTime) -> bool:
         """Return True if it is within the limit of a fast size by more than the error of that."""
@@ -63,7 +69,7 @@ class Preference:
         for size in self.order(sizes):
             if times[size].is_fast(times[fastest]):
                 break
-            if not times[size].is_slow(times[fastest]):
+            if times[size].may_be_fast(times[fastest]):
                 doubtful |= {size, fastest}
         return doubtful
 
