@@ -161,8 +161,10 @@ def test_trials_run_batches_of_the_loader_at_the_size_in_the_report():
             self.tokens_seen.append(sum(LENGTHS[index] for index in batch[2]))
             return super().training_step(batch, batch_idx)
 
-    # Without a target: for a plan that accumulates, another step tests a batch and its halves
-    tuning = tokens_tuned(target_batch_size=None, prefer="largest")
+    # Without a target: for a plan that accumulates, another step tests a batch and its halves. Only
+    # sizes far apart, of which no last batch of an epoch is the largest
+    search = autobatch.Bisection(resolution=0.3)
+    tuning = tokens_tuned(target_batch_size=None, prefer="largest", search=search)
     report = tuning.tune(trainer(), Watched(), by_budget())
 
     limits = {MEAN * trial.batch_size for trial in report.trials}
