@@ -60,7 +60,7 @@ trainer:
     - class_path: {name}
       init_args:
         target_batch_size: 64
-        memory_limit: 1GiB
+        memory_limit: 8GiB
         max_micro_batch_size: 16
         time_limit: null
         retune_at_epochs: [3, 5]
@@ -74,7 +74,7 @@ trainer:
 
     assert got["effective"] == 64
     assert max(got["sizes"]) <= 16
-    assert got["settings"]["memory_limit"] == "1GiB"
+    assert got["settings"]["memory_limit"] == "8GiB"
     assert got["settings"]["time_limit"] is None
     assert got["search"] == "Bisection"
     assert got["epochs"] == [3, 5]

@@ -108,7 +108,7 @@ def test_the_gpu_benchmark_compares_ways_to_find_a_batch_size(on_gpu):
     text = (on_gpu / "gpu.md").read_text(encoding="utf-8")
 
     assert results["surroundings"]["device"] == "simulated accelerator"
-    (result,) = results["results"]
+    ((result,),) = results["results"].values()  # by memory of the device
     rows = {row["method"]: row for row in result["rows"]}
     own = rows["autobatch"]
     assert own["found"] >= max(row["found"] or 0 for row in rows.values()) * 0.97
@@ -117,6 +117,9 @@ def test_the_gpu_benchmark_compares_ways_to_find_a_batch_size(on_gpu):
     assert 0.9 < own["used"] <= 1
     assert rows["Lightning, power"]["ooms"] > 0
     assert rows["accelerate"]["found"] or "not installed" in rows["accelerate"]["said"]
+    for row in results["predicted"]:
+        assert row["predicted"] == pytest.approx(row["measured"], rel=0.01)
+    assert {row["network"] for row in results["predicted"]} == {"ResNet-50", "GPT-2", "U-Net"}
     assert result["plan"]["ratio"] > 0
     assert result["noise_scale"]["extra_time"] > -1
     assert re.search(r"(?m)^\| U-Net, Lightning, binsearch +\|", text)

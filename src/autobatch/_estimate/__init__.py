@@ -139,7 +139,6 @@ class Estimate:
     """Estimated memory of a training step on a GPU at any batch size; `print` shows it.
 
     Attributes:
-        device: Name of the GPU.
         budget: Bytes that training may reserve.
     """
 
