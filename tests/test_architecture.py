@@ -44,6 +44,7 @@ LAYERS = (
     ("_tune",),
     ("_find",),
     ("lightning",),
+    ("_demo",),
     ("__main__",),
 )
 LAYER = {name: height for height, row in enumerate(LAYERS) for name in row}

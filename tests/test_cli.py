@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 import autobatch
-from autobatch import __main__ as shell
-from autobatch import sinks
+from autobatch import _demo, sinks
 from autobatch.__main__ import main
 from nvml_standin import DRIVER, GIB, Card, FakeGpu
 from report_examples import example
@@ -120,9 +119,9 @@ def test_demo_names_the_packages_it_needs(monkeypatch, capsys):
 def test_demo_names_the_path_it_cannot_write(tmp_path, monkeypatch, capsys):
     pytest.importorskip("pytorch_lightning")
     pytest.importorskip("sklearn")
-    result = shell.DemoResult(example(), accuracy=0.9, updates=96)
+    result = _demo.DemoResult(example(), accuracy=0.9, updates=96)
     (tmp_path / "taken").touch()
-    monkeypatch.setattr(shell, "run_demo", lambda: result)
+    monkeypatch.setattr(_demo, "run_demo", lambda: result)
 
     assert main(["demo", "--directory", str(tmp_path / "taken")]) == 2
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import autobatch
-from autobatch._throughput.curve import curve_sizes, enough, in_turns, point
+from autobatch._throughput.curve import curve_sizes, enough, in_turns
+from autobatch._throughput.points import point
 from autobatch._trials.runner import Accumulation
 from autobatch._trials.timing import Timing
 from autobatch.testing import PaperDevice, SimulatedAccelerator

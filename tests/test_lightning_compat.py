@@ -11,6 +11,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 import autobatch
+from autobatch._undo import patched
 from lightning_here import Model, data, quiet_trainer, tuner
 
 FOLDER = Path(importlib.import_module("autobatch.lightning").__file__).parent
@@ -51,7 +52,7 @@ def test_patched_attributes_are_restored_exactly():
     owner = Owner()
     before = dict(vars(owner))
 
-    with compat.patched(owner, own=10, held=20, method=lambda: "patched", new=30):
+    with patched(owner, own=10, held=20, method=lambda: "patched", new=30):
         assert (owner.own, owner.held, owner.method(), owner.new) == (10, 20, "patched", 30)
 
     assert vars(owner) == before
@@ -61,7 +62,7 @@ def test_patched_attributes_are_restored_after_an_error():
     owner = Owner()
     before = dict(vars(owner))
 
-    with pytest.raises(RuntimeError), compat.patched(owner, own=10, method=None):
+    with pytest.raises(RuntimeError), patched(owner, own=10, method=None):
         raise RuntimeError
 
     assert vars(owner) == before
@@ -70,8 +71,8 @@ def test_patched_attributes_are_restored_after_an_error():
 def test_patches_of_one_attribute_nest():
     owner = Owner()
 
-    with compat.patched(owner, own=2):
-        with compat.patched(owner, own=3):
+    with patched(owner, own=2):
+        with patched(owner, own=3):
             assert owner.own == 3
         assert owner.own == 2
 
@@ -82,7 +83,7 @@ def test_patches_of_one_attribute_nest():
 def test_a_patch_in_force_can_be_copied_and_pickled(copied):
     owner = Owner()
 
-    with compat.patched(owner, own=2, method=Owner) as patch:
+    with patched(owner, own=2, method=Owner) as patch:
         other_owner, other_patch = copied((owner, patch))
         other_patch.restore()
 

@@ -224,7 +224,7 @@ def test_map_is_ordered_from_entry_points_downwards():
 def test_architecture_page_names_every_folder_and_top_module():
     named = re.findall(r"(?m)^[├└]── (\w+)(?:\.py|/)", PAGES["docs/architecture.md"])
 
-    assert sorted(named) == sorted({*LAYER, "__init__"} - {"_demo"})
+    assert sorted(named) == sorted({*LAYER, "__init__"})
 
 
 def test_architecture_page_names_existing_functions_on_the_path():

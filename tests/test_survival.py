@@ -16,6 +16,17 @@ HALVES = [3, 3]
 MixedPrecision = pl.plugins.precision.MixedPrecision
 
 
+every_network = pytest.mark.parametrize(
+    ("network", "every"),
+    [
+        ("norm and dropout", 4),
+        pytest.param("norm and dropout", 1, marks=pytest.mark.slow),
+        pytest.param("transformer", 2, marks=pytest.mark.slow),
+        pytest.param("residual", 2, marks=pytest.mark.slow),
+    ],
+)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _quick():
     with quick_collections():
@@ -45,15 +56,7 @@ def test_training_without_a_failure_is_the_same_to_the_bit():
 
 
 @pytest.mark.usefixtures("whole_first")
-@pytest.mark.parametrize(
-    ("network", "every"),
-    [
-        ("norm and dropout", 4),
-        pytest.param("norm and dropout", 1, marks=pytest.mark.slow),
-        pytest.param("transformer", 2, marks=pytest.mark.slow),
-        pytest.param("residual", 2, marks=pytest.mark.slow),
-    ],
-)
+@every_network
 def test_a_failing_micro_batch_is_as_if_cut_by_hand(network, every):
     refusals = refusals_at(allocations(Trained(network)), every)
     expected = Trained(network)
@@ -78,15 +81,7 @@ def is_of(gradients, *wholes):
 
 
 @pytest.mark.usefixtures("whole_first")
-@pytest.mark.parametrize(
-    ("network", "every"),
-    [
-        ("norm and dropout", 4),
-        pytest.param("norm and dropout", 1, marks=pytest.mark.slow),
-        pytest.param("transformer", 2, marks=pytest.mark.slow),
-        pytest.param("residual", 2, marks=pytest.mark.slow),
-    ],
-)
+@every_network
 def test_later_in_a_window_each_gradient_is_of_the_whole_or_the_pieces(network, every):
     make = partial(Trained, network, torch.optim.SGD, 0.0)
     place = {"accumulate": 4, "position": 2}

@@ -17,9 +17,8 @@ from autobatch._estimate.device import target_gpu
 from autobatch._estimate.inputs import Inputs
 from autobatch._memory import memory_budget, parse_memory_limit
 from autobatch._memory.estimate.prediction import Fit
-from autobatch._report import NO_MATPLOTLIB
+from autobatch._report import needing_matplotlib
 from autobatch._report.layout import UNICODE, Glyphs, html, terminal
-from autobatch.errors import AutobatchError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -241,12 +240,8 @@ class Estimate:
             AutobatchError: matplotlib is not installed.
             ValueError: The path has another ending.
         """
-        try:
+        with needing_matplotlib():
             from autobatch._estimate.figure import draw
-        except ModuleNotFoundError as error:
-            if (error.name or "").partition(".")[0] != "matplotlib":
-                raise
-            raise AutobatchError(NO_MATPLOTLIB) from None
         peak = self.at(max(1, self.largest) if batch_size is None else batch_size)
         events = list(self._memory.events.at(peak.batch_size))
         return draw(self, moments(events, self._target.gpu), peak, path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from contextlib import contextmanager
 from html import escape
 from typing import TYPE_CHECKING, Annotated, Final, Literal
 
@@ -53,13 +54,13 @@ from autobatch._trials import Outcome
 from autobatch.errors import AutobatchError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _SCHEMA_VERSION: Final = 1
-NO_MATPLOTLIB: Final = 'A picture needs matplotlib: pip install "lightning-autobatch[plot]".'
 _NOTEBOOK_DPI: Final = 100  # of the figure: about the width of a notebook
 Task = Literal["train", "answer", "validate", "test", "predict"]
 
@@ -316,12 +317,8 @@ class TuningReport(BaseModel):
             AutobatchError: matplotlib is not installed.
             ValueError: The path has another ending.
         """
-        try:
+        with needing_matplotlib():
             from autobatch._report.figure import draw
-        except ModuleNotFoundError as error:
-            if (error.name or "").partition(".")[0] != "matplotlib":
-                raise
-            raise AutobatchError(NO_MATPLOTLIB) from None
         return draw(self, path, ax)
 
     def _repr_html_(self) -> str:
@@ -368,3 +365,16 @@ def _parsed(text: str, origin: str) -> TuningReport:
         raise ValueError(
             f"{origin} is not a complete report ({plain(field)}: {plain(first['msg'])}); {remedy}."
         ) from error
+
+
+@contextmanager
+def needing_matplotlib() -> Iterator[None]:
+    """Import what draws in the body; `AutobatchError` if matplotlib is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+        raise AutobatchError(
+            'A picture needs matplotlib: pip install "lightning-autobatch[plot]".'
+        ) from None

@@ -9,15 +9,14 @@ from weakref import ref
 from torch.utils.data import DataLoader
 
 from autobatch._trials.snapshot import Snapshot
-from autobatch._undo import Undo
+from autobatch._undo import Undo, patched
 from autobatch.lightning._attribute import FormerBatchSize, set_batch_size_attribute
 from autobatch.lightning._compat import (
     combined_loader,
     data_source,
     forget_combined_loader,
-    patched,
 )
-from autobatch.lightning._dataloaders import Rebatched, capture_order, take_iterator
+from autobatch.lightning._order import capture_order, take_iterator
 from autobatch.lightning._reads import BatchSizeReads
 
 if TYPE_CHECKING:
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from weakref import ReferenceType
 
     from autobatch._plan import BatchPlan
+    from autobatch.lightning._dataloaders import Rebatched
     from autobatch.lightning._trainer import Trainer
 
 

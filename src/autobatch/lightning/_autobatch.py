@@ -49,16 +49,13 @@ from autobatch.lightning._compat import (
     data_source,
     forget_combined_loader,
 )
-from autobatch.lightning._dataloaders import (
-    Rebatched,
-    capture_order,
-    checked_setter,
-)
+from autobatch.lightning._dataloaders import Rebatched, checked_setter
 from autobatch.lightning._estimating import estimate_training
 from autobatch.lightning._evaluation import STAGES, before_data, loaders_for
 from autobatch.lightning._hooks import FIT_START
 from autobatch.lightning._loggers import log_report, refresh_report
 from autobatch.lightning._noise_scale import NoiseScale
+from autobatch.lightning._order import capture_order
 from autobatch.lightning._resources import CallbackArguments
 from autobatch.lightning._resume import Checkpoint, PriorPlan, TunedFit, known_at_start
 from autobatch.lightning._run import Run, before_epochs

@@ -17,7 +17,7 @@ from enum import StrEnum
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, get_type_hints
 
-from autobatch._undo import Undo
+from autobatch._undo import patched
 from autobatch.lightning._trainer import (
     CombinedLoader,
     DataFetcher,
@@ -473,64 +473,3 @@ def _missing(owner: Any, protocol: Any, path: str = "") -> Iterator[str]:
             yield path + name
         elif getattr(kind, "_is_protocol", False):
             yield from _missing(getattr(owner, name), kind, f"{path}{name}.")
-
-
-# Replacing attributes
-
-
-class _Absent:
-    """Value of an attribute that an object did not have; a class, which copies and pickles keep."""
-
-
-class patched(Undo):  # noqa: N801 -- reads as what it does: with patched(owner, name=value)
-    """Replace attributes of an object while the body runs, and restore exactly what was there.
-
-    A value goes into the `vars` of the object, where it hides a method or an attribute of the
-    class, and is deleted from there if the object had none of its own. Properties are set. A class
-    rather than a generator, so that a callback that holds one can be copied and pickled: it calls
-    `apply` and `restore`.
-
-    Example:
-        >>> with patched(loop, setup_data=replacement):  # doctest: +SKIP
-        ...     trainer.validate(model)
-    """
-
-    def __init__(self, owner: Any, **values: Any) -> None:
-        super().__init__()
-        self._owner = owner
-        self._values = values
-        self._former: dict[str, Any] = {}  # of the names that are replaced now
-
-    def start(self) -> None:
-        # Not `add`, which keeps a closure: no pickle takes one
-        self.push(self.restore)
-        self.push(self.restore)
-        self.apply()
-
-    def apply(self) -> None:
-        """Replace the attributes until `restore`."""
-        for name, value in self._values.items():
-            has_own = name in vars(self._owner) or _is_property(self._owner, name)
-            self._former[name] = getattr(self._owner, name) if has_own else _Absent
-            _set(self._owner, name, value)
-
-    def restore(self, *_: object) -> None:
-        """Restore what was there; a second call changes nothing, or completes the first."""
-        while self._former:
-            name, former = next(reversed(self._former.items()))
-            if former is _Absent:
-                vars(self._owner).pop(name, None)
-            else:
-                _set(self._owner, name, former)
-            del self._former[name]
-
-
-def _set(owner: Any, name: str, value: Any) -> None:
-    if _is_property(owner, name):
-        setattr(owner, name, value)
-    else:
-        vars(owner)[name] = value
-
-
-def _is_property(owner: Any, name: str) -> bool:
-    return hasattr(getattr(type(owner), name, None), "__set__")

@@ -7,10 +7,10 @@ from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from autobatch._trials.batches import leaves, map_leaves
-from autobatch._trials.snapshot import Snapshot
+from autobatch._undo import patched
 from autobatch.errors import AutobatchError, FixedBatchSizeError
 from autobatch.lightning._batch_size import (
     LoaderSize,
@@ -22,10 +22,10 @@ from autobatch.lightning._batch_size import (
 from autobatch.lightning._compat import (
     Imported,
     combination_mode,
-    patched,
     requires_distributed_sampler,
 )
 from autobatch.lightning._epochs import EPOCH_LENGTH, batches_of, length_of, samples_of
+from autobatch.lightning._order import capture_order, order_restored
 from autobatch.lightning._remaking import (
     Remaking,
     arguments_left_open,
@@ -36,6 +36,7 @@ from autobatch.lightning._remaking import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from autobatch._trials.snapshot import Snapshot
     from autobatch.lightning._batch_size import BatchSizeChange, SetBatchSize
     from autobatch.lightning._trainer import CombinedLoader
 
@@ -258,45 +259,12 @@ def _dataloaders_in(given: Any) -> list[DataLoader[Any]]:
 # One loader
 
 
-def capture_order(loader: DataLoader[Any], snapshot: Snapshot) -> None:
-    """Let a snapshot restore the order of the data: samplers, their counters and generators.
-
-    Counters of the data set as well: without a length, Lightning 2.6 reads the first batch when it
-    sets up the loader.
-    """
-    samplers = (loader.batch_sampler, loader.sampler, sampler_of(loader))
-    snapshot.capture_samplers(*(each for each in samplers if each is not None))
-    if loader.num_workers == 0:
-        snapshot.capture_light(*layers(loader.dataset))
-    if loader.generator is not None:
-        snapshot.capture(loader.generator)
-
-
-def layers(dataset: Any) -> list[Any]:
-    """Return a data set, its transforms, and the data sets it wraps, as Subset does."""
-    attributes = getattr(dataset, "__dict__", {}).values()  # a plain list has none
-    parts = [part for part in attributes if hasattr(part, "__dict__")]
-    inner = [*parts, *(getattr(dataset, "datasets", None) or ())]
-    wrapped = [part for part in inner if isinstance(part, Dataset)]
-    return [dataset, *parts, *(layer for part in wrapped for layer in layers(part))]
-
-
-def take_iterator(loader: DataLoader[Any]) -> Any:
-    """Take the iterator that keeps persistent workers: the next iteration starts new ones.
-
-    The workers end with it. Its attribute has no public name (torch 2.13).
-    """
-    iterator = vars(loader).get("_iterator")
-    vars(loader).update(_iterator=None)
-    return iterator
-
-
 def _own_size(loader: DataLoader[Any], setter: SetBatchSize | None) -> int:
     """Return the batch size; with a user's setter, which may count otherwise, of a first batch."""
     size = getattr(loader.batch_sampler, "batch_size", None)
     if isinstance(size, int) and (setter is None or isinstance(setter, Remaking)):
         return size
-    with _order_restored(loader):
+    with order_restored(loader):
         return _first_batch_size(loader)
 
 
@@ -346,7 +314,7 @@ def _batch_sampler_problem(loader: DataLoader[Any]) -> str | None:
     if type(sampler) is BatchSampler:
         return None
     wanted = 1 if batch_size_of(loader) > 1 else 2
-    with _order_restored(loader):
+    with order_restored(loader):
         batches = length_of(sampler)
         with changed_batch_size(loader, wanted, None):
             found = _first_batch_size(loader)
@@ -389,7 +357,7 @@ def _has_to_be_made_again(loader: DataLoader[Any]) -> bool:
 def _changes_itself(loader: DataLoader[Any]) -> bool:
     """Check that a batch sampler draws otherwise after an epoch than when it is made again."""
     own, batches = _own_size(loader, Remaking()), loader.batch_sampler
-    with _order_restored(loader):
+    with order_restored(loader):
         if batches is not None:
             deque(batches, maxlen=0)
         return _drawn(loader) != _drawn_at(loader, own, Remaking())
@@ -402,13 +370,6 @@ def _drawn_at(loader: DataLoader[Any], batch_size: int, setter: SetBatchSize | N
 
 def _drawn(loader: DataLoader[Any]) -> str:
     """Return the number of batches of a batch sampler and the first ones, as words."""
-    with _order_restored(loader):
+    with order_restored(loader):
         batches: Any = loader.batch_sampler
         return repr([length_of(batches), *islice(batches, _COMPARED)])
-
-
-@contextmanager
-def _order_restored(loader: DataLoader[Any]) -> Iterator[None]:
-    with Snapshot() as snapshot:
-        capture_order(loader, snapshot)
-        yield

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 
+from autobatch._undo import patched
 from autobatch.lightning._compat import (
     active_loop,
     build_evaluation_kwargs,
@@ -17,7 +18,6 @@ from autobatch.lightning._compat import (
     call_module_hook,
     call_strategy_hook,
     logger_connector,
-    patched,
 )
 from autobatch.lightning._hooks import Hooks
 from autobatch.lightning._shown import evaluation_shown

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from autobatch._undo import patched
 from autobatch.lightning._compat import (
     fresh_results,
     new_epoch_loop,
     new_epoch_progress,
-    patched,
 )
 from autobatch.lightning._silence import without_effects
 

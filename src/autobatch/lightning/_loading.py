@@ -13,7 +13,7 @@ from autobatch.lightning._compat import data_fetcher, fetch_profiler, patched_fe
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from autobatch.lightning._compat import patched
+    from autobatch._undo import patched
     from autobatch.lightning._trainer import Trainer
 
 _WARM_UP: Final = 3  # batches before the first that counts: kernels are chosen, workers read ahead

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 import torch
 from torch.utils.data import DataLoader
 
-from autobatch.lightning._dataloaders import capture_order, layers, take_iterator
+from autobatch.lightning._order import capture_order, layers, take_iterator
 from autobatch.lightning._reading import alike, reading_of
 
 if TYPE_CHECKING:
@@ -111,26 +111,24 @@ class Reader:
     def read(self, at: int, method: str, *arguments: Any) -> Fresh:
         """Call a method of the `Reading` of a loader; errors of the user pass through."""
         if self._can_fork and at not in self._here:
-            try:
-                return self._asked(at, method, *arguments)
-            except _UnreadableError:
-                # No error of the user's: this process can read it, since it has CUDA, locks and
-                # threads and need not pickle
-                pass
+            answer = self._asked(at, method, *arguments)
+            if answer is not None:
+                return answer
+        # This process can read it, since it has CUDA, locks and threads and need not pickle
         return Copied(lambda: self._read_here(at, method, *arguments))
 
-    def _asked(self, at: int, method: str, *arguments: Any) -> Fresh:
+    def _asked(self, at: int, method: str, *arguments: Any) -> Fresh | None:
+        """Ask the other process; None if it cannot read or send that, or has ended."""
         if self._process is None:
             self._process = _ReaderProcess(self._loaders, self._setters)
             try:
                 self._process.start()
-            except (AssertionError, OSError) as error:  # in a daemonic process, or without memory
+            except (AssertionError, OSError):  # in a daemonic process, or without memory
                 self._can_fork = False
-                raise _UnreadableError from error
+                return None
         request = at, method, arguments
-        try:
-            return self._process.answer(request, may_hang=not self._loaders[at].num_workers)
-        except _EndedError as error:
+        answer = self._process.answer(request, may_hang=not self._loaders[at].num_workers)
+        if self._process.has_ended:
             # A fork may die or hang where this process would not, as by locks of other threads;
             # killed for memory, it would happen here again
             is_killed = self._process.is_killed
@@ -139,9 +137,9 @@ class Reader:
                 raise MemoryError(
                     "The process that reads batches for trials was killed, as systems do when "
                     "their memory ends."
-                ) from None
+                )
             self._can_fork = False
-            raise _UnreadableError from error
+        return answer
 
     def _read_here(self, at: int, method: str, *arguments: Any) -> Any:
         loader = self._loaders[at]
@@ -152,20 +150,13 @@ class Reader:
         return getattr(self._here[at], method)(*arguments)
 
 
-class _UnreadableError(Exception):
-    """A batch that another process cannot read or send."""
-
-
-class _EndedError(Exception):
-    """The other process has ended, or hangs."""
-
-
 class _ReaderProcess:
     """The forked process, and the connection to it."""
 
     def __init__(
         self, loaders: Sequence[DataLoader[Any]], setters: Sequence[SetBatchSize | None]
     ) -> None:
+        self.has_ended = False  # or hangs
         forked = multiprocessing.get_context("fork")
         self._connection, self._theirs = forked.Pipe()
         # Not daemonic, since a loader may have a worker
@@ -180,29 +171,31 @@ class _ReaderProcess:
             self._process.start()
         self._theirs.close()
 
-    def answer(self, request: tuple[Any, ...], *, may_hang: bool) -> Fresh:
+    def answer(self, request: tuple[Any, ...], *, may_hang: bool) -> Fresh | None:
+        """Return the answer; None if there is none. Errors of the user are raised."""
         try:
             self._connection.send(request)
-            if may_hang:
-                self._wait()
+            if may_hang and self._hangs():
+                self.has_ended = True
+                return None
             kind = self._connection.recv()
             data = self._connection.recv_bytes()
-        except (EOFError, OSError) as error:
-            raise _EndedError from error
-        if kind == "value":
-            return Packed(data)
+        except (EOFError, OSError):  # the other end of the connection is closed
+            self.has_ended = True
+            return None
         if kind == "error":
             raise pickle.loads(data)  # noqa: S301 -- made by a process forked from this one
-        raise _UnreadableError
+        return Packed(data) if kind == "value" else None
 
-    def _wait(self) -> None:
-        """Wait until there is an answer; `_EndedError` if the process hangs."""
+    def _hangs(self) -> bool:
+        """Wait until there is an answer or the process has ended; True if it does nothing."""
         pid, began = self._process.pid or 0, time.monotonic()
         used = _processor_ticks(pid)
         while not connection.wait([self._connection, self._process.sentinel], _MAX_IDLE):
             before, used = used, _processor_ticks(pid)
             if used == before or time.monotonic() - began > _MAX_SILENCE:
-                raise _EndedError
+                return True
+        return False
 
     @property
     def is_killed(self) -> bool:

@@ -23,7 +23,7 @@ from torch.utils.data import (
 from autobatch._report.result import Look
 from autobatch._trials.batches import rows_of_each, sample_counts
 from autobatch.lightning._batch_size import changed_batch_size
-from autobatch.lightning._dataloaders import take_iterator
+from autobatch.lightning._order import take_iterator
 from autobatch.lightning._remaking import Remaking, has_torch_iteration, sampler_of
 
 if TYPE_CHECKING:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import RandomSampler
 
+from autobatch._undo import patched
 from autobatch.lightning._compat import (
     Imported,
     combined_loader,
     data_source,
-    patched,
     prepared_loader,
     showing_evaluation,
     showing_training,

@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from autobatch.lightning._compat import package, patched, without_callback_hooks
+from autobatch._undo import patched
+from autobatch.lightning._compat import package, without_callback_hooks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

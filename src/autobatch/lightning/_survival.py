@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from autobatch._memory import MemoryProbe
-    from autobatch.lightning._compat import patched
+    from autobatch._undo import patched
     from autobatch.lightning._survival_state import Kept
 
 _log = logging.getLogger("autobatch")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from autobatch._undo import patched
 from autobatch.lightning._compat import (
     Imported,
     backward_of,
@@ -19,7 +20,6 @@ from autobatch.lightning._compat import (
     is_synchronized_in_step,
     logged_on_step,
     logged_results,
-    patched,
     set_logged_on_step,
     training_step_result,
     zero_grad_of,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from autobatch._report.tradeoff import unwrapped
+from autobatch._undo import patched
 from autobatch.errors import AutobatchError
 from autobatch.lightning._compat import (
     Imported,
@@ -18,7 +19,6 @@ from autobatch.lightning._compat import (
     build_step_kwargs,
     call_strategy_hook,
     logger_connector,
-    patched,
     stepping_by,
     training_step_result,
 )

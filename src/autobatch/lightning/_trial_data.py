@@ -344,25 +344,23 @@ def repeated(batch: Any, samples: int, batch_size: int) -> Any:
         samples: Number of samples in it.
         batch_size: Number of samples in the result.
     """
-
-    def repeat_leaf(leaf: Any) -> Any:
-        if type(leaf) is torch.Tensor and leaf.layout is torch.strided and leaf.dim():
-            if len(leaf) == samples:
-                return leaf[torch.arange(batch_size) % samples]
-        elif type(leaf) in (list, tuple):
-            if not leaf:
-                return leaf
-            if len(leaf) == samples and all(isinstance(entry, (str, bytes)) for entry in leaf):
-                return type(leaf)(islice(cycle(leaf), batch_size))
-        raise _NotRepeatableError
-
-    try:
-        return map_leaves(repeat_leaf, batch)
-    except _NotRepeatableError:
-        # Control flow of a recursive walk: one such leaf, however deep, and the loader's own function
-        # has to collate the whole batch
+    if not all(_is_repeatable(leaf, samples) for leaf in leaves(batch)):
         return None
 
+    def repeat_leaf(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            return leaf[torch.arange(batch_size) % samples]
+        return type(leaf)(islice(cycle(leaf), batch_size))
 
-class _NotRepeatableError(Exception):
-    """A leaf without one entry for each sample."""
+    return map_leaves(repeat_leaf, batch)
+
+
+def _is_repeatable(leaf: Any, samples: int) -> bool:
+    """Check that a leaf has one entry for each sample, or none."""
+    if type(leaf) is torch.Tensor:
+        return leaf.layout is torch.strided and leaf.dim() > 0 and len(leaf) == samples
+    if type(leaf) not in (list, tuple):
+        return False
+    return not leaf or (
+        len(leaf) == samples and all(isinstance(entry, (str, bytes)) for entry in leaf)
+    )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import random
 import sys
 import time
 import warnings
@@ -20,8 +19,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
-from torch.nn.modules import module as module_hooks
-from torch.optim import optimizer as optimizer_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -33,8 +30,8 @@ from autobatch._memory.estimate.scratch import (
     axes_of_sum,
     convolution_scratch,
 )
+from autobatch._memory.estimate.untouched import Untouched
 from autobatch._memory.ledger import unobserved
-from autobatch._undo import Undo
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -97,7 +94,7 @@ def trace(
     """
     _check(step.model)
     try:
-        with _Untouched(), unobserved(), warnings.catch_warnings():
+        with Untouched(), unobserved(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a copy without its Trainer
             fake = FakeTensorMode(allow_non_fake_inputs=True)
             model, optimizer = _fake_copy(step, fake)
@@ -387,38 +384,3 @@ class _Live:
     nbytes: int
     module: str
     ref: weakref.ref[torch.UntypedStorage]
-
-
-class _Untouched(Undo):
-    """Global state in the body of which nothing is left: random numbers, hooks, autocast, modes."""
-
-    def start(self) -> None:
-        self.add(partial(random.setstate, random.getstate()))
-        self.add(partial(torch.set_rng_state, torch.get_rng_state()))
-        if (numpy := sys.modules.get("numpy")) is not None:
-            self.add(partial(numpy.random.set_state, numpy.random.get_state()))
-        for hooks in _global_hooks():
-            self.add(partial(_refill, hooks, dict(hooks)))
-            hooks.clear()
-        self.enter_context(torch.enable_grad())
-        # A context of autocast would keep the casts of those within it
-        self.add(partial(torch.set_autocast_enabled, "cpu", torch.is_autocast_enabled("cpu")))
-        torch.set_autocast_enabled("cpu", False)
-        if "torch._dynamo" in sys.modules:
-            self.enter_context(torch.compiler.set_stance("force_eager"))
-
-
-def _global_hooks() -> list[dict[int, Any]]:
-    return [
-        module_hooks._global_forward_hooks,
-        module_hooks._global_forward_pre_hooks,
-        module_hooks._global_backward_hooks,
-        module_hooks._global_backward_pre_hooks,
-        optimizer_hooks._global_optimizer_pre_hooks,
-        optimizer_hooks._global_optimizer_post_hooks,
-    ]
-
-
-def _refill(hooks: dict[int, Any], former: dict[int, Any]) -> None:
-    hooks.clear()
-    hooks.update(former)
