@@ -14,13 +14,13 @@ import torch
 
 # The dispatch mode and the switch that disables it have no public name in torch 2.13
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
 
 from autobatch._memory import format_bytes
 from autobatch._memory.in_place import InPlaceSums
+from autobatch._memory.storages import address_of, sizes_in, storages_in, storages_of, tensors_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
 
 _ENCODER_LAYER: Final = torch.ops.aten._transformer_encoder_layer_fwd.default
 # Most sizes to keep: operators with new numbers, such as a step count, would add them without end
@@ -114,7 +114,7 @@ class Ledger:
     def attach(self, *objects: Any) -> None:
         """Charge existing tensors: of modules, gradients, optimizer states and containers."""
         for tensor in tensors_of(objects):
-            for storage in _storages(tensor):
+            for storage in storages_of(tensor):
                 self._enter(storage)
 
     @contextlib.contextmanager
@@ -144,10 +144,10 @@ class Ledger:
         with _autocast_of(func):
             result = func(*args, **kwargs)
         arguments: dict[int, int] | None = None  # collected only if needed
-        for storage in _storages_in(result):
-            if _key(storage) not in self._entries:
-                arguments = _sizes_in((args, *kwargs.values())) if arguments is None else arguments
-                if _key(storage) in arguments:
+        for storage in storages_in(result):
+            if address_of(storage) not in self._entries:
+                arguments = sizes_in((args, *kwargs.values())) if arguments is None else arguments
+                if address_of(storage) in arguments:
                     continue  # a view of data that was never attached
             if not is_in_place or not self._await_term(storage, arguments or {}):
                 self._charge(storage)
@@ -155,7 +155,7 @@ class Ledger:
 
     def _await_term(self, storage: torch.UntypedStorage, arguments: dict[int, int]) -> bool:
         """Enter a sum without a charge if one of its terms has its size, and may die now."""
-        key, nbytes = _key(storage), storage.nbytes()
+        key, nbytes = address_of(storage), storage.nbytes()
         terms = {term for term, size in arguments.items() if size == nbytes}
         if key in self._entries or not terms.intersection(self._entries):
             return False
@@ -175,12 +175,12 @@ class Ledger:
         self._charge(storage)
 
     def _entry(self, storage: torch.UntypedStorage) -> _Entry:
-        ref = weakref.ref(storage, partial(self._credit, _key(storage)))
+        ref = weakref.ref(storage, partial(self._credit, address_of(storage)))
         return _Entry(storage.nbytes(), ref)
 
     def _enter(self, storage: torch.UntypedStorage) -> int:
         """Enter a storage at its present size, and return the bytes it grew by."""
-        key, nbytes = _key(storage), storage.nbytes()
+        key, nbytes = address_of(storage), storage.nbytes()
         with self._lock:
             entry = self._entries.get(key)
             growth = nbytes - (entry.nbytes if entry else 0)
@@ -194,7 +194,7 @@ class Ledger:
 
     def _charge(self, storage: torch.UntypedStorage) -> None:
         """Enter an allocation, or refuse it beyond the limit."""
-        entry = self._entries.get(_key(storage))
+        entry = self._entries.get(address_of(storage))
         growth = storage.nbytes() - (entry.nbytes if entry else 0)
         if growth > 0:
             self.allocations += 1
@@ -311,64 +311,6 @@ def _autocast_of(func: Callable[..., Any]) -> contextlib.AbstractContextManager[
     return guard
 
 
-def tensors_of(objects: Iterable[Any]) -> Iterator[torch.Tensor]:
-    """Yield the tensors of modules, gradients, optimizer states and containers."""
-    for thing in objects:
-        if isinstance(thing, torch.nn.Module):
-            for parameter in thing.parameters():
-                yield parameter
-                if parameter.grad is not None:
-                    yield parameter.grad
-            yield from thing.buffers()
-        elif isinstance(thing, torch.optim.Optimizer):
-            yield from tensors_of(tree_leaves(list(thing.state.values())))
-        else:
-            yield from (leaf for leaf in tree_leaves(thing) if isinstance(leaf, torch.Tensor))
-
-
-def _key(storage: torch.UntypedStorage) -> int:
-    """Address of a storage, the same for all its handles; torch 2.13 has no public name for it."""
-    return int(storage._cdata)
-
-
-def _storages(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
-    """Yield the storages of a tensor: several if it wraps others or is sparse, none if opaque."""
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) and hasattr(
-        type(tensor), "__tensor_flatten__"
-    ):
-        for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
-            yield from _storages(getattr(tensor, name))
-    elif torch.nn.parameter.is_lazy(tensor):
-        return  # no memory yet
-    elif tensor.layout is torch.strided:
-        try:
-            storage = tensor.untyped_storage()
-        except (NotImplementedError, RuntimeError):
-            return  # functorch wrappers and opaque tensors have no storage
-        yield storage
-    elif tensor.layout is torch.sparse_coo:
-        yield from _storages(tensor._indices())
-        yield from _storages(tensor._values())
-    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
-        yield from _storages(tensor.crow_indices())
-        yield from _storages(tensor.col_indices())
-        yield from _storages(tensor.values())
-
-
-def _storages_in(values: Any) -> Iterator[torch.UntypedStorage]:
-    # Operators take and return tensors, and lists of them: faster than a walk of any tree
-    if isinstance(values, torch.Tensor):
-        yield from _storages(values)
-    elif isinstance(values, (list, tuple)):
-        for value in values:
-            yield from _storages_in(value)
-
-
-def _sizes_in(values: Any) -> dict[int, int]:
-    """Bytes of each storage by its address."""
-    return {_key(storage): storage.nbytes() for storage in _storages_in(values)}
-
-
 def _size_on_meta(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> int | None:
@@ -378,7 +320,7 @@ def _size_on_meta(
     except Exception:
         # No meta kernel, or a shape that depends on data: charged after the operator has run
         return None
-    return sum(_sizes_in(result).values())
+    return sum(sizes_in(result).values())
 
 
 def _signature(value: Any) -> Any:

@@ -15,7 +15,8 @@ from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import ChainedScheduler, OneCycleLR, SequentialLR
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from autobatch._memory.ledger import eager, tensors_of, unobserved
+from autobatch._memory.ledger import eager, unobserved
+from autobatch._memory.storages import tensors_of
 from autobatch._trials.captured import (
     Memo,
     SavedGenerator,
