@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from autobatch import sinks
 from autobatch._distributed import stopping_together
 from autobatch._estimate.device import target_gpu
+from autobatch._loaders.samples import NoDataError, checked_worst_case
 from autobatch._report.known_plan import known_plan
 from autobatch._settings import Settings, checked_verbose
 from autobatch._tune import checked_search
@@ -48,7 +49,6 @@ from autobatch.lightning._resources import CallbackArguments
 from autobatch.lightning._results import Results, show
 from autobatch.lightning._resume import Checkpoint
 from autobatch.lightning._run import Run
-from autobatch.lightning._trial_data import NoDataError, checked_worst_case
 from autobatch.lightning._tuned_training import TunedTraining
 from autobatch.lightning._tuning_evaluation import tune_evaluation
 from autobatch.testing import named_device

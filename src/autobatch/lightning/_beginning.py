@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader
 
+from autobatch._loaders.order import capture_order
 from autobatch._trials.snapshot import Snapshot
 from autobatch._undo import Undo
-from autobatch.lightning._order import capture_order
 from autobatch.lightning._silence import silenced
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader
 
+from autobatch._loaders.order import capture_order
 from autobatch._memory.detect import detect
 from autobatch._trials.snapshot import Snapshot
 from autobatch._undo import patched
@@ -14,16 +15,15 @@ from autobatch.lightning._apply import BeforeOptimizers, StateBefore
 from autobatch.lightning._compat import combined_loader, data_source
 from autobatch.lightning._dataloaders import Rebatched
 from autobatch.lightning._loading import DataLoaderTimer
-from autobatch.lightning._order import capture_order
 from autobatch.lightning._survival import Survival
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from autobatch._loaders.batch_size import LoaderSize
     from autobatch._memory import MemoryProbe
     from autobatch.lightning._accumulation import LastWindowCorrection
     from autobatch.lightning._attribute import FormerBatchSize
-    from autobatch.lightning._batch_size import LoaderSize
     from autobatch.lightning._resume import Checkpoint
     from autobatch.lightning._trainer import Trainer
 

@@ -24,10 +24,10 @@ from autobatch.lightning._tuning import tune_training
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from autobatch._loaders.batch_size import LoaderSize
     from autobatch._plan import BatchPlan
     from autobatch._report import TuningReport
     from autobatch._report.result import Survived
-    from autobatch.lightning._batch_size import LoaderSize
     from autobatch.lightning._beside import BesideTraining
     from autobatch.lightning._resources import CallbackArguments, Tuned
 
