@@ -36,6 +36,7 @@ LAYERS = (
     ("_search", "_throughput"),
     ("_plan", "_latency", "_noise", "_accumulation"),
     ("_report",),
+    ("_loaders",),
     ("_estimate",),
     ("_progress",),
     ("report", "sinks", "testing"),

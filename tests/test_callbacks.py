@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import autobatch
-from autobatch.lightning._batch_size import LoaderSize
+from autobatch._loaders.batch_size import LoaderSize
 from autobatch.testing import SimulatedAccelerator
 from lightning_here import Model, data, pl, plain, tuner
 from lightning_here import quiet_trainer as trainer

@@ -12,6 +12,8 @@ from torch.utils.data import DataLoader
 from autobatch import sinks
 from autobatch._distributed import current_ranks, stopping_together
 from autobatch._estimate.device import target_gpu
+from autobatch._loaders.order import capture_order
+from autobatch._loaders.samples import NoDataError, checked_worst_case
 from autobatch._memory.detect import detect
 from autobatch._report.known_plan import known_plan
 from autobatch._report.notes import survived, waiting
@@ -55,13 +57,11 @@ from autobatch.lightning._evaluation import STAGES, before_data, loaders_for
 from autobatch.lightning._hooks import FIT_START
 from autobatch.lightning._loggers import log_report, refresh_report
 from autobatch.lightning._noise_scale import NoiseScale
-from autobatch.lightning._order import capture_order
 from autobatch.lightning._resources import CallbackArguments
 from autobatch.lightning._resume import Checkpoint, PriorPlan, TunedFit, known_at_start
 from autobatch.lightning._run import Run, before_epochs
 from autobatch.lightning._silence import silenced
 from autobatch.lightning._survival import Survival
-from autobatch.lightning._trial_data import NoDataError, checked_worst_case
 from autobatch.lightning._tuning import tune_training
 from autobatch.lightning._tuning_evaluation import tune_evaluation
 from autobatch.testing import named_device
@@ -71,12 +71,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from autobatch._estimate import Estimate
+    from autobatch._loaders.batch_size import LoaderSize
     from autobatch._memory import MemoryProbe
     from autobatch._plan import BatchPlan
     from autobatch._report import TuningReport
     from autobatch._report.result import Survived
     from autobatch._search import Search
-    from autobatch.lightning._batch_size import LoaderSize
     from autobatch.lightning._evaluation import Stage
     from autobatch.lightning._resources import Tuned
 

@@ -26,11 +26,11 @@ from autobatch.lightning._trainer_notes import checked_copy_bytes
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from autobatch._loaders.batch_size import LoaderSize, SetBatchSize
     from autobatch._memory import MemoryProbe
     from autobatch._report import TuningReport
     from autobatch._search import Search
     from autobatch._settings import Settings
-    from autobatch.lightning._batch_size import LoaderSize, SetBatchSize
     from autobatch.lightning._evaluation import Stage
 
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from torch.nn.parameter import is_lazy
 
+from autobatch._loaders.epochs import samples_of
 from autobatch._plan import BatchPlan
 from autobatch.errors import AutobatchError
-from autobatch.lightning._epochs import samples_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader
 
+from autobatch._loaders.order import capture_order
 from autobatch._trials.snapshot import Snapshot
 from autobatch._undo import patched
 from autobatch.lightning._apply import BeforeOptimizers, StateBefore
 from autobatch.lightning._compat import combined_loader, data_source
 from autobatch.lightning._loading import DataLoaderTimer
-from autobatch.lightning._order import capture_order
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from autobatch._loaders.samples import Samples
 from autobatch._plan import BatchPlan
 from autobatch._report.known_plan import known_plan
 from autobatch._tune import tune
@@ -19,7 +20,6 @@ from autobatch.lightning._resume import DeviceId, PriorPlan, fingerprint_of
 from autobatch.lightning._subjects import LightningTraining
 from autobatch.lightning._trainer_notes import TrainerLimits
 from autobatch.lightning._training import TrainingSteps
-from autobatch.lightning._trial_data import Samples
 from autobatch.lightning._tuning_evaluation import with_validation
 
 if TYPE_CHECKING:
