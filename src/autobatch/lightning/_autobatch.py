@@ -20,7 +20,7 @@ from autobatch._report.notes import survived, waiting
 from autobatch._report.units import plain
 from autobatch._settings import Settings, checked_verbose
 from autobatch._trials.snapshot import Snapshot
-from autobatch._tune import checked_search
+from autobatch._tune import PriorPlan, checked_search
 from autobatch._undo import Undo
 from autobatch.errors import AutobatchError, FixedBatchSizeError
 from autobatch.lightning._accumulation import LastWindowCorrection, check_switch
@@ -58,7 +58,7 @@ from autobatch.lightning._hooks import FIT_START
 from autobatch.lightning._loggers import log_report, refresh_report
 from autobatch.lightning._noise_scale import NoiseScale
 from autobatch.lightning._resources import CallbackArguments
-from autobatch.lightning._resume import Checkpoint, PriorPlan, TunedFit, known_at_start
+from autobatch.lightning._resume import Checkpoint, TunedFit, known_at_start
 from autobatch.lightning._run import Run, before_epochs
 from autobatch.lightning._silence import silenced
 from autobatch.lightning._survival import Survival

@@ -6,7 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
+from autobatch.transformers._logging import log_report
+
 if TYPE_CHECKING:
+    from autobatch._report import TuningReport
+
     _Callback: type = object
 else:
     _Callback = TrainerCallback
@@ -21,3 +25,19 @@ class Leave(_Callback):  # type: ignore[misc]  # a class of transformers
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         raise LeftError
+
+
+class ReportLogger(_Callback):  # type: ignore[misc]  # a class of transformers
+    """Logs the report when training begins, after the Trainer's own callbacks have begun.
+
+    Args:
+        trainer: The Trainer.
+        report: The report, with whose plan it trains.
+    """
+
+    def __init__(self, trainer: Any, report: TuningReport) -> None:
+        self._trainer = trainer
+        self._report = report
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        log_report(self._report, self._trainer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -42,4 +43,8 @@ def prepared(trainer: Any, before: Snapshot) -> Iterator[None]:
             left.__traceback__ = None  # whose frames hold the loader
         else:
             raise AutobatchError("The Trainer ended before its first step: nothing is to be tuned.")
-        yield
+        try:
+            yield
+        finally:
+            # Cycles hold the wrapped model: its hooks on parameters would run beside the next ones
+            gc.collect()

@@ -32,6 +32,7 @@ class TrainerTraining:
         loader: The training data.
         context: Resources of the trials.
         previous_plan: The plan of the arguments.
+        first_note: A note on the plan that was known before; None if there is none.
     """
 
     workload: TrainerSteps
@@ -39,6 +40,7 @@ class TrainerTraining:
     loader: TrainingLoader
     context: TrialContext
     previous_plan: BatchPlan
+    first_note: str | None = None
 
     can_accumulate: ClassVar = True
 
@@ -128,6 +130,7 @@ class TrainerTraining:
 
     def plan_notes(self, plan: BatchPlan, time_limit: TimeLimit) -> tuple[str, ...]:
         return (
+            *((self.first_note,) if self.first_note else ()),
             *batch_norm(batch_norms(self.trainer.model.modules()), plan),
             *self._counted_updates(plan),
         )

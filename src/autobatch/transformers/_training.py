@@ -44,7 +44,7 @@ class TrainerSteps:
                 yield
 
     def _update(self, micro_batches: Sequence[Any], items: Any) -> None:
-        trainer, model = self.trainer, self._model
+        trainer, model = self.trainer, self.trainer.model_wrapped
         for left, inputs in zip(reversed(range(len(micro_batches))), micro_batches, strict=True):
             synchronize(trainer, is_last=not left)
             waits = trainer.accelerator.no_sync(model=model) if left else nullcontext()
@@ -53,11 +53,6 @@ class TrainerSteps:
         clip_gradients(trainer, model)
         trainer.optimizer.step()
         model.zero_grad()
-
-    @property
-    def _model(self) -> Any:
-        """The model without DistributedDataParallel, in which ranks wait for each other."""
-        return trained_model(self.trainer)
 
     def _trained_accumulation(self, batch_size: int, accumulate: int) -> int:
         """Return the micro-batches per update of training, if a trial runs this many."""
@@ -77,11 +72,3 @@ class TrainerSteps:
         if not accelerator.device_placement:
             return batches
         return (send_to_device(batch, accelerator.device) for batch in batches)
-
-
-def trained_model(trainer: Any) -> Any:
-    """Return the prepared model, without DistributedDataParallel."""
-    from torch.nn.parallel import DistributedDataParallel
-
-    model = trainer.model_wrapped
-    return model.module if isinstance(model, DistributedDataParallel) else model

@@ -14,13 +14,13 @@ from autobatch._settings import Settings, checked_verbose
 from autobatch._trials.context import MemoryBudget, TrialContext
 from autobatch._trials.optimizers import OptimizerWatch
 from autobatch._trials.snapshot import Snapshot
-from autobatch._tune import checked_search
-from autobatch._tune import tune as tune_subject
+from autobatch._tune import PriorPlan, checked_search, verify_or_search
 from autobatch.testing import named_device
 from autobatch.transformers._checks import check
 from autobatch.transformers._compat import set_plan
 from autobatch.transformers._data import TrainingLoader
 from autobatch.transformers._prepared import prepared
+from autobatch.transformers._resume import Checkpoint
 from autobatch.transformers._subject import TrainerTraining
 from autobatch.transformers._training import TrainerSteps
 
@@ -49,6 +49,7 @@ def tune(
     device: str | MemoryProbe | None = None,
     verbose: bool = True,
     worst_case: Callable[[int], Any] | None = None,
+    resume_from_checkpoint: str | Path | bool | None = None,
     apply: bool = True,
 ) -> TuningReport:
     """Find the batch sizes that fit for a `transformers.Trainer`, and set the plan in it.
@@ -84,7 +85,10 @@ def tune(
         worst_case: A function of a number of samples that returns the largest batch of that many
             samples a step may meet, on the host and collated. None: trials run the largest of up to
             1,000 samples, or of those that can be read in 5 seconds.
-        apply: Whether the two arguments are set; False only reports.
+        resume_from_checkpoint: As for `trainer.train`: the run goes on with the plan of the
+            checkpoint, which one trial verifies.
+        apply: Whether the two arguments are set, and the report is logged when training begins;
+            False only reports.
 
     Returns:
         The report: `report.plan`, `report.trials`, `report.budget`; `print(report)` shows it all.
@@ -111,6 +115,9 @@ def tune(
     strategy, is_verbose = checked_search(search), checked_verbose(verbose)
     largest_batch, named = checked_worst_case(worst_case), named_device(device)
     check(trainer)
+    checkpoint = None
+    if resume_from_checkpoint:
+        checkpoint = Checkpoint.named(resume_from_checkpoint, trainer.args.output_dir)
     probe = detect(named, trainer.args.device)
     began = probe.clock()
     with (
@@ -120,9 +127,12 @@ def tune(
         OptimizerWatch(probe.clock) as optimizers,
         sinks.progress(verbose=is_verbose and ranks.rank == 0) as shown,
         prepared(trainer, before),
+        ranks.dry(),
         Snapshot() as snapshot,
     ):
-        known = known_plan(plan, settings, world_size=ranks.world_size)
+        known = PriorPlan(known_plan(plan, settings, world_size=ranks.world_size))
+        if checkpoint is not None:
+            known = checkpoint.prior_plan(settings, ranks.world_size)
         shown.begin("reading batches", None)
         snapshot.capture_light(trainer)
         snapshot.capture(trainer.model, trainer.optimizer)
@@ -139,15 +149,25 @@ def tune(
         )
         loader = TrainingLoader.of(trainer)
         settings = settings.model_copy(update={"dataset_size": loader.samples})
-        target = known.effective_batch_size if known else settings.target_batch_size
+        planned = known.plan.effective_batch_size if known.plan else None
+        target = known.target or planned or settings.target_batch_size
         with Samples(loader, snapshot, trainer.args.device, largest_batch) as samples:
             workload = TrainerSteps(trainer, samples, target)
             subject = TrainerTraining.of(workload, trainer, loader, context)
-            report = tune_subject(subject, settings, context, strategy, known=known)
+            report = verify_or_search(known, subject, settings, context, strategy)
     if apply:
-        set_plan(trainer, report.plan.micro_batch_size, report.plan.accumulate_grad_batches)
+        _apply(report, trainer)
     if ranks.rank == 0:
         sinks.log(report)
         if is_verbose:
             sinks.console(report)
     return report
+
+
+def _apply(report: TuningReport, trainer: Any) -> None:
+    """Set the plan in the arguments, and log the report of the latest tuning run."""
+    from autobatch.transformers._callbacks import ReportLogger
+
+    set_plan(trainer, report.plan.micro_batch_size, report.plan.accumulate_grad_batches)
+    trainer.remove_callback(ReportLogger)
+    trainer.add_callback(ReportLogger(trainer, report))
