@@ -17,7 +17,7 @@ from autobatch.lightning._hooks import FIT_START
 from autobatch.lightning._loggers import log_report, refresh_report
 from autobatch.lightning._noise_scale import NoiseScale
 from autobatch.lightning._results import Results, show
-from autobatch.lightning._resume import PriorPlan, TunedFit, known_at_start
+from autobatch.lightning._resume import TunedFit, known_at_start
 from autobatch.lightning._run import Run, before_epochs
 from autobatch.lightning._tuning import tune_training
 
