@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from autobatch._plan import BatchPlan
     from autobatch._report import TuningReport
     from autobatch._report.result import Survived
+    from autobatch._tune import PriorPlan
     from autobatch.lightning._beside import BesideTraining
     from autobatch.lightning._resources import CallbackArguments, Tuned
 
