@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from autobatch import sinks
 from autobatch._distributed import stopping_together
 from autobatch._report.notes import waiting
+from autobatch._tune import PriorPlan
 from autobatch.errors import FixedBatchSizeError
 from autobatch.lightning._accumulation import LastWindowCorrection
 from autobatch.lightning._apply import apply, apply_between_epochs
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from autobatch._plan import BatchPlan
     from autobatch._report import TuningReport
     from autobatch._report.result import Survived
-    from autobatch._tune import PriorPlan
     from autobatch.lightning._beside import BesideTraining
     from autobatch.lightning._resources import CallbackArguments, Tuned
 
