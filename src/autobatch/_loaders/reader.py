@@ -24,16 +24,16 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 import torch
 from torch.utils.data import DataLoader
 
-from autobatch.lightning._order import capture_order, layers, take_iterator
-from autobatch.lightning._reading import alike, reading_of
+from autobatch._loaders.order import capture_order, layers, take_iterator
+from autobatch._loaders.reading import alike, reading_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from multiprocessing.connection import Connection
 
+    from autobatch._loaders.batch_size import SetBatchSize
+    from autobatch._loaders.reading import Reading
     from autobatch._trials.snapshot import Snapshot
-    from autobatch.lightning._batch_size import SetBatchSize
-    from autobatch.lightning._reading import Reading
 
 # Longest waits for an answer where the loader has no worker, so that its data set may be one that
 # hangs in a forked process: without and with processor time that is used
@@ -189,7 +189,7 @@ class _ReaderProcess:
 
     def _hangs(self) -> bool:
         """Wait until there is an answer or the process has ended; True if it does nothing."""
-        ends = [self._connection, self._process.sentinel]
+        ends: list[Connection | int] = [self._connection, self._process.sentinel]
         if connection.wait(ends, _ANSWERED_AT_ONCE):
             return False
         pid, began = self._process.pid or 0, time.monotonic()
