@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader
 
+from autobatch._loaders.epochs import is_empty
 from autobatch._report.tradeoff import unwrapped
 from autobatch.errors import AutobatchError
 from autobatch.lightning._compat import (
@@ -21,7 +22,6 @@ from autobatch.lightning._compat import (
     package_of,
     start_method,
 )
-from autobatch.lightning._epochs import is_empty
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

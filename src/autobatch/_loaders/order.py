@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader, Dataset
 
+from autobatch._loaders.remaking import sampler_of
 from autobatch._trials.snapshot import Snapshot
-from autobatch.lightning._remaking import sampler_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
