@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from autobatch._accumulation import batch_norms
+from autobatch._distributed import current_ranks
 from autobatch._memory.oom import is_oom
 from autobatch._plan import BatchPlan
+from autobatch._report.notes import survived
 from autobatch._report.result import Survived
 from autobatch._trials.batches import NotDividedError, divisible_samples, leaves, view
 from autobatch._trials.workload import free_after_failure
@@ -61,12 +63,6 @@ class Survival:
         self._stepping_at: int | None = None  # step that follows the last micro-batch
         self._is_sum: bool | None = None  # the loss; None: not known yet, and taken for a mean
 
-    @property
-    def plan(self) -> BatchPlan:
-        """The plan that is trained with, if micro-batches have one size."""
-        size = self._batch_size or max((each.samples for each in self.events), default=1)
-        return BatchPlan(size, self._trainer.accumulate_grad_batches, self._trainer.world_size)
-
     def patch(self) -> patched:
         """Return the change to the training loop."""
 
@@ -81,6 +77,20 @@ class Survival:
         result = self._run(arguments, optimizer, index)
         self._stepping_at = self._trainer.global_step
         return result
+
+    def end(self, plan: BatchPlan | None) -> tuple[Survived, ...]:
+        """Return the events of all ranks by their steps, and log a note on them.
+
+        `plan` is the one that was tuned, if any.
+        """
+        trainer = self._trainer
+        with current_ranks() as ranks:
+            of_ranks = ranks.gather(tuple(self.events))
+        events = tuple(sorted(itertools.chain(*of_ranks), key=lambda event: event.step))
+        note = survived(events, plan or self._own_plan)
+        if note and trainer.is_global_zero:
+            _log.warning("%s", note)
+        return events
 
     def note_half_step(self, error: BaseException) -> None:
         """Add a note to an error of the optimizer's step that means out of memory."""
@@ -167,6 +177,12 @@ class Survival:
             samples, weights = divisible_samples(kept.batch), micro_batch.parameters
             index = micro_batch.index
             self._is_sum = is_sum(self._trainer, kept.batch, samples, index, weights)
+
+    @property
+    def _own_plan(self) -> BatchPlan:
+        """The plan of a Trainer that was not tuned, if micro-batches have one size."""
+        size = self._batch_size or max((each.samples for each in self.events), default=1)
+        return BatchPlan(size, self._trainer.accumulate_grad_batches, self._trainer.world_size)
 
     def _end(self, micro_batch: MicroBatch, nbytes: int) -> None:
         """Count a micro-batch that was done in pieces, and log a failure."""
