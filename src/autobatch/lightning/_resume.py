@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from autobatch._loaders.epochs import samples_of
 from autobatch._plan import BatchPlan
+from autobatch._tune import PriorPlan
 from autobatch.errors import AutobatchError
 
 if TYPE_CHECKING:
@@ -26,18 +27,6 @@ if TYPE_CHECKING:
 
 _COUNTS: Final = ("micro_batch_size", "accumulate_grad_batches", "world_size")  # of a plan
 _MOST: Final = 2**31  # of each
-
-
-@dataclass(frozen=True, slots=True)
-class PriorPlan:
-    """A plan to verify before a search, or instead of one."""
-
-    plan: BatchPlan | None = None  # to verify by one trial; None: search at once
-    # The effective batch size a search has to reach; None: the one of the settings
-    target: int | None = None
-    # The error if the plan does not fit and no other plan may be trained; None: search
-    refusal: str | None = None
-    note: str | None = None  # the note in the report; None: the plan is the user's own
 
 
 @dataclass(frozen=True, slots=True)

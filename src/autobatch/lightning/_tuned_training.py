@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from autobatch import sinks
 from autobatch._distributed import stopping_together
 from autobatch._report.notes import waiting
+from autobatch._tune import PriorPlan
 from autobatch.errors import FixedBatchSizeError
 from autobatch.lightning._accumulation import LastWindowCorrection
 from autobatch.lightning._apply import Application
@@ -17,7 +18,7 @@ from autobatch.lightning._compat import data_source, forget_combined_loader
 from autobatch.lightning._hooks import FIT_START
 from autobatch.lightning._loggers import log_report, refresh_report
 from autobatch.lightning._noise_scale import NoiseScale
-from autobatch.lightning._resume import PriorPlan, TunedFit, known_at_start
+from autobatch.lightning._resume import TunedFit, known_at_start
 from autobatch.lightning._run import Results, Run, before_epochs, show
 from autobatch.lightning._tuning import KnownAt, tune_training
 
