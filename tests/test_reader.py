@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -405,6 +406,39 @@ def test_data_set_that_hangs_in_the_other_process_is_read_in_this_one(monkeypatc
 
     assert report.look.read == 600
     assert not children()
+
+
+class Nested(Deep):
+    """Reads another loader, whose worker belongs to this process."""
+
+    def __init__(self):
+        super().__init__()
+        self.other = DataLoader(data(8), 4, num_workers=1, persistent_workers=True)
+
+    def __getitem__(self, index):
+        if index == 0:
+            assert len(next(iter(self.other))[0]) == 4
+        return super().__getitem__(index)
+
+
+def test_worker_of_a_loader_within_the_data_set_lives_on():
+    dataset = Nested()
+    list(dataset.other)
+    (worker,) = multiprocessing.active_children()
+
+    report = tuner().tune(quiet_trainer(), Takes(), DataLoader(dataset, 4))
+
+    assert report.look.read == 600
+    assert multiprocessing.active_children() == [worker]
+    assert len(list(dataset.other)) == 2
+
+
+def test_objects_are_not_looked_through_where_no_worker_lives(monkeypatch):
+    monkeypatch.setattr(gc, "get_objects", lambda: pytest.fail("looked through"))
+
+    report = tuner().tune(quiet_trainer(), Takes(), DataLoader(Deep(), 4))
+
+    assert report.look.read == 600
 
 
 class Empty(IterableDataset):
