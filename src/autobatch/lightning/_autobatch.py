@@ -363,7 +363,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
                 elif self._only_tunes:
                     self.reports["fit"] = training.tune(None).report
                 else:
-                    training.begin()
+                    training.begin(training.tune(self._results.last_fit))
                     self._training = training
         except NoDataError:
             self._stay_idle("there is nothing to train on")

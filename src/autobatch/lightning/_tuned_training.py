@@ -20,7 +20,7 @@ from autobatch.lightning._loggers import log_report, refresh_report
 from autobatch.lightning._noise_scale import NoiseScale
 from autobatch.lightning._resume import TunedFit, known_at_start
 from autobatch.lightning._run import Results, Run, before_epochs, show
-from autobatch.lightning._tuning import KnownAt, tune_training
+from autobatch.lightning._tuning import tune_training
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,13 +57,14 @@ class TunedTraining:
     def tune(self, last_fit: TunedFit | None) -> Tuned:
         """Find a plan, by one trial if a checkpoint, the user or the previous fit has one."""
         known_at = partial(known_at_start, self.arguments.known_plan, self.run.checkpoint, last_fit)
-        tuned = self._tuned(known_at, self._plan_before(), FIT_START)
+        tuned = tune_training(
+            self.trainer, self.module, self.arguments, known_at, self._plan_before(), FIT_START
+        )
         self.results.last_fit = TunedFit(tuned.report, tuned.fingerprint)
         return tuned
 
-    def begin(self) -> None:
-        """Tune, and apply the plan before training begins."""
-        tuned = self.tune(self.results.last_fit)
+    def begin(self, tuned: Tuned) -> None:
+        """Apply the plan before training begins."""
         self.run.before_data.watch(self.trainer)
         self._application(tuned).before_training()
         self._target = tuned.report.plan.effective_batch_size
@@ -96,13 +97,6 @@ class TunedTraining:
             self._show(sinks.completed_on_console)
         elif (note := waiting(loading)) and trainer.is_global_zero:
             _log.warning("%s", note)
-
-    def _tuned(
-        self, known_at: KnownAt, trained: BatchPlan | None, start_hooks: Sequence[str]
-    ) -> Tuned:
-        return tune_training(
-            self.trainer, self.module, self.arguments, known_at, trained, start_hooks
-        )
 
     def _application(self, tuned: Tuned) -> Application:
         return Application(
@@ -156,7 +150,9 @@ class TunedTraining:
         known = PriorPlan(target=self._target, note=f"{reason} {self._target:,}.")
         with stopping_together():
             try:
-                tuned = self._tuned(lambda *_: known, None, ())
+                tuned = tune_training(
+                    self.trainer, self.module, self.arguments, lambda *_: known, None, ()
+                )
             except FixedBatchSizeError as error:
                 # A sampler that was made again, and has changed itself since: its plan still holds
                 _log.warning("Training continues with its plan. %s", error)
