@@ -48,6 +48,7 @@ from autobatch.lightning._compat import (
     callback_class,
     data_source,
     forget_combined_loader,
+    load_late_checkpoint,
 )
 from autobatch.lightning._dataloaders import Rebatched, checked_setter
 from autobatch.lightning._estimating import estimate_training
@@ -392,6 +393,9 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         if self._arguments.keeps:
             self._stay_idle('plan="keep" tunes nothing')
             return
+        if late := load_late_checkpoint(trainer):
+            self.on_load_checkpoint(trainer, pl_module, late)
+            self.load_state_dict((late.get("callbacks") or {}).get(self.state_key, {}))
         checkpoint = self._run.checkpoint
         check(trainer, pl_module, checkpoint)
         if checkpoint is not None:

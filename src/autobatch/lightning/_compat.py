@@ -135,6 +135,15 @@ def prepared_loader(trainer: Trainer, loader: Any, *, shuffle: bool, mode: Any) 
     return trainer._data_connector._prepare_dataloader(loader, shuffle=shuffle, mode=mode)
 
 
+def data_parallel_size(trainer: Trainer) -> int:
+    """Return the number of ranks that train on different samples.
+
+    Ranks of tensor parallelism share theirs.
+    """
+    spread = trainer.distributed_sampler_kwargs
+    return 1 if spread is None else int(spread["num_replicas"])
+
+
 def forget_combined_loader(loop: FitLoop | EvaluationLoop) -> None:
     """Make a loop ask for its loaders again when it sets them up."""
     loop._combined_loader = None
@@ -281,6 +290,18 @@ def new_epoch_progress(trainer: Trainer) -> Any:
         # As `_FitLoop.on_run_start`
         progress.current.completed = progress.current.processed
     return progress
+
+
+def load_late_checkpoint(trainer: Trainer) -> dict[str, Any]:
+    """Return the checkpoint of a run whose strategy loads it only after `on_fit_start`.
+
+    Strategies that shard do: they load weights and optimizers once these are sharded. Now they do
+    it here, and Lightning again afterwards. Empty for other strategies and without a checkpoint.
+    """
+    if not (trainer.ckpt_path and trainer.strategy.restore_checkpoint_after_setup):
+        return {}
+    trainer._checkpoint_connector.resume_start(trainer.ckpt_path)
+    return trainer._checkpoint_connector._loaded_checkpoint
 
 
 def _resumed_progress(trainer: Trainer) -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ from autobatch._trials.batches import NotDividedError, divisible_samples, leaves
 from autobatch._trials.workload import free_after_failure
 from autobatch.lightning._compat import (
     batches_that_stepped,
+    data_parallel_size,
     replacing_closures,
     should_accumulate,
 )
@@ -65,7 +66,7 @@ class Survival:
     def plan(self) -> BatchPlan:
         """The plan that is trained with, if micro-batches have one size."""
         size = self._batch_size or max((each.samples for each in self.events), default=1)
-        return BatchPlan(size, self._trainer.accumulate_grad_batches, self._trainer.world_size)
+        return BatchPlan(size, self._trainer.accumulate_grad_batches, data_parallel_size(self._trainer))
 
     def patch(self) -> patched:
         """Return the change to the training loop."""
