@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from autobatch._undo import patched
 from autobatch.lightning._compat import (
@@ -21,6 +18,7 @@ from autobatch.lightning._silence import without_effects
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from autobatch._distributed import Ranks
     from autobatch.lightning._trainer import Trainer
 
 
@@ -50,44 +48,24 @@ def on_new_loops(trainer: Trainer) -> Iterator[None]:
 
 
 @contextmanager
-def without_collectives(trainer: Trainer) -> Iterator[None]:
+def on_this_rank_alone(trainer: Trainer, ranks: Ranks) -> Iterator[None]:
     """Run the body on this rank alone: its steps wait for no other rank.
 
-    With `DistributedDataParallel`, a rank that is out of memory would leave the others waiting for
-    its gradients. Replaced are the collectives of the strategy (`self.log(sync_dist=True)`,
-    `self.all_gather`), SyncBatchNorm and the synchronization of torchmetrics. Collectives that a
-    module calls by itself cannot be seen.
+    A rank that is out of memory would leave the others waiting. Collectives of the strategy answer
+    as if all ranks were like this one, where those of its groups cannot: a broadcast leaves what a
+    rank receives as it is, and a sum is that of one rank.
     """
-    if trainer.world_size == 1:
-        yield
-        return
-    with ExitStack() as stack:
-        module = trainer.lightning_module
-        # Lightning 2.6 runs the steps of `strategy.model`
-        stack.enter_context(patched(trainer.strategy, model=module))
-        stack.enter_context(patched(trainer.strategy, **_local_collectives(trainer.world_size)))
-        for part in module.modules():
-            if isinstance(part, torch.nn.SyncBatchNorm):
-                forward = partial(_BatchNorm.forward, part)
-                stack.enter_context(patched(part, forward=forward))
-            elif _is_metric(part):
-                stack.enter_context(
-                    patched(part, distributed_available_fn=lambda: False, dist_sync_on_step=False)
-                )
+    with ranks.dry(), patched(trainer.strategy, **_local_collectives(trainer.world_size)):
         yield
 
 
 def _local_collectives(world_size: int) -> dict[str, Any]:
     """Return collectives of a strategy (Lightning 2.6), as if all ranks were like this one."""
+    if world_size == 1:
+        return {}
     return {
         "reduce": lambda tensor, *_, **__: tensor,
         "all_gather": lambda tensor, *_, **__: torch.stack([tensor] * world_size),
         "broadcast": lambda thing, *_, **__: thing,
-        "barrier": lambda *_, **__: None,
         "reduce_boolean_decision": lambda decision, *_, **__: decision,
     }
-
-
-def _is_metric(part: object) -> bool:
-    torchmetrics = sys.modules.get("torchmetrics")
-    return torchmetrics is not None and isinstance(part, torchmetrics.Metric)

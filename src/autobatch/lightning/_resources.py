@@ -19,7 +19,7 @@ from autobatch.lightning._beside import (
 from autobatch.lightning._compat import data_source
 from autobatch.lightning._dataloaders import Loaders
 from autobatch.lightning._hooks import users_callbacks
-from autobatch.lightning._isolation import on_new_loops, without_collectives
+from autobatch.lightning._isolation import on_new_loops, on_this_rank_alone
 from autobatch.lightning._shown import show_validation
 from autobatch.lightning._trainer_notes import checked_copy_bytes
 
@@ -126,12 +126,12 @@ def trial_resources(
     with (
         current_ranks() as ranks,
         ranks.abort_together(),
-        without_collectives(trainer),
         Snapshot() as before_hooks,
         Snapshot() as snapshot,
         OptimizerWatch(probe.clock) as optimizers,
         sinks.progress(verbose=arguments.verbose and ranks.rank == 0) as shown,
         on_new_loops(trainer),
+        on_this_rank_alone(trainer, ranks),
     ):
         shown.begin("reading batches", None)
         # Hooks that make the loaders may change the module and the datamodule, which every trial
@@ -141,7 +141,7 @@ def trial_resources(
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         scalers = [] if scaler is None else [scaler]
-        captured = (module, *trainer.optimizers, *schedulers, *scalers)
+        captured = (trainer.strategy.model, *trainer.optimizers, *schedulers, *scalers)
         copied_bytes, *_ = ranks.gather(checked_copy_bytes(captured, trainer.num_devices))
         snapshot.capture(*captured)
         # Callbacks are silent, but a step may change their attributes
