@@ -35,6 +35,9 @@ class IdenticalRanks:
     def abort_together(self):
         return contextlib.nullcontext()
 
+    def dry(self):
+        return contextlib.nullcontext()
+
 
 @contextlib.contextmanager
 def trial_context(probe, *, budget=None, memory_limit=0.9, ranks=None):

@@ -79,7 +79,7 @@ class patched(Undo):  # noqa: N801 -- reads as what it does: with patched(owner,
     def apply(self) -> None:
         """Replace the attributes until `restore`."""
         for name, value in self._values.items():
-            has_own = name in vars(self._owner) or _is_property(self._owner, name)
+            has_own = _is_property(self._owner, name) or name in vars(self._owner)
             self._former[name] = getattr(self._owner, name) if has_own else _Absent
             _set(self._owner, name, value)
 

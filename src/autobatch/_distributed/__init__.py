@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeVar
 
 from autobatch import errors
+from autobatch._distributed.dry import DryCollectives
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -41,6 +42,9 @@ class Ranks(Protocol):
     def abort_together(self) -> AbstractContextManager[None]:
         """Raise an exception of one rank on every rank, at its next gather or at the end."""
 
+    def dry(self) -> AbstractContextManager[object]:
+        """Let collectives of the body wait for no other rank; `gather` goes on as before."""
+
 
 class SingleProcess:
     """A single process."""
@@ -54,6 +58,10 @@ class SingleProcess:
 
     def abort_together(self) -> AbstractContextManager[None]:
         """Do nothing: no other rank could wait."""
+        return nullcontext()
+
+    def dry(self) -> AbstractContextManager[object]:
+        """Do nothing: collectives wait for nobody."""
         return nullcontext()
 
 
@@ -132,6 +140,10 @@ class ProcessGroup:
             raise
         finally:
             self._nesting -= 1
+
+    def dry(self) -> AbstractContextManager[object]:
+        """Let collectives of the body wait for no other rank; `gather` goes on as before."""
+        return DryCollectives(self._group)
 
     def _exchange(self, message: _Message) -> list[_Message]:
         import torch.distributed as dist

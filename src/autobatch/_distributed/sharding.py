@@ -1,0 +1,139 @@
+"""Modules whose parameters are divided among the ranks."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from autobatch.errors import AutobatchError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from torch.nn import Module
+
+
+def is_sharded(module: Module) -> bool:
+    """Return True if parameters are divided among ranks: by FSDP, FSDP2 or as DTensors."""
+    kinds, tensors = (_FSDP1.loaded, _FSDP2.loaded), _DTENSOR.loaded
+    if any(isinstance(part, kinds) for part in module.modules()):
+        return True
+    return any(isinstance(each, tensors) for each in module.parameters())
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """A class of torch that takes seconds to import, and has no instances before."""
+
+    module: str
+    name: str
+
+    @property
+    def loaded(self) -> Any:
+        """The class, or one that has no instances."""
+        return getattr(sys.modules.get(self.module), self.name, _Nothing)
+
+
+class _Nothing:
+    """A class without instances."""
+
+
+_FSDP1: Final = _Kind("torch.distributed.fsdp", "FullyShardedDataParallel")
+_FSDP2: Final = _Kind("torch.distributed.fsdp", "FSDPModule")
+_DTENSOR: Final = _Kind("torch.distributed.tensor", "DTensor")
+_OFFLOAD: Final = (
+    "A {} keeps its parameters on the host (CPU offload), which trials do not measure; tune "
+    "without offload, or write the batch size by hand."
+)
+
+
+def check_can_rest(modules: Iterable[Module]) -> None:
+    """Refuse sharded modules that could not be brought to rest and restored exactly.
+
+    Raises:
+        AutobatchError: What is not supported, in one sentence.
+    """
+    for part in _parts_of(modules):
+        if isinstance(part, _FSDP1.loaded):
+            if not part._use_orig_params:
+                raise AutobatchError(
+                    "A FullyShardedDataParallel has use_orig_params=False, whose flat parameters "
+                    "cannot be restored after a trial; give it use_orig_params=True."
+                )
+            if part.cpu_offload.offload_params:
+                raise AutobatchError(_OFFLOAD.format("FullyShardedDataParallel"))
+        elif isinstance(part, _FSDP2.loaded):
+            if not hasattr(part, "reset_iter_state"):
+                raise AutobatchError(
+                    "A trial of a module sharded by fully_shard needs reset_iter_state, which "
+                    "torch has from version 2.13 on; upgrade torch, or write the batch size by "
+                    "hand."
+                )
+            if _offloads(part):
+                raise AutobatchError(_OFFLOAD.format("module sharded by fully_shard"))
+
+
+def bring_to_rest(modules: Iterable[Module]) -> None:
+    """Bring FSDP to rest after a step that failed, or after a forward pass alone.
+
+    Otherwise FSDP and its modules disagree about the parameters that are there. All ranks have to
+    do this, or none: the next forward pass gathers what is not there. Gradients are lost.
+    """
+    for part in _parts_of(modules):
+        # The root is known from its first forward pass on (private, torch 2.13)
+        if isinstance(part, _FSDP2.loaded):
+            if part._get_fsdp_state()._is_root:
+                part.reset_iter_state()
+        elif isinstance(part, _FSDP1.loaded) and part._is_root:
+            _bring_fsdp1_to_rest(part)
+
+
+def _bring_fsdp1_to_rest(root: Any) -> None:
+    """Do what the end of a backward pass does, also after half a step (torch 2.13).
+
+    That is `_post_backward_final_callback` of `torch.distributed.fsdp._runtime_utils`, without what
+    is true only after a whole backward pass. Parameters are always given back: its own check takes
+    a root for sharded after a forward pass.
+    """
+    from torch.distributed.fsdp._common_utils import HandleTrainingState, TrainingState
+    from torch.distributed.fsdp._runtime_utils import _reshard
+
+    if root.compute_device.type != "cpu":
+        root._device_handle.current_stream().synchronize()
+    order = root._exec_order_data
+    order.handles_post_forward_order.clear()
+    if order.is_first_iter:
+        order.handles_pre_forward_order.clear()
+    for state in root._all_fsdp_states:
+        state.training_state = TrainingState.IDLE
+        handle = state._handle
+        if not handle:
+            continue
+        handle._training_state = HandleTrainingState.IDLE
+        _reshard(state, handle, free_unsharded_flat_param=True)
+        flat = handle.flat_param
+        if hasattr(flat, "_post_backward_hook_state"):
+            flat._post_backward_hook_state[-1].remove()
+            del flat._post_backward_hook_state
+        if hasattr(flat, "_saved_grad_shard"):
+            del flat._saved_grad_shard
+        flat.grad = None
+        flat._post_backward_called = False
+        handle._ran_pre_backward_hook = False
+        handle._needs_pre_forward_unshard = False
+        handle._needs_pre_backward_unshard = False
+        handle._post_forward_index = None
+        handle._prefetched = False
+    root._post_backward_callback_queued = False
+
+
+def _parts_of(modules: Iterable[Module]) -> Iterator[Any]:
+    """Yield each module within these once."""
+    parts = {id(part): part for module in modules for part in module.modules()}
+    yield from parts.values()
+
+
+def _offloads(part: Any) -> bool:
+    groups = getattr(part._get_fsdp_state(), "_fsdp_param_groups", ())
+    return any(group.offload_policy.__class__.__name__ == "CPUOffloadPolicy" for group in groups)
