@@ -218,7 +218,6 @@ def trained(kind, *callbacks, batch_size=4, ckpt_path=None, **options):
     return left_by(fitted, module)
 
 
-
 def tuned(kind, device=None):
     """Train twice: tuned, and with the same numbers written by hand."""
     callback = tuner(device or CAPACITY)

@@ -23,7 +23,9 @@ pytestmark = [
         ),
         reason="Lightning is not installed",
     ),
-    pytest.mark.timeout(400),  # the fixture runs all cases; a rank that hangs ends after 300 seconds
+    pytest.mark.timeout(
+        400
+    ),  # the fixture runs all cases; a rank that hangs ends after 300 seconds
 ]
 
 

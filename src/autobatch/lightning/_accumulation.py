@@ -16,6 +16,7 @@ from autobatch._accumulation import (
     split_gradient,
     without_dropout,
 )
+from autobatch._distributed.sharding import is_sharded
 from autobatch._memory import memory_budget, parse_memory_limit
 from autobatch._memory.ledger import eager
 from autobatch._report.accumulation_notes import batch_norm, not_additive
@@ -114,6 +115,8 @@ class SplittingTest:
         precision = self.trainer.precision
         if precision not in THRESHOLDS:
             raise UndecidedError(f"precision={precision!r} rounds too much")
+        if is_sharded(self.trainer.strategy.model):
+            raise UndecidedError("each rank has a part of the gradient")
         host_batch = self.samples.ordinary(size)
         if host_batch is None:
             raise UndecidedError("there are too few samples")

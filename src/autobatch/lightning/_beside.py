@@ -121,4 +121,3 @@ def _parts_of(thing: Any) -> Iterable[Any]:
 def _is_on(tensor: torch.Tensor, device: torch.device) -> bool:
     here = tensor.device
     return (here.type, here.index or 0) == (device.type, device.index or 0)
-

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader
 
+from autobatch._distributed.sharding import check_can_rest
 from autobatch._report.tradeoff import unwrapped
 from autobatch.errors import AutobatchError
 from autobatch.lightning._compat import (
@@ -185,6 +186,7 @@ def check(trainer: Trainer, module: Any, checkpoint: Checkpoint | None) -> None:
         raise AutobatchError(
             f"AutoBatch does not tune this run yet: {problem}; train it without AutoBatch."
         )
+    check_can_rest([trainer.strategy.model])
 
 
 def _problems(trainer: Trainer, module: Any, checkpoint: Checkpoint | None) -> Iterator[str]:

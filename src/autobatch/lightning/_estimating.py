@@ -10,8 +10,8 @@ from autobatch._estimate.inputs import Inputs, refusal
 from autobatch._memory import parse_memory_limit
 from autobatch._memory.estimate.events import UntraceableError
 from autobatch._memory.estimate.fit import SIZES
-from autobatch.lightning._compat import data_parallel_size
 from autobatch.lightning._attribute import batch_size_restored
+from autobatch.lightning._compat import data_parallel_size
 from autobatch.lightning._resources import trial_resources
 from autobatch.lightning._traced import traceable_step
 from autobatch.lightning._trial_data import Samples

@@ -221,7 +221,9 @@ class LightningEvaluation:
 
     def planned_seconds(self, sample_seconds: float) -> float | None:
         samples = self.settings.dataset_size
-        return None if samples is None else sample_seconds * samples / data_parallel_size(self.trainer)
+        return (
+            None if samples is None else sample_seconds * samples / data_parallel_size(self.trainer)
+        )
 
     def has_batch_norm(self) -> bool:
         return False

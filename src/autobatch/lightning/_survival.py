@@ -66,7 +66,9 @@ class Survival:
     def plan(self) -> BatchPlan:
         """The plan that is trained with, if micro-batches have one size."""
         size = self._batch_size or max((each.samples for each in self.events), default=1)
-        return BatchPlan(size, self._trainer.accumulate_grad_batches, data_parallel_size(self._trainer))
+        return BatchPlan(
+            size, self._trainer.accumulate_grad_batches, data_parallel_size(self._trainer)
+        )
 
     def patch(self) -> patched:
         """Return the change to the training loop."""

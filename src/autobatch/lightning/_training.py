@@ -151,7 +151,9 @@ class TrainingSteps:
             return accumulate
         if self.target is None:
             return max(accumulate, self._accumulate)
-        return max(accumulate, round(self.target / (batch_size * data_parallel_size(self._trainer))))
+        return max(
+            accumulate, round(self.target / (batch_size * data_parallel_size(self._trainer)))
+        )
 
     def _update(self, batches: Iterator[Any], windows: _Windows) -> None:
         self._micro_batch(batches, windows)

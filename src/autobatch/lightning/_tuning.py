@@ -78,7 +78,8 @@ def tune_training(
             batches=loaders.batches,
             lengths=loaders.lengths,
             samples=partial(_samples_trained, trainer, loaders),
-            before=trained or BatchPlan(loaders.batch_size, accumulate, data_parallel_size(trainer)),
+            before=trained
+            or BatchPlan(loaders.batch_size, accumulate, data_parallel_size(trainer)),
         )
         samples = ends.enter_context(
             Samples(loaders, context.snapshot, module.device, arguments.worst_case)
