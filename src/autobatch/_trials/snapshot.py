@@ -7,6 +7,7 @@ import logging
 import signal
 import threading
 import warnings
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import ChainedScheduler, OneCycleLR, SequentialLR
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from autobatch._distributed.sharding import bring_to_rest, local_part
 from autobatch._memory.ledger import eager, unobserved
 from autobatch._memory.storages import tensors_of
 from autobatch._trials.captured import (
@@ -50,7 +52,8 @@ class Snapshot(Undo):
 
     Copies are kept on the host. Objects are referenced weakly: a model that a workload builds for
     itself may die, and is then forgotten. The random state of torch, CUDA, NumPy and Python is
-    captured at once.
+    captured at once. Sharded modules are brought to rest before they are restored, which every rank
+    has to do.
     """
 
     def __init__(self) -> None:
@@ -58,6 +61,7 @@ class Snapshot(Undo):
         self._memo = Memo()
         self._random = {id(each): SavedGenerator(each) for each in global_generators()}
         self._undo = contextlib.ExitStack()
+        self._modules: list[weakref.ref[torch.nn.Module]] = []  # captured with all their parts
         self._names: dict[int, str] = {}  # of objects that nobody asked to restore, by id
         self.unrestored: set[str] = set()  # those whose state could not be saved or loaded
         self.push(self._leave)
@@ -85,11 +89,13 @@ class Snapshot(Undo):
         self._undo.close()
         self._memo.clear()
         self._random.clear()
+        self._modules.clear()
 
     @staticmethod
     def bytes_of(*things: Any) -> int:
         """Bytes that `capture` copies: parameters, gradients, buffers and optimizer state."""
-        tensors = {id(tensor): tensor for tensor in tensors_of(things)}
+        found = map(local_part, tensors_of(things))
+        tensors = {id(tensor): tensor for tensor in found}
         # The size of a sparse tensor does not follow from its shape, and a lazy one has none yet
         return sum(
             tensor.numel() * tensor.element_size()
@@ -102,6 +108,8 @@ class Snapshot(Undo):
 
         Schedulers that end may be stepped past their end until the snapshot is left.
         """
+        modules = [thing for thing in things if isinstance(thing, torch.nn.Module)]
+        self._modules += map(weakref.ref, modules)
         for scheduler in _ending(things):
             self._undo.enter_context(_endless(scheduler))
         with self._saving(Scope(save)) as memo:
@@ -148,6 +156,11 @@ class Snapshot(Undo):
         """Restore everything; the first failure is raised after all other objects are restored."""
         failure: BaseException | None = None
         self._memo.restores += 1
+        alive = [module for reference in self._modules if (module := reference()) is not None]
+        try:
+            bring_to_rest(alive)
+        except Exception as error:  # the rest must still be restored
+            failure = error
         with _uninterrupted(), unobserved(), torch.no_grad():
             everything: dict[int, Saved] = {**self._memo.objects, **self._random}
             for key, saved in everything.items():
