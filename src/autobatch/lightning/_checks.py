@@ -15,6 +15,7 @@ from autobatch.errors import AutobatchError
 from autobatch.lightning._compat import (
     TESTED,
     averages_models,
+    data_parallel_size,
     data_source,
     is_trainer,
     missing_name,
@@ -249,5 +250,9 @@ def _against_strategy(trainer: Trainer) -> Iterator[str]:
             f"{name} is not one of the strategies whose steps it can try: a single device, DDP, "
             "FSDP and ModelParallelStrategy"
         )
+    elif getattr(strategy.model, "static_graph", False):
+        yield "static_graph=True makes DistributedDataParallel count the passes of trials as well"
+    elif data_parallel_size(trainer) != trainer.world_size:
+        yield "ranks of tensor parallelism share their samples, and a target counts them for each"
     if averages_models(strategy):
         yield "its strategy averages models in optimizer steps (model_averaging_period)"

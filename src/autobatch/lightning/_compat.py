@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import sys
 from collections import OrderedDict
 from contextlib import contextmanager
@@ -298,9 +299,14 @@ def load_late_checkpoint(trainer: Trainer) -> dict[str, Any]:
     Strategies that shard do: they load weights and optimizers once these are sharded. Now they do
     it here, and Lightning again afterwards. Empty for other strategies and without a checkpoint.
     """
-    if not (trainer.ckpt_path and trainer.strategy.restore_checkpoint_after_setup):
+    if not trainer.strategy.restore_checkpoint_after_setup:
         return {}
-    trainer._checkpoint_connector.resume_start(trainer.ckpt_path)
+    # Until then Lightning 2.6 holds the path in a variable of `Trainer._run` alone
+    frames = (each.frame for each in inspect.stack(0) if each.function == "_run")
+    variables = (each.f_locals for each in frames if each.f_locals.get("self") is trainer)
+    path = next(variables, {}).get("ckpt_path")
+    if path is not None:
+        trainer._checkpoint_connector.resume_start(path)
     return trainer._checkpoint_connector._loaded_checkpoint
 
 

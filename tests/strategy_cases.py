@@ -2,7 +2,7 @@
 
 Each rank saves its results. A rank that hangs writes where it is, and ends.
 
-torchrun --nproc-per-node 2 sharded_cases.py DIRECTORY CASE …        a case is KIND/NAME, such as fsdp2/tuned
+torchrun --nproc-per-node 2 strategy_cases.py DIRECTORY CASE …        a case is KIND/NAME, such as fsdp2/tuned
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 from random import Random
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -44,6 +45,7 @@ CAPACITY = {
     "fsdp1": 100_000,
     "ddp": 100_000,
     "ddp gathers": 100_000,
+    "ddp static": 100_000,
 }
 
 
@@ -147,7 +149,7 @@ class FsdpOnCpu(pl.strategies.FSDPStrategy):
 def strategy(kind):
     waits = timedelta(seconds=60)
     if kind.startswith("ddp"):
-        return pl.strategies.DDPStrategy(timeout=waits)
+        return pl.strategies.DDPStrategy(timeout=waits, static_graph=kind == "ddp static")
     if kind == "fsdp1":
         return FsdpOnCpu(auto_wrap_policy={Block}, timeout=waits)
     data, tensor = (1, 2) if kind == "tp" else (2, 1)
@@ -155,7 +157,7 @@ def strategy(kind):
 
 
 def model(kind):
-    if kind in ("ddp", "fsdp1"):
+    if kind in ("ddp", "ddp static", "fsdp1"):
         return Model(kind)
     return Gathers() if kind == "ddp gathers" else Sharded(kind)
 
@@ -182,16 +184,18 @@ def trainer(kind, *callbacks, **options):
     )
 
 
-def loader(batch_size=4, samples=256):
+def loader(batch_size=4, samples=128):
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(samples, 16, generator=generator)
-    return DataLoader(TensorDataset(x, x[:, :4].argmax(1)), batch_size, shuffle=samples == 256)
+    return DataLoader(TensorDataset(x, x[:, :4].argmax(1)), batch_size, shuffle=samples > 32)
 
 
 def tuner(device):
     if not isinstance(device, SimulatedAccelerator):
         device = SimulatedAccelerator(device)
-    return autobatch.AutoBatch(target_batch_size=TARGET, device=device, memory_limit=1.0)
+    return autobatch.AutoBatch(
+        target_batch_size=TARGET, device=device, memory_limit=1.0, steps_per_trial=1
+    )
 
 
 def shards(state):
@@ -222,7 +226,7 @@ def trained(kind, *callbacks, batch_size=4, ckpt_path=None, **options):
     pl.seed_everything(1, verbose=False)
     module = model(kind)
     fitted = trainer(kind, *callbacks, **options)
-    fitted.fit(module, loader(batch_size), loader(16, 64), ckpt_path=ckpt_path)
+    fitted.fit(module, loader(batch_size), loader(16, 32), ckpt_path=ckpt_path)
     return left_by(fitted, module)
 
 
@@ -246,9 +250,9 @@ def found(callback):
     return {
         "plan": (plan.micro_batch_size, plan.accumulate_grad_batches, plan.world_size),
         "trials": [(trial.batch_size, str(trial.outcome), trial.peak) for trial in report.trials],
+        "budget": report.budget,
         "validation": report.validation_batch_size,
         "notes": report.notes,
-        "text": str(report),
     }
 
 
@@ -312,8 +316,15 @@ def resumed(kind, directory):
     return {**results, **found(again), "first": found(callback)["plan"]}
 
 
+def refused(kind):
+    with pytest.raises(autobatch.AutobatchError) as refusal:
+        tuner(CAPACITY[kind]).tune(trainer(kind), model(kind), loader())
+    return str(refusal.value)
+
+
 CASES = {
     "tuned": tuned,
+    "refused": refused,
     "scarce": scarce,
     "failing": failing,
     "failing often": lambda kind: failing(kind, 20),
@@ -324,7 +335,7 @@ CASES = {
 def main(directory, *cases):
     faulthandler.dump_traceback_later(LONGEST, exit=True)
     warnings.simplefilter("ignore")
-    _settings.TIMING_SECONDS = 0.2  # enough for a few visits
+    _settings.TIMING_SECONDS = 0.1  # enough for a few visits
     importlib.import_module("torch._dynamo")  # or else the first step imports it
     gc.freeze()  # keep imported objects out of the garbage collections of a search
     for package in ("pytorch_lightning", "lightning.pytorch"):
