@@ -17,26 +17,26 @@ from autobatch._accumulation import (
     without_dropout,
 )
 from autobatch._distributed.sharding import is_sharded
+from autobatch._loaders.epochs import samples_of
 from autobatch._memory import memory_budget, parse_memory_limit
 from autobatch._memory.ledger import eager
 from autobatch._report.accumulation_notes import batch_norm, not_additive
 from autobatch._trials.batches import listed, row_counts
 from autobatch._trials.workload import free_after_failure
 from autobatch.errors import AutobatchError
-from autobatch.lightning._epochs import samples_of
 from autobatch.lightning._training import on_device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from autobatch._distributed import Ranks
+    from autobatch._loaders.samples import Samples
     from autobatch._memory import MemoryProbe
     from autobatch._plan import BatchPlan
     from autobatch._trials.snapshot import Snapshot
     from autobatch._trials.time_limit import TimeLimit
     from autobatch.lightning._dataloaders import Loaders
     from autobatch.lightning._training import TrainingSteps
-    from autobatch.lightning._trial_data import Samples
 
 _log = logging.getLogger("autobatch")
 

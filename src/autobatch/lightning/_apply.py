@@ -8,6 +8,7 @@ from weakref import ref
 
 from torch.utils.data import DataLoader
 
+from autobatch._loaders.order import capture_order, take_iterator
 from autobatch._trials.snapshot import Snapshot
 from autobatch._undo import Undo, patched
 from autobatch.lightning._attribute import FormerBatchSize, set_batch_size_attribute
@@ -16,7 +17,6 @@ from autobatch.lightning._compat import (
     data_source,
     forget_combined_loader,
 )
-from autobatch.lightning._order import capture_order, take_iterator
 from autobatch.lightning._reads import BatchSizeReads
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from autobatch._distributed.sharding import check_can_rest
+from autobatch._loaders.epochs import is_empty
 from autobatch._report.tradeoff import unwrapped
 from autobatch.errors import AutobatchError
 from autobatch.lightning._compat import (
@@ -23,7 +24,6 @@ from autobatch.lightning._compat import (
     package_of,
     start_method,
 )
-from autobatch.lightning._epochs import is_empty
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

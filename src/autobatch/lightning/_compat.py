@@ -13,7 +13,6 @@ import inspect
 import sys
 from collections import OrderedDict
 from contextlib import contextmanager
-from dataclasses import dataclass
 from enum import StrEnum
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, get_type_hints
@@ -433,36 +432,6 @@ def hyperparameters(owner: Any) -> list[MutableMapping[str, Any]]:
     """Return the hyperparameters of a module or datamodule, and those that Lightning logs."""
     kept = (getattr(owner, name, None) for name in ("_hparams", "_hparams_initial"))
     return [each for each in kept if each is not None]
-
-
-@dataclass(frozen=True, slots=True)
-class SavedArguments:
-    """Arguments of a loader or sampler that a hook made; Lightning copies it with them for ranks.
-
-    Args:
-        names: Of the positional arguments.
-        positional: Their values.
-        keywords: The others.
-    """
-
-    names: tuple[str, ...]
-    positional: tuple[Any, ...]
-    keywords: dict[str, Any]
-
-
-def saved_arguments(made: Any) -> SavedArguments | None:
-    """Return the arguments Lightning saved of a loader or sampler; None if it saved none."""
-    names = getattr(made, "__pl_saved_arg_names", None)
-    if names is None:
-        return None
-    positional = getattr(made, "__pl_saved_args")
-    return SavedArguments(names, positional, getattr(made, "__pl_saved_kwargs"))
-
-
-def save_arguments(made: Any, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-    """Replace the arguments Lightning saved, past the guards of a DataLoader."""
-    object.__setattr__(made, "__pl_saved_args", positional)
-    object.__setattr__(made, "__pl_saved_kwargs", keywords)
 
 
 # The check

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from autobatch._estimate import estimate_of
 from autobatch._estimate.inputs import Inputs, refusal
+from autobatch._loaders.samples import Samples
 from autobatch._memory import parse_memory_limit
 from autobatch._memory.estimate.events import UntraceableError
 from autobatch._memory.estimate.fit import SIZES
@@ -14,7 +15,6 @@ from autobatch.lightning._attribute import batch_size_restored
 from autobatch.lightning._compat import data_parallel_size
 from autobatch.lightning._resources import trial_resources
 from autobatch.lightning._traced import traceable_step
-from autobatch.lightning._trial_data import Samples
 
 if TYPE_CHECKING:
     from pathlib import Path

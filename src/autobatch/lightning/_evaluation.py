@@ -26,10 +26,10 @@ from autobatch.lightning._training import check_terminated, on_device
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Sequence
 
+    from autobatch._loaders.samples import Samples
     from autobatch._trials.snapshot import Snapshot
     from autobatch.lightning._dataloaders import Loaders
     from autobatch.lightning._trainer import PredictionLoop, Trainer
-    from autobatch.lightning._trial_data import Samples
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from autobatch.lightning._traced import traceable_step
 from autobatch.lightning._trainer_notes import copy_note, prefetch_note, rows_note, schedule_notes
 
 if TYPE_CHECKING:
+    from autobatch._loaders.samples import Samples
     from autobatch._memory.estimate.tracer import TrainingStep
     from autobatch._plan import BatchPlan
     from autobatch._report import Task
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from autobatch.lightning._evaluation import Stage
     from autobatch.lightning._trainer_notes import TrainerLimits
     from autobatch.lightning._training import TrainingSteps
-    from autobatch.lightning._trial_data import Samples
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from autobatch._accumulation import batch_norms
+from autobatch._distributed import current_ranks
 from autobatch._memory.oom import is_oom
 from autobatch._plan import BatchPlan
+from autobatch._report.notes import survived
 from autobatch._report.result import Survived
 from autobatch._trials.batches import NotDividedError, divisible_samples, leaves, view
 from autobatch._trials.workload import free_after_failure
@@ -62,14 +64,6 @@ class Survival:
         self._stepping_at: int | None = None  # step that follows the last micro-batch
         self._is_sum: bool | None = None  # the loss; None: not known yet, and taken for a mean
 
-    @property
-    def plan(self) -> BatchPlan:
-        """The plan that is trained with, if micro-batches have one size."""
-        size = self._batch_size or max((each.samples for each in self.events), default=1)
-        return BatchPlan(
-            size, self._trainer.accumulate_grad_batches, data_parallel_size(self._trainer)
-        )
-
     def patch(self) -> patched:
         """Return the change to the training loop."""
 
@@ -82,14 +76,28 @@ class Survival:
         """Run a micro-batch, and return its `ClosureResult`."""
         self._stepping_at = None
         result = self._run(arguments, optimizer, index)
-        if not should_accumulate(self._trainer.fit_loop.epoch_loop):
-            self._stepping_at = self._trainer.global_step
+        self._stepping_at = self._trainer.global_step
         return result
+
+    def end(self, plan: BatchPlan | None) -> tuple[Survived, ...]:
+        """Return the events of all ranks by their steps, and log a note on them.
+
+        `plan` is the one that was tuned, if any.
+        """
+        trainer = self._trainer
+        with current_ranks() as ranks:
+            of_ranks = ranks.gather(tuple(self.events))
+        events = tuple(sorted(itertools.chain(*of_ranks), key=lambda event: event.step))
+        note = survived(events, plan or self._own_plan)
+        if note and trainer.is_global_zero:
+            _log.warning("%s", note)
+        return events
 
     def note_half_step(self, error: BaseException) -> None:
         """Add a note to an error of the optimizer's step that means out of memory."""
         trainer = self._trainer
-        if self._stepping_at != trainer.global_step or not is_oom(error):
+        is_stepping = not should_accumulate(trainer.fit_loop.epoch_loop)
+        if not is_stepping or self._stepping_at != trainer.global_step or not is_oom(error):
             return
         saver = trainer.checkpoint_callback
         path = saver and (getattr(saver, "last_model_path", "") or saver.best_model_path)
@@ -104,8 +112,7 @@ class Survival:
         batch = arguments["batch"]
         pieces, done = self._pieces_at_first(batch), []
         if pieces == 1:
-            kept = self._state.keep(batch)
-            attempt = _Attempt(self, micro_batch, kept, self._reason_against(batch))
+            attempt = _Attempt(self, micro_batch, kept := self._state.keep(batch))
             with attempt:
                 return micro_batch.run_whole()
             batch, pieces, done = kept.batch, 2, attempt.done
@@ -117,11 +124,11 @@ class Survival:
         return result
 
     def _pieces_at_first(self, batch: Any) -> int:
-        if not self._limit.is_set or self._reason_against(batch) is not None:
+        if not self._limit.is_set or self.reason_against(batch) is not None:
             return 1
         return self._limit.pieces(_nbytes(batch), divisible_samples(batch) // self._least)
 
-    def _reason_against(self, batch: Any) -> str | None:
+    def reason_against(self, batch: Any) -> str | None:
         """Return a reason not to divide a batch."""
         try:
             samples = divisible_samples(batch)
@@ -129,10 +136,10 @@ class Survival:
             return str(error)
         is_whole = self._batch_size in (None, samples)
         if is_whole or (self._trainer.is_last_batch and samples < (self._batch_size or 0)):
-            return self._reason_against_halving(samples)
+            return self.reason_against_halving(samples)
         return f"its tensors have {samples} rows, and a batch has {self._batch_size} samples"
 
-    def _reason_against_halving(self, samples: int) -> str | None:
+    def reason_against_halving(self, samples: int) -> str | None:
         if samples >= 2 * self._least:
             return None
         if samples == 1:
@@ -150,8 +157,7 @@ class Survival:
         total = divisible_samples(batch)
         for rows in cuts:
             samples = rows.stop - rows.start
-            kept = self._state.keep(batch)
-            attempt = _Attempt(self, micro_batch, kept, self._reason_against_halving(samples))
+            attempt = _Attempt(self, micro_batch, self._state.keep(batch), samples)
             weight = 1.0 if self._is_sum else samples / total
             with attempt:
                 micro_batch.run_piece(view(batch, total, rows), samples, weight, done)
@@ -172,6 +178,14 @@ class Survival:
             samples, weights = divisible_samples(kept.batch), micro_batch.parameters
             index = micro_batch.index
             self._is_sum = is_sum(self._trainer, kept.batch, samples, index, weights)
+
+    @property
+    def _own_plan(self) -> BatchPlan:
+        """The plan of a Trainer that was not tuned, if micro-batches have one size."""
+        size = self._batch_size or max((each.samples for each in self.events), default=1)
+        return BatchPlan(
+            size, self._trainer.accumulate_grad_batches, data_parallel_size(self._trainer)
+        )
 
     def _end(self, micro_batch: MicroBatch, nbytes: int) -> None:
         """Count a micro-batch that was done in pieces, and log a failure."""
@@ -202,18 +216,18 @@ class _Attempt:
         survival: Frees memory and restores the state.
         micro_batch: The micro-batch.
         kept: State before the attempt.
-        reason: A reason against running it again in pieces, if any.
+        samples: Of the piece; None for the whole micro-batch.
     """
 
     def __init__(
-        self, survival: Survival, micro_batch: MicroBatch, kept: Kept, reason: str | None
+        self, survival: Survival, micro_batch: MicroBatch, kept: Kept, samples: int | None = None
     ) -> None:
         self.has_failed = False
         self.done: list[torch.Tensor] = []  # parameters, by the attempt that failed
         self._survival = survival
         self._micro_batch = micro_batch
         self._kept = kept
-        self._reason = reason
+        self._samples = samples
         self._began = 0.0
 
     def __enter__(self) -> Self:
@@ -228,7 +242,12 @@ class _Attempt:
             if micro_batch.lost_seconds:
                 error.add_note("autobatch was running a micro-batch in pieces after out of memory")
             return False
-        reason = self._reason or self._undo(error)
+        survival, samples = self._survival, self._samples
+        if samples is None:
+            reason = survival.reason_against(self._kept.batch)
+        else:
+            reason = survival.reason_against_halving(samples)
+        reason = reason or self._undo(error)
         if reason is not None:
             error.add_note(f"autobatch did not run the micro-batch again in pieces: {reason}.")
             return False

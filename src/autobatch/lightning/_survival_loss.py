@@ -83,7 +83,7 @@ def _smallest(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Return the smallest parameters, whose gradients are small as well; at least one."""
     taken: list[torch.Tensor] = []
     elements = 0
-    for each in sorted(parameters, key=torch.numel):
+    for each in sorted((p for p in parameters if p.requires_grad), key=torch.numel):
         elements += each.numel()
         if taken and elements > _MOST_ELEMENTS:
             break

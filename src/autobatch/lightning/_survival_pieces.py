@@ -67,10 +67,7 @@ class MicroBatch:
         self.lost_seconds = 0.0  # in attempts that failed
         self.index = index
         self.parameters: list[torch.Tensor] = [
-            each
-            for group in optimizer.param_groups
-            for each in group["params"]
-            if each.requires_grad
+            each for group in optimizer.param_groups for each in group["params"]
         ]
         self._stage = _Stage.FORWARD
         wrapper = trainer.strategy.model

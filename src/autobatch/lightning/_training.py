@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from collections import OrderedDict
     from collections.abc import Callable, Generator, Iterator, Sequence
 
+    from autobatch._loaders.samples import Samples
     from autobatch._trials.snapshot import Snapshot
     from autobatch.lightning._dataloaders import Loaders
     from autobatch.lightning._trainer import ManualOptimization, Trainer
-    from autobatch.lightning._trial_data import Samples
 
 # Micro-batches in which every optimizer of a module with manual optimization has to step once
 _FIRST_STEPS_WITHIN: Final = 32

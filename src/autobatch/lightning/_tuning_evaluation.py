@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from autobatch._loaders.samples import NoDataError, Samples
 from autobatch._plan import BatchPlan
 from autobatch._tune import tune
 from autobatch.errors import DoesNotFitError, FixedBatchSizeError
@@ -20,16 +21,15 @@ from autobatch.lightning._dataloaders import Loaders
 from autobatch.lightning._evaluation import VALIDATION, EvaluationSteps
 from autobatch.lightning._resources import CallbackArguments, Tuned, trial_resources
 from autobatch.lightning._subjects import LightningEvaluation, LightningTraining
-from autobatch.lightning._trial_data import NoDataError, Samples
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from autobatch._loaders.batch_size import LoaderSize
     from autobatch._report import TuningReport
     from autobatch._search import Search
     from autobatch._settings import Settings
     from autobatch._trials.context import TrialContext
-    from autobatch.lightning._batch_size import LoaderSize
     from autobatch.lightning._evaluation import Stage
 
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Final
 from torch.utils.data import BatchSampler, DataLoader
 
 from autobatch._trials.snapshot import Snapshot
-from autobatch.lightning._compat import save_arguments, saved_arguments
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -94,6 +93,36 @@ class Remaking:
             for part in remade_parts(loader):
                 call = _Call.of(part, batch_size, self.left_out)
                 _take_over(part, type(part)(*call.positional, **call.keywords))
+
+
+@dataclass(frozen=True, slots=True)
+class SavedArguments:
+    """Arguments of a loader or sampler that a hook made; Lightning copies it with them for ranks.
+
+    Args:
+        names: Of the positional arguments.
+        positional: Their values.
+        keywords: The others.
+    """
+
+    names: tuple[str, ...]
+    positional: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+
+def saved_arguments(made: Any) -> SavedArguments | None:
+    """Return the arguments Lightning saved of a loader or sampler; None if it saved none."""
+    names = getattr(made, "__pl_saved_arg_names", None)
+    if names is None:
+        return None
+    positional = getattr(made, "__pl_saved_args")
+    return SavedArguments(names, positional, getattr(made, "__pl_saved_kwargs"))
+
+
+def save_arguments(made: Any, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    """Replace the arguments Lightning saved, past the guards of a DataLoader."""
+    object.__setattr__(made, "__pl_saved_args", positional)
+    object.__setattr__(made, "__pl_saved_kwargs", keywords)
 
 
 class UnreadableArgumentsError(Exception):
