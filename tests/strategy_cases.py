@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import autobatch
 from autobatch import _settings
+from autobatch._throughput import curve
 from autobatch.testing import SimulatedAccelerator
 
 try:
@@ -175,13 +176,8 @@ def trainer(kind, *callbacks, **options):
         "gradient_clip_val": clip,
         "gradient_clip_algorithm": "value" if kind == "fsdp1" else "norm",
     }
-    return pl.Trainer(
-        accelerator="cpu",
-        devices=2,
-        strategy=strategy(kind),
-        callbacks=list(callbacks),
-        **{**quiet, **options},
-    )
+    options = {"devices": 2, "strategy": strategy(kind), **quiet, **options}
+    return pl.Trainer(accelerator="cpu", callbacks=list(callbacks), **options)
 
 
 def loader(batch_size=4, samples=128):
@@ -190,11 +186,15 @@ def loader(batch_size=4, samples=128):
     return DataLoader(TensorDataset(x, x[:, :4].argmax(1)), batch_size, shuffle=samples > 32)
 
 
-def tuner(device):
+def tuner(device, timing_seconds=None):
     if not isinstance(device, SimulatedAccelerator):
         device = SimulatedAccelerator(device)
     return autobatch.AutoBatch(
-        target_batch_size=TARGET, device=device, memory_limit=1.0, steps_per_trial=1
+        target_batch_size=TARGET,
+        device=device,
+        memory_limit=1.0,
+        steps_per_trial=1,
+        timing_seconds=timing_seconds,
     )
 
 
@@ -230,9 +230,9 @@ def trained(kind, *callbacks, batch_size=4, ckpt_path=None, **options):
     return left_by(fitted, module)
 
 
-def tuned(kind, device=None):
+def tuned(kind, device=None, timing_seconds=None):
     """Train twice: tuned, and with the same numbers written by hand."""
-    callback = tuner(device or CAPACITY[kind])
+    callback = tuner(device or CAPACITY[kind], timing_seconds)
     left = trained(kind, callback)
     return {"tuned": left, "by hand": by_hand(kind, callback.report.plan), **found(callback)}
 
@@ -251,14 +251,15 @@ def found(callback):
         "plan": (plan.micro_batch_size, plan.accumulate_grad_batches, plan.world_size),
         "trials": [(trial.batch_size, str(trial.outcome), trial.peak) for trial in report.trials],
         "budget": report.budget,
+        "curve": [point.batch_size for point in report.curve],
         "validation": report.validation_batch_size,
         "notes": report.notes,
     }
 
 
 def scarce(kind):
-    """The second rank has less memory."""
-    return tuned(kind, SimulatedAccelerator(CAPACITY[kind] - 5_000 * RANK))
+    """The second rank has less memory; there is time to time sizes."""
+    return tuned(kind, SimulatedAccelerator(CAPACITY[kind] - 5_000 * RANK), timing_seconds=30)
 
 
 def failing(kind, points=3):
@@ -336,6 +337,7 @@ def main(directory, *cases):
     faulthandler.dump_traceback_later(LONGEST, exit=True)
     warnings.simplefilter("ignore")
     _settings.TIMING_SECONDS = 0.1  # enough for a few visits
+    curve._TURN_SECONDS, curve._MAX_TURNS = 0.05, 1  # each size is timed once
     importlib.import_module("torch._dynamo")  # or else the first step imports it
     gc.freeze()  # keep imported objects out of the garbage collections of a search
     for package in ("pytorch_lightning", "lightning.pytorch"):

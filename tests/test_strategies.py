@@ -6,11 +6,15 @@ import contextlib
 import importlib
 import importlib.util
 import socket
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from autobatch import BatchPlan
 from forked import forked
 from sameness import same
 
@@ -65,6 +69,7 @@ def as_by_torchrun(rank, port):
 def job(tmp_path_factory):
     cases = (
         "fsdp2/scarce",
+        "tp/tuned",
         "fsdp1/tuned",
         "ddp gathers/scarce",
         "fsdp2/failing",
@@ -77,7 +82,7 @@ def job(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def long_job(tmp_path_factory):
-    often = (f"{kind}/failing often" for kind in ("fsdp2", "fsdp1", "ddp"))
+    often = (f"{kind}/failing often" for kind in ("fsdp2", "tp", "fsdp1", "ddp"))
     return run(tmp_path_factory.mktemp("long"), "fsdp2 bf16/scarce", *often)
 
 
@@ -91,7 +96,7 @@ def assert_as_by_hand(ranks):
     assert ranks[0]["validation"] == ranks[1]["validation"] is not None
 
 
-@pytest.mark.parametrize("case", ["fsdp2/scarce", "fsdp1/tuned", "ddp gathers/scarce"])
+@pytest.mark.parametrize("case", ["fsdp2/scarce", "tp/tuned", "fsdp1/tuned", "ddp gathers/scarce"])
 def test_sharded_training_is_bit_identical_to_the_plan_by_hand(job, case):
     ranks = [rank[case] for rank in job]
 
@@ -101,13 +106,40 @@ def test_sharded_training_is_bit_identical_to_the_plan_by_hand(job, case):
 
 
 def test_a_target_is_divided_by_the_data_parallel_ranks_alone(job):
-    for case, replicas in (("fsdp2/scarce", 2), ("fsdp1/tuned", 2)):
+    for case, replicas in (("fsdp2/scarce", 2), ("fsdp1/tuned", 2), ("tp/tuned", 1)):
         micro, accumulate, ranks = job[0][case]["plan"]
         assert ranks == replicas
         assert micro * accumulate * replicas == 64
         sizes = [size for size, *_ in job[0][case]["tuned"]["record"]]
         assert sizes[:accumulate] == [micro] * accumulate
         assert job[0][case]["tuned"]["global_step"] == 2  # 128 samples
+
+
+def test_sizes_of_a_sharded_module_are_timed_by_all_ranks_in_step(job):
+    first, second = (rank["fsdp2/scarce"] for rank in job)
+
+    assert first["curve"] == second["curve"]
+    assert first["curve"]
+
+
+def test_one_process_shows_a_trainer_what_fits_on_each_of_eight_devices():
+    cases = importlib.import_module("strategy_cases")
+    sharded = cases.pl.strategies.ModelParallelStrategy(8, 1)
+    options = {"devices": 1, "num_nodes": 8, "strategy": sharded}
+    dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            fitted = cases.trainer("fsdp2", **options)
+            report = cases.tuner(85_000).tune(fitted, cases.model("fsdp2"), cases.loader())
+    finally:
+        dist.destroy_process_group()
+
+    assert report.plan == BatchPlan(8, 1, 8)
+    assert report.as_if
+    assert "not run on 8 devices" in str(report)
+    assert not report.curve
+    assert report.guide is None  # the trace of a step knows no shards
 
 
 def test_out_of_memory_on_one_sharded_rank_hangs_and_changes_nothing(job):
@@ -146,7 +178,7 @@ def test_mixed_precision_of_fsdp2_is_tuned(long_job):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["fsdp2", "fsdp1", "ddp"])
+@pytest.mark.parametrize("kind", ["fsdp2", "tp", "fsdp1", "ddp"])
 def test_out_of_memory_anywhere_on_one_rank_hangs_and_changes_nothing(long_job, kind):
     points = [rank[f"{kind}/failing often"] for rank in long_job]
 

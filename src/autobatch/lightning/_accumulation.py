@@ -124,6 +124,7 @@ class SplittingTest:
         self.probe.release()
         budget = memory_budget(self.probe.read(), parse_memory_limit(self.memory_limit))
         with (
+            self.ranks.dry(),
             self.probe.limited(budget),
             eager(),  # this batch size alone is not worth compiling for
             without_dropout(self.module),

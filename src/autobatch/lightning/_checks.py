@@ -16,7 +16,6 @@ from autobatch.errors import AutobatchError
 from autobatch.lightning._compat import (
     TESTED,
     averages_models,
-    data_parallel_size,
     data_source,
     is_trainer,
     missing_name,
@@ -252,7 +251,5 @@ def _against_strategy(trainer: Trainer) -> Iterator[str]:
         )
     elif getattr(strategy.model, "static_graph", False):
         yield "static_graph=True makes DistributedDataParallel count the passes of trials as well"
-    elif data_parallel_size(trainer) != trainer.world_size:
-        yield "ranks of tensor parallelism share their samples, and a target counts them for each"
     if averages_models(strategy):
         yield "its strategy averages models in optimizer steps (model_averaging_period)"

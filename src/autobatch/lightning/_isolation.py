@@ -1,4 +1,4 @@
-"""Replace loops and collectives while trials run."""
+"""Replace loops and collectives of the strategy while trials run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from autobatch.lightning._silence import without_effects
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from autobatch._distributed import Ranks
     from autobatch.lightning._trainer import Trainer
 
 
@@ -47,25 +46,17 @@ def on_new_loops(trainer: Trainer) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def on_this_rank_alone(trainer: Trainer, ranks: Ranks) -> Iterator[None]:
-    """Run the body on this rank alone: its steps wait for no other rank.
+def local_collectives(trainer: Trainer) -> patched:
+    """Return a patch for collectives of the strategy, as if all ranks were like this one.
 
-    A rank that is out of memory would leave the others waiting. Collectives of the strategy answer
-    as if all ranks were like this one, where those of its groups cannot: a broadcast leaves what a
-    rank receives as it is, and a sum is that of one rank.
+    Those of Lightning 2.6 sum for a decision, and read the size of what they receive: by dry
+    collectives a sum is that of one rank, and nothing is received. `reduce` stays, by which
+    `self.log` knows that it was called in the same way before.
     """
-    with ranks.dry(), patched(trainer.strategy, **_local_collectives(trainer.world_size)):
-        yield
-
-
-def _local_collectives(world_size: int) -> dict[str, Any]:
-    """Return collectives of a strategy (Lightning 2.6), as if all ranks were like this one."""
-    if world_size == 1:
-        return {}
-    return {
-        "reduce": lambda tensor, *_, **__: tensor,
-        "all_gather": lambda tensor, *_, **__: torch.stack([tensor] * world_size),
-        "broadcast": lambda thing, *_, **__: thing,
-        "reduce_boolean_decision": lambda decision, *_, **__: decision,
-    }
+    world_size = trainer.world_size
+    return patched(
+        trainer.strategy,
+        all_gather=lambda tensor, *_, **__: torch.stack([tensor] * world_size),
+        broadcast=lambda thing, *_, **__: thing,
+        reduce_boolean_decision=lambda decision, *_, **__: decision,
+    )

@@ -16,10 +16,10 @@ from autobatch.lightning._beside import (
     BesideTraining,
     tensors_of_callbacks,
 )
-from autobatch.lightning._compat import data_source
+from autobatch.lightning._compat import data_parallel_size, data_source
 from autobatch.lightning._dataloaders import Loaders
 from autobatch.lightning._hooks import users_callbacks
-from autobatch.lightning._isolation import on_new_loops, on_this_rank_alone
+from autobatch.lightning._isolation import local_collectives, on_new_loops
 from autobatch.lightning._shown import show_validation
 from autobatch.lightning._trainer_notes import checked_copy_bytes
 
@@ -129,14 +129,13 @@ def trial_resources(
     probe = detect(arguments.device, module.device)
     began = probe.clock()
     with (
-        current_ranks() as ranks,
+        current_ranks(data_parallel_size(trainer), local_collectives(trainer)) as ranks,
         ranks.abort_together(),
         Snapshot() as before_hooks,
         Snapshot() as snapshot,
         OptimizerWatch(probe.clock) as optimizers,
         sinks.progress(verbose=arguments.verbose and ranks.rank == 0) as shown,
         on_new_loops(trainer),
-        on_this_rank_alone(trainer, ranks),
     ):
         shown.begin("reading batches", None)
         # Hooks that make the loaders may change the module and the datamodule, which every trial
