@@ -134,7 +134,6 @@ def find(
     )
     is_verbose = checked_verbose(verbose)
     restored = _restorable(restore)
-    everything = reachable(workload)
     reached = with_state(workload)
     trainable = [each.value for each in reached if isinstance(each.value, _TRAINABLE)]
     named = {id(each) for each in (*trainable, *restored)}
@@ -145,7 +144,7 @@ def find(
     began = probe.clock()
     modules = [each for each in (*restored, *trainable) if isinstance(each, torch.nn.Module)]
     check_can_rest(modules)
-    check_no_pipeline(each.value for each in everything)
+    check_no_pipeline(each.value for each in reachable(workload))
     replicas = checked_replicas(data_parallel_size, modules)
     with (
         current_ranks(replicas) as ranks,
