@@ -19,6 +19,7 @@ from autobatch._trials.batches import NotDividedError, divisible_samples, leaves
 from autobatch._trials.workload import free_after_failure
 from autobatch.lightning._compat import (
     batches_that_stepped,
+    data_parallel_size,
     replacing_closures,
     should_accumulate,
 )
@@ -182,7 +183,9 @@ class Survival:
     def _own_plan(self) -> BatchPlan:
         """The plan of a Trainer that was not tuned, if micro-batches have one size."""
         size = self._batch_size or max((each.samples for each in self.events), default=1)
-        return BatchPlan(size, self._trainer.accumulate_grad_batches, self._trainer.world_size)
+        return BatchPlan(
+            size, self._trainer.accumulate_grad_batches, data_parallel_size(self._trainer)
+        )
 
     def _end(self, micro_batch: MicroBatch, nbytes: int) -> None:
         """Count a micro-batch that was done in pieces, and log a failure."""
