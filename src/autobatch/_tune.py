@@ -361,7 +361,7 @@ def build_report(
 class PriorPlan:
     """A plan to verify before a search, or instead of one."""
 
-    plan: BatchPlan | None = None  # A plan to verify by one trial; None: search at once
+    plan: BatchPlan | None = None  # to verify by one trial; None: search at once
     # The effective batch size a search has to reach; None: the one of the settings
     target: int | None = None
     # The error if the plan does not fit and no other plan may be trained; None: search
