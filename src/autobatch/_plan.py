@@ -35,7 +35,7 @@ class BatchPlan:
     Args:
         micro_batch_size: Samples per device and forward pass.
         accumulate_grad_batches: Micro-batches per optimizer update.
-        world_size: Ranks that train together.
+        world_size: Ranks that train on different data.
 
     Example:
         >>> BatchPlan(micro_batch_size=32, accumulate_grad_batches=8).effective_batch_size
@@ -265,7 +265,7 @@ class _Choice:
 
     @property
     def _world_size(self) -> int:
-        return self.runner.accumulation.world_size
+        return self.runner.accumulation.replicas
 
 
 def candidates(

@@ -58,6 +58,8 @@ def tune(
         search: Strategy that proposes batch sizes.
         known: A plan to verify instead of a search.
     """
+    if context.ranks.as_if:
+        settings = without_timing(settings, context.ranks.as_if)
     accumulation = accumulation_of(subject, settings, context.ranks)
     own_size = own_batch_size(subject, known, context.ranks)
     runner = TrialRunner(subject.workload, accumulation, settings, context, own_size)
@@ -94,26 +96,36 @@ def tune(
     return report.model_copy(update={"guide": guide.way})
 
 
+def without_timing(settings: Settings, devices: int) -> Settings:
+    """Return the settings of a job that does not run: its communication cannot be timed."""
+    if settings.latency_limit is not None:
+        raise ValueError(
+            f"latency_limit={settings.latency_limit:g} is about time, which one process cannot "
+            f"measure for {devices} devices; leave it out, or run all of them."
+        )
+    return settings.model_copy(update={"timing_seconds": 0.0})
+
+
 def accumulation_of(subject: Subject, settings: Settings, ranks: Ranks) -> Accumulation:
     """Return the gradient accumulation of a run, for as much of the target as there is data.
 
     Ranks may have shards of different lengths; the shortest counts for all of them.
     """
-    world_size, target = ranks.world_size, settings.target_batch_size
+    replicas, target = ranks.replicas, settings.target_batch_size
     lengths = ranks.gather(subject.max_samples_per_update)
     most = min((length for length in lengths if length is not None), default=None)
-    if target is not None and target < world_size:
+    if target is not None and target < replicas:
         raise ValueError(
-            f"target_batch_size={target} is less than one sample for each of the {world_size} "
-            f"ranks; give {world_size} or more."
+            f"target_batch_size={target} is less than one sample for each of the {replicas} "
+            f"ranks; give {replicas} or more."
         )
     if target is not None and most is not None and target > most:
-        target = max(world_size, most - most % world_size)
+        target = max(replicas, most - most % replicas)
     return Accumulation(
         is_supported=subject.can_accumulate,
         default=subject.accumulate,
         target=target,
-        world_size=world_size,
+        replicas=replicas,
     )
 
 
@@ -130,6 +142,7 @@ class _Arguments:
     settings: Settings
     accumulate: int
     known: BatchPlan | None
+    data_parallel_size: int
 
 
 def check_same_arguments(
@@ -138,7 +151,7 @@ def check_same_arguments(
     """Refuse different arguments on different ranks."""
     # Ranks may have shards of different lengths
     settings = settings.model_copy(update={"dataset_size": None})
-    own = _Arguments(settings, subject.accumulate, known)
+    own = _Arguments(settings, subject.accumulate, known, ranks.replicas)
     for rank, other in enumerate(ranks.gather(own)):
         if other != own:
             raise AutobatchError(
@@ -171,7 +184,7 @@ class SearchRange:
 
 def search_range(subject: Subject, settings: Settings, ranks: Ranks) -> SearchRange:
     """Return the batch sizes to search, the same on every rank."""
-    bound = tightest_bound(settings, ranks.world_size)
+    bound = tightest_bound(settings, ranks.replicas)
     high = max(1, bound.batch_size) if bound else _MAX_BATCH_SIZE
     ranges = ranks.gather(SearchRange(subject.start_batch_size, high, bound))
     return SearchRange(ranges[0].start, min(each.high for each in ranges), bound)
@@ -258,7 +271,7 @@ def find_best_within(latency: LatencySearch, runner: TrialRunner) -> BatchPlan:
     best = best_within(latency.latencies, latency.limit.seconds)
     if best is None:
         raise DoesNotFitError(nothing_within(latency.latencies, latency.limit))
-    return BatchPlan(best.batch_size, world_size=runner.accumulation.world_size)
+    return BatchPlan(best.batch_size, world_size=runner.accumulation.replicas)
 
 
 def most_timing_seconds(settings: Settings) -> float:
@@ -344,6 +357,8 @@ def build_report(
         task=subject.task,
         latencies=latency.latencies if latency else (),
         can_accumulate=subject.can_accumulate,
+        devices=context.ranks.as_if or context.ranks.world_size,
+        as_if=context.ranks.as_if is not None,
         dataset_size=subject.samples_per_epoch(plan),
         look=subject.largest_samples(),
         curve=throughput.curve,
