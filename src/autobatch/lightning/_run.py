@@ -13,10 +13,12 @@ from autobatch._undo import patched
 from autobatch.lightning._apply import BeforeOptimizers, StateBefore
 from autobatch.lightning._compat import combined_loader, data_source
 from autobatch.lightning._loading import DataLoaderTimer
+from autobatch.lightning._survival_evaluation import EvaluationSurvival
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from autobatch._memory import MemoryProbe
     from autobatch._report import TuningReport
     from autobatch.lightning._accumulation import LastWindowCorrection
     from autobatch.lightning._attribute import FormerBatchSize
@@ -69,6 +71,7 @@ class Run:
         is_to_compare: True if it is compared before the next epoch.
         steps_before: Updates before this epoch, if it is compared after the first one of it.
         survival: Runs micro-batches that run out of memory again, if the user wants that.
+        evaluation: The same for batches of validation and testing.
         patches: Methods of the loops that are replaced; `replace` adds to them.
         attribute: The former batch size of the module, while an evaluation runs with another.
     """
@@ -84,6 +87,7 @@ class Run:
     is_to_compare: bool = True
     steps_before: int | None = None
     survival: Survival | None = None
+    evaluation: EvaluationSurvival | None = None
     patches: list[patched] = field(default_factory=list)
     attribute: FormerBatchSize | None = None
 
@@ -109,6 +113,17 @@ class Run:
         self.patches.append(patch)
         patch.apply()
 
+    def begin_evaluation(self, trainer: Trainer, probe: MemoryProbe) -> None:
+        """Run batches of validation or testing that run out of memory again, until its end."""
+        if self.evaluation is None:
+            self.evaluation = EvaluationSurvival(trainer, probe)
+        self.evaluation.start()
+
+    def end_evaluation(self) -> None:
+        """Leave the steps of validation alone: those of trials may fail."""
+        if self.evaluation is not None:
+            self.evaluation.end()
+
     def undo(self) -> None:
         """Stop measuring, and restore the user's loaders and the methods of the loops.
 
@@ -117,7 +132,8 @@ class Run:
         self.before_optimizers.forget()
         self.before_data.forget()
         self.timer.stop()
-        self.window = self.survival = None
+        self.end_evaluation()
+        self.window = self.survival = self.evaluation = None
         while self.patches:
             self.patches[-1].restore()
             self.patches.pop()
