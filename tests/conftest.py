@@ -20,7 +20,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
-pytest.register_assert_rewrite("by_hand")  # its assertions show their values
+pytest.register_assert_rewrite("by_hand", "hugging_face")  # its assertions show their values
 
 if importlib.util.find_spec("hypothesis") is not None:
     from hypothesis import HealthCheck, settings

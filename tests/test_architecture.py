@@ -44,7 +44,7 @@ LAYERS = (
     ("_guide",),
     ("_tune",),
     ("_find",),
-    ("lightning",),
+    ("lightning", "transformers"),
     ("_demo",),
     ("__main__",),
 )
@@ -60,7 +60,7 @@ DEFERRED: dict[str, str] = {
     "_report -> _report.figure": "report.plot() loads matplotlib with the picture",
 }
 # Modules that users import from
-PUBLIC = ("errors", "lightning", "report", "sinks", "testing")
+PUBLIC = ("errors", "lightning", "report", "sinks", "testing", "transformers")
 
 
 def sources() -> dict[str, ast.Module]:

@@ -332,8 +332,8 @@ def test_training_after_retuning_is_identical_to_a_change_by_hand(own, monkeypat
     plans = [autobatch.BatchPlan(60, 2), autobatch.BatchPlan(20, 6)]
     device = SimulatedAccelerator("2MiB")
     callback = tuner(plan=plans[0], retune_at_epochs=[1], device=device)
-    _autobatch = importlib.import_module("autobatch.lightning._autobatch")
-    tune = _autobatch.tune_training
+    training = importlib.import_module("autobatch.lightning._tuned_training")
+    tune = training.tune_training
 
     def second(fitted, *arguments):
         tuned = tune(fitted, *arguments)
@@ -342,7 +342,7 @@ def test_training_after_retuning_is_identical_to_a_change_by_hand(own, monkeypat
         report = tuned.report.model_copy(update={"plan": plans[1]})
         return replace(tuned, report=report, sizes=(LoaderSize(20, None),))
 
-    monkeypatch.setattr(_autobatch, "tune_training", second)
+    monkeypatch.setattr(training, "tune_training", second)
     tuned = run(lambda _: callback)
     by_hand = run(
         lambda data_loader: BySwitch(plans[1], data_loader),
@@ -449,7 +449,7 @@ def test_retuning_that_keeps_the_plan_leaves_no_trace():
     by_hand = run(size=plan.micro_batch_size, accumulate=plan.accumulate_grad_batches)
 
     assert "Tuned again at epoch 2, for the effective batch of 59." in (callback.report.notes)
-    assert callback._run.first_report.plan == plan
+    assert callback._results.last_fit.report.plan == plan
     assert same(tuned, by_hand)
 
 

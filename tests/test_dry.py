@@ -9,16 +9,26 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _world
 from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from autobatch._distributed.dry import DryCollectives
+from autobatch._memory.ledger import Ledger
+from autobatch._trials.snapshot import Snapshot
 from autobatch.errors import AutobatchError
+from sameness import same
+from sharded_models import KINDS, Network, batch, local, parts, sharded, update
 
 CPU = torch.device("cpu")
 
 
 @contextlib.contextmanager
 def group_of(backend, size):
-    dist.init_process_group(backend, rank=0, world_size=size, store=dist.HashStore())
+    dist.init_process_group(
+        backend,
+        rank=0,
+        world_size=size,
+        store=FakeStore() if backend == "fake" else dist.HashStore(),
+    )
     try:
         yield dist.group.WORLD
     finally:
@@ -79,3 +89,92 @@ def test_a_ddp_module_within_another_synchronizes_no_gradients_and_keeps_its_fla
 
         assert {name: vars(inner)[name] for name in names} == before
         assert inner.module.weight.grad.tolist() == 2 * [4 * [6.0]]
+
+
+# Sharded modules: restored exactly
+
+
+@pytest.fixture(scope="module")
+def four():
+    with group_of("fake", 4) as group:
+        yield group
+
+
+def outcome(network, optimizer):
+    return [torch.tensor(update(network, optimizer, 3)), *parts(network, optimizer)]
+
+
+def differences(kind, *, warm, every=1):
+    """Yield for each allocation of an update, refused, whether training differs afterwards."""
+    network, optimizer = sharded(kind, depth=1, width=8)
+    if warm:
+        update(network, optimizer, 3)
+    ledger = Ledger()
+    with Snapshot() as snapshot:
+        snapshot.capture(network, optimizer)
+        with ledger.watching(None, 0):
+            update(network, optimizer, 3)
+        allocations = ledger.allocations
+        snapshot.restore()
+        expected = outcome(network, optimizer)
+        for number in range(1, allocations + 1, every):
+            snapshot.restore()
+            ledger.refuse_at = number
+            with pytest.raises(torch.OutOfMemoryError), ledger.watching(None, 0):
+                update(network, optimizer, 3)
+            snapshot.restore()
+            yield not same(outcome(network, optimizer), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("warm", [True, False])
+def test_out_of_memory_at_any_allocation_of_a_sharded_step_is_restored(four, kind, warm):
+    found = list(differences(kind, warm=warm))
+
+    assert len(found) > 50
+    assert not any(found)
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", "fsdp1"])
+def test_out_of_memory_at_some_allocations_of_a_sharded_step_is_restored(four, kind):
+    found = list(differences(kind, warm=True, every=9))
+
+    assert len(found) >= 10
+    assert not any(found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_forward_pass_alone_is_restored(four, kind):
+    network, optimizer = sharded(kind)
+    with Snapshot() as snapshot:
+        snapshot.capture(network, optimizer)
+        expected = outcome(network, optimizer)
+        snapshot.restore()
+
+        with torch.no_grad():
+            network(torch.ones(2, 16))
+        snapshot.restore()
+
+        assert same(outcome(network, optimizer), expected)
+
+
+def test_a_snapshot_copies_the_parts_of_this_rank_only(four):
+    network, optimizer = sharded("fsdp2")
+    update(network, optimizer, 3)
+    held = sum(each.nbytes for each in parts(network, optimizer))
+
+    assert Snapshot.bytes_of(network, optimizer) == held
+    assert held < 0.3 * 3 * sum(each.nbytes for each in Network().parameters())
+
+
+def test_gradients_of_a_sharded_module_are_restored(four):
+    network, _ = sharded("fsdp2")
+    network(batch(3, 0)[0]).sum().backward()
+    before = [local(each.grad).clone() for each in network.parameters()]
+
+    with Snapshot() as snapshot:
+        snapshot.capture(network)
+        network.zero_grad()
+
+    assert same([local(each.grad) for each in network.parameters()], before)

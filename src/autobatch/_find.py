@@ -12,11 +12,11 @@ from autobatch._memory.detect import detect
 from autobatch._report.known_plan import known_plan
 from autobatch._settings import Settings, checked_verbose
 from autobatch._subject import PlainLoop, accepts_accumulate
-from autobatch._trials.captured import is_generator
 from autobatch._trials.context import MemoryBudget, TrialContext
 from autobatch._trials.first_use import FirstUse, check_not_synchronizing
+from autobatch._trials.holders import with_state
 from autobatch._trials.optimizers import OptimizerWatch
-from autobatch._trials.reachable import Watched, has_state_dict, reachable
+from autobatch._trials.reachable import Watched
 from autobatch._trials.snapshot import Snapshot, restorable
 from autobatch._tune import checked_search, tune
 from autobatch.sinks import log, progress
@@ -126,7 +126,7 @@ def find(
     )
     is_verbose = checked_verbose(verbose)
     restored = _restorable(restore)
-    reached = [each for each in reachable(workload) if _has_state(each.value)]
+    reached = with_state(workload)
     trainable = [each.value for each in reached if isinstance(each.value, _TRAINABLE)]
     named = {id(each) for each in (*trainable, *restored)}
     others = [each for each in reached if id(each.value) not in named]
@@ -182,11 +182,6 @@ def _restorable(restore: Sequence[Any]) -> Sequence[Any]:
                 "load_state_dict; leave it out, or give an object that has them."
             )
     return restore
-
-
-def _has_state(thing: object) -> bool:
-    """Return True for models, optimizers, schedulers, scalers, averages and generators."""
-    return isinstance(thing, _TRAINABLE) or has_state_dict(thing) or is_generator(thing)
 
 
 def _device_of_model(*things: Any) -> torch.device:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Final
 
@@ -18,6 +18,7 @@ from autobatch._plan import (
     choose_plan,
 )
 from autobatch._report import Device, TuningReport
+from autobatch._report.known_plan import known_plan
 from autobatch._report.latency import nothing_within, too_slow_reason
 from autobatch._report.notes import notes
 from autobatch._report.result import RunDetails
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from autobatch._distributed import Ranks
     from autobatch._search import Search
     from autobatch._settings import Settings
-    from autobatch._subject import Subject
+    from autobatch._subject import NotedSubject, Subject
     from autobatch._trials.context import TrialContext
 
 # A workload that never meets a limit has to stop somewhere
@@ -367,6 +368,53 @@ def build_report(
         environment=subject.environment,
     )
     return report.model_copy(update={"notes": notes(report, run)})
+
+
+@dataclass(frozen=True, slots=True)
+class PriorPlan:
+    """A plan to verify before a search, or instead of one.
+
+    Args:
+        plan: A plan to verify by one trial; None: search at once.
+        target: The effective batch size a search has to reach; None: the one of the settings.
+        refusal: The error if the plan does not fit and no other plan may be trained; None: search.
+        note: The note in the report; None: the plan is the user's own.
+    """
+
+    plan: BatchPlan | None = None
+    target: int | None = None
+    refusal: str | None = None
+    note: str | None = None
+
+
+def verify_or_search(
+    known: PriorPlan,
+    subject: NotedSubject,
+    settings: Settings,
+    context: TrialContext,
+    search: Search,
+) -> TuningReport:
+    """Return the report on a known plan if one trial verifies it, or else on a search."""
+    note = known.note
+    if note is None:  # the user's own
+        known_plan(known.plan, settings, world_size=context.ranks.world_size)
+    if known.plan is not None:
+        noted = replace(subject, first_note=note)
+        try:
+            return tune(noted, settings, context, search, known=known.plan)
+        except DoesNotFitError as error:
+            if known.refusal is not None:
+                raise AutobatchError(known.refusal) from error
+            if note is None:
+                raise
+            note = (
+                f"Searched again, since a micro-batch of {known.plan.micro_batch_size:,} does not "
+                "fit any more."
+            )
+    if known.target is not None:
+        settings = settings.model_copy(update={"target_batch_size": known.target})
+    noted = replace(subject, first_note=note)
+    return tune(noted, settings, context, search, known=None)
 
 
 def checked_search(search: Search | None) -> Search:

@@ -55,8 +55,8 @@ class patched(Undo):  # noqa: N801 -- reads as what it does: with patched(owner,
     """Replace attributes of an object while the body runs, and restore exactly what was there.
 
     A value goes into the `vars` of the object, where it hides a method or an attribute of the
-    class, and is deleted from there if the object had none of its own. Properties are set. A class
-    rather than a generator, so that a callback that holds one can be copied and pickled: it calls
+    class, and is deleted from there if the object had none of its own. Properties are set, and so
+    are attributes of a class. A class rather than a generator, so that a callback that holds one can be copied and pickled: it calls
     `apply` and `restore`.
 
     Example:
@@ -79,23 +79,30 @@ class patched(Undo):  # noqa: N801 -- reads as what it does: with patched(owner,
     def apply(self) -> None:
         """Replace the attributes until `restore`."""
         for name, value in self._values.items():
-            has_own = _is_property(self._owner, name) or name in vars(self._owner)
-            self._former[name] = getattr(self._owner, name) if has_own else _Absent
+            self._former[name] = _own(self._owner, name)
             _set(self._owner, name, value)
 
     def restore(self, *_: object) -> None:
         """Restore what was there; a second call changes nothing, or completes the first."""
         while self._former:
             name, former = next(reversed(self._former.items()))
-            if former is _Absent:
-                vars(self._owner).pop(name, None)
-            else:
+            if former is not _Absent:
                 _set(self._owner, name, former)
+            elif not isinstance(self._owner, type):
+                vars(self._owner).pop(name, None)
+            elif name in vars(self._owner):
+                delattr(self._owner, name)
             del self._former[name]
 
 
-def _set(owner: Any, name: str, value: Any) -> None:
+def _own(owner: Any, name: str) -> Any:
     if _is_property(owner, name):
+        return getattr(owner, name)
+    return vars(owner).get(name, _Absent)
+
+
+def _set(owner: Any, name: str, value: Any) -> None:
+    if isinstance(owner, type) or _is_property(owner, name):
         setattr(owner, name, value)
     else:
         vars(owner)[name] = value

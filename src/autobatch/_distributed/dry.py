@@ -46,10 +46,8 @@ class DryCollectives(Undo):
         # `new_group` counts its calls for the name of the group, which all ranks have to agree on
         self.add(partial(setattr, world, "group_count", world.group_count))
         self.enter_context(patched(c10d, _new_process_group_helper=_refuse_new_group))
-        for name, value in _FLAGS_OF_DDP.items():
-            flag = _Flag(name, value)
-            self.add(partial(_remove, DistributedDataParallel, name, flag))
-            setattr(DistributedDataParallel, name, flag)
+        flags = {name: _Flag(name, value) for name, value in _FLAGS_OF_DDP.items()}
+        self.enter_context(patched(DistributedDataParallel, **flags))
         for group in list(world.pg_map):
             if not any(group is each for each in self._kept):
                 self._swap(group)
@@ -100,11 +98,6 @@ class _Flag:
 
 # A forward pass without synchronized gradients turns the second off for the next one
 _FLAGS_OF_DDP: Final = {"require_backward_grad_sync": False, "require_forward_param_sync": None}
-
-
-def _remove(kind: type, name: str, flag: _Flag) -> None:
-    if vars(kind).get(name) is flag:
-        delattr(kind, name)
 
 
 def _check_no_shared_memory(groups: list[Any]) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from autobatch.errors import AutobatchError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
+    from torch import Tensor
     from torch.nn import Module
 
 
@@ -74,19 +76,57 @@ def check_can_rest(modules: Iterable[Module]) -> None:
                 raise AutobatchError(_OFFLOAD.format("module sharded by fully_shard"))
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """Return the part of a DTensor that this rank holds; any other tensor as it is."""
+    if not isinstance(tensor, _DTENSOR.loaded):
+        return tensor
+    from torch import no_grad
+
+    with no_grad():  # otherwise a step of autograd
+        part: Tensor = tensor.to_local()
+        return part
+
+
+def maker_of(tensor: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return a function that makes a tensor like this one of its local part."""
+    if not isinstance(tensor, _DTENSOR.loaded):
+        return lambda part: part
+    return partial(
+        _DTENSOR.loaded.from_local,
+        device_mesh=tensor.device_mesh,
+        placements=tensor.placements,
+        run_check=False,  # a collective
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
+
+
 def bring_to_rest(modules: Iterable[Module]) -> None:
     """Bring FSDP to rest after a step that failed, or after a forward pass alone.
 
     Otherwise FSDP and its modules disagree about the parameters that are there. All ranks have to
     do this, or none: the next forward pass gathers what is not there. Gradients are lost.
     """
+    if _FSDP1.loaded is _Nothing:  # FSDP2 comes from the same module of torch
+        return
     for part in _parts_of(modules):
         # The root is known from its first forward pass on (private, torch 2.13)
         if isinstance(part, _FSDP2.loaded):
-            if part._get_fsdp_state()._is_root:
+            state = part._get_fsdp_state()
+            if state._is_root:
                 part.reset_iter_state()
+            for group in state._fsdp_param_groups:
+                _forget_gradients(group.fsdp_params)
         elif isinstance(part, _FSDP1.loaded) and part._is_root:
             _bring_fsdp1_to_rest(part)
+
+
+def _forget_gradients(parameters: Iterable[Any]) -> None:
+    """Drop gradients of gathered parameters, to which the next backward pass would add."""
+    for each in parameters:
+        each.unsharded_accumulated_grad = None
+        if hasattr(each, "_unsharded_param"):
+            each._unsharded_param.grad = None
 
 
 def _bring_fsdp1_to_rest(root: Any) -> None:
@@ -135,5 +175,5 @@ def _parts_of(modules: Iterable[Module]) -> Iterator[Any]:
 
 
 def _offloads(part: Any) -> bool:
-    groups = getattr(part._get_fsdp_state(), "_fsdp_param_groups", ())
+    groups = part._get_fsdp_state()._fsdp_param_groups
     return any(group.offload_policy.__class__.__name__ == "CPUOffloadPolicy" for group in groups)

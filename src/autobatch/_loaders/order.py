@@ -21,7 +21,7 @@ def capture_order(loader: DataLoader[Any], snapshot: Snapshot) -> None:
     sets up the loader.
     """
     samplers = (loader.batch_sampler, loader.sampler, sampler_of(loader))
-    snapshot.capture_samplers(*(each for each in samplers if each is not None))
+    snapshot.capture_values(*(each for each in samplers if each is not None))
     if loader.num_workers == 0:
         snapshot.capture_light(*layers(loader.dataset))
     if loader.generator is not None:

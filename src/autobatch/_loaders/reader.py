@@ -189,7 +189,7 @@ class _ReaderProcess:
 
     def _hangs(self) -> bool:
         """Wait until there is an answer or the process has ended; True if it does nothing."""
-        ends = [self._connection, self._process.sentinel]
+        ends: list[Connection | int] = [self._connection, self._process.sentinel]
         if connection.wait(ends, _ANSWERED_AT_ONCE):
             return False
         pid, began = self._process.pid or 0, time.monotonic()

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from autobatch._memory import format_bytes
 from autobatch._memory.in_place import InPlaceSums
 from autobatch._memory.storages import address_of, sizes_in, storages_in, storages_of, tensors_of
+from autobatch._undo import patched
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -84,7 +85,7 @@ class Ledger:
 
     Each new storage that an operator returns while `watching` is charged, and each storage
     attached. Views and in-place results share a storage and count once, and so do sums that are
-    written in place without a ledger. Memory that a kernel
+    written in place without a ledger, and storages that FSDP empties and fills. Memory that a kernel
     allocates and frees inside one operator is not seen, nor are tensors made in another process.
     `current` and `peak` are bytes, `failures` counts refused allocations.
 
@@ -126,7 +127,7 @@ class Ledger:
         try:
             self._limit, self.peak, self.allocations = limit, self.current, 0
             self._profile = StepProfile(offset)
-            with eager(), _Mode(self):
+            with eager(), self._seeing_resizes(), _Mode(self):
                 yield self._profile
                 self._settle()
         finally:
@@ -152,6 +153,33 @@ class Ledger:
             if not is_in_place or not self._await_term(storage, arguments or {}):
                 self._charge(storage)
         return result
+
+    @contextlib.contextmanager
+    def _seeing_resizes(self) -> Iterator[None]:
+        """In the body, charge storages of this thread that are emptied and filled again.
+
+        FSDP does so with the parameters that it gathers, and no dispatch mode sees it.
+        """
+        thread, resize = threading.get_ident(), torch.UntypedStorage.resize_
+
+        def charged_resize(storage: torch.UntypedStorage, nbytes: int) -> Any:
+            if threading.get_ident() != thread:
+                return resize(storage, nbytes)
+            self._settle()
+            entry = self._entries.get(address_of(storage))
+            growth = nbytes - (entry.nbytes if entry else storage.nbytes())
+            if growth > 0:
+                self._check_growth(growth)
+            is_known = entry is not None or not storage.nbytes()  # otherwise it was never attached
+            result = resize(storage, nbytes)
+            if growth and is_known and storage.device.type != "meta":
+                self._enter(storage)
+                if growth > 0:
+                    self._profile.add(self.current)
+            return result
+
+        with patched(torch.UntypedStorage, resize_=charged_resize):
+            yield
 
     def _await_term(self, storage: torch.UntypedStorage, arguments: dict[int, int]) -> bool:
         """Enter a sum without a charge if one of its terms has its size, and may die now."""
@@ -197,12 +225,16 @@ class Ledger:
         entry = self._entries.get(address_of(storage))
         growth = storage.nbytes() - (entry.nbytes if entry else 0)
         if growth > 0:
-            self.allocations += 1
-            if self._is_refused(growth):
-                raise self._refusal(growth)
+            self._check_growth(growth)
         if growth:
             self._enter(storage)
             self._profile.add(self.current)
+
+    def _check_growth(self, growth: int) -> None:
+        """Count an allocation, and refuse it beyond the limit."""
+        self.allocations += 1
+        if self._is_refused(growth):
+            raise self._refusal(growth)
 
     def _is_refused(self, growth: int) -> bool:
         if self.allocations == self.refuse_at:

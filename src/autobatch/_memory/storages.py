@@ -37,7 +37,9 @@ def storages_of(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
         type(tensor), "__tensor_flatten__"
     ):
         for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
-            yield from storages_of(getattr(tensor, name))
+            inner = getattr(tensor, name)
+            if isinstance(inner, torch.Tensor):  # a DTensor names its mesh as well
+                yield from storages_of(inner)
     elif torch.nn.parameter.is_lazy(tensor):
         return  # no memory yet
     elif tensor.layout is torch.strided:

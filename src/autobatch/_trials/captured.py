@@ -11,16 +11,18 @@ import sys
 import weakref
 from collections import deque
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 import torch
 from torch.utils.weak import TensorWeakRef
 
+from autobatch._distributed.sharding import local_part, maker_of
 from autobatch._trials.reachable import (
     LARGE,
     PLAIN,
     attributes_of,
     has_state_dict,
+    is_generator,
     is_plain_object,
 )
 
@@ -132,6 +134,9 @@ def save(value: Any, memo: Memo) -> Saved:
     memo.open.add(id(value))
     try:
         if _has_state(value):
+            known = memo.objects.get(id(value))
+            if known is not None and known.state is not None:
+                return Unchanged(value)  # restored by itself
             state = save(value.state_dict(), memo)
             return SavedObject(lambda: value, Unchanged(value), state)
         return _save(value, memo)
@@ -162,16 +167,6 @@ def save_nested(value: Any, memo: Memo) -> Saved:
         Unchanged(value)
         if is_values and value.nbytes > _LARGE_TENSOR
         else save_shallow(value, memo)
-    )
-
-
-def is_generator(value: object) -> bool:
-    """Recognise the random number generators of torch, Python and NumPy."""
-    numpy = sys.modules.get("numpy")
-    if isinstance(value, (torch.Generator, random.Random)):
-        return True
-    return numpy is not None and isinstance(
-        value, (numpy.random.Generator, numpy.random.RandomState)
     )
 
 
@@ -240,20 +235,19 @@ def _is_parameter(tensor: torch.Tensor) -> bool:
 class SavedTensor:
     """Values, gradient, hooks and `requires_grad` of a tensor, copied to the host.
 
-    They are written back into the same tensor, or into a new one if it has died. The tensor is not
-    held: a gradient or a hidden state that training would free must not stay on the device.
+    They are written back into the same tensor, or into a new one if it has died. Of a DTensor that is
+    the part of this rank. The tensor is not held: a gradient or a hidden state that training would free must not stay on the device.
     """
 
     def __init__(self, tensor: torch.Tensor, memo: Memo) -> None:
         self._reference = TensorWeakRef(tensor)
-        self._device = tensor.device
         self._is_leaf = tensor.is_leaf
         self._requires_grad = tensor.requires_grad
-        self._copy = _on_host(tensor)
+        self._copy = _HostCopy(tensor)
         scope = memo.scope
         self._owns_gradient = tensor.is_leaf and scope.parameters
         gradient = tensor.grad if self._owns_gradient and scope.gradients else None
-        self._gradient = None if gradient is None else _on_host(gradient)
+        self._gradient = None if gradient is None else _HostCopy(gradient)
         self._hooks = _save_hooks(tensor) if tensor.is_leaf else {}
         self._memo = memo
         self._restored_in = -1
@@ -274,7 +268,7 @@ class SavedTensor:
         if self._is_leaf:
             tensor.requires_grad_(self._requires_grad)
         if self._owns_gradient:
-            tensor.grad = self._on_device(self._gradient)
+            tensor.grad = None if self._gradient is None else self._gradient.made()
         for name, saved in self._hooks.items():
             hooks = saved.restore()
             if getattr(tensor, name) is not hooks:
@@ -283,24 +277,33 @@ class SavedTensor:
 
     def _with_values(self, tensor: torch.Tensor | None) -> torch.Tensor:
         if tensor is None or tensor.is_inference() or self._is_leaf > tensor.is_leaf:
-            tensor = self._on_device(self._copy)
+            tensor = self._copy.made()
             self._reference = TensorWeakRef(tensor)
-        elif _is_expanded(tensor):
+            return tensor
+        part, values = local_part(tensor), self._copy.values
+        if _is_expanded(part):
             # Elements that share memory cannot be written one by one; they rarely change
-            if not torch.equal(_on_host(tensor), self._copy):
-                tensor.data = self._on_device(self._copy)
-        elif tensor.shape == self._copy.shape and tensor.dtype == self._copy.dtype:
-            tensor.data.copy_(self._copy)
+            if not torch.equal(_on_host(part), values):
+                tensor.data = self._copy.made()
+        elif part.shape == values.shape and part.dtype == values.dtype:
+            part.data.copy_(values)
         else:
-            tensor.data = self._on_device(self._copy)
+            tensor.data = self._copy.made()
         return tensor
 
-    @overload
-    def _on_device(self, copy: torch.Tensor) -> torch.Tensor: ...
-    @overload
-    def _on_device(self, copy: None) -> None: ...
-    def _on_device(self, copy: torch.Tensor | None) -> torch.Tensor | None:
-        return None if copy is None else copy.to(self._device, copy=True)
+
+class _HostCopy:
+    """Values of a tensor on the host; of a DTensor those of this rank."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        part = local_part(tensor)
+        self.values = _on_host(part)
+        self._device = part.device
+        self._make = maker_of(tensor)
+
+    def made(self) -> torch.Tensor:
+        """Return a new tensor with the values, on its own device."""
+        return self._make(self.values.to(self._device, copy=True))
 
 
 def _save_hooks(tensor: torch.Tensor) -> dict[str, Saved]:

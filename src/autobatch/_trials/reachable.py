@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import random
 import sys
 from collections import deque
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ _MOST: Final = 20_000  # values that are looked at
 _DEEPEST: Final = 12  # steps from the workload to a value
 # Also where they are imported from a checkout
 _LIBRARIES: Final = frozenset({"torch", "numpy", "lightning", "pytorch_lightning", "autobatch"})
+# Their objects are captured by their types
+_NO_HOLDERS: Final = frozenset({"torch", "numpy", "autobatch"})
 # Base classes of the standard library that hold no state
 _STATELESS: Final = frozenset({"builtins", "abc", "typing"})
 
@@ -174,6 +177,39 @@ def has_state_dict(value: object) -> bool:
     if isinstance(value, (DataLoader, type)):
         return False
     return hasattr(value, "state_dict") and hasattr(value, "load_state_dict")
+
+
+def has_state(value: object) -> bool:
+    """Return True for models, optimizers, schedulers, scalers, averages and generators."""
+    return (
+        isinstance(value, (torch.nn.Module, torch.optim.Optimizer))
+        or has_state_dict(value)
+        or is_generator(value)
+    )
+
+
+def is_generator(value: object) -> bool:
+    """Recognise the random number generators of torch, Python and NumPy."""
+    numpy = sys.modules.get("numpy")
+    if isinstance(value, (torch.Generator, random.Random)):
+        return True
+    return numpy is not None and isinstance(
+        value, (numpy.random.Generator, numpy.random.RandomState)
+    )
+
+
+def library_of(value: object) -> str | None:
+    """Return the package that defines the class of an object, or a base of the user's class.
+
+    None for Python's own objects, and those of torch, NumPy and this package.
+    """
+    for base in type(value).__mro__:
+        root = base.__module__.partition(".")[0]
+        if root in sys.stdlib_module_names or root in _NO_HOLDERS:
+            return None
+        if not is_own_module(base.__module__):
+            return root
+    return None
 
 
 def is_plain_object(value: object) -> bool:

@@ -7,6 +7,7 @@ import logging
 import signal
 import threading
 import warnings
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import ChainedScheduler, OneCycleLR, SequentialLR
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from autobatch._distributed.sharding import bring_to_rest, local_part
 from autobatch._memory.ledger import eager, unobserved
 from autobatch._memory.storages import tensors_of
 from autobatch._trials.captured import (
@@ -22,12 +24,12 @@ from autobatch._trials.captured import (
     SavedGenerator,
     Scope,
     global_generators,
-    is_generator,
     save,
     save_light,
     save_nested,
     save_shallow,
 )
+from autobatch._trials.reachable import has_state, is_generator
 from autobatch._undo import Undo
 
 if TYPE_CHECKING:
@@ -41,8 +43,8 @@ _logger = logging.getLogger(__name__)
 
 def restorable(thing: object) -> bool:
     """Return True if a snapshot can restore the state of this object."""
-    has_state = hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")
-    return has_state or isinstance(thing, torch.Tensor) or is_generator(thing)
+    is_loadable = hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")
+    return is_loadable or isinstance(thing, torch.Tensor) or is_generator(thing)
 
 
 class Snapshot(Undo):
@@ -50,7 +52,8 @@ class Snapshot(Undo):
 
     Copies are kept on the host. Objects are referenced weakly: a model that a workload builds for
     itself may die, and is then forgotten. The random state of torch, CUDA, NumPy and Python is
-    captured at once.
+    captured at once. Sharded modules are brought to rest before they are restored, which every rank
+    has to do.
     """
 
     def __init__(self) -> None:
@@ -58,6 +61,7 @@ class Snapshot(Undo):
         self._memo = Memo()
         self._random = {id(each): SavedGenerator(each) for each in global_generators()}
         self._undo = contextlib.ExitStack()
+        self._modules: list[weakref.ref[torch.nn.Module]] = []  # captured with all their parts
         self._names: dict[int, str] = {}  # of objects that nobody asked to restore, by id
         self.unrestored: set[str] = set()  # those whose state could not be saved or loaded
         self.push(self._leave)
@@ -85,11 +89,13 @@ class Snapshot(Undo):
         self._undo.close()
         self._memo.clear()
         self._random.clear()
+        self._modules.clear()
 
     @staticmethod
     def bytes_of(*things: Any) -> int:
         """Bytes that `capture` copies: parameters, gradients, buffers and optimizer state."""
-        tensors = {id(tensor): tensor for tensor in tensors_of(things)}
+        found = map(local_part, tensors_of(things))
+        tensors = {id(tensor): tensor for tensor in found}
         # The size of a sparse tensor does not follow from its shape, and a lazy one has none yet
         return sum(
             tensor.numel() * tensor.element_size()
@@ -102,6 +108,8 @@ class Snapshot(Undo):
 
         Schedulers that end may be stepped past their end until the snapshot is left.
         """
+        modules = [thing for thing in things if isinstance(thing, torch.nn.Module)]
+        self._modules += map(weakref.ref, modules)
         for scheduler in _ending(things):
             self._undo.enter_context(_endless(scheduler))
         with self._saving(Scope(save)) as memo:
@@ -109,11 +117,15 @@ class Snapshot(Undo):
                 memo.add(part)
 
     def capture_if_possible(self, reached: Iterable[Reached]) -> None:
-        """Capture objects that a workload reaches; failures are kept in `unrestored`."""
+        """Capture objects that a workload reaches; failures are kept in `unrestored`.
+
+        Of objects without a state of their own, values in attributes are captured.
+        """
         for each in reached:
             self._names[id(each.value)] = each.name
+            capture = self.capture if has_state(each.value) else self.capture_values
             try:
-                self.capture(each.value)
+                capture(each.value)
             except Exception:  # of the user's state_dict
                 _logger.debug("The state of %s cannot be saved", each.name, exc_info=True)
                 self.unrestored.add(each.name)
@@ -124,11 +136,11 @@ class Snapshot(Undo):
             for thing in things:
                 memo.add_attributes(thing)
 
-    def capture_samplers(self, *samplers: Any) -> None:
+    def capture_values(self, *things: Any) -> None:
         """Capture attributes with the values in them, in any number, but no other objects."""
         with self._saving(Scope(save_nested, objects=False)) as memo:
-            for sampler in samplers:
-                memo.add_attributes(sampler)
+            for thing in things:
+                memo.add_attributes(thing)
 
     def capture_beside_parameters(self, module: torch.nn.Module) -> None:
         """Capture a module but for parameters and gradients, which a forward pass cannot change."""
@@ -148,6 +160,11 @@ class Snapshot(Undo):
         """Restore everything; the first failure is raised after all other objects are restored."""
         failure: BaseException | None = None
         self._memo.restores += 1
+        alive = [module for reference in self._modules if (module := reference()) is not None]
+        try:
+            bring_to_rest(alive)
+        except Exception as error:  # the rest must still be restored
+            failure = error
         with _uninterrupted(), unobserved(), torch.no_grad():
             everything: dict[int, Saved] = {**self._memo.objects, **self._random}
             for key, saved in everything.items():

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from autobatch._loaders.batch_size import LoaderSize, SetBatchSize
     from autobatch._memory import MemoryProbe
+    from autobatch._plan import BatchPlan
     from autobatch._report import TuningReport
     from autobatch._search import Search
     from autobatch._settings import Settings
@@ -40,26 +41,30 @@ class CallbackArguments:
 
     Args:
         settings: Validated arguments.
+        known_plan: The plan to verify instead of a search.
         search: Strategy that proposes batch sizes.
         device: The device whose memory is read; None: the device of the module.
         worst_case: Makes the largest batch of a size; None to scan the data set for it.
         repairs: Whether the last accumulation window of an epoch is corrected.
         batch_arg_name: Name of the batch size in the module or its datamodule.
         set_batch_size: Sets the batch size of a loader; None for the default way.
-        retunes: Whether later epochs are tuned again.
+        retune_at_epochs: Epochs at whose start it tunes again.
+        evaluates: Whether evaluations are tuned as well.
         verbose: Whether progress and report are printed.
         survives: Whether training goes on in pieces when memory runs out.
         keeps: Whether nothing is tuned.
     """
 
     settings: Settings
+    known_plan: BatchPlan | None
     search: Search
     device: str | MemoryProbe | None
     worst_case: Callable[[int], Any] | None
     repairs: bool
     batch_arg_name: str
     set_batch_size: SetBatchSize | None
-    retunes: bool
+    retune_at_epochs: frozenset[int]
+    evaluates: bool
     verbose: bool
     survives: bool
     keeps: bool
@@ -167,7 +172,7 @@ def _asked_for(trainer: Any, arguments: CallbackArguments, stage: Stage | None) 
         return Loaders(trainer, data_source(stage.loop_of(trainer)), mode="sequential")
     source, setter = data_source(trainer.fit_loop), arguments.set_batch_size
     loaders = Loaders(trainer, source, mode="max_size_cycle", setter=setter)
-    if arguments.retunes:
+    if arguments.retune_at_epochs:
         loaders.check_later_epochs()
     show_validation(trainer)
     return loaders

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from autobatch._loaders.epochs import samples_of
 from autobatch._plan import BatchPlan
+from autobatch._tune import PriorPlan
 from autobatch.errors import AutobatchError
 
 if TYPE_CHECKING:
@@ -26,23 +27,6 @@ if TYPE_CHECKING:
 
 _COUNTS: Final = ("micro_batch_size", "accumulate_grad_batches", "world_size")  # of a plan
 _MOST: Final = 2**31  # of each
-
-
-@dataclass(frozen=True, slots=True)
-class PriorPlan:
-    """A plan to verify before a search, or instead of one.
-
-    Args:
-        plan: A plan to verify by one trial; None: search at once.
-        target: The effective batch size a search has to reach; None: the one of the settings.
-        refusal: The error if the plan does not fit and no other plan may be trained; None: search.
-        note: The note in the report; None: the plan is the user's own.
-    """
-
-    plan: BatchPlan | None = None
-    target: int | None = None
-    refusal: str | None = None
-    note: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,24 +8,24 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import DataLoader
 
 from autobatch._loaders.order import capture_order
+from autobatch._memory.detect import detect
 from autobatch._trials.snapshot import Snapshot
 from autobatch._undo import patched
 from autobatch.lightning._apply import BeforeOptimizers, StateBefore
 from autobatch.lightning._compat import combined_loader, data_source
+from autobatch.lightning._dataloaders import Rebatched
 from autobatch.lightning._loading import DataLoaderTimer
+from autobatch.lightning._survival import Survival
 from autobatch.lightning._survival_evaluation import EvaluationSurvival
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
+    from autobatch._loaders.batch_size import LoaderSize
     from autobatch._memory import MemoryProbe
-    from autobatch._report import TuningReport
     from autobatch.lightning._accumulation import LastWindowCorrection
     from autobatch.lightning._attribute import FormerBatchSize
-    from autobatch.lightning._beside import BesideTraining
-    from autobatch.lightning._dataloaders import Rebatched
     from autobatch.lightning._resume import Checkpoint
-    from autobatch.lightning._survival import Survival
     from autobatch.lightning._trainer import Trainer
 
 
@@ -60,16 +60,12 @@ class Run:
 
     Args:
         checkpoint: The checkpoint that the run resumes from.
-        first_report: The report of the tuning run before the first epoch.
         loaders: Loaders with another batch size, by what they serve: "train", "validation", or a
             stage.
         window: Corrects the last window of each epoch, if the user wants that.
         timer: Measures the waiting time for the training loader.
         before_optimizers: State from before the optimizers were created.
         before_data: State from before the training loop set up its data.
-        beside: Memory that callbacks held in trials; None if there is nothing to compare.
-        is_to_compare: True if it is compared before the next epoch.
-        steps_before: Updates before this epoch, if it is compared after the first one of it.
         survival: Runs micro-batches that run out of memory again, if the user wants that.
         evaluation: The same for batches of validation and testing.
         patches: Methods of the loops that are replaced; `replace` adds to them.
@@ -77,24 +73,29 @@ class Run:
     """
 
     checkpoint: Checkpoint | None = None
-    first_report: TuningReport | None = None
     loaders: dict[str, Rebatched] = field(default_factory=dict)
     window: LastWindowCorrection | None = None
     timer: DataLoaderTimer = field(default_factory=DataLoaderTimer)
     before_optimizers: BeforeOptimizers = field(default_factory=BeforeOptimizers)
     before_data: BeforeData = field(default_factory=BeforeData)
-    beside: BesideTraining | None = None
-    is_to_compare: bool = True
-    steps_before: int | None = None
     survival: Survival | None = None
     evaluation: EvaluationSurvival | None = None
     patches: list[patched] = field(default_factory=list)
     attribute: FormerBatchSize | None = None
 
-    @property
-    def is_tuned(self) -> bool:
-        """True while the Trainer trains with a plan."""
-        return "train" in self.loaders
+    def rebatch(self, served: str, source: Any, sizes: Sequence[LoaderSize]) -> Rebatched:
+        """Return loaders with other batch sizes, to be started; former ones are undone."""
+        if served in self.loaders:
+            self.loaders[served].undo()
+        self.loaders[served] = Rebatched(source, sizes)
+        return self.loaders[served]
+
+    def survive(self, trainer: Trainer, device: str | MemoryProbe | None) -> None:
+        """Let training go on when memory runs out in it."""
+        probe = detect(device, trainer.lightning_module.device)
+        size = getattr(trainer.train_dataloader, "batch_size", None)
+        self.survival = Survival(trainer, probe, size if isinstance(size, int) else None)
+        self.replace(self.survival.patch())
 
     def start_epoch(self) -> None:
         """Count samples from here; waiting for the first batch of an epoch does not count."""
@@ -108,14 +109,30 @@ class Run:
         if self.window is not None:
             self.window.start_batch(trainer, batch, index)
 
+    def before_backward(self, trainer: Trainer) -> None:
+        """Weight the gradients accumulated before the last micro-batch of an epoch."""
+        if self.window is not None:
+            self.window.before_backward(trainer)
+
+    def before_step(self, trainer: Trainer, optimizer: Any) -> None:
+        """Weight the gradients of the last window of an epoch."""
+        if self.window is not None:
+            self.window.before_step(trainer, optimizer)
+
+    def note_half_step(self, error: BaseException) -> None:
+        """Add a note to an error of the optimizer's step that means out of memory."""
+        if self.survival is not None:
+            self.survival.note_half_step(error)
+
     def replace(self, patch: patched) -> None:
         """Replace a method of a loop until `undo`."""
         self.patches.append(patch)
         patch.apply()
 
-    def begin_evaluation(self, trainer: Trainer, probe: MemoryProbe) -> None:
+    def begin_evaluation(self, trainer: Trainer, device: str | MemoryProbe | None) -> None:
         """Run batches of validation or testing that run out of memory again, until its end."""
         if self.evaluation is None:
+            probe = detect(device, trainer.lightning_module.device)
             self.evaluation = EvaluationSurvival(trainer, probe)
         self.evaluation.start()
 

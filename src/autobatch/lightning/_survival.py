@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from typing import TYPE_CHECKING, Any
 
 from autobatch._accumulation import batch_norms
+from autobatch._distributed import current_ranks
 from autobatch._memory.oom import is_oom
 from autobatch._plan import BatchPlan
+from autobatch._report.notes import survived
 from autobatch._report.result import Survived
 from autobatch.lightning._compat import (
     batches_that_stepped,
@@ -45,12 +48,6 @@ class Survival:
         self._repeats = Repeats(trainer, probe, batch_size, least)
         self._stepping_at: int | None = None  # step that follows the last micro-batch
 
-    @property
-    def plan(self) -> BatchPlan:
-        """The plan that is trained with, if micro-batches have one size."""
-        size = self._batch_size or max((each.samples for each in self.events), default=1)
-        return BatchPlan(size, self._trainer.accumulate_grad_batches, self._trainer.world_size)
-
     def patch(self) -> patched:
         """Return the change to the training loop."""
 
@@ -69,6 +66,20 @@ class Survival:
         self._stepping_at = self._trainer.global_step
         return result
 
+    def end(self, plan: BatchPlan | None) -> tuple[Survived, ...]:
+        """Return the events of all ranks by their steps, and log a note on them.
+
+        `plan` is the one that was tuned, if any.
+        """
+        trainer = self._trainer
+        with current_ranks() as ranks:
+            of_ranks = ranks.gather(tuple(self.events))
+        events = tuple(sorted(itertools.chain(*of_ranks), key=lambda event: event.step))
+        note = survived(events, plan or self._own_plan)
+        if note and trainer.is_global_zero:
+            _log.warning("%s", note)
+        return events
+
     def note_half_step(self, error: BaseException) -> None:
         """Add a note to an error of the optimizer's step that means out of memory."""
         trainer = self._trainer
@@ -82,6 +93,12 @@ class Survival:
             "Memory ran out in the step of the optimizer: weights and optimizer state may be half "
             f"updated, also in a checkpoint written on this exception. {good}."
         )
+
+    @property
+    def _own_plan(self) -> BatchPlan:
+        """The plan of a Trainer that was not tuned, if micro-batches have one size."""
+        size = self._batch_size or max((each.samples for each in self.events), default=1)
+        return BatchPlan(size, self._trainer.accumulate_grad_batches, self._trainer.world_size)
 
     def _count(self, micro_batch: MicroBatch) -> None:
         """Count a micro-batch that failed, and log it."""
