@@ -19,6 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -83,16 +84,15 @@ class Model(pl.LightningModule):
 class Synchronised(Model):
     """Waits for other ranks in a step, in as many ways as Lightning and torch offer."""
 
-    def __init__(self):
-        super().__init__()
-        self.net = nn.SyncBatchNorm.convert_sync_batchnorm(self.net)
-
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
         gathered = self.all_gather(loss.detach())
         assert gathered.shape == (self.trainer.world_size,)
         self.accuracy.compute()
         self.trainer.strategy.barrier()
+        assert self.trainer.strategy.broadcast(RANK) in (0, RANK)
+        assert self.trainer.strategy.reduce_boolean_decision(decision=True)
+        dist.all_reduce(loss.detach())
         return loss
 
 
@@ -261,17 +261,6 @@ def failing(allocations):
 
 
 def synchronised():
-    wrapper = nn.parallel.DistributedDataParallel
-    check = wrapper._passing_sync_batchnorm_handle
-    # It refuses SyncBatchNorm without a GPU, like a step of SyncBatchNorm that synchronizes
-    wrapper._passing_sync_batchnorm_handle = lambda *_: None
-    try:
-        return tuned_while_synchronised()
-    finally:
-        wrapper._passing_sync_batchnorm_handle = check
-
-
-def tuned_while_synchronised():
     callback = tuner(target_batch_size=None)
     callback.tune(trainer(), Synchronised(), loader())
     return found(callback)
