@@ -64,6 +64,14 @@ def cases(session: nox.Session) -> None:
 
 
 @nox.session
+def transformers(session: nox.Session) -> None:
+    """Run the tests of Trainers of transformers, TRL and PEFT, and of loops of accelerate."""
+    session.install(*TESTED, "-e", ".[transformers]", *TEST, *DEMO, *EXTRAS["trainers"])
+    files = sorted(map(str, Path("tests").glob("test_transformers*.py")))
+    session.run("pytest", *TWO_PROCESSES, "tests/test_accelerate.py", *files, *session.posargs)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check the rules of ruff and its format."""
     session.install(*TESTED, "ruff")
@@ -104,6 +112,7 @@ def benchmarks(session: nox.Session) -> None:
     more = ("--figure", "benchmarks/search.png", "--summary", "docs/comparison.md")
     session.run("python", "benchmarks/search.py", *page, *more, *session.posargs)
     session.run("python", "benchmarks/overhead.py", *page)
+    session.run("python", "benchmarks/auto_find.py", *page, "--summary", "docs/comparison.md")
 
 
 @nox.session(python=False)

@@ -1,17 +1,18 @@
 """Out of memory at each allocation of a micro-batch, and the cost while nothing fails.
 
-    python benchmarks/survive.py [--every 1] [--rounds 5]
+    python benchmarks/survive.py [--every 1] [--markdown docs/out-of-memory.md]
 
 Networks, trainings and laws are those of `tests/surviving.py`. A micro-batch is *survived* if
 training reaches its end and each gradient is, to the bit, that of the whole micro-batch or that of
-its pieces, by plain PyTorch. The overhead is the CPU time of a micro-batch with
-`on_out_of_memory="split"` over that without AutoBatch: medians of trainings in turns, of which the
-least is taken.
+its pieces, by plain PyTorch. The cost is the CPU time of a micro-batch with
+`on_out_of_memory="split"` less that without AutoBatch, measured in turns within one training:
+medians, of pairs of micro-batches one after the other.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import statistics
 import sys
@@ -21,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from pages import table
+from pages import machine, renew, table
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -29,7 +30,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import autobatch
 from autobatch.lightning._survival_limit import PieceLimit
 from lightning_here import pl, quiet_trainer
-from surviving import SPLIT, Trained, allocations, by_hand, quick_collections, trained
+from surviving import (
+    SPLIT,
+    Trained,
+    allocations,
+    by_hand,
+    quick_collections,
+    torchmetrics,
+    trained,
+)
 
 PRECISIONS = {
     "fp32": ({}, {}),
@@ -43,7 +52,13 @@ PRECISIONS = {
         {"autocast": torch.float16, "scale": 2.0**16},
     ),
 }
-STEPS = 60  # of a training whose time is taken
+NETWORKS = {
+    "norm and dropout": "perceptron",
+    "transformer": "transformer",
+    "residual": "residual network",
+}
+OPTIMIZERS = (torch.optim.AdamW, torch.optim.SGD)
+STEPS = 600  # of a training whose time is taken
 
 
 def counts(network, optimizer, precision, accumulate, every):
@@ -65,90 +80,130 @@ def counts(network, optimizer, precision, accumulate, every):
 
 
 class Timed(pl.LightningModule):
-    """A perceptron of a width; wider ones have longer steps."""
+    """A perceptron, which logs a metric."""
 
-    def __init__(self, width):
+    def __init__(self, width, layers, *, norm):
         super().__init__()
-        self.net = torch.nn.Sequential(
-            torch.nn.Linear(16, width),
-            torch.nn.BatchNorm1d(width),
-            torch.nn.ReLU(),
-            torch.nn.Linear(width, width),
-            torch.nn.ReLU(),
-            torch.nn.Linear(width, 4),
-        )
+        parts = []
+        for layer in range(layers):
+            parts += [torch.nn.Linear(width if layer else 16, width), torch.nn.ReLU()]
+            parts += [torch.nn.BatchNorm1d(width)] if norm else []
+        self.net = torch.nn.Sequential(*parts, torch.nn.Linear(width, 4))
+        self.accuracy = torchmetrics.classification.MulticlassAccuracy(4)
 
     def training_step(self, batch, _):
-        loss = torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+        logits = self.net(batch[0])
+        loss = torch.nn.functional.cross_entropy(logits, batch[1])
+        self.accuracy(logits.detach(), batch[1])
         self.log("loss", loss)
+        self.log("accuracy", self.accuracy, on_step=False, on_epoch=True)
         return loss
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
-class Clock(pl.Callback):
-    """CPU seconds of each micro-batch."""
+TIMED = {
+    "perceptron, 3 layers of 64": (64, 2, False),
+    "perceptron, 3 layers of 1,024": (1024, 2, False),
+    "perceptron, 3 layers of 2,048": (2048, 2, False),
+    "53 layers of 32 with BatchNorm": (32, 53, True),
+}
+
+
+class Turns(pl.Callback):
+    """CPU seconds of micro-batches, every other pair of them without survival."""
 
     def __init__(self):
-        self.seconds = []
+        self.seconds = {True: [], False: []}
+        self.closure = None
+        self.began = None
 
-    def on_train_batch_start(self, *_):
+    def on_train_start(self, trainer, *_):
+        self.callbacks = trainer.callbacks
+        self.turn(trainer, is_with=True)
+
+    def turn(self, trainer, *, is_with):
+        self.is_with = is_with
+        loop = vars(trainer.fit_loop.epoch_loop.automatic_optimization)
+        self.closure = loop.pop("_make_closure", self.closure)
+        if is_with:
+            loop["_make_closure"] = self.closure
+        trainer.callbacks = self.callbacks if is_with else [self]
         self.began = time.process_time()
 
-    def on_train_batch_end(self, *_):
-        self.seconds.append(time.process_time() - self.began)
+    def on_train_batch_end(self, trainer, *others):
+        self.seconds[self.is_with].append(time.process_time() - self.began)
+        # With, without, without, with: each comes first in turn
+        self.turn(trainer, is_with=(others[-1] + 1) % 4 in (0, 3))
+
+    def on_train_end(self, trainer, *_):
+        self.turn(trainer, is_with=True)
 
 
-def seconds(width, callbacks):
-    """Return the median CPU seconds of a micro-batch of a training."""
+def cost(width, layers, norm):
+    """Return the seconds of a micro-batch without survival, and the seconds that it adds."""
     torch.manual_seed(0)
-    batch = (torch.randn(256, 16), torch.randint(0, 4, (256,)))
-    trainer = quiet_trainer(*callbacks, clock := Clock(), max_epochs=1)
-    trainer.fit(Timed(width), DataLoader([batch] * STEPS, batch_size=None))
-    return statistics.median(clock.seconds)
+    batch = (torch.randn(128, 16), torch.randint(0, 4, (128,)))
+    trainer = quiet_trainer(autobatch.AutoBatch(**SPLIT), turns := Turns(), max_epochs=1)
+    loader = DataLoader([batch] * STEPS, batch_size=None)
+    trainer.fit(Timed(width, layers, norm=norm), loader)
+    with_survival, without = (turns.seconds[which][STEPS // 20 :] for which in (True, False))
+    more = [one - other for one, other in zip(with_survival, without, strict=True)]
+    return statistics.median(without), statistics.median(more)
 
 
-def overhead(width, rounds):
-    """Return the least seconds of a micro-batch without and with survival, in turns."""
-    without, with_survival = [], []
-    for turn in range(rounds):
-        # The second of two trainings in a row is a little slower: each comes first in turn
-        for is_with in (turn % 2 == 0, turn % 2 == 1):
-            found = seconds(width, [autobatch.AutoBatch(**SPLIT)] if is_with else [])
-            (with_survival if is_with else without).append(found)
-    return min(without), min(with_survival)
+def costs():
+    """Return the table of costs."""
+    rows = []
+    for name, network in TIMED.items():
+        seconds, more = cost(*network)
+        row = [f"{1e3 * seconds:.1f}", f"{1e3 * more:.2f}", f"{1 + more / seconds:.3f}"]
+        rows.append([name, *row])
+    return table(["network", "ms of a micro-batch", "ms more", "ratio"], rows)
+
+
+def survivals(every):
+    """Return the table of survived micro-batches, and their totals."""
+    PieceLimit.pieces = lambda *_: 1  # each micro-batch begins as a whole
+    rows, refusals, survivals = [], 0, 0
+    ways = list(itertools.product(PRECISIONS, OPTIMIZERS))
+    with quick_collections():
+        for network, accumulate in itertools.product(NETWORKS, (1, 4)):
+            row = [NETWORKS[network], str(accumulate)]
+            for precision, optimizer in ways:
+                refused, survived = counts(network, optimizer, precision, accumulate, every)
+                row.append(f"{survived} of {refused}")
+                refusals, survivals = refusals + refused, survivals + survived
+            print(row, flush=True)
+            rows.append(row)
+    names = [f"{precision}, {optimizer.__name__}" for precision, optimizer in ways]
+    return (
+        table(["network", "accumulate", *names], rows),
+        f"{survivals:,} of {refusals:,} were survived",
+    )
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--every", type=int, default=1, help="refuse every n-th allocation")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--markdown", type=Path, help="page to renew")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     for name in ("pytorch_lightning", "lightning.pytorch", "autobatch"):
         logging.getLogger(name).setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    costs = []
-    for width in (64, 512, 2048):
-        without, with_survival = overhead(width, arguments.rounds)
-        more = with_survival - without
-        step = f"{1e3 * without:.1f}"
-        costs.append([step, f"{with_survival / without:.3f}", f"{1e3 * more:.2f}"])
-    print(table(["ms", "ratio", "ms more"], costs))
-    PieceLimit.pieces = lambda *_: 1  # each micro-batch begins as a whole
-    rows = []
-    with quick_collections():
-        for network in ("norm and dropout", "transformer", "residual"):
-            for accumulate in (1, 4):
-                for precision in PRECISIONS:
-                    for optimizer in (torch.optim.AdamW, torch.optim.SGD):
-                        refused, survived = counts(
-                            network, optimizer, precision, accumulate, arguments.every
-                        )
-                        what = [network, accumulate, precision, optimizer.__name__]
-                        rows.append([*map(str, what), str(refused), str(survived)])
-    print(table(["network", "accumulate", "precision", "optimizer", "refused", "survived"], rows))
+    counted, total = survivals(arguments.every)
+    text = (
+        f"Out of memory at {'each' if arguments.every == 1 else f'every {arguments.every}th'} "
+        f"allocation of the forward and backward pass of a micro-batch: {total}, with gradients "
+        f"that are to the bit those of the whole or of the pieces.\n\n{counted}\n\n"
+        "CPU time of a micro-batch without survival, and what survival adds while nothing fails "
+        f"({machine()}):\n\n{costs()}"
+    )
+    print(text)
+    if arguments.markdown is not None:
+        renew(arguments.markdown, "survive.py", text)
 
 
 if __name__ == "__main__":

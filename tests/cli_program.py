@@ -52,8 +52,8 @@ result = {
     "effective": callback.report.plan.effective_batch_size,
     "settings": callback.report.settings.model_dump(),
     "search": type(callback._arguments.search).__name__,
-    "epochs": sorted(callback._epochs),
+    "epochs": sorted(callback._arguments.retune_at_epochs),
     "total": callback.report.device.total,
-    "evaluates": callback._evaluates,
+    "evaluates": callback._arguments.evaluates,
 }
 print("RESULT", json.dumps(result))

@@ -204,7 +204,7 @@ class InTrainer:
 
     def accumulations(self):
         """Return those the Trainer may have: its own, or that of the plan, as after training."""
-        last = self.callback._last
+        last = self.callback._results.last_fit
         return {1} if last is None else {1, last.report.plan.accumulate_grad_batches}
 
     def left_for_the_next(self):

@@ -36,6 +36,7 @@ LAYERS = (
     ("_search", "_throughput"),
     ("_plan", "_latency", "_noise", "_accumulation"),
     ("_report",),
+    ("_loaders",),
     ("_estimate",),
     ("_progress",),
     ("report", "sinks", "testing"),
@@ -43,7 +44,7 @@ LAYERS = (
     ("_guide",),
     ("_tune",),
     ("_find",),
-    ("lightning",),
+    ("lightning", "transformers"),
     ("_demo",),
     ("__main__",),
 )
@@ -59,7 +60,7 @@ DEFERRED: dict[str, str] = {
     "_report -> _report.figure": "report.plot() loads matplotlib with the picture",
 }
 # Modules that users import from
-PUBLIC = ("errors", "lightning", "report", "sinks", "testing")
+PUBLIC = ("errors", "lightning", "report", "sinks", "testing", "transformers")
 
 
 def sources() -> dict[str, ast.Module]:

@@ -362,7 +362,7 @@ def test_several_loaders_of_an_evaluation_are_tuned():
 def test_attribute_report_and_loader_agree_after_out_of_memory():
     """16."""
     model, in_use = Hooked(), InUse()
-    callback = tuner(search=autobatch.Bisection())
+    callback = tuner(search=autobatch.Bisection(resolution=0.25))
 
     trainer(callback, in_use, max_epochs=1).fit(model)
 
@@ -444,7 +444,7 @@ def test_the_first_size_is_the_loaders_own(method, own):
 @pytest.mark.parametrize("method", ALL)
 @pytest.mark.parametrize("capacity", ["300KiB", "400KiB", "500KiB"])
 def test_a_size_that_ran_out_of_memory_is_never_returned(method, capacity):
-    report = tuner(capacity, search=autobatch.Bisection()).tune(
+    report = tuner(capacity, search=autobatch.Bisection(resolution=0.1)).tune(
         trainer(), Everything(), method=method, **passed(method, loader())
     )
 

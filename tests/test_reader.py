@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from lightning_here import Model, data, pl, quiet_trainer, tuner
 from sameness import same
 
-_reader = importlib.import_module("autobatch.lightning._reader")
+_reader = importlib.import_module("autobatch._loaders.reader")
 
 
 class Takes(Model):

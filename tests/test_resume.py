@@ -291,8 +291,8 @@ def test_a_second_fit_verifies_the_plan_of_the_first_by_one_trial():
 def test_a_second_fit_searches_if_the_plan_no_longer_fits():
     callback = tuner(search=autobatch.Bisection())
     callback.tune(trainer(), Model(), loader())
-    report = callback._last.report.model_copy(update={"plan": PLAN})
-    callback._last = replace(callback._last, report=report)
+    report = callback._results.last_fit.report.model_copy(update={"plan": PLAN})
+    callback._results.last_fit = replace(callback._results.last_fit, report=report)
 
     callback._arguments.device.foreign = "200KiB"
     trainer(callback).fit(Model(), loader())

@@ -23,8 +23,8 @@ import autobatch
 from autobatch.testing import SimulatedAccelerator
 from lightning_here import pl
 
-_samples = importlib.import_module("autobatch.lightning._trial_data")
-_reading = importlib.import_module("autobatch.lightning._reading")
+_samples = importlib.import_module("autobatch._loaders.samples")
+_reading = importlib.import_module("autobatch._loaders.reading")
 
 LONG = 20  # times as long as the others
 

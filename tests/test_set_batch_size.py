@@ -16,7 +16,7 @@ from lightning_here import Model, data, pl, tuner
 from lightning_here import quiet_trainer as trainer
 from sameness import same
 
-batch_size = importlib.import_module("autobatch.lightning._batch_size")
+batch_size = importlib.import_module("autobatch._loaders.batch_size")
 
 LENGTHS = [1 + index % 7 for index in range(600)]  # tokens of each sample
 MEAN = 4  # tokens

@@ -70,6 +70,10 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("lightning-autobatch")
+    if (
+        name == "transformers"
+    ):  # a module without a name here: its functions are `transformers.tune`
+        return importlib.import_module(f"{__name__}.transformers")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

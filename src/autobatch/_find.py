@@ -17,11 +17,11 @@ from autobatch._memory.detect import detect
 from autobatch._report.known_plan import known_plan
 from autobatch._settings import Settings, checked_verbose
 from autobatch._subject import PlainLoop, accepts_accumulate
-from autobatch._trials.captured import is_generator
 from autobatch._trials.context import MemoryBudget, TrialContext
 from autobatch._trials.first_use import FirstUse
+from autobatch._trials.holders import with_state
 from autobatch._trials.optimizers import OptimizerWatch
-from autobatch._trials.reachable import Watched, has_state_dict, reachable
+from autobatch._trials.reachable import Watched, reachable
 from autobatch._trials.snapshot import Snapshot, restorable
 from autobatch._tune import checked_search, tune
 from autobatch.sinks import log, progress
@@ -134,8 +134,7 @@ def find(
     )
     is_verbose = checked_verbose(verbose)
     restored = _restorable(restore)
-    everything = reachable(workload)
-    reached = [each for each in everything if _has_state(each.value)]
+    reached = with_state(workload)
     trainable = [each.value for each in reached if isinstance(each.value, _TRAINABLE)]
     named = {id(each) for each in (*trainable, *restored)}
     others = [each for each in reached if id(each.value) not in named]
@@ -145,7 +144,7 @@ def find(
     began = probe.clock()
     modules = [each for each in (*restored, *trainable) if isinstance(each, torch.nn.Module)]
     check_can_rest(modules)
-    check_no_pipeline(each.value for each in everything)
+    check_no_pipeline(each.value for each in reachable(workload))
     replicas = checked_replicas(data_parallel_size, modules)
     with (
         current_ranks(replicas) as ranks,
@@ -194,11 +193,6 @@ def _restorable(restore: Sequence[Any]) -> Sequence[Any]:
                 "load_state_dict; leave it out, or give an object that has them."
             )
     return restore
-
-
-def _has_state(thing: object) -> bool:
-    """Return True for models, optimizers, schedulers, scalers, averages and generators."""
-    return isinstance(thing, _TRAINABLE) or has_state_dict(thing) or is_generator(thing)
 
 
 def _device_of_model(*things: Any) -> torch.device:

@@ -111,6 +111,16 @@ class Subject(Protocol):
         """Return notes on a plan; measure for them only as far as there is time."""
 
 
+class NotedSubject(Subject, Protocol):
+    """A subject, by a dataclass, whose report begins with a note on a plan that was known."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def first_note(self) -> str | None:
+        """The note; None if there is none."""
+
+
 @dataclass(frozen=True, slots=True)
 class PlainLoop:
     """A training loop, or a function that answers a batch, as the subject of a tuning run.

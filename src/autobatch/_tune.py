@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Final
 
@@ -11,13 +12,9 @@ from autobatch._guide import Guide
 from autobatch._latency import best_within
 from autobatch._latency.search import SECONDS_TIMED, LatencySearch
 from autobatch._memory.host import HostProbe
-from autobatch._plan import (
-    MAX_CONFIRMATIONS,
-    BatchPlan,
-    check_can_accumulate,
-    choose_plan,
-)
+from autobatch._plan import MAX_CONFIRMATIONS, BatchPlan, check_can_accumulate, choose_plan
 from autobatch._report import Device, TuningReport
+from autobatch._report.known_plan import known_plan
 from autobatch._report.latency import nothing_within, too_slow_reason
 from autobatch._report.notes import notes
 from autobatch._report.result import RunDetails
@@ -35,7 +32,7 @@ if TYPE_CHECKING:
     from autobatch._distributed import Ranks
     from autobatch._search import Search
     from autobatch._settings import Settings
-    from autobatch._subject import Subject
+    from autobatch._subject import NotedSubject, Subject
     from autobatch._trials.context import TrialContext
 
 # A workload that never meets a limit has to stop somewhere
@@ -165,17 +162,11 @@ def check_same_arguments(
 
 @dataclass(frozen=True, slots=True)
 class SearchRange:
-    """Batch sizes to search.
+    """Batch sizes to search."""
 
-    Args:
-        start: The first size to try.
-        high: The largest size to try.
-        bound: The tightest bound by the arguments; None if there is none.
-    """
-
-    start: int
-    high: int
-    bound: Bound | None
+    start: int  # the first size to try
+    high: int  # the largest size to try
+    bound: Bound | None  # the tightest bound by the arguments; None if there is none
 
     def limited(self, high: int) -> SearchRange:
         """Return the range without sizes above `high`."""
@@ -252,21 +243,18 @@ def _next_size(
 ) -> int | None:
     """Return the size that the search proposes, if there is time for it; None to end."""
     trials_after = MAX_CONFIRMATIONS if runner.accumulation.is_split else 0
+    has_time_for = partial(runner.has_time_for, trials_after=trials_after)
     if latency is not None and runner.fitting:
         # Memory may have room for sizes that are far too slow
         sizes = sizes.limited(latency.reach)
     size = _proposal(search, runner, sizes)
-    if size is None:
-        # The search has its answer: sizes left out for lack of time do not matter
-        runner.is_out_of_time = False
-        return None
-    runner.is_out_of_time = not runner.has_time_for(size, trials_after=trials_after)
-    if runner.is_out_of_time:
-        affordable = runner.affordable(trials_after=trials_after)
-        size = _proposal(search, runner, sizes.limited(affordable or sizes.high))
-        if size is None or not runner.has_time_for(size, trials_after=trials_after):
-            return None
-    return size
+    # Once the search has its answer, sizes left out for lack of time do not matter
+    runner.is_out_of_time = size is not None and not has_time_for(size)
+    if not runner.is_out_of_time:
+        return size
+    affordable = runner.affordable(trials_after=trials_after)
+    size = _proposal(search, runner, sizes.limited(affordable or sizes.high))
+    return size if size is not None and has_time_for(size) else None
 
 
 def _proposal(search: Search, runner: TrialRunner, sizes: SearchRange) -> int | None:
@@ -382,6 +370,48 @@ def build_report(
         environment=subject.environment,
     )
     return report.model_copy(update={"notes": notes(report, run)})
+
+
+@dataclass(frozen=True, slots=True)
+class PriorPlan:
+    """A plan to verify before a search, or instead of one."""
+
+    plan: BatchPlan | None = None  # to verify by one trial; None: search at once
+    # The effective batch size a search has to reach; None: the one of the settings
+    target: int | None = None
+    # The error if the plan does not fit and no other plan may be trained; None: search
+    refusal: str | None = None
+    note: str | None = None  # the note in the report; None: the plan is the user's own
+
+
+def verify_or_search(
+    known: PriorPlan,
+    subject: NotedSubject,
+    settings: Settings,
+    context: TrialContext,
+    search: Search,
+) -> TuningReport:
+    """Return the report on a known plan if one trial verifies it, or else on a search."""
+    note = known.note
+    if note is None:  # the user's own
+        known_plan(known.plan, settings, world_size=context.ranks.replicas)
+    if known.plan is not None:
+        noted = replace(subject, first_note=note)
+        try:
+            return tune(noted, settings, context, search, known=known.plan)
+        except DoesNotFitError as error:
+            if known.refusal is not None:
+                raise AutobatchError(known.refusal) from error
+            if note is None:
+                raise
+            note = (
+                f"Searched again, since a micro-batch of {known.plan.micro_batch_size:,} does not "
+                "fit any more."
+            )
+    if known.target is not None:
+        settings = settings.model_copy(update={"target_batch_size": known.target})
+    noted = replace(subject, first_note=note)
+    return tune(noted, settings, context, search, known=None)
 
 
 def checked_search(search: Search | None) -> Search:

@@ -22,6 +22,7 @@ from autobatch._trials.reachable import (
     PLAIN,
     attributes_of,
     has_state_dict,
+    is_generator,
     is_plain_object,
 )
 
@@ -133,6 +134,9 @@ def save(value: Any, memo: Memo) -> Saved:
     memo.open.add(id(value))
     try:
         if _has_state(value):
+            known = memo.objects.get(id(value))
+            if known is not None and known.state is not None:
+                return Unchanged(value)  # restored by itself
             state = save(value.state_dict(), memo)
             return SavedObject(lambda: value, Unchanged(value), state)
         return _save(value, memo)
@@ -163,16 +167,6 @@ def save_nested(value: Any, memo: Memo) -> Saved:
         Unchanged(value)
         if is_values and value.nbytes > _LARGE_TENSOR
         else save_shallow(value, memo)
-    )
-
-
-def is_generator(value: object) -> bool:
-    """Recognise the random number generators of torch, Python and NumPy."""
-    numpy = sys.modules.get("numpy")
-    if isinstance(value, (torch.Generator, random.Random)):
-        return True
-    return numpy is not None and isinstance(
-        value, (numpy.random.Generator, numpy.random.RandomState)
     )
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import random
 import sys
+import weakref
 from collections import deque
 from dataclasses import dataclass
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
@@ -24,6 +26,8 @@ _MOST: Final = 20_000  # values that are looked at
 _DEEPEST: Final = 12  # steps from the workload to a value
 # Also where they are imported from a checkout
 _LIBRARIES: Final = frozenset({"torch", "numpy", "lightning", "pytorch_lightning", "autobatch"})
+# Their objects are captured by their types
+_NO_HOLDERS: Final = frozenset({"torch", "numpy", "autobatch"})
 # Base classes of the standard library that hold no state
 _STATELESS: Final = frozenset({"builtins", "abc", "typing"})
 
@@ -176,6 +180,39 @@ def has_state_dict(value: object) -> bool:
     return hasattr(value, "state_dict") and hasattr(value, "load_state_dict")
 
 
+def has_state(value: object) -> bool:
+    """Return True for models, optimizers, schedulers, scalers, averages and generators."""
+    return (
+        isinstance(value, (torch.nn.Module, torch.optim.Optimizer))
+        or has_state_dict(value)
+        or is_generator(value)
+    )
+
+
+def is_generator(value: object) -> bool:
+    """Recognise the random number generators of torch, Python and NumPy."""
+    numpy = sys.modules.get("numpy")
+    if isinstance(value, (torch.Generator, random.Random)):
+        return True
+    return numpy is not None and isinstance(
+        value, (numpy.random.Generator, numpy.random.RandomState)
+    )
+
+
+def library_of(value: object) -> str | None:
+    """Return the package that defines the class of an object, or a base of the user's class.
+
+    None for Python's own objects, and those of torch, NumPy and this package.
+    """
+    for base in type(value).__mro__:
+        root = base.__module__.partition(".")[0]
+        if root in sys.stdlib_module_names or root in _NO_HOLDERS:
+            return None
+        if not is_own_module(base.__module__):
+            return root
+    return None
+
+
 def is_plain_object(value: object) -> bool:
     """Return True for an instance of a user's own class that holds state rather than data."""
     kind = type(value)
@@ -219,7 +256,7 @@ class Watched:
     def changed(self) -> list[str]:
         """Return the names of those that differ by now."""
         now = self._observed()
-        return [name for name, before in self._before.items() if now.get(name, before) != before]
+        return [name for name, before in self._before.items() if before != now.get(name, before)]
 
     def _observed(self) -> dict[str, Any]:
         observed: dict[str, Any] = {}
@@ -230,17 +267,37 @@ class Watched:
         return observed
 
 
+class _Identity:
+    """The identity of a value that is not held: another one may get its address once it has died."""
+
+    __slots__ = ("_key", "_reference")
+
+    def __init__(self, value: Any) -> None:
+        self._key = id(value)
+        try:
+            self._reference: Callable[[], Any] = weakref.ref(value)
+        except TypeError:  # of a list, say, which cannot be told from its successor
+            self._reference = lambda: True
+
+    def __eq__(self, other: object) -> bool:
+        is_same = isinstance(other, _Identity) and self._key == other._key
+        return is_same and self._reference() is not None
+
+    def __hash__(self) -> int:
+        return self._key
+
+
 def _observation(value: Any) -> tuple[Any, ...]:
     """Return what differs once a value has changed: entries, writes of a tensor, identity."""
     if type(value) in PLAIN:
         return (type(value), value)
     if isinstance(value, torch.Tensor):
         # Private name of torch 2.6 to 2.13: how often a tensor was written
-        return (id(value), None if value.is_inference() else value._version)  # noqa: SLF001
+        return (_Identity(value), None if value.is_inference() else value._version)  # noqa: SLF001
     if not isinstance(value, _CONTAINERS):
-        return (id(value), *(attributes_of(value) or ()))
+        return (_Identity(value), *(attributes_of(value) or ()))
     if len(value) > LARGE:
-        return (id(value), len(value))
+        return (_Identity(value), len(value))
     entries = [*value, *(value.values() if isinstance(value, dict) else ())]
     return (*map(_entry, entries),)
 
@@ -248,4 +305,4 @@ def _observation(value: Any) -> tuple[Any, ...]:
 def _entry(value: Any) -> Any:
     if isinstance(value, tuple):
         return (*map(_entry, value),)
-    return value if type(value) in PLAIN else id(value)
+    return value if type(value) in PLAIN else _Identity(value)

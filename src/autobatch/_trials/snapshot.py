@@ -24,12 +24,12 @@ from autobatch._trials.captured import (
     SavedGenerator,
     Scope,
     global_generators,
-    is_generator,
     save,
     save_light,
     save_nested,
     save_shallow,
 )
+from autobatch._trials.reachable import has_state, is_generator
 from autobatch._undo import Undo
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ _logger = logging.getLogger(__name__)
 
 def restorable(thing: object) -> bool:
     """Return True if a snapshot can restore the state of this object."""
-    has_state = hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")
-    return has_state or isinstance(thing, torch.Tensor) or is_generator(thing)
+    is_loadable = hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")
+    return is_loadable or isinstance(thing, torch.Tensor) or is_generator(thing)
 
 
 class Snapshot(Undo):
@@ -119,11 +119,15 @@ class Snapshot(Undo):
                 memo.add(part)
 
     def capture_if_possible(self, reached: Iterable[Reached]) -> None:
-        """Capture objects that a workload reaches; failures are kept in `unrestored`."""
+        """Capture objects that a workload reaches; failures are kept in `unrestored`.
+
+        Of objects without a state of their own, values in attributes are captured.
+        """
         for each in reached:
             self._names[id(each.value)] = each.name
+            capture = self.capture if has_state(each.value) else self.capture_values
             try:
-                self.capture(each.value)
+                capture(each.value)
             except Exception:  # of the user's state_dict
                 _logger.debug("The state of %s cannot be saved", each.name, exc_info=True)
                 self.unrestored.add(each.name)
@@ -134,11 +138,11 @@ class Snapshot(Undo):
             for thing in things:
                 memo.add_attributes(thing)
 
-    def capture_samplers(self, *samplers: Any) -> None:
+    def capture_values(self, *things: Any) -> None:
         """Capture attributes with the values in them, in any number, but no other objects."""
         with self._saving(Scope(save_nested, objects=False)) as memo:
-            for sampler in samplers:
-                memo.add_attributes(sampler)
+            for thing in things:
+                memo.add_attributes(thing)
 
     def capture_beside_parameters(self, module: torch.nn.Module) -> None:
         """Capture a module but for parameters and gradients, which a forward pass cannot change."""

@@ -16,26 +16,27 @@ from autobatch._accumulation import (
     split_gradient,
     without_dropout,
 )
+from autobatch._distributed.sharding import is_sharded
+from autobatch._loaders.epochs import samples_of
 from autobatch._memory import memory_budget, parse_memory_limit
 from autobatch._memory.ledger import eager
 from autobatch._report.accumulation_notes import batch_norm, not_additive
 from autobatch._trials.batches import listed, row_counts
 from autobatch._trials.workload import free_after_failure
 from autobatch.errors import AutobatchError
-from autobatch.lightning._epochs import samples_of
 from autobatch.lightning._training import on_device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from autobatch._distributed import Ranks
+    from autobatch._loaders.samples import Samples
     from autobatch._memory import MemoryProbe
     from autobatch._plan import BatchPlan
     from autobatch._trials.snapshot import Snapshot
     from autobatch._trials.time_limit import TimeLimit
     from autobatch.lightning._dataloaders import Loaders
     from autobatch.lightning._training import TrainingSteps
-    from autobatch.lightning._trial_data import Samples
 
 _log = logging.getLogger("autobatch")
 
@@ -56,27 +57,16 @@ _FP16_LOSS_SCALE: Final = 2.0**10  # keeps small gradients above zero in 16 bits
 
 @dataclass(frozen=True, slots=True)
 class SplittingTest:
-    """Test of the training step: does splitting a batch change its gradient?
+    """Test of the training step: does splitting a batch change its gradient?"""
 
-    Args:
-        trainer: The Trainer, on new loops.
-        module: The trained module.
-        samples: Makes the batches.
-        steps: Runs the training steps.
-        probe: The device of this rank.
-        memory_limit: Share or amount of device memory for the test.
-        snapshot: Restores everything that the test changes.
-        ranks: The processes that train together.
-    """
-
-    trainer: Any
-    module: Any
-    samples: Samples
-    steps: TrainingSteps
-    probe: MemoryProbe
-    memory_limit: float | str
-    snapshot: Snapshot
-    ranks: Ranks
+    trainer: Any  # the Trainer, on new loops
+    module: Any  # the trained module
+    samples: Samples  # makes the batches
+    steps: TrainingSteps  # runs the training steps
+    probe: MemoryProbe  # the device of this rank
+    memory_limit: float | str  # share or amount of device memory for the test
+    snapshot: Snapshot  # restores everything that the test changes
+    ranks: Ranks  # the processes that train together
 
     def notes(self, plan: BatchPlan, time_limit: TimeLimit) -> tuple[str, ...]:
         """Return notes on the gradients of a plan that accumulates; every rank calls it.
@@ -114,6 +104,8 @@ class SplittingTest:
         precision = self.trainer.precision
         if precision not in THRESHOLDS:
             raise UndecidedError(f"precision={precision!r} rounds too much")
+        if is_sharded(self.trainer.strategy.model):
+            raise UndecidedError("each rank has a part of the gradient")
         host_batch = self.samples.ordinary(size)
         if host_batch is None:
             raise UndecidedError("there are too few samples")
@@ -121,6 +113,7 @@ class SplittingTest:
         self.probe.release()
         budget = memory_budget(self.probe.read(), parse_memory_limit(self.memory_limit))
         with (
+            self.ranks.dry(),
             self.probe.limited(budget),
             eager(),  # this batch size alone is not worth compiling for
             without_dropout(self.module),
@@ -143,16 +136,6 @@ class SplittingTest:
 def _even_samples(plan: BatchPlan) -> int:
     """Return the samples for the test, an even number; 0 for micro-batches of one sample."""
     return min(plan.micro_batch_size, _MAX_SAMPLES) // 2 * 2
-
-
-def check_switch(repair_last_window: object) -> bool:
-    """Return `repair_last_window`; `ValueError` if it is neither True nor False."""
-    if not isinstance(repair_last_window, bool):
-        raise ValueError(
-            f"repair_last_window={repair_last_window!r} is not a switch; give True to weight the "
-            "last update of an epoch by its samples, or False to leave it as Lightning makes it."
-        )
-    return repair_last_window
 
 
 def check_repairable(trainer: Any, module: Any) -> None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import sys
 from collections import OrderedDict
 from contextlib import contextmanager
-from dataclasses import dataclass
 from enum import StrEnum
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, get_type_hints
@@ -133,6 +133,15 @@ def showing_evaluation(
 def prepared_loader(trainer: Trainer, loader: Any, *, shuffle: bool, mode: Any) -> Any:
     """Return a loader as a loop makes it of the user's: with a sampler for this rank."""
     return trainer._data_connector._prepare_dataloader(loader, shuffle=shuffle, mode=mode)
+
+
+def data_parallel_size(trainer: Trainer) -> int:
+    """Return the number of ranks that train on different samples.
+
+    Ranks of tensor parallelism share theirs.
+    """
+    spread = trainer.distributed_sampler_kwargs
+    return 1 if spread is None else int(spread["num_replicas"])
 
 
 def forget_combined_loader(loop: FitLoop | EvaluationLoop) -> None:
@@ -283,6 +292,23 @@ def new_epoch_progress(trainer: Trainer) -> Any:
     return progress
 
 
+def load_late_checkpoint(trainer: Trainer) -> dict[str, Any]:
+    """Return the checkpoint of a run whose strategy loads it only after `on_fit_start`.
+
+    Strategies that shard do: they load weights and optimizers once these are sharded. Now they do
+    it here, and Lightning again afterwards. Empty for other strategies and without a checkpoint.
+    """
+    if not trainer.strategy.restore_checkpoint_after_setup:
+        return {}
+    # Until then Lightning 2.6 holds the path in a variable of `Trainer._run` alone
+    frames = (each.frame for each in inspect.stack(0) if each.function == "_run")
+    variables = (each.f_locals for each in frames if each.f_locals.get("self") is trainer)
+    path = next(variables, {}).get("ckpt_path")
+    if path is not None:
+        trainer._checkpoint_connector.resume_start(path)
+    return trainer._checkpoint_connector._loaded_checkpoint
+
+
 def _resumed_progress(trainer: Trainer) -> dict[str, Any] | None:
     loops = trainer._checkpoint_connector._loaded_checkpoint.get("loops") or {}
     progress: dict[str, Any] | None = loops.get("fit_loop")
@@ -406,36 +432,6 @@ def hyperparameters(owner: Any) -> list[MutableMapping[str, Any]]:
     """Return the hyperparameters of a module or datamodule, and those that Lightning logs."""
     kept = (getattr(owner, name, None) for name in ("_hparams", "_hparams_initial"))
     return [each for each in kept if each is not None]
-
-
-@dataclass(frozen=True, slots=True)
-class SavedArguments:
-    """Arguments of a loader or sampler that a hook made; Lightning copies it with them for ranks.
-
-    Args:
-        names: Of the positional arguments.
-        positional: Their values.
-        keywords: The others.
-    """
-
-    names: tuple[str, ...]
-    positional: tuple[Any, ...]
-    keywords: dict[str, Any]
-
-
-def saved_arguments(made: Any) -> SavedArguments | None:
-    """Return the arguments Lightning saved of a loader or sampler; None if it saved none."""
-    names = getattr(made, "__pl_saved_arg_names", None)
-    if names is None:
-        return None
-    positional = getattr(made, "__pl_saved_args")
-    return SavedArguments(names, positional, getattr(made, "__pl_saved_kwargs"))
-
-
-def save_arguments(made: Any, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-    """Replace the arguments Lightning saved, past the guards of a DataLoader."""
-    object.__setattr__(made, "__pl_saved_args", positional)
-    object.__setattr__(made, "__pl_saved_kwargs", keywords)
 
 
 # The check

@@ -9,37 +9,46 @@ from typing import TYPE_CHECKING, Any, Final
 
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
-from autobatch._trials.batches import leaves, map_leaves
-from autobatch._undo import patched
-from autobatch.errors import AutobatchError, FixedBatchSizeError
-from autobatch.lightning._batch_size import (
+from autobatch._loaders.batch_size import (
     LoaderSize,
     batch_size_change,
     batch_size_of,
     changed_batch_size,
     is_writable,
 )
-from autobatch.lightning._compat import (
-    Imported,
-    combination_mode,
-    requires_distributed_sampler,
-)
-from autobatch.lightning._epochs import EPOCH_LENGTH, batches_of, length_of, samples_of
-from autobatch.lightning._order import capture_order, order_restored
-from autobatch.lightning._remaking import (
+from autobatch._loaders.epochs import batches_of, length_of, samples_of
+from autobatch._loaders.order import capture_order, order_restored
+from autobatch._loaders.remaking import (
     Remaking,
     arguments_left_open,
     remade_parts,
     sampler_of,
 )
+from autobatch._trials.batches import leaves, map_leaves
+from autobatch._undo import patched
+from autobatch.errors import AutobatchError, FixedBatchSizeError
+from autobatch.lightning._compat import (
+    Imported,
+    combination_mode,
+    data_parallel_size,
+    requires_distributed_sampler,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from autobatch._loaders.batch_size import BatchSizeChange, SetBatchSize
     from autobatch._trials.snapshot import Snapshot
-    from autobatch.lightning._batch_size import BatchSizeChange, SetBatchSize
     from autobatch.lightning._trainer import CombinedLoader
 
+
+# Batches of an epoch, from those of each loader, by the mode of a CombinedLoader
+_EPOCH_LENGTH: Final[dict[str, Callable[[Sequence[Any]], Any]]] = {
+    "max_size_cycle": max,
+    "max_size": max,
+    "min_size": min,
+    "sequential": sum,
+}
 
 _COMPARED: Final = 8  # batches of indices of a loader and of one made again
 _PLAIN: Final = "use a plain DataLoader(dataset, batch_size=…)"
@@ -92,11 +101,11 @@ class Loaders:
         self.setters = tuple(_way_to_change(loader, setter) for loader in self.each)
         self.own_sizes = tuple(map(_own_size, self.each, self.setters))
         # Ranks among which Lightning will distribute the samples of each loader
+        self._replicas = data_parallel_size(trainer)
         self.shards = tuple(
-            int(trainer.world_size) if requires_distributed_sampler(trainer, loader) else 1
+            self._replicas if requires_distributed_sampler(trainer, loader) else 1
             for loader in self.each
         )
-        self._world_size = int(trainer.world_size)
         self._lengths: dict[int, tuple[int, ...] | None] = {}  # of each loader, by batch size
 
     @property
@@ -139,7 +148,7 @@ class Loaders:
             return None
         if self.shards[0] > 1:  # padded to the same length on each rank
             return len(sampler_of(self.each[0]))
-        return samples * self._world_size
+        return samples * self._replicas
 
     def sized(self, batch_size: int) -> tuple[LoaderSize, ...]:
         """Return the size of each loader for one of the first, with the way to set it."""
@@ -169,12 +178,12 @@ class Loaders:
 
     def epoch_length(self, lengths: Sequence[int | float]) -> int | float:
         """Return the batches of an epoch, from those of each loader."""
-        length: int | float = EPOCH_LENGTH[combination_mode(self._combined)](lengths)
+        length: int | float = _EPOCH_LENGTH[combination_mode(self._combined)](lengths)
         return length
 
     def samples_in(self, batches: int, batch_size: int) -> int | None:
         """Return the samples of all ranks in a number of batches of an epoch."""
-        full = batches * batch_size * self._world_size
+        full = batches * batch_size * self._replicas
         if len(self.each) > 1 or self.samples is None:
             return full
         return min(self.samples, full)

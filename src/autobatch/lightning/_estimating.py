@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from autobatch._estimate import estimate_of
 from autobatch._estimate.inputs import Inputs, refusal
+from autobatch._loaders.samples import Samples
 from autobatch._memory import parse_memory_limit
 from autobatch._memory.estimate.events import UntraceableError
-from autobatch._memory.estimate.fit import SIZES
-from autobatch.lightning._attribute import batch_size_restored
+from autobatch._memory.estimate.prediction import SIZES
+from autobatch.lightning._attribute import FormerBatchSize
+from autobatch.lightning._compat import data_parallel_size
 from autobatch.lightning._resources import trial_resources
 from autobatch.lightning._traced import traceable_step
-from autobatch.lightning._trial_data import Samples
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,7 +39,7 @@ def estimate_training(
         AutobatchError: The memory of the step cannot be estimated.
     """
     with (
-        batch_size_restored(module, arguments.batch_arg_name),
+        FormerBatchSize(module, arguments.batch_arg_name),
         trial_resources(trainer, module, arguments, None) as resources,
         Samples(
             resources.loaders, resources.context.snapshot, module.device, arguments.worst_case
@@ -56,7 +57,7 @@ def estimate_training(
         if wanted is not None:
             step = replace(step, accumulate=1)
         estimate = estimate_of(Inputs.of(step, trainer.precision), target, limit, calibrate)
-        if wanted is not None and estimate.largest < wanted // trainer.world_size:
+        if wanted is not None and estimate.largest < wanted // data_parallel_size(trainer):
             # Gradients live through all forward passes but the first, however many there are
             step = replace(step, accumulate=2)
             estimate = estimate_of(Inputs.of(step, trainer.precision), target, limit, calibrate)

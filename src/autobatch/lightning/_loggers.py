@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from autobatch import sinks
+from autobatch._report import logged
 from autobatch._report.units import plain
 from autobatch._trials.snapshot import Snapshot
 from autobatch.lightning._compat import Imported, package
@@ -79,19 +79,10 @@ def _parts(logger: Any, trainer: Trainer) -> tuple[Part, ...]:
 # Hyperparameters
 
 
-def _values(report: TuningReport) -> dict[str, int]:
-    plan = report.plan
-    return {
-        "autobatch/batch_size": plan.micro_batch_size,
-        "autobatch/accumulate_grad_batches": plan.accumulate_grad_batches,
-        "autobatch/effective_batch_size": plan.effective_batch_size,
-    }
-
-
 def _hyperparameters(report: TuningReport, logger: Any, trainer: Trainer) -> None:
     """Log the plan alone, since some loggers take each hyperparameter once."""
     if trainer.enable_autolog_hparams:
-        logger.log_hyperparams(_values(report))
+        logger.log_hyperparams(logged.plan_values(report))
 
 
 def _hyperparameters_first(report: TuningReport, logger: Any, trainer: Trainer) -> None:
@@ -101,9 +92,9 @@ def _hyperparameters_first(report: TuningReport, logger: Any, trainer: Trainer) 
     if logger.hparams:
         # TensorBoard shows the first hyperparameters of a run; a second time repeats the
         # placeholder of its metric
-        logger.hparams.update(_values(report))
+        logger.hparams.update(logged.plan_values(report))
     else:
-        logger.log_hyperparams(_values(report))
+        logger.log_hyperparams(logged.plan_values(report))
     # Lightning 2.6 has written the file by now, and does not overwrite it
     path = os.path.join(logger.log_dir, logger.NAME_HPARAMS_FILE)  # noqa: PTH118 -- may be a URL
     Imported.SAVE_HPARAMS.of(trainer)(path, logger.hparams)
@@ -152,16 +143,13 @@ def _text(report: TuningReport, logger: Any, trainer: Trainer) -> None:
 
 def _curve(report: TuningReport, logger: Any, _: Any) -> None:
     """Log throughput and memory over the micro-batch size, in place of the training step."""
-    for row in report.sizes:
-        values: dict[str, float] = {"autobatch/samples_per_second": row.samples_per_second}
-        if row.peak is not None:
-            values["autobatch/peak_bytes"] = row.peak
-        logger.log_metrics(values, step=row.batch_size)
+    for size in logged.curve(report):
+        logger.log_metrics(size.values, step=size.batch_size)
 
 
 def _table(report: TuningReport, logger: Any, _: Any) -> None:
     """Log the sizes of the JSON report, without a step of its own."""
-    rows = json.loads(report.to_json())["sizes"]
+    rows = logged.size_rows(report)
     if not rows:
         return
     table = importlib.import_module("wandb").Table(
@@ -171,16 +159,7 @@ def _table(report: TuningReport, logger: Any, _: Any) -> None:
 
 
 def _summary(report: TuningReport, logger: Any, _: Any) -> None:
-    chosen = [row for row in report.sizes if row.batch_size == report.plan.micro_batch_size]
-    values = {
-        "largest_fit": report.largest_fit,
-        "search_seconds": report.search_seconds,
-        "samples_per_second": chosen[0].samples_per_second if chosen else None,
-        "peak_bytes": chosen[0].peak if chosen else None,
-    }
-    logger.experiment.summary.update(
-        {f"autobatch/{name}": value for name, value in values.items() if value is not None}
-    )
+    logger.experiment.summary.update(logged.summary(report))
 
 
 _OF_KIND: Final[dict[str, tuple[Part, ...]]] = {

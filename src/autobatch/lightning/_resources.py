@@ -16,74 +16,58 @@ from autobatch.lightning._beside import (
     BesideTraining,
     tensors_of_callbacks,
 )
-from autobatch.lightning._compat import data_source
+from autobatch.lightning._compat import data_parallel_size, data_source
 from autobatch.lightning._dataloaders import Loaders
 from autobatch.lightning._hooks import users_callbacks
-from autobatch.lightning._isolation import on_new_loops, without_collectives
+from autobatch.lightning._isolation import local_collectives, on_new_loops
 from autobatch.lightning._shown import show_validation
 from autobatch.lightning._trainer_notes import checked_copy_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from autobatch._loaders.batch_size import LoaderSize, SetBatchSize
     from autobatch._memory import MemoryProbe
+    from autobatch._plan import BatchPlan
     from autobatch._report import TuningReport
     from autobatch._search import Search
     from autobatch._settings import Settings
-    from autobatch.lightning._batch_size import LoaderSize, SetBatchSize
     from autobatch.lightning._evaluation import Stage
 
 
 @dataclass(frozen=True, slots=True)
 class CallbackArguments:
-    """Arguments of a callback.
+    """Arguments of a callback."""
 
-    Args:
-        settings: Validated arguments.
-        search: Strategy that proposes batch sizes.
-        device: The device whose memory is read; None: the device of the module.
-        worst_case: Makes the largest batch of a size; None to scan the data set for it.
-        repairs: Whether the last accumulation window of an epoch is corrected.
-        batch_arg_name: Name of the batch size in the module or its datamodule.
-        set_batch_size: Sets the batch size of a loader; None for the default way.
-        retunes: Whether later epochs are tuned again.
-        verbose: Whether progress and report are printed.
-        survives: Whether training goes on in pieces when memory runs out.
-        keeps: Whether nothing is tuned.
-    """
-
-    settings: Settings
-    search: Search
+    settings: Settings  # validated arguments
+    known_plan: BatchPlan | None  # the plan to verify instead of a search
+    search: Search  # strategy that proposes batch sizes
+    # The device whose memory is read; None: the device of the module
     device: str | MemoryProbe | None
+    # Makes the largest batch of a size; None to scan the data set for it
     worst_case: Callable[[int], Any] | None
-    repairs: bool
-    batch_arg_name: str
-    set_batch_size: SetBatchSize | None
-    retunes: bool
-    verbose: bool
-    survives: bool
-    keeps: bool
+    repairs: bool  # whether the last accumulation window of an epoch is corrected
+    batch_arg_name: str  # name of the batch size in the module or its datamodule
+    set_batch_size: SetBatchSize | None  # sets the batch size of a loader; None for the default way
+    retune_at_epochs: frozenset[int]  # epochs at whose start it tunes again
+    evaluates: bool  # whether evaluations are tuned as well
+    verbose: bool  # whether progress and report are printed
+    survives: bool  # whether training goes on in pieces when memory runs out
+    keeps: bool  # whether nothing is tuned
 
 
 @dataclass(frozen=True, slots=True)
 class Tuned:
-    """Result of a tuning run.
-
-    Args:
-        report: The report.
-        sizes: Of each loader.
-        own_sizes: The ones they had.
-        fingerprint: Of the model and the data, in training.
-        validation_sizes: Of each validation loader; None if they stay as they are.
-        held_by_callbacks: Bytes on the device that callbacks held in trials; None if their hooks
-            ran in trials, so that peaks count all that they make.
-    """
+    """Result of a tuning run."""
 
     report: TuningReport
-    sizes: tuple[LoaderSize, ...]
-    own_sizes: tuple[LoaderSize, ...]
-    fingerprint: str = ""
+    sizes: tuple[LoaderSize, ...]  # of each loader
+    own_sizes: tuple[LoaderSize, ...]  # the ones they had
+    fingerprint: str = ""  # of the model and the data, in training
+    # Of each validation loader; None if they stay as they are
     validation_sizes: tuple[LoaderSize, ...] | None = None
+    # Bytes on the device that callbacks held in trials; None if their hooks ran in trials, so that
+    # peaks count all that they make
     held_by_callbacks: int | None = None
 
     @property
@@ -103,17 +87,11 @@ class Tuned:
 
 @dataclass(frozen=True, slots=True)
 class TrialResources:
-    """Resources of the trials in a Trainer.
+    """Resources of the trials in a Trainer."""
 
-    Args:
-        context: Of the trials of any workload.
-        loaders: The loaders of training, or of a stage.
-        copied_bytes: Bytes of the copy of all state that is kept on the host.
-    """
-
-    context: TrialContext
-    loaders: Loaders
-    copied_bytes: int
+    context: TrialContext  # of the trials of any workload
+    loaders: Loaders  # the loaders of training, or of a stage
+    copied_bytes: int  # bytes of the copy of all state that is kept on the host
 
 
 @contextmanager
@@ -124,9 +102,8 @@ def trial_resources(
     probe = detect(arguments.device, module.device)
     began = probe.clock()
     with (
-        current_ranks() as ranks,
+        current_ranks(data_parallel_size(trainer), local_collectives(trainer)) as ranks,
         ranks.abort_together(),
-        without_collectives(trainer),
         Snapshot() as before_hooks,
         Snapshot() as snapshot,
         OptimizerWatch(probe.clock) as optimizers,
@@ -141,7 +118,7 @@ def trial_resources(
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         scalers = [] if scaler is None else [scaler]
-        captured = (module, *trainer.optimizers, *schedulers, *scalers)
+        captured = (trainer.strategy.model, *trainer.optimizers, *schedulers, *scalers)
         copied_bytes, *_ = ranks.gather(checked_copy_bytes(captured, trainer.num_devices))
         snapshot.capture(*captured)
         # Callbacks are silent, but a step may change their attributes
@@ -167,7 +144,7 @@ def _asked_for(trainer: Any, arguments: CallbackArguments, stage: Stage | None) 
         return Loaders(trainer, data_source(stage.loop_of(trainer)), mode="sequential")
     source, setter = data_source(trainer.fit_loop), arguments.set_batch_size
     loaders = Loaders(trainer, source, mode="max_size_cycle", setter=setter)
-    if arguments.retunes:
+    if arguments.retune_at_epochs:
         loaders.check_later_epochs()
     show_validation(trainer)
     return loaders

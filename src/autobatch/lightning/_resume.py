@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from torch.nn.parameter import is_lazy
 
+from autobatch._loaders.epochs import samples_of
 from autobatch._plan import BatchPlan
+from autobatch._tune import PriorPlan
 from autobatch.errors import AutobatchError
-from autobatch.lightning._epochs import samples_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,23 +27,6 @@ if TYPE_CHECKING:
 
 _COUNTS: Final = ("micro_batch_size", "accumulate_grad_batches", "world_size")  # of a plan
 _MOST: Final = 2**31  # of each
-
-
-@dataclass(frozen=True, slots=True)
-class PriorPlan:
-    """A plan to verify before a search, or instead of one.
-
-    Args:
-        plan: A plan to verify by one trial; None: search at once.
-        target: The effective batch size a search has to reach; None: the one of the settings.
-        refusal: The error if the plan does not fit and no other plan may be trained; None: search.
-        note: The note in the report; None: the plan is the user's own.
-    """
-
-    plan: BatchPlan | None = None
-    target: int | None = None
-    refusal: str | None = None
-    note: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,21 +79,15 @@ class DeviceId:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint, as far as a resumed run depends on it.
+    """A checkpoint, as far as a resumed run depends on it."""
 
-    Args:
-        between_epochs: True if no epoch is unfinished.
-        plan: The plan it was trained with; None if it was trained without AutoBatch.
-        target: The effective batch size of the settings.
-        device: The device; None if an older version of autobatch wrote the checkpoint.
-        total: Memory of that device in bytes.
-    """
-
-    between_epochs: bool
+    between_epochs: bool  # True if no epoch is unfinished
+    # The plan it was trained with; None if it was trained without AutoBatch
     plan: BatchPlan | None = None
-    target: int | None = None
+    target: int | None = None  # the effective batch size of the settings
+    # The device; None if an older version of autobatch wrote the checkpoint
     device: str | None = None
-    total: int | None = None
+    total: int | None = None  # memory of that device in bytes
 
     @classmethod
     def of(cls, checkpoint: dict[str, Any], *, max_steps: int) -> Checkpoint:
@@ -176,10 +154,7 @@ class Checkpoint:
         """Return whether it was trained on such a device; for an unknown one a trial decides."""
         if self.plan is None or self.plan.world_size != here.world_size:
             return False
-        return self.device is None or (self.device, self.total) == (
-            here.device,
-            here.total,
-        )
+        return self.device is None or (self.device, self.total) == (here.device, here.total)
 
 
 def known_at_start(
@@ -216,9 +191,7 @@ def _of_checkpoint(checkpoint: Checkpoint, here: DeviceId, settings: Settings) -
             f"trained with {_in_words(plan)}{_on_device(checkpoint, here)}.",
         )
     return PriorPlan(
-        plan,
-        target=effective,
-        note="Resumed: one trial verified the checkpoint's plan.",
+        plan, target=effective, note="Resumed: one trial verified the checkpoint's plan."
     )
 
 

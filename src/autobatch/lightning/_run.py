@@ -1,96 +1,69 @@
-"""State of one run of a Trainer: the changes to it, and what is measured while it trains."""
+"""State of one run of a Trainer, and the results of a callback, which outlive it."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from torch.utils.data import DataLoader
-
-from autobatch._trials.snapshot import Snapshot
+from autobatch import sinks
+from autobatch._memory.detect import detect
+from autobatch._report.units import plain
 from autobatch._undo import patched
-from autobatch.lightning._apply import BeforeOptimizers, StateBefore
-from autobatch.lightning._compat import combined_loader, data_source
+from autobatch.lightning._apply import BeforeData, BeforeOptimizers
+from autobatch.lightning._dataloaders import Rebatched
 from autobatch.lightning._loading import DataLoaderTimer
-from autobatch.lightning._order import capture_order
+from autobatch.lightning._survival import Survival
+from autobatch.lightning._survival_evaluation import EvaluationSurvival
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
+    from autobatch._loaders.batch_size import LoaderSize
+    from autobatch._memory import MemoryProbe
     from autobatch._report import TuningReport
     from autobatch.lightning._accumulation import LastWindowCorrection
     from autobatch.lightning._attribute import FormerBatchSize
-    from autobatch.lightning._beside import BesideTraining
-    from autobatch.lightning._dataloaders import Rebatched
-    from autobatch.lightning._resume import Checkpoint
-    from autobatch.lightning._survival import Survival
+    from autobatch.lightning._resume import Checkpoint, TunedFit
     from autobatch.lightning._trainer import Trainer
 
-
-class BeforeData(StateBefore):
-    """State of random numbers, loader and datamodule before the training loop sets up its data.
-
-    Lightning 2.6 starts the loader there. With another batch size in the first epoch it is started
-    again, and has to draw the same random numbers.
-    """
-
-    def watch(self, trainer: Trainer) -> None:
-        """Capture the state when the loop sets up its data for the first time."""
-        self.forget()
-        loop = trainer.fit_loop
-        set_up = loop.setup_data
-
-        def capture_and_set_up() -> None:
-            if self._snapshot is None and combined_loader(loop) is None:
-                self._snapshot = Snapshot().__enter__()
-                self._snapshot.capture_light(trainer.datamodule)
-                if isinstance(loader := data_source(loop).instance, DataLoader):
-                    capture_order(loader, self._snapshot)
-            set_up()
-
-        self._patch = patched(loop, setup_data=capture_and_set_up)
-        self._patch.apply()
+_log = logging.getLogger("autobatch")
 
 
 @dataclass
 class Run:
-    """State of one run of a Trainer, from `setup` to `teardown`.
+    """State of one run of a Trainer, from `setup` to `teardown`."""
 
-    Args:
-        checkpoint: The checkpoint that the run resumes from.
-        first_report: The report of the tuning run before the first epoch.
-        loaders: Loaders with another batch size, by what they serve: "train", "validation", or a
-            stage.
-        window: Corrects the last window of each epoch, if the user wants that.
-        timer: Measures the waiting time for the training loader.
-        before_optimizers: State from before the optimizers were created.
-        before_data: State from before the training loop set up its data.
-        beside: Memory that callbacks held in trials; None if there is nothing to compare.
-        is_to_compare: True if it is compared before the next epoch.
-        steps_before: Updates before this epoch, if it is compared after the first one of it.
-        survival: Runs micro-batches that run out of memory again, if the user wants that.
-        patches: Methods of the loops that are replaced; `replace` adds to them.
-        attribute: The former batch size of the module, while an evaluation runs with another.
-    """
-
-    checkpoint: Checkpoint | None = None
-    first_report: TuningReport | None = None
+    checkpoint: Checkpoint | None = None  # the checkpoint that the run resumes from
+    # Loaders with another batch size, by what they serve: "train", "validation", or a stage
     loaders: dict[str, Rebatched] = field(default_factory=dict)
+    # Corrects the last window of each epoch, if the user wants that
     window: LastWindowCorrection | None = None
     timer: DataLoaderTimer = field(default_factory=DataLoaderTimer)
     before_optimizers: BeforeOptimizers = field(default_factory=BeforeOptimizers)
     before_data: BeforeData = field(default_factory=BeforeData)
-    beside: BesideTraining | None = None
-    is_to_compare: bool = True
-    steps_before: int | None = None
+    # Runs micro-batches that run out of memory again, if the user wants that
     survival: Survival | None = None
+    # The same for batches of validation and testing
+    evaluation: EvaluationSurvival | None = None
+    # Methods of the loops that are replaced; `replace` adds to them
     patches: list[patched] = field(default_factory=list)
+    # The former batch size of the module, while an evaluation runs with another
     attribute: FormerBatchSize | None = None
 
-    @property
-    def is_tuned(self) -> bool:
-        """True while the Trainer trains with a plan."""
-        return "train" in self.loaders
+    def rebatch(self, served: str, source: Any, sizes: Sequence[LoaderSize]) -> Rebatched:
+        """Return loaders with other batch sizes, to be started; former ones are undone."""
+        if served in self.loaders:
+            self.loaders[served].undo()
+        self.loaders[served] = Rebatched(source, sizes)
+        return self.loaders[served]
+
+    def survive(self, trainer: Trainer, device: str | MemoryProbe | None) -> None:
+        """Let training go on when memory runs out in it."""
+        probe = detect(device, trainer.lightning_module.device)
+        size = getattr(trainer.train_dataloader, "batch_size", None)
+        self.survival = Survival(trainer, probe, size if isinstance(size, int) else None)
+        self.replace(self.survival.patch())
 
     def start_epoch(self) -> None:
         """Count samples from here; waiting for the first batch of an epoch does not count."""
@@ -104,10 +77,37 @@ class Run:
         if self.window is not None:
             self.window.start_batch(trainer, batch, index)
 
+    def before_backward(self, trainer: Trainer) -> None:
+        """Weight the gradients accumulated before the last micro-batch of an epoch."""
+        if self.window is not None:
+            self.window.before_backward(trainer)
+
+    def before_step(self, trainer: Trainer, optimizer: Any) -> None:
+        """Weight the gradients of the last window of an epoch."""
+        if self.window is not None:
+            self.window.before_step(trainer, optimizer)
+
+    def note_half_step(self, error: BaseException) -> None:
+        """Add a note to an error of the optimizer's step that means out of memory."""
+        if self.survival is not None:
+            self.survival.note_half_step(error)
+
     def replace(self, patch: patched) -> None:
         """Replace a method of a loop until `undo`."""
         self.patches.append(patch)
         patch.apply()
+
+    def begin_evaluation(self, trainer: Trainer, device: str | MemoryProbe | None) -> None:
+        """Run batches of validation or testing that run out of memory again, until its end."""
+        if self.evaluation is None:
+            probe = detect(device, trainer.lightning_module.device)
+            self.evaluation = EvaluationSurvival(trainer, probe)
+        self.evaluation.start()
+
+    def end_evaluation(self) -> None:
+        """Leave the steps of validation alone: those of trials may fail."""
+        if self.evaluation is not None:
+            self.evaluation.end()
 
     def undo(self) -> None:
         """Stop measuring, and restore the user's loaders and the methods of the loops.
@@ -117,7 +117,8 @@ class Run:
         self.before_optimizers.forget()
         self.before_data.forget()
         self.timer.stop()
-        self.window = self.survival = None
+        self.end_evaluation()
+        self.window = self.survival = self.evaluation = None
         while self.patches:
             self.patches[-1].restore()
             self.patches.pop()
@@ -152,3 +153,32 @@ def before_epochs(
         on_advance_start=acting(before_hooks, loop.on_advance_start),
         advance=acting(after_hooks, loop.advance),
     )
+
+
+@dataclass
+class Results:
+    """Results of all runs of a callback; a copy of the callback has them too."""
+
+    # The last report of each method of the Trainer
+    reports: dict[str, TuningReport] = field(default_factory=dict)
+    # The report with the plan that training follows, or has followed
+    trained: TuningReport | None = None
+    last_fit: TunedFit | None = None  # the previous fit, or the last `tune` for one
+
+    def train_with(self, report: TuningReport) -> None:
+        """Keep the report of training, or the same one with more in it."""
+        self.trained = self.reports["fit"] = report
+
+
+def show(report: TuningReport, trainer: Trainer, sink: sinks.Sink, *, verbose: bool) -> None:
+    """Log a report and print it by a sink if wanted, on rank zero."""
+    if not trainer.is_global_zero:
+        return
+    sinks.log(report)
+    if not verbose:
+        return
+    try:
+        sink(report)
+    except Exception as error:  # standard output may be closed, or its disk full
+        level = logging.DEBUG if sink is sinks.completed_on_console else logging.WARNING
+        _log.log(level, "The report could not be printed: %s", plain(repr(error)))

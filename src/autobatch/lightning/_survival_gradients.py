@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     from torch.nn.parallel import DistributedDataParallel
 
@@ -24,7 +24,7 @@ class LocalGradients:
 
     def __init__(self, parameters: Sequence[torch.Tensor]) -> None:
         self._parameters = parameters
-        self._noted: list[tuple[torch.Tensor, torch.Tensor | None, int | None]] = []
+        self.forget()
 
     def watch(self, loss: torch.Tensor) -> None:
         """Note all gradients when the backward pass of a loss begins."""
@@ -33,11 +33,12 @@ class LocalGradients:
 
     def forget(self) -> None:
         """Forget a backward pass that succeeded."""
-        self._noted = []
+        self._note([])
 
     def undo(self) -> list[torch.Tensor]:
         """Undo a failed backward pass where that is free, and return the parameters done."""
-        changed, self._noted = self._changed(), []
+        changed = self._changed()
+        self.forget()
         for parameter, before in changed:
             if before is None:
                 parameter.grad = None
@@ -65,18 +66,17 @@ class LocalGradients:
     def finish(self, done: Sequence[torch.Tensor]) -> None:
         """End the backward pass of a micro-batch in pieces."""
 
-    def _note(self, parameters: Iterable[torch.Tensor]) -> None:
-        self._noted = [
-            (each, gradient, None if gradient is None else gradient._version)
-            for each in parameters
-            for gradient in [each.grad]
-        ]
+    def _note(self, parameters: Sequence[torch.Tensor]) -> None:
+        self._noted = parameters
+        self._before = [each.grad for each in parameters]
+        self._versions = [None if each is None else each._version for each in self._before]
 
     def _changed(self) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
         """Return parameters whose gradient is not the one noted, and the one that was."""
+        noted = zip(self._noted, self._before, self._versions, strict=True)
         return [
             (parameter, before)
-            for parameter, before, version in self._noted
+            for parameter, before, version in noted
             if parameter.grad is not before or (before is not None and before._version != version)
         ]
 
@@ -101,7 +101,8 @@ class SynchronizedGradients(LocalGradients):
         self._added: dict[int, torch.Tensor] = {}  # parameters with a gradient of the pieces
 
     def undo(self) -> list[torch.Tensor]:
-        changed, self._noted = self._changed(), []
+        changed = self._changed()
+        self.forget()
         return [parameter for parameter, _ in changed]
 
     def add(
@@ -112,7 +113,7 @@ class SynchronizedGradients(LocalGradients):
     ) -> None:
         # Not by a backward pass: hooks of the reducer may wait for gradients
         left_out = set(map(id, done))
-        rest = [each for each in self._parameters if id(each) not in left_out]
+        rest = [p for p in self._parameters if p.requires_grad and id(p) not in left_out]
         made = torch.autograd.grad(loss, rest, allow_unused=True)
         pairs = [(each, one) for each, one in zip(rest, made, strict=True) if one is not None]
         # Memory that this needs is asked for before any gradient is changed

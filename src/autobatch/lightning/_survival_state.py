@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections import deque
+from collections import defaultdict, deque
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -16,7 +17,7 @@ from autobatch._trials.reachable import LARGE, PLAIN
 from autobatch.lightning._compat import logged_results
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
 
     from autobatch.lightning._trainer import Trainer
 
@@ -66,72 +67,81 @@ class _Attributes:
 class StepState:
     """Buffers, metrics and attributes of a module that a training step may change.
 
-    Copies are made into the same memory each time: of running statistics, which the kernels of
-    BatchNorm change without a new version, and of other small tensors.
+    Running statistics, which the kernels of BatchNorm change without a new version, and other small
+    tensors are copied before each micro-batch.
     """
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         module = trainer.lightning_module
         parts = list(module.modules())
-        self._device = module.device
+        self._generators = [torch.default_generator]
+        if module.device.type == "cuda":
+            self._generators.append(torch.cuda.default_generators[module.device.index or 0])
         # Without torchmetrics being imported: its classes and those derived from them
-        metrics = [vars(part) for part in parts if _is_metric(part)]
-        self._objects = [vars(module), *metrics]
-        self._buffers = [vars(part)["_buffers"] for part in parts if vars(part)["_buffers"]]
+        self._objects = [vars(module), *(vars(part) for part in parts if is_metric(part))]
+        self._owners = [vars(part)["_buffers"] for part in parts if vars(part)["_buffers"]]
         self._normalizing = {
             id(buffer)
             for part in parts
             if isinstance(part, _NormBase)
             for buffer in part.buffers(recurse=False)
         }
-        self._copied: list[torch.Tensor] = []
-        self._copies: list[torch.Tensor] = []
+        self._seen: list[torch.Tensor | None] = []  # all buffers, sorted into those that follow
+        self._small: list[list[torch.Tensor]] = []
+        self._large: list[torch.Tensor] = []
 
     def keep(self, batch: Any) -> Kept:
         """Keep the state before an attempt at a batch."""
-        attributes = [_Attributes(owner) for owner in (*self._objects, *self._buffers)]
+        noted: list[Any] = []
+        containers = map_leaves(partial(_noted, noted), batch)
+        attributes = [_Attributes(owner) for owner in self._objects]
+        owners = list(map(dict.copy, self._owners))
+        buffers = [tensor for owner in owners for tensor in owner.values()]
+        if len(buffers) != len(self._seen) or not all(map(operator.is_, buffers, self._seen)):
+            self._sort(buffers)
+        noted += self._large
+        generators = list(self._generators)
         small: list[torch.Tensor] = []
-        large: list[torch.Tensor] = []
         for each in attributes:
+            generators += each.generators
             for tensor in each.tensors:
-                # Copies go into the same tensor again, which inference tensors and leaves refuse
-                if not tensor.requires_grad and not tensor.is_inference():
-                    (small if self._is_copied(tensor) else large).append(tensor)
-        generators = list(self._generators())
-        generators += [one for each in attributes for one in each.generators]
+                (small if self._is_copied(tensor) else noted).append(tensor)
         with unobserved(), torch.no_grad():
-            self._prepare_copies(small)
-            _copy(small, self._copies)
-            random = [(each, each.get_state()) for each in generators]
+            copies = [(alike, _flat(alike)) for alike in self._small]
+            copies += [([tensor], tensor.clone()) for tensor in small]
         results = logged_results(self._trainer)
         logged = (vars(results), results, *map(vars, results.values()))
         return Kept(
-            batch=map_leaves(_same, batch),
+            batch=containers,
             attributes=attributes,
-            logged=[(owner, owner.copy()) for owner in logged],
-            small=small,
-            copies=self._copies,
-            versions=_versions((*large, *leaves(batch))),
-            random=random,
+            entries=[
+                *zip(self._owners, owners, strict=True),
+                *((owner, owner.copy()) for owner in logged),
+            ],
+            copies=copies,
+            versions=_versions(noted),
+            random=[(each, each.get_state()) for each in generators],
         )
 
-    def _prepare_copies(self, tensors: list[torch.Tensor]) -> None:
-        """Make room for copies, unless there is from the time before."""
-        same = len(tensors) == len(self._copied) and all(map(operator.is_, tensors, self._copied))
-        if not same and list(map(_kind, tensors)) != list(map(_kind, self._copies)):
-            self._copies = [torch.empty_like(each) for each in tensors]
-        self._copied = tensors
+    def _sort(self, buffers: list[torch.Tensor | None]) -> None:
+        """Sort buffers into large ones, and groups of small ones that are copied together."""
+        groups: dict[Any, list[torch.Tensor]] = defaultdict(list)
+        self._seen, self._large = buffers, []
+        for each in buffers:
+            if each is not None and self._is_copied(each):
+                groups[each.dtype, each.device, min(each.ndim, 2)].append(each)
+            elif each is not None:
+                self._large.append(each)
+        self._small = list(groups.values())
 
     def _is_copied(self, tensor: torch.Tensor) -> bool:
-        if tensor.layout is not torch.strided:
+        # Copies go into the same tensor again, which leaves and, in training, inference tensors refuse
+        if tensor.is_inference() and not torch.is_inference_mode_enabled():
+            return False
+        if tensor.requires_grad or tensor.layout is not torch.strided:
             return False
         return tensor.numel() <= _SMALL or id(tensor) in self._normalizing
-
-    def _generators(self) -> Iterator[torch.Generator]:
-        yield torch.default_generator
-        if self._device.type == "cuda":
-            yield torch.cuda.default_generators[self._device.index or 0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,18 +151,16 @@ class Kept:
     Args:
         batch: The batch, in containers of its own.
         attributes: Attributes of objects.
-        logged: Collections of logged values, and what they held.
-        small: Tensors whose values are kept.
-        copies: Those values, until state is kept again.
+        entries: Dictionaries of buffers and of logged values, and what they held.
+        copies: Tensors, and their values one after the other.
         versions: Other tensors, and their versions.
         random: Generators, and their states.
     """
 
     batch: Any
     attributes: list[_Attributes]
-    logged: list[tuple[dict[str, Any], dict[str, Any]]]
-    small: list[torch.Tensor]
-    copies: list[torch.Tensor]
+    entries: list[tuple[dict[str, Any], dict[str, Any]]]
+    copies: list[tuple[list[torch.Tensor], torch.Tensor]]
     versions: list[tuple[torch.Tensor, int]]
     random: list[tuple[Any, torch.Tensor]]
 
@@ -164,13 +172,16 @@ class Kept:
         """
         for each in self.attributes:
             each.restore()
-        for owner, values in self.logged:
+        for owner, entries in self.entries:
             owner.clear()
-            owner.update(values)
+            owner.update(entries)
         for generator, state in self.random:
             generator.set_state(state)
         with unobserved(), torch.no_grad():
-            _copy(self.copies, self.small)
+            for tensors, values in self.copies:
+                of_each = values.flatten().split([tensor.numel() for tensor in tensors])
+                for tensor, value in zip(tensors, of_each, strict=True):
+                    tensor.copy_(value.view(tensor.shape))
         inputs = {id(leaf) for leaf in leaves(self.batch)}
         for tensor, version in self.versions:
             if tensor._version != version:
@@ -178,26 +189,24 @@ class Kept:
                 raise NotUndoneError(f"training_step writes into {what}")
 
 
-def _copy(sources: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
-    """Copy values, those of one dtype together: torch 2.13 copies mixed ones one by one."""
-    pairs = list(zip(targets, sources, strict=True))
-    for is_floating in (True, False):
-        alike = [pair for pair in pairs if pair[0].is_floating_point() is is_floating]
-        if alike:
-            into, values = zip(*alike, strict=True)
-            torch._foreach_copy_(list(into), list(values))
+def _flat(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Return the values of tensors that have the same dtype and, up to two, dimensions.
+
+    A copy of each takes two to four times as long.
+    """
+    if tensors[0].ndim == 0:
+        return torch.stack(tensors)
+    return torch.cat(tensors if tensors[0].ndim == 1 else [each.flatten() for each in tensors])
 
 
-def _same(leaf: Any) -> Any:
+def _noted(noted: list[Any], leaf: Any) -> Any:
+    noted.append(leaf)
     return leaf
 
 
-def _is_metric(part: object) -> bool:
+def is_metric(part: object) -> bool:
+    """Return True for a metric of torchmetrics, without importing it."""
     return any(kind.__module__.startswith("torchmetrics.") for kind in type(part).__mro__)
-
-
-def _kind(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return tensor.shape, tensor.dtype, tensor.device
 
 
 def _versions(values: Iterable[Any]) -> list[tuple[torch.Tensor, int]]:

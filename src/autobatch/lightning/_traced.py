@@ -12,8 +12,8 @@ from autobatch._report.tradeoff import unwrapped
 from autobatch.lightning._compat import before_batch_transfer, build_step_kwargs
 
 if TYPE_CHECKING:
+    from autobatch._loaders.samples import Samples
     from autobatch.lightning._trainer import Trainer
-    from autobatch.lightning._trial_data import Samples
 
 _AUTOCAST: Final = {
     "32-true": None,

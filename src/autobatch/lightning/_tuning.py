@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from autobatch._loaders.samples import Samples
 from autobatch._plan import BatchPlan
-from autobatch._report.known_plan import known_plan
-from autobatch._tune import tune
-from autobatch.errors import AutobatchError, DoesNotFitError
+from autobatch._tune import PriorPlan, verify_or_search
 from autobatch.lightning._accumulation import SplittingTest, batches_trained, check_repairable
-from autobatch.lightning._attribute import batch_size_restored, set_batch_size_attribute
+from autobatch.lightning._attribute import FormerBatchSize, set_batch_size_attribute
 from autobatch.lightning._beside import bytes_of_callbacks
+from autobatch.lightning._compat import data_parallel_size
 from autobatch.lightning._resources import CallbackArguments, Tuned, trial_resources
-from autobatch.lightning._resume import DeviceId, PriorPlan, fingerprint_of
+from autobatch.lightning._resume import DeviceId, fingerprint_of
 from autobatch.lightning._subjects import LightningTraining
 from autobatch.lightning._trainer_notes import TrainerLimits
 from autobatch.lightning._training import TrainingSteps
-from autobatch.lightning._trial_data import Samples
 from autobatch.lightning._tuning_evaluation import with_validation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from autobatch._report import TuningReport
-    from autobatch._search import Search
     from autobatch._settings import Settings
     from autobatch._trials.context import TrialContext
     from autobatch.lightning._dataloaders import Loaders
@@ -63,7 +59,7 @@ def tune_training(
         check_repairable(trainer, module)
     validates = trainer.enable_validation
     with (
-        batch_size_restored(module, arguments.batch_arg_name) as former,
+        FormerBatchSize(module, arguments.batch_arg_name) as former,
         trial_resources(trainer, module, arguments, None) as resources,
         ExitStack() as ends,
     ):
@@ -77,7 +73,8 @@ def tune_training(
             batches=loaders.batches,
             lengths=loaders.lengths,
             samples=partial(_samples_trained, trainer, loaders),
-            before=trained or BatchPlan(loaders.batch_size, accumulate, trainer.world_size),
+            before=trained
+            or BatchPlan(loaders.batch_size, accumulate, data_parallel_size(trainer)),
         )
         samples = ends.enter_context(
             Samples(loaders, context.snapshot, module.device, arguments.worst_case)
@@ -137,40 +134,10 @@ def tune_training(
         return with_validation(tuned, subject, arguments)
 
 
-def verify_or_search(
-    known: PriorPlan,
-    subject: LightningTraining,
-    settings: Settings,
-    context: TrialContext,
-    search: Search,
-) -> TuningReport:
-    """Return the report on a known plan if one trial verifies it, or else on a search."""
-    note = known.note
-    if note is None:  # the user's own
-        known_plan(known.plan, settings, world_size=context.ranks.world_size)
-    if known.plan is not None:
-        noted = replace(subject, first_note=note)
-        try:
-            return tune(noted, settings, context, search, known=known.plan)
-        except DoesNotFitError as error:
-            if known.refusal is not None:
-                raise AutobatchError(known.refusal) from error
-            if note is None:
-                raise
-            note = (
-                f"Searched again, since a micro-batch of {known.plan.micro_batch_size:,} does not "
-                "fit any more."
-            )
-    if known.target is not None:
-        settings = settings.model_copy(update={"target_batch_size": known.target})
-    noted = replace(subject, first_note=note)
-    return tune(noted, settings, context, search, known=None)
-
-
 def _device_id(trainer: Any, context: TrialContext) -> DeviceId:
     """Return the device of rank 0: all ranks have to make the same choice."""
     total = context.probe.read().total
-    here = DeviceId.of(context.probe.name, total, trainer.world_size)
+    here = DeviceId.of(context.probe.name, total, data_parallel_size(trainer))
     return context.ranks.gather(here)[0]
 
 

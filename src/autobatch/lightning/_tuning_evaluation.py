@@ -7,11 +7,12 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from autobatch._loaders.samples import NoDataError, Samples
 from autobatch._plan import BatchPlan
 from autobatch._tune import tune
 from autobatch.errors import DoesNotFitError, FixedBatchSizeError
 from autobatch.lightning._attribute import (
-    batch_size_restored,
+    FormerBatchSize,
     has_batch_size_attribute,
     set_batch_size_attribute,
 )
@@ -20,16 +21,15 @@ from autobatch.lightning._dataloaders import Loaders
 from autobatch.lightning._evaluation import VALIDATION, EvaluationSteps
 from autobatch.lightning._resources import CallbackArguments, Tuned, trial_resources
 from autobatch.lightning._subjects import LightningEvaluation, LightningTraining
-from autobatch.lightning._trial_data import NoDataError, Samples
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from autobatch._loaders.batch_size import LoaderSize
     from autobatch._report import TuningReport
     from autobatch._search import Search
     from autobatch._settings import Settings
     from autobatch._trials.context import TrialContext
-    from autobatch.lightning._batch_size import LoaderSize
     from autobatch.lightning._evaluation import Stage
 
 
@@ -44,7 +44,7 @@ def tune_evaluation(trainer: Any, module: Any, arguments: CallbackArguments, sta
     """
     name = arguments.batch_arg_name
     with (
-        batch_size_restored(module, name) as former,
+        FormerBatchSize(module, name) as former,
         trial_resources(trainer, module, arguments, stage) as resources,
         ExitStack() as ends,
     ):
@@ -145,7 +145,7 @@ def _own_or_smaller(
     settings = subject.settings.model_copy(
         update={"target_batch_size": None, "max_micro_batch_size": None, "dataset_size": None}
     )
-    plan = BatchPlan(own, world_size=context.ranks.world_size)
+    plan = BatchPlan(own, world_size=context.ranks.replicas)
     subject = replace(subject, settings=settings)
     try:
         return tune(subject, settings, context, search, known=plan)

@@ -20,16 +20,16 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
+from autobatch._loaders.batch_size import changed_batch_size
+from autobatch._loaders.order import take_iterator
+from autobatch._loaders.remaking import Remaking, has_torch_iteration, sampler_of
 from autobatch._report.result import Look
 from autobatch._trials.batches import rows_of_each, sample_counts
-from autobatch.lightning._batch_size import changed_batch_size
-from autobatch.lightning._order import take_iterator
-from autobatch.lightning._remaking import Remaking, has_torch_iteration, sampler_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from autobatch.lightning._batch_size import SetBatchSize
+    from autobatch._loaders.batch_size import SetBatchSize
 
 # Samples are read up to either limit
 _MAX_READ: Final = 1000  # samples
@@ -44,17 +44,11 @@ _SIZE_DEPTH: Final = 4  # nested containers that count for the size of a sample
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """Samples that were read.
+    """Samples that were read."""
 
-    Args:
-        look: Number and sizes.
-        bytes_each: Size of the largest.
-        are_collated: True if batches of any samples can be made.
-    """
-
-    look: Look
-    bytes_each: int
-    are_collated: bool
+    look: Look  # number and sizes
+    bytes_each: int  # size of the largest
+    are_collated: bool  # True if batches of any samples can be made
 
 
 class Reading(Protocol):

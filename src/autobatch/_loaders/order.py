@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader, Dataset
 
+from autobatch._loaders.remaking import sampler_of
 from autobatch._trials.snapshot import Snapshot
-from autobatch.lightning._remaking import sampler_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,7 +21,7 @@ def capture_order(loader: DataLoader[Any], snapshot: Snapshot) -> None:
     sets up the loader.
     """
     samplers = (loader.batch_sampler, loader.sampler, sampler_of(loader))
-    snapshot.capture_samplers(*(each for each in samplers if each is not None))
+    snapshot.capture_values(*(each for each in samplers if each is not None))
     if loader.num_workers == 0:
         snapshot.capture_light(*layers(loader.dataset))
     if loader.generator is not None:

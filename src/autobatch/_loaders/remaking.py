@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Final
 from torch.utils.data import BatchSampler, DataLoader
 
 from autobatch._trials.snapshot import Snapshot
-from autobatch.lightning._compat import save_arguments, saved_arguments
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -79,11 +78,9 @@ class Remaking:
     """Sets the batch size of a loader by making its parts again, where they are of other classes.
 
     A new part gives its attributes to the one that is there, which everybody may hold.
-
-    Args:
-        left_out: An optional argument that is not passed on, in spite of an attribute of its name.
     """
 
+    # An optional argument that is not passed on, in spite of an attribute of its name
     left_out: str | None = None
 
     def __call__(self, loader: DataLoader[Any], batch_size: int) -> None:
@@ -94,6 +91,30 @@ class Remaking:
             for part in remade_parts(loader):
                 call = _Call.of(part, batch_size, self.left_out)
                 _take_over(part, type(part)(*call.positional, **call.keywords))
+
+
+@dataclass(frozen=True, slots=True)
+class SavedArguments:
+    """Arguments of a loader or sampler made in a hook; Lightning copies it with them for ranks."""
+
+    names: tuple[str, ...]  # of the positional arguments
+    positional: tuple[Any, ...]  # their values
+    keywords: dict[str, Any]  # the others
+
+
+def saved_arguments(made: Any) -> SavedArguments | None:
+    """Return the arguments Lightning saved of a loader or sampler; None if it saved none."""
+    names = getattr(made, "__pl_saved_arg_names", None)
+    if names is None:
+        return None
+    positional = getattr(made, "__pl_saved_args")
+    return SavedArguments(names, positional, getattr(made, "__pl_saved_kwargs"))
+
+
+def save_arguments(made: Any, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    """Replace the arguments Lightning saved, past the guards of a DataLoader."""
+    object.__setattr__(made, "__pl_saved_args", positional)
+    object.__setattr__(made, "__pl_saved_kwargs", keywords)
 
 
 class UnreadableArgumentsError(Exception):

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
+from autobatch._loaders.batch_size import changed_batch_size
+from autobatch._loaders.remaking import sampler_of
 from autobatch._plan import ceil_div
-from autobatch.lightning._batch_size import changed_batch_size
-from autobatch.lightning._remaking import sampler_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from autobatch.lightning._batch_size import LoaderSize
-
-# Batches of an epoch, from those of each loader, by the mode of a CombinedLoader
-EPOCH_LENGTH: Final[dict[str, Callable[[Sequence[Any]], Any]]] = {
-    "max_size_cycle": max,
-    "max_size": max,
-    "min_size": min,
-    "sequential": sum,
-}
+    from autobatch._loaders.batch_size import LoaderSize
 
 
 def is_empty(loader: object) -> bool:

@@ -6,27 +6,29 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import cycle, islice
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
 import torch
 from torch.utils.data import default_collate
 
+from autobatch._loaders.epochs import samples_of
+from autobatch._loaders.reader import Copied, Reader
+from autobatch._loaders.reading import LARGEST_KEPT, data_size
 from autobatch._memory.ledger import unobserved
 from autobatch._report.result import Look
 from autobatch._trials.batches import leaves, listed, map_leaves, rows_of_each, sample_counts
 from autobatch.errors import FixedBatchSizeError, WorstCaseError
-from autobatch.lightning._epochs import samples_of
-from autobatch.lightning._reader import Copied, Reader
-from autobatch.lightning._reading import LARGEST_KEPT, data_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from types import TracebackType
 
+    from torch.utils.data import DataLoader
+
+    from autobatch._loaders.batch_size import SetBatchSize
+    from autobatch._loaders.reader import Fresh
+    from autobatch._loaders.reading import Seen
     from autobatch._trials.snapshot import Snapshot
-    from autobatch.lightning._dataloaders import Loaders
-    from autobatch.lightning._reader import Fresh
-    from autobatch.lightning._reading import Seen
 
 
 _MEAN_CHANGE: Final = 0.25  # of batches that vary in size, by chance
@@ -46,6 +48,40 @@ def checked_worst_case(
 
 class NoDataError(Exception):
     """A loader makes no batch, as an empty stream."""
+
+
+class Loaders(Protocol):
+    """The loaders of a step as one object, whose batch size counts samples of the first."""
+
+    @property
+    def each(self) -> Sequence[DataLoader[Any]]:
+        """The loaders."""
+
+    @property
+    def setters(self) -> Sequence[SetBatchSize | None]:
+        """For each the function that sets its batch size; None for in place."""
+
+    @property
+    def own_sizes(self) -> Sequence[int]:
+        """Batch size of each."""
+
+    @property
+    def batch_size(self) -> int:
+        """Batch size of the first."""
+
+    @property
+    def is_set_by_user(self) -> bool:
+        """True if a function of the user sets batch sizes."""
+
+    @property
+    def is_sequential(self) -> bool:
+        """True if a step takes a batch of one loader at a time, and not of all."""
+
+    def sizes_at(self, batch_size: int) -> Sequence[int]:
+        """Return the batch size of each loader for one of the first."""
+
+    def structured(self, parts: Sequence[Any]) -> Any:
+        """Return one value for each loader, in the containers of the loaders."""
 
 
 class Samples:

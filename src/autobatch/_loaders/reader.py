@@ -24,20 +24,21 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 import torch
 from torch.utils.data import DataLoader
 
-from autobatch.lightning._order import capture_order, layers, take_iterator
-from autobatch.lightning._reading import alike, reading_of
+from autobatch._loaders.order import capture_order, layers, take_iterator
+from autobatch._loaders.reading import alike, reading_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from multiprocessing.connection import Connection
 
+    from autobatch._loaders.batch_size import SetBatchSize
+    from autobatch._loaders.reading import Reading
     from autobatch._trials.snapshot import Snapshot
-    from autobatch.lightning._batch_size import SetBatchSize
-    from autobatch.lightning._reading import Reading
 
 # Longest waits for an answer where the loader has no worker, so that its data set may be one that
 # hangs in a forked process: without and with processor time that is used
 _MAX_IDLE: Final = 10.0  # seconds
+_ANSWERED_AT_ONCE: Final = 0.05  # seconds: too short a wait to look at processor time
 _MAX_SILENCE: Final = 60.0  # seconds
 _SECONDS_TO_END: Final = 2.0
 _MAX_CACHED: Final = 2**28  # bytes of answers that are kept for the next time
@@ -160,9 +161,8 @@ class _ReaderProcess:
         forked = multiprocessing.get_context("fork")
         self._connection, self._theirs = forked.Pipe()
         # Not daemonic, since a loader may have a worker
-        self._process = forked.Process(
-            target=_serve, args=(self._theirs, self._connection, loaders, setters), daemon=False
-        )
+        serving = self._theirs, self._connection, loaders, setters, _with_iterators()
+        self._process = forked.Process(target=_serve, args=serving, daemon=False)
 
     def start(self) -> None:
         with warnings.catch_warnings():
@@ -189,9 +189,12 @@ class _ReaderProcess:
 
     def _hangs(self) -> bool:
         """Wait until there is an answer or the process has ended; True if it does nothing."""
+        ends: list[Connection | int] = [self._connection, self._process.sentinel]
+        if connection.wait(ends, _ANSWERED_AT_ONCE):
+            return False
         pid, began = self._process.pid or 0, time.monotonic()
         used = _processor_ticks(pid)
-        while not connection.wait([self._connection, self._process.sentinel], _MAX_IDLE):
+        while not connection.wait(ends, _MAX_IDLE):
             before, used = used, _processor_ticks(pid)
             if used == before or time.monotonic() - began > _MAX_SILENCE:
                 return True
@@ -235,6 +238,7 @@ def _serve(
     other_end: Connection,
     loaders: Sequence[DataLoader[Any]],
     setters: Sequence[SetBatchSize | None],
+    with_iterators: Sequence[DataLoader[Any]],
 ) -> None:
     """Answer requests until the process that sends them closes the connection, or ends."""
     other_end.close()
@@ -242,7 +246,8 @@ def _serve(
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _separate_file_positions()
     os.register_at_fork(after_in_child=_separate_file_positions)  # of workers
-    abandoned = _abandoned_iterators()  # before `freeze`, which hides objects from `get_objects`
+    # Kept here, since their end would stop workers of the other process
+    abandoned = list(map(take_iterator, with_iterators))
     gc.freeze()  # a collection here must not end iterators that belong to the other process
     warnings.simplefilter("ignore")  # training shows them
     torch.set_num_threads(1)
@@ -281,13 +286,14 @@ def _separate_file_positions() -> None:
                 os.close(again)
 
 
-def _abandoned_iterators() -> list[Any]:
-    """Take iterators with workers from all loaders: workers of another process are not ours.
+def _with_iterators() -> list[DataLoader[Any]]:
+    """Return all loaders that may have workers here, which a forked process must leave alone.
 
-    The list keeps them, since their end would stop those workers.
+    This process looks for them: to touch all objects in a forked one would copy all memory.
     """
-    loaders = [thing for thing in gc.get_objects() if issubclass(type(thing), DataLoader)]
-    return [take_iterator(loader) for loader in loaders]
+    if not multiprocessing.active_children():
+        return []
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), DataLoader)]
 
 
 def _answer(

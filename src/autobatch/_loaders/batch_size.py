@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from torch.utils.data import DataLoader
 
+from autobatch._loaders.remaking import Remaking, resize, sampler_of, samplers_of_same_size
 from autobatch._undo import Undo
-from autobatch.lightning._remaking import Remaking, resize, sampler_of, samplers_of_same_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -1,0 +1,197 @@
+"""Training with a plan, from the tuning at its start to the last update of its report."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from autobatch import sinks
+from autobatch._distributed import stopping_together
+from autobatch._report.notes import waiting
+from autobatch._tune import PriorPlan
+from autobatch.errors import FixedBatchSizeError
+from autobatch.lightning._accumulation import LastWindowCorrection
+from autobatch.lightning._apply import Application
+from autobatch.lightning._compat import data_source, forget_combined_loader
+from autobatch.lightning._hooks import FIT_START
+from autobatch.lightning._loggers import log_report, refresh_report
+from autobatch.lightning._noise_scale import NoiseScale
+from autobatch.lightning._resume import TunedFit, known_at_start
+from autobatch.lightning._run import Results, Run, before_epochs, show
+from autobatch.lightning._tuning import tune_training
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from autobatch._loaders.batch_size import LoaderSize
+    from autobatch._plan import BatchPlan
+    from autobatch._report import TuningReport
+    from autobatch._report.result import Survived
+    from autobatch.lightning._beside import BesideTraining
+    from autobatch.lightning._resources import CallbackArguments, Tuned
+
+_log = logging.getLogger("autobatch")
+
+
+@dataclass(eq=False, repr=False)
+class TunedTraining:
+    """Training of one `fit` with a plan, which is tuned again when callbacks change training."""
+
+    trainer: Any
+    module: Any
+    arguments: CallbackArguments
+    run: Run  # changes to the Trainer, which are undone at its end
+    results: Results  # takes the reports
+    _target: int = 0  # the effective batch size of the first plan
+    _beside: BesideTraining | None = None  # None: there is nothing to compare
+    _is_to_compare: bool = True  # memory of callbacks, before the next epoch
+    _steps_before: int | None = None  # updates before an epoch in which it is compared
+
+    @property
+    def plan(self) -> BatchPlan:
+        """The plan that training follows."""
+        return self._report.plan
+
+    def tune(self, last_fit: TunedFit | None) -> Tuned:
+        """Find a plan, by one trial if a checkpoint, the user or the previous fit has one."""
+        known_at = partial(known_at_start, self.arguments.known_plan, self.run.checkpoint, last_fit)
+        tuned = tune_training(
+            self.trainer, self.module, self.arguments, known_at, self._plan_before(), FIT_START
+        )
+        self.results.last_fit = TunedFit(tuned.report, tuned.fingerprint)
+        return tuned
+
+    def begin(self, tuned: Tuned) -> None:
+        """Apply the plan before training begins."""
+        self.run.before_data.watch(self.trainer)
+        self._application(tuned).before_training()
+        self._target = tuned.report.plan.effective_batch_size
+        self._continue_with(tuned)
+
+    def start(self) -> None:
+        """Look at each epoch from now on, and log the report: loggers have directories now."""
+        self.run.loaders["train"].check_used(self.trainer.train_dataloader)
+        self.run.replace(before_epochs(self.trainer, self._before_hooks, self._before_epoch))
+        log_report(self._report, self.trainer)
+
+    def look_after_first_step(self) -> None:
+        """Warn if callbacks hold memory since the first step that makes training run out of it."""
+        if self._steps_before is None or self.trainer.global_step <= self._steps_before:
+            return
+        self._steps_before = None
+        if excess := self._excess():
+            self._is_to_compare = True
+            note = f"{excess} The next epoch is tuned again, if training reaches it."
+            _log.warning("%s", note)
+            self._complete_report({"notes": (*self._report.notes, note)})
+
+    def end(self, survived: tuple[Survived, ...]) -> None:
+        """Complete the report with the measurements made while training."""
+        trainer, loading = self.trainer, self.run.timer.loading
+        noise = next((c for c in trainer.callbacks if isinstance(c, NoiseScale)), None)
+        reading = noise.reading if noise else None
+        self._complete_report({"loading": loading, "noise": reading, "survived": survived})
+        if noise is not None:
+            self._show(sinks.completed_on_console)
+        elif (note := waiting(loading)) and trainer.is_global_zero:
+            _log.warning("%s", note)
+
+    def _application(self, tuned: Tuned) -> Application:
+        return Application(
+            tuned.report.plan,
+            self.trainer,
+            self.module,
+            self.arguments.batch_arg_name,
+            self.run.rebatch("train", data_source(self.trainer.fit_loop), tuned.sizes),
+            self.run.before_optimizers,
+        )
+
+    def _plan_before(self) -> BatchPlan | None:
+        """Return the plan of the previous fit, if the Trainer still has its accumulation."""
+        plan = self.results.trained.plan if self.results.trained else None
+        if plan and plan.accumulate_grad_batches == self.trainer.accumulate_grad_batches:
+            return plan
+        return None
+
+    def _before_hooks(self) -> None:
+        """Tune again before the first epoch if callbacks hold memory already that trials lacked.
+
+        What hooks of the epoch make of optimizers and schedules comes after these are created
+        again.
+        """
+        if self.trainer.global_step == 0 and not self._is_wanted:
+            self._compare()
+
+    def _before_epoch(self) -> None:
+        """Tune again where the user wants it, or where callbacks hold memory that trials lacked."""
+        if self._is_to_compare or self._is_wanted:
+            self._compare()
+            self._is_to_compare, self._steps_before = False, self.trainer.global_step
+        self.run.before_data.forget()
+
+    @property
+    def _is_wanted(self) -> bool:
+        return self.trainer.current_epoch in self.arguments.retune_at_epochs
+
+    def _compare(self) -> None:
+        excess = self._excess()
+        if excess or self._is_wanted:
+            epoch = self.trainer.current_epoch
+            reason = f"Tuned again at epoch {epoch}, for the effective batch of"
+            self._retune(f"{excess} {reason}" if excess else reason)
+
+    def _excess(self) -> str | None:
+        return self._beside.excess(self.trainer) if self._beside is not None else None
+
+    def _retune(self, reason: str) -> None:
+        """Tune again in the middle of training, for the effective batch size it started with."""
+        known = PriorPlan(target=self._target, note=f"{reason} {self._target:,}.")
+        with stopping_together():
+            try:
+                tuned = tune_training(
+                    self.trainer, self.module, self.arguments, lambda *_: known, None, ()
+                )
+            except FixedBatchSizeError as error:
+                # A sampler that was made again, and has changed itself since: its plan still holds
+                _log.warning("Training continues with its plan. %s", error)
+                return
+            if tuned.report.plan != self.plan:
+                self._application(tuned).between_epochs(self.run.before_data)
+        self._continue_with(tuned)
+        log_report(tuned.report, self.trainer)
+
+    def _continue_with(self, tuned: Tuned) -> None:
+        """Train with a plan that was applied."""
+        self.results.train_with(tuned.report)
+        self._beside = tuned.beside
+        if self.arguments.repairs:
+            self.run.window = LastWindowCorrection(tuned.report.plan.micro_batch_size)
+        if tuned.validation_sizes is not None:
+            self._resize_validation(tuned.validation_sizes)
+        self._show(self._sink_for(tuned.report))
+
+    def _resize_validation(self, sizes: Sequence[LoaderSize]) -> None:
+        loop = self.trainer.fit_loop.epoch_loop.val_loop
+        self.run.rebatch("validation", data_source(loop), sizes).start()
+        forget_combined_loader(loop)  # in the middle of training the loop has one
+
+    def _sink_for(self, report: TuningReport) -> sinks.Sink:
+        """Return the sink of a report: a run that goes on with a known plan has shown it before."""
+        checkpoint = self.run.checkpoint
+        is_resumed = (
+            checkpoint is not None and checkpoint.plan == report.plan and len(report.trials) == 1
+        )
+        return sinks.resumed_on_console if is_resumed else sinks.console
+
+    @property
+    def _report(self) -> TuningReport:
+        return self.results.reports["fit"]
+
+    def _complete_report(self, values: dict[str, Any]) -> None:
+        self.results.train_with(self._report.model_copy(update=values))
+        refresh_report(self._report, self.trainer)
+
+    def _show(self, sink: sinks.Sink) -> None:
+        show(self._report, self.trainer, sink, verbose=self.arguments.verbose)

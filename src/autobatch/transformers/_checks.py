@@ -1,0 +1,46 @@
+"""Refuse Trainers that cannot be tuned, before anything is touched."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from autobatch.errors import AutobatchError
+from autobatch.transformers._compat import check_version
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def check(trainer: Any) -> None:
+    """Raise `ValueError` for anything but a Trainer, `AutobatchError` for one not supported."""
+    if not hasattr(trainer, "args") or not hasattr(trainer, "training_step"):
+        raise ValueError(
+            f"trainer={trainer!r} is not a transformers.Trainer; give the one to tune."
+        )
+    check_version(trainer)
+    for problem in _problems(trainer):
+        raise AutobatchError(f"This Trainer cannot be tuned: {problem}.")
+
+
+def _problems(trainer: Any) -> Iterator[str]:
+    args, kind = trainer.args, trainer.accelerator.distributed_type.value
+    if args.auto_find_batch_size:
+        yield (
+            "auto_find_batch_size=True looks for the batch size as well, and starts training again "
+            "after it has failed; leave that argument out"
+        )
+    if args.n_gpu > 1:
+        yield (
+            f"nn.DataParallel would split each batch among its {args.n_gpu} GPUs; start one "
+            "process for each with torchrun"
+        )
+    if kind == "DEEPSPEED":
+        yield "DeepSpeed sets batch size and accumulation itself; train it without autobatch"
+    elif kind == "XLA":
+        yield "XLA compiles the step again for each batch size; train it without autobatch"
+    elif kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
+        yield f"its ranks wait for each other in every forward pass ({kind})"
+    if trainer.get_tp_size() * trainer.get_cp_size() * trainer.get_sp_size() > 1:
+        yield "its model is divided among ranks, which wait for each other in every forward pass"
+    if trainer.train_dataset is None:
+        yield "it has no train_dataset"

@@ -1,0 +1,91 @@
+"""Private names of transformers 5.24 and accelerate 1.14, each behind one function."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Final
+
+from autobatch._undo import Undo, patched
+from autobatch.errors import AutobatchError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+TESTED: Final = "5.24"
+_NAMES: Final = ("_train_batch_size", "_clip_grad_norm", "_get_grad_norm", "get_batch_samples")
+
+
+def check_version(trainer: Any) -> None:
+    """Raise `AutobatchError` if this transformers lacks a name that tuning uses."""
+    missing = [name for name in _NAMES if not hasattr(trainer, name)]
+    if missing:
+        raise AutobatchError(
+            f"The Trainer of transformers {sys.modules['transformers'].__version__} has no "
+            f"{missing[0]}: autobatch was tested with transformers {TESTED}. Install that version, "
+            "or set the batch size manually."
+        )
+
+
+@contextmanager
+def shown(trainer: Any, batch_size: int, accumulate: int) -> Iterator[None]:
+    """Let a Trainer and its arguments show a batch size and an accumulation in the body."""
+    arguments = {
+        "per_device_train_batch_size": batch_size,
+        "gradient_accumulation_steps": accumulate,
+    }
+    with patched(trainer.args, **arguments), patched(trainer, _train_batch_size=batch_size):
+        yield
+
+
+def set_plan(trainer: Any, batch_size: int, accumulate: int) -> None:
+    """Set the two numbers of a plan; a Trainer reads the batch size from its arguments only once.
+
+    One process trains on one device, so that both batch sizes are the same.
+    """
+    trainer.args.per_device_train_batch_size = trainer._train_batch_size = batch_size
+    trainer.args.gradient_accumulation_steps = accumulate
+
+
+@contextmanager
+def unprepared_loaders(trainer: Any) -> Iterator[None]:
+    """Let a Trainer make loaders of all data in the body, not yet divided among the ranks.
+
+    A prepared loader enters itself into the state of accelerate as soon as it is iterated.
+    """
+
+    def unchanged(*objects: Any, **_: Any) -> Any:
+        return objects if len(objects) > 1 else objects[0]
+
+    with patched(trainer.accelerator, prepare=unchanged):
+        yield
+
+
+@contextmanager
+def gradient_state_restored(trainer: Any) -> Iterator[None]:
+    """Restore after the body whether gradients are synchronized, which one process has once."""
+    state = trainer.accelerator.gradient_state
+    with Undo() as undo:
+        undo.add(partial(state._set_sync_gradients, state.sync_gradients))
+        yield
+
+
+def synchronize(trainer: Any, *, is_last: bool) -> None:
+    """Let accelerate's optimizer step, and unscale gradients, only after the last micro-batch."""
+    trainer.accelerator.gradient_state._set_sync_gradients(is_last)
+
+
+def clip_gradients(trainer: Any, model: Any) -> None:
+    """Clip gradients and compute their norm, as before every step."""
+    norm = trainer._clip_grad_norm(model) if trainer.args.max_grad_norm > 0 else None
+    trainer._get_grad_norm(model, grad_norm=norm)
+
+
+@contextmanager
+def without_memory_tracker(trainer: Any) -> Iterator[None]:
+    """Let `train` start no thread that watches memory in the body."""
+    idle = SimpleNamespace(start=lambda: None, stop_and_update_metrics=lambda *_: None)
+    with patched(trainer, _memory_tracker=idle):
+        yield

@@ -1,0 +1,148 @@
+"""Training in a Trainer as the subject of a tuning run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from autobatch._accumulation import batch_norms
+from autobatch._plan import BatchPlan
+from autobatch._report.accumulation_notes import batch_norm, never_stepped
+from autobatch._report.tradeoff import common_rule, unwrapped
+from autobatch._subject import versions
+
+if TYPE_CHECKING:
+    from autobatch._report import Task
+    from autobatch._report.result import Look
+    from autobatch._report.tradeoff import LearningRateRule
+    from autobatch._trials.context import TrialContext
+    from autobatch._trials.time_limit import TimeLimit
+    from autobatch.transformers._data import TrainingLoader
+    from autobatch.transformers._training import TrainerSteps
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerTraining:
+    """Training in a Trainer as the subject of a tuning run.
+
+    Args:
+        workload: Runs training steps.
+        trainer: The Trainer, with everything prepared.
+        loader: The training data.
+        context: Resources of the trials.
+        previous_plan: The plan of the arguments.
+        first_note: A note on the plan that was known before; None if there is none.
+    """
+
+    workload: TrainerSteps
+    trainer: Any
+    loader: TrainingLoader
+    context: TrialContext
+    previous_plan: BatchPlan
+    first_note: str | None = None
+
+    can_accumulate: ClassVar = True
+
+    @classmethod
+    def of(
+        cls, workload: TrainerSteps, trainer: Any, loader: TrainingLoader, context: TrialContext
+    ) -> TrainerTraining:
+        """Return the subject of a Trainer that still has its own arguments."""
+        accumulate, ranks = trainer.args.gradient_accumulation_steps, trainer.args.world_size
+        previous = BatchPlan(loader.batch_size, accumulate, ranks)
+        return cls(workload, trainer, loader, context, previous)
+
+    @property
+    def task(self) -> Task:
+        return "train"
+
+    @property
+    def name(self) -> str:
+        trainer = self.trainer
+        precision = trainer.accelerator.mixed_precision
+        if precision == "no":
+            precision = str(next(trainer.model.parameters()).dtype).removeprefix("torch.")
+        names = (type(each).__name__ for each in (trainer.model, unwrapped(trainer.optimizer)))
+        return " · ".join((*names, precision))
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**versions(), **{name: version(name) for name in ("transformers", "accelerate")}}
+
+    @property
+    def start_batch_size(self) -> int:
+        return self.loader.batch_size
+
+    @property
+    def own_batch_size(self) -> int:
+        return self.loader.batch_size
+
+    @property
+    def accumulate(self) -> int:
+        return self.previous_plan.accumulate_grad_batches
+
+    @property
+    def max_samples_per_update(self) -> int | None:
+        """Samples of an epoch: a Trainer steps at its end, whatever the accumulation."""
+        return self.loader.samples
+
+    def samples_per_epoch(self, plan: BatchPlan) -> int | None:
+        samples = self.loader.samples
+        if samples is None or not self.trainer.args.dataloader_drop_last:
+            return samples
+        at_once = plan.micro_batch_size * plan.world_size
+        return samples // at_once * at_once or None
+
+    def last_micro_batch(self, batch_size: int) -> int | None:
+        """Return the rest of an epoch; accelerate fills it up where there are several ranks."""
+        samples, args = self.loader.samples, self.trainer.args
+        if samples is None:
+            return None
+        if args.dataloader_drop_last or args.world_size > 1:
+            return batch_size
+        return samples % batch_size or batch_size
+
+    def learning_rate_rule(self) -> LearningRateRule | None:
+        return common_rule([self.trainer.optimizer])
+
+    def largest_samples(self) -> Look | None:
+        return self.workload.samples.look
+
+    def traceable_step(self, accumulate: int) -> None:
+        """Return None: the Trainer's own step takes its batches from accelerate."""
+
+    def planned_seconds(self, sample_seconds: float) -> float | None:
+        args, before = self.trainer.args, self.previous_plan
+        if args.max_steps > 0:
+            samples: float = args.max_steps * before.effective_batch_size
+        elif self.loader.samples is None:
+            return None
+        else:
+            samples = args.num_train_epochs * self.loader.samples
+        return samples / before.world_size * sample_seconds
+
+    def has_batch_norm(self) -> bool:
+        return bool(batch_norms(self.trainer.model.modules()))
+
+    def trial_notes(self, plan: BatchPlan) -> tuple[str, ...]:
+        return (never_stepped(),) if self.context.optimizers.never_stepped else ()
+
+    def plan_notes(self, plan: BatchPlan, time_limit: TimeLimit) -> tuple[str, ...]:
+        return (
+            *((self.first_note,) if self.first_note else ()),
+            *batch_norm(batch_norms(self.trainer.model.modules()), plan),
+            *self._counted_updates(plan),
+        )
+
+    def _counted_updates(self, plan: BatchPlan) -> tuple[str, ...]:
+        """Return a note if `max_steps` covers more or fewer samples than before."""
+        steps, before = self.trainer.args.max_steps, self.previous_plan
+        now, then = plan.effective_batch_size, before.effective_batch_size
+        if steps <= 0 or now == then:
+            return ()
+        note = (
+            f"max_steps={steps:,} counts updates: training ends after {steps * now:,} samples "
+            f"instead of {steps * then:,}."
+        )
+        return (note,)
