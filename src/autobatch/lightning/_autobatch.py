@@ -408,6 +408,17 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Do not count validation as waiting for the loader."""
         self._run.timer.interrupt()
+        if self._arguments.survives:
+            self._run.begin_evaluation(trainer, self._arguments.device)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Leave the steps of later trials alone."""
+        self._run.end_evaluation()
+
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+        """Let testing go on when memory runs out in it."""
+        if self._arguments.survives:
+            self._run.begin_evaluation(trainer, self._arguments.device)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Do not count a checkpoint as waiting for the loader."""
