@@ -104,6 +104,7 @@ def benchmarks(session: nox.Session) -> None:
     more = ("--figure", "benchmarks/search.png", "--summary", "docs/comparison.md")
     session.run("python", "benchmarks/search.py", *page, *more, *session.posargs)
     session.run("python", "benchmarks/overhead.py", *page)
+    session.run("python", "benchmarks/auto_find.py", *page, "--summary", "docs/comparison.md")
 
 
 @nox.session(python=False)

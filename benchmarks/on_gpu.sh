@@ -37,6 +37,7 @@ tests=(tests/test_probes.py tests/test_gpu_lightning.py tests/test_gpu.py)
 marked=gpu brief=()
 if [ "$where" = cpu ]; then
   marked="not gpu and not slow and not sweep" brief=(--brief --only U-Net)
+  tests=(tests/test_probes.py) # the default tests run the others without a GPU
 fi
 outcomes=()
 

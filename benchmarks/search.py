@@ -30,7 +30,7 @@ from paper import STEPS_AFTER, OnPaper
 import networks
 from autobatch import _settings
 
-SECONDS_AFTER = 3.0  # for the further steps of a real network
+SECONDS_AFTER, QUICK_AFTER = 3.0, 0.5  # for the further steps of a real network
 BINSEARCH = "Lightning, binsearch"
 QUICK_MAXIMA = (100,)
 PLAIN = ("straight", "step-wise", "state after step 1")  # nothing has to fail on these
@@ -112,7 +112,7 @@ def _of_networks():
     return [*pairs[:1], (bare, True), *pairs[1:]]
 
 
-def on_networks(kinds):
+def on_networks(kinds, seconds_after):
     """Every contestant on every network; of one that was capped once more with a higher cap."""
     cells = []
     for kind in kinds:
@@ -131,7 +131,7 @@ def on_networks(kinds):
             result = contestant.run(work)
             key = (result.found, share, budget)
             if result.found and key not in survived:
-                survived[key] = work.survives(result.found, SECONDS_AFTER)
+                survived[key] = work.survives(result.found, seconds_after)
             steps = survived.get(key)
             who = (kind.name, "", kind.true, True, work.ends, contestant.name)
             cells.append(Cell(*who, result, steps and abs(steps), bool(steps and steps < 0)))
@@ -349,7 +349,7 @@ def summary(on_paper, real):
     return f"Measured on {machine()}.\n\n{table([*header, 'unsafe curves'], rows)}"
 
 
-def page(on_paper, real, seconds):
+def page(on_paper, real, seconds, seconds_after):
     """All of it as text."""
     parts = [f"Measured on {machine()}; {seconds:.0f} s in all."]
     parts += ["What was to be reached:", goals_table(on_paper, real)]
@@ -358,7 +358,7 @@ def page(on_paper, real, seconds):
             (
                 "Networks, each search by itself. Seconds are CPU time; timing the speed curve, which only autobatch "
                 "does, is counted beside the search. Steps survived: of a new training, as many of "
-                f"{STEPS_AFTER} as took {SECONDS_AFTER:g} s, 3 at least."
+                f"{STEPS_AFTER} as took {seconds_after:g} s, 3 at least."
             ),
             networks_table(real),
         ]
@@ -463,14 +463,15 @@ def main():
     gc.freeze()  # what was imported is not looked through after every failure
     began = time.perf_counter()
     if given.quick:
-        _settings.TIMING_SECONDS = 1.0  # nothing is said of it then
+        _settings.TIMING_SECONDS = 0.2  # nothing is said of it then
+    seconds_after = QUICK_AFTER if given.quick else SECONDS_AFTER
     on_paper, real = [], []
     if given.only != "networks":
         on_paper = on_curves(one_of_each() if given.quick else list(curves.curves(curves.MAXIMA)))
     if given.only != "curves":
         kinds = networks.KINDS[2:3] if given.quick else networks.KINDS
-        real = on_networks(kinds)
-    text = page(on_paper, real, time.perf_counter() - began)
+        real = on_networks(kinds, seconds_after)
+    text = page(on_paper, real, time.perf_counter() - began, seconds_after)
     print(f"\n{text}")
     if given.json:
         cells = {"curves": on_paper, "networks": real}

@@ -23,8 +23,8 @@ def reset():
 class Loop:
     """A loop as accelerate's documentation writes it, which records losses and learning rates."""
 
-    def __init__(self, precision="no", clips=False, kind=Accelerator):
-        self.accelerator = kind(cpu=True, mixed_precision=precision)
+    def __init__(self, precision="no", clips=False, accelerator=None):
+        self.accelerator = accelerator or Accelerator(cpu=True, mixed_precision=precision)
         set_seed(3)
         model = torch.nn.Sequential(
             torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Dropout(0.1), torch.nn.Linear(64, 16)

@@ -389,18 +389,6 @@ def standalone():
 
     device = SimulatedAccelerator(("500KiB", "200KiB")[RANK])
     report = autobatch.find(train, target_batch_size=2000, device=device)
-    wrapped = nn.parallel.DistributedDataParallel(model)
-
-    def waiting(batch_size, accumulate):
-        while True:
-            wrapped(torch.ones(batch_size, 16)).mean().backward()
-            optimizer.step()
-            yield
-
-    try:
-        autobatch.find(waiting, device=device)
-    except autobatch.AutobatchError as error:
-        refused = str(error)
 
     def selective(batch_size, accumulate):
         if RANK == 1 and 512 % batch_size:
@@ -411,7 +399,6 @@ def standalone():
     return {
         "plan": (plan.micro_batch_size, plan.accumulate_grad_batches, plan.world_size),
         "effective": plan.effective_batch_size,
-        "refused": refused,
         "selective": autobatch.find(selective, target_batch_size=240, device=device).plan,
     }
 

@@ -27,8 +27,6 @@ from torch.utils.data import (
     random_split,
 )
 
-from autobatch import _settings
-
 try:
     pl = importlib.import_module("pytorch_lightning")
 except ModuleNotFoundError:
@@ -293,6 +291,8 @@ CASES = {
     "compiled": {"model": Compilable, "compiled": True},
     "compiled part": {"model": PartlyCompiled},
 }
+# One of each kind of step also times the sizes: enough for a few visits
+TIMED = {"passed", "passed, workers", "by hand", "lbfgs", "fp16", "compiled"}
 
 
 def run(case, plan):
@@ -318,6 +318,7 @@ def run(case, plan):
             device=SimulatedAccelerator("450KiB"),
             search=autobatch.Bisection(resolution=0.25),
             steps_per_trial=2,
+            timing_seconds=0.2 if case in TIMED else 0.0,
         )
         callbacks = [tuner]
     micro, accumulate = plan or (4, 1)
@@ -380,7 +381,6 @@ def run(case, plan):
 
 def main(mode, results, plans):
     warnings.simplefilter("ignore")
-    _settings.TIMING_SECONDS = 0.2  # enough for a few visits
     importlib.import_module("torch._dynamo")  # or else the first step imports it
     gc.freeze()  # a search collects after each trial: not what imports made
     known = json.loads(Path(plans).read_text()) if mode == "by-hand" else dict.fromkeys(CASES)

@@ -15,6 +15,7 @@ from sameness import same
 pytest.importorskip("accelerate")
 
 from accelerate import Accelerator
+from tqdm import tqdm
 
 from accelerate_loops import Loop, reset
 
@@ -112,7 +113,7 @@ class Recording(Accelerator):
 
 
 def test_an_accelerator_of_the_users_class_is_restored():
-    loop = Loop(kind=Recording)
+    loop = Loop(accelerator=Recording(cpu=True))
 
     tuned(loop, 160)
 
@@ -133,3 +134,30 @@ def test_an_accelerator_made_by_the_loop_trains_the_plan():
 
     reset()
     assert same(records[-1], Loop().result(plan, updates=8)[0])
+
+
+@pytest.mark.parametrize("is_barred", [False, True])
+def test_a_model_made_after_free_memory_trains_the_plan(is_barred):
+    """As the examples of accelerate shrink a batch: all is made again for each size."""
+
+    def train(batch_size, accumulate):
+        accelerator.free_memory()
+        loop = Loop(accelerator=accelerator)
+        records.append(loop.record)
+        steps = loop.train(batch_size, accumulate)
+        yield from tqdm(steps, disable=None) if is_barred else steps
+
+    def trained(plan):
+        steps = train(plan.micro_batch_size, plan.accumulate_grad_batches)
+        deque(itertools.islice(steps, 8), maxlen=0)
+        return records[-1]
+
+    records, accelerator = [], Accelerator(cpu=True)
+    device = SimulatedAccelerator(220_000)
+    plan = autobatch.find(train, target_batch_size=160, device=device, **TUNING).plan
+    after_tuning = trained(plan)
+    reset()
+    accelerator = Accelerator(cpu=True)
+
+    assert same(after_tuning, trained(plan))
+    assert len(after_tuning) > 8

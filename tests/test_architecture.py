@@ -297,7 +297,7 @@ def test_find_and_autobatch_share_their_keywords():
     needs_lightning()
     finds = inspect.signature(autobatch.find).parameters
     tunes = inspect.signature(autobatch.AutoBatch).parameters
-    own_of_find = {"workload", "restore", "dataset_size"}
+    own_of_find = {"workload", "restore", "dataset_size", "data_parallel_size"}
     own_of_autobatch = {
         "batch_arg_name",
         "evaluate",

@@ -27,7 +27,7 @@ def timing(*seconds, optimizer=()):
 
 
 def accumulation(samples):
-    return Accumulation(is_supported=True, default=1, target=samples, world_size=1)
+    return Accumulation(is_supported=True, default=1, target=samples, replicas=1)
 
 
 # Which sizes

@@ -7,16 +7,28 @@ import contextlib
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import _world
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+import autobatch
 from autobatch._distributed.dry import DryCollectives
 from autobatch._memory.ledger import Ledger
 from autobatch._trials.snapshot import Snapshot
 from autobatch.errors import AutobatchError
 from sameness import same
-from sharded_models import KINDS, Network, batch, local, parts, sharded, update
+from sharded_models import (
+    KINDS,
+    Network,
+    batch,
+    flattened,
+    fully_sharded,
+    local,
+    parts,
+    sharded,
+    update,
+)
 
 CPU = torch.device("cpu")
 
@@ -178,3 +190,53 @@ def test_gradients_of_a_sharded_module_are_restored(four):
         network.zero_grad()
 
     assert same([local(each.grad) for each in network.parameters()], before)
+
+
+# What is refused
+
+
+class DeepSpeedEngine(torch.nn.Linear):
+    """A stand-in by name: DeepSpeed is not installed."""
+
+
+def refused(model):
+    def train(batch_size):
+        model(torch.ones(batch_size, 16)).sum().backward()
+
+    with pytest.raises(AutobatchError) as caught:
+        autobatch.find(train, device="simulated:1MiB")
+    return str(caught.value)
+
+
+def test_what_cannot_be_restored_exactly_is_refused_in_one_sentence(four):
+    from torch.distributed.fsdp import CPUOffload, CPUOffloadPolicy
+
+    offloaded = Network()
+    fully_sharded(
+        offloaded,
+        mesh=init_device_mesh("cpu", (4,)),
+        offload_policy=CPUOffloadPolicy(pin_memory=False),
+    )
+
+    assert "give it use_orig_params=True" in refused(flattened(Network(), use_orig_params=False))
+    assert "(CPU offload)" in refused(flattened(Network(), cpu_offload=CPUOffload(True)))
+    assert "(CPU offload)" in refused(offloaded)
+    assert "train_micro_batch_size_per_gpu and gradient_acc" in refused(DeepSpeedEngine(16, 1))
+
+
+def test_pipeline_parallelism_is_refused(four):
+    from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+
+    stage = PipelineStage(Network(), 0, 4, torch.device("cpu"))
+    schedule = ScheduleGPipe(stage, 4)
+
+    assert "of pipeline parallelism" in refused(schedule.step)
+
+
+def test_symmetric_memory_is_refused(four, monkeypatch):
+    from torch.distributed import _symmetric_memory
+
+    monkeypatch.setitem(_symmetric_memory._group_name_to_store, four.group_name, None)
+
+    with pytest.raises(AutobatchError, match="has symmetric memory"), DryCollectives():
+        pass

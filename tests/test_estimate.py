@@ -96,7 +96,7 @@ def test_predicted_bytes_equal_those_of_real_tensors(make, batch):
     estimate = MemoryEstimate.of(step, None)
 
     for size in (7, 64):
-        assert estimate.requested(size) == measured(step, size)
+        assert estimate.peaks(size).requested == measured(step, size)
 
 
 def test_predicted_bytes_follow_the_order_of_calls_of_a_trainer():
@@ -105,7 +105,7 @@ def test_predicted_bytes_follow_the_order_of_calls_of_a_trainer():
     plain = step_of(model, lambda size: (torch.randn(size, 192), images(size)[1]))
     as_trainer = replace(plain, accumulate=2, zeroes_after_forward=True)
 
-    predicted = [MemoryEstimate.of(step, None).requested(256) for step in (plain, as_trainer)]
+    predicted = [MemoryEstimate.of(step, None).peaks(256).requested for step in (plain, as_trainer)]
 
     assert predicted == [measured(plain, 256), measured(as_trainer, 256)]
 
@@ -247,11 +247,11 @@ def test_the_largest_size_fits_its_capacity_and_the_next_does_not(gpu):
 
     largest = estimate.largest(capacity, 2**20)
 
-    assert estimate.reserved(largest, capacity) <= capacity
+    assert max(peaks.reserved for peaks in estimate.steps(largest, capacity)) <= capacity
     assert estimate.steps(largest, capacity)[-1].fit is Fit.PLAIN
     beyond = estimate.steps(largest + largest // 500, capacity)[-1]
     assert beyond.fit is not Fit.PLAIN
-    assert estimate.reserved(2 * largest, capacity) is None
+    assert estimate.steps(2 * largest, capacity)[-1].fit is Fit.OUT_OF_MEMORY
     assert estimate.largest(1024, 2**20) == 0
 
 

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 import autobatch
+from autobatch._trials.reachable import Watched
 from autobatch.testing import SimulatedAccelerator
 from finding import perceptron, state_of, unchanged
 from networks import training
@@ -347,3 +348,20 @@ def test_values_that_a_loop_replaces_are_not_kept():
     assert set(alive) == {0}
     (note,) = (note for note in report.notes if "cannot restore" in note)
     assert note.startswith("Trials changed alive, hidden, holder.state, states, and")
+
+
+@pytest.mark.parametrize("updates", [1, 2, 4])
+def test_a_value_at_the_address_of_a_dead_one_is_another(updates):
+    """Python gives the addresses of freed values to new ones."""
+    hidden, states, holder = torch.zeros(3), [torch.zeros(3)], Nested(state=torch.zeros(3))
+
+    def train():
+        nonlocal hidden
+        for _ in range(updates):
+            hidden, states[0], holder.state = torch.ones(3), torch.ones(3), torch.ones(3)
+        return hidden
+
+    watched = Watched(train, ())
+    train()
+
+    assert watched.changed() == ["hidden", "states", "holder.state"]

@@ -444,7 +444,7 @@ def test_the_first_size_is_the_loaders_own(method, own):
 @pytest.mark.parametrize("method", ALL)
 @pytest.mark.parametrize("capacity", ["300KiB", "400KiB", "500KiB"])
 def test_a_size_that_ran_out_of_memory_is_never_returned(method, capacity):
-    report = tuner(capacity, search=autobatch.Bisection()).tune(
+    report = tuner(capacity, search=autobatch.Bisection(resolution=0.1)).tune(
         trainer(), Everything(), method=method, **passed(method, loader())
     )
 

@@ -1,22 +1,19 @@
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.util
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from autobatch import BatchPlan, Outcome, Trial
 from autobatch._distributed import SingleProcess
 from autobatch._trials.runner import merged
-from forked import forked
 from sameness import same
+from torchrun import free_port, on_two_ranks, results
 
 CASES = Path(__file__).with_name("ddp_cases.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -77,12 +74,6 @@ def test_a_single_process_gathers_its_own_value_and_error():
 # Two real processes
 
 
-def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return str(one.getsockname()[1])
-
-
 def finish(*processes):
     """Wait for all processes; kill those that hang, and fail the test."""
     outputs = []
@@ -94,23 +85,6 @@ def finish(*processes):
                 each.kill()
             raise
     assert [process.returncode for process in processes] == [0] * len(processes), outputs
-
-
-def as_by_torchrun(rank, port):
-    """Return the environment of one of two processes; slow tests use torchrun itself."""
-    return {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "GROUP_RANK": "0",
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "GROUP_WORLD_SIZE": "1",
-        "TORCHELASTIC_RUN_ID": "none",
-        "TORCHELASTIC_RESTART_COUNT": "0",
-        "TORCHELASTIC_USE_AGENT_STORE": "False",
-    }
 
 
 def start(*command):
@@ -126,10 +100,6 @@ def start(*command):
         text=True,
         env={**environment, "OMP_NUM_THREADS": "1"},
     )
-
-
-def results(directory):
-    return [torch.load(directory / f"rank-{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -153,15 +123,7 @@ def job(tmp_path_factory):
         "refusing",
     )
     importlib.import_module("torchmetrics")  # once, for both
-    with contextlib.ExitStack() as stack:
-        port = free_port()
-        ranks = [
-            stack.enter_context(forked(CASES, where, *cases, env=as_by_torchrun(rank, port)))
-            for rank in (0, 1)
-        ]
-        ended = [finish() for finish in ranks]
-    assert [each.returncode for each in ended] == [0, 0], [each.stderr for each in ended]
-    return results(where)
+    return on_two_ranks(CASES, where, *cases)
 
 
 def assert_as_by_hand(ranks):
@@ -287,12 +249,11 @@ def test_one_rank_decides_for_all_if_a_batch_can_be_split(job):
 
 
 @needs_lightning
-def test_find_agrees_on_ranks_and_refuses_ddp_models(job):
+def test_find_agrees_on_ranks(job):
     first, second = (rank["standalone"] for rank in job)
 
     assert first == second
     assert first["effective"] == 2000
-    assert "DistributedDataParallel" in first["refused"]
     # 120 on each rank, of which the second refuses all but powers of two
     assert first["selective"] == BatchPlan(8, 15, 2)
 

@@ -522,3 +522,70 @@ def test_error_that_training_alone_raises_is_the_same_with_autobatch(module, loa
     alone, tuned = errors
     assert type(tuned) is type(alone)
     assert str(tuned) == str(alone)
+
+
+# Samples and batches that fail
+
+
+class Damaged(Dataset):
+    """Replaces a sample that cannot be read by a random other one, or by None."""
+
+    def __init__(self, replaces):
+        self.replaces = replaces
+
+    def __len__(self):
+        return len(PAIRS)
+
+    def __getitem__(self, index):
+        while index % 7 == 0:
+            if not self.replaces:
+                return None
+            index = random.randrange(len(PAIRS))
+        return PAIRS[index]
+
+
+def readable(samples):
+    """Collate what could be read; None if that is nothing."""
+    kept = [each for each in samples if each is not None]
+    return default_collate(kept) if kept else None
+
+
+class Skips(Recorded):
+    def training_step(self, batch, batch_idx):
+        return None if batch is None else super().training_step(batch, batch_idx)
+
+
+def test_samples_that_cannot_be_read_are_replaced_as_by_hand():
+    both = compared(lambda size: DataLoader(Damaged(replaces=True), size, shuffle=True), **UNTIMED)
+
+    both.check()
+
+
+@pytest.mark.parametrize("own", [5, 1])
+def test_batches_without_the_samples_that_cannot_be_read_train_as_by_hand(own):
+    both = compared(collated(readable, Damaged(replaces=False)), Skips, own=own, **UNTIMED)
+
+    both.check()
+    assert 0 < sum(both.tuned.sizes) < 2 * len(PAIRS)
+
+
+class OfBatches:
+    """Larger batches of pairs that belong together."""
+
+    def __init__(self, batch_size):
+        self.batch_size = batch_size
+
+    def __len__(self):
+        return math.ceil(len(PAIRS) / self.batch_size)
+
+    def __iter__(self):
+        order = torch.randperm(len(PAIRS) // 2).tolist()
+        pairs = [index for each in order for index in (2 * each, 2 * each + 1)]
+        for at in range(0, len(pairs), self.batch_size):
+            yield pairs[at : at + self.batch_size]
+
+
+def test_batches_of_samples_that_belong_together_give_the_order_by_hand():
+    both = compared(lambda size: DataLoader(PAIRS, batch_sampler=OfBatches(size)), **UNTIMED)
+
+    both.check()

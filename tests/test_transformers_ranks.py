@@ -14,7 +14,14 @@ import hugging_face  # noqa: F401 -- skips without transformers
 @pytest.mark.timeout(200)
 def test_two_ranks_train_as_with_both_numbers_written_by_hand(tmp_path):
     script = Path(__file__).with_name("transformers_rank.py")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
 
     run = subprocess.run(
         [*launch, "--master-port", "0", script, tmp_path],

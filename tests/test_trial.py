@@ -334,7 +334,8 @@ def branching(model, optimizer):
 
     def train(batch_size, accumulate):
         while True:
-            loss = model.loss(batch_size) + model.loss(batch_size) * model.loss(batch_size)
+            first = model.loss(batch_size)
+            loss = first + first * model.loss(batch_size)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

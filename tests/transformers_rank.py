@@ -11,15 +11,15 @@ from pathlib import Path
 
 import torch
 
-torch.set_num_threads(1)
-
 from autobatch import _settings
 from autobatch.testing import SimulatedAccelerator
 from hugging_face import compared
 
+torch.set_num_threads(1)
+
 _settings.TIMING_SECONDS = 0.0
 rank = int(os.environ["RANK"])
-device = SimulatedAccelerator("64MiB" if rank == 0 else "2MiB")
+device = SimulatedAccelerator("64MiB" if rank == 0 else "650KiB")
 options = {"target_batch_size": 48, "max_micro_batch_size": 24, "device": device}
 pair = compared(Path(sys.argv[1]) / str(rank), tune=options, ddp_find_unused_parameters=False)
 pair.check()

@@ -28,15 +28,10 @@ _TIMES_RANDOM: Final = 3.0
 
 @dataclass(frozen=True, slots=True)
 class BatchNorms:
-    """Number of layers that normalize with the statistics of the current batch.
+    """Number of layers that normalize with the statistics of the current batch."""
 
-    Args:
-        alone: Layers that see one micro-batch of one rank.
-        together: SyncBatchNorm layers, which see the micro-batches of all ranks.
-    """
-
-    alone: int
-    together: int
+    alone: int  # layers that see one micro-batch of one rank
+    together: int  # SyncBatchNorm layers, which see the micro-batches of all ranks
 
     def __bool__(self) -> bool:
         """Return True if there are any."""
@@ -45,17 +40,11 @@ class BatchNorms:
 
 @dataclass(frozen=True, slots=True)
 class Splitting:
-    """Measured difference between the gradient of a batch and the mean gradient of its halves.
-
-    Args:
-        samples: Samples in the batch.
-        change: Norm of the difference, as a share of the norm of the whole gradient.
-        is_sum: The whole gradient is the sum of those of the halves instead.
-    """
+    """Measured difference between the gradient of a batch and the mean gradient of its halves."""
 
     samples: int
-    change: float
-    is_sum: bool
+    change: float  # norm of the difference, as a share of the norm of the whole gradient
+    is_sum: bool  # the whole gradient is the sum of those of the halves instead
 
 
 class UndecidedError(Exception):

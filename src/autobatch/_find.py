@@ -7,16 +7,21 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from autobatch._distributed import current_ranks
+from autobatch._distributed import checked_replicas, current_ranks
+from autobatch._distributed.sharding import (
+    bring_to_rest,
+    check_can_rest,
+    check_no_pipeline,
+)
 from autobatch._memory.detect import detect
 from autobatch._report.known_plan import known_plan
 from autobatch._settings import Settings, checked_verbose
 from autobatch._subject import PlainLoop, accepts_accumulate
 from autobatch._trials.context import MemoryBudget, TrialContext
-from autobatch._trials.first_use import FirstUse, check_not_synchronizing
+from autobatch._trials.first_use import FirstUse
 from autobatch._trials.holders import with_state
 from autobatch._trials.optimizers import OptimizerWatch
-from autobatch._trials.reachable import Watched
+from autobatch._trials.reachable import Watched, reachable
 from autobatch._trials.snapshot import Snapshot, restorable
 from autobatch._tune import checked_search, tune
 from autobatch.sinks import log, progress
@@ -52,6 +57,7 @@ def find(
     verbose: bool = True,
     restore: Sequence[Any] = (),
     dataset_size: int | None = None,
+    data_parallel_size: int | None = None,
 ) -> TuningReport:
     """Find the batch sizes that fit, and a plan to reach the effective batch.
 
@@ -64,8 +70,8 @@ def find(
             micro-batch size and yields after each optimizer step. Without the parameter
             `accumulate`, all plans have one micro-batch per update. It may yield the number of
             samples in its last micro-batch. A plain function that runs one step per call is
-            accepted too. In a `torch.distributed` job every rank calls `find`, and the workload
-            runs the model itself, not its DistributedDataParallel.
+            accepted too. In a `torch.distributed` job every rank calls `find`; the workload may run
+            a model in DistributedDataParallel, FSDP, `fully_shard` or tensor parallelism.
         target_batch_size: Samples per optimizer update, over all ranks. None: as `prefer` says.
         prefer: Without a target, "fast" takes the smallest micro-batch within 5 % of the fastest
             that fits, or the size given by the user if that is as fast; "largest" takes the largest
@@ -93,6 +99,8 @@ def find(
         restore: Further objects to restore, which the workload does not reach: anything with
             `state_dict` and `load_state_dict`, generators, tensors.
         dataset_size: Samples per epoch; bounds the search and gives updates per epoch.
+        data_parallel_size: In a `torch.distributed` job, the number of ranks that train on different
+            data. None: as the parameters of the model are divided, or else all ranks.
 
     Returns:
         The report: `report.plan`, `report.trials`, `report.budget`; `print(report)` shows it all.
@@ -134,8 +142,12 @@ def find(
     is_training = latency_limit is None
     probe = detect(named_device(device), model_device)
     began = probe.clock()
+    modules = [each for each in (*restored, *trainable) if isinstance(each, torch.nn.Module)]
+    check_can_rest(modules)
+    check_no_pipeline(each.value for each in reachable(workload))
+    replicas = checked_replicas(data_parallel_size, modules)
     with (
-        current_ranks() as ranks,
+        current_ranks(replicas) as ranks,
         ranks.abort_together(),
         Snapshot() as snapshot,
         OptimizerWatch(probe.clock) as optimizers,
@@ -143,10 +155,9 @@ def find(
     ):
         # A device that the user named is not compared with that of the model
         on_first_use = FirstUse(
-            probe, optimizers, None if device else model_device, ranks, is_training=is_training
+            probe, optimizers, None if device else model_device, is_training=is_training
         )
-        if ranks.world_size > 1:
-            check_not_synchronizing(*trainable)
+        bring_to_rest(modules)  # a forward pass before may have left parameters gathered
         snapshot.capture(*restored, *trainable)
         snapshot.capture_if_possible(others)
         if is_training:
@@ -164,7 +175,7 @@ def find(
         watched = Watched(workload, [*restored, probe])
         subject = PlainLoop(workload, can_accumulate, settings, context, watched)
         strategy = checked_search(search)
-        known = known_plan(plan, settings, world_size=ranks.world_size)
+        known = known_plan(plan, settings, world_size=ranks.replicas)
         with snapshot.at_first_step(on_first_use):
             report = tune(subject, settings, context, strategy, known=known)
     if ranks.rank == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING, Final
 
 from autobatch._throughput import StepTimes
@@ -34,7 +35,7 @@ class BatchPlan:
     Args:
         micro_batch_size: Samples per device and forward pass.
         accumulate_grad_batches: Micro-batches per optimizer update.
-        world_size: Ranks that train together.
+        world_size: Ranks that train on different data.
 
     Example:
         >>> BatchPlan(micro_batch_size=32, accumulate_grad_batches=8).effective_batch_size
@@ -264,7 +265,7 @@ class _Choice:
 
     @property
     def _world_size(self) -> int:
-        return self.runner.accumulation.world_size
+        return self.runner.accumulation.replicas
 
 
 def candidates(
@@ -290,13 +291,15 @@ def candidates(
         for size in sorted(preference.order(sizes), reverse=True)
     ]
     timed = {size: max(1, round(samples / size)) for size in times.sizes if size <= samples}
-    fastest = min(times.by_size(timed).values(), key=_seconds, default=None)
+    fastest = min(times.by_size(timed).values(), key=attrgetter("seconds"), default=None)
     fast = [] if fastest is None else _fast(exact, fastest, times)
     cheap = [plan for plan in exact if plan.accumulate_grad_batches <= most]
+    plans = list(dict.fromkeys((*fast, *cheap)))
+    fast = fast or fast_plans(cheap, times, preference)
     if fast:
-        return _preferred_first(fast, [*fast, *cheap], times, preference)
-    if cheap:
-        return _by_speed(cheap, times, preference)
+        return _preferred_first(fast, plans, times, preference)
+    if plans:  # nothing was timed: those with the fewest micro-batches come first
+        return tuple(plans)
     sizes = list(range(largest, ceil_div(samples, most) - 1, -1))
     near = (
         BatchPlan(size, max(1, round(samples / size)), world_size) for size in sizes if usable(size)
@@ -316,18 +319,11 @@ def fast_plans(
     known = [time for plan in plans if (time := _time(plan, times)) is not None]
     if not known:
         return []
-    fast = {plan.micro_batch_size: plan for plan in _fast(plans, min(known, key=_seconds), times)}
+    fast = {
+        plan.micro_batch_size: plan
+        for plan in _fast(plans, min(known, key=attrgetter("seconds")), times)
+    }
     return [fast[size] for size in preference.order(fast)]
-
-
-def _by_speed(
-    plans: list[BatchPlan], times: StepTimes, preference: Preference
-) -> tuple[BatchPlan, ...]:
-    """Return the preferred one of the fastest plans first, then the others by speed."""
-    fast = fast_plans(plans, times, preference)
-    if not fast:
-        return tuple(sorted(plans, key=lambda plan: plan.accumulate_grad_batches))
-    return _preferred_first(fast, plans, times, preference)
 
 
 def _fast(plans: Iterable[BatchPlan], fastest: SampleTime, times: StepTimes) -> list[BatchPlan]:
@@ -341,7 +337,7 @@ def _preferred_first(
 ) -> tuple[BatchPlan, ...]:
     preferred = preference.order([plan.micro_batch_size for plan in fast])[0]
     first = next(plan for plan in fast if plan.micro_batch_size == preferred)
-    others = [plan for plan in dict.fromkeys(plans) if plan != first]
+    others = [plan for plan in plans if plan != first]
 
     def seconds(plan: BatchPlan) -> float:
         known = _time(plan, times)
@@ -352,10 +348,6 @@ def _preferred_first(
 
 def _time(plan: BatchPlan, times: StepTimes) -> SampleTime | None:
     return times.per_sample(plan.micro_batch_size, plan.accumulate_grad_batches)
-
-
-def _seconds(time: SampleTime) -> float:
-    return time.seconds
 
 
 def nearest(target: int, world_size: int, sizes: Iterable[int]) -> BatchPlan:

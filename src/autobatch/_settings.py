@@ -5,14 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from autobatch._memory import parse_memory_limit
 
@@ -34,14 +27,17 @@ _ALLOWED: Final = {
 TIMING_SECONDS: Final = 20.0
 
 
+def checked_switch(name: str, value: object, choice: str) -> bool:
+    """Return an argument; `ValueError` if it is neither True nor False. `choice` says what to give."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} is not a switch; give {choice}.")
+    return value
+
+
 def checked_verbose(verbose: object) -> bool:
     """Return `verbose`; `ValueError` if it is neither True nor False."""
-    if not isinstance(verbose, bool):
-        raise ValueError(
-            f"verbose={verbose!r} is not a switch; give True to show progress and report, or False "
-            "to print nothing."
-        )
-    return verbose
+    choice = "True to show progress and report, or False to print nothing"
+    return checked_switch("verbose", verbose, choice)
 
 
 def _index(value: Any) -> Any:

@@ -176,7 +176,7 @@ class PlainLoop:
     def last_micro_batch(self, batch_size: int) -> int | None:
         """Return the rest of the data set; with several ranks the loop divides it as it likes."""
         samples = self.settings.dataset_size
-        if samples is None or self.context.ranks.world_size > 1:
+        if samples is None or self.context.ranks.replicas > 1:
             return None
         return samples % batch_size or batch_size
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Final
 
@@ -11,12 +12,7 @@ from autobatch._guide import Guide
 from autobatch._latency import best_within
 from autobatch._latency.search import SECONDS_TIMED, LatencySearch
 from autobatch._memory.host import HostProbe
-from autobatch._plan import (
-    MAX_CONFIRMATIONS,
-    BatchPlan,
-    check_can_accumulate,
-    choose_plan,
-)
+from autobatch._plan import MAX_CONFIRMATIONS, BatchPlan, check_can_accumulate, choose_plan
 from autobatch._report import Device, TuningReport
 from autobatch._report.known_plan import known_plan
 from autobatch._report.latency import nothing_within, too_slow_reason
@@ -62,6 +58,8 @@ def tune(
         search: Strategy that proposes batch sizes.
         known: A plan to verify instead of a search.
     """
+    if context.ranks.as_if:
+        settings = without_timing(settings, context.ranks.as_if)
     accumulation = accumulation_of(subject, settings, context.ranks)
     own_size = own_batch_size(subject, known, context.ranks)
     runner = TrialRunner(subject.workload, accumulation, settings, context, own_size)
@@ -98,26 +96,36 @@ def tune(
     return report.model_copy(update={"guide": guide.way})
 
 
+def without_timing(settings: Settings, devices: int) -> Settings:
+    """Return the settings of a job that does not run: its communication cannot be timed."""
+    if settings.latency_limit is not None:
+        raise ValueError(
+            f"latency_limit={settings.latency_limit:g} is about time, which one process cannot "
+            f"measure for {devices} devices; leave it out, or run all of them."
+        )
+    return settings.model_copy(update={"timing_seconds": 0.0})
+
+
 def accumulation_of(subject: Subject, settings: Settings, ranks: Ranks) -> Accumulation:
     """Return the gradient accumulation of a run, for as much of the target as there is data.
 
     Ranks may have shards of different lengths; the shortest counts for all of them.
     """
-    world_size, target = ranks.world_size, settings.target_batch_size
+    replicas, target = ranks.replicas, settings.target_batch_size
     lengths = ranks.gather(subject.max_samples_per_update)
     most = min((length for length in lengths if length is not None), default=None)
-    if target is not None and target < world_size:
+    if target is not None and target < replicas:
         raise ValueError(
-            f"target_batch_size={target} is less than one sample for each of the {world_size} "
-            f"ranks; give {world_size} or more."
+            f"target_batch_size={target} is less than one sample for each of the {replicas} "
+            f"ranks; give {replicas} or more."
         )
     if target is not None and most is not None and target > most:
-        target = max(world_size, most - most % world_size)
+        target = max(replicas, most - most % replicas)
     return Accumulation(
         is_supported=subject.can_accumulate,
         default=subject.accumulate,
         target=target,
-        world_size=world_size,
+        replicas=replicas,
     )
 
 
@@ -134,6 +142,7 @@ class _Arguments:
     settings: Settings
     accumulate: int
     known: BatchPlan | None
+    data_parallel_size: int
 
 
 def check_same_arguments(
@@ -142,7 +151,7 @@ def check_same_arguments(
     """Refuse different arguments on different ranks."""
     # Ranks may have shards of different lengths
     settings = settings.model_copy(update={"dataset_size": None})
-    own = _Arguments(settings, subject.accumulate, known)
+    own = _Arguments(settings, subject.accumulate, known, ranks.replicas)
     for rank, other in enumerate(ranks.gather(own)):
         if other != own:
             raise AutobatchError(
@@ -153,17 +162,11 @@ def check_same_arguments(
 
 @dataclass(frozen=True, slots=True)
 class SearchRange:
-    """Batch sizes to search.
+    """Batch sizes to search."""
 
-    Args:
-        start: The first size to try.
-        high: The largest size to try.
-        bound: The tightest bound by the arguments; None if there is none.
-    """
-
-    start: int
-    high: int
-    bound: Bound | None
+    start: int  # the first size to try
+    high: int  # the largest size to try
+    bound: Bound | None  # the tightest bound by the arguments; None if there is none
 
     def limited(self, high: int) -> SearchRange:
         """Return the range without sizes above `high`."""
@@ -181,7 +184,7 @@ class SearchRange:
 
 def search_range(subject: Subject, settings: Settings, ranks: Ranks) -> SearchRange:
     """Return the batch sizes to search, the same on every rank."""
-    bound = tightest_bound(settings, ranks.world_size)
+    bound = tightest_bound(settings, ranks.replicas)
     high = max(1, bound.batch_size) if bound else _MAX_BATCH_SIZE
     ranges = ranks.gather(SearchRange(subject.start_batch_size, high, bound))
     return SearchRange(ranges[0].start, min(each.high for each in ranges), bound)
@@ -240,21 +243,18 @@ def _next_size(
 ) -> int | None:
     """Return the size that the search proposes, if there is time for it; None to end."""
     trials_after = MAX_CONFIRMATIONS if runner.accumulation.is_split else 0
+    has_time_for = partial(runner.has_time_for, trials_after=trials_after)
     if latency is not None and runner.fitting:
         # Memory may have room for sizes that are far too slow
         sizes = sizes.limited(latency.reach)
     size = _proposal(search, runner, sizes)
-    if size is None:
-        # The search has its answer: sizes left out for lack of time do not matter
-        runner.is_out_of_time = False
-        return None
-    runner.is_out_of_time = not runner.has_time_for(size, trials_after=trials_after)
-    if runner.is_out_of_time:
-        affordable = runner.affordable(trials_after=trials_after)
-        size = _proposal(search, runner, sizes.limited(affordable or sizes.high))
-        if size is None or not runner.has_time_for(size, trials_after=trials_after):
-            return None
-    return size
+    # Once the search has its answer, sizes left out for lack of time do not matter
+    runner.is_out_of_time = size is not None and not has_time_for(size)
+    if not runner.is_out_of_time:
+        return size
+    affordable = runner.affordable(trials_after=trials_after)
+    size = _proposal(search, runner, sizes.limited(affordable or sizes.high))
+    return size if size is not None and has_time_for(size) else None
 
 
 def _proposal(search: Search, runner: TrialRunner, sizes: SearchRange) -> int | None:
@@ -271,7 +271,7 @@ def find_best_within(latency: LatencySearch, runner: TrialRunner) -> BatchPlan:
     best = best_within(latency.latencies, latency.limit.seconds)
     if best is None:
         raise DoesNotFitError(nothing_within(latency.latencies, latency.limit))
-    return BatchPlan(best.batch_size, world_size=runner.accumulation.world_size)
+    return BatchPlan(best.batch_size, world_size=runner.accumulation.replicas)
 
 
 def most_timing_seconds(settings: Settings) -> float:
@@ -357,6 +357,8 @@ def build_report(
         task=subject.task,
         latencies=latency.latencies if latency else (),
         can_accumulate=subject.can_accumulate,
+        devices=context.ranks.as_if or context.ranks.world_size,
+        as_if=context.ranks.as_if is not None,
         dataset_size=subject.samples_per_epoch(plan),
         look=subject.largest_samples(),
         curve=throughput.curve,
@@ -372,19 +374,14 @@ def build_report(
 
 @dataclass(frozen=True, slots=True)
 class PriorPlan:
-    """A plan to verify before a search, or instead of one.
+    """A plan to verify before a search, or instead of one."""
 
-    Args:
-        plan: A plan to verify by one trial; None: search at once.
-        target: The effective batch size a search has to reach; None: the one of the settings.
-        refusal: The error if the plan does not fit and no other plan may be trained; None: search.
-        note: The note in the report; None: the plan is the user's own.
-    """
-
-    plan: BatchPlan | None = None
+    plan: BatchPlan | None = None  # to verify by one trial; None: search at once
+    # The effective batch size a search has to reach; None: the one of the settings
     target: int | None = None
+    # The error if the plan does not fit and no other plan may be trained; None: search
     refusal: str | None = None
-    note: str | None = None
+    note: str | None = None  # the note in the report; None: the plan is the user's own
 
 
 def verify_or_search(

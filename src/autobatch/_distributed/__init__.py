@@ -6,14 +6,16 @@ import json
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, Self, TypeVar
 
 from autobatch import errors
 from autobatch._distributed.dry import DryCollectives
+from autobatch._distributed.sharding import data_parallel_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
+    from torch.nn import Module
 
 T = TypeVar("T")
 E = TypeVar("E", bound=BaseException)
@@ -34,7 +36,15 @@ class Ranks(Protocol):
 
     @property
     def world_size(self) -> int:
-        """Number of processes."""
+        """Number of processes that agree with each other."""
+
+    @property
+    def replicas(self) -> int:
+        """Number of ranks that train on different data: an update has the samples of all."""
+
+    @property
+    def as_if(self) -> int | None:
+        """Number of ranks of a job that does not run, for which this process stands; None: it runs."""
 
     def gather(self, value: T) -> Sequence[T]:
         """Return the values of all ranks, in the order of their indices; every rank calls it."""
@@ -46,11 +56,20 @@ class Ranks(Protocol):
         """Let collectives of the body wait for no other rank; `gather` goes on as before."""
 
 
+@dataclass(frozen=True, slots=True)
 class SingleProcess:
-    """A single process."""
+    """A single process, or one rank of a job that does not run.
 
-    rank = 0
-    world_size = 1
+    Args:
+        replicas: Number of ranks that train on different data.
+        as_if: Number of ranks of that job; None without one.
+    """
+
+    replicas: int = 1
+    as_if: int | None = None
+
+    rank: ClassVar = 0
+    world_size: ClassVar = 1
 
     def gather(self, value: T) -> Sequence[T]:
         """Return the value as the only one."""
@@ -61,8 +80,8 @@ class SingleProcess:
         return nullcontext()
 
     def dry(self) -> AbstractContextManager[object]:
-        """Do nothing: collectives wait for nobody."""
-        return nullcontext()
+        """Let collectives of a job that does not run give the memory of those that would."""
+        return DryCollectives() if self.as_if else nullcontext()
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +106,19 @@ class ProcessGroup:
     That group needs no GPU memory, and stays usable when a training step fails in the middle of a
     collective. Every rank has to enter and leave it as a context manager; a rank that does not
     enter it ends the others in one sentence.
+
+    Args:
+        replicas: Number of ranks that train on different data.
     """
 
-    def __init__(self) -> None:
+    as_if = None
+
+    def __init__(self, replicas: int) -> None:
         import torch.distributed as dist
 
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
+        self.replicas = replicas
         self._group: Any = None
         self._nesting = 0  # of abort_together
 
@@ -244,12 +269,47 @@ def stopping_together() -> Iterator[None]:
     _Meeting().wait()
 
 
-def current_ranks() -> AbstractContextManager[Ranks]:
-    """Return all ranks of the current `torch.distributed` job, or this process alone."""
-    return ProcessGroup() if _is_distributed() else nullcontext(SingleProcess())
+def current_ranks(replicas: int | None = None) -> AbstractContextManager[Ranks]:
+    """Return all ranks of the current `torch.distributed` job, or this process alone.
+
+    In a job on the fake back end of torch, in which no other rank runs, this process stands for all.
+
+    Args:
+        replicas: Number of ranks that train on different data; None: all of them.
+    """
+    size = job_size()
+    if _is_distributed():
+        return ProcessGroup(replicas or size)
+    return nullcontext(SingleProcess(replicas or size, size) if size > 1 else SingleProcess())
+
+
+def checked_replicas(given: int | None, modules: Iterable[Module]) -> int | None:
+    """Return the number of ranks that train on different data: as given, or as modules are divided.
+
+    Raises:
+        ValueError: The number given does not divide the ranks.
+    """
+    size = job_size()
+    if given is None:
+        derived = data_parallel_size(modules, size) if size > 1 else None
+        return None if derived is None or size % derived else derived
+    if type(given) is not int or given < 1 or size % given:
+        raise ValueError(
+            f"data_parallel_size={given!r} does not divide the {size} ranks of this job; give the "
+            "number of ranks that train on different data."
+        )
+    return given
+
+
+def job_size() -> int:
+    """Return the number of ranks of the current job, whether they run or not."""
+    import torch.distributed as dist
+
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _is_distributed() -> bool:
+    """Return True if other ranks run."""
     import torch.distributed as dist
 
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return job_size() > 1 and dist.get_backend() != "fake"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import TYPE_CHECKING, Any, Final
 
 from autobatch.errors import AutobatchError
@@ -22,6 +23,30 @@ def is_sharded(module: Module) -> bool:
     if any(isinstance(part, kinds) for part in module.modules()):
         return True
     return any(isinstance(each, tensors) for each in module.parameters())
+
+
+def data_parallel_size(modules: Iterable[Module], ranks: int) -> int | None:
+    """Return the number of ranks that train on different data; None if modules do not show it.
+
+    FSDP divides among the ranks that do. Parameters of other kinds that are divided are those of
+    one model on several ranks, as in tensor parallelism.
+    """
+    by_fsdp: list[int] = []
+    by_tensors = [1]
+    for part in _parts_of(modules):
+        if isinstance(part, _FSDP2.loaded):
+            groups = part._get_fsdp_state()._fsdp_param_groups
+            by_fsdp += [group.mesh_info.mesh.size() for group in groups]
+        elif isinstance(part, _FSDP1.loaded):
+            nodes = getattr(part, "_inter_node_pg", None)  # of a hybrid strategy
+            by_fsdp.append(part.process_group.size() * (nodes.size() if nodes else 1))
+        for each in part.parameters(recurse=False):
+            if isinstance(each, _DTENSOR.loaded):
+                pairs = zip(each.device_mesh.mesh.shape, each.placements, strict=True)
+                by_tensors.append(prod(size for size, place in pairs if place.is_shard()))
+    if by_fsdp:
+        return max(by_fsdp)
+    return ranks // max(by_tensors) if max(by_tensors) > 1 else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +82,12 @@ def check_can_rest(modules: Iterable[Module]) -> None:
         AutobatchError: What is not supported, in one sentence.
     """
     for part in _parts_of(modules):
+        if any(kind.__name__ == "DeepSpeedEngine" for kind in type(part).__mro__):
+            raise AutobatchError(
+                "A DeepSpeedEngine keeps state of its own that cannot be restored after a trial; "
+                "write train_micro_batch_size_per_gpu and gradient_accumulation_steps into its "
+                "configuration by hand."
+            )
         if isinstance(part, _FSDP1.loaded):
             if not part._use_orig_params:
                 raise AutobatchError(
@@ -74,6 +105,21 @@ def check_can_rest(modules: Iterable[Module]) -> None:
                 )
             if _offloads(part):
                 raise AutobatchError(_OFFLOAD.format("module sharded by fully_shard"))
+
+
+def check_no_pipeline(things: Iterable[object]) -> None:
+    """Refuse pipeline parallelism: what a stage receives is the data of another rank.
+
+    Raises:
+        AutobatchError: An object is a stage or a schedule of `torch.distributed.pipelining`.
+    """
+    for thing in things:
+        kinds = type(thing).__mro__
+        if any(kind.__module__.startswith("torch.distributed.pipelining") for kind in kinds):
+            raise AutobatchError(
+                f"The workload uses a {type(thing).__name__} of pipeline parallelism, whose trials "
+                "would wait for other ranks; write the size of its micro-batches by hand."
+            )
 
 
 def local_part(tensor: Tensor) -> Tensor:

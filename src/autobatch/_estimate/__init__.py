@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from autobatch._estimate.band import Banded, band_of
+from autobatch._estimate.band import Banded, band_of, calibrated
 from autobatch._estimate.breakdown import moments, peak
-from autobatch._estimate.calibration import calibrated
 from autobatch._estimate.changes import Change, changed
 from autobatch._estimate.device import target_gpu
 from autobatch._estimate.inputs import Inputs
@@ -97,7 +96,9 @@ def estimate_of(
     budget = max(0, memory_budget(target.reading, limit))
     if calibrate is not None:
         accumulate = inputs.step.accumulate
-        band = calibrated(band, memory, target, calibrate, budget=budget, accumulate=accumulate)
+        band = calibrated(
+            band, memory, target.name, calibrate, budget=budget, accumulate=accumulate
+        )
     return Estimate(inputs, target, limit, budget, band, memory)
 
 
@@ -256,8 +257,8 @@ class Estimate:
         it, SGD with momentum instead of another optimizer, and two micro-batches per update.
         """
         return tuple(
-            Change(each.change, estimate_of(each.inputs, self._target, self._limit, None).largest)
-            for each in changed(self._inputs)
+            Change(words, estimate_of(inputs, self._target, self._limit, None).largest)
+            for words, inputs in changed(self._inputs)
         )
 
     def to_json(self, changes: Sequence[Change] = ()) -> str:

@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import torch
 from torch import nn
 
+from autobatch._report import TuningReport
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
+    from pathlib import Path
 
     from autobatch._estimate.inputs import Inputs
     from autobatch._memory.estimate.events import Event
+    from autobatch._memory.estimate.prediction import MemoryEstimate
     from autobatch._trials import Trial
 
 _GIB: Final = 2**30
@@ -32,6 +36,10 @@ _BENCHMARK: Final = 0.04
 _CALIBRATED: Final = 0.01
 _FACTOR: Final = 4  # of the largest peak; smaller ones say nothing of larger batches
 _LARGE_TRIAL: Final = 0.1  # share of the budget, from which a ratio is better than an offset
+# Beginnings of the sources of readings on a GPU
+_ON_GPU: Final = ("NVML", "torch.cuda")
+_SMALLEST: Final = 2  # samples; other kernels run at one
+_MAX_ERROR: Final = 0.25  # of the largest trial; beyond, the report is of another step
 
 
 class Banded(int):
@@ -61,38 +69,23 @@ class Banded(int):
 
 @dataclass(frozen=True, slots=True)
 class Guess:
-    """Something that was never compared with a GPU.
+    """Something that was never compared with a GPU."""
 
-    Args:
-        what: A phrase for people.
-        share: Width that it adds to the band, as a share.
-    """
-
-    what: str
-    share: float
+    what: str  # a phrase for people
+    share: float  # width that it adds to the band, as a share
 
 
 @dataclass(frozen=True, slots=True)
 class Band:
-    """Relative error of a predicted peak, and its correction by measured peaks.
+    """Relative error of a predicted peak, and its correction by measured peaks."""
 
-    Args:
-        share: Error of a peak of at least `small` bytes.
-        share_of_small: Error of a smaller peak.
-        small: Bytes below which a peak is small.
-        untested: What was guessed.
-        ratio: Measured over predicted peaks.
-        offset: Bytes by which measured peaks are larger.
-        error: Measured peak over the predicted one, less 1, before the correction.
-    """
-
-    share: float
-    share_of_small: float
-    small: int = _SMALL
-    untested: tuple[str, ...] = ()
-    ratio: float = 1.0
-    offset: int = 0
-    error: float = 0.0
+    share: float  # error of a peak of at least `small` bytes
+    share_of_small: float  # error of a smaller peak
+    small: int = _SMALL  # bytes below which a peak is small
+    untested: tuple[str, ...] = ()  # what was guessed
+    ratio: float = 1.0  # measured over predicted peaks
+    offset: int = 0  # bytes by which measured peaks are larger
+    error: float = 0.0  # measured peak over the predicted one, less 1, before the correction
 
     def around(self, nbytes: int) -> Banded:
         """Return a corrected peak with its band."""
@@ -191,3 +184,47 @@ def _guesses(inputs: Inputs) -> Iterator[Guess]:
 def _is_channels_last(parameter: torch.Tensor) -> bool:
     is_image = parameter.ndim == 4 and not parameter.is_contiguous()  # noqa: PLR2004 -- NCHW
     return is_image and parameter.is_contiguous(memory_format=torch.channels_last)
+
+
+# Calibration
+
+
+def calibrated(
+    band: Band,
+    memory: MemoryEstimate,
+    gpu_name: str,
+    path: str | Path,
+    *,
+    budget: int,
+    accumulate: int,
+) -> Band:
+    """Return the band around the peaks in a report of the same step.
+
+    Raises:
+        ValueError: The file is not a report, or not one that fits this step.
+    """
+    report = TuningReport.read(path)
+    trials = [trial for trial in report.trials if _is_comparable(trial, accumulate)]
+    if report.task != "train" or not report.device.source.startswith(_ON_GPU) or not trials:
+        raise ValueError(
+            f"calibrate={str(path)!r} has no peak of this step that was measured on a GPU; give "
+            "the report of a tuning run on one, with the same accumulation."
+        )
+    if gpu_name.split(" (", maxsplit=1)[0] not in report.device.name:
+        raise ValueError(
+            f"calibrate={str(path)!r} was measured on {report.device.name}, and scratch memory of "
+            f"{gpu_name} is another; give a report of this GPU, or device= the one of the report."
+        )
+    predicted = [memory.peaks(trial.batch_size).reserved for trial in trials]
+    found = band.calibrated(trials, predicted, budget)
+    if abs(found.error) > _MAX_ERROR:
+        raise ValueError(
+            f"calibrate={str(path)!r} has peaks that are {found.error:+.0%} off the predicted ones; "
+            "give the report of the same model, step, optimizer and precision."
+        )
+    return replace(found, untested=())
+
+
+def _is_comparable(trial: Trial, accumulate: int) -> bool:
+    accumulates_alike = (trial.accumulate > 1) == (accumulate > 1)
+    return trial.fits and bool(trial.peak) and trial.batch_size >= _SMALLEST and accumulates_alike

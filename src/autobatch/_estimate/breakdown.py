@@ -36,19 +36,19 @@ _ORIGINS: Final[dict[str, Held]] = {
     Origin.OPTIMIZER_STATE: Held.OPTIMIZER_STATE,
     Origin.BATCH: Held.BATCH,
 }
+# Blocks that outlive their phase, by the phase that begins: the phase that ends, and their kind
+_LASTING: Final[dict[str, tuple[Phase, Held]]] = {
+    Phase.OPTIMIZER: (Phase.BACKWARD, Held.GRADIENTS),
+    Phase.END: (Phase.OPTIMIZER, Held.OPTIMIZER_STATE),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """Memory after one event of a step.
+    """Memory after one event of a step."""
 
-    Args:
-        phase: Part of the step.
-        held: Bytes by kind of memory.
-    """
-
-    phase: str
-    held: dict[Held, int]
+    phase: str  # part of the step
+    held: dict[Held, int]  # bytes by kind of memory
 
     @property
     def total(self) -> int:
@@ -58,20 +58,13 @@ class Moment:
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """The moment of a step at which most bytes are held.
+    """The moment of a step at which most bytes are held."""
 
-    Args:
-        phase: Part of the step: forward, backward or optimizer.
-        operator: Operator that allocates.
-        module: Module that it belongs to; empty if none is known.
-        held: Bytes by kind of memory.
-        activations: Bytes of activations by module; repeated blocks are one, "layers.*".
-    """
-
-    phase: str
-    operator: str
-    module: str
-    held: dict[Held, int]
+    phase: str  # part of the step: forward, backward or optimizer
+    operator: str  # operator that allocates
+    module: str  # module that it belongs to; empty if none is known
+    held: dict[Held, int]  # bytes by kind of memory
+    # Bytes of activations by module; repeated blocks are one, "layers.*"
     activations: dict[str, int]
 
 
@@ -140,8 +133,9 @@ def _held(events: Sequence[Event]) -> dict[int, Held]:
     phase = str(Phase.BUILD)
     for event in events:
         if event.kind is Kind.PHASE:
-            if lasting := _LASTING.get(event.name):
-                held |= {block: lasting.kind for block, at in born.items() if at == lasting.phase}
+            if event.name in _LASTING:
+                ended, kind = _LASTING[event.name]
+                held |= {block: kind for block, at in born.items() if at == ended}
             phase = event.name
         elif event.kind is Kind.ALLOCATE:
             born[event.block] = phase
@@ -157,21 +151,6 @@ def _held_by(event: Event, phase: str) -> Held:
     if phase == Phase.BUILD:  # before the first step
         return _ORIGINS.get(event.name, Held.BATCH)
     return Held.ACTIVATIONS if phase == Phase.FORWARD else Held.TEMPORARY
-
-
-@dataclass(frozen=True, slots=True)
-class _Lasting:
-    """Blocks of a phase that outlive it."""
-
-    phase: Phase
-    kind: Held
-
-
-# By the phase that begins
-_LASTING: Final[dict[str, _Lasting]] = {
-    Phase.OPTIMIZER: _Lasting(Phase.BACKWARD, Held.GRADIENTS),
-    Phase.END: _Lasting(Phase.OPTIMIZER, Held.OPTIMIZER_STATE),
-}
 
 
 def _ends(events: Sequence[Event]) -> list[int]:

@@ -36,29 +36,19 @@ class Change:
     largest: Banded
 
 
-@dataclass(frozen=True, slots=True)
-class Changed:
-    """A step with one change."""
-
-    change: str
-    inputs: Inputs
-
-
-def changed(inputs: Inputs) -> Iterator[Changed]:
-    """Yield the step with each change that applies to it."""
+def changed(inputs: Inputs) -> Iterator[tuple[str, Inputs]]:
+    """Yield each change that applies to a step, in words, and the changed step."""
     step = inputs.step
     if inputs.precision == "32-true":
-        yield Changed("precision bf16-mixed", replace(inputs, precision="bf16-mixed"))
+        yield "precision bf16-mixed", replace(inputs, precision="bf16-mixed")
     if (checkpointed := _checkpointed(inputs)) is not None:
-        yield Changed("gradient checkpointing", checkpointed)
+        yield "gradient checkpointing", checkpointed
     if not isinstance(step.optimizer, torch.optim.SGD):
         trained = [p for group in step.optimizer.param_groups for p in group["params"]]
         sgd = torch.optim.SGD(trained, 1e-3, momentum=_MOMENTUM)
-        yield Changed("SGD with momentum", replace(inputs, step=replace(step, optimizer=sgd)))
+        yield "SGD with momentum", replace(inputs, step=replace(step, optimizer=sgd))
     if step.accumulate == 1:
-        yield Changed(
-            "2 micro-batches per update", replace(inputs, step=replace(step, accumulate=2))
-        )
+        yield "2 micro-batches per update", replace(inputs, step=replace(step, accumulate=2))
 
 
 def _checkpointed(inputs: Inputs) -> Inputs | None:

@@ -26,19 +26,13 @@ _UNKNOWN_GPU: Final = 0.02
 
 @dataclass(frozen=True, slots=True)
 class TargetGpu:
-    """The GPU that memory is estimated for.
+    """The GPU that memory is estimated for."""
 
-    Args:
-        name: Its name for people.
-        reading: Memory before training: what is used is the device context, and other processes.
-        gpu: Properties for scratch memory.
-        guesses: What was never compared with it.
-    """
-
-    name: str
+    name: str  # its name for people
+    # Memory before training: what is used is the device context, and other processes
     reading: MemoryReading
-    gpu: Gpu
-    guesses: tuple[Guess, ...] = ()
+    gpu: Gpu  # properties for scratch memory
+    guesses: tuple[Guess, ...] = ()  # what was never compared with it
 
 
 def target_gpu(device: str | int | None) -> TargetGpu:

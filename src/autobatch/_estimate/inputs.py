@@ -36,15 +36,10 @@ _QUANTISED: Final = ("bitsandbytes", "torchao")
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """A step to be estimated.
+    """A step to be estimated."""
 
-    Args:
-        step: The step: model, optimizer, loss and batches.
-        precision: Precision as a Trainer names it.
-    """
-
-    step: TrainingStep
-    precision: str
+    step: TrainingStep  # the step: model, optimizer, loss and batches
+    precision: str  # precision as a Trainer names it
 
     @classmethod
     def checked(

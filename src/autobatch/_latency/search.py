@@ -210,7 +210,7 @@ class LatencySearch:
         context = self._trials.context
         if size is not None:
             context.progress.trying(size)
-        with context.ranks.abort_together():
+        with context.ranks.abort_together(), context.ranks.dry():
             ran = time()
             context.snapshot.restore()
             latencies = self._timer.latencies(self.limit.percentile)

@@ -7,6 +7,8 @@ import os
 import time
 from typing import TYPE_CHECKING, Any, Final
 
+import torch
+
 from autobatch._memory import PROBE_REMEDY, MemoryReading, format_bytes
 from autobatch._memory.estimate.events import UntraceableError
 from autobatch._memory.host import HostMemory
@@ -40,8 +42,6 @@ class CudaProbe:
     """
 
     def __init__(self, index: int | None) -> None:
-        import torch
-
         self._nvml: _NvmlDevice | None = None
         try:
             self._index = torch.cuda.current_device() if index is None else index
@@ -75,8 +75,6 @@ class CudaProbe:
 
     def read(self) -> MemoryReading:
         """Return the present memory."""
-        import torch
-
         free, total = self._free_and_total()
         try:
             stats = torch.cuda.memory_stats(self._index)
@@ -101,8 +99,6 @@ class CudaProbe:
     @contextlib.contextmanager
     def limited(self, budget: int) -> Iterator[None]:
         """Reset the peak; cap torch's allocator at `budget` bytes, or at the user's lower cap."""
-        import torch
-
         self._user_share = user_share = self._allocator_share()
         share = min(user_share, max(budget, 0) / self._total)
         torch.cuda.reset_peak_memory_stats(self._index)
@@ -124,14 +120,10 @@ class CudaProbe:
 
     def release(self) -> None:
         """Return cached memory to the device."""
-        import torch
-
         torch.cuda.empty_cache()
 
     def clock(self) -> float:
         """Return the time in seconds after all queued work is done."""
-        import torch
-
         torch.cuda.synchronize(self._index)
         return time.perf_counter()
 
@@ -141,8 +133,6 @@ class CudaProbe:
         Raises:
             UntraceableError: Memory is not torch's own allocator's with its default settings.
         """
-        import torch
-
         from autobatch._memory.estimate.gpus import gpu_of
 
         check_allocator()
@@ -173,8 +163,6 @@ class CudaProbe:
 
     def _allocator_share(self) -> float:
         """Present cap as a share of the device; 1.0 if there is none."""
-        import torch
-
         # Older torch has a setter but no getter: a cap of the user is then lifted after a trial
         getter = getattr(torch.cuda, "get_per_process_memory_fraction", None)
         if getter is None:
@@ -191,8 +179,6 @@ class CudaProbe:
         return free if available is None else min(free, available), total
 
     def _free_and_total_of_driver(self) -> tuple[int, int]:
-        import torch
-
         if self._nvml is not None:
             try:
                 return self._nvml.free_and_total()

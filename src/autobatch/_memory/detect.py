@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from autobatch._memory import PROBE_REMEDY
 from autobatch._memory.cuda import CudaProbe
 from autobatch._memory.host import HostProbe
@@ -11,8 +13,6 @@ from autobatch.errors import ProbeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    import torch
 
     from autobatch._memory import MemoryProbe
 
@@ -30,8 +30,6 @@ def detect(device: str | torch.device | MemoryProbe | None, default: torch.devic
         ValueError: The device does not exist.
         ProbeError: There is no back end for the device, or its memory cannot be read.
     """
-    import torch
-
     visible = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     if device is None:
         device = default

@@ -173,15 +173,10 @@ class _MallocInfo(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class HostMemory:
-    """Memory left on the host, in bytes; None if unknown.
+    """Memory left on the host, in bytes; None if unknown."""
 
-    Args:
-        available: Memory this process may still allocate.
-        shared: Size of the file system through which processes share tensors.
-    """
-
-    available: int | None
-    shared: int | None
+    available: int | None  # memory this process may still allocate
+    shared: int | None  # size of the file system through which processes share tensors
 
     @classmethod
     def read(cls, root: str | Path = "/") -> Self:

@@ -17,7 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from autobatch._memory import format_bytes
 from autobatch._memory.in_place import InPlaceSums
-from autobatch._memory.storages import address_of, sizes_in, storages_in, storages_of, tensors_of
+from autobatch._memory.storages import (
+    address_of,
+    has_parts,
+    sizes_in,
+    storages_in,
+    storages_of,
+    tensors_of,
+)
 from autobatch._undo import patched
 
 if TYPE_CHECKING:
@@ -308,6 +315,8 @@ class _Mode(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if has_parts(types):
+            return NotImplemented  # its own operators on the parts of this rank come next
         if os.getpid() != self._process:
             # A DataLoader worker forked while the mode was on: memory of another process
             return func(*args, **(kwargs or {}))

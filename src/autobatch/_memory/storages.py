@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,6 +56,12 @@ def storages_of(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
         yield from storages_of(tensor.crow_indices())
         yield from storages_of(tensor.col_indices())
         yield from storages_of(tensor.values())
+
+
+def has_parts(kinds: Iterable[type]) -> bool:
+    """Return True if a DTensor is among these: it takes seconds to import, and then exists."""
+    dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    return dtensor is not None and any(issubclass(kind, dtensor) for kind in kinds)
 
 
 def storages_in(values: Any) -> Iterator[torch.UntypedStorage]:

@@ -186,9 +186,7 @@ class GradientNormHook:
         return len(self._passes)
 
     def open(
-        self,
-        parameters: Iterable[torch.Tensor],
-        after_pass: Callable[[], None] | None = None,
+        self, parameters: Iterable[torch.Tensor], after_pass: Callable[[], None] | None = None
     ) -> None:
         """Begin an update; `after_pass` runs after a pass, with the gradients of all ranks."""
         self.close()

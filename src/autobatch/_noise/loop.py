@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
@@ -73,29 +74,23 @@ def checked_interval(name: str, interval: object) -> int:
     return interval
 
 
+@dataclass(eq=False, repr=False)
 class NoiseWatch:
     """Measures every few updates between `__enter__` and `__exit__`."""
 
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        micro_batch_size: int,
-        optimizer: torch.optim.Optimizer | None,
-        every: int,
-    ) -> None:
-        self._model = model
-        self._micro_batch_size = micro_batch_size
-        self._optimizer = optimizer
-        self._every = every
-        self._record = NoiseRecord()
-        self._hook = GradientNormHook()
-        self._handles: list[Any] = []
-        self._group: Any | None = None
-        self._world_size = 1
-        self._usual_passes = 0  # backward passes of the last measured update
-        self._is_partial = False  # an input of this update has fewer samples
-        self._batch_axis: int | None = None  # of the model's inputs
-        self._has_ended = False
+    model: torch.nn.Module
+    micro_batch_size: int
+    optimizer: torch.optim.Optimizer | None
+    every: int
+    _record: NoiseRecord = field(default_factory=NoiseRecord)
+    _hook: GradientNormHook = field(default_factory=GradientNormHook)
+    _handles: list[Any] = field(default_factory=list)
+    _group: Any | None = None
+    _world_size: int = 1
+    _usual_passes: int = 0  # backward passes of the last measured update
+    _is_partial: bool = False  # an input of this update has fewer samples
+    _batch_axis: int | None = None  # of the model's inputs
+    _has_ended: bool = False
 
     @property
     def reading(self) -> NoiseReading:
@@ -105,7 +100,7 @@ class NoiseWatch:
         if reading.state != "settling" or not self._has_ended or self._record.updates:
             return reading
         reason = "no torch.optim optimizer of the model's parameters stepped"
-        if self._optimizer is not None:
+        if self.optimizer is not None:
             reason = "the optimizer that was given never stepped"
         return NoiseReading("unavailable", reason=f"{reason}, and its steps end updates")
 
@@ -116,11 +111,11 @@ class NoiseWatch:
             )
         self._has_ended = False
         self._find_ranks()
-        self._record.give_up(obstacle(self._model, self._optimizer))
+        self._record.give_up(obstacle(self.model, self.optimizer))
         self._handles.append(register_optimizer_step_pre_hook(self._before_step))
-        if not is_compiled(self._model):
+        if not is_compiled(self.model):
             # A hook would make a module that was compiled in place compile again
-            hook = self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+            hook = self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
             self._handles.append(hook)
         self._begin_update()
         return self
@@ -135,8 +130,8 @@ class NoiseWatch:
         is_distributed = dist.is_available() and dist.is_initialized()
         if not is_distributed or dist.get_world_size() == 1:
             return
-        if isinstance(self._model, DistributedDataParallel):
-            self._group = self._model.process_group
+        if isinstance(self.model, DistributedDataParallel):
+            self._group = self.model.process_group
             self._world_size = dist.get_world_size(self._group)
         else:
             self._record.give_up(
@@ -148,14 +143,14 @@ class NoiseWatch:
         self._is_partial = False
         # A rank with an obstacle still takes part in the sums of the other ranks
         goes_on = self._record.obstacle is None or self._world_size > 1
-        if goes_on and self._record.updates % self._every == 0:
+        if goes_on and self._record.updates % self.every == 0:
             self._hook.open(self._parameters(), self._after_pass)
 
     def _parameters(self) -> list[torch.Tensor]:
-        parameters: list[torch.Tensor] = list(self._model.parameters())
-        if self._optimizer is None:
+        parameters: list[torch.Tensor] = list(self.model.parameters())
+        if self.optimizer is None:
             return parameters
-        stepped = {id(each) for each in _parameters_of(self._optimizer)}
+        stepped = {id(each) for each in _parameters_of(self.optimizer)}
         return [each for each in parameters if id(each) in stepped]
 
     def _before_forward(self, _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -169,7 +164,7 @@ class NoiseWatch:
 
     def _has_fewer_samples(self, shape: tuple[int, ...]) -> bool:
         """Check a shape; the batch dimension need not be the first."""
-        size = self._micro_batch_size
+        size = self.micro_batch_size
         if self._batch_axis is None and size in shape:
             self._batch_axis = shape.index(size)
         if self._batch_axis is None or self._batch_axis >= len(shape):
@@ -182,7 +177,7 @@ class NoiseWatch:
 
     def _before_step(self, optimizer: Any, *_: object) -> None:
         """End an update when the model's optimizer steps."""
-        if optimizer is not self._optimizer and not self._adopts(optimizer):
+        if optimizer is not self.optimizer and not self._adopts(optimizer):
             return
         if self._hook.is_open:
             self._record.watch_rate(optimizer)
@@ -192,12 +187,12 @@ class NoiseWatch:
 
     def _adopts(self, optimizer: Any) -> bool:
         """Take the first optimizer of the model's parameters for the one that ends updates."""
-        parameters = {id(each) for each in self._model.parameters()}
+        parameters = {id(each) for each in self.model.parameters()}
         is_other = parameters.isdisjoint(map(id, _parameters_of(optimizer)))
-        if is_other or self._optimizer is not None:
+        if is_other or self.optimizer is not None:
             return False
-        self._optimizer = optimizer
-        self._record.give_up(obstacle(self._model, optimizer))
+        self.optimizer = optimizer
+        self._record.give_up(obstacle(self.model, optimizer))
         return True
 
     def _end_update(self) -> None:
@@ -208,7 +203,7 @@ class NoiseWatch:
             self._flaw(passes, is_usual=is_usual),
             group=self._group,
             world_size=self._world_size,
-            part_size=self._micro_batch_size,
+            part_size=self.micro_batch_size,
             unit=1.0,
         )
 
@@ -223,9 +218,7 @@ class NoiseWatch:
         if passes == 0:
             return "no backward pass reached the model's parameters"
         if self._is_partial:
-            return (
-                f"the model is given fewer samples than micro_batch_size={self._micro_batch_size}"
-            )
+            return f"the model is given fewer samples than micro_batch_size={self.micro_batch_size}"
         return None if is_usual else "updates differ in their number of backward passes"
 
 

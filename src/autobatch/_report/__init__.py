@@ -100,6 +100,8 @@ class TuningReport(BaseModel):
         validation_batch_size: Batch size at which validation was tried beside training and fits,
             in samples; None if validation was not tried.
         can_accumulate: Whether an update of the workload can have several micro-batches.
+        devices: Devices that train together; None in reports of earlier versions.
+        as_if: True if one process stood for all devices, which did not run.
         dataset_size: Samples per epoch; None if unknown.
         look: Samples that were read to find the largest ones, on which trials run.
         curve: Sizes that were timed after the search, over whole updates and in turns; empty if
@@ -132,6 +134,8 @@ class TuningReport(BaseModel):
     plan: StoredPlan
     validation_batch_size: Count | None = None
     can_accumulate: bool = True
+    devices: Count | None = None
+    as_if: bool = False
     dataset_size: Count | None
     look: Annotated[Look, *MEASURED] | None = None
     curve: tuple[Annotated[CurvePoint, *MEASURED], ...] = ()

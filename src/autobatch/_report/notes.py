@@ -40,6 +40,7 @@ def notes(report: TuningReport, run: RunDetails) -> tuple[str, ...]:
     """Return all notes on a tuning run, the most important first."""
     found = (
         # The plan itself
+        _not_run(report),
         _fails_at_end(report, run),
         *run.trial_notes,
         _deviation(report, run),
@@ -65,6 +66,16 @@ def notes(report: TuningReport, run: RunDetails) -> tuple[str, ...]:
         _fallback(report),
     )
     return tuple(note for note in found if note)
+
+
+def _not_run(report: TuningReport) -> str | None:
+    if not report.as_if:
+        return None
+    return (
+        f"Not run on {report.devices} devices: one process stood for all, with collectives that "
+        "communicate nothing. Memory that the communication library takes, such as the buffers of "
+        "NCCL, is not counted, and speed was not measured."
+    )
 
 
 def _fails_at_end(report: TuningReport, run: RunDetails) -> str | None:

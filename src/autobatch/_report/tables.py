@@ -87,10 +87,7 @@ def _foot(rows: Iterable[SpeedRow | None], left_out: int) -> str:
 
 
 def _one_screen(
-    sizes: Sequence[int],
-    tried: Mapping[int, Trial],
-    speeds: Mapping[int, SpeedRow],
-    chosen: int,
+    sizes: Sequence[int], tried: Mapping[int, Trial], speeds: Mapping[int, SpeedRow], chosen: int
 ) -> list[int]:
     """Leave out the largest failures first, then the sizes closest to others."""
     fits = [size for size in sizes if size in speeds or tried[size].fits]

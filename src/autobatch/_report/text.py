@@ -77,11 +77,17 @@ def _header(report: TuningReport) -> tuple[str, ...]:
     parts = (
         "autobatch",
         plain(report.subject),
-        f"{report.plan.world_size} × {device}",
+        _devices(report, device),
         f"{done} in {duration(report.search_seconds)}",
         _parts_of_time(report),
     )
     return tuple(part for part in parts if part)
+
+
+def _devices(report: TuningReport, device: str) -> str:
+    number = report.devices or report.plan.world_size
+    not_run = f", not run on {number} devices" if report.as_if else ""
+    return f"{number} × {device}{not_run}"
 
 
 def _parts_of_time(report: TuningReport) -> str:

@@ -38,11 +38,7 @@ SECONDS: Final = (
     Unit("ns", 1e-9, 1e-15),
     Unit("ms", 1e-3, 0),  # exactly zero
 )
-BYTES: Final = (
-    Unit("GiB", 2**30, 2**29),
-    Unit("MiB", 2**20, 2**19),
-    Unit("KiB", 2**10, 0),
-)
+BYTES: Final = (Unit("GiB", 2**30, 2**29), Unit("MiB", 2**20, 2**19), Unit("KiB", 2**10, 0))
 
 
 def unit_for(values: Iterable[float], units: Sequence[Unit]) -> Unit:

@@ -31,15 +31,10 @@ class PeakEstimate(Protocol):
 
 @dataclass(frozen=True)
 class EstimatedSearch:
-    """Proposals from predicted peaks, which trials check and correct.
+    """Proposals from predicted peaks, which trials check and correct."""
 
-    Args:
-        estimate: Predicted peaks.
-        resolution: Accuracy of the size found, as a share.
-    """
-
-    estimate: PeakEstimate
-    resolution: float
+    estimate: PeakEstimate  # predicted peaks
+    resolution: float  # accuracy of the size found, as a share
 
     def is_trusted(self, trials: Sequence[Trial]) -> bool:
         """Return True if the first trial confirms the estimate, and no later one failed."""

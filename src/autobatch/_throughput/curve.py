@@ -12,7 +12,7 @@ from autobatch._throughput import CurvePoint, StepTimes
 from autobatch._throughput.loading import Loading, loading_watch
 from autobatch._throughput.points import noise_of, point
 from autobatch._trials.refusals import is_selective
-from autobatch._trials.timing import time_updates
+from autobatch._trials.timing import time_together, time_updates
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -173,7 +173,7 @@ class _UpdateTimer:
 
     def time_turn(self, batch_size: int) -> Timing | None:
         """Return the timing of the slowest rank; None if the size failed on one of them."""
-        with self.runner.on_every_rank(batch_size):
+        with self.runner.on_every_rank(batch_size, is_dry=not self.runner.runs_together):
             turns = self.runner.gather(self._turn_here(batch_size))
         known = [turn for turn in turns if turn is not None]
         if len(known) < len(turns):
@@ -195,21 +195,38 @@ class _UpdateTimer:
                 if not update_seconds:  # a loader has started its workers by now
                     before = Loading(waited.seconds, 0.0, waited.batches)
                 is_late = len(update_seconds) >= _FEWEST_UPDATES and clock() >= deadline
-                return is_late or enough(update_seconds)
+                is_enough = is_late or enough(update_seconds)
+                if self.runner.runs_together:  # rank 0 decides for all
+                    is_enough, *_ = self.runner.context.ranks.gather(is_enough)
+                return is_enough
 
-            timing = time_updates(
-                self.runner.workload,
-                batch_size,
-                accumulate=self.runner.accumulation.in_trial(batch_size),
-                enough=enough_updates,
-                may_be_refused=self.runner.may_be_refused(batch_size),
-                context=self.runner.context,
-            )
+            timing = self._timing(batch_size, enough_updates)
         if timing is None:
             return None
         wait = waited.seconds - before.wait_seconds
         steps = max(0.0, sum(timing.update_seconds) - wait)
         return _Turn(timing, Loading(wait, steps, waited.batches - before.batches))
+
+    def _timing(
+        self, batch_size: int, enough_updates: Callable[[Sequence[float]], bool]
+    ) -> Timing | None:
+        runner, accumulate = self.runner, self.runner.accumulation.in_trial(batch_size)
+        if runner.runs_together:
+            return time_together(
+                runner.workload,
+                batch_size,
+                accumulate=accumulate,
+                enough=enough_updates,
+                context=runner.context,
+            )
+        return time_updates(
+            runner.workload,
+            batch_size,
+            accumulate=accumulate,
+            enough=enough_updates,
+            may_be_refused=runner.may_be_refused(batch_size),
+            context=runner.context,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING
 
 import torch
 
+from autobatch._distributed.sharding import check_can_rest, is_sharded
 from autobatch.errors import AutobatchError
 
 if TYPE_CHECKING:
-    from autobatch._distributed import Ranks
     from autobatch._memory import MemoryProbe
     from autobatch._trials.optimizers import OptimizerWatch
-
-# Classes whose steps wait for other ranks
-_SYNCHRONIZING_WRAPPERS: Final = {
-    "DistributedDataParallel",
-    "FullyShardedDataParallel",
-    "FSDPModule",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,22 +23,25 @@ class FirstUse:
         probe: The device.
         optimizers: Counts optimizer steps and backward passes.
         model_device: The device that the probe was chosen by; None if the user chose it.
-        ranks: The processes that train together.
         is_training: Whether the workload trains.
     """
 
     probe: MemoryProbe
     optimizers: OptimizerWatch
     model_device: torch.device | None
-    ranks: Ranks
     is_training: bool
 
     def __call__(self, thing: object) -> None:
         self.probe.attach(thing)
         if not isinstance(thing, torch.nn.Module):
             return
-        if self.ranks.world_size > 1:
-            check_not_synchronizing(thing)
+        check_can_rest([thing])
+        if not self.is_training and is_sharded(thing):
+            raise AutobatchError(
+                f"latency_limit is about time, and {type(thing).__name__} is divided among ranks, "
+                "whose communication trials leave out; leave latency_limit out, or time calls by "
+                "hand."
+            )
         parameter = next(thing.parameters(), None)
         if parameter is None:
             return
@@ -56,15 +52,4 @@ class FirstUse:
             raise AutobatchError(
                 f"The model is on {parameter.device}, but the memory of {self.probe.name} is "
                 f'measured; pass device="{parameter.device}".'
-            )
-
-
-def check_not_synchronizing(*things: Any) -> None:
-    """Refuse modules whose steps would wait for a rank that is out of memory."""
-    for name in {kind.__name__ for thing in things for kind in type(thing).__mro__}:
-        if name in _SYNCHRONIZING_WRAPPERS:
-            raise AutobatchError(
-                f"The workload runs a {name}, whose steps wait for other ranks: a rank "
-                "that runs out of memory would hang them. Let the workload run the wrapped module "
-                "(model.module)."
             )

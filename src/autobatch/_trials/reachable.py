@@ -6,6 +6,7 @@ import functools
 import inspect
 import random
 import sys
+import weakref
 from collections import deque
 from dataclasses import dataclass
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
@@ -255,7 +256,7 @@ class Watched:
     def changed(self) -> list[str]:
         """Return the names of those that differ by now."""
         now = self._observed()
-        return [name for name, before in self._before.items() if now.get(name, before) != before]
+        return [name for name, before in self._before.items() if before != now.get(name, before)]
 
     def _observed(self) -> dict[str, Any]:
         observed: dict[str, Any] = {}
@@ -266,17 +267,37 @@ class Watched:
         return observed
 
 
+class _Identity:
+    """The identity of a value that is not held: another one may get its address once it has died."""
+
+    __slots__ = ("_key", "_reference")
+
+    def __init__(self, value: Any) -> None:
+        self._key = id(value)
+        try:
+            self._reference: Callable[[], Any] = weakref.ref(value)
+        except TypeError:  # of a list, say, which cannot be told from its successor
+            self._reference = lambda: True
+
+    def __eq__(self, other: object) -> bool:
+        is_same = isinstance(other, _Identity) and self._key == other._key
+        return is_same and self._reference() is not None
+
+    def __hash__(self) -> int:
+        return self._key
+
+
 def _observation(value: Any) -> tuple[Any, ...]:
     """Return what differs once a value has changed: entries, writes of a tensor, identity."""
     if type(value) in PLAIN:
         return (type(value), value)
     if isinstance(value, torch.Tensor):
         # Private name of torch 2.6 to 2.13: how often a tensor was written
-        return (id(value), None if value.is_inference() else value._version)  # noqa: SLF001
+        return (_Identity(value), None if value.is_inference() else value._version)  # noqa: SLF001
     if not isinstance(value, _CONTAINERS):
-        return (id(value), *(attributes_of(value) or ()))
+        return (_Identity(value), *(attributes_of(value) or ()))
     if len(value) > LARGE:
-        return (id(value), len(value))
+        return (_Identity(value), len(value))
     entries = [*value, *(value.values() if isinstance(value, dict) else ())]
     return (*map(_entry, entries),)
 
@@ -284,4 +305,4 @@ def _observation(value: Any) -> tuple[Any, ...]:
 def _entry(value: Any) -> Any:
     if isinstance(value, tuple):
         return (*map(_entry, value),)
-    return value if type(value) in PLAIN else id(value)
+    return value if type(value) in PLAIN else _Identity(value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
@@ -12,6 +12,7 @@ from autobatch._memory import format_bytes
 from autobatch._trials import Outcome, trial_accumulation
 from autobatch._trials.measure import run_trial
 from autobatch._trials.time_limit import TimeLimit
+from autobatch._trials.timing import run_together
 from autobatch.errors import DoesNotFitError
 
 if TYPE_CHECKING:
@@ -33,13 +34,13 @@ class Accumulation:
         is_supported: Whether the workload can accumulate.
         default: Micro-batches per update without a target.
         target: Samples per update to reach, over all ranks; None without a target.
-        world_size: Ranks that train together.
+        replicas: Ranks that train on different data.
     """
 
     is_supported: bool
     default: int
     target: int | None
-    world_size: int
+    replicas: int
 
     @property
     def is_split(self) -> bool:
@@ -49,7 +50,7 @@ class Accumulation:
     @property
     def samples(self) -> int | None:
         """Samples per update and rank that reach the target; None without one."""
-        return None if self.target is None else per_rank(self.target, self.world_size)
+        return None if self.target is None else per_rank(self.target, self.replicas)
 
     def in_update(self, batch_size: int) -> int:
         """Return the micro-batches per update in training, to about the target."""
@@ -62,12 +63,12 @@ class Accumulation:
             return 1
         if self.target is None:
             return trial_accumulation(self.default)
-        return 1 if batch_size * self.world_size >= self.target else 2
+        return 1 if batch_size * self.replicas >= self.target else 2
 
 
-def per_rank(target: int, world_size: int) -> int:
+def per_rank(target: int, replicas: int) -> int:
     """Return the samples per update of each rank, rounded to the nearest whole number."""
-    return max(1, round(target / world_size))
+    return max(1, round(target / replicas))
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +110,8 @@ class TrialRunner:
         self._results: list[Sequence[Trial]] = []  # of every rank, in the order of the trials
         self._budgets: Sequence[int] = ()  # of every rank, in bytes
         self._now = 0.0  # reading of this rank's clock at the latest gather
+        self.runs_together = False  # whether updates are timed with all ranks in step
+        self._has_communicated = False
 
     # The record, the same on every rank
 
@@ -139,6 +142,8 @@ class TrialRunner:
 
     def record(self, results: Sequence[Trial]) -> None:
         """Record a trial that every rank has run already."""
+        if self._ranks.as_if:  # its time is without communication
+            results = [replace(each, step_seconds=None) for each in results]
         self._results.append(results)
 
     # Trials
@@ -172,18 +177,41 @@ class TrialRunner:
         with self.on_every_rank(batch_size):
             run = self._run_with(batch_size, accumulate, deadline)
             self.record(self.gather(run(is_timed=is_timed)))
+        self._communicate_once()
         trial = self.trials[-1]
         self.time_limit.record(trial.batch_size, self.time_limit.spent - began)
         best = max(self.fitting, default=None)
         self.context.progress.tried(trial, best=best, budget=self.budget)
         return trial
 
-    def run_unrecorded(self, batch_size: int, seconds: float) -> Sequence[Trial]:
+    def run_unrecorded(self, batch_size: int, seconds: float | None) -> Sequence[Trial]:
         """Run a trial on every rank without recording it; return the results of all ranks."""
         accumulate, deadline = self.accumulation.in_trial(batch_size), self.deadline(seconds)
         with self.on_every_rank(batch_size):
             run = self._run_with(batch_size, accumulate, deadline)
             return self.gather(run(is_timed=False))
+
+    def _communicate_once(self) -> None:
+        """Run one update of a sharded module by all ranks together, once a size fits.
+
+        What only real communication takes, such as the buffers of NCCL, is then there, and counts.
+        A single sample is least likely to run out of memory, which would leave the others waiting.
+        """
+        trial = self.trials[-1]
+        if self._has_communicated or not trial.fits:
+            return
+        self._has_communicated = True
+        is_sharded = any(self.gather(self.context.snapshot.has_sharded))
+        self.runs_together = is_sharded and self._ranks.world_size > 1
+        if not self.runs_together:
+            return
+        size = trial.batch_size
+        if size > 1 and all(map(_is_one_sample, self.run_unrecorded(1, self.time_limit.left))):
+            size = 1
+        with self.on_every_rank(size, is_dry=False):
+            run_together(self.workload, size, self.accumulation.in_trial(size), self.context)
+            self.context.budget.read()
+            self.gather(None)
 
     def _run_with(self, batch_size: int, accumulate: int, deadline: float) -> partial[Trial]:
         """Return `run_trial` with the arguments of this run."""
@@ -216,16 +244,18 @@ class TrialRunner:
             self.run(self.own_size, trials[0].accumulate, is_timed=is_timed)
 
     @contextmanager
-    def on_every_rank(self, batch_size: int) -> Iterator[None]:
+    def on_every_rank(self, batch_size: int, *, is_dry: bool = True) -> Iterator[None]:
         """Prepare the block that runs a batch size, and restore all state after it.
 
-        An exception in the block is raised on every rank.
+        An exception in the block is raised on every rank. If it is dry, collectives in it wait for
+        no other rank.
         """
         self.context.progress.trying(batch_size)
         self.context.probe.attach(*self.context.snapshot.alive)
-        with self._ranks.abort_together():
-            yield
-        self.context.snapshot.restore()
+        with self._ranks.dry() if is_dry else nullcontext():
+            with self._ranks.abort_together():
+                yield
+            self.context.snapshot.restore()
 
     def gather(self, value: T) -> Sequence[T]:
         """Return the values of all ranks, and update the budgets and the time."""
@@ -322,6 +352,10 @@ def merged(trials: Sequence[Trial], budgets: Sequence[int]) -> Trial:
         step_seconds=_slowest(trial.step_seconds for trial in judged),
         optimizer_seconds=_slowest(trial.optimizer_seconds for trial in judged),
     )
+
+
+def _is_one_sample(trial: Trial) -> bool:
+    return trial.fits and trial.batch_size == 1
 
 
 def _shifted(nbytes: int | None, shift: int) -> int | None:

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import ChainedScheduler, OneCycleLR, SequentialLR
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from autobatch._distributed.sharding import bring_to_rest, local_part
+from autobatch._distributed.sharding import bring_to_rest, is_sharded, local_part
 from autobatch._memory.ledger import eager, unobserved
 from autobatch._memory.storages import tensors_of
 from autobatch._trials.captured import (
@@ -63,6 +63,7 @@ class Snapshot(Undo):
         self._undo = contextlib.ExitStack()
         self._modules: list[weakref.ref[torch.nn.Module]] = []  # captured with all their parts
         self._names: dict[int, str] = {}  # of objects that nobody asked to restore, by id
+        self.has_sharded = False  # whether parameters of a module are divided among ranks
         self.unrestored: set[str] = set()  # those whose state could not be saved or loaded
         self.push(self._leave)
         self.push(self._leave)  # completes the first if that was interrupted
@@ -110,6 +111,7 @@ class Snapshot(Undo):
         """
         modules = [thing for thing in things if isinstance(thing, torch.nn.Module)]
         self._modules += map(weakref.ref, modules)
+        self.has_sharded |= any(map(is_sharded, modules))
         for scheduler in _ending(things):
             self._undo.enter_context(_endless(scheduler))
         with self._saving(Scope(save)) as memo:

@@ -7,7 +7,12 @@ import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from autobatch._trials.workload import FailureCleanup, RunningWorkload, uses_torch_compile
+from autobatch._trials.workload import (
+    FailureCleanup,
+    RunningWorkload,
+    noting,
+    uses_torch_compile,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -64,6 +69,40 @@ def time_updates(
     with cleanup, _within_budget(context):
         return time_restarted(workload, batch_size, accumulate, enough, context)
     return None
+
+
+def time_together(
+    workload: Workload,
+    batch_size: int,
+    *,
+    accumulate: int,
+    enough: Callable[[Sequence[float]], bool],
+    context: TrialContext,
+) -> Timing:
+    """Time updates of a size that is known to fit, with real collectives, on all ranks in step.
+
+    No error fails the size: on one rank alone it leaves the others in a collective.
+
+    Args:
+        workload: A training loop that yields after every optimizer step.
+        batch_size: Samples per forward pass.
+        accumulate: Micro-batches per update.
+        enough: Called with the seconds of all updates so far, after each; the same on all ranks.
+        context: Resources of the trials.
+    """
+    with noting(batch_size):
+        context.probe.release()
+        return time_restarted(workload, batch_size, accumulate, enough, context)
+
+
+def run_together(
+    workload: Workload, batch_size: int, accumulate: int, context: TrialContext
+) -> None:
+    """Run one update with real collectives, on all ranks in step."""
+    with noting(batch_size):
+        context.probe.release()
+        with context.on_first_use(), RunningWorkload(workload, batch_size, accumulate) as run:
+            run.step()
 
 
 def until(

@@ -7,6 +7,7 @@ import operator
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
 
@@ -146,6 +147,16 @@ class FailureCleanup:
         except Exception:  # the snapshot notes it at the error when it is left
             return False
         return True
+
+
+@contextmanager
+def noting(batch_size: int) -> Iterator[None]:
+    """Name the batch size that was being tried in errors of the body."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(f"autobatch was trying batch_size={batch_size}")
+        raise
 
 
 def free_after_failure(error: Exception, probe: MemoryProbe) -> None:

@@ -56,27 +56,16 @@ _FP16_LOSS_SCALE: Final = 2.0**10  # keeps small gradients above zero in 16 bits
 
 @dataclass(frozen=True, slots=True)
 class SplittingTest:
-    """Test of the training step: does splitting a batch change its gradient?
+    """Test of the training step: does splitting a batch change its gradient?"""
 
-    Args:
-        trainer: The Trainer, on new loops.
-        module: The trained module.
-        samples: Makes the batches.
-        steps: Runs the training steps.
-        probe: The device of this rank.
-        memory_limit: Share or amount of device memory for the test.
-        snapshot: Restores everything that the test changes.
-        ranks: The processes that train together.
-    """
-
-    trainer: Any
-    module: Any
-    samples: Samples
-    steps: TrainingSteps
-    probe: MemoryProbe
-    memory_limit: float | str
-    snapshot: Snapshot
-    ranks: Ranks
+    trainer: Any  # the Trainer, on new loops
+    module: Any  # the trained module
+    samples: Samples  # makes the batches
+    steps: TrainingSteps  # runs the training steps
+    probe: MemoryProbe  # the device of this rank
+    memory_limit: float | str  # share or amount of device memory for the test
+    snapshot: Snapshot  # restores everything that the test changes
+    ranks: Ranks  # the processes that train together
 
     def notes(self, plan: BatchPlan, time_limit: TimeLimit) -> tuple[str, ...]:
         """Return notes on the gradients of a plan that accumulates; every rank calls it.
@@ -143,16 +132,6 @@ class SplittingTest:
 def _even_samples(plan: BatchPlan) -> int:
     """Return the samples for the test, an even number; 0 for micro-batches of one sample."""
     return min(plan.micro_batch_size, _MAX_SAMPLES) // 2 * 2
-
-
-def check_switch(repair_last_window: object) -> bool:
-    """Return `repair_last_window`; `ValueError` if it is neither True nor False."""
-    if not isinstance(repair_last_window, bool):
-        raise ValueError(
-            f"repair_last_window={repair_last_window!r} is not a switch; give True to weight the "
-            "last update of an epoch by its samples, or False to leave it as Lightning makes it."
-        )
-    return repair_last_window
 
 
 def check_repairable(trainer: Any, module: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import ref
@@ -12,15 +13,10 @@ from autobatch._loaders.order import capture_order, take_iterator
 from autobatch._trials.snapshot import Snapshot
 from autobatch._undo import Undo, patched
 from autobatch.lightning._attribute import FormerBatchSize, set_batch_size_attribute
-from autobatch.lightning._compat import (
-    combined_loader,
-    data_source,
-    forget_combined_loader,
-)
+from autobatch.lightning._compat import combined_loader, data_source, forget_combined_loader
 from autobatch.lightning._reads import BatchSizeReads
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from weakref import ReferenceType
 
     from autobatch._plan import BatchPlan
@@ -28,91 +24,77 @@ if TYPE_CHECKING:
     from autobatch.lightning._trainer import Trainer
 
 
-def apply(
-    plan: BatchPlan,
-    trainer: Trainer,
-    module: Any,
-    batch_arg_name: str,
-    rebatched: Rebatched,
-    before_optimizers: BeforeOptimizers,
-) -> None:
-    """Make this Trainer train with a plan.
+@dataclass(frozen=True, slots=True)
+class Application:
+    """A plan, and the state of a Trainer that changes with it."""
 
-    Optimizers and schedulers are created again if `configure_optimizers` read the batch size, the
-    accumulation or the length of the loader. They then start from the random state in which they
-    were created the first time.
+    plan: BatchPlan
+    trainer: Trainer
+    module: Any
+    batch_arg_name: str  # attribute or hyperparameter that names the batch size
+    rebatched: Rebatched  # gives the loaders their batch sizes; `undo` restores the user's loader
+    before_optimizers: BeforeOptimizers
 
-    Args:
-        plan: The plan.
-        trainer: The Trainer.
-        module: The module.
-        batch_arg_name: Attribute or hyperparameter that names the batch size.
-        rebatched: Gives the loaders their batch sizes; `undo` restores the user's loader.
-        before_optimizers: The state from before the optimizers were created.
+    def before_training(self) -> None:
+        """Make this Trainer train with the plan; restore everything after an error.
 
-    Loader, accumulation and attributes are restored after an error.
-    """
-    with Undo() as undo:
-        undo.add(rebatched.undo)
-        rebatched.start()
-        accumulate = trainer.accumulate_grad_batches
-        undo.add(partial(setattr, trainer, "accumulate_grad_batches", accumulate))
-        _set_accumulation(plan, trainer, module)
-        if before_optimizers.read_the_plan:
-            before_optimizers.restore()
-        before_optimizers.forget()
-        undo.add(FormerBatchSize(module, batch_arg_name).restore)
-        set_batch_size_attribute(module, batch_arg_name, plan.micro_batch_size)
-        if before_optimizers.read_the_plan:
-            before_optimizers.create_again(trainer)
-        undo.pop_all()  # all went well: the caller undoes it
+        Optimizers and schedulers are created again if `configure_optimizers` read the batch size,
+        the accumulation or the length of the loader. They then start from the random state in which
+        they were created the first time.
+        """
+        trainer, before = self.trainer, self.before_optimizers
+        with Undo() as undo:
+            accumulate = trainer.accumulate_grad_batches
+            undo.add(partial(setattr, trainer, "accumulate_grad_batches", accumulate))
+            self._rebatch(undo)
+            if before.read_the_plan:
+                before.restore()
+            before.forget()
+            undo.add(FormerBatchSize(self.module, self.batch_arg_name).restore)
+            self._set_attribute()
+            if before.read_the_plan:
+                before.create_again(trainer)
+            undo.pop_all()  # all went well: the caller undoes it
 
+    def between_epochs(self, before_data: StateBefore) -> None:
+        """Make this Trainer continue with the plan in the epoch that starts now.
 
-def apply_between_epochs(
-    plan: BatchPlan,
-    trainer: Trainer,
-    module: Any,
-    batch_arg_name: str,
-    rebatched: Rebatched,
-    before_optimizers: BeforeOptimizers,
-    restore_start: Callable[[], bool],
-) -> None:
-    """Make this Trainer continue with another plan in the epoch that starts now.
+        After the first step optimizers and schedulers stay: they hold the state of training.
+        Lightning asks for the loader again, as with `reload_dataloaders_every_n_epochs`; one that
+        was passed to `fit` is the same, and the order of its data continues. In the first epoch
+        `before_data` restores the state in which the loader was started. After an error the user's
+        loader has its own batch size again, and training ends.
+        """
+        trainer, fit_loop = self.trainer, self.trainer.fit_loop
+        with Undo() as undo:
+            self._rebatch(undo)
+            self._set_attribute()
+            with Snapshot() as snapshot:
+                if trainer.global_step == 0 and self.before_optimizers.read_the_plan:
+                    self.before_optimizers.create_again(trainer)
+                source = data_source(fit_loop)
+                if before_data.restore():
+                    _end_persistent_workers(trainer)
+                elif isinstance(source.instance, DataLoader):
+                    source.dataloader()  # gives the loader its new size, before it is captured
+                    # Lightning 2.6 starts the loader when it sets it up, and in any epoch but the
+                    # first again when the epoch runs
+                    capture_order(source.instance, snapshot)
+                forget_combined_loader(fit_loop)
+                fit_loop.setup_data()
+            if trainer.progress_bar_callback is not None:
+                # The progress bar has read the number of batches already
+                trainer.progress_bar_callback.on_train_epoch_start(trainer, self.module)
+            undo.pop_all()
 
-    After the first step optimizers and schedulers stay: they hold the state of training. Lightning
-    asks for the loader again, as with `reload_dataloaders_every_n_epochs`; one that was passed to
-    `fit` is the same, and the order of its data continues. In the first epoch `restore_start`
-    restores the state in which the loader was started; in a later one it returns False. After an
-    error the user's loader has its own batch size again, and training ends.
-    """
-    fit_loop = trainer.fit_loop
-    with Undo() as undo:
-        undo.add(rebatched.undo)
-        rebatched.start()
-        _set_accumulation(plan, trainer, module)
-        set_batch_size_attribute(module, batch_arg_name, plan.micro_batch_size)
-        with Snapshot() as snapshot:
-            if trainer.global_step == 0 and before_optimizers.read_the_plan:
-                before_optimizers.create_again(trainer)
-            source = data_source(fit_loop)
-            if restore_start():
-                _end_persistent_workers(trainer)
-            elif isinstance(source.instance, DataLoader):
-                source.dataloader()  # gives the loader its new size, before it is captured
-                # Lightning 2.6 starts the loader when it sets it up, and in any epoch but the first
-                # again when the epoch runs
-                capture_order(source.instance, snapshot)
-            forget_combined_loader(fit_loop)
-            fit_loop.setup_data()
-        if trainer.progress_bar_callback is not None:
-            # The progress bar has read the number of batches already
-            trainer.progress_bar_callback.on_train_epoch_start(trainer, module)
-        undo.pop_all()
+    def _rebatch(self, undo: Undo) -> None:
+        undo.add(self.rebatched.undo)
+        self.rebatched.start()
+        if self.module.automatic_optimization:  # otherwise the module accumulates
+            self.trainer.accumulate_grad_batches = self.plan.accumulate_grad_batches
 
-
-def _set_accumulation(plan: BatchPlan, trainer: Trainer, module: Any) -> None:
-    if module.automatic_optimization:  # with manual optimization, the module accumulates
-        trainer.accumulate_grad_batches = plan.accumulate_grad_batches
+    def _set_attribute(self) -> None:
+        set_batch_size_attribute(self.module, self.batch_arg_name, self.plan.micro_batch_size)
 
 
 def _end_persistent_workers(trainer: Trainer) -> None:
@@ -145,6 +127,38 @@ class StateBefore:
             self._snapshot.forget()
             self._snapshot = None
 
+    def _watch(self, patch: patched) -> None:
+        self._patch = patch
+        patch.apply()
+
+    def _capture(self, trainer: Trainer, *objects: Any) -> None:
+        """Capture objects, the order of the data, and random numbers."""
+        self._snapshot = Snapshot().__enter__()
+        self._snapshot.capture_light(*objects)
+        if isinstance(loader := data_source(trainer.fit_loop).instance, DataLoader):
+            capture_order(loader, self._snapshot)
+
+
+class BeforeData(StateBefore):
+    """State of random numbers, loader and datamodule before the training loop sets up its data.
+
+    Lightning 2.6 starts the loader there. With another batch size in the first epoch it is started
+    again, and has to draw the same random numbers.
+    """
+
+    def watch(self, trainer: Trainer) -> None:
+        """Capture the state when the loop sets up its data for the first time."""
+        self.forget()
+        loop = trainer.fit_loop
+        set_up = loop.setup_data
+
+        def capture_and_set_up() -> None:
+            if self._snapshot is None and combined_loader(loop) is None:
+                self._capture(trainer, trainer.datamodule)
+            set_up()
+
+        self._watch(patched(loop, setup_data=capture_and_set_up))
+
 
 class BeforeOptimizers(StateBefore):
     """State of module, datamodule and loader just before the Trainer creates its optimizers.
@@ -165,11 +179,7 @@ class BeforeOptimizers(StateBefore):
 
         def capture_and_create(*arguments: Any) -> Any:
             self.forget()
-            self._snapshot = Snapshot().__enter__()
-            self._snapshot.capture_light(trainer.lightning_module, trainer.datamodule)
-            loader = data_source(trainer.fit_loop).instance
-            if isinstance(loader, DataLoader):
-                capture_order(loader, self._snapshot)
+            self._capture(trainer, trainer.lightning_module, trainer.datamodule)
             with BatchSizeReads(trainer, batch_arg_name) as reads:
                 created = create(*arguments)
             # A schedule that needs its length has set up the loader already
@@ -177,8 +187,7 @@ class BeforeOptimizers(StateBefore):
             self._created = list(map(ref, trainer.optimizers))
             return created
 
-        self._patch = patched(trainer.strategy, setup_optimizers=capture_and_create)
-        self._patch.apply()
+        self._watch(patched(trainer.strategy, setup_optimizers=capture_and_create))
 
     def create_again(self, trainer: Trainer) -> None:
         """Call `configure_optimizers` as `Strategy.setup` of Lightning 2.6 does, at the new size.

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from autobatch.errors import AutobatchError
 from autobatch.lightning._compat import hyperparameters
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 DEFAULT_NAME: Final = "batch_size"
 
@@ -42,7 +42,7 @@ def check_attribute(module: Any, name: str) -> None:
     if name != DEFAULT_NAME and not holders(module, name):
         raise AutobatchError(_nothing_held(module, name))
     for holder in holders(module, name):
-        former = _Former.of(holder)
+        restore = _restoring(holder)
         try:
             holder.set(holder.value)
         except Exception as error:
@@ -51,7 +51,7 @@ def check_attribute(module: Any, name: str) -> None:
                 f"or a plan ({_first_line(error)}); make it writable while the Trainer runs, or "
                 "train without AutoBatch."
             ) from error
-        former.restore()
+        restore()
 
 
 def set_batch_size_attribute(module: Any, name: str, batch_size: int) -> None:
@@ -68,43 +68,35 @@ def has_batch_size_attribute(module: Any, name: str) -> bool:
 class FormerBatchSize:
     """The batch size as the attributes and hyperparameters of a name have it now.
 
+    A `with` statement writes it back.
+
     Args:
         module: The module.
         name: The name.
     """
 
     def __init__(self, module: Any, name: str) -> None:
-        self._values = [_Former.of(holder) for holder in holders(module, name)]
+        self._restores = list(map(_restoring, holders(module, name)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.restore()
 
     def restore(self) -> None:
         """Write it back."""
-        for value in self._values:
-            value.restore()
-
-
-@contextmanager
-def batch_size_restored(module: Any, name: str) -> Iterator[FormerBatchSize]:
-    """Write the batch size of this name back after the body."""
-    former = FormerBatchSize(module, name)
-    try:
-        yield former
-    finally:
-        former.restore()
+        for restore in self._restores:
+            restore()
 
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """A place that holds the batch size.
+    """A place that holds the batch size."""
 
-    Args:
-        owner: An object with an attribute, or a mapping with an entry.
-        key: Name of the attribute or entry.
-        kind: The place in words: "a hyperparameter of Model".
-    """
-
-    owner: Any
-    key: str
-    kind: str
+    owner: Any  # an object with an attribute, or a mapping with an entry
+    key: str  # name of the attribute or entry
+    kind: str  # the place in words: "a hyperparameter of Model"
 
     @property
     def value(self) -> Any:
@@ -166,36 +158,18 @@ def _is_computed(holder: Holder) -> bool:
     return isinstance(attribute, property) and attribute.fset is None
 
 
-@dataclass(frozen=True, slots=True)
-class _Former:
-    """A value to write back.
-
-    Args:
-        holder: The place.
-        value: The value; `_Missing` if it is an attribute of the class.
-    """
-
-    holder: Holder
-    value: Any
-
-    @classmethod
-    def of(cls, holder: Holder) -> _Former:
-        owner, key = holder.owner, holder.key
-        omegaconf = sys.modules.get("omegaconf")
-        if omegaconf is not None and isinstance(owner, omegaconf.DictConfig):
-            # An interpolation, such as "${data.batch_size}", stays one
-            return cls(holder, omegaconf.OmegaConf.to_container(owner, resolve=False)[key])
-        attribute = getattr(type(owner), key, _Missing)
-        of_class = attribute is not _Missing and not hasattr(attribute, "__set__")
-        if of_class and not isinstance(owner, Mapping) and key not in vars(owner):
-            return cls(holder, _Missing)
-        return cls(holder, holder.value)
-
-    def restore(self) -> None:
-        if self.value is _Missing:
-            vars(self.holder.owner).pop(self.holder.key, None)
-        else:
-            self.holder.set(self.value)
+def _restoring(holder: Holder) -> Callable[[], object]:
+    """Return a function that writes back the present value of a place."""
+    owner, key = holder.owner, holder.key
+    omegaconf = sys.modules.get("omegaconf")
+    if omegaconf is not None and isinstance(owner, omegaconf.DictConfig):
+        # An interpolation, such as "${data.batch_size}", stays one
+        return partial(holder.set, omegaconf.OmegaConf.to_container(owner, resolve=False)[key])
+    attribute = getattr(type(owner), key, _Missing)
+    of_class = attribute is not _Missing and not hasattr(attribute, "__set__")
+    if of_class and not isinstance(owner, Mapping) and key not in vars(owner):
+        return partial(vars(owner).pop, key, None)
+    return partial(holder.set, holder.value)
 
 
 def _nothing_held(module: Any, name: str) -> str:

@@ -11,11 +11,10 @@ from autobatch._distributed import stopping_together
 from autobatch._estimate.device import target_gpu
 from autobatch._loaders.samples import NoDataError, checked_worst_case
 from autobatch._report.known_plan import known_plan
-from autobatch._settings import Settings, checked_verbose
+from autobatch._settings import Settings, checked_switch, checked_verbose
 from autobatch._tune import checked_search
 from autobatch._undo import Undo
 from autobatch.errors import AutobatchError, FixedBatchSizeError
-from autobatch.lightning._accumulation import check_switch
 from autobatch.lightning._attribute import (
     FormerBatchSize,
     check_attribute,
@@ -32,23 +31,17 @@ from autobatch.lightning._checks import (
     check_survival,
     check_trainer,
     checked_epochs,
-    checked_evaluate,
     checked_keep,
     checked_survival,
     why_idle,
 )
-from autobatch.lightning._compat import (
-    Imported,
-    callback_class,
-    data_source,
-)
+from autobatch.lightning._compat import Imported, callback_class, data_source
 from autobatch.lightning._dataloaders import checked_setter
 from autobatch.lightning._estimating import estimate_training
 from autobatch.lightning._evaluation import STAGES, before_data, loaders_for
 from autobatch.lightning._resources import CallbackArguments
-from autobatch.lightning._results import Results, show
 from autobatch.lightning._resume import Checkpoint
-from autobatch.lightning._run import Run
+from autobatch.lightning._run import Results, Run, show
 from autobatch.lightning._tuned_training import TunedTraining
 from autobatch.lightning._tuning_evaluation import tune_evaluation
 from autobatch.testing import named_device
@@ -200,11 +193,21 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             search=checked_search(search),
             device=named_device(device),
             worst_case=checked_worst_case(worst_case),
-            repairs=check_switch(repair_last_window),
+            repairs=checked_switch(
+                "repair_last_window",
+                repair_last_window,
+                "True to weight the last update of an epoch by its samples, or False to leave it "
+                "as Lightning makes it",
+            ),
             batch_arg_name=checked_name(batch_arg_name),
             set_batch_size=checked_setter(set_batch_size),
             retune_at_epochs=checked_epochs(retune_at_epochs),
-            evaluates=checked_evaluate(evaluate) or latency_limit is not None,
+            evaluates=checked_switch(
+                "evaluate",
+                evaluate,
+                "True to tune validate, test and predict, or False to leave them as they are",
+            )
+            or latency_limit is not None,
             verbose=checked_verbose(verbose),
             survives=survives,
             keeps=keeps,
@@ -360,7 +363,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
                 elif self._only_tunes:
                     self.reports["fit"] = training.tune(None).report
                 else:
-                    training.begin()
+                    training.begin(training.tune(self._results.last_fit))
                     self._training = training
         except NoDataError:
             self._stay_idle("there is nothing to train on")

@@ -79,16 +79,6 @@ def checked_epochs(epochs: Iterable[int]) -> frozenset[int]:
     return frozenset(epochs)
 
 
-def checked_evaluate(evaluate: object) -> bool:
-    """Return `evaluate`; `ValueError` if it is neither True nor False."""
-    if not isinstance(evaluate, bool):
-        raise ValueError(
-            f"evaluate={evaluate!r} is not a switch; give True to tune validate, test and predict, "
-            "or False to leave them as they are."
-        )
-    return evaluate
-
-
 def checked_survival(on_out_of_memory: object) -> bool:
     """Return True if training survives out of memory; `ValueError` for other values."""
     if on_out_of_memory not in ("raise", "split"):

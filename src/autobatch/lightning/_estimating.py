@@ -10,8 +10,8 @@ from autobatch._estimate.inputs import Inputs, refusal
 from autobatch._loaders.samples import Samples
 from autobatch._memory import parse_memory_limit
 from autobatch._memory.estimate.events import UntraceableError
-from autobatch._memory.estimate.fit import SIZES
-from autobatch.lightning._attribute import batch_size_restored
+from autobatch._memory.estimate.prediction import SIZES
+from autobatch.lightning._attribute import FormerBatchSize
 from autobatch.lightning._resources import trial_resources
 from autobatch.lightning._traced import traceable_step
 
@@ -38,7 +38,7 @@ def estimate_training(
         AutobatchError: The memory of the step cannot be estimated.
     """
     with (
-        batch_size_restored(module, arguments.batch_arg_name),
+        FormerBatchSize(module, arguments.batch_arg_name),
         trial_resources(trainer, module, arguments, None) as resources,
         Samples(
             resources.loaders, resources.context.snapshot, module.device, arguments.worst_case

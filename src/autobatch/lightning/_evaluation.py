@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import count
 from math import inf
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -34,19 +35,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One of the methods of a Trainer of Lightning 2.6 that run a module without training it.
+    """One of the methods of a Trainer of Lightning 2.6 that run a module without training it."""
 
-    Args:
-        name: Name of the method, and of the state of the Trainer meanwhile.
-        hook: Name in the hooks of the module: "validation" of `on_validation_start`.
-        loop: Attribute of the Trainer that holds its loop.
-        limit: Attribute of the Trainer that limits its batches.
-    """
-
+    # Name of the method, and of the state of the Trainer meanwhile
     name: Literal["validate", "test", "predict"]
-    hook: str
-    loop: str
-    limit: str
+    hook: str  # name in the hooks of the module: "validation" of `on_validation_start`
+    loop: str  # attribute of the Trainer that holds its loop
+    limit: str  # attribute of the Trainer that limits its batches
 
     @property
     def step(self) -> str:
@@ -115,50 +110,39 @@ def before_data(trainer: Trainer, stage: Stage, act: Callable[[], None]) -> patc
     return patch
 
 
+@dataclass(frozen=True, eq=False)
 class EvaluationSteps:
     """Steps without gradients at any batch size, with a batch of each loader in turn.
 
     A batch takes the path of `_EvaluationLoop._evaluation_step` and `_PredictionLoop._predict_step`
     in Lightning 2.6, without logging.
-
-    Args:
-        trainer: The Trainer, on new loops.
-        loaders: The loaders of the stage.
-        samples: Makes the batches.
-        stage: The stage.
-        after: A training loop, of which one update runs first: its memory stays in use while
-            validating.
-        snapshot: Restores what a failed first step has changed.
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        loaders: Loaders,
-        samples: Samples,
-        stage: Stage,
-        after: Callable[[], Generator[Any]] | None,
-        snapshot: Snapshot,
-    ) -> None:
-        self._trainer = trainer
-        self._loaders = loaders
-        self._samples = samples
-        self._stage = stage
-        self._after = after
-        names = (f"on_{stage.hook}_start", f"on_{stage.hook}_epoch_start")
-        self._hooks = Hooks(trainer, names, f"on_{stage.hook}_batch", snapshot)
+    trainer: Trainer  # on new loops
+    loaders: Loaders  # of the stage
+    samples: Samples  # makes the batches
+    stage: Stage
+    # A training loop, of which one update runs first: its memory stays in use while validating
+    after: Callable[[], Generator[Any]] | None
+    snapshot: Snapshot  # restores what a failed first step has changed
+
+    @cached_property
+    def _hooks(self) -> Hooks:
+        hook = self.stage.hook
+        names = (f"on_{hook}_start", f"on_{hook}_epoch_start")
+        return Hooks(self.trainer, names, f"on_{hook}_batch", self.snapshot)
 
     def __call__(self, batch_size: int, accumulate: int) -> Iterator[None]:
         """Yield after each round of the loaders; nothing is accumulated."""
-        batches = self._samples.batches(batch_size)
+        batches = self.samples.batches(batch_size)
         with contextlib.ExitStack() as stack:
-            if self._after is not None:
-                stack.enter_context(_modes_restored(self._trainer.lightning_module))
-                next(stack.enter_context(contextlib.closing(self._after())))
+            if self.after is not None:
+                stack.enter_context(_modes_restored(self.trainer.lightning_module))
+                next(stack.enter_context(contextlib.closing(self.after())))
             with self._evaluating():
-                loop, limit = active_loop(self._trainer), self._stage.limit_of(self._trainer)
+                loop, limit = active_loop(self.trainer), self.stage.limit_of(self.trainer)
             lengths = stack.enter_context(
-                evaluation_shown(self._trainer, loop, self._loaders, batch_size, limit)
+                evaluation_shown(self.trainer, loop, self.loaders, batch_size, limit)
             )
             with self._evaluating():
                 for attempt in self._hooks.attempts():
@@ -171,35 +155,35 @@ class EvaluationSteps:
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
-        state = self._trainer.state
-        with patched(state, stage=type(state.stage)(self._stage.name)), torch.no_grad():
+        state = self.trainer.state
+        with patched(state, stage=type(state.stage)(self.stage.name)), torch.no_grad():
             yield
 
     def _begin(self, batches: Iterator[Any], lengths: Sequence[int | float]) -> None:
-        call_module_hook(self._trainer, f"on_{self._stage.hook}_model_eval")
+        call_module_hook(self.trainer, f"on_{self.stage.hook}_model_eval")
         self._hooks.start()
         self._round(batches, lengths, 0)
 
     def _round(self, batches: Iterator[Any], lengths: Sequence[int | float], index: int) -> None:
-        loaders = self._samples.batches_at_once
+        loaders = self.samples.batches_at_once
         for position, length in zip(range(loaders), lengths, strict=False):
             within = index if length == inf else index % max(1, int(length))
-            active_loop(self._trainer).batch_progress.is_last_batch = within + 1 == length
+            active_loop(self.trainer).batch_progress.is_last_batch = within + 1 == length
             self._step(next(batches), within, position if loaders > 1 else None)
 
     def _step(self, batch: Any, index: int, dataloader_idx: int | None) -> None:
-        trainer, loop = self._trainer, active_loop(self._trainer)
+        trainer, loop = self.trainer, active_loop(self.trainer)
         check_terminated(trainer)
         batch = on_device(trainer, batch, dataloader_idx or 0)
         arguments = build_evaluation_kwargs(loop, batch, index, dataloader_idx)
         loop.batch_progress.current.ready = index
         loop.batch_progress.increment_ready()
-        is_logging = self._stage.hook != "predict"
+        is_logging = self.stage.hook != "predict"
         if is_logging:
             logger_connector(trainer).on_batch_start(batch, dataloader_idx)
         self._hooks.before_batch(*arguments.values())
         loop.batch_progress.increment_started()
-        step = self._stage.step
+        step = self.stage.step
         outputs = call_strategy_hook(trainer, step, *build_step_args(loop, arguments, step))
         loop.batch_progress.increment_processed()
         self._hooks.after_batch(outputs, *arguments.values())

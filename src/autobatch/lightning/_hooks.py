@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from autobatch._memory.oom import is_oom
@@ -20,28 +21,20 @@ FIT_START: Final = ("on_fit_start", "on_train_start", "on_train_epoch_start")
 _NOT_USERS: Final = ("autobatch", "lightning", "pytorch_lightning")
 
 
+@dataclass(eq=False)
 class Hooks:
     """Calls the hooks that the loops of Lightning 2.6 call before the first and around each batch.
 
     Those of the user's callbacks are called too, before those of the module, once a first step has
     failed without them: a step may need what they make. Before that they are left out, because
     their effects outside of the module cannot be restored.
-
-    Args:
-        trainer: The Trainer.
-        start: Hooks that are called once, in their order.
-        batch: Name of the hooks around each batch, without "_start" and "_end".
-        snapshot: Restores what a failed first step has changed.
     """
 
-    def __init__(
-        self, trainer: Trainer, start: Sequence[str], batch: str, snapshot: Snapshot
-    ) -> None:
-        self._trainer = trainer
-        self._start = start
-        self._batch = batch
-        self._snapshot = snapshot
-        self.with_callbacks = False  # those of callbacks are called as well
+    trainer: Trainer
+    start_hooks: Sequence[str]  # called once, in their order
+    batch_hooks: str  # name of the hooks around each batch, without "_start" and "_end"
+    snapshot: Snapshot  # restores what a failed first step has changed
+    with_callbacks: bool = False  # those of callbacks are called as well
 
     def attempts(self) -> Iterator[Attempt]:
         """Yield a block that begins a trial, and one with hooks of callbacks if it fails without.
@@ -53,7 +46,7 @@ class Hooks:
         if first.error is None:
             return
         error, first.error = first.error, None  # its frames hold the tensors of the step
-        self._snapshot.restore()
+        self.snapshot.restore()
         self.with_callbacks = True
         yield (second := Attempt(is_last=False))
         if second.error is not None:
@@ -62,29 +55,29 @@ class Hooks:
 
     def start(self) -> None:
         """Call the hooks before the first batch."""
-        for name in self._start:
+        for name in self.start_hooks:
             self.call(name)
 
     def before_batch(self, *arguments: Any) -> Any:
         """Call the hook before a batch, and return the value of the module's."""
-        return self.call(f"{self._batch}_start", *arguments)
+        return self.call(f"{self.batch_hooks}_start", *arguments)
 
     def after_batch(self, *arguments: Any) -> None:
         """Call the hook after a batch."""
-        self.call(f"{self._batch}_end", *arguments)
+        self.call(f"{self.batch_hooks}_end", *arguments)
 
     def call(self, name: str, *arguments: Any) -> Any:
         """Call a hook; return the value of the module's."""
-        for callback in self._trainer.callbacks if self.with_callbacks else ():
+        for callback in self.trainer.callbacks if self.with_callbacks else ():
             if _is_users(callback, name):
                 with redirect_stdout(io.StringIO()):
-                    call_callback_hook(self._trainer, callback, name, *arguments)
-        return call_module_hook(self._trainer, name, *arguments)
+                    call_callback_hook(self.trainer, callback, name, *arguments)
+        return call_module_hook(self.trainer, name, *arguments)
 
     @property
     def _are_in_callbacks(self) -> bool:
-        names = (*self._start, f"{self._batch}_start", f"{self._batch}_end")
-        return any(_is_users(each, name) for each in self._trainer.callbacks for name in names)
+        names = (*self.start_hooks, f"{self.batch_hooks}_start", f"{self.batch_hooks}_end")
+        return any(_is_users(each, name) for each in self.trainer.callbacks for name in names)
 
 
 class Attempt:

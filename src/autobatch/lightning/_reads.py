@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack, contextmanager
-from functools import wraps
-from typing import TYPE_CHECKING, Any, Final, Self
+from dataclasses import dataclass
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any, Final
 
 from torch.utils.data import DataLoader
 
 from autobatch._trials.batches import leaves
+from autobatch._undo import Undo
 from autobatch.lightning._attribute import holders
 from autobatch.lightning._compat import data_source
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from autobatch.lightning._trainer import Trainer
 
@@ -27,7 +28,7 @@ class _Missing:
     """Value of a class attribute that is not there."""
 
 
-class BatchSizeReads:
+class BatchSizeReads(Undo):
     """Notices reads of whatever a plan changes, while it is entered.
 
     The classes of the objects have other descriptors and methods meanwhile. An object whose class
@@ -39,30 +40,23 @@ class BatchSizeReads:
     """
 
     def __init__(self, trainer: Trainer, name: str) -> None:
+        super().__init__()
         self.happened = False
         self._trainer = trainer
         self._name = name
-        self._replaced = ExitStack()
 
-    def __enter__(self) -> Self:
-        with ExitStack() as until_error:
-            self._replaced = until_error
-            self._watch_attribute(self._trainer, "accumulate_grad_batches")
-            for holder in holders(self._trainer.lightning_module, self._name):
-                if isinstance(holder.owner, Mapping):
-                    self._watch_methods(holder.owner, _ENTRY_METHODS, holder.key)
-                else:
-                    self._watch_attribute(holder.owner, holder.key)
-            for loader in leaves(data_source(self._trainer.fit_loop).instance):
-                if isinstance(loader, DataLoader):
-                    for part in (loader, loader.batch_sampler):
-                        self._watch_attribute(part, "batch_size")
-                        self._watch_methods(part, _LENGTH_METHODS, None)
-            self._replaced = until_error.pop_all()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._replaced.close()
+    def start(self) -> None:
+        self._watch_attribute(self._trainer, "accumulate_grad_batches")
+        for holder in holders(self._trainer.lightning_module, self._name):
+            if isinstance(holder.owner, Mapping):
+                self._watch_methods(holder.owner, _ENTRY_METHODS, holder.key)
+            else:
+                self._watch_attribute(holder.owner, holder.key)
+        for loader in leaves(data_source(self._trainer.fit_loop).instance):
+            if isinstance(loader, DataLoader):
+                for part in (loader, loader.batch_sampler):
+                    self._watch_attribute(part, "batch_size")
+                    self._watch_methods(part, _LENGTH_METHODS, None)
 
     def _note(self) -> None:
         self.happened = True
@@ -81,38 +75,40 @@ class BatchSizeReads:
                 self._replace(owner, name, _noting(method, owner, key, self._note))
 
     def _replace(self, owner: Any, name: str, value: Any) -> None:
+        kind = type(owner)
+        self.add(partial(_restore, kind, name, vars(kind).get(name, _Missing)))
         try:
-            self._replaced.enter_context(_replaced(type(owner), name, value))
+            setattr(kind, name, value)
         except TypeError:  # a class that is not written in Python
             self._note()
 
 
+@dataclass(frozen=True, slots=True)
 class _NotingAttribute:
     """Stands in for an attribute in a class, and calls a function if that of one object is read."""
 
-    def __init__(self, owner: Any, name: str, former: Any, note: Callable[[], None]) -> None:
-        self._owner = owner
-        self._name = name
-        self._former = former
-        self._note = note
+    owner: Any
+    name: str
+    former: Any  # in the class
+    note: Callable[[], None]
 
     def __get__(self, instance: Any, kind: type) -> Any:
         if instance is not None:
-            if instance is self._owner:
-                self._note()
-            if self._name in vars(instance):
-                return vars(instance)[self._name]
-        if self._former is _Missing:
-            raise AttributeError(f"{kind.__name__!r} object has no attribute {self._name!r}")
-        bind = getattr(self._former, "__get__", None)
-        return self._former if bind is None else bind(instance, kind)
+            if instance is self.owner:
+                self.note()
+            if self.name in vars(instance):
+                return vars(instance)[self.name]
+        if self.former is _Missing:
+            raise AttributeError(f"{kind.__name__!r} object has no attribute {self.name!r}")
+        bind = getattr(self.former, "__get__", None)
+        return self.former if bind is None else bind(instance, kind)
 
     def __set__(self, instance: Any, value: Any) -> None:
-        vars(instance)[self._name] = value
+        vars(instance)[self.name] = value
 
     def __delete__(self, instance: Any) -> None:
-        if vars(instance).pop(self._name, _Missing) is _Missing:
-            raise AttributeError(self._name)
+        if vars(instance).pop(self.name, _Missing) is _Missing:
+            raise AttributeError(self.name)
 
 
 def _noting(
@@ -129,15 +125,9 @@ def _noting(
     return noting
 
 
-@contextmanager
-def _replaced(kind: type, name: str, value: Any) -> Iterator[None]:
-    """Replace an attribute of a class while the body runs."""
-    former = vars(kind).get(name, _Missing)
-    try:
-        setattr(kind, name, value)
-        yield
-    finally:
-        if former is not _Missing:
+def _restore(kind: type, name: str, former: Any) -> None:
+    if former is not _Missing:
+        if vars(kind).get(name) is not former:
             setattr(kind, name, former)
-        elif name in vars(kind):
-            delattr(kind, name)
+    elif name in vars(kind):
+        delattr(kind, name)

@@ -37,58 +37,37 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class CallbackArguments:
-    """Arguments of a callback.
+    """Arguments of a callback."""
 
-    Args:
-        settings: Validated arguments.
-        known_plan: The plan to verify instead of a search.
-        search: Strategy that proposes batch sizes.
-        device: The device whose memory is read; None: the device of the module.
-        worst_case: Makes the largest batch of a size; None to scan the data set for it.
-        repairs: Whether the last accumulation window of an epoch is corrected.
-        batch_arg_name: Name of the batch size in the module or its datamodule.
-        set_batch_size: Sets the batch size of a loader; None for the default way.
-        retune_at_epochs: Epochs at whose start it tunes again.
-        evaluates: Whether evaluations are tuned as well.
-        verbose: Whether progress and report are printed.
-        survives: Whether training goes on in pieces when memory runs out.
-        keeps: Whether nothing is tuned.
-    """
-
-    settings: Settings
-    known_plan: BatchPlan | None
-    search: Search
+    settings: Settings  # validated arguments
+    known_plan: BatchPlan | None  # the plan to verify instead of a search
+    search: Search  # strategy that proposes batch sizes
+    # The device whose memory is read; None: the device of the module
     device: str | MemoryProbe | None
+    # Makes the largest batch of a size; None to scan the data set for it
     worst_case: Callable[[int], Any] | None
-    repairs: bool
-    batch_arg_name: str
-    set_batch_size: SetBatchSize | None
-    retune_at_epochs: frozenset[int]
-    evaluates: bool
-    verbose: bool
-    survives: bool
-    keeps: bool
+    repairs: bool  # whether the last accumulation window of an epoch is corrected
+    batch_arg_name: str  # name of the batch size in the module or its datamodule
+    set_batch_size: SetBatchSize | None  # sets the batch size of a loader; None for the default way
+    retune_at_epochs: frozenset[int]  # epochs at whose start it tunes again
+    evaluates: bool  # whether evaluations are tuned as well
+    verbose: bool  # whether progress and report are printed
+    survives: bool  # whether training goes on in pieces when memory runs out
+    keeps: bool  # whether nothing is tuned
 
 
 @dataclass(frozen=True, slots=True)
 class Tuned:
-    """Result of a tuning run.
-
-    Args:
-        report: The report.
-        sizes: Of each loader.
-        own_sizes: The ones they had.
-        fingerprint: Of the model and the data, in training.
-        validation_sizes: Of each validation loader; None if they stay as they are.
-        held_by_callbacks: Bytes on the device that callbacks held in trials; None if their hooks
-            ran in trials, so that peaks count all that they make.
-    """
+    """Result of a tuning run."""
 
     report: TuningReport
-    sizes: tuple[LoaderSize, ...]
-    own_sizes: tuple[LoaderSize, ...]
-    fingerprint: str = ""
+    sizes: tuple[LoaderSize, ...]  # of each loader
+    own_sizes: tuple[LoaderSize, ...]  # the ones they had
+    fingerprint: str = ""  # of the model and the data, in training
+    # Of each validation loader; None if they stay as they are
     validation_sizes: tuple[LoaderSize, ...] | None = None
+    # Bytes on the device that callbacks held in trials; None if their hooks ran in trials, so that
+    # peaks count all that they make
     held_by_callbacks: int | None = None
 
     @property
@@ -108,17 +87,11 @@ class Tuned:
 
 @dataclass(frozen=True, slots=True)
 class TrialResources:
-    """Resources of the trials in a Trainer.
+    """Resources of the trials in a Trainer."""
 
-    Args:
-        context: Of the trials of any workload.
-        loaders: The loaders of training, or of a stage.
-        copied_bytes: Bytes of the copy of all state that is kept on the host.
-    """
-
-    context: TrialContext
-    loaders: Loaders
-    copied_bytes: int
+    context: TrialContext  # of the trials of any workload
+    loaders: Loaders  # the loaders of training, or of a stage
+    copied_bytes: int  # bytes of the copy of all state that is kept on the host
 
 
 @contextmanager

@@ -79,21 +79,15 @@ class DeviceId:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint, as far as a resumed run depends on it.
+    """A checkpoint, as far as a resumed run depends on it."""
 
-    Args:
-        between_epochs: True if no epoch is unfinished.
-        plan: The plan it was trained with; None if it was trained without AutoBatch.
-        target: The effective batch size of the settings.
-        device: The device; None if an older version of autobatch wrote the checkpoint.
-        total: Memory of that device in bytes.
-    """
-
-    between_epochs: bool
+    between_epochs: bool  # True if no epoch is unfinished
+    # The plan it was trained with; None if it was trained without AutoBatch
     plan: BatchPlan | None = None
-    target: int | None = None
+    target: int | None = None  # the effective batch size of the settings
+    # The device; None if an older version of autobatch wrote the checkpoint
     device: str | None = None
-    total: int | None = None
+    total: int | None = None  # memory of that device in bytes
 
     @classmethod
     def of(cls, checkpoint: dict[str, Any], *, max_steps: int) -> Checkpoint:
@@ -160,10 +154,7 @@ class Checkpoint:
         """Return whether it was trained on such a device; for an unknown one a trial decides."""
         if self.plan is None or self.plan.world_size != here.world_size:
             return False
-        return self.device is None or (self.device, self.total) == (
-            here.device,
-            here.total,
-        )
+        return self.device is None or (self.device, self.total) == (here.device, here.total)
 
 
 def known_at_start(
@@ -200,9 +191,7 @@ def _of_checkpoint(checkpoint: Checkpoint, here: DeviceId, settings: Settings) -
             f"trained with {_in_words(plan)}{_on_device(checkpoint, here)}.",
         )
     return PriorPlan(
-        plan,
-        target=effective,
-        note="Resumed: one trial verified the checkpoint's plan.",
+        plan, target=effective, note="Resumed: one trial verified the checkpoint's plan."
     )
 
 

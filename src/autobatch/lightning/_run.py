@@ -1,18 +1,16 @@
-"""State of one run of a Trainer: the changes to it, and what is measured while it trains."""
+"""State of one run of a Trainer, and the results of a callback, which outlive it."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from torch.utils.data import DataLoader
-
-from autobatch._loaders.order import capture_order
+from autobatch import sinks
 from autobatch._memory.detect import detect
-from autobatch._trials.snapshot import Snapshot
+from autobatch._report.units import plain
 from autobatch._undo import patched
-from autobatch.lightning._apply import BeforeOptimizers, StateBefore
-from autobatch.lightning._compat import combined_loader, data_source
+from autobatch.lightning._apply import BeforeData, BeforeOptimizers
 from autobatch.lightning._dataloaders import Rebatched
 from autobatch.lightning._loading import DataLoaderTimer
 from autobatch.lightning._survival import Survival
@@ -23,64 +21,34 @@ if TYPE_CHECKING:
 
     from autobatch._loaders.batch_size import LoaderSize
     from autobatch._memory import MemoryProbe
+    from autobatch._report import TuningReport
     from autobatch.lightning._accumulation import LastWindowCorrection
     from autobatch.lightning._attribute import FormerBatchSize
-    from autobatch.lightning._resume import Checkpoint
+    from autobatch.lightning._resume import Checkpoint, TunedFit
     from autobatch.lightning._trainer import Trainer
 
-
-class BeforeData(StateBefore):
-    """State of random numbers, loader and datamodule before the training loop sets up its data.
-
-    Lightning 2.6 starts the loader there. With another batch size in the first epoch it is started
-    again, and has to draw the same random numbers.
-    """
-
-    def watch(self, trainer: Trainer) -> None:
-        """Capture the state when the loop sets up its data for the first time."""
-        self.forget()
-        loop = trainer.fit_loop
-        set_up = loop.setup_data
-
-        def capture_and_set_up() -> None:
-            if self._snapshot is None and combined_loader(loop) is None:
-                self._snapshot = Snapshot().__enter__()
-                self._snapshot.capture_light(trainer.datamodule)
-                if isinstance(loader := data_source(loop).instance, DataLoader):
-                    capture_order(loader, self._snapshot)
-            set_up()
-
-        self._patch = patched(loop, setup_data=capture_and_set_up)
-        self._patch.apply()
+_log = logging.getLogger("autobatch")
 
 
 @dataclass
 class Run:
-    """State of one run of a Trainer, from `setup` to `teardown`.
+    """State of one run of a Trainer, from `setup` to `teardown`."""
 
-    Args:
-        checkpoint: The checkpoint that the run resumes from.
-        loaders: Loaders with another batch size, by what they serve: "train", "validation", or a
-            stage.
-        window: Corrects the last window of each epoch, if the user wants that.
-        timer: Measures the waiting time for the training loader.
-        before_optimizers: State from before the optimizers were created.
-        before_data: State from before the training loop set up its data.
-        survival: Runs micro-batches that run out of memory again, if the user wants that.
-        evaluation: The same for batches of validation and testing.
-        patches: Methods of the loops that are replaced; `replace` adds to them.
-        attribute: The former batch size of the module, while an evaluation runs with another.
-    """
-
-    checkpoint: Checkpoint | None = None
+    checkpoint: Checkpoint | None = None  # the checkpoint that the run resumes from
+    # Loaders with another batch size, by what they serve: "train", "validation", or a stage
     loaders: dict[str, Rebatched] = field(default_factory=dict)
+    # Corrects the last window of each epoch, if the user wants that
     window: LastWindowCorrection | None = None
     timer: DataLoaderTimer = field(default_factory=DataLoaderTimer)
     before_optimizers: BeforeOptimizers = field(default_factory=BeforeOptimizers)
     before_data: BeforeData = field(default_factory=BeforeData)
+    # Runs micro-batches that run out of memory again, if the user wants that
     survival: Survival | None = None
+    # The same for batches of validation and testing
     evaluation: EvaluationSurvival | None = None
+    # Methods of the loops that are replaced; `replace` adds to them
     patches: list[patched] = field(default_factory=list)
+    # The former batch size of the module, while an evaluation runs with another
     attribute: FormerBatchSize | None = None
 
     def rebatch(self, served: str, source: Any, sizes: Sequence[LoaderSize]) -> Rebatched:
@@ -185,3 +153,32 @@ def before_epochs(
         on_advance_start=acting(before_hooks, loop.on_advance_start),
         advance=acting(after_hooks, loop.advance),
     )
+
+
+@dataclass
+class Results:
+    """Results of all runs of a callback; a copy of the callback has them too."""
+
+    # The last report of each method of the Trainer
+    reports: dict[str, TuningReport] = field(default_factory=dict)
+    # The report with the plan that training follows, or has followed
+    trained: TuningReport | None = None
+    last_fit: TunedFit | None = None  # the previous fit, or the last `tune` for one
+
+    def train_with(self, report: TuningReport) -> None:
+        """Keep the report of training, or the same one with more in it."""
+        self.trained = self.reports["fit"] = report
+
+
+def show(report: TuningReport, trainer: Trainer, sink: sinks.Sink, *, verbose: bool) -> None:
+    """Log a report and print it by a sink if wanted, on rank zero."""
+    if not trainer.is_global_zero:
+        return
+    sinks.log(report)
+    if not verbose:
+        return
+    try:
+        sink(report)
+    except Exception as error:  # standard output may be closed, or its disk full
+        level = logging.DEBUG if sink is sinks.completed_on_console else logging.WARNING
+        _log.log(level, "The report could not be printed: %s", plain(repr(error)))

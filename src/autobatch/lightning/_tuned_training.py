@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +13,13 @@ from autobatch._report.notes import waiting
 from autobatch._tune import PriorPlan
 from autobatch.errors import FixedBatchSizeError
 from autobatch.lightning._accumulation import LastWindowCorrection
-from autobatch.lightning._apply import apply, apply_between_epochs
+from autobatch.lightning._apply import Application
 from autobatch.lightning._compat import data_source, forget_combined_loader
 from autobatch.lightning._hooks import FIT_START
 from autobatch.lightning._loggers import log_report, refresh_report
 from autobatch.lightning._noise_scale import NoiseScale
-from autobatch.lightning._results import Results, show
 from autobatch.lightning._resume import TunedFit, known_at_start
-from autobatch.lightning._run import Run, before_epochs
+from autobatch.lightning._run import Results, Run, before_epochs, show
 from autobatch.lightning._tuning import tune_training
 
 if TYPE_CHECKING:
@@ -35,34 +35,19 @@ if TYPE_CHECKING:
 _log = logging.getLogger("autobatch")
 
 
+@dataclass(eq=False, repr=False)
 class TunedTraining:
-    """Training of one `fit` with a plan, which is tuned again when callbacks change training.
+    """Training of one `fit` with a plan, which is tuned again when callbacks change training."""
 
-    Args:
-        trainer: The Trainer.
-        module: The module.
-        arguments: Arguments of the callback.
-        run: Changes to the Trainer, which are undone at its end.
-        results: Takes the reports.
-    """
-
-    def __init__(
-        self,
-        trainer: Any,
-        module: Any,
-        arguments: CallbackArguments,
-        run: Run,
-        results: Results,
-    ) -> None:
-        self._trainer = trainer
-        self._module = module
-        self._arguments = arguments
-        self._run = run
-        self._results = results
-        self._target = 0  # the effective batch size of the first plan
-        self._beside: BesideTraining | None = None  # None: there is nothing to compare
-        self._is_to_compare = True  # memory of callbacks, before the next epoch
-        self._steps_before: int | None = None  # updates before an epoch in which it is compared
+    trainer: Any
+    module: Any
+    arguments: CallbackArguments
+    run: Run  # changes to the Trainer, which are undone at its end
+    results: Results  # takes the reports
+    _target: int = 0  # the effective batch size of the first plan
+    _beside: BesideTraining | None = None  # None: there is nothing to compare
+    _is_to_compare: bool = True  # memory of callbacks, before the next epoch
+    _steps_before: int | None = None  # updates before an epoch in which it is compared
 
     @property
     def plan(self) -> BatchPlan:
@@ -71,39 +56,29 @@ class TunedTraining:
 
     def tune(self, last_fit: TunedFit | None) -> Tuned:
         """Find a plan, by one trial if a checkpoint, the user or the previous fit has one."""
-        known_at = partial(
-            known_at_start, self._arguments.known_plan, self._run.checkpoint, last_fit
-        )
+        known_at = partial(known_at_start, self.arguments.known_plan, self.run.checkpoint, last_fit)
         tuned = tune_training(
-            self._trainer, self._module, self._arguments, known_at, self._plan_before(), FIT_START
+            self.trainer, self.module, self.arguments, known_at, self._plan_before(), FIT_START
         )
-        self._results.last_fit = TunedFit(tuned.report, tuned.fingerprint)
+        self.results.last_fit = TunedFit(tuned.report, tuned.fingerprint)
         return tuned
 
-    def begin(self) -> None:
-        """Tune, and apply the plan before training begins."""
-        tuned = self.tune(self._results.last_fit)
-        self._run.before_data.watch(self._trainer)
-        apply(
-            tuned.report.plan,
-            self._trainer,
-            self._module,
-            self._arguments.batch_arg_name,
-            self._run.rebatch("train", data_source(self._trainer.fit_loop), tuned.sizes),
-            self._run.before_optimizers,
-        )
+    def begin(self, tuned: Tuned) -> None:
+        """Apply the plan before training begins."""
+        self.run.before_data.watch(self.trainer)
+        self._application(tuned).before_training()
         self._target = tuned.report.plan.effective_batch_size
         self._continue_with(tuned)
 
     def start(self) -> None:
         """Look at each epoch from now on, and log the report: loggers have directories now."""
-        self._run.loaders["train"].check_used(self._trainer.train_dataloader)
-        self._run.replace(before_epochs(self._trainer, self._before_hooks, self._before_epoch))
-        log_report(self._report, self._trainer)
+        self.run.loaders["train"].check_used(self.trainer.train_dataloader)
+        self.run.replace(before_epochs(self.trainer, self._before_hooks, self._before_epoch))
+        log_report(self._report, self.trainer)
 
     def look_after_first_step(self) -> None:
         """Warn if callbacks hold memory since the first step that makes training run out of it."""
-        if self._steps_before is None or self._trainer.global_step <= self._steps_before:
+        if self._steps_before is None or self.trainer.global_step <= self._steps_before:
             return
         self._steps_before = None
         if excess := self._excess():
@@ -114,7 +89,7 @@ class TunedTraining:
 
     def end(self, survived: tuple[Survived, ...]) -> None:
         """Complete the report with the measurements made while training."""
-        trainer, loading = self._trainer, self._run.timer.loading
+        trainer, loading = self.trainer, self.run.timer.loading
         noise = next((c for c in trainer.callbacks if isinstance(c, NoiseScale)), None)
         reading = noise.reading if noise else None
         self._complete_report({"loading": loading, "noise": reading, "survived": survived})
@@ -123,10 +98,20 @@ class TunedTraining:
         elif (note := waiting(loading)) and trainer.is_global_zero:
             _log.warning("%s", note)
 
+    def _application(self, tuned: Tuned) -> Application:
+        return Application(
+            tuned.report.plan,
+            self.trainer,
+            self.module,
+            self.arguments.batch_arg_name,
+            self.run.rebatch("train", data_source(self.trainer.fit_loop), tuned.sizes),
+            self.run.before_optimizers,
+        )
+
     def _plan_before(self) -> BatchPlan | None:
         """Return the plan of the previous fit, if the Trainer still has its accumulation."""
-        plan = self._results.trained.plan if self._results.trained else None
-        if plan and plan.accumulate_grad_batches == self._trainer.accumulate_grad_batches:
+        plan = self.results.trained.plan if self.results.trained else None
+        if plan and plan.accumulate_grad_batches == self.trainer.accumulate_grad_batches:
             return plan
         return None
 
@@ -136,72 +121,65 @@ class TunedTraining:
         What hooks of the epoch make of optimizers and schedules comes after these are created
         again.
         """
-        if self._trainer.global_step == 0 and not self._is_wanted:
+        if self.trainer.global_step == 0 and not self._is_wanted:
             self._compare()
 
     def _before_epoch(self) -> None:
         """Tune again where the user wants it, or where callbacks hold memory that trials lacked."""
         if self._is_to_compare or self._is_wanted:
             self._compare()
-            self._is_to_compare, self._steps_before = False, self._trainer.global_step
-        self._run.before_data.forget()
+            self._is_to_compare, self._steps_before = False, self.trainer.global_step
+        self.run.before_data.forget()
 
     @property
     def _is_wanted(self) -> bool:
-        return self._trainer.current_epoch in self._arguments.retune_at_epochs
+        return self.trainer.current_epoch in self.arguments.retune_at_epochs
 
     def _compare(self) -> None:
         excess = self._excess()
         if excess or self._is_wanted:
-            epoch = self._trainer.current_epoch
+            epoch = self.trainer.current_epoch
             reason = f"Tuned again at epoch {epoch}, for the effective batch of"
             self._retune(f"{excess} {reason}" if excess else reason)
 
     def _excess(self) -> str | None:
-        return self._beside.excess(self._trainer) if self._beside is not None else None
+        return self._beside.excess(self.trainer) if self._beside is not None else None
 
     def _retune(self, reason: str) -> None:
         """Tune again in the middle of training, for the effective batch size it started with."""
-        trainer, module, run = self._trainer, self._module, self._run
         known = PriorPlan(target=self._target, note=f"{reason} {self._target:,}.")
         with stopping_together():
             try:
-                tuned = tune_training(trainer, module, self._arguments, lambda *_: known, None, ())
+                tuned = tune_training(
+                    self.trainer, self.module, self.arguments, lambda *_: known, None, ()
+                )
             except FixedBatchSizeError as error:
                 # A sampler that was made again, and has changed itself since: its plan still holds
                 _log.warning("Training continues with its plan. %s", error)
                 return
             if tuned.report.plan != self.plan:
-                apply_between_epochs(
-                    tuned.report.plan,
-                    trainer,
-                    module,
-                    self._arguments.batch_arg_name,
-                    run.rebatch("train", data_source(trainer.fit_loop), tuned.sizes),
-                    run.before_optimizers,
-                    run.before_data.restore,
-                )
+                self._application(tuned).between_epochs(self.run.before_data)
         self._continue_with(tuned)
-        log_report(tuned.report, trainer)
+        log_report(tuned.report, self.trainer)
 
     def _continue_with(self, tuned: Tuned) -> None:
         """Train with a plan that was applied."""
-        self._results.train_with(tuned.report)
+        self.results.train_with(tuned.report)
         self._beside = tuned.beside
-        if self._arguments.repairs:
-            self._run.window = LastWindowCorrection(tuned.report.plan.micro_batch_size)
+        if self.arguments.repairs:
+            self.run.window = LastWindowCorrection(tuned.report.plan.micro_batch_size)
         if tuned.validation_sizes is not None:
             self._resize_validation(tuned.validation_sizes)
         self._show(self._sink_for(tuned.report))
 
     def _resize_validation(self, sizes: Sequence[LoaderSize]) -> None:
-        loop = self._trainer.fit_loop.epoch_loop.val_loop
-        self._run.rebatch("validation", data_source(loop), sizes).start()
+        loop = self.trainer.fit_loop.epoch_loop.val_loop
+        self.run.rebatch("validation", data_source(loop), sizes).start()
         forget_combined_loader(loop)  # in the middle of training the loop has one
 
     def _sink_for(self, report: TuningReport) -> sinks.Sink:
         """Return the sink of a report: a run that goes on with a known plan has shown it before."""
-        checkpoint = self._run.checkpoint
+        checkpoint = self.run.checkpoint
         is_resumed = (
             checkpoint is not None and checkpoint.plan == report.plan and len(report.trials) == 1
         )
@@ -209,11 +187,11 @@ class TunedTraining:
 
     @property
     def _report(self) -> TuningReport:
-        return self._results.reports["fit"]
+        return self.results.reports["fit"]
 
     def _complete_report(self, values: dict[str, Any]) -> None:
-        self._results.train_with(self._report.model_copy(update=values))
-        refresh_report(self._report, self._trainer)
+        self.results.train_with(self._report.model_copy(update=values))
+        refresh_report(self._report, self.trainer)
 
     def _show(self, sink: sinks.Sink) -> None:
-        show(self._report, self._trainer, sink, verbose=self._arguments.verbose)
+        show(self._report, self.trainer, sink, verbose=self.arguments.verbose)

@@ -10,7 +10,7 @@ from autobatch._loaders.samples import Samples
 from autobatch._plan import BatchPlan
 from autobatch._tune import PriorPlan, verify_or_search
 from autobatch.lightning._accumulation import SplittingTest, batches_trained, check_repairable
-from autobatch.lightning._attribute import batch_size_restored, set_batch_size_attribute
+from autobatch.lightning._attribute import FormerBatchSize, set_batch_size_attribute
 from autobatch.lightning._beside import bytes_of_callbacks
 from autobatch.lightning._resources import CallbackArguments, Tuned, trial_resources
 from autobatch.lightning._resume import DeviceId, fingerprint_of
@@ -58,7 +58,7 @@ def tune_training(
         check_repairable(trainer, module)
     validates = trainer.enable_validation
     with (
-        batch_size_restored(module, arguments.batch_arg_name) as former,
+        FormerBatchSize(module, arguments.batch_arg_name) as former,
         trial_resources(trainer, module, arguments, None) as resources,
         ExitStack() as ends,
     ):

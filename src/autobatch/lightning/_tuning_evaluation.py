@@ -12,7 +12,7 @@ from autobatch._plan import BatchPlan
 from autobatch._tune import tune
 from autobatch.errors import DoesNotFitError, FixedBatchSizeError
 from autobatch.lightning._attribute import (
-    batch_size_restored,
+    FormerBatchSize,
     has_batch_size_attribute,
     set_batch_size_attribute,
 )
@@ -44,7 +44,7 @@ def tune_evaluation(trainer: Any, module: Any, arguments: CallbackArguments, sta
     """
     name = arguments.batch_arg_name
     with (
-        batch_size_restored(module, name) as former,
+        FormerBatchSize(module, name) as former,
         trial_resources(trainer, module, arguments, stage) as resources,
         ExitStack() as ends,
     ):

@@ -18,13 +18,7 @@ if TYPE_CHECKING:
 
     from autobatch._memory import Watch
 
-__all__ = [
-    "PaperDevice",
-    "Recorder",
-    "Recording",
-    "ReplayedDevice",
-    "SimulatedAccelerator",
-]
+__all__ = ["PaperDevice", "Recorder", "Recording", "ReplayedDevice", "SimulatedAccelerator"]
 
 
 def named_device(device: Any) -> Any:
@@ -60,11 +54,7 @@ class SimulatedAccelerator:
     source = "the ledger of live tensor bytes"
 
     def __init__(
-        self,
-        capacity: int | str,
-        *,
-        foreign: int | str = 0,
-        name: str = "simulated accelerator",
+        self, capacity: int | str, *, foreign: int | str = 0, name: str = "simulated accelerator"
     ) -> None:
         from autobatch._memory.ledger import Ledger
 

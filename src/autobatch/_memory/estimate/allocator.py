@@ -39,13 +39,9 @@ class Block:
 
 @dataclass
 class CachingAllocator:
-    """Bytes that torch's allocator gives out and reserves; the peaks may be reset at any time.
+    """Bytes that torch's allocator gives out and reserves; the peaks may be reset at any time."""
 
-    Args:
-        capacity: Most bytes that may be reserved; None for no limit.
-    """
-
-    capacity: int | None = None
+    capacity: int | None = None  # most bytes that may be reserved; None for no limit
     allocated: int = 0
     reserved: int = 0
     peak_allocated: int = 0
@@ -57,7 +53,7 @@ class CachingAllocator:
 
     def allocate(self, nbytes: int) -> Block | None:
         """Return a block in use; None if memory ran out."""
-        wanted = max(_SMALLEST, _round_up(nbytes, _SMALLEST))
+        wanted = max(_SMALLEST, round_up(nbytes, _SMALLEST))
         block = self._cached(wanted) or self._new_segment(wanted)
         if block is None:
             self.empty()
@@ -134,7 +130,7 @@ def segment_size(nbytes: int) -> int:
         return _SMALL_SEGMENT
     if nbytes < _LARGEST_SHARED:
         return _LARGE_SEGMENT
-    return _round_up(nbytes, _OWN_SEGMENT_STEP)
+    return round_up(nbytes, _OWN_SEGMENT_STEP)
 
 
 def _absorb_next(block: Block) -> None:
@@ -148,7 +144,8 @@ def _absorb_next(block: Block) -> None:
         block.after.before = block
 
 
-def _round_up(number: int, step: int) -> int:
+def round_up(number: int, step: int) -> int:
+    """Return the smallest multiple of a step that is not below a number."""
     return -(-number // step) * step
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from itertools import groupby
+from operator import attrgetter
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 _ADD: Final = "aten.add.Tensor"
 SCRATCH: Final = " (scratch memory)"  # ends the name of what is freed within its operator
@@ -46,21 +48,13 @@ class Origin(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One event; all but `numbers` is the same at every batch size.
-
-    Args:
-        kind: Kind of the event.
-        block: Number of the allocation; 0 for other events.
-        name: The operator, or the phase that begins.
-        numbers: Bytes of an allocation, or axes of a sum.
-        module: The module that allocates; empty if none is known.
-    """
+    """One event; all but `numbers` is the same at every batch size."""
 
     kind: Kind
-    block: int
-    name: str
-    numbers: tuple[int, ...] = ()
-    module: str = ""
+    block: int  # number of the allocation; 0 for other events
+    name: str  # the operator, or the phase that begins
+    numbers: tuple[int, ...] = ()  # bytes of an allocation, or axes of a sum
+    module: str = ""  # the module that allocates; empty if none is known
 
 
 def in_place_sums(events: Sequence[Event]) -> list[Event]:
@@ -106,14 +100,8 @@ def _may_be_written_into(freed: Event, before: Sequence[Event], phase: str) -> b
     return phase == Phase.FORWARD and product.block == freed.block
 
 
-def in_fixed_order(events: Sequence[Event]) -> Iterator[Event]:
+def in_fixed_order(events: Iterable[Event]) -> Iterator[Event]:
     """Yield the events with simultaneous releases sorted: autocast keeps its casts unordered."""
-    freed: list[Event] = []
-    for event in events:
-        if event.kind is Kind.FREE:
-            freed.append(event)
-            continue
-        yield from sorted(freed, key=lambda each: each.block)
-        freed.clear()
-        yield event
-    yield from sorted(freed, key=lambda each: each.block)
+    for is_freed, group in groupby(events, key=lambda event: event.kind is Kind.FREE):
+        together = list(group)
+        yield from sorted(together, key=attrgetter("block")) if is_freed else together

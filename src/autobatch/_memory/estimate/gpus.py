@@ -24,21 +24,13 @@ _SMALL_WORKSPACE: Final = 4096 * 1024 * 2 + 16 * 1024 * 8  # cuBLAS's, but for s
 
 @dataclass(frozen=True, slots=True)
 class GpuModel:
-    """A GPU that can be bought or rented.
-
-    Args:
-        name: Its name.
-        total: Memory that CUDA reports, in bytes.
-        multiprocessors: Number of streaming multiprocessors.
-        architecture: Compute capability, "90".
-        source: Origin of the memory in this table.
-    """
+    """A GPU that can be bought or rented."""
 
     name: str
-    total: int
+    total: int  # memory that CUDA reports, in bytes
     multiprocessors: int
-    architecture: str
-    source: str
+    architecture: str  # compute capability, "90"
+    source: str  # origin of the memory in this table
 
     @property
     def gpu(self) -> Gpu:

@@ -1,23 +1,82 @@
-"""Peaks of memory at any batch size, from the fitted events of a step."""
+"""Peaks of memory at any batch size, from the events of a step: one polynomial per number."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, Self
 
 from autobatch._memory.estimate.allocator import CachingAllocator
-from autobatch._memory.estimate.events import Kind, Phase, in_fixed_order, in_place_sums
-from autobatch._memory.estimate.fit import SIZES, FittedEvents
+from autobatch._memory.estimate.events import (
+    Event,
+    Kind,
+    Phase,
+    UntraceableError,
+    in_fixed_order,
+    in_place_sums,
+)
 from autobatch._memory.estimate.scratch import Gpu, sum_scratch
 from autobatch._memory.estimate.tracer import trace
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator, Sequence
 
-    from autobatch._memory.estimate.events import Event
     from autobatch._memory.estimate.tracer import TrainingStep
+
+# Not 1, at which other kernels run; three points determine a parabola, and their distances are
+# small enough that its coefficients are whole numbers over 6
+SIZES: Final = (2, 3, 5)
+
+
+@dataclass(frozen=True, slots=True)
+class Parabola:
+    """Parabola through values at batch sizes 2, 3 and 5, in Newton's form."""
+
+    first: int
+    linear: int
+    sixfold_quadratic: int
+
+    @classmethod
+    def through(cls, values: Sequence[int]) -> Self:
+        at_2, at_3, at_5 = values
+        linear = at_3 - at_2
+        return cls(at_2, linear, at_5 - at_3 - 2 * linear)
+
+    def at(self, size: int) -> int:
+        quadratic = self.sixfold_quadratic * (size - 2) * (size - 3) // 6
+        return self.first + self.linear * (size - 2) + quadratic
+
+
+@dataclass(frozen=True, slots=True)
+class FittedEvents:
+    """Events of a step at any batch size."""
+
+    _first: tuple[Event, ...]
+    _changes: dict[int, tuple[Parabola, ...]]  # by the index of the event
+
+    @classmethod
+    def through(cls, traces: Sequence[Sequence[Event]]) -> Self:
+        """Fit traces at `SIZES`; refuse a step that does other things at another size."""
+        if len(set(map(len, traces))) > 1:
+            raise UntraceableError("the step runs other operators at other batch sizes")
+        changes = {}
+        for at, events in enumerate(zip(*traces, strict=True)):
+            if len({(e.kind, e.block, e.name, len(e.numbers)) for e in events}) > 1:
+                raise UntraceableError("the step runs other operators at other batch sizes")
+            numbers = [event.numbers for event in events]
+            if len(set(numbers)) > 1:
+                changes[at] = tuple(map(Parabola.through, zip(*numbers, strict=True)))
+        return cls(tuple(traces[0]), changes)
+
+    def at(self, size: int) -> Iterator[Event]:
+        """Yield the events at a batch size."""
+        for index, event in enumerate(self._first):
+            if index in self._changes:
+                numbers = tuple(parabola.at(size) for parabola in self._changes[index])
+                yield Event(event.kind, event.block, event.name, numbers, event.module)
+            else:
+                yield event
 
 
 class Fit(StrEnum):
@@ -30,32 +89,20 @@ class Fit(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Peaks:
-    """Peaks of memory, in bytes.
+    """Peaks of memory, in bytes."""
 
-    Args:
-        requested: Bytes of live tensors and scratch memory.
-        allocated: Bytes of blocks in use, as `torch.cuda.max_memory_allocated`.
-        reserved: Bytes of segments, as `torch.cuda.max_memory_reserved`.
-        fit: Whether the step fits the capacity.
-    """
-
-    requested: int
-    allocated: int
-    reserved: int
-    fit: Fit
+    requested: int  # bytes of live tensors and scratch memory
+    allocated: int  # bytes of blocks in use, as `torch.cuda.max_memory_allocated`
+    reserved: int  # bytes of segments, as `torch.cuda.max_memory_reserved`
+    fit: Fit  # whether the step fits the capacity
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Memory of a training step at any batch size.
-
-    Args:
-        events: Events of the step.
-        gpu: The device; None for one that counts live tensors, without an allocator.
-    """
+    """Memory of a training step at any batch size."""
 
     events: FittedEvents
-    gpu: Gpu | None
+    gpu: Gpu | None  # the device; None for one that counts live tensors, without an allocator
 
     @classmethod
     def of(cls, step: TrainingStep, gpu: Gpu | None, deadline: float = math.inf) -> Self:
@@ -79,17 +126,6 @@ class MemoryEstimate:
             max(peaks.reserved for peaks in steps),
             Fit.PLAIN,
         )
-
-    def requested(self, batch_size: int) -> int:
-        """Return the most bytes that tensors request at once."""
-        return max(peaks.requested for peaks in self.steps(batch_size, None))
-
-    def reserved(self, batch_size: int, capacity: int | None) -> int | None:
-        """Return the most bytes reserved; None if a step runs out of memory within `capacity`."""
-        steps = self.steps(batch_size, capacity)
-        if steps[-1].fit is Fit.OUT_OF_MEMORY:
-            return None
-        return max(peaks.reserved for peaks in steps)
 
     def steps(self, batch_size: int, capacity: int | None) -> list[Peaks]:
         """Return the peaks of each step, up to the one that runs out of memory."""

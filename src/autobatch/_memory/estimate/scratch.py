@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 
+from autobatch._memory.estimate.allocator import round_up
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -26,20 +28,14 @@ _HEAD_OF_CUDNN: Final = 128  # widest attention head
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """Properties of a GPU that scratch memory depends on; by default those of an H100 or H200.
-
-    Args:
-        multiprocessors: Number of streaming multiprocessors.
-        threads: Resident threads of one of them.
-        has_cudnn_attention: Whether attention is cuDNN's: on sm_90 and sm_100 from 9.15 on.
-        has_flash_attention: Whether it has the flash kernel: from sm_80 on.
-        cublas_workspace: Bytes of one of cuBLAS's workspaces; torch takes 32 MiB on sm_90.
-    """
+    """Properties of a GPU that scratch memory depends on; by default those of an H100 or H200."""
 
     multiprocessors: int = 132
-    threads: int = 2048
+    threads: int = 2048  # resident threads of one of them
+    # Whether attention is cuDNN's: on sm_90 and sm_100 from 9.15 on
     has_cudnn_attention: bool = True
-    has_flash_attention: bool = True
+    has_flash_attention: bool = True  # whether it has the flash kernel: from sm_80 on
+    # Bytes of one of cuBLAS's workspaces; torch takes 32 MiB on sm_90
     cublas_workspace: int = 32 * 2**20
 
     @property
@@ -70,8 +66,8 @@ def attention_scratch(
         return (_ACCUMULATOR * rows * (width + 1),)
     if not is_flash:
         return (_ACCUMULATOR * rows,)
-    padded_rows = rows // length * _round_up(length, 128)
-    padded_width = _round_up(width, 32 if width <= _HEAD_OF_CUDNN else 64)
+    padded_rows = rows // length * round_up(length, 128)
+    padded_width = round_up(width, 32 if width <= _HEAD_OF_CUDNN else 64)
     return _ACCUMULATOR * padded_rows, _ACCUMULATOR * padded_rows * padded_width
 
 
@@ -189,7 +185,3 @@ def _power_of_two(number: int) -> int:
 
 def _ceil_div(number: int, divisor: int) -> int:
     return -(-number // divisor)
-
-
-def _round_up(number: int, step: int) -> int:
-    return _ceil_div(number, step) * step

@@ -25,11 +25,7 @@ from torch.utils._pytree import tree_leaves
 from autobatch._memory.estimate.cuda import CudaOperators
 from autobatch._memory.estimate.events import SCRATCH, Event, Kind, Origin, Phase, UntraceableError
 from autobatch._memory.estimate.modules import RunningModules
-from autobatch._memory.estimate.scratch import (
-    attention_scratch,
-    axes_of_sum,
-    convolution_scratch,
-)
+from autobatch._memory.estimate.scratch import attention_scratch, axes_of_sum, convolution_scratch
 from autobatch._memory.estimate.untouched import Untouched
 from autobatch._memory.ledger import unobserved
 
@@ -41,12 +37,7 @@ if TYPE_CHECKING:
 
 # The first step creates gradients and optimizer state, the second runs with them
 _STEPS: Final = 2
-_HOOKS: Final = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
+_HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # The one hook in it lets embeddings need gradients, for checkpoints (transformers 5.24)
 _KEEPS_NOTHING: Final = "transformers.modeling_utils"
 _SCALAR: Final = 8  # bytes
@@ -55,25 +46,17 @@ _CPU: Final = torch.device("cpu")
 
 @dataclass(frozen=True, slots=True)
 class TrainingStep:
-    """One optimizer step, to be run on fake tensors.
+    """One optimizer step, to be run on fake tensors."""
 
-    Args:
-        model: The model, on any device; a copy of it is traced.
-        optimizer: Its optimizer; copied too.
-        loss: Function of the model and a batch that returns the loss, or a dict with a key "loss".
-        batch: Function that returns a batch of so many samples, of tensors on the CPU.
-        autocast: Precision of automatic mixed precision; None without it.
-        accumulate: Micro-batches of one update.
-        zeroes_after_forward: True if gradients are zeroed between forward and backward, as by the
-            Trainer of Lightning.
-    """
-
-    model: torch.nn.Module
-    optimizer: torch.optim.Optimizer
+    model: torch.nn.Module  # the model, on any device; a copy of it is traced
+    optimizer: torch.optim.Optimizer  # its optimizer; copied too
+    # Function of the model and a batch that returns the loss, or a dict with a key "loss"
     loss: Callable[[torch.nn.Module, Any], Any]
+    # Function that returns a batch of so many samples, of tensors on the CPU
     batch: Callable[[int], Any]
-    autocast: torch.dtype | None = None
-    accumulate: int = 1
+    autocast: torch.dtype | None = None  # precision of automatic mixed precision; None without it
+    accumulate: int = 1  # micro-batches of one update
+    # True if gradients are zeroed between forward and backward, as by the Trainer of Lightning
     zeroes_after_forward: bool = False
 
 

@@ -1,0 +1,221 @@
+"""Sharded modules in `find`, on each of two real processes; results are saved for each rank.
+
+As torchrun starts it: sharded_cases.py DIRECTORY
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import autobatch
+from autobatch._distributed.dry import DryCollectives
+from autobatch._memory.ledger import Ledger
+from autobatch.testing import SimulatedAccelerator
+from sharded_models import KINDS, batch, parts, sharded, update
+
+RANK = int(os.environ.get("RANK", "0"))
+SEARCHED = ("fsdp2", "fsdp1", "tp")
+CAPACITY = 1_500_000  # bytes
+LARGE = {"width": 96, "depth": 1}
+
+
+def peak_of(kind, size, *collectives):
+    """Return the peak of one update beyond what the model holds, and all that it holds."""
+    network, optimizer = sharded(kind, **LARGE)
+    update(network, optimizer, size)
+    ledger = Ledger()
+    ledger.attach(network, optimizer)
+    held = ledger.current
+    with ledger.watching(None, 0):
+        update(network, optimizer, size)
+    return ledger.peak - held, held
+
+
+def peaks():
+    """Return the peak of each kind, really and with dry collectives."""
+    found = {}
+    for kind in (*KINDS[:-1], "ddp"):
+        really = peak_of(kind, 8)
+        network, optimizer = sharded(kind, **LARGE)
+        update(network, optimizer, 8)
+        ledger = Ledger()
+        ledger.attach(network, optimizer)
+        held = ledger.current
+        with DryCollectives(), ledger.watching(None, 0):
+            update(network, optimizer, 8)
+        found[kind] = (really, (ledger.peak - held, held))
+    return found
+
+
+def loop_of(network, optimizer):
+    def train(batch_size, accumulate):
+        while True:
+            update(network, optimizer, batch_size, accumulate)
+            yield
+
+    return train
+
+
+def warm(kind):
+    network, optimizer = sharded(kind, **LARGE)
+    update(network, optimizer, 4)  # the state of the optimizer exists
+    return network, optimizer
+
+
+def found(kind, capacity, **options):
+    network, optimizer = warm(kind)
+    report = autobatch.find(
+        loop_of(network, optimizer),
+        device=SimulatedAccelerator(capacity),
+        memory_limit=1.0,
+        prefer="largest",
+        timing_seconds=0,
+        steps_per_trial=1,
+        max_micro_batch_size=2000,
+        **options,
+    )
+    return report, network, optimizer
+
+
+def searched(kind, capacity):
+    """Return the size that is found, real peaks there and at the next, and training afterwards."""
+    report, network, optimizer = found(kind, capacity)
+    size = report.plan.micro_batch_size
+    after = [update(network, optimizer, size, 1) for _ in range(2)]
+    by_hand = warm(kind)
+    expected = [update(*by_hand, size, 1) for _ in range(2)]
+    same = after == expected and all(map(torch.equal, parts(network, optimizer), parts(*by_hand)))
+    peaks = []
+    for each in (size, size + 1):
+        ledger = Ledger()
+        ledger.attach(network, optimizer)
+        with ledger.watching(None, 0):
+            update(network, optimizer, each, 1)
+        peaks.append(ledger.peak)
+    trials = [(trial.batch_size, str(trial.outcome)) for trial in report.trials]
+    return {"size": size, "peaks": peaks, "same": same, "trials": trials, "plan": report.plan}
+
+
+def timed():
+    """Return the curve of sizes timed with real collectives, and updates run on this rank."""
+    network, optimizer = sharded("fsdp2", **LARGE)
+    updates = [0]
+
+    def train(batch_size, accumulate):
+        while True:
+            update(network, optimizer, batch_size, accumulate)
+            updates[0] += 1
+            yield
+
+    report = autobatch.find(
+        train,
+        device=SimulatedAccelerator(4_000_000),
+        max_micro_batch_size=4,
+        prefer="largest",
+        timing_seconds=60,
+    )
+    return {"sizes": [each.batch_size for each in report.curve], "updates": updates[0]}
+
+
+def raising():
+    network, optimizer = sharded("fsdp2")
+
+    def train(batch_size, accumulate):
+        while True:
+            if RANK == 1:
+                raise ZeroDivisionError("mine")
+            update(network, optimizer, batch_size, accumulate)
+            yield
+
+    try:
+        autobatch.find(train, device=SimulatedAccelerator(4_000_000))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+class Holder(torch.nn.Module):
+    """A module around a DDP module, as Fabric has it."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def nested():
+    """Tune a DDP module within another whose step has a collective of its own."""
+    inner, optimizer = sharded("ddp", **LARGE)
+    network = Holder(inner)
+
+    def train(batch_size, accumulate):
+        while True:
+            loss = torch.tensor(update(network, optimizer, batch_size, accumulate))
+            dist.all_reduce(loss)
+            yield
+
+    report = autobatch.find(
+        train,
+        device=SimulatedAccelerator(2_000_000 - 400_000 * RANK),
+        memory_limit=1.0,
+        prefer="largest",
+        timing_seconds=0,
+        steps_per_trial=1,
+        max_micro_batch_size=2000,
+        search=autobatch.Bisection(resolution=0.2),
+    )
+    after = [update(network, optimizer, 4, 1) for _ in range(2)]
+    by_hand = sharded("ddp", **LARGE)
+    expected = [update(*by_hand, 4, 1) for _ in range(2)]
+    outcomes = {str(trial.outcome) for trial in report.trials}
+    return {"plan": report.plan, "outcomes": outcomes, "same": after == expected}
+
+
+def refused():
+    """Return the sentences that refuse a new group in a step, and a limit on latency."""
+    network, optimizer = sharded("fsdp2")
+
+    def grouping(batch_size):
+        dist.new_group()
+        update(network, optimizer, batch_size)
+
+    def answer(batch_size):
+        network(batch(batch_size, 0)[0])
+
+    sentences = []
+    for workload, options in ((grouping, {}), (answer, {"latency_limit": 0.1})):
+        try:
+            autobatch.find(workload, device=SimulatedAccelerator(4_000_000), **options)
+        except autobatch.AutobatchError as error:
+            sentences.append(str(error))
+    return sentences
+
+
+def main(directory):
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    cases = {
+        "peaks": peaks,
+        **{kind: partial(searched, kind, CAPACITY) for kind in SEARCHED},
+        "less": partial(searched, "fsdp2", CAPACITY - 300_000 * RANK),
+        **{each.__name__: each for each in (timed, raising, nested, refused)},
+    }
+    results = {}
+    for name, case in cases.items():
+        began = time.perf_counter()
+        results[name] = case()
+        print(name, round(time.perf_counter() - began, 2))
+    torch.save(results, Path(directory) / f"rank-{RANK}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
