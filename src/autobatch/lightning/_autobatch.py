@@ -35,7 +35,12 @@ from autobatch.lightning._checks import (
     checked_survival,
     why_idle,
 )
-from autobatch.lightning._compat import Imported, callback_class, data_source
+from autobatch.lightning._compat import (
+    Imported,
+    callback_class,
+    data_source,
+    load_late_checkpoint,
+)
 from autobatch.lightning._dataloaders import checked_setter
 from autobatch.lightning._estimating import estimate_training
 from autobatch.lightning._evaluation import STAGES, before_data, loaders_for
@@ -351,6 +356,9 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         if reason or self._arguments.keeps:
             self._stay_idle(reason or 'plan="keep" tunes nothing')
             return
+        if late := load_late_checkpoint(trainer):
+            self.on_load_checkpoint(trainer, pl_module, late)
+            self.load_state_dict((late.get("callbacks") or {}).get(self.state_key, {}))
         check(trainer, pl_module, self._run.checkpoint)
         if self._run.checkpoint is not None:
             self._run.checkpoint.check_target(self._arguments.settings)

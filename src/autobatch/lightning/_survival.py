@@ -14,6 +14,7 @@ from autobatch._report.notes import survived
 from autobatch._report.result import Survived
 from autobatch.lightning._compat import (
     batches_that_stepped,
+    data_parallel_size,
     replacing_closures,
     should_accumulate,
 )
@@ -98,7 +99,9 @@ class Survival:
     def _own_plan(self) -> BatchPlan:
         """The plan of a Trainer that was not tuned, if micro-batches have one size."""
         size = self._batch_size or max((each.samples for each in self.events), default=1)
-        return BatchPlan(size, self._trainer.accumulate_grad_batches, self._trainer.world_size)
+        return BatchPlan(
+            size, self._trainer.accumulate_grad_batches, data_parallel_size(self._trainer)
+        )
 
     def _count(self, micro_batch: MicroBatch) -> None:
         """Count a micro-batch that failed, and log it."""
