@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import logging
+import os
 import statistics
 import sys
 import time
@@ -192,7 +193,7 @@ def page(every, rows, cost_table):
         "with gradients that are to the bit those of the whole or of the pieces.\n\n"
         f"{table(['network', 'accumulate', *names], rows)}\n\n"
         "CPU time of a micro-batch without survival, and what survival adds while nothing fails "
-        f"({machine()}):\n\n{cost_table}"
+        f"({machine()}; load average {os.getloadavg()[0]:.0f}):\n\n{cost_table}"
     )
 
 
