@@ -65,10 +65,10 @@ def cases(session: nox.Session) -> None:
 
 @nox.session
 def transformers(session: nox.Session) -> None:
-    """Run the tests of Trainers of transformers, TRL and PEFT."""
+    """Run the tests of Trainers of transformers, TRL and PEFT, and of loops of accelerate."""
     session.install(*TESTED, "-e", ".[transformers]", *TEST, *DEMO, *EXTRAS["trainers"])
     files = sorted(map(str, Path("tests").glob("test_transformers*.py")))
-    session.run("pytest", *(session.posargs or files))
+    session.run("pytest", *TWO_PROCESSES, "tests/test_accelerate.py", *files, *session.posargs)
 
 
 @nox.session

@@ -67,8 +67,8 @@ def test_a_batch_that_grows_beyond_the_device_is_trained_in_pieces(place, precis
     if not place.is_real:
         pytest.skip("memory has to run out in training itself")
     free, _ = torch.cuda.mem_get_info()
-    # A step holds about five tensors of each sample's width in 32 bits
-    largest = free // (5 * 4 * place.width)
+    # A step holds about five tensors of each sample's width
+    largest = free // (5 * place.width * (4 if precision == "32-true" else 2))
     survivor = autobatch.AutoBatch(plan="keep", on_out_of_memory="split", verbose=False)
     options = {"precision": precision, "limit_train_batches": 18}
     module = Module(place)
