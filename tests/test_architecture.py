@@ -317,7 +317,14 @@ def test_find_and_autobatch_share_their_keywords():
 def test_find_and_the_tune_of_transformers_share_their_keywords():
     finds = inspect.signature(autobatch.find).parameters
     tunes = inspect.signature(autobatch.transformers.tune).parameters
-    own_of_find = {"workload", "restore", "dataset_size", "latency_limit", "percentile"}
+    own_of_find = {
+        "workload",
+        "restore",
+        "dataset_size",
+        "data_parallel_size",
+        "latency_limit",
+        "percentile",
+    }
     own_of_tune = {"trainer", "worst_case", "apply", "resume_from_checkpoint"}
 
     assert set(finds) - own_of_find == set(tunes) - own_of_tune
