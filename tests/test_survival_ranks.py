@@ -11,7 +11,7 @@ import torch
 from forked import forked
 from sameness import same
 from surviving import Trained, by_hand
-from test_ranks import as_by_torchrun, free_port, results
+from torchrun import as_by_torchrun, free_port, results
 
 RANK = Path(__file__).with_name("survival_rank.py")
 PLACES = {
