@@ -68,7 +68,8 @@ def transformers(session: nox.Session) -> None:
     """Run the tests of Trainers of transformers, TRL and PEFT, and of loops of accelerate."""
     session.install(*TESTED, "-e", ".[transformers]", *TEST, *DEMO, *EXTRAS["trainers"])
     files = sorted(map(str, Path("tests").glob("test_transformers*.py")))
-    session.run("pytest", *TWO_PROCESSES, "tests/test_accelerate.py", *files, *session.posargs)
+    loops = ("tests/test_accelerate.py", "tests/test_library_ranks.py")
+    session.run("pytest", *TWO_PROCESSES, *loops, *files, *session.posargs)
 
 
 @nox.session

@@ -281,7 +281,8 @@ class RefusesToLoad(Model):
     """Its own error on one rank, when it is asked for the loader after the trials."""
 
     def train_dataloader(self):
-        if RANK == 1 and any(frame.name == "apply" for frame in traceback.extract_stack()):
+        applies = any(frame.name == "before_training" for frame in traceback.extract_stack())
+        if RANK == 1 and applies:
             raise ZeroDivisionError("mine")
         return super().train_dataloader()
 

@@ -101,7 +101,8 @@ def test_sharded_training_is_bit_identical_to_the_plan_by_hand(job, case):
     ranks = [rank[case] for rank in job]
 
     assert_as_by_hand(ranks)
-    assert ranks[0]["plan"][0] > 4  # the size of the loader
+    fitting = (size for size, outcome, _ in ranks[0]["trials"] if outcome == "fit")
+    assert max(fitting) > 4  # the size of the loader
     assert ranks[0]["budget"] == (95_000 if case == "ddp gathers/scarce" else ranks[1]["budget"])
 
 
