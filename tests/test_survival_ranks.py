@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 
 import pytest
 import torch
 
-from forked import forked
 from sameness import same
 from surviving import Trained, by_hand
-from test_ranks import as_by_torchrun, free_port, results
+from torchrun import on_two_ranks
 
 RANK = Path(__file__).with_name("survival_rank.py")
 PLACES = {
@@ -25,26 +23,14 @@ PLACES = {
 QUICK = ("first", "second")
 
 
-def run(directory, cases):
-    with contextlib.ExitStack() as stack:
-        port = free_port()
-        ranks = [
-            stack.enter_context(forked(RANK, directory, *cases, env=as_by_torchrun(rank, port)))
-            for rank in (0, 1)
-        ]
-        for done in [finish() for finish in ranks]:
-            assert done.returncode == 0, done.stderr[-3000:]
-    return results(directory)
-
-
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("survival"), QUICK)
+    return on_two_ranks(RANK, tmp_path_factory.mktemp("survival"), *QUICK)
 
 
 @pytest.fixture(scope="module")
 def long_job(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("survival"), set(PLACES) - set(QUICK))
+    return on_two_ranks(RANK, tmp_path_factory.mktemp("survival"), *set(PLACES) - set(QUICK))
 
 
 def mean_of_ranks(case, pieces, failing):
