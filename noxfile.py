@@ -64,6 +64,15 @@ def cases(session: nox.Session) -> None:
 
 
 @nox.session
+def transformers(session: nox.Session) -> None:
+    """Run the tests of Trainers of transformers, TRL and PEFT, and of loops of accelerate."""
+    session.install(*TESTED, "-e", ".[transformers]", *TEST, *DEMO, *EXTRAS["trainers"])
+    files = sorted(map(str, Path("tests").glob("test_transformers*.py")))
+    loops = ("tests/test_accelerate.py", "tests/test_library_ranks.py")
+    session.run("pytest", *TWO_PROCESSES, *loops, *files, *session.posargs)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check the rules of ruff and its format."""
     session.install(*TESTED, "ruff")

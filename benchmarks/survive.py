@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import logging
+import os
 import statistics
 import sys
 import time
@@ -163,24 +164,36 @@ def costs():
     return table(["network", "ms of a micro-batch", "ms more", "ratio"], rows)
 
 
+WAYS = list(itertools.product(PRECISIONS, OPTIMIZERS))
+
+
 def survivals(every):
-    """Return the table of survived micro-batches, and their totals."""
+    """Return a row for each network and accumulation: survived micro-batches in each way."""
     PieceLimit.pieces = lambda *_: 1  # each micro-batch begins as a whole
-    rows, refusals, survivals = [], 0, 0
-    ways = list(itertools.product(PRECISIONS, OPTIMIZERS))
+    rows = []
     with quick_collections():
         for network, accumulate in itertools.product(NETWORKS, (1, 4)):
             row = [NETWORKS[network], str(accumulate)]
-            for precision, optimizer in ways:
+            for precision, optimizer in WAYS:
                 refused, survived = counts(network, optimizer, precision, accumulate, every)
                 row.append(f"{survived} of {refused}")
-                refusals, survivals = refusals + refused, survivals + survived
             print(row, flush=True)
             rows.append(row)
-    names = [f"{precision}, {optimizer.__name__}" for precision, optimizer in ways]
+    return rows
+
+
+def page(every, rows, cost_table):
+    """Return what is measured, as a part of a page."""
+    names = [f"{precision}, {optimizer.__name__}" for precision, optimizer in WAYS]
+    pairs = [map(int, cell.split(" of ")) for row in rows for cell in row[2:]]
+    survived, refused = map(sum, zip(*pairs, strict=True))
     return (
-        table(["network", "accumulate", *names], rows),
-        f"{survivals:,} of {refusals:,} were survived",
+        f"Out of memory at {'each' if every == 1 else f'every {every}th'} allocation of the "
+        f"forward and backward pass of a micro-batch: {survived:,} of {refused:,} were survived, "
+        "with gradients that are to the bit those of the whole or of the pieces.\n\n"
+        f"{table(['network', 'accumulate', *names], rows)}\n\n"
+        "CPU time of a micro-batch without survival, and what survival adds while nothing fails "
+        f"({machine()}; load average {os.getloadavg()[0]:.0f}):\n\n{cost_table}"
     )
 
 
@@ -193,14 +206,7 @@ def main():
     for name in ("pytorch_lightning", "lightning.pytorch", "autobatch"):
         logging.getLogger(name).setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    counted, total = survivals(arguments.every)
-    text = (
-        f"Out of memory at {'each' if arguments.every == 1 else f'every {arguments.every}th'} "
-        f"allocation of the forward and backward pass of a micro-batch: {total}, with gradients "
-        f"that are to the bit those of the whole or of the pieces.\n\n{counted}\n\n"
-        "CPU time of a micro-batch without survival, and what survival adds while nothing fails "
-        f"({machine()}):\n\n{costs()}"
-    )
+    text = page(arguments.every, survivals(arguments.every), costs())
     print(text)
     if arguments.markdown is not None:
         renew(arguments.markdown, "survive.py", text)

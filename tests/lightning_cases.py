@@ -316,7 +316,7 @@ def run(case, plan):
         tuner = autobatch.AutoBatch(
             target_batch_size=120,
             device=SimulatedAccelerator("450KiB"),
-            search=autobatch.Bisection(resolution=0.25),
+            search=autobatch.Bisection(resolution=0.5),
             steps_per_trial=2,
             timing_seconds=0.2 if case in TIMED else 0.0,
         )

@@ -314,6 +314,23 @@ def test_find_and_autobatch_share_their_keywords():
         assert finds[name] == tunes[name]
 
 
+def test_find_and_the_tune_of_transformers_share_their_keywords():
+    finds = inspect.signature(autobatch.find).parameters
+    tunes = inspect.signature(autobatch.transformers.tune).parameters
+    own_of_find = {
+        "workload",
+        "restore",
+        "dataset_size",
+        "data_parallel_size",
+        "latency_limit",
+        "percentile",
+    }
+    own_of_tune = {"trainer", "worst_case", "apply", "resume_from_checkpoint"}
+
+    assert set(finds) - own_of_find == set(tunes) - own_of_tune
+    assert all(finds[name] == tunes[name] for name in set(finds) - own_of_find)
+
+
 def needs_lightning() -> None:
     if not any(map(importlib.util.find_spec, ("lightning", "pytorch_lightning"))):
         pytest.skip("needs Lightning")

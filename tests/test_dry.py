@@ -221,6 +221,9 @@ def test_what_cannot_be_restored_exactly_is_refused_in_one_sentence(four):
     assert "give it use_orig_params=True" in refused(flattened(Network(), use_orig_params=False))
     assert "(CPU offload)" in refused(flattened(Network(), cpu_offload=CPUOffload(True)))
     assert "(CPU offload)" in refused(offloaded)
+    assert "static_graph=True" in refused(
+        DistributedDataParallel(torch.nn.Linear(16, 1), static_graph=True)
+    )
     assert "train_micro_batch_size_per_gpu and gradient_acc" in refused(DeepSpeedEngine(16, 1))
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
 import importlib.util
 import re
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from conftest import set_curve_seconds
-from forked import run_forked
+from forked import forked
+from torchrun import as_by_torchrun, free_port
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -29,12 +31,18 @@ def test_examples_run_and_print_a_report(script, tmp_path, monkeypatch):
             pytest.skip(f"needs {package}")
         importlib.import_module(package)  # once, for all examples
     set_curve_seconds(monkeypatch, 2.0)
+    port = free_port()
+    is_job = script.stem.startswith("torchrun")
+    environments = [as_by_torchrun(rank, port) for rank in (0, 1)] if is_job else [{}]
 
-    ran = run_forked(script, cwd=tmp_path)
+    with contextlib.ExitStack() as stack:
+        ranks = [stack.enter_context(forked(script, cwd=tmp_path, env=e)) for e in environments]
+        ran, *others = [finish() for finish in ranks]
 
     assert ran.returncode == 0, ran.stderr
     # A report was printed
     assert re.search(r"(?m)^  (Micro-batch|Batches of) \d+ ", ran.stdout)
+    assert [other.stdout for other in others] == [""] * len(others)
 
 
 def test_no_example_has_the_name_of_a_package():

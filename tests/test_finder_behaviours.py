@@ -362,7 +362,7 @@ def test_several_loaders_of_an_evaluation_are_tuned():
 def test_attribute_report_and_loader_agree_after_out_of_memory():
     """16."""
     model, in_use = Hooked(), InUse()
-    callback = tuner(search=autobatch.Bisection())
+    callback = tuner(search=autobatch.Bisection(resolution=0.25))
 
     trainer(callback, in_use, max_epochs=1).fit(model)
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import importlib
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
 import autobatch
+from autobatch._distributed import SingleProcess
 from lightning_here import pl, quiet_trainer
+
+# Only where there is a Lightning
+from autobatch.lightning import _resources  # isort: skip
 
 MIB = 2**20
 
@@ -67,8 +74,8 @@ def test_a_batch_that_grows_beyond_the_device_is_trained_in_pieces(place, precis
     if not place.is_real:
         pytest.skip("memory has to run out in training itself")
     free, _ = torch.cuda.mem_get_info()
-    # A step holds about five tensors of each sample's width in 32 bits
-    largest = free // (5 * 4 * place.width)
+    # A step holds about five tensors of each sample's width
+    largest = free // (5 * place.width * (4 if precision == "32-true" else 2))
     survivor = autobatch.AutoBatch(plan="keep", on_out_of_memory="split", verbose=False)
     options = {"precision": precision, "limit_train_batches": 18}
     module = Module(place)
@@ -105,6 +112,53 @@ def test_a_trial_has_the_peak_of_the_same_steps_in_fit(place, accumulate, precis
     assert set(module.sizes) == {size}
     # On paper the batches of the loader, on the host, are charged too
     assert trial_peak == pytest.approx(peak, rel=0.01 if place.is_real else 0.03)
+
+
+class Shards(Module):
+    """Shards itself, on the one rank of a job of its own."""
+
+    def configure_model(self):
+        fsdp = importlib.import_module("torch.distributed.fsdp")
+        if not isinstance(self.net, fsdp.FSDPModule):
+            mesh = self.device_mesh["data_parallel"]
+            for layer in (self.net[0], self.net[-1], self.net):
+                fsdp.fully_shard(layer, mesh=mesh)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), foreach=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compares dry collectives with NCCL")
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_dry_trial_of_a_sharded_module_has_the_peak_of_a_real_fit(place, accumulate, monkeypatch):
+    if not place.is_real:
+        pytest.skip("compares dry collectives with NCCL")
+    size = place.bytes(1) // (4 * place.width)
+    plan = autobatch.BatchPlan(size, accumulate)
+    loader = DataLoader(Numbers(), size)
+
+    def options():
+        strategy = pl.strategies.ModelParallelStrategy(1, 1)
+        return {"strategy": strategy, "accumulate_grad_batches": accumulate}
+
+    def dry(*_):  # a job of one rank has no other to wait for: as if it did
+        return contextlib.nullcontext(SingleProcess(as_if=1))
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(_resources, "current_ranks", dry)
+            tuner = autobatch.AutoBatch(plan=plan, device=place.probe)
+            report = tuner.tune(trainer(place, **options()), Shards(place), loader)
+        gc.collect()  # Trainer and module refer to each other
+        place.probe.release()
+        with place.probe.limited(report.budget):
+            trainer(place, **options()).fit(Shards(place), loader)
+        peak = place.probe.read().peak
+    finally:
+        dist.destroy_process_group()
+
+    assert report.trials[-1].peak == pytest.approx(peak, rel=0.01)
 
 
 def test_a_trainer_trains_with_the_plan(place):

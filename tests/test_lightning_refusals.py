@@ -160,12 +160,23 @@ def test_resuming_with_another_target_is_refused(tmp_path):
         trainer(tuner(target_batch_size=60)).fit(Model(), plain(), ckpt_path=tmp_path / "last.ckpt")
 
 
-def test_a_strategy_whose_steps_wait_for_ranks_is_refused(monkeypatch):
+@pytest.mark.parametrize(
+    ("strategy", "problem"),
+    [
+        (
+            pl.strategies.DeepSpeedStrategy,
+            "where you can write train_micro_batch_size_per_gpu and gradient_accumulation_steps",
+        ),
+        (pl.strategies.ParallelStrategy, "is not one of the strategies whose steps it can try"),
+    ],
+)
+def test_a_strategy_whose_steps_cannot_be_tried_is_refused(strategy, problem, monkeypatch):
     fitted = trainer()
-    strategy = object.__new__(pl.strategies.FSDPStrategy)
-    monkeypatch.setattr(pl.Trainer, "strategy", property(lambda _: strategy))
+    # To make one without its devices
+    monkeypatch.setattr(strategy, "__abstractmethods__", frozenset(), raising=False)
+    monkeypatch.setattr(pl.Trainer, "strategy", property(lambda _: object.__new__(strategy)))
 
-    with pytest.raises(autobatch.AutobatchError, match="FSDPStrategy makes ranks wait"):
+    with pytest.raises(autobatch.AutobatchError, match=problem):
         check(fitted, Model(), None)
 
 

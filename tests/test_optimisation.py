@@ -130,7 +130,8 @@ def test_a_trial_lasts_until_every_optimizer_has_stepped(every):
     stepped, model = set(), ByHand(every)
     model.seen = lambda optimizer, size: stepped.add((type(optimizer).__name__, size))
     # At larger sizes an epoch has fewer than seven batches, and the second one never steps
-    callback = tuner(steps_per_trial=1, search=autobatch.Bisection(), max_micro_batch_size=80)
+    search = autobatch.Bisection(resolution=0.25)
+    callback = tuner(steps_per_trial=1, search=search, max_micro_batch_size=80)
 
     callback.tune(trainer(), model, loader())
 

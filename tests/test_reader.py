@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -419,6 +420,48 @@ def test_data_set_that_hangs_in_the_other_process_is_read_in_this_one(monkeypatc
 
     assert report.look.read == 600
     assert not children()
+
+
+class Readers(Dataset):
+    """The process that reads each sample."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return os.getpid()
+
+
+class Nested(Deep):
+    """Reads another loader, which has a worker in the process that trains."""
+
+    def __init__(self):
+        super().__init__()
+        self.other = DataLoader(Readers(), 4, num_workers=1, persistent_workers=True)
+        (self.worker,) = set(torch.cat(list(self.other)).tolist())
+
+    def __getitem__(self, index):
+        if index == 0:
+            assert self.worker not in next(iter(self.other)).tolist()
+        return super().__getitem__(index)
+
+
+def test_worker_of_a_loader_within_the_data_set_is_left_alone():
+    dataset = Nested()
+
+    report = tuner().tune(quiet_trainer(), Takes(), DataLoader(dataset, 4))
+
+    assert report.look.read == 600
+    assert set(torch.cat(list(dataset.other)).tolist()) == {dataset.worker}
+    dataset.other._iterator = None  # ends the worker
+
+
+def test_objects_are_not_looked_through_where_no_worker_lives(monkeypatch):
+    monkeypatch.setattr(gc, "get_objects", lambda: pytest.fail("looked through"))
+
+    report = tuner().tune(quiet_trainer(), Takes(), DataLoader(Deep(), 4))
+
+    assert report.look.read == 600
 
 
 class Empty(IterableDataset):

@@ -37,7 +37,7 @@ def test_dry_collectives_take_the_memory_of_real_ones(job, kind):
         real, dry = rank["peaks"][kind]
 
         assert dry == real
-        assert real[0] > 300_000
+        assert real > 700_000
 
 
 @pytest.mark.parametrize("kind", SEARCHED)
@@ -94,7 +94,7 @@ def test_a_group_made_in_the_step_and_latency_of_sharded_modules_are_refused(job
         grouping, latency = rank["refused"]
 
         assert grouping.startswith("The step makes a new process group")
-        assert latency.startswith("latency_limit is about time")
+        assert latency.startswith("latency_limit=0.1 is about time")
 
 
 def test_one_process_as_if_two_finds_what_two_find(job, as_if_two):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 
 import pytest
@@ -83,10 +84,11 @@ def sequences(lengths):
     return DataLoader(made, batch_size=None)
 
 
-def read(lengths, limit, **options):
-    callback, memory = autobatch.AutoBatch(**SPLIT), Memory(limit)
-    trainer = quiet_trainer(callback, memory, max_epochs=1, **options)
-    module = Reader()
+def read(lengths, limit, module=None, **options):
+    callback, module = autobatch.AutoBatch(**SPLIT), module or Reader()
+    memory = Memory(limit)  # keeps modules eager
+    callbacks = [callback] if limit is None else [callback, memory]
+    trainer = quiet_trainer(*callbacks, max_epochs=1, **options)
     trainer.fit(module, sequences(lengths))
     return module, callback, memory.ledger.peak, trainer.callback_metrics["loss"]
 
@@ -134,14 +136,53 @@ def test_neighbour_that_takes_half_of_the_memory_for_100_steps_costs_few_failure
     assert torch.allclose(loss, expected, rtol=1e-12)
 
 
-def test_optimizer_steps_once_where_every_micro_batch_of_a_window_fails(monkeypatch):
+class Thrashing(Reader):
+    """Has an allocator that fails again and again, a little after it has succeeded."""
+
+    period, failing = 5, (0, 2)
+
+    def __init__(self):
+        super().__init__()
+        self.calls = itertools.count(1)  # not restored after a failure, as a number would be
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        if next(self.calls) % self.period in self.failing:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return loss
+
+
+def test_allocator_that_thrashes_never_makes_the_optimizer_step_twice(monkeypatch):
     monkeypatch.setattr(PieceLimit, "pieces", lambda *_: 1)
-    peak = peak_of([20])
+    never, _, _, expected = read([20] * 6, lambda _: None, accumulate_grad_batches=3)
 
-    module, callback, _, _ = read([20] * 6, lambda _: int(0.7 * peak), accumulate_grad_batches=3)
+    module, callback, _, loss = read(
+        [20] * 6, lambda _: None, Thrashing(), accumulate_grad_batches=3
+    )
 
-    assert len(callback.survived) == 6
-    assert module.steps == 2
+    assert len(callback.survived) > 3
+    assert max(each.pieces for each in callback.survived) > 2  # failed again in the pieces
+    assert module.steps == never.steps == 2
+    assert same_weights(module, never)
+    assert torch.allclose(loss, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_compiled_module_is_compiled_for_the_pieces(backend):
+    class Compiled(Thrashing):
+        period, failing = 3, (0,)
+
+        def __init__(self):
+            super().__init__()
+            self.net = torch.compile(self.net, backend=backend)
+
+    never, _, _, expected = read([5] * 4, None)
+
+    module, callback, _, loss = read([5] * 4, None, Compiled())
+
+    assert callback.survived
+    assert same_weights(module, never)
+    assert torch.allclose(loss, expected, rtol=1e-12)
 
 
 class Logger(pl.loggers.Logger):

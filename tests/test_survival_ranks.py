@@ -70,7 +70,7 @@ def mean_of_ranks(case, pieces, failing):
         for case in PLACES
     ],
 )
-def test_failures_of_one_rank_are_survived_and_ranks_stay_equal(name, case, request):
+def test_rank_that_fails_forward_or_backward_hangs_nobody_and_ranks_stay_equal(name, case, request):
     one, other = (rank[case] for rank in request.getfixturevalue(name))
     failing = 0 if case == "first rank" else 1
     whole = mean_of_ranks(case, [6], failing)

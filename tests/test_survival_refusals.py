@@ -98,7 +98,7 @@ class OneSampleWithNorm(Failing):
 def test_error_passes_with_the_reason(kind, reason):
     notes = notes_of(kind())
 
-    assert re.search(f"did not run the micro-batch again in pieces: {reason}", notes)
+    assert re.search(f"did not run the batch again in pieces: {reason}", notes)
 
 
 class Opaque:
@@ -132,7 +132,7 @@ def time_first(samples):
 def test_batch_that_cannot_be_divided_passes_the_error(collate, size, reason):
     notes = notes_of(TakesAny(), DataLoader(data(8), batch_size=size, collate_fn=collate))
 
-    assert f"did not run the micro-batch again in pieces: {reason}." in notes
+    assert f"did not run the batch again in pieces: {reason}." in notes
 
 
 class SumOfLosses(Failing):
@@ -164,7 +164,7 @@ def test_error_of_a_piece_passes_with_a_note():
     with pytest.raises(RuntimeError, match="shape") as caught:
         trained(FixedSize(), count=1)
 
-    assert "autobatch was running a micro-batch in pieces" in caught.value.__notes__[-1]
+    assert "autobatch was running a batch in pieces" in caught.value.__notes__[-1]
 
 
 class StepsInBackward(Failing):

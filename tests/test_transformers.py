@@ -10,11 +10,14 @@ from torch.nn import functional as F
 
 import autobatch
 from autobatch._memory import detect
+from autobatch.errors import FixedBatchSizeError
 from autobatch.testing import SimulatedAccelerator
 from hugging_face import (
+    Recorded,
     Sequences,
     compared,
     language_model,
+    padded,
     trainer_of,
     transformers,
     tuned,
@@ -104,20 +107,63 @@ def test_the_page_of_the_docs_runs(tmp_path, monkeypatch):
     assert math.prod(plan) == 256
 
 
-REFUSED = {
-    "auto_find_batch_size=True looks for the batch size as well": {"auto_find_batch_size": True},
-}
+def test_auto_find_batch_size_is_refused_in_a_sentence(tmp_path):
+    trainer = trainer_of(tmp_path, auto_find_batch_size=True)
 
-
-@pytest.mark.parametrize("problem", REFUSED)
-def test_what_cannot_be_tuned_is_refused_in_a_sentence(problem, tmp_path):
-    trainer = trainer_of(tmp_path, **REFUSED[problem])
-
-    with pytest.raises(autobatch.AutobatchError, match=problem):
+    with pytest.raises(autobatch.AutobatchError, match="auto_find_batch_size=True looks for the"):
         tuned(trainer)
 
 
-def test_data_parallel_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "problem"),
+    [
+        ("DEEPSPEED", "DeepSpeed sets batch size and accumulation itself"),
+        ("XLA", "XLA compiles the step again for each batch size"),
+        ("FSDP", r"its ranks wait for each other in every forward pass \(FSDP\)"),
+    ],
+)
+def test_strategies_that_cannot_be_tuned_are_refused(kind, problem, tmp_path, monkeypatch):
+    trainer = trainer_of(tmp_path)
+    kinds = type(trainer.accelerator.distributed_type)
+    monkeypatch.setattr(trainer.accelerator.state, "distributed_type", kinds[kind])
+
+    with pytest.raises(autobatch.AutobatchError, match=f"This Trainer cannot be tuned: {problem}"):
+        tuned(trainer)
+
+
+def test_a_loader_that_does_not_follow_the_arguments_is_refused(tmp_path):
+    class Fixed(Recorded):
+        def get_train_dataloader(self):
+            return torch.utils.data.DataLoader(self.train_dataset, 4, collate_fn=padded)
+
+    with pytest.raises(FixedBatchSizeError, match="has batches of 4 samples whatever"):
+        tuned(trainer_of(tmp_path, kind=Fixed))
+
+
+def test_a_trial_holds_all_micro_batches_of_an_update_as_training_does(tmp_path):
+    trainer = trainer_of(tmp_path)
+    reports = [
+        tuned(trainer, plan=autobatch.BatchPlan(3, n), target_batch_size=None, apply=False)
+        for n in (2, 16)
+    ]
+
+    few, many = (report.trials[0].peak for report in reports)
+
+    long = padded([Sequences()[69]] * 3).values()
+    assert many - few >= 14 * sum(each.nbytes for each in long)
+
+
+def test_only_one_module_knows_private_names_of_transformers():
+    names = set()
+    for path in sorted(Path(autobatch.transformers.__file__).parent.glob("*.py")):
+        if path.name != "_compat.py":
+            names |= set(re.findall(r"(?<!self)\.(_[a-z]\w*)", path.read_text(encoding="utf-8")))
+
+    modules = {path.stem for path in Path(autobatch.__file__).parent.rglob("_*")}
+    assert names <= modules
+
+
+def test_data_parallel_is_refused(tmp_path):
     trainer = trainer_of(tmp_path)
     trainer.args._n_gpu = 2
 

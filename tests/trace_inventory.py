@@ -244,7 +244,7 @@ class Run:
         )
         self.tuner = autobatch.AutoBatch(
             device=SimulatedAccelerator("450KiB"),
-            search=autobatch.Bisection(),
+            search=autobatch.Bisection(resolution=0.25),
             target_batch_size=None,
         )
 

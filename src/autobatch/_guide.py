@@ -64,7 +64,8 @@ class Guide:
         gpu_of = getattr(runner.context.probe, "gpu", None)
         if not isinstance(search, GuidedBisection) or not search.estimate or not trials[0].fits:
             return None
-        if gpu_of is None or runner.context.ranks.world_size > 1:
+        ranks = runner.context.ranks
+        if gpu_of is None or ranks.world_size > 1 or ranks.as_if:
             return None
         seconds = max(_SECONDS, _SHARE * runner.time_limit.spent)
         if (left := runner.time_limit.left) is not None:

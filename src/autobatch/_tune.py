@@ -394,7 +394,7 @@ def verify_or_search(
     """Return the report on a known plan if one trial verifies it, or else on a search."""
     note = known.note
     if note is None:  # the user's own
-        known_plan(known.plan, settings, world_size=context.ranks.world_size)
+        known_plan(known.plan, settings, world_size=context.ranks.replicas)
     if known.plan is not None:
         noted = replace(subject, first_note=note)
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, Self, TypeVar
 
@@ -63,10 +63,12 @@ class SingleProcess:
     Args:
         replicas: Number of ranks that train on different data.
         as_if: Number of ranks of that job; None without one.
+        alone: Entered with dry collectives.
     """
 
     replicas: int = 1
     as_if: int | None = None
+    alone: AbstractContextManager[object] = field(default_factory=nullcontext)
 
     rank: ClassVar = 0
     world_size: ClassVar = 1
@@ -79,9 +81,11 @@ class SingleProcess:
         """Do nothing: no other rank could wait."""
         return nullcontext()
 
-    def dry(self) -> AbstractContextManager[object]:
+    @contextmanager
+    def dry(self) -> Iterator[None]:
         """Let collectives of a job that does not run give the memory of those that would."""
-        return DryCollectives() if self.as_if else nullcontext()
+        with DryCollectives() if self.as_if else nullcontext(), self.alone:
+            yield
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,16 +113,18 @@ class ProcessGroup:
 
     Args:
         replicas: Number of ranks that train on different data.
+        alone: Entered with dry collectives.
     """
 
     as_if = None
 
-    def __init__(self, replicas: int) -> None:
+    def __init__(self, replicas: int, alone: AbstractContextManager[object]) -> None:
         import torch.distributed as dist
 
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self.replicas = replicas
+        self._alone = alone
         self._group: Any = None
         self._nesting = 0  # of abort_together
 
@@ -166,9 +172,11 @@ class ProcessGroup:
         finally:
             self._nesting -= 1
 
-    def dry(self) -> AbstractContextManager[object]:
+    @contextmanager
+    def dry(self) -> Iterator[None]:
         """Let collectives of the body wait for no other rank; `gather` goes on as before."""
-        return DryCollectives(self._group)
+        with DryCollectives(self._group), self._alone:
+            yield
 
     def _exchange(self, message: _Message) -> list[_Message]:
         import torch.distributed as dist
@@ -269,18 +277,23 @@ def stopping_together() -> Iterator[None]:
     _Meeting().wait()
 
 
-def current_ranks(replicas: int | None = None) -> AbstractContextManager[Ranks]:
+def current_ranks(
+    replicas: int | None = None, alone: AbstractContextManager[object] | None = None
+) -> AbstractContextManager[Ranks]:
     """Return all ranks of the current `torch.distributed` job, or this process alone.
 
     In a job on the fake back end of torch, in which no other rank runs, this process stands for all.
 
     Args:
         replicas: Number of ranks that train on different data; None: all of them.
+        alone: Entered with dry collectives: lets what is beside process groups wait for no rank.
     """
-    size = job_size()
+    size, alone = job_size(), alone or nullcontext()
     if _is_distributed():
-        return ProcessGroup(replicas or size)
-    return nullcontext(SingleProcess(replicas or size, size) if size > 1 else SingleProcess())
+        return ProcessGroup(replicas or size, alone)
+    if size > 1:
+        return nullcontext(SingleProcess(replicas or size, size, alone))
+    return nullcontext(SingleProcess())
 
 
 def checked_replicas(given: int | None, modules: Iterable[Module]) -> int | None:

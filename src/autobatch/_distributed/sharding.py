@@ -81,12 +81,19 @@ def check_can_rest(modules: Iterable[Module]) -> None:
     Raises:
         AutobatchError: What is not supported, in one sentence.
     """
+    from torch.nn.parallel import DistributedDataParallel
+
     for part in _parts_of(modules):
         if any(kind.__name__ == "DeepSpeedEngine" for kind in type(part).__mro__):
             raise AutobatchError(
                 "A DeepSpeedEngine keeps state of its own that cannot be restored after a trial; "
                 "write train_micro_batch_size_per_gpu and gradient_accumulation_steps into its "
                 "configuration by hand."
+            )
+        if isinstance(part, DistributedDataParallel) and part.static_graph:
+            raise AutobatchError(
+                "A DistributedDataParallel has static_graph=True, which counts the passes of "
+                "trials as well and then fails; tune without it, or write the batch size by hand."
             )
         if isinstance(part, _FSDP1.loaded):
             if not part._use_orig_params:

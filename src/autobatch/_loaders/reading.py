@@ -44,17 +44,11 @@ _SIZE_DEPTH: Final = 4  # nested containers that count for the size of a sample
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """Samples that were read.
+    """Samples that were read."""
 
-    Args:
-        look: Number and sizes.
-        bytes_each: Size of the largest.
-        are_collated: True if batches of any samples can be made.
-    """
-
-    look: Look
-    bytes_each: int
-    are_collated: bool
+    look: Look  # number and sizes
+    bytes_each: int  # size of the largest
+    are_collated: bool  # True if batches of any samples can be made
 
 
 class Reading(Protocol):

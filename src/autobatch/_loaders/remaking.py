@@ -78,11 +78,9 @@ class Remaking:
     """Sets the batch size of a loader by making its parts again, where they are of other classes.
 
     A new part gives its attributes to the one that is there, which everybody may hold.
-
-    Args:
-        left_out: An optional argument that is not passed on, in spite of an attribute of its name.
     """
 
+    # An optional argument that is not passed on, in spite of an attribute of its name
     left_out: str | None = None
 
     def __call__(self, loader: DataLoader[Any], batch_size: int) -> None:
@@ -97,17 +95,11 @@ class Remaking:
 
 @dataclass(frozen=True, slots=True)
 class SavedArguments:
-    """Arguments of a loader or sampler that a hook made; Lightning copies it with them for ranks.
+    """Arguments of a loader or sampler made in a hook; Lightning copies it with them for ranks."""
 
-    Args:
-        names: Of the positional arguments.
-        positional: Their values.
-        keywords: The others.
-    """
-
-    names: tuple[str, ...]
-    positional: tuple[Any, ...]
-    keywords: dict[str, Any]
+    names: tuple[str, ...]  # of the positional arguments
+    positional: tuple[Any, ...]  # their values
+    keywords: dict[str, Any]  # the others
 
 
 def saved_arguments(made: Any) -> SavedArguments | None:

@@ -19,7 +19,7 @@ from autobatch._memory import format_bytes
 from autobatch._memory.in_place import InPlaceSums
 from autobatch._memory.storages import (
     address_of,
-    has_parts,
+    is_divided,
     sizes_in,
     storages_in,
     storages_of,
@@ -153,6 +153,8 @@ class Ledger:
             result = func(*args, **kwargs)
         arguments: dict[int, int] | None = None  # collected only if needed
         for storage in storages_in(result):
+            if storage.device.type == "meta":
+                continue  # no memory
             if address_of(storage) not in self._entries:
                 arguments = sizes_in((args, *kwargs.values())) if arguments is None else arguments
                 if address_of(storage) in arguments:
@@ -315,8 +317,6 @@ class _Mode(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if has_parts(types):
-            return NotImplemented  # its own operators on the parts of this rank come next
         if os.getpid() != self._process:
             # A DataLoader worker forked while the mode was on: memory of another process
             return func(*args, **(kwargs or {}))
@@ -329,6 +329,8 @@ def _may_allocate(func: Callable[..., Any]) -> bool:
     returns = func._schema.returns  # type: ignore[attr-defined]
     if all(value.alias_info is not None for value in returns):
         return False  # views and in-place operators allocate nothing
+    if "c10d" in func.namespace:  # type: ignore[attr-defined]
+        return False  # a collective on the meta device would be a collective
     # A run on the meta device would draw random numbers too
     return torch.Tag.nondeterministic_seeded not in func.tags  # type: ignore[attr-defined]
 
@@ -367,8 +369,8 @@ def _size_on_meta(
 def _signature(value: Any) -> Any:
     """Properties of an argument that decide the size of the result; TypeError if there are none."""
     if isinstance(value, torch.Tensor):
-        if value.is_nested:
-            raise TypeError  # it has no shape
+        if value.is_nested or is_divided(value):
+            raise TypeError  # it has no shape, or that of all ranks together
         layout = value.stride() if value.layout is torch.strided else value.layout
         return (value.shape, layout, value.dtype, value.requires_grad)
     if isinstance(value, (list, tuple)):

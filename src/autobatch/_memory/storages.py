@@ -58,10 +58,10 @@ def storages_of(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
         yield from storages_of(tensor.values())
 
 
-def has_parts(kinds: Iterable[type]) -> bool:
-    """Return True if a DTensor is among these: it takes seconds to import, and then exists."""
+def is_divided(tensor: torch.Tensor) -> bool:
+    """Return True for a DTensor, a class that takes seconds to import and then exists."""
     dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
-    return dtensor is not None and any(issubclass(kind, dtensor) for kind in kinds)
+    return dtensor is not None and isinstance(tensor, dtensor)
 
 
 def storages_in(values: Any) -> Iterator[torch.UntypedStorage]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from autobatch._distributed.sharding import check_can_rest, is_sharded
+from autobatch._distributed.sharding import check_can_rest
 from autobatch.errors import AutobatchError
 
 if TYPE_CHECKING:
@@ -36,12 +36,6 @@ class FirstUse:
         if not isinstance(thing, torch.nn.Module):
             return
         check_can_rest([thing])
-        if not self.is_training and is_sharded(thing):
-            raise AutobatchError(
-                f"latency_limit is about time, and {type(thing).__name__} is divided among ranks, "
-                "whose communication trials leave out; leave latency_limit out, or time calls by "
-                "hand."
-            )
         parameter = next(thing.parameters(), None)
         if parameter is None:
             return

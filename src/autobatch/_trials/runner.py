@@ -13,7 +13,7 @@ from autobatch._trials import Outcome, trial_accumulation
 from autobatch._trials.measure import run_trial
 from autobatch._trials.time_limit import TimeLimit
 from autobatch._trials.timing import run_together
-from autobatch.errors import DoesNotFitError
+from autobatch.errors import AutobatchError, DoesNotFitError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -205,6 +205,12 @@ class TrialRunner:
         self.runs_together = is_sharded and self._ranks.world_size > 1
         if not self.runs_together:
             return
+        if self.settings.latency_limit is not None:
+            raise AutobatchError(
+                f"latency_limit={self.settings.latency_limit:g} is about time, and trials of a "
+                "module that is divided among ranks leave out its communication; leave it out, or "
+                "time calls by hand."
+            )
         size = trial.batch_size
         if size > 1 and all(map(_is_one_sample, self.run_unrecorded(1, self.time_limit.left))):
             size = 1

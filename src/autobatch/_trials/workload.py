@@ -191,7 +191,7 @@ def _empty_autograd(probe: MemoryProbe) -> None:
 
     # On the CPU that is this thread; a CUDA device has one of its own
     ours = [getattr(probe, "device", "cpu")] if torch.cuda.is_initialized() else []
-    with unobserved(), torch.enable_grad():
+    with unobserved(), torch.inference_mode(mode=False), torch.enable_grad():
         for device in {"cpu", *ours}:
             torch.ones(1, device=device, requires_grad=True).sum().backward()
 

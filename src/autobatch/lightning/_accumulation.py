@@ -16,6 +16,7 @@ from autobatch._accumulation import (
     split_gradient,
     without_dropout,
 )
+from autobatch._distributed.sharding import is_sharded
 from autobatch._loaders.epochs import samples_of
 from autobatch._memory import memory_budget, parse_memory_limit
 from autobatch._memory.ledger import eager
@@ -103,6 +104,8 @@ class SplittingTest:
         precision = self.trainer.precision
         if precision not in THRESHOLDS:
             raise UndecidedError(f"precision={precision!r} rounds too much")
+        if is_sharded(self.trainer.strategy.model):
+            raise UndecidedError("each rank has a part of the gradient")
         host_batch = self.samples.ordinary(size)
         if host_batch is None:
             raise UndecidedError("there are too few samples")
@@ -110,6 +113,7 @@ class SplittingTest:
         self.probe.release()
         budget = memory_budget(self.probe.read(), parse_memory_limit(self.memory_limit))
         with (
+            self.ranks.dry(),
             self.probe.limited(budget),
             eager(),  # this batch size alone is not worth compiling for
             without_dropout(self.module),

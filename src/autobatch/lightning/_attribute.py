@@ -69,10 +69,6 @@ class FormerBatchSize:
     """The batch size as the attributes and hyperparameters of a name have it now.
 
     A `with` statement writes it back.
-
-    Args:
-        module: The module.
-        name: The name.
     """
 
     def __init__(self, module: Any, name: str) -> None:

@@ -35,7 +35,12 @@ from autobatch.lightning._checks import (
     checked_survival,
     why_idle,
 )
-from autobatch.lightning._compat import Imported, callback_class, data_source
+from autobatch.lightning._compat import (
+    Imported,
+    callback_class,
+    data_source,
+    load_late_checkpoint,
+)
 from autobatch.lightning._dataloaders import checked_setter
 from autobatch.lightning._estimating import estimate_training
 from autobatch.lightning._evaluation import STAGES, before_data, loaders_for
@@ -351,6 +356,9 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         if reason or self._arguments.keeps:
             self._stay_idle(reason or 'plan="keep" tunes nothing')
             return
+        if late := load_late_checkpoint(trainer):
+            self.on_load_checkpoint(trainer, pl_module, late)
+            self.load_state_dict((late.get("callbacks") or {}).get(self.state_key, {}))
         check(trainer, pl_module, self._run.checkpoint)
         if self._run.checkpoint is not None:
             self._run.checkpoint.check_target(self._arguments.settings)
@@ -400,6 +408,17 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Do not count validation as waiting for the loader."""
         self._run.timer.interrupt()
+        if self._arguments.survives:
+            self._run.begin_evaluation(trainer, self._arguments.device)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Leave the steps of later trials alone."""
+        self._run.end_evaluation()
+
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+        """Let testing go on when memory runs out in it."""
+        if self._arguments.survives:
+            self._run.begin_evaluation(trainer, self._arguments.device)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Do not count a checkpoint as waiting for the loader."""

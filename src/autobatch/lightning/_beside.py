@@ -11,6 +11,7 @@ import torch
 
 from autobatch._distributed import current_ranks
 from autobatch._memory import format_bytes
+from autobatch._memory.storages import sizes_in
 from autobatch.lightning._hooks import users_callbacks
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class BesideTraining:
         None while the budget is kept on all ranks.
         """
         tensors = tensors_of_callbacks(trainer)
-        now = {name: _nbytes(each) for name, each in tensors.items()}
+        now = {name: sum(sizes_in(each).values()) for name, each in tensors.items()}
         with current_ranks() as ranks:
             grown, holders = max(ranks.gather((sum(now.values()) - self.held, _listed(now))))
         if self.peak + grown <= self.budget:
@@ -61,20 +62,22 @@ def tensors_of_callbacks(trainer: Trainer) -> dict[str, list[torch.Tensor]]:
     """
     module = trainer.lightning_module
     known = {id(each) for each in (trainer, module, *trainer.optimizers)}
-    theirs = {_key(tensor) for tensor in _of_training(trainer)}
+    theirs = set(sizes_in(list(_of_training(trainer))))  # by the address of their memory
     found: dict[str, list[torch.Tensor]] = {}
     for callback in users_callbacks(trainer):
         seen = set(known)
         for tensor in _tensors_in(vars(callback), _DEPTH, seen):
-            if _is_on(tensor, module.device) and _key(tensor) not in theirs:
-                theirs.add(_key(tensor))
+            addresses = set(sizes_in(tensor))
+            if _is_on(tensor, module.device) and not addresses <= theirs:
+                theirs |= addresses
                 found.setdefault(type(callback).__name__, []).append(tensor)
     return found
 
 
 def bytes_of_callbacks(trainer: Trainer) -> int:
     """Return the bytes on the device that callbacks hold."""
-    return sum(map(_nbytes, tensors_of_callbacks(trainer).values()))
+    held = chain.from_iterable(tensors_of_callbacks(trainer).values())
+    return sum(sizes_in(list(held)).values())
 
 
 def _listed(held: Mapping[str, int]) -> str:
@@ -118,15 +121,3 @@ def _parts_of(thing: Any) -> Iterable[Any]:
 def _is_on(tensor: torch.Tensor, device: torch.device) -> bool:
     here = tensor.device
     return (here.type, here.index or 0) == (device.type, device.index or 0)
-
-
-def _key(tensor: torch.Tensor) -> int:
-    """Return the address of the memory of a tensor, which others may share."""
-    is_plain = tensor.layout is torch.strided and not torch.nn.parameter.is_lazy(tensor)
-    return tensor.untyped_storage().data_ptr() if is_plain else id(tensor)
-
-
-def _nbytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Return the bytes of tensors that share no memory."""
-    plain = (each for each in tensors if each.layout is torch.strided)
-    return sum(each.untyped_storage().nbytes() for each in plain)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader
 
+from autobatch._distributed.sharding import check_can_rest
 from autobatch._loaders.epochs import is_empty
 from autobatch._report.tradeoff import unwrapped
 from autobatch.errors import AutobatchError
@@ -175,22 +176,12 @@ def check(trainer: Trainer, module: Any, checkpoint: Checkpoint | None) -> None:
         raise AutobatchError(
             f"AutoBatch does not tune this run yet: {problem}; train it without AutoBatch."
         )
+    check_can_rest([trainer.strategy.model])
 
 
 def _problems(trainer: Trainer, module: Any, checkpoint: Checkpoint | None) -> Iterator[str]:
-    strategies, callbacks = package(trainer).strategies, package(trainer).callbacks
-    strategy = trainer.strategy
-    if strategy.handles_gradient_accumulation:
-        yield (
-            f"its strategy, {type(strategy).__name__}, sets the accumulation itself, and a plan "
-            "cannot change it (with another strategy the plan sets the accumulation)"
-        )
-    if isinstance(strategy, strategies.DeepSpeedStrategy) or not isinstance(
-        strategy, (strategies.SingleDeviceStrategy, strategies.DDPStrategy)
-    ):
-        yield f"{type(strategy).__name__} makes ranks wait for each other in every forward pass"
-    if averages_models(strategy):
-        yield "its strategy averages models in optimizer steps (model_averaging_period)"
+    callbacks = package(trainer).callbacks
+    yield from _against_strategy(trainer)
     if any(
         type(optimizer).__name__ == "ZeroRedundancyOptimizer" for optimizer in trainer.optimizers
     ):
@@ -220,3 +211,35 @@ def _problems(trainer: Trainer, module: Any, checkpoint: Checkpoint | None) -> I
         )
     if "dataloader_iter" in inspect.signature(module.training_step).parameters:
         yield "training_step takes the iterator of the loader"
+
+
+def _against_strategy(trainer: Trainer) -> Iterator[str]:
+    strategies, strategy = package(trainer).strategies, trainer.strategy
+    name = type(strategy).__name__
+    if isinstance(strategy, strategies.DeepSpeedStrategy):
+        yield (
+            f"{name} takes both numbers from the config of DeepSpeed, where you can write "
+            "train_micro_batch_size_per_gpu and gradient_accumulation_steps by hand"
+        )
+    elif strategy.handles_gradient_accumulation:
+        yield (
+            f"its strategy, {name}, sets the accumulation itself, and a plan cannot change it (with "
+            "another strategy the plan sets the accumulation)"
+        )
+    elif not isinstance(
+        strategy,
+        (
+            strategies.SingleDeviceStrategy,
+            strategies.DDPStrategy,
+            strategies.FSDPStrategy,
+            strategies.ModelParallelStrategy,
+        ),
+    ):
+        yield (
+            f"{name} is not one of the strategies whose steps it can try: a single device, DDP, "
+            "FSDP and ModelParallelStrategy"
+        )
+    elif getattr(strategy.model, "static_graph", False):
+        yield "static_graph=True makes DistributedDataParallel count the passes of trials as well"
+    if averages_models(strategy):
+        yield "its strategy averages models in optimizer steps (model_averaging_period)"

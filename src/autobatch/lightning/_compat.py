@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import sys
 from collections import OrderedDict
 from contextlib import contextmanager
@@ -132,6 +133,15 @@ def showing_evaluation(
 def prepared_loader(trainer: Trainer, loader: Any, *, shuffle: bool, mode: Any) -> Any:
     """Return a loader as a loop makes it of the user's: with a sampler for this rank."""
     return trainer._data_connector._prepare_dataloader(loader, shuffle=shuffle, mode=mode)
+
+
+def data_parallel_size(trainer: Trainer) -> int:
+    """Return the number of ranks that train on different samples.
+
+    Ranks of tensor parallelism share theirs.
+    """
+    spread = trainer.distributed_sampler_kwargs
+    return 1 if spread is None else int(spread["num_replicas"])
 
 
 def forget_combined_loader(loop: FitLoop | EvaluationLoop) -> None:
@@ -280,6 +290,23 @@ def new_epoch_progress(trainer: Trainer) -> Any:
         # As `_FitLoop.on_run_start`
         progress.current.completed = progress.current.processed
     return progress
+
+
+def load_late_checkpoint(trainer: Trainer) -> dict[str, Any]:
+    """Return the checkpoint of a run whose strategy loads it only after `on_fit_start`.
+
+    Strategies that shard do: they load weights and optimizers once these are sharded. Now they do
+    it here, and Lightning again afterwards. Empty for other strategies and without a checkpoint.
+    """
+    if not trainer.strategy.restore_checkpoint_after_setup:
+        return {}
+    # Until then Lightning 2.6 holds the path in a variable of `Trainer._run` alone
+    frames = (each.frame for each in inspect.stack(0) if each.function == "_run")
+    variables = (each.f_locals for each in frames if each.f_locals.get("self") is trainer)
+    path = next(variables, {}).get("ckpt_path")
+    if path is not None:
+        trainer._checkpoint_connector.resume_start(path)
+    return trainer._checkpoint_connector._loaded_checkpoint
 
 
 def _resumed_progress(trainer: Trainer) -> dict[str, Any] | None:

@@ -30,6 +30,7 @@ from autobatch.errors import AutobatchError, FixedBatchSizeError
 from autobatch.lightning._compat import (
     Imported,
     combination_mode,
+    data_parallel_size,
     requires_distributed_sampler,
 )
 
@@ -100,11 +101,11 @@ class Loaders:
         self.setters = tuple(_way_to_change(loader, setter) for loader in self.each)
         self.own_sizes = tuple(map(_own_size, self.each, self.setters))
         # Ranks among which Lightning will distribute the samples of each loader
+        self._replicas = data_parallel_size(trainer)
         self.shards = tuple(
-            int(trainer.world_size) if requires_distributed_sampler(trainer, loader) else 1
+            self._replicas if requires_distributed_sampler(trainer, loader) else 1
             for loader in self.each
         )
-        self._world_size = int(trainer.world_size)
         self._lengths: dict[int, tuple[int, ...] | None] = {}  # of each loader, by batch size
 
     @property
@@ -147,7 +148,7 @@ class Loaders:
             return None
         if self.shards[0] > 1:  # padded to the same length on each rank
             return len(sampler_of(self.each[0]))
-        return samples * self._world_size
+        return samples * self._replicas
 
     def sized(self, batch_size: int) -> tuple[LoaderSize, ...]:
         """Return the size of each loader for one of the first, with the way to set it."""
@@ -182,7 +183,7 @@ class Loaders:
 
     def samples_in(self, batches: int, batch_size: int) -> int | None:
         """Return the samples of all ranks in a number of batches of an epoch."""
-        full = batches * batch_size * self._world_size
+        full = batches * batch_size * self._replicas
         if len(self.each) > 1 or self.samples is None:
             return full
         return min(self.samples, full)

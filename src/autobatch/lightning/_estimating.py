@@ -12,6 +12,7 @@ from autobatch._memory import parse_memory_limit
 from autobatch._memory.estimate.events import UntraceableError
 from autobatch._memory.estimate.prediction import SIZES
 from autobatch.lightning._attribute import FormerBatchSize
+from autobatch.lightning._compat import data_parallel_size
 from autobatch.lightning._resources import trial_resources
 from autobatch.lightning._traced import traceable_step
 
@@ -56,7 +57,7 @@ def estimate_training(
         if wanted is not None:
             step = replace(step, accumulate=1)
         estimate = estimate_of(Inputs.of(step, trainer.precision), target, limit, calibrate)
-        if wanted is not None and estimate.largest < wanted // trainer.world_size:
+        if wanted is not None and estimate.largest < wanted // data_parallel_size(trainer):
             # Gradients live through all forward passes but the first, however many there are
             step = replace(step, accumulate=2)
             estimate = estimate_of(Inputs.of(step, trainer.precision), target, limit, calibrate)

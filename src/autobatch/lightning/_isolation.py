@@ -1,14 +1,11 @@
-"""Replace loops and collectives while trials run."""
+"""Replace loops and collectives of the strategy while trials run."""
 
 from __future__ import annotations
 
-import sys
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from autobatch._undo import patched
 from autobatch.lightning._compat import (
@@ -49,45 +46,17 @@ def on_new_loops(trainer: Trainer) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def without_collectives(trainer: Trainer) -> Iterator[None]:
-    """Run the body on this rank alone: its steps wait for no other rank.
+def local_collectives(trainer: Trainer) -> patched:
+    """Return a patch for collectives of the strategy, as if all ranks were like this one.
 
-    With `DistributedDataParallel`, a rank that is out of memory would leave the others waiting for
-    its gradients. Replaced are the collectives of the strategy (`self.log(sync_dist=True)`,
-    `self.all_gather`), SyncBatchNorm and the synchronization of torchmetrics. Collectives that a
-    module calls by itself cannot be seen.
+    Those of Lightning 2.6 sum for a decision, and read the size of what they receive: by dry
+    collectives a sum is that of one rank, and nothing is received. `reduce` stays, by which
+    `self.log` knows that it was called in the same way before.
     """
-    if trainer.world_size == 1:
-        yield
-        return
-    with ExitStack() as stack:
-        module = trainer.lightning_module
-        # Lightning 2.6 runs the steps of `strategy.model`
-        stack.enter_context(patched(trainer.strategy, model=module))
-        stack.enter_context(patched(trainer.strategy, **_local_collectives(trainer.world_size)))
-        for part in module.modules():
-            if isinstance(part, torch.nn.SyncBatchNorm):
-                forward = partial(_BatchNorm.forward, part)
-                stack.enter_context(patched(part, forward=forward))
-            elif _is_metric(part):
-                stack.enter_context(
-                    patched(part, distributed_available_fn=lambda: False, dist_sync_on_step=False)
-                )
-        yield
-
-
-def _local_collectives(world_size: int) -> dict[str, Any]:
-    """Return collectives of a strategy (Lightning 2.6), as if all ranks were like this one."""
-    return {
-        "reduce": lambda tensor, *_, **__: tensor,
-        "all_gather": lambda tensor, *_, **__: torch.stack([tensor] * world_size),
-        "broadcast": lambda thing, *_, **__: thing,
-        "barrier": lambda *_, **__: None,
-        "reduce_boolean_decision": lambda decision, *_, **__: decision,
-    }
-
-
-def _is_metric(part: object) -> bool:
-    torchmetrics = sys.modules.get("torchmetrics")
-    return torchmetrics is not None and isinstance(part, torchmetrics.Metric)
+    world_size = trainer.world_size
+    return patched(
+        trainer.strategy,
+        all_gather=lambda tensor, *_, **__: torch.stack([tensor] * world_size),
+        broadcast=lambda thing, *_, **__: thing,
+        reduce_boolean_decision=lambda decision, *_, **__: decision,
+    )

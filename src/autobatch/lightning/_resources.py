@@ -16,10 +16,10 @@ from autobatch.lightning._beside import (
     BesideTraining,
     tensors_of_callbacks,
 )
-from autobatch.lightning._compat import data_source
+from autobatch.lightning._compat import data_parallel_size, data_source
 from autobatch.lightning._dataloaders import Loaders
 from autobatch.lightning._hooks import users_callbacks
-from autobatch.lightning._isolation import on_new_loops, without_collectives
+from autobatch.lightning._isolation import local_collectives, on_new_loops
 from autobatch.lightning._shown import show_validation
 from autobatch.lightning._trainer_notes import checked_copy_bytes
 
@@ -102,9 +102,8 @@ def trial_resources(
     probe = detect(arguments.device, module.device)
     began = probe.clock()
     with (
-        current_ranks() as ranks,
+        current_ranks(data_parallel_size(trainer), local_collectives(trainer)) as ranks,
         ranks.abort_together(),
-        without_collectives(trainer),
         Snapshot() as before_hooks,
         Snapshot() as snapshot,
         OptimizerWatch(probe.clock) as optimizers,
@@ -119,7 +118,7 @@ def trial_resources(
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         scalers = [] if scaler is None else [scaler]
-        captured = (module, *trainer.optimizers, *schedulers, *scalers)
+        captured = (trainer.strategy.model, *trainer.optimizers, *schedulers, *scalers)
         copied_bytes, *_ = ranks.gather(checked_copy_bytes(captured, trainer.num_devices))
         snapshot.capture(*captured)
         # Callbacks are silent, but a step may change their attributes

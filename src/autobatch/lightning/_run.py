@@ -14,6 +14,7 @@ from autobatch.lightning._apply import BeforeData, BeforeOptimizers
 from autobatch.lightning._dataloaders import Rebatched
 from autobatch.lightning._loading import DataLoaderTimer
 from autobatch.lightning._survival import Survival
+from autobatch.lightning._survival_evaluation import EvaluationSurvival
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -43,6 +44,8 @@ class Run:
     before_data: BeforeData = field(default_factory=BeforeData)
     # Runs micro-batches that run out of memory again, if the user wants that
     survival: Survival | None = None
+    # The same for batches of validation and testing
+    evaluation: EvaluationSurvival | None = None
     # Methods of the loops that are replaced; `replace` adds to them
     patches: list[patched] = field(default_factory=list)
     # The former batch size of the module, while an evaluation runs with another
@@ -94,6 +97,18 @@ class Run:
         self.patches.append(patch)
         patch.apply()
 
+    def begin_evaluation(self, trainer: Trainer, device: str | MemoryProbe | None) -> None:
+        """Run batches of validation or testing that run out of memory again, until its end."""
+        if self.evaluation is None:
+            probe = detect(device, trainer.lightning_module.device)
+            self.evaluation = EvaluationSurvival(trainer, probe)
+        self.evaluation.start()
+
+    def end_evaluation(self) -> None:
+        """Leave the steps of validation alone: those of trials may fail."""
+        if self.evaluation is not None:
+            self.evaluation.end()
+
     def undo(self) -> None:
         """Stop measuring, and restore the user's loaders and the methods of the loops.
 
@@ -102,7 +117,8 @@ class Run:
         self.before_optimizers.forget()
         self.before_data.forget()
         self.timer.stop()
-        self.window = self.survival = None
+        self.end_evaluation()
+        self.window = self.survival = self.evaluation = None
         while self.patches:
             self.patches[-1].restore()
             self.patches.pop()

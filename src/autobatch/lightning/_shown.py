@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import RandomSampler
 
+from autobatch._loaders.epochs import length_of
 from autobatch._undo import patched
 from autobatch.lightning._compat import (
     Imported,
@@ -100,15 +101,9 @@ def _of_this_rank(trainer: Trainer, loader: Any) -> Any:
 
 def _lengths(loaders: CombinedLoader, limit: float) -> list[int | float]:
     """Return the batches of each loader, with a limit as `_parse_num_batches` of Lightning 2.6."""
-    return [_limited(_length(loader), limit) for loader in loaders.flattened]
-
-
-def _length(loader: Any) -> int | float:
-    try:
-        return len(loader)
-    except (TypeError, NotImplementedError):
-        # No length to know, of a stream or a sampler: Lightning counts its batches as infinite, too
-        return inf
+    # Lightning counts the batches of a loader without a length as infinite, too
+    lengths = [length_of(loader) for loader in loaders.flattened]
+    return [_limited(inf if length is None else length, limit) for length in lengths]
 
 
 def _limited(length: float, limit: float) -> int | float:

@@ -52,11 +52,7 @@ def _do_nothing(*_: Any, **__: Any) -> None:
 
 
 class _SilentLogger:
-    """A logger with the class and the values of another one, whose methods do nothing.
-
-    Args:
-        real: The logger.
-    """
+    """A logger with the class and the values of another one, whose methods do nothing."""
 
     def __init__(self, real: Any) -> None:
         self._real = real
@@ -79,11 +75,7 @@ class _SilentLogger:
 
 
 class _Silent:
-    """An object whose calls, items and attributes do nothing, but for plain values of another one.
-
-    Args:
-        real: The other object; None if there is none.
-    """
+    """An object whose calls, items and attributes do nothing, but for plain values of another."""
 
     def __init__(self, real: Any) -> None:
         self._real = real

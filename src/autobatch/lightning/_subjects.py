@@ -12,7 +12,7 @@ from autobatch._report.tradeoff import common_rule, unwrapped
 from autobatch._subject import versions
 from autobatch.lightning._accumulation import last_samples, update_notes
 from autobatch.lightning._attribute import has_batch_size_attribute
-from autobatch.lightning._compat import package_of
+from autobatch.lightning._compat import data_parallel_size, package_of
 from autobatch.lightning._traced import traceable_step
 from autobatch.lightning._trainer_notes import copy_note, prefetch_note, rows_note, schedule_notes
 
@@ -110,7 +110,7 @@ class LightningTraining:
         Ranks have to make the same choice; with a data set of its own on each, their epochs may end
         differently.
         """
-        if self.trainer.world_size > 1 and self.loaders.shards[0] == 1:
+        if data_parallel_size(self.trainer) > 1 and self.loaders.shards[0] == 1:
             return None
         return last_samples(self.trainer, self.loaders, batch_size)
 
@@ -221,7 +221,9 @@ class LightningEvaluation:
 
     def planned_seconds(self, sample_seconds: float) -> float | None:
         samples = self.settings.dataset_size
-        return None if samples is None else sample_seconds * samples / self.trainer.world_size
+        return (
+            None if samples is None else sample_seconds * samples / data_parallel_size(self.trainer)
+        )
 
     def has_batch_norm(self) -> bool:
         return False

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from autobatch._accumulation import Splitting, UndecidedError, compare_halves, without_dropout
 from autobatch._memory.ledger import eager
 from autobatch._report.units import percent
-from autobatch._trials.batches import view
+from autobatch._trials.batches import divisible_samples, view
 from autobatch._trials.snapshot import Snapshot
 from autobatch._undo import Undo
 from autobatch.lightning._accumulation import THRESHOLDS
@@ -33,7 +33,7 @@ _MOST_ELEMENTS: Final = 2**20  # of the gradients that are compared, from the sm
 
 
 def is_sum(
-    trainer: Trainer, batch: Any, samples: int, index: int, parameters: Sequence[torch.Tensor]
+    trainer: Trainer, batch: Any, index: int, parameters: Sequence[torch.Tensor]
 ) -> bool | None:
     """Return True if a loss is a sum over samples, False for a mean; restore all state.
 
@@ -44,7 +44,8 @@ def is_sum(
     Raises:
         NotUndoneError: The loss mixes samples.
     """
-    count = max(2, min(samples // 2, _MAX_SAMPLES) // 2 * 2)
+    samples = divisible_samples(batch)
+    count = few(samples)
     try:
         found = _measured(trainer, view(batch, samples, slice(0, count)), count, index, parameters)
     except Exception as error:
@@ -58,6 +59,11 @@ def is_sum(
         f"its loss mixes samples or does not weigh them equally: halves of a batch of {count} "
         f"change the gradient by {percent(found.change)} of its norm"
     )
+
+
+def few(samples: int) -> int:
+    """Return an even number of samples that a test takes of a batch."""
+    return max(2, min(samples // 2, _MAX_SAMPLES) // 2 * 2)
 
 
 def _measured(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from contextlib import contextmanager
-from dataclasses import dataclass
 from enum import Enum, auto
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,19 +17,19 @@ from autobatch.lightning._compat import (
     backward_of,
     is_redirected,
     is_synchronized_in_step,
-    logged_on_step,
-    logged_results,
-    set_logged_on_step,
     training_step_result,
     zero_grad_of,
 )
 from autobatch.lightning._survival_gradients import LocalGradients, SynchronizedGradients
+from autobatch.lightning._survival_loss import is_sum
+from autobatch.lightning._survival_merge import DonePieces, show_piece
 from autobatch.lightning._survival_state import NotUndoneError
 
 if TYPE_CHECKING:
     from collections import OrderedDict
     from collections.abc import Iterator, Sequence
 
+    from autobatch.lightning._survival_state import Kept
     from autobatch.lightning._trainer import Trainer
 
 
@@ -40,15 +39,6 @@ class _Stage(Enum):
     FORWARD = auto()
     ZERO_GRAD = auto()
     BACKWARD = auto()
-
-
-@dataclass(frozen=True, slots=True)
-class _Done:
-    """A piece that was added: its samples, its result, and the values it has logged."""
-
-    samples: int
-    result: Any
-    logged: dict[str, torch.Tensor]
 
 
 class MicroBatch:
@@ -64,18 +54,20 @@ class MicroBatch:
     def __init__(
         self, trainer: Trainer, arguments: OrderedDict[str, Any], optimizer: Any, index: int
     ) -> None:
+        self.batch = arguments["batch"]
+        self.done = DonePieces()
         self.lost_seconds = 0.0  # in attempts that failed
-        self.index = index
-        self.parameters: list[torch.Tensor] = [
+        self._index = index
+        self._parameters: list[torch.Tensor] = [
             each for group in optimizer.param_groups for each in group["params"]
         ]
         self._stage = _Stage.FORWARD
         wrapper = trainer.strategy.model
         self._wrapper = wrapper if isinstance(wrapper, DistributedDataParallel) else None
         if self._wrapper is not None and self._wrapper.require_backward_grad_sync:
-            self._gradients: LocalGradients = SynchronizedGradients(self.parameters, self._wrapper)
+            self._gradients: LocalGradients = SynchronizedGradients(self._parameters, self._wrapper)
         else:
-            self._gradients = LocalGradients(self.parameters)
+            self._gradients = LocalGradients(self._parameters)
         self._trainer = trainer
         self._arguments = arguments
         self._optimizer = optimizer
@@ -83,7 +75,7 @@ class MicroBatch:
         self._reset = zero_grad_of(trainer, index, optimizer)
         self._is_announced = False  # on_before_backward was called
         self._is_begun = False  # what DistributedDataParallel does before the forward pass
-        self._done: list[_Done] = []
+        self._result: Any = None  # of the last piece
 
     def run_whole(self) -> Any:
         """Run it as Lightning does, and return its `ClosureResult`."""
@@ -125,8 +117,7 @@ class MicroBatch:
         """
         self._stage = _Stage.FORWARD
         self._gradients.forget()
-        results = logged_results(self._trainer)
-        results.batch, results.batch_size = piece, None
+        show_piece(self._trainer, piece)
         arguments = copy.copy(self._arguments)
         arguments["batch"] = piece
         with torch.enable_grad():
@@ -136,9 +127,8 @@ class MicroBatch:
             if self._backward is not None and result.closure_loss is not None:
                 loss = self._announced(weight * result.closure_loss)
                 self._gradients.add(loss, done, self._run_backward_of_piece)
-        result.closure_loss = None
-        result.extra = {name: _detached(value) for name, value in result.extra.items()}
-        self._done.append(_Done(samples, result, logged_on_step(self._trainer)))
+        result.closure_loss, self._result = None, result
+        self.done.add(samples, {**result.extra, "loss": result.loss}, self._trainer)
 
     def undo_gradients(self) -> list[torch.Tensor]:
         """Undo the gradients of a failed attempt, and return the parameters done by it.
@@ -157,36 +147,25 @@ class MicroBatch:
             raise NotUndoneError("memory ran out while gradients were reset")
         # torch 2.13 has no public name for these hooks; optimizers in the backward pass use them
         if self._stage is _Stage.BACKWARD and any(
-            getattr(each, "_post_accumulate_grad_hooks", None) for each in self.parameters
+            getattr(each, "_post_accumulate_grad_hooks", None) for each in self._parameters
         ):
             raise NotUndoneError("its gradients are used in the backward pass")
         return self._gradients.undo()
 
+    def is_sum(self, kept: Kept) -> bool | None:
+        """Compare the gradients of a few samples and of their halves."""
+        return is_sum(self._trainer, kept.batch, self._index, self._parameters)
+
     def finish(self, *, is_sum: bool) -> Any:
         """End the backward pass of the pieces, and return the result of the whole micro-batch."""
-        loss = None
-        if any(each.result.loss is not None for each in self._done):
-            shares = [1.0 if is_sum else share for share in self._shares]
-            losses = [each.result.loss for each in self._done]
-            loss = _weighted(losses, shares)
+        outputs = self.done.merged(sums={"loss"} if is_sum else set())
+        result, loss = self._result, outputs.pop("loss")
         if self._backward is not None and loss is not None:
             plugin, module = self._trainer.precision_plugin, self._trainer.lightning_module
             plugin.post_backward(loss, module)
-        merged = self._done[0].result
-        merged.extra = {name: self._merged_extra(name) for name in merged.extra}
-        merged.loss = loss
-        self._merge_logged()
-        return merged
-
-    @property
-    def pieces(self) -> list[int]:
-        """Samples of the pieces that were run."""
-        return [each.samples for each in self._done]
-
-    @property
-    def _shares(self) -> list[float]:
-        total = sum(self.pieces)
-        return [samples / total for samples in self.pieces]
+        result.loss, result.extra = loss, outputs
+        self.done.merge_logged(self._trainer)
+        return result
 
     def _zero_grad(self) -> None:
         """Reset gradients, if that is due and was not done before."""
@@ -214,33 +193,3 @@ class MicroBatch:
     def _run_backward_of_piece(self, loss: torch.Tensor) -> None:
         plugin, module = self._trainer.precision_plugin, self._trainer.lightning_module
         plugin.backward(loss, module, self._optimizer)
-
-    def _merged_extra(self, name: str) -> Any:
-        """Return an output of all pieces: rows one after the other, means, or else the last."""
-        values = [each.result.extra.get(name) for each in self._done]
-        if not all(isinstance(value, torch.Tensor) for value in values):
-            return values[-1]
-        if all(value.ndim == 0 and value.is_floating_point() for value in values):
-            return _weighted(values, self._shares)
-        is_of_samples = all(
-            value.ndim and len(value) == each.samples
-            for value, each in zip(values, self._done, strict=True)
-        )
-        return torch.cat(values) if is_of_samples else values[-1]
-
-    def _merge_logged(self) -> None:
-        """Let values that were logged on this step be means over its samples."""
-        first, *others = (each.logged for each in self._done)
-        for name in first:
-            if all(name in each for each in others):
-                values = [each.logged[name] for each in self._done]
-                set_logged_on_step(self._trainer, name, _weighted(values, self._shares))
-
-
-def _weighted(values: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-    pairs = zip(values, weights, strict=True)
-    return torch.stack([value * weight for value, weight in pairs]).sum(0)
-
-
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, torch.Tensor) else value

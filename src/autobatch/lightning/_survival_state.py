@@ -79,7 +79,7 @@ class StepState:
         if module.device.type == "cuda":
             self._generators.append(torch.cuda.default_generators[module.device.index or 0])
         # Without torchmetrics being imported: its classes and those derived from them
-        self._objects = [vars(module), *(vars(part) for part in parts if _is_metric(part))]
+        self._objects = [vars(module), *(vars(part) for part in parts if is_metric(part))]
         self._owners = [vars(part)["_buffers"] for part in parts if vars(part)["_buffers"]]
         self._normalizing = {
             id(buffer)
@@ -136,8 +136,10 @@ class StepState:
         self._small = list(groups.values())
 
     def _is_copied(self, tensor: torch.Tensor) -> bool:
-        # Copies go into the same tensor again, which inference tensors and leaves refuse
-        if tensor.requires_grad or tensor.is_inference() or tensor.layout is not torch.strided:
+        # Copies go into the same tensor again, which leaves and, in training, inference tensors refuse
+        if tensor.is_inference() and not torch.is_inference_mode_enabled():
+            return False
+        if tensor.requires_grad or tensor.layout is not torch.strided:
             return False
         return tensor.numel() <= _SMALL or id(tensor) in self._normalizing
 
@@ -202,7 +204,8 @@ def _noted(noted: list[Any], leaf: Any) -> Any:
     return leaf
 
 
-def _is_metric(part: object) -> bool:
+def is_metric(part: object) -> bool:
+    """Return True for a metric of torchmetrics, without importing it."""
     return any(kind.__module__.startswith("torchmetrics.") for kind in type(part).__mro__)
 
 

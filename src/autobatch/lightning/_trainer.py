@@ -130,6 +130,7 @@ class Strategy(Protocol):
 
     handles_gradient_accumulation: bool
     model: Any  # the module, or DistributedDataParallel around it
+    restore_checkpoint_after_setup: bool
     root_device: Any  # torch.device
     save_checkpoint: Callable[..., None]
     setup_optimizers: Callable[[Any], None]
@@ -154,6 +155,7 @@ class LoggerConnector(Protocol):
 class CheckpointConnector(Protocol):
     """`_CheckpointConnector`."""
 
+    resume_start: Callable[..., None]
     _loaded_checkpoint: dict[str, Any]  # empty unless a run resumes
 
 
@@ -205,6 +207,7 @@ class Trainer(AnyTrainer, Protocol):
     ckpt_path: Any
     current_epoch: int
     datamodule: Any
+    distributed_sampler_kwargs: dict[str, Any] | None  # None with one device
     enable_autolog_hparams: bool
     enable_validation: bool
     fast_dev_run: int | bool

@@ -18,6 +18,7 @@ from autobatch.lightning._compat import (
     before_batch_transfer,
     build_step_kwargs,
     call_strategy_hook,
+    data_parallel_size,
     logger_connector,
     stepping_by,
     training_step_result,
@@ -150,7 +151,9 @@ class TrainingSteps:
             return accumulate
         if self.target is None:
             return max(accumulate, self._accumulate)
-        return max(accumulate, round(self.target / (batch_size * self._trainer.world_size)))
+        return max(
+            accumulate, round(self.target / (batch_size * data_parallel_size(self._trainer)))
+        )
 
     def _update(self, batches: Iterator[Any], windows: _Windows) -> None:
         self._micro_batch(batches, windows)

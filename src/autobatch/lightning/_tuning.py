@@ -12,6 +12,7 @@ from autobatch._tune import PriorPlan, verify_or_search
 from autobatch.lightning._accumulation import SplittingTest, batches_trained, check_repairable
 from autobatch.lightning._attribute import FormerBatchSize, set_batch_size_attribute
 from autobatch.lightning._beside import bytes_of_callbacks
+from autobatch.lightning._compat import data_parallel_size
 from autobatch.lightning._resources import CallbackArguments, Tuned, trial_resources
 from autobatch.lightning._resume import DeviceId, fingerprint_of
 from autobatch.lightning._subjects import LightningTraining
@@ -72,7 +73,8 @@ def tune_training(
             batches=loaders.batches,
             lengths=loaders.lengths,
             samples=partial(_samples_trained, trainer, loaders),
-            before=trained or BatchPlan(loaders.batch_size, accumulate, trainer.world_size),
+            before=trained
+            or BatchPlan(loaders.batch_size, accumulate, data_parallel_size(trainer)),
         )
         samples = ends.enter_context(
             Samples(loaders, context.snapshot, module.device, arguments.worst_case)
@@ -135,7 +137,7 @@ def tune_training(
 def _device_id(trainer: Any, context: TrialContext) -> DeviceId:
     """Return the device of rank 0: all ranks have to make the same choice."""
     total = context.probe.read().total
-    here = DeviceId.of(context.probe.name, total, trainer.world_size)
+    here = DeviceId.of(context.probe.name, total, data_parallel_size(trainer))
     return context.ranks.gather(here)[0]
 
 

@@ -145,7 +145,7 @@ def _own_or_smaller(
     settings = subject.settings.model_copy(
         update={"target_batch_size": None, "max_micro_batch_size": None, "dataset_size": None}
     )
-    plan = BatchPlan(own, world_size=context.ranks.world_size)
+    plan = BatchPlan(own, world_size=context.ranks.replicas)
     subject = replace(subject, settings=settings)
     try:
         return tune(subject, settings, context, search, known=plan)

@@ -1,0 +1,73 @@
+"""Results of the pieces of a batch, merged into those of the whole."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from autobatch.lightning._compat import logged_on_step, logged_results, set_logged_on_step
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from autobatch.lightning._trainer import Trainer
+
+
+class DonePieces:
+    """Samples of the pieces that were run, their outputs, and the values they have logged."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+        self._outputs: list[dict[str, Any]] = []
+        self._logged: list[dict[str, torch.Tensor]] = []
+
+    def add(self, samples: int, outputs: dict[str, Any], trainer: Trainer) -> None:
+        """Add a piece that has just run."""
+        self.sizes.append(samples)
+        self._outputs.append({name: _detached(value) for name, value in outputs.items()})
+        self._logged.append(logged_on_step(trainer))
+
+    def merged(self, sums: Collection[str] = ()) -> dict[str, Any]:
+        """Return the outputs of all pieces; those named in `sums` are sums of scalars."""
+        return {name: self._merged(name, is_sum=name in sums) for name in self._outputs[0]}
+
+    def merge_logged(self, trainer: Trainer) -> None:
+        """Let values that were logged on this step be means over its samples."""
+        first, *others = self._logged
+        for name in first:
+            if all(name in each for each in others):
+                values = [each[name] for each in self._logged]
+                set_logged_on_step(trainer, name, _weighted(values, self._shares))
+
+    @property
+    def _shares(self) -> list[float]:
+        return [samples / sum(self.sizes) for samples in self.sizes]
+
+    def _merged(self, name: str, *, is_sum: bool) -> Any:
+        """Return an output of all pieces: rows one after the other, means, or else the last."""
+        values: list[Any] = [each.get(name) for each in self._outputs]
+        if not all(isinstance(value, torch.Tensor) for value in values):
+            return values[-1]
+        if all(value.ndim == 0 and value.is_floating_point() for value in values):
+            return _weighted(values, [1.0] * len(values) if is_sum else self._shares)
+        is_of_samples = all(
+            value.ndim and len(value) == samples
+            for value, samples in zip(values, self.sizes, strict=True)
+        )
+        return torch.cat(values) if is_of_samples else values[-1]
+
+
+def show_piece(trainer: Trainer, piece: Any) -> None:
+    """Let `self.log` take the batch size from a piece."""
+    results = logged_results(trainer)
+    results.batch, results.batch_size = piece, None
+
+
+def _weighted(values: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+    pairs = zip(values, weights, strict=True)
+    return torch.stack([value * weight for value, weight in pairs]).sum(0)
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, torch.Tensor) else value
