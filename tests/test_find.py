@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import importlib.metadata
+
 import pytest
 import torch
 
@@ -20,6 +22,15 @@ def test_the_largest_micro_batch_that_fits_is_found():
     assert report.plan == BatchPlan(112, 1, 1)
     assert report.largest_fit == 112
     assert report.budget == 1000
+
+
+def test_a_report_is_made_where_only_the_sources_are_on_the_path(monkeypatch):
+    monkeypatch.setattr(importlib.metadata.Distribution, "discover", lambda **_: iter(()))
+    device = PaperDevice("1GiB", per_sample=2**20)
+
+    report = autobatch.find(device.workload, device=device, plan=BatchPlan(4, 1), verbose=False)
+
+    assert report.autobatch_version == "not installed"
 
 
 def test_only_verified_sizes_are_returned():

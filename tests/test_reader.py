@@ -133,6 +133,20 @@ def test_data_set_is_read_in_another_process():
     assert report.look.read == 600
 
 
+def named_main(samples):
+    """Collate, as some libraries do, in the main process or in a worker of a loader only."""
+    in_main = multiprocessing.current_process().name == "MainProcess"
+    assert in_main or torch.utils.data.get_worker_info()
+    return default_collate(samples)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_set_is_read_under_the_name_of_this_process(workers):
+    loader = DataLoader(data(), 4, collate_fn=named_main, num_workers=workers)
+
+    assert tuner().tune(quiet_trainer(), Takes(), loader).look.read == len(data())
+
+
 class Scales(Dataset):
     """The collate function is a method of the data set, which counts batches and draws sizes."""
 

@@ -122,12 +122,53 @@ class MeanOfBatches(Evaluated):
         return loss
 
 
-@pytest.mark.parametrize("kind", [SumOfLosses, Contrastive, ReturnsNames, MeanOfBatches])
+class UpdatedInPlace(MeanOfBatches):
+    def loss(self, logits, y):
+        self.mean.update(loss := F.cross_entropy(logits, y))
+        return loss
+
+
+@pytest.mark.parametrize(
+    "kind", [SumOfLosses, Contrastive, ReturnsNames, MeanOfBatches, UpdatedInPlace]
+)
 def test_values_that_pieces_would_change_pass_the_error(kind):
     with pytest.raises(torch.OutOfMemoryError) as caught:
         evaluated(kind(most=10))
 
     assert "outputs or logged values of 8 samples are not means" in caught.value.__notes__[-1]
+
+
+@pytest.mark.parametrize(("most", "compared"), [(4, 4), (2, 2)])
+def test_fewer_samples_are_compared_where_eight_do_not_fit(most, compared):
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        evaluated(Contrastive(most))
+
+    note = caught.value.__notes__[-1]
+    assert f"outputs or logged values of {compared} samples are not means" in note
+
+
+class Collected(Evaluated):
+    def __init__(self, most=99):
+        super().__init__(most)
+        kinds = torchmetrics.classification.MulticlassAccuracy, torchmetrics.classification.AUROC
+        self.both = torchmetrics.MetricCollection(
+            kinds[0](4), kinds[1]("multiclass", num_classes=4)
+        )
+
+    def loss(self, logits, y):
+        self.both.update(logits.softmax(1), y)
+        self.log_dict(self.both)
+        return super().loss(logits, y)
+
+
+def test_collections_of_metrics_are_those_of_whole_batches():
+    expected = evaluated(Collected())[1].callback_metrics
+
+    found = evaluated(Collected(most=8))[1].callback_metrics
+
+    assert len(expected) > 3
+    for name, value in expected.items():
+        assert torch.allclose(found[name], value, rtol=1e-6)
 
 
 def test_single_sample_that_does_not_fit_passes_the_error():

@@ -101,6 +101,12 @@ def test_error_passes_with_the_reason(kind, reason):
     assert re.search(f"did not run the batch again in pieces: {reason}", notes)
 
 
+def test_fewer_samples_are_compared_where_eight_do_not_fit():
+    notes = notes_of(Contrastive(), DataLoader(data(32), 16))
+
+    assert "its loss mixes samples or does not weigh them equally: halves of a batch of 2" in notes
+
+
 class Opaque:
     def __init__(self, x):
         self.x = x

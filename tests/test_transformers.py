@@ -114,6 +114,14 @@ def test_auto_find_batch_size_is_refused_in_a_sentence(tmp_path):
         tuned(trainer)
 
 
+def test_samples_made_for_several_steps_at_once_are_refused(tmp_path):
+    trainer = trainer_of(tmp_path)
+    trainer.args.steps_per_generation = 1
+
+    with pytest.raises(autobatch.AutobatchError, match="steps_per_generation, the number of steps"):
+        tuned(trainer)
+
+
 @pytest.mark.parametrize(
     ("kind", "problem"),
     [

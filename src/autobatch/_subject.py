@@ -7,6 +7,7 @@ import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
@@ -251,6 +252,14 @@ def _name_of(function: Callable[..., Any]) -> str:
 
 def _is_asynchronous(function: object) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
+
+
+def own_version() -> str:
+    """Return the version of autobatch; "not installed" where only its sources are on the path."""
+    try:
+        return version("lightning-autobatch")
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def versions() -> dict[str, str]:

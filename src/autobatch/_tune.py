@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Final
 
 from autobatch import _settings
@@ -21,6 +20,7 @@ from autobatch._report.result import RunDetails
 from autobatch._search.guided import GuidedBisection
 from autobatch._search.multiples import next_multiple
 from autobatch._settings import Bound, tightest_bound
+from autobatch._subject import own_version
 from autobatch._throughput.curve import Throughput, add_to_curve, measure_throughput
 from autobatch._throughput.preference import Preference
 from autobatch._trials.ignored_size import check_size_is_used
@@ -345,7 +345,7 @@ def build_report(
     )
     probe, reading = context.probe, context.budget.reading
     report = TuningReport(
-        autobatch_version=version("lightning-autobatch"),
+        autobatch_version=own_version(),
         settings=settings,
         subject=subject.name,
         device=Device(

@@ -254,6 +254,8 @@ def _serve(
     readings = list(map(reading_of, loaders, setters))
     answers: dict[Any, bytes] = {}
     parent = multiprocessing.parent_process()
+    if parent is not None:  # some code asks for the main process by name
+        multiprocessing.current_process().name = parent.name
     ends: list[Any] = [requests, *([parent.sentinel] if parent else [])]
     with suppress(EOFError, ConnectionError):  # the other process has ended
         while connection.wait(ends) == [requests]:

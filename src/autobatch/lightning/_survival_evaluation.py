@@ -111,14 +111,16 @@ class _EvaluationBatch:
             NotUndoneError: They differ, so that those of pieces would not be those of the batch.
         """
         samples = divisible_samples(kept.batch)
-        count = few(samples)
-        ways = [[slice(0, count)], [slice(0, count // 2), slice(count // 2, count)]]
-        try:
-            whole, halves = (self._results_of(kept, samples, rows) for rows in ways)
-        except Exception as error:
-            if not is_oom(error):
-                raise
-            kept.restore()
+        for count in few(samples):
+            ways = [[slice(0, count)], [slice(0, count // 2), slice(count // 2, count)]]
+            try:
+                whole, halves = (self._results_of(kept, samples, rows) for rows in ways)
+                break
+            except Exception as error:
+                if not is_oom(error):
+                    raise
+                kept.restore()
+        else:
             return None
         is_same = len(whole) == len(halves) and all(map(_is_near, whole, halves))
         if not is_same:
@@ -140,11 +142,12 @@ class _EvaluationBatch:
             *logged_results(self._trainer).values(),
         ]
         states = [
-            torch.cat([each.flatten() for each in state]) if isinstance(state, list) else state
+            torch.cat([part.flatten() for part in parts])  # a copy: restoring writes in place
             for metric in metrics
             if is_metric(metric)
             for state in metric.metric_state.values()
-            if not isinstance(state, list) or state
+            if not isinstance(state, dict)  # of a metric within a collection, which comes by itself
+            if (parts := state if isinstance(state, list) else [state])
         ]
         kept.restore()
         return [*outputs, *states]

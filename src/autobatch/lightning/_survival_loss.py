@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from autobatch._accumulation import Splitting, UndecidedError, compare_halves, without_dropout
 from autobatch._memory.ledger import eager
+from autobatch._memory.oom import is_oom
 from autobatch._report.units import percent
 from autobatch._trials.batches import divisible_samples, view
 from autobatch._trials.snapshot import Snapshot
@@ -45,11 +46,16 @@ def is_sum(
         NotUndoneError: The loss mixes samples.
     """
     samples = divisible_samples(batch)
-    count = few(samples)
-    try:
-        found = _measured(trainer, view(batch, samples, slice(0, count)), count, index, parameters)
-    except Exception as error:
-        _log.debug("Splitting the batch was not tested: %r", error)
+    for count in few(samples):
+        rows = view(batch, samples, slice(0, count))
+        try:
+            found = _measured(trainer, rows, count, index, parameters)
+            break
+        except Exception as error:
+            _log.debug("Splitting the batch was not tested with %s samples: %r", count, error)
+            if not is_oom(error):
+                return None
+    else:
         return None
     if found is None:
         return False
@@ -61,9 +67,12 @@ def is_sum(
     )
 
 
-def few(samples: int) -> int:
-    """Return an even number of samples that a test takes of a batch."""
-    return max(2, min(samples // 2, _MAX_SAMPLES) // 2 * 2)
+def few(samples: int) -> Iterator[int]:
+    """Yield even numbers of samples that a test takes of a batch, fewer as long as none fits."""
+    count = max(2, min(samples // 2, _MAX_SAMPLES) // 2 * 2)
+    while count:
+        yield count
+        count = count // 4 * 2
 
 
 def _measured(

@@ -29,6 +29,11 @@ def _problems(trainer: Any) -> Iterator[str]:
             "auto_find_batch_size=True looks for the batch size as well, and starts training again "
             "after it has failed; leave that argument out"
         )
+    if hasattr(args, "steps_per_generation"):  # of TRL's GRPOConfig and RLOOConfig
+        yield (
+            "steps_per_generation, the number of steps for which it makes samples at once, was "
+            "derived from the accumulation when its arguments were made"
+        )
     if args.n_gpu > 1:
         yield (
             f"nn.DataParallel would split each batch among its {args.n_gpu} GPUs; start one "
