@@ -329,6 +329,8 @@ def test_find_and_the_tune_of_transformers_share_their_keywords():
 
     assert set(finds) - own_of_find == set(tunes) - own_of_tune
     assert all(finds[name] == tunes[name] for name in set(finds) - own_of_find)
+    evaluates = inspect.signature(autobatch.transformers.tune_evaluation).parameters
+    assert all(tunes[name] == each for name, each in evaluates.items())
 
 
 def needs_lightning() -> None:

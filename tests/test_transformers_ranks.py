@@ -25,3 +25,4 @@ def test_two_ranks_train_as_with_both_numbers_written_by_hand(tmp_path):
     assert run.returncode == 0, run.stderr[-3000:]
     # Rank 1 has memory for 3 samples, and both came out as by hand
     assert sorted(re.findall(r"rank (\d): 3 x 8 x 2 \['out_of_memory", run.stdout)) == ["0", "1"]
+    assert sorted(re.findall(r"rank (\d) evaluates 5", run.stdout)) == ["0", "1"]

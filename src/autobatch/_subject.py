@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class Subject(Protocol):
-    """A workload to tune: a plain loop, a Lightning fit, or a Lightning evaluation.
+    """A workload to tune: a plain loop, or training or evaluation in a Trainer.
 
     Methods are called only after trials have run, properties at any time.
     """
@@ -120,6 +120,32 @@ class NotedSubject(Subject, Protocol):
     @property
     def first_note(self) -> str | None:
         """The note; None if there is none."""
+
+
+class Inference:
+    """The part of a subject that is the same for every evaluation in a Trainer."""
+
+    __slots__ = ()
+
+    can_accumulate: ClassVar = False
+    accumulate: ClassVar = 1
+    max_samples_per_update: ClassVar = None
+    previous_plan: ClassVar = None
+
+    def last_micro_batch(self, batch_size: int) -> int | None:  # noqa: ARG002
+        return None
+
+    def learning_rate_rule(self) -> LearningRateRule | None:
+        return None
+
+    def traceable_step(self, accumulate: int) -> None:
+        """Return None: an evaluation has no training step."""
+
+    def has_batch_norm(self) -> bool:
+        return False
+
+    def trial_notes(self, plan: BatchPlan) -> tuple[str, ...]:  # noqa: ARG002
+        return ()
 
 
 @dataclass(frozen=True, slots=True)

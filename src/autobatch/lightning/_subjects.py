@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from autobatch._accumulation import batch_norms
 from autobatch._report.accumulation_notes import never_stepped
 from autobatch._report.tradeoff import common_rule, unwrapped
-from autobatch._subject import versions
+from autobatch._subject import Inference, versions
 from autobatch.lightning._accumulation import last_samples, update_notes
 from autobatch.lightning._attribute import has_batch_size_attribute
 from autobatch.lightning._compat import data_parallel_size, package_of
@@ -160,7 +160,7 @@ class LightningTraining:
 
 
 @dataclass(frozen=True, slots=True)
-class LightningEvaluation:
+class LightningEvaluation(Inference):
     """A Lightning validation, test or prediction as the subject of a tuning run.
 
     Args:
@@ -183,11 +183,6 @@ class LightningEvaluation:
     samples: Samples
     start_batch_size: int
 
-    can_accumulate: ClassVar = False
-    accumulate: ClassVar = 1
-    max_samples_per_update: ClassVar = None
-    previous_plan: ClassVar = None
-
     @property
     def task(self) -> Task:
         return self.stage.name
@@ -207,29 +202,14 @@ class LightningEvaluation:
     def samples_per_epoch(self, plan: BatchPlan) -> int | None:
         return self.settings.dataset_size
 
-    def last_micro_batch(self, batch_size: int) -> int | None:
-        return None
-
-    def learning_rate_rule(self) -> LearningRateRule | None:
-        return None
-
     def largest_samples(self) -> Look | None:
         return self.samples.look
-
-    def traceable_step(self, accumulate: int) -> None:
-        """Return None: an evaluation has no training step."""
 
     def planned_seconds(self, sample_seconds: float) -> float | None:
         samples = self.settings.dataset_size
         return (
             None if samples is None else sample_seconds * samples / data_parallel_size(self.trainer)
         )
-
-    def has_batch_norm(self) -> bool:
-        return False
-
-    def trial_notes(self, plan: BatchPlan) -> tuple[str, ...]:
-        return ()
 
     def plan_notes(self, plan: BatchPlan, time_limit: TimeLimit) -> tuple[str, ...]:
         """Return a note on the meaning of a call with several loaders."""

@@ -15,7 +15,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 TESTED: Final = "5.24"
-_NAMES: Final = ("_train_batch_size", "_clip_grad_norm", "_get_grad_norm", "get_batch_samples")
+_NAMES: Final = (
+    "_train_batch_size",
+    "_clip_grad_norm",
+    "_get_grad_norm",
+    "get_batch_samples",
+    "_wrap_model",
+)
 
 
 def check_version(trainer: Any) -> None:
@@ -38,6 +44,32 @@ def shown(trainer: Any, batch_size: int, accumulate: int) -> Iterator[None]:
     }
     with patched(trainer.args, **arguments), patched(trainer, _train_batch_size=batch_size):
         yield
+
+
+@contextmanager
+def shown_to_evaluation(trainer: Any, batch_size: int) -> Iterator[None]:
+    """Let a Trainer and its arguments show a batch size of evaluation in the body.
+
+    A loader with persistent workers would be kept for the next evaluation.
+    """
+    arguments = {"per_device_eval_batch_size": batch_size, "dataloader_persistent_workers": False}
+    with patched(trainer.args, **arguments):
+        yield
+
+
+def set_evaluation_size(trainer: Any, batch_size: int) -> None:
+    """Set the batch size of evaluation, and forget the loaders kept from before."""
+    trainer.args.per_device_eval_batch_size = batch_size
+    vars(trainer).pop("_eval_dataloaders", None)
+
+
+def model_to_evaluate(trainer: Any) -> Any:
+    """Return the model that `evaluation_loop` runs during training, in evaluation mode."""
+    model = trainer._wrap_model(trainer.model, training=False)
+    for each in (model, trainer.optimizer):
+        if callable(getattr(each, "eval", None)):  # an optimizer without schedule has it
+            each.eval()
+    return model
 
 
 def set_plan(trainer: Any, batch_size: int, accumulate: int) -> None:

@@ -1,74 +1,100 @@
-"""The training data of a Trainer as one loader."""
+"""The data of a Trainer as loaders."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch.utils.data import BatchSampler, DataLoader
 
 from autobatch._loaders.epochs import samples_of
 from autobatch.errors import FixedBatchSizeError
-from autobatch.transformers._compat import shown, unprepared_loaders
+from autobatch.transformers._compat import shown, shown_to_evaluation, unprepared_loaders
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
 
     from autobatch._loaders.batch_size import SetBatchSize
 
 
 @dataclass(frozen=True, slots=True)
-class TrainingLoader:
-    """The loader that a Trainer makes for training, with all data of all ranks.
+class TrainerLoaders:
+    """The loaders that a Trainer makes for training or evaluation, with all data of all ranks.
 
     Args:
-        loader: The loader.
-        batch_size: Its batch size.
+        each: The loaders.
+        batch_size: Their batch size.
     """
 
-    loader: DataLoader[Any]
+    each: Sequence[DataLoader[Any]]
     batch_size: int
 
     is_set_by_user: ClassVar = False
-    is_sequential: ClassVar = False
-    setters: ClassVar[Sequence[SetBatchSize | None]] = (None,)
+    is_sequential: ClassVar = True
 
     @classmethod
-    def of(cls, trainer: Any) -> TrainingLoader:
+    def of_training(cls, trainer: Any) -> TrainerLoaders:
         """Return the loader; `FixedBatchSizeError` if its batch size is not the Trainer's."""
-        loader, size = _loader_at(trainer, trainer.args.per_device_train_batch_size)
-        if size is None or _loader_at(trainer, size + 1)[1] != size + 1:
-            raise FixedBatchSizeError(
-                f"The training loader of this {type(trainer).__name__} has batches of {size} "
-                "samples whatever per_device_train_batch_size is. Make it with that size in "
-                "get_train_dataloader, or set the batch size manually."
-            )
-        return cls(loader, size)
+        accumulate = trainer.args.gradient_accumulation_steps
+        at_size = partial(shown, trainer, accumulate=accumulate)
+        loader = _following(trainer, trainer.get_train_dataloader, at_size, "train")
+        return cls((loader,), trainer.args.per_device_train_batch_size)
+
+    @classmethod
+    def of_evaluation(cls, trainer: Any) -> TrainerLoaders:
+        """Return a loader for each data set; `FixedBatchSizeError` as for training."""
+        at_size, make = partial(shown_to_evaluation, trainer), trainer.get_eval_dataloader
+        data = trainer.eval_dataset
+        makers = [partial(make, name) for name in data] if isinstance(data, dict) else [make]
+        loaders = [_following(trainer, each, at_size, "eval") for each in makers]
+        return cls(loaders, trainer.args.per_device_eval_batch_size)
 
     @property
-    def each(self) -> Sequence[DataLoader[Any]]:
-        return (self.loader,)
+    def setters(self) -> Sequence[SetBatchSize | None]:
+        return (None,) * len(self.each)
 
     @property
     def own_sizes(self) -> Sequence[int]:
-        return (self.batch_size,)
+        return self.sizes_at(self.batch_size)
 
     @property
     def samples(self) -> int | None:
-        """Samples of an epoch over all ranks; None for a stream."""
-        return samples_of(self.loader, 1)
+        """Samples of an epoch over all ranks and loaders; None for a stream."""
+        lengths = [samples_of(loader, 1) for loader in self.each]
+        known = [length for length in lengths if length is not None]
+        return sum(known) if len(known) == len(lengths) else None
 
     def sizes_at(self, batch_size: int) -> Sequence[int]:
-        return (batch_size,)
+        return (batch_size,) * len(self.each)
 
     def structured(self, parts: Sequence[Any]) -> Any:
         return parts[0]
 
 
-def _loader_at(trainer: Any, batch_size: int) -> tuple[DataLoader[Any], int | None]:
-    """Return the loader of a Trainer at a batch size, and the size of its batches."""
-    accumulate = trainer.args.gradient_accumulation_steps
-    with shown(trainer, batch_size, accumulate), unprepared_loaders(trainer):
-        loader = trainer.get_train_dataloader()
-    is_plain = type(loader.batch_sampler) is BatchSampler
-    return loader, loader.batch_size if is_plain else None
+def _following(
+    trainer: Any,
+    make: Callable[[], DataLoader[Any]],
+    at_size: Callable[[int], AbstractContextManager[None]],
+    name: str,
+) -> DataLoader[Any]:
+    """Return the loader at the batch size in the arguments, if it follows that."""
+    argument = f"per_device_{name}_batch_size"
+    own = getattr(trainer.args, argument)
+    with unprepared_loaders(trainer):
+        with at_size(own):
+            loader = make()
+        with at_size(own + 1):
+            other = make()
+    if _size_of(loader) != own or _size_of(other) != own + 1:
+        raise FixedBatchSizeError(
+            f"A loader of this {type(trainer).__name__} has batches of {_size_of(loader)} samples "
+            f"whatever {argument} is. Make it with that size in get_{name}_dataloader, or set the "
+            "batch size manually."
+        )
+    return loader
+
+
+def _size_of(loader: DataLoader[Any]) -> int | None:
+    return loader.batch_size if type(loader.batch_sampler) is BatchSampler else None

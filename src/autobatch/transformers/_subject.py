@@ -10,15 +10,17 @@ from autobatch._accumulation import batch_norms
 from autobatch._plan import BatchPlan
 from autobatch._report.accumulation_notes import batch_norm, never_stepped
 from autobatch._report.tradeoff import common_rule, unwrapped
-from autobatch._subject import versions
+from autobatch._subject import Inference, versions
 
 if TYPE_CHECKING:
+    from autobatch._loaders.samples import Samples
     from autobatch._report import Task
     from autobatch._report.result import Look
     from autobatch._report.tradeoff import LearningRateRule
     from autobatch._trials.context import TrialContext
     from autobatch._trials.time_limit import TimeLimit
-    from autobatch.transformers._data import TrainingLoader
+    from autobatch._trials.workload import Workload
+    from autobatch.transformers._data import TrainerLoaders
     from autobatch.transformers._training import TrainerSteps
 
 
@@ -37,7 +39,7 @@ class TrainerTraining:
 
     workload: TrainerSteps
     trainer: Any
-    loader: TrainingLoader
+    loader: TrainerLoaders
     context: TrialContext
     previous_plan: BatchPlan
     first_note: str | None = None
@@ -46,7 +48,7 @@ class TrainerTraining:
 
     @classmethod
     def of(
-        cls, workload: TrainerSteps, trainer: Any, loader: TrainingLoader, context: TrialContext
+        cls, workload: TrainerSteps, trainer: Any, loader: TrainerLoaders, context: TrialContext
     ) -> TrainerTraining:
         """Return the subject of a Trainer that still has its own arguments."""
         accumulate, ranks = trainer.args.gradient_accumulation_steps, trainer.args.world_size
@@ -60,15 +62,12 @@ class TrainerTraining:
     @property
     def name(self) -> str:
         trainer = self.trainer
-        precision = trainer.accelerator.mixed_precision
-        if precision == "no":
-            precision = str(next(trainer.model.parameters()).dtype).removeprefix("torch.")
         names = (type(each).__name__ for each in (trainer.model, unwrapped(trainer.optimizer)))
-        return " · ".join((*names, precision))
+        return " · ".join((*names, _precision(trainer)))
 
     @property
     def environment(self) -> dict[str, str]:
-        return {**versions(), **{name: version(name) for name in ("transformers", "accelerate")}}
+        return _environment()
 
     @property
     def start_batch_size(self) -> int:
@@ -146,3 +145,65 @@ class TrainerTraining:
             f"instead of {steps * then:,}."
         )
         return (note,)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerEvaluation(Inference):
+    """Evaluation in a Trainer as the subject of a tuning run.
+
+    Args:
+        workload: Runs prediction steps.
+        trainer: The Trainer, with everything prepared.
+        loaders: The evaluation data.
+        samples: Makes the batches.
+    """
+
+    workload: Workload
+    trainer: Any
+    loaders: TrainerLoaders
+    samples: Samples
+
+    @property
+    def task(self) -> Task:
+        return "validate"
+
+    @property
+    def name(self) -> str:
+        trainer = self.trainer
+        return f"{type(trainer.model).__name__} · evaluate · {_precision(trainer)}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return _environment()
+
+    @property
+    def start_batch_size(self) -> int:
+        return self.loaders.batch_size
+
+    @property
+    def own_batch_size(self) -> int:
+        return self.loaders.batch_size
+
+    def samples_per_epoch(self, plan: BatchPlan) -> int | None:
+        return self.loaders.samples
+
+    def largest_samples(self) -> Look | None:
+        return self.samples.look
+
+    def planned_seconds(self, sample_seconds: float) -> float | None:
+        samples = self.loaders.samples
+        return None if samples is None else sample_seconds * samples / self.trainer.args.world_size
+
+    def plan_notes(self, plan: BatchPlan, time_limit: TimeLimit) -> tuple[str, ...]:
+        return ()
+
+
+def _precision(trainer: Any) -> str:
+    precision = trainer.accelerator.mixed_precision
+    if precision == "no":
+        precision = str(next(trainer.model.parameters()).dtype).removeprefix("torch.")
+    return str(precision)
+
+
+def _environment() -> dict[str, str]:
+    return {**versions(), **{name: version(name) for name in ("transformers", "accelerate")}}

@@ -35,7 +35,7 @@ class TrainerSteps:
         """Yield after each optimizer step."""
         trainer = self.trainer
         trained = self._trained_accumulation(batch_size, accumulate)
-        batches = self._on_device(self.samples.batches(batch_size))
+        batches = on_device(trainer, self.samples.batches(batch_size))
         with shown(trainer, batch_size, trained):
             while True:
                 ahead, items = trainer.get_batch_samples(batches, trained, trainer.args.device)
@@ -64,11 +64,12 @@ class TrainerSteps:
             trained = round(self.target / (batch_size * args.world_size))
         return max(accumulate, int(trained))
 
-    def _on_device(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """Move batches to the device as accelerate's loaders do (accelerate 1.14)."""
-        from accelerate.utils import send_to_device
 
-        accelerator = self.trainer.accelerator
-        if not accelerator.device_placement:
-            return batches
-        return (send_to_device(batch, accelerator.device) for batch in batches)
+def on_device(trainer: Any, batches: Iterator[Any]) -> Iterator[Any]:
+    """Move batches to the device as accelerate's loaders do (accelerate 1.14)."""
+    from accelerate.utils import send_to_device
+
+    accelerator = trainer.accelerator
+    if not accelerator.device_placement:
+        return batches
+    return (send_to_device(batch, accelerator.device) for batch in batches)

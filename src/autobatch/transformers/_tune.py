@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from autobatch import sinks
-from autobatch._distributed import current_ranks
 from autobatch._loaders.samples import Samples, checked_worst_case
-from autobatch._memory.detect import detect
 from autobatch._report.known_plan import known_plan
 from autobatch._settings import Settings, checked_verbose
-from autobatch._trials.context import MemoryBudget, TrialContext
-from autobatch._trials.optimizers import OptimizerWatch
-from autobatch._trials.snapshot import Snapshot
 from autobatch._tune import PriorPlan, checked_search, verify_or_search
 from autobatch.testing import named_device
 from autobatch.transformers._checks import check
 from autobatch.transformers._compat import set_plan
-from autobatch.transformers._data import TrainingLoader
-from autobatch.transformers._prepared import prepared
+from autobatch.transformers._data import TrainerLoaders
+from autobatch.transformers._resources import trial_context
 from autobatch.transformers._resume import Checkpoint
 from autobatch.transformers._subject import TrainerTraining
 from autobatch.transformers._training import TrainerSteps
@@ -118,40 +112,17 @@ def tune(
     checkpoint = None
     if resume_from_checkpoint:
         checkpoint = Checkpoint.named(resume_from_checkpoint, trainer.args.output_dir)
-    probe = detect(named, trainer.args.device)
-    began = probe.clock()
-    with (
-        current_ranks() as ranks,
-        ranks.abort_together(),
-        Snapshot() as before,
-        OptimizerWatch(probe.clock) as optimizers,
-        sinks.progress(verbose=is_verbose and ranks.rank == 0) as shown,
-        prepared(trainer, before),
-        ranks.dry(),
-        Snapshot() as snapshot,
-    ):
+    with trial_context(trainer, settings, named, is_verbose=is_verbose) as context:
+        ranks = context.ranks
         known = PriorPlan(known_plan(plan, settings, world_size=ranks.world_size))
         if checkpoint is not None:
             known = checkpoint.prior_plan(settings, ranks.world_size)
-        shown.begin("reading batches", None)
-        snapshot.capture_light(trainer)
-        snapshot.capture(trainer.model, trainer.optimizer)
-        optimizers.expected = True
-        context = TrialContext(
-            probe=probe,
-            began=began,
-            budget=MemoryBudget(probe, settings.memory_limit),
-            snapshot=snapshot,
-            optimizers=optimizers,
-            on_first_use=nullcontext,  # model and optimizer are captured already
-            ranks=ranks,
-            progress=shown,
-        )
-        loader = TrainingLoader.of(trainer)
+        context.optimizers.expected = True
+        loader = TrainerLoaders.of_training(trainer)
         settings = settings.model_copy(update={"dataset_size": loader.samples})
         planned = known.plan.effective_batch_size if known.plan else None
         target = known.target or planned or settings.target_batch_size
-        with Samples(loader, snapshot, trainer.args.device, largest_batch) as samples:
+        with Samples(loader, context.snapshot, trainer.args.device, largest_batch) as samples:
             workload = TrainerSteps(trainer, samples, target)
             subject = TrainerTraining.of(workload, trainer, loader, context)
             report = verify_or_search(known, subject, settings, context, strategy)
