@@ -266,7 +266,7 @@ class Same:
         self.thing = thing
 
     def __eq__(self, other):
-        return self.thing is other.thing
+        return isinstance(other, type(self)) and self.thing is other.thing
 
     __hash__ = object.__hash__
 
