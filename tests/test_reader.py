@@ -267,15 +267,37 @@ def test_step_receives_the_batch_that_the_loader_makes(collate, workers):
     assert_same_training(*both)
 
 
-def test_batch_of_a_local_class_is_read_in_this_process():
+class Noisy:
+    """Makes its generator with the first batch, as collate functions with a seed do."""
+
+    def __init__(self, collate):
+        self.collate = collate
+        self.generator = None
+
+    def __call__(self, samples):
+        self.generator = self.generator or torch.Generator().manual_seed(7)
+        batch = self.collate(samples)
+        batch.x = batch.x + torch.rand(batch.x.shape, generator=self.generator)
+        return batch
+
+
+class Within:
+    """Passes samples on to another collate function."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __call__(self, samples):
+        return self.inner(samples)
+
+
+@pytest.mark.parametrize("wrapped", [Noisy, lambda collate: Within(Noisy(collate))])
+def test_batch_of_a_local_class_is_read_in_this_process(wrapped):
     class Local(Object):
         pass
 
-    def collate(samples):
-        return Local(samples)
-
     _, *both = tuned_and_by_hand(
-        lambda n: DataLoader(data(), n, shuffle=True, collate_fn=collate), TakesAny
+        lambda n: DataLoader(data(), n, shuffle=True, collate_fn=wrapped(Local)), TakesAny
     )
 
     assert_same_training(*both)
