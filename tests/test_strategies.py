@@ -146,7 +146,7 @@ def test_one_process_shows_a_trainer_what_fits_on_each_of_eight_devices():
 def test_out_of_memory_on_one_sharded_rank_hangs_and_changes_nothing(job):
     points = [rank["fsdp2/failing"] for rank in job]
 
-    assert len(points[0]) == 3
+    assert len(points[0]) == 1
     for allocation, first in points[0].items():
         assert_as_by_hand([first, points[1][allocation]])
 
