@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import autobatch
 from autobatch.testing import PaperDevice, SimulatedAccelerator
 from sharded_cases import CAPACITY, SEARCHED, found, loop_of
-from sharded_models import KINDS, sharded
+from sharded_models import KINDS, batch, sharded
 from torchrun import on_two_ranks
 
 PROGRAM = Path(__file__).with_name("sharded_cases.py")
@@ -119,6 +121,16 @@ def test_the_target_is_divided_among_ranks_that_train_on_different_data(as_if_tw
     assert {kind: plan.world_size for kind, plan in plans.items()} == {"fsdp2": 2, "tp": 1}
     assert {plan.effective_batch_size for plan in [*plans.values(), given]} == {6}
     assert given.world_size == 2
+
+
+def test_a_module_that_first_ran_in_a_trial_still_saves_shards(as_if_two):
+    network, optimizer = sharded("fsdp2")
+
+    autobatch.find(loop_of(network, optimizer), device="simulated:64MiB", max_micro_batch_size=2)
+
+    with torch.no_grad():  # leaves the root gathered
+        network(batch(2, 0)[0])
+    assert {type(each) for each in network.state_dict().values()} == {DTensor}
 
 
 @pytest.mark.parametrize("wrong", [0, 3, 1.0, True])

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import autobatch
 from autobatch._memory import detect
 from autobatch.errors import FixedBatchSizeError
 from autobatch.testing import SimulatedAccelerator
+from autobatch.transformers import _checks
 from hugging_face import (
     Recorded,
     Sequences,
@@ -127,7 +129,8 @@ def test_samples_made_for_several_steps_at_once_are_refused(tmp_path):
     [
         ("DEEPSPEED", "DeepSpeed sets batch size and accumulation itself"),
         ("XLA", "XLA compiles the step again for each batch size"),
-        ("FSDP", r"its ranks wait for each other in every forward pass \(FSDP\)"),
+        ("FSDP", "accelerate's FSDP divides the model when training begins"),
+        ("MULTI_XPU", r"autobatch does not know its distributed_type \(MULTI_XPU\)"),
     ],
 )
 def test_strategies_that_cannot_be_tuned_are_refused(kind, problem, tmp_path, monkeypatch):
@@ -136,6 +139,29 @@ def test_strategies_that_cannot_be_tuned_are_refused(kind, problem, tmp_path, mo
     monkeypatch.setattr(trainer.accelerator.state, "distributed_type", kinds[kind])
 
     with pytest.raises(autobatch.AutobatchError, match=f"This Trainer cannot be tuned: {problem}"):
+        tuned(trainer)
+
+
+def test_a_model_sharded_by_others_is_refused(tmp_path, monkeypatch):
+    trainer = trainer_of(tmp_path)
+    monkeypatch.setattr(_checks, "is_sharded", lambda model: model is trainer.model)
+
+    with pytest.raises(autobatch.AutobatchError, match="its model was sharded before the Trainer"):
+        tuned(trainer)
+
+
+def test_ranks_that_share_one_model_are_refused(tmp_path, monkeypatch):
+    trainer = trainer_of(tmp_path)
+    monkeypatch.setattr(trainer, "get_tp_size", lambda: 2)
+
+    with pytest.raises(autobatch.AutobatchError, match="2 ranks share one model by tensor paral"):
+        tuned(trainer)
+
+    monkeypatch.undo()
+    monkeypatch.setattr(
+        trainer.model.config, "distributed_config", SimpleNamespace(ep_size=2), raising=False
+    )
+    with pytest.raises(autobatch.AutobatchError, match="2 ranks share one model by expert paral"):
         tuned(trainer)
 
 

@@ -174,6 +174,18 @@ def bring_to_rest(modules: Iterable[Module]) -> None:
             _bring_fsdp1_to_rest(part)
 
 
+def register_hooks(module: Module) -> None:
+    """Register the hooks that FSDP2 registers in the first forward pass, which it does only once.
+
+    They let `state_dict` hold shards also where parameters are gathered. Attributes captured before
+    would be restored without them, after a trial that ran that pass (private, torch 2.13).
+    """
+    for part in _parts_of([module]):
+        if isinstance(part, _FSDP2.loaded):
+            for group in part._get_fsdp_state()._fsdp_param_groups:
+                group._register_state_dict_hooks()
+
+
 def _forget_gradients(parameters: Iterable[Any]) -> None:
     """Drop gradients of gathered parameters, to which the next backward pass would add."""
     for each in parameters:

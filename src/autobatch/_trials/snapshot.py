@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import ChainedScheduler, OneCycleLR, SequentialLR
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from autobatch._distributed.sharding import bring_to_rest, is_sharded, local_part
+from autobatch._distributed.sharding import bring_to_rest, is_sharded, local_part, register_hooks
 from autobatch._memory.ledger import eager, unobserved
 from autobatch._memory.storages import tensors_of
 from autobatch._trials.captured import (
@@ -111,7 +111,9 @@ class Snapshot(Undo):
         """
         modules = [thing for thing in things if isinstance(thing, torch.nn.Module)]
         self._modules += map(weakref.ref, modules)
-        self.has_sharded |= any(map(is_sharded, modules))
+        for module in modules:
+            self.has_sharded |= is_sharded(module)
+            register_hooks(module)
         for scheduler in _ending(things):
             self._undo.enter_context(_endless(scheduler))
         with self._saving(Scope(save)) as memo:
@@ -146,6 +148,7 @@ class Snapshot(Undo):
 
     def capture_beside_parameters(self, module: torch.nn.Module) -> None:
         """Capture a module but for parameters and gradients, which a forward pass cannot change."""
+        register_hooks(module)
         with self._saving(Scope(save_shallow, parameters=False)) as memo:
             for part in module.modules():
                 memo.add_attributes(part)

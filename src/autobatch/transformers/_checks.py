@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from autobatch._distributed.sharding import check_can_rest, is_sharded
 from autobatch.errors import AutobatchError
 from autobatch.transformers._compat import check_version
 
@@ -20,6 +21,7 @@ def check(trainer: Any) -> None:
     check_version(trainer)
     for problem in _problems(trainer):
         raise AutobatchError(f"This Trainer cannot be tuned: {problem}.")
+    check_can_rest([trainer.model])
 
 
 def _problems(trainer: Any) -> Iterator[str]:
@@ -43,9 +45,31 @@ def _problems(trainer: Any) -> Iterator[str]:
         yield "DeepSpeed sets batch size and accumulation itself; train it without autobatch"
     elif kind == "XLA":
         yield "XLA compiles the step again for each batch size; train it without autobatch"
+    elif kind == "FSDP" or trainer.is_fsdp_enabled or args.fsdp:
+        yield (
+            "accelerate's FSDP divides the model when training begins, which cannot be undone; "
+            "shard it with from_pretrained(distributed_config=DistributedConfig(fsdp_size=…))"
+        )
     elif kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
-        yield f"its ranks wait for each other in every forward pass ({kind})"
-    if trainer.get_tp_size() * trainer.get_cp_size() * trainer.get_sp_size() > 1:
-        yield "its model is divided among ranks, which wait for each other in every forward pass"
+        yield f"autobatch does not know its distributed_type ({kind})"
+    elif is_sharded(trainer.model) and not trainer.is_distributed_loading_by_transformers:
+        yield (
+            "its model was sharded before the Trainer was made, which then does not know it; shard "
+            "it with from_pretrained(distributed_config=DistributedConfig(fsdp_size=…))"
+        )
+    config = getattr(getattr(trainer.model, "config", None), "distributed_config", None)
+    shared = {
+        "tensor": trainer.get_tp_size(),
+        "context": trainer.get_cp_size(),
+        "sequence": trainer.get_sp_size(),
+        "expert": getattr(config, "ep_size", 1),
+        "pipeline": getattr(config, "pp_size", 1),
+    }
+    for name, size in shared.items():
+        if size > 1:
+            yield (
+                f"{size} ranks share one model by {name} parallelism, which no test has proven to "
+                "train the same after tuning; set the batch size manually"
+            )
     if trainer.train_dataset is None:
         yield "it has no train_dataset"

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final
 
+from autobatch._distributed.sharding import is_sharded
 from autobatch._undo import Undo, patched
 from autobatch.errors import AutobatchError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
 TESTED: Final = "5.24"
 _NAMES: Final = (
@@ -21,6 +23,7 @@ _NAMES: Final = (
     "_get_grad_norm",
     "get_batch_samples",
     "_wrap_model",
+    "_defer_fsdp_gradient_reduction",
 )
 
 
@@ -107,6 +110,20 @@ def gradient_state_restored(trainer: Any) -> Iterator[None]:
 def synchronize(trainer: Any, *, is_last: bool) -> None:
     """Let accelerate's optimizer step, and unscale gradients, only after the last micro-batch."""
     trainer.accelerator.gradient_state._set_sync_gradients(is_last)
+
+
+def gradients_kept(trainer: Any) -> AbstractContextManager[None]:
+    """Let a backward pass in the body leave gradients on this rank, as before the last micro-batch.
+
+    Accelerate does not wrap a model that transformers has sharded itself.
+    """
+    if trainer.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):
+        return nullcontext()
+    if is_sharded(trainer.model):
+        deferring: AbstractContextManager[None] = trainer._defer_fsdp_gradient_reduction()
+    else:
+        deferring = trainer.accelerator.no_sync(model=trainer.model_wrapped)
+    return deferring
 
 
 def clip_gradients(trainer: Any, model: Any) -> None:

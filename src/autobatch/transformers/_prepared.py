@@ -6,6 +6,7 @@ import gc
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from autobatch._distributed.sharding import bring_to_rest
 from autobatch._undo import patched
 from autobatch.errors import AutobatchError
 from autobatch.transformers._compat import gradient_state_restored, without_memory_tracker
@@ -29,6 +30,7 @@ def prepared(trainer: Any, before: Snapshot) -> Iterator[None]:
     """
     from autobatch.transformers._callbacks import Leave, LeftError
 
+    bring_to_rest([trainer.model])  # an evaluation may have left parameters gathered
     before.capture_light(trainer, trainer.accelerator, trainer.callback_handler)
     before.capture_beside_parameters(trainer.model)
     before.capture(*(each for each in (trainer.optimizer, trainer.lr_scheduler) if each))

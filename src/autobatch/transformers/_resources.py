@@ -34,7 +34,6 @@ def trial_context(
         OptimizerWatch(probe.clock) as optimizers,
         sinks.progress(verbose=is_verbose and ranks.rank == 0) as shown,
         prepared(trainer, before),
-        ranks.dry(),
         Snapshot() as snapshot,
     ):
         shown.begin("reading batches", None)

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from autobatch.transformers._compat import clip_gradients, shown, synchronize
+from autobatch.transformers._compat import clip_gradients, gradients_kept, shown, synchronize
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
@@ -47,8 +47,7 @@ class TrainerSteps:
         trainer, model = self.trainer, self.trainer.model_wrapped
         for left, inputs in zip(reversed(range(len(micro_batches))), micro_batches, strict=True):
             synchronize(trainer, is_last=not left)
-            waits = trainer.accelerator.no_sync(model=model) if left else nullcontext()
-            with waits:
+            with gradients_kept(trainer) if left else nullcontext():
                 trainer.training_step(model, inputs, items)
         clip_gradients(trainer, model)
         trainer.optimizer.step()

@@ -114,9 +114,9 @@ def tune(
         checkpoint = Checkpoint.named(resume_from_checkpoint, trainer.args.output_dir)
     with trial_context(trainer, settings, named, is_verbose=is_verbose) as context:
         ranks = context.ranks
-        known = PriorPlan(known_plan(plan, settings, world_size=ranks.world_size))
+        known = PriorPlan(known_plan(plan, settings, world_size=ranks.replicas))
         if checkpoint is not None:
-            known = checkpoint.prior_plan(settings, ranks.world_size)
+            known = checkpoint.prior_plan(settings, ranks.replicas)
         context.optimizers.expected = True
         loader = TrainerLoaders.of_training(trainer)
         settings = settings.model_copy(update={"dataset_size": loader.samples})

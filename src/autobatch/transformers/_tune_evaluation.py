@@ -131,7 +131,7 @@ def _update_once(trainer: Any, context: TrialContext) -> None:
     with Samples(loader, context.snapshot, trainer.args.device) as samples:
         steps = TrainerSteps(trainer, samples, None)
         try:
-            with closing(steps(loader.batch_size, 1)) as updates:
+            with context.ranks.dry(), closing(steps(loader.batch_size, 1)) as updates:
                 next(updates)
         except Exception as error:
             error.add_note("autobatch was training one batch, beside whose state to evaluate")
