@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from autobatch._loaders.order import capture_order
 from autobatch._trials.snapshot import Snapshot
-from autobatch._undo import Undo
+from autobatch._undo import Undo, patched
 from autobatch.lightning._silence import silenced
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ def begin_and_restore(
         for loader in loaders:
             if isinstance(loader, DataLoader):
                 capture_order(loader, snapshot)
+                # Lightning sets one where `seed_everything` was called with `workers=True`
+                undo.enter_context(patched(loader, worker_init_fn=loader.worker_init_fn))
         undo.add(partial(setattr, trainer, "callbacks", trainer.callbacks))
         undo.add(undo_run)
         trainer.callbacks = [callback, *others]
