@@ -328,7 +328,7 @@ CASES = {
     "refused": refused,
     "scarce": scarce,
     "failing": failing,
-    "failing often": lambda kind: failing(kind, 5),
+    "failing often": lambda kind: failing(kind, 3),
     "exploding": exploding,
 }
 

@@ -183,6 +183,6 @@ def test_mixed_precision_of_fsdp2_is_tuned(long_job):
 def test_out_of_memory_anywhere_on_one_rank_hangs_and_changes_nothing(long_job, kind):
     points = [rank[f"{kind}/failing often"] for rank in long_job]
 
-    assert len(points[0]) == 5
+    assert len(points[0]) == 3
     for allocation, first in points[0].items():
         assert_as_by_hand([first, points[1][allocation]])
