@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.util
-import socket
 import warnings
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from autobatch import BatchPlan
-from forked import forked
 from sameness import same
+from torchrun import on_two_ranks
 
 CASES = Path(__file__).with_name("strategy_cases.py")
 
@@ -35,34 +32,8 @@ pytestmark = [
 
 def run(where, *cases):
     """Return the results of two ranks in several cases, in the same two processes."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = str(one.getsockname()[1])
     importlib.import_module("torchmetrics")  # once, for both
-    with contextlib.ExitStack() as stack:
-        ranks = [
-            stack.enter_context(forked(CASES, where, *cases, env=as_by_torchrun(rank, port)))
-            for rank in (0, 1)
-        ]
-        ended = [finish() for finish in ranks]
-    assert [each.returncode for each in ended] == [0, 0], [each.stderr for each in ended]
-    return [torch.load(where / f"rank-{rank}.pt", weights_only=False) for rank in (0, 1)]
-
-
-def as_by_torchrun(rank, port):
-    return {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "GROUP_RANK": "0",
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "GROUP_WORLD_SIZE": "1",
-        "TORCHELASTIC_RUN_ID": "none",
-        "TORCHELASTIC_RESTART_COUNT": "0",
-        "TORCHELASTIC_USE_AGENT_STORE": "False",
-    }
+    return on_two_ranks(CASES, where, *cases)
 
 
 @pytest.fixture(scope="module")
