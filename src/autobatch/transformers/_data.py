@@ -76,7 +76,7 @@ class TrainerLoaders:
 def _following(
     trainer: Any,
     make: Callable[[], DataLoader[Any]],
-    at_size: Callable[[int], AbstractContextManager[None]],
+    at_size: Callable[[int], AbstractContextManager[object]],
     name: str,
 ) -> DataLoader[Any]:
     """Return the loader at the batch size in the arguments, if it follows that."""
