@@ -8,6 +8,7 @@ import torch
 
 import autobatch
 from autobatch._memory import memory_budget
+from autobatch._prior_plan import PriorPlan
 from autobatch._subject import PlainLoop
 from autobatch._trials.measure import run_trial
 from autobatch._trials.reachable import Watched
@@ -87,5 +88,5 @@ def tuned(device, *, world_size, **settings):
             checked,
             context,
             autobatch.GuidedBisection(),
-            known=None,
+            PriorPlan(),
         )

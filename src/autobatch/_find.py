@@ -14,7 +14,7 @@ from autobatch._distributed.sharding import (
     check_no_pipeline,
 )
 from autobatch._memory.detect import detect
-from autobatch._report.known_plan import known_plan
+from autobatch._prior_plan import PriorPlan, known_plan
 from autobatch._settings import Settings, checked_verbose
 from autobatch._subject import PlainLoop, accepts_accumulate
 from autobatch._trials.context import MemoryBudget, TrialContext
@@ -132,7 +132,8 @@ def find(
         latency_limit=latency_limit,
         percentile=percentile,
     )
-    is_verbose = checked_verbose(verbose)
+    prior = PriorPlan(known_plan(plan, settings))
+    strategy, is_verbose = checked_search(search), checked_verbose(verbose)
     restored = _restorable(restore)
     reached = with_state(workload)
     trainable = [each.value for each in reached if isinstance(each.value, _TRAINABLE)]
@@ -174,10 +175,8 @@ def find(
         )
         watched = Watched(workload, [*restored, probe])
         subject = PlainLoop(workload, can_accumulate, settings, context, watched)
-        strategy = checked_search(search)
-        known = known_plan(plan, settings, world_size=ranks.replicas)
         with snapshot.at_first_step(on_first_use):
-            report = tune(subject, settings, context, strategy, known=known)
+            report = tune(subject, settings, context, strategy, prior)
     if ranks.rank == 0:
         log(report)
     return report

@@ -42,7 +42,7 @@ def notes(report: TuningReport, run: RunDetails) -> tuple[str, ...]:
         # The plan itself
         _not_run(report),
         _fails_at_end(report, run),
-        *run.trial_notes,
+        *run.subject_notes.trials,
         _deviation(report, run),
         _out_of_time(report, run),
         # Training with the plan
@@ -50,7 +50,8 @@ def notes(report: TuningReport, run: RunDetails) -> tuple[str, ...]:
         _short_epoch(report),
         _all_at_once(report, run),
         *(latency_notes(report, run.unfinished) if run.unfinished else ()),
-        *run.plan_notes,
+        run.prior_note,
+        *run.subject_notes.plan,
         # Other sizes
         _past_knee(report),
         _tight(report),

@@ -10,7 +10,7 @@ from autobatch import sinks
 from autobatch._distributed import stopping_together
 from autobatch._estimate.device import target_gpu
 from autobatch._loaders.samples import NoDataError, checked_worst_case
-from autobatch._report.known_plan import known_plan
+from autobatch._prior_plan import known_plan
 from autobatch._settings import Settings, checked_switch, checked_verbose
 from autobatch._tune import checked_search
 from autobatch._undo import Undo
@@ -194,7 +194,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         )
         self._arguments = CallbackArguments(
             settings=settings,
-            known_plan=known_plan(None if keeps else plan, settings, world_size=None),
+            known_plan=known_plan(None if keeps else plan, settings),
             search=checked_search(search),
             device=named_device(device),
             worst_case=checked_worst_case(worst_case),

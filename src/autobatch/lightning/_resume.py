@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from autobatch._loaders.epochs import samples_of
 from autobatch._plan import BatchPlan
-from autobatch._tune import PriorPlan
+from autobatch._prior_plan import PriorPlan
 from autobatch.errors import AutobatchError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def fingerprint_of(job: LightningTraining) -> str:
 
 
 def _description(job: LightningTraining) -> Iterator[object]:
-    yield job.name
+    yield job.describe().name
     yield job.module  # printed with the settings of its layers, such as strides
     tensors: Iterator[tuple[str, torch.Tensor]] = chain(
         job.module.named_parameters(), job.module.named_buffers()
@@ -186,12 +186,14 @@ def _of_checkpoint(checkpoint: Checkpoint, here: DeviceId, settings: Settings) -
         return _within_epoch(plan, here)
     if not checkpoint.was_on(here) or not _allowed(plan, settings):
         return PriorPlan(
-            target=effective,
+            effective_batch_size=effective,
             note=f"Tuned again for the checkpoint's effective batch of {effective:,}: it was "
             f"trained with {_in_words(plan)}{_on_device(checkpoint, here)}.",
         )
     return PriorPlan(
-        plan, target=effective, note="Resumed: one trial verified the checkpoint's plan."
+        plan,
+        effective_batch_size=effective,
+        note="Resumed: one trial verified the checkpoint's plan.",
     )
 
 

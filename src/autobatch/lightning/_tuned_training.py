@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from autobatch import sinks
 from autobatch._distributed import stopping_together
+from autobatch._prior_plan import PriorPlan
 from autobatch._report.notes import waiting
-from autobatch._tune import PriorPlan
 from autobatch.errors import FixedBatchSizeError
 from autobatch.lightning._accumulation import LastWindowCorrection
 from autobatch.lightning._apply import Application
@@ -147,7 +147,7 @@ class TunedTraining:
 
     def _retune(self, reason: str) -> None:
         """Tune again in the middle of training, for the effective batch size it started with."""
-        known = PriorPlan(target=self._target, note=f"{reason} {self._target:,}.")
+        known = PriorPlan(effective_batch_size=self._target, note=f"{reason} {self._target:,}.")
         with stopping_together():
             try:
                 tuned = tune_training(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from autobatch._loaders.samples import Samples
 from autobatch._plan import BatchPlan
-from autobatch._tune import PriorPlan, verify_or_search
+from autobatch._tune import tune
 from autobatch.lightning._accumulation import SplittingTest, batches_trained, check_repairable
 from autobatch.lightning._attribute import FormerBatchSize, set_batch_size_attribute
 from autobatch.lightning._beside import bytes_of_callbacks
@@ -23,6 +23,7 @@ from autobatch.lightning._tuning_evaluation import with_validation
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from autobatch._prior_plan import PriorPlan
     from autobatch._settings import Settings
     from autobatch._trials.context import TrialContext
     from autobatch.lightning._dataloaders import Loaders
@@ -116,8 +117,8 @@ def tune_training(
         fingerprint = fingerprint_of(subject)
         known = known_at(subject, fingerprint, _device_id(trainer, context), settings)
         planned = known.plan.effective_batch_size if known.plan else None
-        workload.target = known.target or planned or settings.target_batch_size
-        report = verify_or_search(known, subject, settings, context, arguments.search)
+        workload.target = known.effective_batch_size or planned or settings.target_batch_size
+        report = tune(subject, settings, context, arguments.search, known)
         limits.check(report.plan)
         samples.check_size(report.plan.micro_batch_size)
         tuned = Tuned(

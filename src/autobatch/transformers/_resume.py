@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from autobatch._plan import BatchPlan
-from autobatch._tune import PriorPlan
+from autobatch._prior_plan import PriorPlan
 from autobatch.errors import AutobatchError
 
 if TYPE_CHECKING:
@@ -79,9 +79,9 @@ class Checkpoint:
                     f"Tuned again for the checkpoint's effective batch of {effective:,}: it was "
                     f"trained with {in_words} on {plan.world_size} ranks."
                 )
-                return PriorPlan(target=effective, note=note)
+                return PriorPlan(effective_batch_size=effective, note=note)
             note = "Resumed: one trial verified the checkpoint's plan."
-            return PriorPlan(plan, target=effective, note=note)
+            return PriorPlan(plan, effective_batch_size=effective, note=note)
         refusal = (
             f"{self.folder} was written within an epoch, which can only be finished with "
             f"{in_words} on {plan.world_size} ranks, and that is not possible here. {_WAY_OUT}"

@@ -1,24 +1,46 @@
-"""A plan that is known before a search: given, or read from a report."""
+"""A plan that is known before a search: given, read from a report, or of an earlier run."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autobatch._plan import BatchPlan
 from autobatch._report import TuningReport
+from autobatch.errors import AutobatchError
 
 if TYPE_CHECKING:
     from autobatch._settings import Settings
+    from autobatch.errors import DoesNotFitError
 
 
-def known_plan(
-    plan: BatchPlan | str | Path | None, settings: Settings, *, world_size: int | None
-) -> BatchPlan | None:
-    """Return the given plan, read from its report if it is a path; refuse one against `settings`.
+@dataclass(frozen=True, slots=True)
+class PriorPlan:
+    """A plan to verify before a search, or instead of one."""
 
-    A `world_size` of None is not known yet.
-    """
+    plan: BatchPlan | None = None  # to verify by one trial; None: search at once
+    # Samples per update that a search has to reach; None: those of the settings
+    effective_batch_size: int | None = None
+    # The error if the plan does not fit and no other plan may be trained; None: search
+    refusal: str | None = None
+    note: str | None = None  # the note in the report; None: the plan is the user's own
+
+    def after(self, failure: DoesNotFitError) -> PriorPlan:
+        """Return the request for a search, after a trial in which the plan did not fit."""
+        if self.refusal is not None:
+            raise AutobatchError(self.refusal) from failure
+        if self.plan is None or self.note is None:
+            raise failure
+        note = (
+            f"Searched again, since a micro-batch of {self.plan.micro_batch_size:,} does not fit "
+            "any more."
+        )
+        return PriorPlan(effective_batch_size=self.effective_batch_size, note=note)
+
+
+def known_plan(plan: BatchPlan | str | Path | None, settings: Settings) -> BatchPlan | None:
+    """Return the given plan, read from its report if it is a path; refuse one against `settings`."""
     if plan is None:
         return None
     if settings.latency_limit is not None:
@@ -37,11 +59,12 @@ def known_plan(
         plan = report.plan
     if not isinstance(plan, BatchPlan):
         raise ValueError(f"plan={plan!r} is not a plan; give a BatchPlan, or the path of a report.")
-    _check_against(plan, settings, world_size)
+    check_against(plan, settings, None)
     return plan
 
 
-def _check_against(plan: BatchPlan, settings: Settings, world_size: int | None) -> None:
+def check_against(plan: BatchPlan, settings: Settings, world_size: int | None) -> None:
+    """Refuse a plan that the settings, or the number of ranks, exclude; None: not known yet."""
     counts = (plan.micro_batch_size, plan.accumulate_grad_batches, plan.world_size)
     if any(type(count) is not int or count < 1 for count in counts):
         raise ValueError(f"plan={plan} must hold whole numbers of 1 or more.")
