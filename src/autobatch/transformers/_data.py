@@ -21,15 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TrainerLoaders:
-    """The loaders that a Trainer makes for training or evaluation, with all data of all ranks.
-
-    Args:
-        each: The loaders.
-        batch_size: Their batch size.
-    """
+    """The loaders that a Trainer makes for training or evaluation, with all data of all ranks."""
 
     each: Sequence[DataLoader[Any]]
-    batch_size: int
+    batch_size: int  # their batch size
 
     is_set_by_user: ClassVar = False
     is_sequential: ClassVar = True
