@@ -16,10 +16,9 @@ from autobatch._tune import checked_search
 from autobatch._undo import Undo
 from autobatch.errors import AutobatchError, FixedBatchSizeError
 from autobatch.lightning._attribute import (
-    FormerBatchSize,
+    BatchSizeAttribute,
     check_attribute,
     checked_name,
-    set_batch_size_attribute,
 )
 from autobatch.lightning._beginning import begin_and_restore
 from autobatch.lightning._checks import (
@@ -474,8 +473,8 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         self._end_if_only_tuning(trainer)
         self._run.rebatch(stage.name, data_source(stage.loop_of(trainer)), tuned.sizes).start()
         if tuned.is_changed:
-            self._run.attribute = FormerBatchSize(module, name)
-            set_batch_size_attribute(module, name, tuned.sizes[0].batch_size)
+            self._run.attribute = BatchSizeAttribute(module, name)
+            self._run.attribute.set(tuned.sizes[0].batch_size)
         show(tuned.report, trainer, sinks.console, verbose=self._arguments.verbose)
 
     def _begin(

@@ -18,7 +18,6 @@ from autobatch._loaders.batch_size import (
 )
 from autobatch._loaders.epochs import (
     batches_of,
-    capture_order,
     length_of,
     order_restored,
     samples_of,
@@ -43,7 +42,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from autobatch._loaders.batch_size import BatchSizeChange, SetBatchSize
-    from autobatch._trials.snapshot import Snapshot
     from autobatch.lightning._trainer import CombinedLoader
 
 
@@ -201,11 +199,6 @@ class Loaders:
             return next(rest) if isinstance(leaf, DataLoader) else leaf
 
         return map_leaves(next_part, self._combined.iterables)
-
-    def capture_order(self, snapshot: Snapshot) -> None:
-        """Let a snapshot restore the order of the data."""
-        for loader in self.each:
-            capture_order(loader, snapshot)
 
 
 class Rebatched:

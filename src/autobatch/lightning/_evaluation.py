@@ -27,9 +27,7 @@ from autobatch.lightning._training import check_terminated, on_device
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Sequence
 
-    from autobatch._loaders.samples import Samples
-    from autobatch._trials.snapshot import Snapshot
-    from autobatch.lightning._dataloaders import Loaders
+    from autobatch.lightning._resources import TrialResources
     from autobatch.lightning._trainer import PredictionLoop, Trainer
 
 
@@ -119,22 +117,20 @@ class EvaluationSteps:
     """
 
     trainer: Trainer  # on new loops
-    loaders: Loaders  # of the stage
-    samples: Samples  # makes the batches
+    resources: TrialResources  # with the loaders of the stage
     stage: Stage
     # A training loop, of which one update runs first: its memory stays in use while validating
     after: Callable[[], Generator[Any]] | None
-    snapshot: Snapshot  # restores what a failed first step has changed
 
     @cached_property
     def _hooks(self) -> Hooks:
         hook = self.stage.hook
         names = (f"on_{hook}_start", f"on_{hook}_epoch_start")
-        return Hooks(self.trainer, names, f"on_{hook}_batch", self.snapshot)
+        return Hooks(self.trainer, names, f"on_{hook}_batch", self.resources.context.snapshot)
 
     def __call__(self, batch_size: int, accumulate: int) -> Iterator[None]:
         """Yield after each round of the loaders; nothing is accumulated."""
-        batches = self.samples.batches(batch_size)
+        batches = self.resources.samples.batches(batch_size)
         with contextlib.ExitStack() as stack:
             if self.after is not None:
                 stack.enter_context(_modes_restored(self.trainer.lightning_module))
@@ -142,7 +138,7 @@ class EvaluationSteps:
             with self._evaluating():
                 loop, limit = active_loop(self.trainer), self.stage.limit_of(self.trainer)
             lengths = stack.enter_context(
-                evaluation_shown(self.trainer, loop, self.loaders, batch_size, limit)
+                evaluation_shown(self.trainer, loop, self.resources.loaders, batch_size, limit)
             )
             with self._evaluating():
                 for attempt in self._hooks.attempts():
@@ -165,7 +161,7 @@ class EvaluationSteps:
         self._round(batches, lengths, 0)
 
     def _round(self, batches: Iterator[Any], lengths: Sequence[int | float], index: int) -> None:
-        loaders = self.samples.batches_at_once
+        loaders = self.resources.samples.batches_at_once
         for position, length in zip(range(loaders), lengths, strict=False):
             within = index if length == inf else index % max(1, int(length))
             active_loop(self.trainer).batch_progress.is_last_batch = within + 1 == length

@@ -85,9 +85,8 @@ class Checkpoint:
     # The plan it was trained with; None if it was trained without AutoBatch
     plan: BatchPlan | None = None
     target: int | None = None  # the effective batch size of the settings
-    # The device; None if an older version of autobatch wrote the checkpoint
-    device: str | None = None
-    total: int | None = None  # memory of that device in bytes
+    # None if an older version of autobatch wrote the checkpoint
+    trained_on: DeviceId | None = None
 
     @classmethod
     def of(cls, checkpoint: dict[str, Any], *, max_steps: int) -> Checkpoint:
@@ -117,14 +116,11 @@ class Checkpoint:
                 )
         plan = BatchPlan(**counts)
         target = state.get("target_batch_size", plan.effective_batch_size)
-        device, total = state.get("device"), state.get("device_bytes")
-        return replace(
-            self,
-            plan=plan,
-            target=target if type(target) is int else None,
-            device=device if isinstance(device, str) and type(total) is int else None,
-            total=total if type(total) is int else None,
-        )
+        device, total, trained_on = state.get("device"), state.get("device_bytes"), None
+        if isinstance(device, str) and isinstance(total, int):
+            trained_on = DeviceId(device, total, plan.world_size)
+        target = target if type(target) is int else None
+        return replace(self, plan=plan, target=target, trained_on=trained_on)
 
     @staticmethod
     def state_of(report: TuningReport) -> dict[str, Any]:
@@ -152,9 +148,8 @@ class Checkpoint:
 
     def was_on(self, here: DeviceId) -> bool:
         """Return whether it was trained on such a device; for an unknown one a trial decides."""
-        if self.plan is None or self.plan.world_size != here.world_size:
-            return False
-        return self.device is None or (self.device, self.total) == (here.device, here.total)
+        is_same_job = self.plan is not None and self.plan.world_size == here.world_size
+        return is_same_job and self.trained_on in (None, here)
 
 
 def known_at_start(
@@ -253,5 +248,5 @@ def _in_words(plan: BatchPlan) -> str:
 def _on_device(checkpoint: Checkpoint, here: DeviceId) -> str:
     if checkpoint.was_on(here) or checkpoint.plan is None:
         return ""
-    device = checkpoint.device or here.device
+    device = (checkpoint.trained_on or here).device
     return f" on {checkpoint.plan.world_size} × {device}"

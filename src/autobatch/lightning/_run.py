@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from autobatch._memory import MemoryProbe
     from autobatch._report import TuningReport
     from autobatch.lightning._accumulation import LastWindowCorrection
-    from autobatch.lightning._attribute import FormerBatchSize
+    from autobatch.lightning._attribute import BatchSizeAttribute
     from autobatch.lightning._resume import Checkpoint, TunedFit
     from autobatch.lightning._trainer import Trainer
 
@@ -49,7 +49,7 @@ class Run:
     # Methods of the loops that are replaced; `replace` adds to them
     patches: list[patched] = field(default_factory=list)
     # The former batch size of the module, while an evaluation runs with another
-    attribute: FormerBatchSize | None = None
+    attribute: BatchSizeAttribute | None = None
 
     def rebatch(self, served: str, source: Any, sizes: Sequence[LoaderSize]) -> Rebatched:
         """Return loaders with other batch sizes, to be started; former ones are undone."""
