@@ -20,7 +20,6 @@ from autobatch.lightning._attribute import (
     check_attribute,
     checked_name,
 )
-from autobatch.lightning._beginning import begin_and_restore
 from autobatch.lightning._checks import (
     check,
     check_alone,
@@ -45,7 +44,7 @@ from autobatch.lightning._estimating import estimate_training
 from autobatch.lightning._evaluation import STAGES, before_data, loaders_for
 from autobatch.lightning._resources import CallbackArguments
 from autobatch.lightning._resume import Checkpoint
-from autobatch.lightning._run import Results, Run, show
+from autobatch.lightning._run import Results, Run, begin_and_restore, show
 from autobatch.lightning._tuned_training import TunedTraining
 from autobatch.lightning._tuning_evaluation import tune_evaluation
 from autobatch.testing import named_device

@@ -38,7 +38,6 @@ class Stage:
     # Name of the method, and of the state of the Trainer meanwhile
     name: Literal["validate", "test", "predict"]
     hook: str  # name in the hooks of the module: "validation" of `on_validation_start`
-    loop: str  # attribute of the Trainer that holds its loop
     limit: str  # attribute of the Trainer that limits its batches
 
     @property
@@ -48,7 +47,7 @@ class Stage:
 
     def loop_of(self, trainer: Trainer) -> PredictionLoop:
         """Return the loop of a Trainer."""
-        loop: PredictionLoop = getattr(trainer, self.loop)
+        loop: PredictionLoop = getattr(trainer, f"{self.name}_loop")
         return loop
 
     def limit_of(self, trainer: Trainer) -> int | float:
@@ -57,13 +56,13 @@ class Stage:
         return limit
 
 
-VALIDATION: Final = Stage("validate", "validation", "validate_loop", "limit_val_batches")
+VALIDATION: Final = Stage("validate", "validation", "limit_val_batches")
 STAGES: Final[dict[str, Stage]] = {
     stage.name: stage
     for stage in (
         VALIDATION,
-        Stage("test", "test", "test_loop", "limit_test_batches"),
-        Stage("predict", "predict", "predict_loop", "limit_predict_batches"),
+        Stage("test", "test", "limit_test_batches"),
+        Stage("predict", "predict", "limit_predict_batches"),
     )
 }
 

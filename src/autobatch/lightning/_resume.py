@@ -22,19 +22,12 @@ if TYPE_CHECKING:
 
     from autobatch._report import TuningReport
     from autobatch._settings import Settings
+    from autobatch.lightning._resources import Tuned
     from autobatch.lightning._subjects import LightningTraining
 
 
 _COUNTS: Final = ("micro_batch_size", "accumulate_grad_batches", "world_size")  # of a plan
 _MOST: Final = 2**31  # of each
-
-
-@dataclass(frozen=True, slots=True)
-class TunedFit:
-    """The previous fit: its report, and the fingerprint of what was trained."""
-
-    report: TuningReport
-    fingerprint: str
 
 
 def fingerprint_of(job: LightningTraining) -> str:
@@ -46,7 +39,7 @@ def fingerprint_of(job: LightningTraining) -> str:
     digest = hashlib.sha256()
     for line in _description(job):
         digest.update(f"{line}\n".encode())
-    return " ".join(job.context.ranks.gather(digest.hexdigest()))
+    return " ".join(job.resources.context.ranks.gather(digest.hexdigest()))
 
 
 def _description(job: LightningTraining) -> Iterator[object]:
@@ -60,7 +53,7 @@ def _description(job: LightningTraining) -> Iterator[object]:
         yield name, shape, tensor.dtype, tensor.requires_grad
     for loader, batch_size in zip(job.loaders.each, job.loaders.own_sizes, strict=True):
         yield type(loader), type(loader.dataset), samples_of(loader, 1), batch_size
-    yield job.samples.bytes_each
+    yield job.resources.samples.bytes_each
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +148,7 @@ class Checkpoint:
 def known_at_start(
     own: BatchPlan | None,
     checkpoint: Checkpoint | None,
-    last: TunedFit | None,
+    last: Tuned | None,
     job: LightningTraining,
     fingerprint: str,
     here: DeviceId,
@@ -193,7 +186,7 @@ def _of_checkpoint(checkpoint: Checkpoint, here: DeviceId, settings: Settings) -
 
 
 def _of_last_fit(
-    last: TunedFit | None,
+    last: Tuned | None,
     job: LightningTraining,
     fingerprint: str,
     here: DeviceId,

@@ -17,12 +17,10 @@ from autobatch.lightning._estimating import traceable_step
 from autobatch.lightning._trainer_notes import copy_note, prefetch_note, rows_note, schedule_notes
 
 if TYPE_CHECKING:
-    from autobatch._loaders.samples import Samples
     from autobatch._memory.estimate.tracer import TrainingStep
     from autobatch._plan import BatchPlan
     from autobatch._report import Task
     from autobatch._settings import Settings
-    from autobatch._trials.context import TrialContext
     from autobatch._trials.time_limit import TimeLimit
     from autobatch._trials.workload import Workload
     from autobatch.lightning._accumulation import SplittingTest
@@ -51,14 +49,6 @@ class LightningTraining:
         return self.resources.loaders
 
     @property
-    def samples(self) -> Samples:
-        return self.resources.samples
-
-    @property
-    def context(self) -> TrialContext:
-        return self.resources.context
-
-    @property
     def task(self) -> Task:
         return "train"
 
@@ -81,7 +71,7 @@ class LightningTraining:
             f"{_class_name(self.module)} · {names} · {self.trainer.precision}",
             _environment(self.trainer),
             common_rule(optimizers),
-            self.samples.look,
+            self.resources.samples.look,
         )
 
     def samples_per_epoch(self, plan: BatchPlan) -> int | None:
@@ -98,7 +88,7 @@ class LightningTraining:
         return last_samples(self.trainer, self.loaders, batch_size)
 
     def traceable_step(self, accumulate: int) -> TrainingStep:
-        return traceable_step(self.trainer, self.module, self.samples, accumulate)
+        return traceable_step(self.trainer, self.module, self.resources.samples, accumulate)
 
     def planned_seconds(self, sample_seconds: float) -> float | None:
         return self.limits.planned_seconds(sample_seconds)
@@ -109,7 +99,7 @@ class LightningTraining:
     def notes(self, plan: BatchPlan, time_limit: TimeLimit) -> SubjectNotes:
         has_attribute = self.resources.attribute.exists
         return SubjectNotes(
-            trials=(never_stepped(),) if self.context.optimizers.never_stepped else (),
+            trials=(never_stepped(),) if self.resources.context.optimizers.never_stepped else (),
             plan=(
                 *self.splits.notes(plan, time_limit),
                 *schedule_notes(
@@ -125,12 +115,12 @@ class LightningTraining:
         devices = self.trainer.num_devices
         sizes = self.loaders.sizes_at(plan.micro_batch_size)
         found = (
-            rows_note(self.samples.rows_each, plan.micro_batch_size),
+            rows_note(self.resources.samples.rows_each, plan.micro_batch_size),
             copy_note(self.resources.copied_bytes, devices),
             *(
                 prefetch_note(loader, size, nbytes, devices)
                 for loader, size, nbytes in zip(
-                    self.loaders.each, sizes, self.samples.bytes_each, strict=False
+                    self.loaders.each, sizes, self.resources.samples.bytes_each, strict=False
                 )
             ),
         )

@@ -18,7 +18,7 @@ from autobatch.lightning._compat import data_source, forget_combined_loader
 from autobatch.lightning._hooks import FIT_START
 from autobatch.lightning._loggers import log_report, refresh_report
 from autobatch.lightning._noise_scale import NoiseScale
-from autobatch.lightning._resume import TunedFit, known_at_start
+from autobatch.lightning._resume import known_at_start
 from autobatch.lightning._run import Results, Run, before_epochs, show
 from autobatch.lightning._tuning import tune_training
 
@@ -54,13 +54,13 @@ class TunedTraining:
         """The plan that training follows."""
         return self._report.plan
 
-    def tune(self, last_fit: TunedFit | None) -> Tuned:
+    def tune(self, last_fit: Tuned | None) -> Tuned:
         """Find a plan, by one trial if a checkpoint, the user or the previous fit has one."""
         known_at = partial(known_at_start, self.arguments.known_plan, self.run.checkpoint, last_fit)
         tuned = tune_training(
             self.trainer, self.module, self.arguments, known_at, self._plan_before(), FIT_START
         )
-        self.results.last_fit = TunedFit(tuned.report, tuned.fingerprint)
+        self.results.last_fit = tuned
         return tuned
 
     def begin(self, tuned: Tuned) -> None:

@@ -64,7 +64,7 @@ def with_validation(
     tuned: Tuned, training: LightningTraining, arguments: CallbackArguments
 ) -> Tuned:
     """Return the result with the validation batch size that fits beside the state of training."""
-    trainer, context = training.trainer, training.context
+    trainer, context = training.trainer, training.resources.context
     source = data_source(trainer.fit_loop.epoch_loop.val_loop)
     plan = tuned.report.plan
     context.progress.begin_part("validation")
