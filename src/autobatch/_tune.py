@@ -105,7 +105,7 @@ def tune(
         prior_note=prior.note,
         unfinished=latency.unfinished if latency else None,
     )
-    report = build_report(subject, runner, plan, throughput, latency, guide.way)
+    report = build_report(subject, runner, plan, throughput, latency, guide.followed)
     return report.model_copy(update={"notes": notes(report, run)})
 
 

@@ -3,21 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from autobatch._report import TuningReport
-
-
-@dataclass(frozen=True, slots=True)
-class LoggedSize:
-    """Throughput and memory of one micro-batch size, under their names in loggers."""
-
-    batch_size: int
-    values: dict[str, float]
 
 
 def plan_values(report: TuningReport) -> dict[str, int]:
@@ -30,13 +19,15 @@ def plan_values(report: TuningReport) -> dict[str, int]:
     }
 
 
-def curve(report: TuningReport) -> Iterator[LoggedSize]:
-    """Yield throughput and memory of each size, which takes the place of the training step."""
-    for row in report.sizes:
-        values: dict[str, float] = {"autobatch/samples_per_second": row.samples_per_second}
-        if row.peak is not None:
-            values["autobatch/peak_bytes"] = row.peak
-        yield LoggedSize(row.batch_size, values)
+def curve(report: TuningReport) -> dict[int, dict[str, float]]:
+    """Return throughput and memory by micro-batch size, which stands for the training step."""
+    return {
+        row.batch_size: {
+            "autobatch/samples_per_second": row.samples_per_second,
+            **({} if row.peak is None else {"autobatch/peak_bytes": row.peak}),
+        }
+        for row in report.sizes
+    }
 
 
 def size_rows(report: TuningReport) -> list[dict[str, Any]]:

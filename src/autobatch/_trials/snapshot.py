@@ -21,22 +21,21 @@ from autobatch._memory.ledger import eager, unobserved
 from autobatch._memory.storages import tensors_of
 from autobatch._trials.captured import (
     Memo,
-    SavedGenerator,
     Scope,
-    global_generators,
     save,
     save_light,
     save_nested,
     save_shallow,
 )
 from autobatch._trials.reachable import has_state, is_generator
+from autobatch._trials.saved import SavedGenerator, global_generators
 from autobatch._undo import Undo
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from autobatch._trials.captured import Saved
     from autobatch._trials.reachable import Reached
+    from autobatch._trials.saved import Saved
 
 _logger = logging.getLogger(__name__)
 
