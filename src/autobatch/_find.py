@@ -9,11 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from autobatch._distributed import checked_replicas, current_ranks
-from autobatch._distributed.sharding import (
-    bring_to_rest,
-    check_can_rest,
-    check_no_pipeline,
-)
+from autobatch._distributed.sharding import bring_to_rest, check_can_rest, check_no_pipeline
 from autobatch._memory.detect import detect
 from autobatch._prior_plan import PriorPlan, known_plan
 from autobatch._settings import Settings, checked_verbose

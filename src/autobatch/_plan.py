@@ -8,8 +8,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Final
 
 from autobatch._throughput import StepTimes
-from autobatch._trials import trial_accumulation
-from autobatch._trials.refusals import is_selective, refused_sizes
+from autobatch._trials import is_selective, refused_sizes, trial_accumulation
 from autobatch._trials.runner import per_rank
 
 if TYPE_CHECKING:

@@ -223,11 +223,7 @@ def latency_notes(report: TuningReport, unfinished: Unfinished) -> tuple[str, ..
     answers = Answers.of(report)
     if answers is None:
         return ()
-    return (
-        *_filling(answers),
-        *_not_timed(answers, unfinished),
-        *_disturbed(answers, unfinished),
-    )
+    return (*_filling(answers), *_not_timed(answers, unfinished), *_disturbed(answers, unfinished))
 
 
 def _filling(answers: Answers) -> Iterator[str]:

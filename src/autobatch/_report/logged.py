@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from autobatch._throughput import row_of
+
 if TYPE_CHECKING:
     from autobatch._report import TuningReport
 
@@ -38,11 +40,11 @@ def size_rows(report: TuningReport) -> list[dict[str, Any]]:
 
 def summary(report: TuningReport) -> dict[str, float]:
     """Return the numbers of a run by which runs are compared."""
-    chosen = [row for row in report.sizes if row.batch_size == report.plan.micro_batch_size]
+    chosen = row_of(report.sizes, report.plan.micro_batch_size)
     values = {
         "largest_fit": report.largest_fit,
         "search_seconds": report.search_seconds,
-        "samples_per_second": chosen[0].samples_per_second if chosen else None,
-        "peak_bytes": chosen[0].peak if chosen else None,
+        "samples_per_second": chosen.samples_per_second if chosen else None,
+        "peak_bytes": chosen.peak if chosen else None,
     }
     return {f"autobatch/{name}": value for name, value in values.items() if value is not None}

@@ -13,8 +13,8 @@ from autobatch._report.accumulation_notes import usual_learning_rate
 from autobatch._report.latency import latency_notes
 from autobatch._report.tradeoff import updates_per_epoch
 from autobatch._report.units import counted, duration, percent
-from autobatch._throughput import latest_by_size, trial_of
-from autobatch._trials import Outcome
+from autobatch._throughput import row_of
+from autobatch._trials import Outcome, latest_by_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -81,8 +81,8 @@ def _on_plan(report: TuningReport, run: RunDetails) -> Iterator[str]:
 
 def _refusals(report: TuningReport) -> dict[int, Trial]:
     """Return the latest trial of each size for which the workload raised an error of its own."""
-    trials = latest_by_size(report.trials)
-    return {trial.batch_size: trial for trial in trials if trial.outcome is Outcome.REFUSED}
+    latest = latest_by_size(report.trials)
+    return {size: each for size, each in latest.items() if each.outcome is Outcome.REFUSED}
 
 
 def _reason_for_deviation(report: TuningReport, run: RunDetails, target: int) -> str:
@@ -186,7 +186,7 @@ def _on_speed(report: TuningReport) -> Iterator[str]:
 def _on_memory(report: TuningReport, run: RunDetails) -> Iterator[str]:
     """Note memory that may not suffice later, and what could leave more."""
     device, look = report.device, report.look
-    trial = trial_of(report.trials, report.plan.micro_batch_size)
+    trial = latest_by_size(report.trials).get(report.plan.micro_batch_size)
     available = device.total - device.foreign
     peak = trial.peak if trial and trial.fits else None
     if peak is not None and peak >= (1 - _TIGHT) * available:
@@ -216,7 +216,7 @@ def _on_memory(report: TuningReport, run: RunDetails) -> Iterator[str]:
 
 def _fragments(report: TuningReport) -> Iterator[str]:
     size = report.largest_fit or 0
-    trial = trial_of(report.trials, size)
+    trial = latest_by_size(report.trials).get(size)
     if trial is None or trial.peak is None or not trial.allocated:
         return
     if trial.peak < _FRAGMENTED * trial.allocated or trial.allocated <= trial.resident:
@@ -254,7 +254,7 @@ def _on_search(report: TuningReport, run: RunDetails) -> Iterator[str]:
 
 
 def _unreached(report: TuningReport, run: RunDetails) -> str:
-    fitting = {trial.batch_size for trial in latest_by_size(report.trials) if trial.fits}
+    fitting = {size for size, trial in latest_by_size(report.trials).items() if trial.fits}
     parts = []
     if in_trials := sorted(fitting.intersection(run.unreached)):
         parts.append(f"micro-batches of {_listed(in_trials)} were timed in their trials only")
@@ -275,7 +275,7 @@ def _listed(sizes: list[int]) -> str:
 def _on_measurements(report: TuningReport) -> Iterator[str]:
     """Note measurements that are less accurate than usual."""
     size, source = report.plan.micro_batch_size, report.device.source
-    row = next((row for row in report.sizes if row.batch_size == size), None)
+    row = row_of(report.sizes, size)
     if row and row.samples_per_second_low is not None and row.samples_per_second_high is not None:
         low, high = row.samples_per_second_low, row.samples_per_second_high
         if (high - low) / 2 > _SCATTERED * row.samples_per_second:

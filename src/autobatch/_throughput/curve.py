@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 from autobatch._throughput import CurvePoint, StepTimes
 from autobatch._throughput.loading import Loading, loading_watch
 from autobatch._throughput.points import noise_of, point
-from autobatch._trials.refusals import is_selective
+from autobatch._trials import is_selective, latest_by_size
 from autobatch._trials.timing import time_together, time_updates
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def add_to_curve(throughput: Throughput, runner: TrialRunner, batch_size: int) -
     reached = {each.batch_size for each in throughput.curve}
     if not reached or batch_size in {*reached, *throughput.unreached}:
         return throughput
-    trial = next(t for t in reversed(runner.trials) if t.batch_size == batch_size)
+    trial = latest_by_size(runner.trials)[batch_size]
     with runner.time_limit.excluded():
         timer = _UpdateTimer(runner, throughput.seconds_left)
         added = timer.points([trial], lambda _: ())

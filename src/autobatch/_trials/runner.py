@@ -8,7 +8,7 @@ from math import inf
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from autobatch._memory import format_bytes
-from autobatch._trials import Outcome, trial_accumulation
+from autobatch._trials import Outcome, latest_by_size, trial_accumulation
 from autobatch._trials.measure import run_trial
 from autobatch._trials.time_limit import TimeLimit
 from autobatch._trials.timing import run_together
@@ -113,8 +113,8 @@ class TrialRunner:
     @property
     def step_seconds(self) -> dict[int, float]:
         """Seconds of a step in the latest trial of each batch size that fits."""
-        latest = {trial.batch_size: trial for trial in self.trials}
-        return {size: t.step_seconds or 0.0 for size, t in sorted(latest.items()) if t.fits}
+        latest = latest_by_size(self.trials)
+        return {size: trial.step_seconds or 0.0 for size, trial in latest.items() if trial.fits}
 
     @property
     def budget(self) -> int:

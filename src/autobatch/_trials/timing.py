@@ -7,12 +7,7 @@ import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
-from autobatch._trials.workload import (
-    FailureCleanup,
-    RunningWorkload,
-    noting,
-    uses_torch_compile,
-)
+from autobatch._trials.workload import FailureCleanup, RunningWorkload, noting, uses_torch_compile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
