@@ -193,12 +193,10 @@ class _UpdateTimer:
         deadline = self.runner.deadline(self.seconds_left)
         # The host's own clock: waiting for the device here would slow down the updates
         with loading_watch(time.perf_counter) as waited:
-            before = _NO_LOADING
 
             def enough_updates(update_seconds: Sequence[float]) -> bool:
-                nonlocal before
                 if not update_seconds:  # a loader has started its workers by now
-                    before = Loading(waited.seconds, 0.0, waited.batches)
+                    waited.forget()
                 is_late = len(update_seconds) >= _FEWEST_UPDATES and clock() >= deadline
                 is_enough = is_late or enough(update_seconds)
                 if self.runner.runs_together:  # rank 0 decides for all
@@ -210,9 +208,8 @@ class _UpdateTimer:
             timing = time_here(sized, enough_updates, self.runner.context)
         if timing is None:
             return None
-        wait = waited.seconds - before.wait_seconds
-        steps = max(0.0, sum(timing.update_seconds) - wait)
-        return _Turn(timing, Loading(wait, steps, waited.batches - before.batches))
+        steps = max(0.0, sum(timing.update_seconds) - waited.seconds)
+        return _Turn(timing, Loading(waited.seconds, steps, waited.batches))
 
 
 @dataclass(frozen=True, slots=True)

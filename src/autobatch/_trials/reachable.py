@@ -45,6 +45,11 @@ class Reached:
         """Return a part that has no name of its own."""
         return Reached(name, value, self.depth + 1)
 
+    def entries(self) -> Iterator[Reached]:
+        """Yield the entries of a container."""
+        entries = self.value.items() if isinstance(self.value, dict) else enumerate(self.value)
+        return (self.part(f"{self.name}[{key!r}]", each) for key, each in entries)
+
     def variable(self, name: str, value: Any) -> Reached:
         """Return a value that has a name of its own."""
         return Reached(name, value, self.depth + 1, is_variable=True)
@@ -88,8 +93,7 @@ def _parts(reached: Reached) -> Iterator[Reached]:
             yield from _attributes_of_class(reached, value)
     elif isinstance(value, (list, tuple, set, deque, dict)):
         if len(value) <= LARGE:
-            entries = value.items() if isinstance(value, dict) else enumerate(value)
-            yield from (reached.part(f"{reached.name}[{key!r}]", each) for key, each in entries)
+            yield from reached.entries()
     elif isinstance(value, torch.nn.Module):
         # Its state is captured with all that it holds; its methods may use globals
         kinds = dict.fromkeys(map(type, value.modules()))
