@@ -246,6 +246,11 @@ _OF_SETTINGS = ("target_batch_size", "prefer", "time_limit", "latency_limit")
 _OF_DEVICE = ("source", "foreign")
 
 
+def subject_notes(trials, plan):
+    """Return notes of a subject on trials and on a plan."""
+    return SubjectNotes((trials,), (plan,))
+
+
 def notes_after(**changes) -> tuple[str, ...]:
     """Return the notes on a run that has none without `changes` of its fields."""
 

@@ -216,7 +216,7 @@ def test_map_names_every_folder_and_top_module():
     named = re.findall(r"\[`(\S+)`\]\(src/autobatch/\S+\)", map_of_folders())
 
     assert sorted(name.rstrip("/").removesuffix(".py") for name in named) == sorted(
-        set(LAYER) - {"_subject", "_prior_plan", "_demo", "__main__"}
+        set(LAYER) - {"_subject", "_demo", "__main__"}
     )
 
 

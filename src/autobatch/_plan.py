@@ -8,8 +8,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Final
 
 from autobatch._throughput import StepTimes
-from autobatch._trials import trial_accumulation
-from autobatch._trials.refusals import is_selective, refused_sizes
+from autobatch._trials import is_selective, refused_sizes, trial_accumulation
 from autobatch._trials.runner import per_rank
 
 if TYPE_CHECKING:
@@ -65,14 +64,7 @@ def choose_plan(
 ) -> BatchPlan:
     """Choose a plan once the search is over; run the micro-batch of the best plan if need be.
 
-    Only a size that was run and fits is chosen.
-
-    Args:
-        runner: The runner of the trials that have been run.
-        throughput: Measured throughput.
-        last_micro_batch: Samples in the last micro-batch that each rank trains on in an epoch, at
-            a micro-batch size; None if that is not known.
-        preference: Order of sizes that are about as fast; None for the largest.
+    Only a size that was run and fits is chosen: the largest without a preference.
 
     Raises:
         DoesNotFitError: No batch size fits.
@@ -106,6 +98,7 @@ class _Choice:
     runner: TrialRunner
     curve: Sequence[CurvePoint]
     unrecorded: dict[int, Sequence[Trial]]  # results of all ranks, by batch size
+    # Samples in the last micro-batch of each rank in an epoch, by size; None if that is not known
     last_micro_batch: Callable[[int], int | None]
 
     def largest(self) -> BatchPlan:

@@ -23,8 +23,8 @@ from autobatch._settings import Bound, tightest_bound
 from autobatch._subject import own_version
 from autobatch._throughput.curve import Throughput, add_to_curve, measure_throughput
 from autobatch._throughput.preference import Preference
+from autobatch._trials import is_selective, latest_by_size
 from autobatch._trials.ignored_size import check_size_is_used
-from autobatch._trials.refusals import is_selective
 from autobatch._trials.runner import Accumulation, TrialRunner
 from autobatch.errors import AutobatchError, DoesNotFitError, ShortTrialError
 
@@ -43,11 +43,7 @@ _SHARE_OF_TRAINING: Final = 0.1
 
 
 def tune(
-    subject: Subject,
-    settings: Settings,
-    context: TrialContext,
-    search: Search,
-    prior: PriorPlan,
+    subject: Subject, settings: Settings, context: TrialContext, search: Search, prior: PriorPlan
 ) -> TuningReport:
     """Find a batch plan: budget, search, throughput, plan, report; every rank of a job calls it.
 
@@ -105,7 +101,7 @@ def tune(
         prior_note=prior.note,
         unfinished=latency.unfinished if latency else None,
     )
-    report = build_report(subject, runner, plan, throughput, latency, guide.way)
+    report = build_report(subject, runner, plan, throughput, latency, guide.followed)
     return report.model_copy(update={"notes": notes(report, run)})
 
 
@@ -327,7 +323,7 @@ def keep_within_budget(plan: BatchPlan, runner: TrialRunner) -> None:
     """Let training begin with as little memory as trials, and stay within the budget on a host."""
     probe = runner.context.probe
     probe.release()
-    trial = next(t for t in reversed(runner.trials) if t.batch_size == plan.micro_batch_size)
+    trial = latest_by_size(runner.trials)[plan.micro_batch_size]
     if isinstance(probe, HostProbe) and trial.peak is not None:
         probe.keep_within(runner.budget - trial.resident, trial.peak - trial.resident)
 

@@ -99,7 +99,7 @@ class HalfBatch:
 
 
 def step_gradient(
-    trainer: Any, batch: Any, index: int, parameters: Sequence[Parameter]
+    trainer: Any, batch: Any, index: int, parameters: Sequence[torch.Tensor]
 ) -> Sequence[torch.Tensor | None]:
     """Return the gradient of one training step, scaled as in training; `.grad` stays as it is."""
     arguments = build_step_kwargs(trainer.fit_loop.epoch_loop, batch, index)

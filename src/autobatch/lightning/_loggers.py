@@ -143,8 +143,8 @@ def _text(report: TuningReport, logger: Any, trainer: Trainer) -> None:
 
 def _curve(report: TuningReport, logger: Any, _: Any) -> None:
     """Log throughput and memory over the micro-batch size, in place of the training step."""
-    for size in logged.curve(report):
-        logger.log_metrics(size.values, step=size.batch_size)
+    for size, values in logged.curve(report).items():
+        logger.log_metrics(values, step=size)
 
 
 def _table(report: TuningReport, logger: Any, _: Any) -> None:

@@ -145,21 +145,27 @@ class Checkpoint:
         return is_same_job and self.trained_on in (None, here)
 
 
-def known_at_start(
-    own: BatchPlan | None,
-    checkpoint: Checkpoint | None,
-    last: Tuned | None,
-    job: LightningTraining,
-    fingerprint: str,
-    here: DeviceId,
-    settings: Settings,
-) -> PriorPlan:
-    """Return the plan of the checkpoint, else of the user, else of the previous fit."""
-    if checkpoint is not None and (own is None or checkpoint.plan is not None):
-        return _of_checkpoint(checkpoint, here, settings)
-    if own is not None:
-        return PriorPlan(own)
-    return _of_last_fit(last, job, fingerprint, here, settings)
+@dataclass(frozen=True, slots=True)
+class KnownPlans:
+    """Plans that may be known before a search."""
+
+    in_training: PriorPlan | None = None  # to tune again in the middle of training
+    own: BatchPlan | None = None  # the user's
+    checkpoint: Checkpoint | None = None
+    last: Tuned | None = None
+
+    def prior(
+        self, job: LightningTraining, fingerprint: str, here: DeviceId, settings: Settings
+    ) -> PriorPlan:
+        """Return the plan of the checkpoint, else of the user, else of the previous fit."""
+        if self.in_training is not None:
+            return self.in_training
+        checkpoint = self.checkpoint
+        if checkpoint is not None and (self.own is None or checkpoint.plan is not None):
+            return _of_checkpoint(checkpoint, here, settings)
+        if self.own is not None:
+            return PriorPlan(self.own)
+        return _of_last_fit(self.last, job, fingerprint, here, settings)
 
 
 def _of_checkpoint(checkpoint: Checkpoint, here: DeviceId, settings: Settings) -> PriorPlan:

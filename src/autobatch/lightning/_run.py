@@ -20,7 +20,7 @@ from autobatch.lightning._dataloaders import Rebatched
 from autobatch.lightning._isolation import silenced
 from autobatch.lightning._loading import DataLoaderTimer
 from autobatch.lightning._survival import Survival
-from autobatch.lightning._survival_evaluation import EvaluationSurvival
+from autobatch.lightning._survival.evaluation import EvaluationSurvival
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

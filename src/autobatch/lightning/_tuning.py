@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from autobatch._plan import BatchPlan
 from autobatch._tune import tune
@@ -17,22 +17,17 @@ from autobatch.lightning._training import TrainingSteps
 from autobatch.lightning._tuning_evaluation import with_validation
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
-    from autobatch._prior_plan import PriorPlan
-    from autobatch._settings import Settings
     from autobatch._trials.context import TrialContext
-
-
-# (subject, fingerprint, device, settings) -> the plan that is known before a search
-KnownAt: TypeAlias = "Callable[[LightningTraining, str, DeviceId, Settings], PriorPlan]"
+    from autobatch.lightning._resume import KnownPlans
 
 
 def tune_training(
     trainer: Any,
     module: Any,
     arguments: CallbackArguments,
-    known_at: KnownAt,
+    known_plans: KnownPlans,
     trained: BatchPlan | None,
     start_hooks: Sequence[str],
 ) -> Tuned:
@@ -42,7 +37,7 @@ def tune_training(
         trainer: The Trainer.
         module: The module.
         arguments: Arguments of the callback.
-        known_at: Gives the plan that is known before a search.
+        known_plans: Plans that may be known before a search.
         trained: The plan that was trained with until now; None for that of loader and Trainer.
         start_hooks: Hooks of the module that training has still to call before its first batch.
 
@@ -77,7 +72,8 @@ def tune_training(
             # In manual optimization, the module may never step
             context.optimizers.look_at(module)
         fingerprint = fingerprint_of(subject)
-        known = known_at(subject, fingerprint, _device_id(trainer, context), settings)
+        device = _device_id(trainer, context)
+        known = known_plans.prior(subject, fingerprint, device, settings)
         planned = known.plan.effective_batch_size if known.plan else None
         workload.target = known.effective_batch_size or planned or settings.target_batch_size
         report = tune(subject, settings, context, arguments.search, known)

@@ -63,9 +63,9 @@ def _text(report: TuningReport, callback: Any) -> None:
 
 
 def _curve(report: TuningReport, callback: Any) -> None:
-    for size in logged.curve(report):
-        for name, value in size.values.items():
-            callback.tb_writer.add_scalar(name, value, size.batch_size)
+    for size, values in logged.curve(report).items():
+        for name, value in values.items():
+            callback.tb_writer.add_scalar(name, value, size)
 
 
 def _table(report: TuningReport, _: Any) -> None:

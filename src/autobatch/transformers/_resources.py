@@ -49,7 +49,7 @@ def trial_context(
             budget=MemoryBudget(probe, settings.memory_limit),
             snapshot=snapshot,
             optimizers=optimizers,
-            on_first_use=nullcontext,  # model and optimizer are captured already
+            capturing_new_modules=nullcontext,  # model and optimizer are captured already
             ranks=ranks,
             progress=shown,
         )
