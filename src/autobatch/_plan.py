@@ -113,7 +113,7 @@ class _Choice:
         elif not self._ends_well(size):
             below = next(filter(self._ends_well, range(size - 1, 0, -1)), size)
             if below not in self.runner.fitting and self.runner.check_time_for(below):
-                self.runner.run(below, trial_accumulation(accumulate), is_timed=True)
+                self.runner.run(below, is_timed=True)
         return BatchPlan(self._usable[-1], accumulate, self._world_size)
 
     def fast(self, preference: Preference) -> BatchPlan:
@@ -175,7 +175,7 @@ class _Choice:
             return True
         if not self.runner.check_time_for(size):
             return False
-        self.runner.run(size, plan.trial_accumulation, is_timed=True)
+        self.runner.run(size, is_timed=True, accumulate=plan.trial_accumulation)
         return True
 
     def _candidates(self, target: int, preference: Preference) -> tuple[BatchPlan, ...]:
@@ -237,7 +237,7 @@ class _Choice:
             return False
         if not self.runner.check_time_for(last):
             return False
-        self.runner.run(last, 1, is_timed=True)
+        self.runner.run(last, is_timed=True, accumulate=1)
         return True
 
     def _is_usable(self, batch_size: int) -> bool:

@@ -156,8 +156,11 @@ class TrialRunner:
             self.gather(None)
         self.time_limit = TimeLimit(self.settings.time_limit, self.time_limit.now)
 
-    def run(self, batch_size: int, accumulate: int, *, is_timed: bool) -> Trial:
-        """Run one trial on every rank, restore all state, and record the merged result."""
+    def run(self, batch_size: int, *, is_timed: bool, accumulate: int | None = None) -> Trial:
+        """Run one trial on every rank, restore all state, and record the merged result.
+
+        It accumulates as training at this size will, unless told otherwise.
+        """
         began, deadline = self.time_limit.spent, self.deadline(self.time_limit.left)
         with self.on_every_rank(batch_size):
             sized, steps = self.sized(batch_size, accumulate), self.settings.steps_per_trial
@@ -234,7 +237,7 @@ class TrialRunner:
         trials = self.trials
         if trials and all(trial.outcome is Outcome.REFUSED for trial in trials):
             self.own_size = trials[0].batch_size
-            self.run(self.own_size, trials[0].accumulate, is_timed=is_timed)
+            self.run(self.own_size, is_timed=is_timed, accumulate=trials[0].accumulate)
 
     @contextmanager
     def on_every_rank(self, batch_size: int, *, is_dry: bool = True) -> Iterator[None]:
@@ -263,7 +266,7 @@ class TrialRunner:
         if all(batch_size != trial.batch_size for trial in self.trials):
             if not self.check_time_for(batch_size):
                 return False
-            self.run(batch_size, self.accumulation.in_trial(batch_size), is_timed=True)
+            self.run(batch_size, is_timed=True)
         return batch_size in self.fitting
 
     def check_any_fits(self) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from autobatch._loaders.samples import Samples
 from autobatch._plan import BatchPlan
 from autobatch._tune import tune
-from autobatch.lightning._accumulation import SplittingTest, batches_trained, check_repairable
+from autobatch.lightning._accumulation import SplittingTest, check_repairable
 from autobatch.lightning._attribute import FormerBatchSize, set_batch_size_attribute
 from autobatch.lightning._beside import bytes_of_callbacks
 from autobatch.lightning._compat import data_parallel_size
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from autobatch._trials.context import TrialContext
-    from autobatch.lightning._dataloaders import Loaders
     from autobatch.lightning._resume import KnownPlans
 
 
@@ -63,12 +62,10 @@ def tune_training(
         accumulate = trainer.accumulate_grad_batches
         limits = TrainerLimits(
             trainer,
+            loaders,
             trainer.max_steps,
             trainer.max_epochs,
             validates=validates,
-            batches=loaders.batches,
-            lengths=loaders.lengths,
-            samples=partial(_samples_trained, trainer, loaders),
             before=trained
             or BatchPlan(loaders.batch_size, accumulate, data_parallel_size(trainer)),
         )
@@ -136,11 +133,3 @@ def _device_id(trainer: Any, context: TrialContext) -> DeviceId:
     total = context.probe.read().total
     here = DeviceId.of(context.probe.name, total, data_parallel_size(trainer))
     return context.ranks.gather(here)[0]
-
-
-def _samples_trained(trainer: Any, loaders: Loaders, plan: BatchPlan) -> int | None:
-    """Return the samples of an epoch under `drop_last` and `limit_train_batches`."""
-    batches = batches_trained(trainer, loaders, plan.micro_batch_size)
-    if batches is None:
-        return loaders.samples
-    return loaders.samples_in(batches, plan.micro_batch_size) or None
