@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -32,10 +33,13 @@ def curve(report: TuningReport) -> dict[int, dict[str, float]]:
     }
 
 
-def size_rows(report: TuningReport) -> list[dict[str, Any]]:
-    """Return the sizes of the JSON report."""
+def log_sizes(report: TuningReport, run: Any) -> None:
+    """Log the sizes of the JSON report in a run of W&B, without a step of its own."""
     rows: list[dict[str, Any]] = json.loads(report.to_json())["sizes"]
-    return rows
+    if rows:
+        data = [list(row.values()) for row in rows]
+        table = importlib.import_module("wandb").Table(columns=list(rows[0]), data=data)
+        run.log({"autobatch/sizes": table}, commit=False)
 
 
 def summary(report: TuningReport) -> dict[str, float]:

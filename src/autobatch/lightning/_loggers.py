@@ -148,14 +148,7 @@ def _curve(report: TuningReport, logger: Any, _: Any) -> None:
 
 
 def _table(report: TuningReport, logger: Any, _: Any) -> None:
-    """Log the sizes of the JSON report, without a step of its own."""
-    rows = logged.size_rows(report)
-    if not rows:
-        return
-    table = importlib.import_module("wandb").Table(
-        columns=list(rows[0]), data=[list(row.values()) for row in rows]
-    )
-    logger.experiment.log({"autobatch/sizes": table}, commit=False)
+    logged.log_sizes(report, logger.experiment)
 
 
 def _summary(report: TuningReport, logger: Any, _: Any) -> None:

@@ -14,7 +14,7 @@ from autobatch._subject import Baseline, Description, Inference, versions
 from autobatch.lightning._accumulation import last_samples, update_notes
 from autobatch.lightning._attribute import has_batch_size_attribute
 from autobatch.lightning._compat import data_parallel_size, package_of
-from autobatch.lightning._traced import traceable_step
+from autobatch.lightning._estimating import traceable_step
 from autobatch.lightning._trainer_notes import copy_note, prefetch_note, rows_note, schedule_notes
 
 if TYPE_CHECKING:

@@ -69,12 +69,7 @@ def _curve(report: TuningReport, callback: Any) -> None:
 
 
 def _table(report: TuningReport, _: Any) -> None:
-    """Log the sizes in the run of W&B, without a step of its own."""
-    wandb, rows = importlib.import_module("wandb"), logged.size_rows(report)
-    if rows:
-        data = [list(row.values()) for row in rows]
-        table = wandb.Table(columns=list(rows[0]), data=data)
-        wandb.run.log({"autobatch/sizes": table}, commit=False)
+    logged.log_sizes(report, importlib.import_module("wandb").run)
 
 
 def _summary(report: TuningReport, _: Any) -> None:

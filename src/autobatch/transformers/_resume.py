@@ -19,17 +19,11 @@ _WAY_OUT = "Resume from a checkpoint that was written between epochs."
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint, as far as the plan of a resumed run depends on it.
-
-    Args:
-        folder: Its folder.
-        plan: The plan it was trained with; None if it was trained without autobatch.
-        between_epochs: True if no epoch is unfinished.
-    """
+    """A checkpoint, as far as the plan of a resumed run depends on it."""
 
     folder: Path
-    plan: BatchPlan | None
-    between_epochs: bool
+    plan: BatchPlan | None  # the plan it was trained with; None if it was trained without autobatch
+    between_epochs: bool  # no epoch is unfinished
 
     @classmethod
     def named(cls, given: str | Path | Literal[True], output_dir: str) -> Checkpoint:

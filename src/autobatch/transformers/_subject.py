@@ -25,21 +25,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TrainerTraining:
-    """Training in a Trainer as the subject of a tuning run.
-
-    Args:
-        workload: Runs training steps.
-        trainer: The Trainer, with everything prepared.
-        loader: The training data.
-        context: Resources of the trials.
-        before: The plan of the arguments.
-    """
+    """Training in a Trainer as the subject of a tuning run."""
 
     workload: TrainerSteps
-    trainer: Any
-    loader: TrainerLoaders
+    trainer: Any  # the Trainer, with everything prepared
+    loader: TrainerLoaders  # the training data
     context: TrialContext
-    before: BatchPlan
+    before: BatchPlan  # the plan of the arguments
 
     @classmethod
     def of(
@@ -130,18 +122,11 @@ class TrainerTraining:
 
 @dataclass(frozen=True, slots=True)
 class TrainerEvaluation(Inference):
-    """Evaluation in a Trainer as the subject of a tuning run.
-
-    Args:
-        workload: Runs prediction steps.
-        trainer: The Trainer, with everything prepared.
-        loaders: The evaluation data.
-        samples: Makes the batches.
-    """
+    """Evaluation in a Trainer as the subject of a tuning run."""
 
     workload: Workload
-    trainer: Any
-    loaders: TrainerLoaders
+    trainer: Any  # the Trainer, with everything prepared
+    loaders: TrainerLoaders  # the evaluation data
     samples: Samples
 
     @property
