@@ -1,16 +1,18 @@
-"""Sharded modules in `find`, on each of two real processes; results are saved for each rank.
+"""Sharded modules in `find`, on each of several real processes; results are saved for each rank.
 
-As torchrun starts it: sharded_cases.py DIRECTORY
+As torchrun starts it: sharded_cases.py DIRECTORY CASE …
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from random import Random
 
 import torch
 import torch.distributed as dist
@@ -22,9 +24,10 @@ from autobatch.testing import SimulatedAccelerator
 from sharded_models import KINDS, batch, parts, sharded, update
 
 RANK = int(os.environ.get("RANK", "0"))
-SEARCHED = ("fsdp2", "fsdp1", "tp")
+ALL_KINDS = (*KINDS, "ddp")
+POINTS = 20
 CAPACITY = 1_500_000  # bytes
-LARGE = {"width": 96, "depth": 1}
+LARGE, SMALL = {"width": 96, "depth": 1}, {"width": 8, "depth": 1}
 
 
 def peak_of(network, optimizer, size, accumulate=2):
@@ -42,10 +45,15 @@ def peak_of(network, optimizer, size, accumulate=2):
     return min(peaks)
 
 
+def kinds_here():
+    """Return the kinds that this number of ranks can have."""
+    return [kind for kind in ALL_KINDS if kind != "fsdp2 and tp" or dist.get_world_size() > 2]
+
+
 def peaks():
     """Return the peak of each kind, really and with dry collectives."""
     found = {}
-    for kind in (*KINDS[:-1], "ddp"):
+    for kind in kinds_here():
         network, optimizer = warm(kind)
         real = peak_of(network, optimizer, 8)
         with DryCollectives():
@@ -192,22 +200,53 @@ def refused():
     return sentences
 
 
-def main(directory):
+def failing(kind):
+    """Tune again and again, each time out of memory at another allocation of rank 1.
+
+    After each, one update of the module that was tuned and of one that never was: return the
+    results of trials, and whether losses and shards agree.
+    """
+    tuned, by_hand = sharded(kind, **SMALL), sharded(kind, **SMALL)
+    ledger, results = Ledger(), []
+    update(*tuned, 2)
+    with ledger.watching(None, 0):
+        update(*by_hand, 2)
+    for allocation in Random(kind).sample(range(1, ledger.allocations // 2), POINTS):
+        device = SimulatedAccelerator(CAPACITY)
+        device.ledger.refuse_at = allocation if RANK == 1 else None
+        report = autobatch.find(
+            loop_of(*tuned),
+            device=device,
+            max_micro_batch_size=2,
+            timing_seconds=0,
+            steps_per_trial=1,
+            verbose=False,
+        )
+        losses = update(*tuned, 2), update(*by_hand, 2)
+        pairs = zip(parts(*tuned), parts(*by_hand), strict=True)
+        same = losses[0] == losses[1] and all(torch.equal(*pair) for pair in pairs)
+        trials = [(trial.batch_size, str(trial.outcome)) for trial in report.trials]
+        results.append({"trials": trials, "same": same})
+    return results
+
+
+def main(directory, *names):
+    gc.freeze()  # keep imported objects out of the garbage collections of a search
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     cases = {
-        "peaks": peaks,
-        **{kind: partial(searched, kind, CAPACITY) for kind in SEARCHED},
+        **{each.__name__: each for each in (peaks, timed, raising, nested, refused)},
+        **{kind: partial(searched, kind, CAPACITY) for kind in ALL_KINDS},
+        **{f"{kind}/failing": partial(failing, kind) for kind in ALL_KINDS},
         "less": partial(searched, "fsdp2", CAPACITY - 300_000 * RANK),
-        **{each.__name__: each for each in (timed, raising, nested, refused)},
     }
     results = {}
-    for name, case in cases.items():
+    for name in names:
         began = time.perf_counter()
-        results[name] = case()
+        results[name] = cases[name]()
         print(name, round(time.perf_counter() - began, 2))
     torch.save(results, Path(directory) / f"rank-{RANK}.pt")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
