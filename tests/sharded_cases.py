@@ -125,6 +125,34 @@ def timed():
     return {"sizes": [each.batch_size for each in report.curve], "updates": updates[0]}
 
 
+def out_of_memory_on_rank_1(is_time):
+    """Return the sizes timed if rank 1 runs out of memory at size 2 in some updates, or the error.
+
+    Args:
+        is_time: Whether it does, by the starts of the workload at that size, and whether
+            collectives are real.
+    """
+    network, optimizer = sharded("fsdp2", **LARGE)
+    starts = [0]
+
+    def train(batch_size, accumulate):
+        starts[0] += batch_size == 2
+        while True:
+            ranks = torch.ones(1)
+            dist.all_reduce(ranks)
+            if RANK == 1 and batch_size == 2 and is_time(starts[0], ranks.item() == 2):
+                raise torch.OutOfMemoryError("of another process")
+            update(network, optimizer, batch_size, accumulate)
+            yield
+
+    device = SimulatedAccelerator(4_000_000)
+    try:
+        report = autobatch.find(train, device=device, max_micro_batch_size=4, timing_seconds=60)
+    except (torch.OutOfMemoryError, autobatch.AutobatchError) as error:
+        return f"{type(error).__name__}: {error}"
+    return [each.batch_size for each in report.curve]
+
+
 def raising():
     network, optimizer = sharded("fsdp2")
 
@@ -235,6 +263,8 @@ def main(directory, *names):
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     cases = {
         **{each.__name__: each for each in (peaks, timed, raising, nested, refused)},
+        "taken": partial(out_of_memory_on_rank_1, lambda starts, _: starts > 1),
+        "leaving": partial(out_of_memory_on_rank_1, lambda _, is_real: is_real),
         **{kind: partial(searched, kind, CAPACITY) for kind in ALL_KINDS},
         **{f"{kind}/failing": partial(failing, kind) for kind in ALL_KINDS},
         "less": partial(searched, "fsdp2", CAPACITY - 300_000 * RANK),

@@ -26,7 +26,8 @@ FAILING = [kind for kind in ON_TWO if kind != "fsdp2 kept"]
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
     """Results of two ranks in all cases, one after another in the same two processes."""
-    others = ("peaks", "less", "timed", "raising", "nested", "refused")
+    # A rank that leaves comes last: nothing but its end tells the other one
+    others = ("peaks", "less", "timed", "taken", "raising", "nested", "refused", "leaving")
     return on_ranks(2, PROGRAM, tmp_path_factory.mktemp("two"), *SEARCHED, *others)
 
 
@@ -130,6 +131,17 @@ def test_proven_sizes_are_timed_by_all_ranks_in_step(job):
 
     assert first == second
     assert first["sizes"] == [1, 2, 4]
+
+
+def test_memory_taken_since_the_trial_fails_a_size_before_ranks_are_in_step(job):
+    assert [rank["taken"] for rank in job] == [[1, 4], [1, 4]]
+
+
+def test_a_rank_that_runs_out_of_memory_in_step_ends_the_others(job):
+    first, second = (rank["leaving"] for rank in job)
+
+    assert first == "AutobatchError: Rank 1 stopped: OutOfMemoryError: of another process"
+    assert second == "OutOfMemoryError: of another process"
 
 
 def test_a_sharded_rank_that_raises_ends_the_others(job):

@@ -79,9 +79,10 @@ def time_together(
     enough: Callable[[Sequence[float]], bool],
     context: TrialContext,
 ) -> Timing:
-    """Time updates of a size that is known to fit, with real collectives, on all ranks in step.
+    """Time updates of a size with real collectives, on all ranks in step.
 
-    No error fails the size: on one rank alone it leaves the others in a collective.
+    The same updates have just run with dry ones: what they took is in the cache of the allocator,
+    which is not emptied, so that memory runs out on no rank while others wait in a collective.
 
     Args:
         workload: A training loop that yields after every optimizer step.
@@ -91,18 +92,16 @@ def time_together(
         context: Resources of the trials.
     """
     with noting(batch_size):
-        context.probe.release()
         return time_restarted(workload, batch_size, accumulate, enough, context)
 
 
 def run_together(
     workload: Workload, batch_size: int, accumulate: int, context: TrialContext
 ) -> None:
-    """Run one update with real collectives, on all ranks in step."""
-    with noting(batch_size):
-        context.probe.release()
-        with context.on_first_use(), RunningWorkload(workload, batch_size, accumulate) as run:
-            run.step()
+    """Run one update with real collectives, on all ranks in step, as `time_together` does."""
+    run = RunningWorkload(workload, batch_size, accumulate)
+    with noting(batch_size), context.on_first_use(), run:
+        run.step()
 
 
 def until(
