@@ -130,6 +130,15 @@ def test_bands_are_narrow_only_for_what_was_compared_with_a_gpu():
     assert of_convolutions().band_share > 0.04
 
 
+def test_a_context_that_is_taken_from_an_h200_is_named_where_the_limit_depends_on_it():
+    limits = {"256MiB": (), 0.9: ("the CUDA context, taken for that of an H200",)}
+
+    for limit, named in limits.items():
+        estimate = of_convolutions(memory_limit=limit)
+        assert estimate.untested[3:] == named
+    assert estimate.band_share == pytest.approx(0.09 + 300 * MIB / target_gpu("T4").reading.total)
+
+
 def test_attention_is_found_where_it_is_written_out():
     def square(model, batch):
         return model(batch).square().mean()
@@ -314,7 +323,7 @@ def refused(match, model=None, step=loss, batch=None, kind=AutobatchError, **cha
 
 
 def test_steps_that_are_not_modelled_are_refused_in_one_sentence(monkeypatch):
-    refused("recurrent network", nn.LSTM(4, 4))
+    refused("the model is a recurrent network", nn.GRU(4, 4))
     refused("does not run on fake tensors", step=lambda model, batch: loss(model, batch).item())
     refused("several devices", nn.DataParallel(convolutional()))
     refused("sparse gradients", nn.Embedding(4, 4, sparse=True))

@@ -92,7 +92,7 @@ def estimate_of(
 ) -> Estimate:
     """Return the estimate of checked inputs on a GPU."""
     memory = inputs.estimated(target.gpu)
-    band = band_of(inputs, memory.events.at(2), target.guesses)
+    band = band_of(inputs, memory.events.at(2), target.guesses_within(limit))
     budget = max(0, memory_budget(target.reading, limit))
     if calibrate is not None:
         accumulate = inputs.step.accumulate

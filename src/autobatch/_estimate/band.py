@@ -25,6 +25,7 @@ _TRANSFORMER: Final = 0.015
 _SMALL_TRANSFORMER: Final = 0.04
 _SMALL: Final = 3 * _GIB  # bytes of a peak below which segments of 20 MiB count
 _CONVOLUTIONAL: Final = 0.04
+_RECURRENT: Final = 0.10  # of one network, by the largest error of a guess before it was fitted
 _OTHER: Final = 0.06
 # Added for each thing that no GPU was compared in; not measured
 _PRECISION: Final = 0.03
@@ -32,6 +33,8 @@ _OPTIMIZER: Final = 0.01
 _FUSED: Final = 0.01
 _LAYOUT: Final = 0.04
 _BENCHMARK: Final = 0.04
+_OTHER_LSTM: Final = 0.05
+_MEASURED_LAYERS: Final = 2
 # Of a report that calibrates: errors beside those that the report shows
 _CALIBRATED: Final = 0.01
 _FACTOR: Final = 4  # of the largest peak; smaller ones say nothing of larger batches
@@ -143,6 +146,8 @@ def band_of(inputs: Inputs, events: Iterable[Event], guesses: Iterable[Guess]) -
 
 def _kind_of(model: nn.Module, operators: set[str]) -> float:
     """Return the error of a kind of network. Convolutions that make patches are no matter."""
+    if any(isinstance(part, nn.LSTM) for part in model.modules()):
+        return _RECURRENT
     layers = [part for part in model.modules() if isinstance(part, _CONVOLUTIONS)]
     is_convolutional = any(map(_overlaps, layers)) or (
         not layers and any("convolution_backward" in name for name in operators)
@@ -176,6 +181,9 @@ def _guesses(inputs: Inputs) -> Iterator[Guess]:
         yield Guess("fused=True of the optimizer", _FUSED)
     if any(map(_is_channels_last, model.parameters())):
         yield Guess("channels_last", _LAYOUT)
+    lstms = [part for part in model.modules() if isinstance(part, nn.LSTM)]
+    if any(part.num_layers != _MEASURED_LAYERS or part.bidirectional for part in lstms):
+        yield Guess("LSTMs other than of two layers in one direction", _OTHER_LSTM)
     has_convolutions = any(isinstance(part, _CONVOLUTIONS) for part in model.modules())
     if has_convolutions and torch.backends.cudnn.benchmark:
         yield Guess("torch.backends.cudnn.benchmark", _BENCHMARK)
