@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import subprocess
 import sys
 from functools import cache
@@ -17,13 +18,18 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import autobatch
+from autobatch._estimate.breakdown import peak
+from autobatch._estimate.changes import changed
 from autobatch._estimate.device import target_gpu
+from autobatch._estimate.inputs import Inputs
 from autobatch._memory.estimate.gpus import GPUS
+from autobatch._memory.estimate.prediction import MemoryEstimate
+from autobatch._memory.estimate.scratch import Gpu
 from autobatch.errors import AutobatchError
 from autobatch.report import Outcome, Trial
 from report_examples import example
 from sameness import same
-from test_estimate import Attention, convolutional, images, loss, tokens
+from test_estimate import Attention, convolutional, images, loss, step_of, tokens
 
 MIB, GIB = 2**20, 2**30
 
@@ -284,11 +290,33 @@ def test_changes_are_estimates_of_changed_steps():
         "precision bf16-mixed",
         "gradient checkpointing",
         "SGD with momentum",
+        "8-bit optimizer state",
         "2 micro-batches per update",
+        "expandable segments",
     ]
     assert found["gradient checkpointing"] == checkpointed.largest != estimate.largest
     assert found["2 micro-batches per update"] <= estimate.largest <= found["SGD with momentum"]
+    assert found["SGD with momentum"] <= found["8-bit optimizer state"]
+    # Next to no fragments here; pages of 20 MiB instead of segments of 2 MiB
+    assert found["expandable segments"] == pytest.approx(estimate.largest, rel=0.01)
+    untested = {each for change in changes for each in change.untested} - {*estimate.untested}
+    assert untested == {"optimizer SGD", "optimizer AdamW8bit", "expandable segments"}
     assert "2 micro-batches per update" in estimate.text(changes=changes)
+
+
+def test_8_bit_state_has_a_byte_per_value_and_a_scale_per_block():
+    model = nn.Linear(1000, 1000)
+
+    step = step_of(model, lambda size: torch.randn(size, 1000), loss=lambda m, x: m(x).sum())
+    (changed_step,) = (
+        inputs.step for words, inputs in changed(Inputs(step, "bf16-mixed")) if "8-bit" in words
+    )
+    events = list(MemoryEstimate.of(changed_step, Gpu()).events.at(2))
+
+    values = 1000 * 1000
+    scales = 4 * math.ceil(values / 256)
+    biases = 4 * 1000  # too few values
+    assert peak(events, Gpu(), model).held["optimizer state"] == 2 * (values + scales + biases)
 
 
 def test_a_model_that_cannot_fit_says_so():

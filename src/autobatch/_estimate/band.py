@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import torch
@@ -78,6 +79,9 @@ class Guess:
     share: float  # width that it adds to the band, as a share
 
 
+EXPANDABLE: Final = Guess("expandable segments", 0.05)
+
+
 @dataclass(frozen=True, slots=True)
 class Band:
     """Relative error of a predicted peak, and its correction by measured peaks."""
@@ -108,6 +112,15 @@ class Band:
         """Return the prediction that is corrected to these bytes."""
         return max(0, round((nbytes - self.offset) / self.ratio))
 
+    def widened(self, guess: Guess) -> Self:
+        """Return a band with one more guess."""
+        return replace(
+            self,
+            share=self.share + guess.share,
+            share_of_small=self.share_of_small + guess.share,
+            untested=(*self.untested, guess.what),
+        )
+
     def calibrated(self, trials: Sequence[Trial], predicted: Sequence[int], budget: int) -> Self:
         """Return a band around measured peaks; the largest trial corrects the prediction.
 
@@ -136,12 +149,10 @@ def band_of(inputs: Inputs, events: Iterable[Event], guesses: Iterable[Guess]) -
     """Return the band of a step; `guesses` are those about the device."""
     kind = _kind_of(inputs.step.model, {event.name for event in events})
     found = [*_guesses(inputs), *guesses]
-    extra = sum(guess.share for guess in found)
-    untested = tuple(guess.what for guess in found)
     if kind is _OTHER:
-        untested = ("networks without attention or convolutions", *untested)
-    small = _SMALL_TRANSFORMER if kind is _TRANSFORMER else kind
-    return Band(kind + extra, small + extra, untested=untested)
+        found.insert(0, Guess("networks without attention or convolutions", 0.0))
+    band = Band(kind, _SMALL_TRANSFORMER if kind is _TRANSFORMER else kind)
+    return reduce(Band.widened, found, band)
 
 
 def _kind_of(model: nn.Module, operators: set[str]) -> float:
