@@ -22,6 +22,8 @@ from autobatch._estimate.breakdown import peak
 from autobatch._estimate.changes import changed
 from autobatch._estimate.device import target_gpu
 from autobatch._estimate.inputs import Inputs
+from autobatch._memory.cuda import CudaProbe
+from autobatch._memory.estimate.events import UntraceableError
 from autobatch._memory.estimate.gpus import GPUS
 from autobatch._memory.estimate.prediction import MemoryEstimate
 from autobatch._memory.estimate.scratch import Gpu
@@ -137,7 +139,7 @@ def test_bands_are_narrow_only_for_what_was_compared_with_a_gpu():
 
 
 def test_a_context_that_is_taken_from_an_h200_is_named_where_the_limit_depends_on_it():
-    limits = {"256MiB": (), 0.9: ("the CUDA context, taken for that of an H200",)}
+    limits = {"256MiB": (), 0.9: ("a CUDA context as large as on an H200",)}
 
     for limit, named in limits.items():
         estimate = of_convolutions(memory_limit=limit)
@@ -350,15 +352,52 @@ def refused(match, model=None, step=loss, batch=None, kind=AutobatchError, **cha
     assert "\n" not in str(error.value)
 
 
-def test_steps_that_are_not_modelled_are_refused_in_one_sentence(monkeypatch):
+def named(kind, module):
+    """Return a model of one layer whose class seems to be that of a library."""
+    return nn.Sequential(type(kind, (nn.Linear,), {"__module__": module})(4, 4))
+
+
+@torch.library.custom_op("autobatch_tests::double", mutates_args=())
+def without_fake_kernel(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+def test_models_that_are_not_modelled_are_refused_in_one_sentence():
+    compiled = convolutional()
+    compiled._orig_mod = nn.Identity()
+
     refused("the model is a recurrent network", nn.GRU(4, 4))
-    refused("does not run on fake tensors", step=lambda model, batch: loss(model, batch).item())
+    refused(
+        "0 is a Linear4bit, whose kernels are not modelled", named("Linear4bit", "bitsandbytes")
+    )
     refused("several devices", nn.DataParallel(convolutional()))
+    refused("0 is a FSDPModule, and models on several", named("FSDPModule", "torch.distributed"))
+    refused("the model is compiled", compiled)
     refused("sparse gradients", nn.Embedding(4, 4, sparse=True))
     refused("in eval mode", convolutional().eval())
     refused("needs parameters of torch.bfloat16", precision="bf16-true")
+
+
+def test_steps_that_are_not_modelled_are_refused_in_one_sentence():
+    refused("does not run on fake tensors", step=lambda model, batch: model(batch[0][:, :1]).sum())
+    refused(
+        r"the step depends on values of tensors \(aten.nonzero.default\)",
+        step=lambda model, batch: model(batch[0])[batch[1] > 0].sum(),
+    )
+    refused(
+        "no fake impl registered for .*autobatch_tests::double",
+        step=lambda model, batch: without_fake_kernel(model(batch[0])).sum(),
+    )
+
+
+def test_devices_that_are_not_modelled_are_refused_in_one_sentence(monkeypatch):
+    refused("device='mps' is not a known GPU", kind=ValueError, device="mps")
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
     refused("PYTORCH_CUDA_ALLOC_CONF=max_split_size_mb:64 changes the allocator")
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    with pytest.raises(UntraceableError, match="not the native one of CUDA"):
+        CudaProbe.gpu(object.__new__(CudaProbe))
 
 
 def test_bad_arguments_are_refused_by_name():

@@ -22,7 +22,7 @@ _CONTEXT_ERROR: Final = 300 * 2**20  # on another GPU; not measured
 _MEASURED: Final = "H200"
 # Added to the band; not measured
 _ANOTHER: Final = Guess(f"GPUs other than an {_MEASURED}", 0.01)
-_UNKNOWN: Final = Guess("the type of the GPU, taken for an H100", 0.02)
+_UNKNOWN: Final = Guess("a GPU of unknown type, taken for an H100", 0.02)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +93,6 @@ def _present(device: str | None) -> TargetGpu:
 
 
 def _guessed(name: str, total: int, gpu: Gpu, guess: Guess) -> TargetGpu:
-    context = f"the CUDA context, taken for that of an {_MEASURED}"
+    context = f"a CUDA context as large as on an {_MEASURED}"
     of_context = Guess(context, _CONTEXT_ERROR / total)
     return TargetGpu(name, _unused(total), gpu, (guess,), (of_context,))

@@ -8,7 +8,7 @@ from autobatch._estimate.breakdown import Held
 from autobatch._memory import format_bytes
 from autobatch._report.layout import Column, Fact, Page
 from autobatch._report.tables import bar, counts, measures, table_of
-from autobatch._report.units import BYTES, counted, factor, percent, plain
+from autobatch._report.units import BYTES, counted, multiple, percent, plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -102,7 +102,7 @@ def _changes(estimate: Estimate, changes: Sequence[EstimatedChange]) -> Iterator
         [
             counts("largest", sizes),
             Column("band", tuple(f"{size.low:,} to {size.high:,}" for size in sizes)),
-            Column("", tuple(factor(size / max(1, estimate.largest)) for size in sizes)),
+            Column("", tuple(multiple(size / max(1, estimate.largest)) for size in sizes)),
             Column("with", tuple(each.change for each in changes), align="<"),
         ],
         title="With one change",

@@ -18,7 +18,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeCopyMode,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -94,8 +99,12 @@ def trace(
                 _run(step, model, optimizer, batch, tracer)
     except UntraceableError:
         raise
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise UntraceableError(
+            f"the step depends on values of tensors ({error.func}), and a trace has only their shapes"
+        ) from None
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0].partition(". ")[0]
         raise UntraceableError(f"the step does not run on fake tensors ({reason})") from None
     return tracer.events
 
