@@ -40,7 +40,7 @@ LAYERS = (
     ("_estimate",),
     ("_progress",),
     ("report", "sinks", "testing"),
-    ("_subject",),
+    ("_subject", "_prior_plan"),
     ("_guide",),
     ("_tune",),
     ("_find",),

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 import torch
 from torch.utils.data import DataLoader
 
-from autobatch._loaders.order import capture_order, layers, take_iterator
+from autobatch._loaders.epochs import capture_order, layers, take_iterator
 from autobatch._loaders.reading import alike, reading_of
 
 if TYPE_CHECKING:

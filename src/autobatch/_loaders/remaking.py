@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from torch.utils.data import BatchSampler, DataLoader
 
 from autobatch._trials.snapshot import Snapshot
+from autobatch._undo import Absent
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -23,10 +24,6 @@ _KEPT: Final = {
     "_DataLoader__multiprocessing_context",
     "_iterator",
 }
-
-
-class _Missing:
-    """Value of an attribute that is not there."""
 
 
 def sampler_of(loader: DataLoader[Any]) -> Any:
@@ -44,7 +41,7 @@ def has_torch_iteration(loader: DataLoader[Any]) -> bool:
 def samplers_of_same_size(loader: DataLoader[Any]) -> list[Any]:
     """Return the sampler of single samples if it has the batch size in an attribute, too."""
     sampler = sampler_of(loader)
-    size = getattr(sampler, "__dict__", {}).get("batch_size", _Missing)
+    size = getattr(sampler, "__dict__", {}).get("batch_size", Absent)
     return [sampler] if size == getattr(loader.batch_sampler, "batch_size", None) else []
 
 
@@ -187,7 +184,7 @@ def _attributes(part: Any, left_out: str | None) -> Iterator[tuple[str, Any]]:
 def _take_over(part: Any, made: Any) -> None:
     """Assign the attributes of a new object that differ: others may go on, as an epoch does."""
     for name, value in vars(made).items():
-        if name not in _KEPT and not _is_equal(vars(part).get(name, _Missing), value):
+        if name not in _KEPT and not _is_equal(vars(part).get(name, Absent), value):
             vars(part)[name] = value
 
 

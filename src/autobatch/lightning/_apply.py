@@ -9,7 +9,7 @@ from weakref import ref
 
 from torch.utils.data import DataLoader
 
-from autobatch._loaders.order import capture_order, take_iterator
+from autobatch._loaders.epochs import capture_order, take_iterator
 from autobatch._trials.snapshot import Snapshot
 from autobatch._undo import Undo, patched
 from autobatch.lightning._attribute import FormerBatchSize, set_batch_size_attribute

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader
 
-from autobatch._loaders.order import capture_order
+from autobatch._loaders.epochs import capture_order
 from autobatch._trials.snapshot import Snapshot
 from autobatch._undo import Undo, patched
-from autobatch.lightning._silence import silenced
+from autobatch.lightning._isolation import silenced
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

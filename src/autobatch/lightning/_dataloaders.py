@@ -16,8 +16,13 @@ from autobatch._loaders.batch_size import (
     changed_batch_size,
     is_writable,
 )
-from autobatch._loaders.epochs import batches_of, length_of, samples_of
-from autobatch._loaders.order import capture_order, order_restored
+from autobatch._loaders.epochs import (
+    batches_of,
+    capture_order,
+    length_of,
+    order_restored,
+    samples_of,
+)
 from autobatch._loaders.remaking import (
     Remaking,
     arguments_left_open,

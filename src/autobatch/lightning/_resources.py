@@ -129,7 +129,7 @@ def trial_resources(
             budget=MemoryBudget(probe, arguments.settings.memory_limit),
             snapshot=snapshot,
             optimizers=optimizers,
-            on_first_use=nullcontext,  # the module and its optimizers are captured already
+            capturing_new_modules=nullcontext,  # the module and its optimizers are captured already
             ranks=ranks,
             progress=shown,
         )

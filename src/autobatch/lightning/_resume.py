@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from autobatch._loaders.epochs import samples_of
 from autobatch._plan import BatchPlan
-from autobatch._tune import PriorPlan
+from autobatch._prior_plan import PriorPlan
 from autobatch.errors import AutobatchError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def fingerprint_of(job: LightningTraining) -> str:
 
 
 def _description(job: LightningTraining) -> Iterator[object]:
-    yield job.name
+    yield job.describe().name
     yield job.module  # printed with the settings of its layers, such as strides
     tensors: Iterator[tuple[str, torch.Tensor]] = chain(
         job.module.named_parameters(), job.module.named_buffers()
@@ -157,21 +157,27 @@ class Checkpoint:
         return self.device is None or (self.device, self.total) == (here.device, here.total)
 
 
-def known_at_start(
-    own: BatchPlan | None,
-    checkpoint: Checkpoint | None,
-    last: TunedFit | None,
-    job: LightningTraining,
-    fingerprint: str,
-    here: DeviceId,
-    settings: Settings,
-) -> PriorPlan:
-    """Return the plan of the checkpoint, else of the user, else of the previous fit."""
-    if checkpoint is not None and (own is None or checkpoint.plan is not None):
-        return _of_checkpoint(checkpoint, here, settings)
-    if own is not None:
-        return PriorPlan(own)
-    return _of_last_fit(last, job, fingerprint, here, settings)
+@dataclass(frozen=True, slots=True)
+class KnownPlans:
+    """Plans that may be known before a search."""
+
+    in_training: PriorPlan | None = None  # to tune again in the middle of training
+    own: BatchPlan | None = None  # the user's
+    checkpoint: Checkpoint | None = None
+    last: TunedFit | None = None
+
+    def prior(
+        self, job: LightningTraining, fingerprint: str, here: DeviceId, settings: Settings
+    ) -> PriorPlan:
+        """Return the plan of the checkpoint, else of the user, else of the previous fit."""
+        if self.in_training is not None:
+            return self.in_training
+        checkpoint = self.checkpoint
+        if checkpoint is not None and (self.own is None or checkpoint.plan is not None):
+            return _of_checkpoint(checkpoint, here, settings)
+        if self.own is not None:
+            return PriorPlan(self.own)
+        return _of_last_fit(self.last, job, fingerprint, here, settings)
 
 
 def _of_checkpoint(checkpoint: Checkpoint, here: DeviceId, settings: Settings) -> PriorPlan:
@@ -186,12 +192,14 @@ def _of_checkpoint(checkpoint: Checkpoint, here: DeviceId, settings: Settings) -
         return _within_epoch(plan, here)
     if not checkpoint.was_on(here) or not _allowed(plan, settings):
         return PriorPlan(
-            target=effective,
+            effective_batch_size=effective,
             note=f"Tuned again for the checkpoint's effective batch of {effective:,}: it was "
             f"trained with {_in_words(plan)}{_on_device(checkpoint, here)}.",
         )
     return PriorPlan(
-        plan, target=effective, note="Resumed: one trial verified the checkpoint's plan."
+        plan,
+        effective_batch_size=effective,
+        note="Resumed: one trial verified the checkpoint's plan.",
     )
 
 

@@ -14,7 +14,7 @@ from autobatch.lightning._apply import BeforeData, BeforeOptimizers
 from autobatch.lightning._dataloaders import Rebatched
 from autobatch.lightning._loading import DataLoaderTimer
 from autobatch.lightning._survival import Survival
-from autobatch.lightning._survival_evaluation import EvaluationSurvival
+from autobatch.lightning._survival.evaluation import EvaluationSurvival
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -64,33 +64,6 @@ class Run:
         size = getattr(trainer.train_dataloader, "batch_size", None)
         self.survival = Survival(trainer, probe, size if isinstance(size, int) else None)
         self.replace(self.survival.patch())
-
-    def start_epoch(self) -> None:
-        """Count samples from here; waiting for the first batch of an epoch does not count."""
-        self.timer.interrupt()
-        if self.window is not None:
-            self.window.start_epoch()
-
-    def start_batch(self, trainer: Trainer, batch: Any, index: int) -> None:
-        """Count the time and the samples of a batch."""
-        self.timer.start_batch(trainer)
-        if self.window is not None:
-            self.window.start_batch(trainer, batch, index)
-
-    def before_backward(self, trainer: Trainer) -> None:
-        """Weight the gradients accumulated before the last micro-batch of an epoch."""
-        if self.window is not None:
-            self.window.before_backward(trainer)
-
-    def before_step(self, trainer: Trainer, optimizer: Any) -> None:
-        """Weight the gradients of the last window of an epoch."""
-        if self.window is not None:
-            self.window.before_step(trainer, optimizer)
-
-    def note_half_step(self, error: BaseException) -> None:
-        """Add a note to an error of the optimizer's step that means out of memory."""
-        if self.survival is not None:
-            self.survival.note_half_step(error)
 
     def replace(self, patch: patched) -> None:
         """Replace a method of a loop until `undo`."""

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from autobatch._accumulation import batch_norms
 from autobatch._report.accumulation_notes import never_stepped
+from autobatch._report.result import SubjectNotes
 from autobatch._report.tradeoff import common_rule, unwrapped
-from autobatch._subject import Inference, versions
+from autobatch._subject import Baseline, Description, Inference, versions
 from autobatch.lightning._accumulation import last_samples, update_notes
 from autobatch.lightning._attribute import has_batch_size_attribute
 from autobatch.lightning._compat import data_parallel_size, package_of
-from autobatch.lightning._traced import traceable_step
+from autobatch.lightning._estimating import traceable_step
 from autobatch.lightning._trainer_notes import copy_note, prefetch_note, rows_note, schedule_notes
 
 if TYPE_CHECKING:
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from autobatch._memory.estimate.tracer import TrainingStep
     from autobatch._plan import BatchPlan
     from autobatch._report import Task
-    from autobatch._report.result import Look
-    from autobatch._report.tradeoff import LearningRateRule
     from autobatch._settings import Settings
     from autobatch._trials.context import TrialContext
     from autobatch._trials.time_limit import TimeLimit
@@ -51,7 +50,6 @@ class LightningTraining:
         context: Resources of the trials.
         accumulate: Accumulation of the Trainer.
         copied_bytes: Bytes of the copy of all state that is kept on the host.
-        first_note: A note on the plan that was known before; None if there is none.
     """
 
     workload: TrainingSteps
@@ -66,40 +64,32 @@ class LightningTraining:
     context: TrialContext
     accumulate: int
     copied_bytes: int
-    first_note: str | None = None
-
-    can_accumulate: ClassVar = True
 
     @property
     def task(self) -> Task:
         return "train"
 
     @property
-    def name(self) -> str:
-        optimizers = " + ".join(_class_name(unwrapped(each)) for each in self.trainer.optimizers)
-        return f"{_class_name(self.module)} · {optimizers} · {self.trainer.precision}"
+    def baseline(self) -> Baseline:
+        """Lightning steps at the end of an epoch, and in manual optimization the module steps."""
+        return Baseline(
+            start_batch_size=self.loaders.batch_size,
+            own_batch_size=self.loaders.batch_size,
+            can_accumulate=True,
+            accumulate=self.accumulate,
+            max_samples_per_update=self.loaders.samples,
+            plan=self.limits.before if self.module.automatic_optimization else None,
+        )
 
-    @property
-    def environment(self) -> dict[str, str]:
-        return _environment(self.trainer)
-
-    @property
-    def start_batch_size(self) -> int:
-        return self.loaders.batch_size
-
-    @property
-    def own_batch_size(self) -> int:
-        return self.loaders.batch_size
-
-    @property
-    def max_samples_per_update(self) -> int | None:
-        """Samples of an epoch: Lightning steps at its end, whatever the accumulation."""
-        return self.loaders.samples
-
-    @property
-    def previous_plan(self) -> BatchPlan | None:
-        """The plan until now; None in manual optimization, where the module defines its updates."""
-        return self.limits.before if self.module.automatic_optimization else None
+    def describe(self) -> Description:
+        optimizers = self.trainer.optimizers
+        names = " + ".join(_class_name(unwrapped(each)) for each in optimizers)
+        return Description(
+            f"{_class_name(self.module)} · {names} · {self.trainer.precision}",
+            _environment(self.trainer),
+            common_rule(optimizers),
+            self.samples.look,
+        )
 
     def samples_per_epoch(self, plan: BatchPlan) -> int | None:
         return self.limits.samples(plan)
@@ -114,12 +104,6 @@ class LightningTraining:
             return None
         return last_samples(self.trainer, self.loaders, batch_size)
 
-    def learning_rate_rule(self) -> LearningRateRule | None:
-        return common_rule(self.trainer.optimizers)
-
-    def largest_samples(self) -> Look | None:
-        return self.samples.look
-
     def traceable_step(self, accumulate: int) -> TrainingStep:
         return traceable_step(self.trainer, self.module, self.samples, accumulate)
 
@@ -129,18 +113,19 @@ class LightningTraining:
     def has_batch_norm(self) -> bool:
         return bool(batch_norms(self.module.modules()))
 
-    def trial_notes(self, plan: BatchPlan) -> tuple[str, ...]:
-        return (never_stepped(),) if self.context.optimizers.never_stepped else ()
-
-    def plan_notes(self, plan: BatchPlan, time_limit: TimeLimit) -> tuple[str, ...]:
+    def notes(self, plan: BatchPlan, time_limit: TimeLimit) -> SubjectNotes:
         has_attribute = has_batch_size_attribute(self.module, self.batch_arg_name)
-        return (
-            *((self.first_note,) if self.first_note else ()),
-            *self.splits.notes(plan, time_limit),
-            *schedule_notes(self.trainer, self.limits.before, plan, has_attribute=has_attribute),
-            *update_notes(self.trainer, self.loaders, plan, repaired=self.repairs_last_window),
-            *self.limits.notes(plan),
-            *self._data_notes(plan),
+        return SubjectNotes(
+            trials=(never_stepped(),) if self.context.optimizers.never_stepped else (),
+            plan=(
+                *self.splits.notes(plan, time_limit),
+                *schedule_notes(
+                    self.trainer, self.limits.before, plan, has_attribute=has_attribute
+                ),
+                *update_notes(self.trainer, self.loaders, plan, repaired=self.repairs_last_window),
+                *self.limits.notes(plan),
+                *self._data_notes(plan),
+            ),
         )
 
     def _data_notes(self, plan: BatchPlan) -> tuple[str, ...]:
@@ -188,22 +173,15 @@ class LightningEvaluation(Inference):
         return self.stage.name
 
     @property
-    def name(self) -> str:
-        return f"{_class_name(self.module)} · {self.stage.name} · {self.trainer.precision}"
+    def baseline(self) -> Baseline:
+        return Baseline(self.start_batch_size, self.loaders.batch_size)
 
-    @property
-    def own_batch_size(self) -> int:
-        return self.loaders.batch_size
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return _environment(self.trainer)
+    def describe(self) -> Description:
+        name = f"{_class_name(self.module)} · {self.stage.name} · {self.trainer.precision}"
+        return Description(name, _environment(self.trainer), look=self.samples.look)
 
     def samples_per_epoch(self, plan: BatchPlan) -> int | None:
         return self.settings.dataset_size
-
-    def largest_samples(self) -> Look | None:
-        return self.samples.look
 
     def planned_seconds(self, sample_seconds: float) -> float | None:
         samples = self.settings.dataset_size
@@ -211,15 +189,15 @@ class LightningEvaluation(Inference):
             None if samples is None else sample_seconds * samples / data_parallel_size(self.trainer)
         )
 
-    def plan_notes(self, plan: BatchPlan, time_limit: TimeLimit) -> tuple[str, ...]:
+    def notes(self, plan: BatchPlan, time_limit: TimeLimit) -> SubjectNotes:
         """Return a note on the meaning of a call with several loaders."""
         if self.settings.latency_limit is None or len(self.loaders.each) == 1:
-            return ()
+            return SubjectNotes()
         note = (
             f"A call is one batch of each of the {len(self.loaders.each)} loaders, one after the "
             "other; batch sizes are those of the first."
         )
-        return (note,)
+        return SubjectNotes(plan=(note,))
 
 
 def _class_name(thing: object) -> str:

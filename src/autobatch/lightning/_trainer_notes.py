@@ -13,14 +13,16 @@ from autobatch._memory.host import HostMemory
 from autobatch._plan import ceil_div
 from autobatch._trials.snapshot import Snapshot
 from autobatch.errors import AutobatchError
+from autobatch.lightning._accumulation import batches_trained
 from autobatch.lightning._compat import combined_loader, validation_interval
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from torch.utils.data import DataLoader
 
     from autobatch._plan import BatchPlan
+    from autobatch.lightning._dataloaders import Loaders
     from autobatch.lightning._trainer import Trainer
 
 
@@ -29,13 +31,18 @@ class TrainerLimits:
     """Arguments of a Trainer that count batches or steps."""
 
     trainer: Trainer
+    loaders: Loaders
     max_steps: int  # updates after which training stops; -1 for no limit
     max_epochs: int | None  # epochs after which training stops; None or -1 for no limit
     validates: bool
-    batches: Callable[[int], int | None]  # of an epoch, by size; None if a loader has no length
-    lengths: Callable[[int], tuple[int, ...] | None]  # of each loader
-    samples: Callable[[BatchPlan], int | None]  # that an epoch trains on; None if unknown
     before: BatchPlan  # the plan until now
+
+    def samples(self, plan: BatchPlan) -> int | None:
+        """Return the samples of an epoch under `drop_last` and `limit_train_batches`, if known."""
+        batches = batches_trained(self.trainer, self.loaders, plan.micro_batch_size)
+        if batches is None:
+            return self.loaders.samples
+        return self.loaders.samples_in(batches, plan.micro_batch_size) or None
 
     def planned_seconds(self, sample_seconds: float) -> float | None:
         """Return the seconds of all training steps of a rank, at the seconds of one sample."""
@@ -54,7 +61,7 @@ class TrainerLimits:
     def check(self, plan: BatchPlan) -> None:
         """Raise `AutobatchError` if an epoch has too few batches with this plan."""
         trainer, size = self.trainer, plan.micro_batch_size
-        batches, lengths = self.batches(size), self.lengths(size)
+        batches, lengths = self.loaders.batches(size), self.loaders.lengths(size)
         if batches is None or lengths is None:
             return
         limit, fewest = trainer.limit_train_batches, min(lengths)
@@ -69,12 +76,12 @@ class TrainerLimits:
         interval = validation_interval(trainer)
         validates = trainer.check_val_every_n_epoch is not None and trainer.limit_val_batches > 0
         if validates and _is_count(interval) and interval > taken:
+            before = self.loaders.batches(self.before.micro_batch_size)
             raise AutobatchError(
                 f"val_check_interval={interval} counts micro-batches, and of {size} samples an "
-                f"epoch has only {taken} instead of {self.batches(self.before.micro_batch_size)}, "
-                "so validation would never come. Give it as a share of an epoch (a float up to "
-                "1.0), set check_val_every_n_epoch=None to count over epochs, or lower "
-                "max_micro_batch_size."
+                f"epoch has only {taken} instead of {before}, so validation would never come. Give "
+                "it as a share of an epoch (a float up to 1.0), set check_val_every_n_epoch=None "
+                "to count over epochs, or lower max_micro_batch_size."
             )
 
     def notes(self, plan: BatchPlan) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from autobatch._loaders.samples import NoDataError, Samples
 from autobatch._plan import BatchPlan
+from autobatch._prior_plan import PriorPlan
 from autobatch._tune import tune
 from autobatch.errors import DoesNotFitError, FixedBatchSizeError
 from autobatch.lightning._attribute import (
@@ -76,7 +77,7 @@ def tune_evaluation(trainer: Any, module: Any, arguments: CallbackArguments, sta
         if arguments.settings.target_batch_size is not None:
             report = _own_or_smaller(subject, context, arguments.search)
             return Tuned(report, _own_or_smaller_sizes(loaders, report), own_sizes)
-        report = tune(subject, settings, context, arguments.search, known=None)
+        report = tune(subject, settings, context, arguments.search, PriorPlan())
         samples.check_size(report.plan.micro_batch_size)
         return Tuned(report, loaders.sized(report.plan.micro_batch_size), own_sizes)
 
@@ -148,13 +149,13 @@ def _own_or_smaller(
     plan = BatchPlan(own, world_size=context.ranks.replicas)
     subject = replace(subject, settings=settings)
     try:
-        return tune(subject, settings, context, search, known=plan)
+        return tune(subject, settings, context, search, PriorPlan(plan))
     except DoesNotFitError:
         if own == 1:
             raise
     smaller = settings.model_copy(update={"max_micro_batch_size": own - 1})
     below = replace(subject, settings=smaller, start_batch_size=max(1, own // 2))
-    return tune(below, smaller, context, search, known=None)
+    return tune(below, smaller, context, search, PriorPlan())
 
 
 def _own_or_smaller_sizes(loaders: Loaders, report: TuningReport) -> tuple[LoaderSize, ...]:
