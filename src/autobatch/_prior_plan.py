@@ -26,6 +26,14 @@ class PriorPlan:
     refusal: str | None = None
     note: str | None = None  # the note in the report; None: the plan is the user's own
 
+    def applied_to(self, settings: Settings, world_size: int) -> Settings:
+        """Return the settings to tune with; refuse a plan of the user that they exclude."""
+        if self.plan is not None and self.note is None:
+            check_against(self.plan, settings, world_size)
+        if self.plan is not None or self.effective_batch_size is None:
+            return settings
+        return settings.model_copy(update={"target_batch_size": self.effective_batch_size})
+
     def after(self, failure: DoesNotFitError) -> PriorPlan:
         """Return the request for a search, after a trial in which the plan did not fit."""
         if self.refusal is not None:

@@ -12,7 +12,6 @@ from autobatch._latency import best_within
 from autobatch._latency.search import SECONDS_TIMED, LatencySearch
 from autobatch._memory.host import HostProbe
 from autobatch._plan import MAX_CONFIRMATIONS, BatchPlan, check_can_accumulate, choose_plan
-from autobatch._prior_plan import check_against
 from autobatch._report import Device, TuningReport
 from autobatch._report.latency import nothing_within, too_slow_reason
 from autobatch._report.notes import notes
@@ -50,11 +49,7 @@ def tune(
     A plan that is known before needs one trial, and a search only if it does not fit any more.
     """
     ranks, known = context.ranks, prior.plan
-    if known is None and prior.effective_batch_size is not None:
-        update = {"target_batch_size": prior.effective_batch_size}
-        settings = settings.model_copy(update=update)
-    if known is not None and prior.note is None:  # the user's own
-        check_against(known, settings, ranks.replicas)
+    settings = prior.applied_to(settings, ranks.replicas)
     if ranks.as_if:
         settings = without_timing(settings, ranks.as_if)
     accumulation = accumulation_of(subject, settings, ranks)
@@ -206,7 +201,7 @@ def verify(plan: BatchPlan, runner: TrialRunner, sizes: SearchRange) -> BatchPla
     if size > sizes.high:
         reason = sizes.bound.reason if sizes.bound else f"no search goes above {_MAX_BATCH_SIZE:,}"
         raise ValueError(f"plan={plan} has micro-batches of {size}, but {reason}.")
-    trial = runner.run(size, plan.trial_accumulation, is_timed=True)
+    trial = runner.run(size, is_timed=True, accumulate=plan.trial_accumulation)
     if trial.fits and trial.batch_size == size:
         return plan
     raise DoesNotFitError(
@@ -226,7 +221,7 @@ def find_largest_fit(
     """Run trials until the search ends or time runs out; return the sizes that were in reach."""
     while size := _next_size(search, runner, sizes, latency):
         try:
-            trial = runner.run(size, runner.accumulation.in_trial(size), is_timed=is_timed)
+            trial = runner.run(size, is_timed=is_timed)
         except ShortTrialError:
             fitting = runner.fitting
             if not fitting or fitting[0] >= size:

@@ -178,7 +178,11 @@ class _UpdateTimer:
 
     def time_turn(self, batch_size: int) -> Timing | None:
         """Return the timing of the slowest rank; None if the size failed on one of them."""
-        with self.runner.on_every_rank(batch_size, is_dry=not self.runner.runs_together):
+        is_dry = not self.runner.runs_together
+        if not is_dry and not self.runner.has_room(batch_size):
+            self.failed.add(batch_size)
+            return None
+        with self.runner.on_every_rank(batch_size, is_dry=is_dry):
             turns = self.runner.gather(self._turn_here(batch_size))
         known = [turn for turn in turns if turn is not None]
         if len(known) < len(turns):

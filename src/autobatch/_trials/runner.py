@@ -11,7 +11,7 @@ from autobatch._memory import format_bytes
 from autobatch._trials import Outcome, latest_by_size, trial_accumulation
 from autobatch._trials.measure import run_trial
 from autobatch._trials.time_limit import TimeLimit
-from autobatch._trials.timing import run_together
+from autobatch._trials.timing import run_together, time_updates, until
 from autobatch._trials.workload import SizedWorkload
 from autobatch.errors import AutobatchError, DoesNotFitError
 
@@ -156,8 +156,11 @@ class TrialRunner:
             self.gather(None)
         self.time_limit = TimeLimit(self.settings.time_limit, self.time_limit.now)
 
-    def run(self, batch_size: int, accumulate: int, *, is_timed: bool) -> Trial:
-        """Run one trial on every rank, restore all state, and record the merged result."""
+    def run(self, batch_size: int, *, is_timed: bool, accumulate: int | None = None) -> Trial:
+        """Run one trial on every rank, restore all state, and record the merged result.
+
+        It accumulates as training at this size will, unless told otherwise.
+        """
         began, deadline = self.time_limit.spent, self.deadline(self.time_limit.left)
         with self.on_every_rank(batch_size):
             sized, steps = self.sized(batch_size, accumulate), self.settings.steps_per_trial
@@ -186,15 +189,14 @@ class TrialRunner:
         """Run one update of a sharded module by all ranks together, once a size fits.
 
         What only real communication takes, such as the buffers of NCCL, is then there, and counts.
-        A single sample is least likely to run out of memory, which would leave the others waiting.
+        A single sample takes the least.
         """
         trial = self.trials[-1]
         if self._has_communicated or not trial.fits:
             return
-        self._has_communicated = True
         is_sharded = any(self.gather(self.context.snapshot.has_sharded))
-        self.runs_together = is_sharded and self._ranks.world_size > 1
-        if not self.runs_together:
+        if not is_sharded or self._ranks.world_size == 1:
+            self._has_communicated = True
             return
         if self.settings.latency_limit is not None:
             raise AutobatchError(
@@ -202,13 +204,24 @@ class TrialRunner:
                 "module that is divided among ranks leave out its communication; leave it out, or "
                 "time calls by hand."
             )
-        size = trial.batch_size
-        if size > 1 and all(map(_is_one_sample, self.run_unrecorded(1, self.time_limit.left))):
-            size = 1
+        size = next(filter(self.has_room, sorted({1, trial.batch_size})), None)
+        if size is None:
+            return
+        self._has_communicated = self.runs_together = True
         with self.on_every_rank(size, is_dry=False):
             run_together(self.sized(size), self.context)
             self.context.budget.read()
             self.gather(None)
+
+    def has_room(self, batch_size: int) -> bool:
+        """Return whether all ranks run two dry updates of a size, whose memory stays in caches.
+
+        The second one has the optimizer's state beside it, as all later ones do.
+        """
+        enough = until(inf, self.context.probe.clock, updates=1)
+        with self.on_every_rank(batch_size):
+            timing = time_updates(self.sized(batch_size), enough, self.context)
+            return all(self.gather(timing is not None))
 
     def sized(self, batch_size: int, accumulate: int | None = None) -> SizedWorkload:
         """Return the workload at a size, by default with the accumulation of its trial."""
@@ -234,19 +247,19 @@ class TrialRunner:
         trials = self.trials
         if trials and all(trial.outcome is Outcome.REFUSED for trial in trials):
             self.own_size = trials[0].batch_size
-            self.run(self.own_size, trials[0].accumulate, is_timed=is_timed)
+            self.run(self.own_size, is_timed=is_timed, accumulate=trials[0].accumulate)
 
     @contextmanager
     def on_every_rank(self, batch_size: int, *, is_dry: bool = True) -> Iterator[None]:
         """Prepare the block that runs a batch size, and restore all state after it.
 
-        An exception in the block is raised on every rank. If it is dry, collectives in it wait for
-        no other rank.
+        If it is dry, collectives in it wait for no other rank, and an exception is raised on every
+        rank. Otherwise others may wait for the rank in a collective, which only its end breaks.
         """
         self.context.progress.trying(batch_size)
         self.context.probe.attach(*self.context.snapshot.alive)
         with self._ranks.dry() if is_dry else nullcontext():
-            with self._ranks.abort_together():
+            with self._ranks.abort_together() if is_dry else self._ranks.in_step():
                 yield
             self.context.snapshot.restore()
 
@@ -263,7 +276,7 @@ class TrialRunner:
         if all(batch_size != trial.batch_size for trial in self.trials):
             if not self.check_time_for(batch_size):
                 return False
-            self.run(batch_size, self.accumulation.in_trial(batch_size), is_timed=True)
+            self.run(batch_size, is_timed=True)
         return batch_size in self.fitting
 
     def check_any_fits(self) -> None:
@@ -345,10 +358,6 @@ def merged(trials: Sequence[Trial], budgets: Sequence[int]) -> Trial:
         step_seconds=_slowest(trial.step_seconds for trial in judged),
         optimizer_seconds=_slowest(trial.optimizer_seconds for trial in judged),
     )
-
-
-def _is_one_sample(trial: Trial) -> bool:
-    return trial.fits and trial.batch_size == 1
 
 
 def _shifted(nbytes: int | None, shift: int) -> int | None:

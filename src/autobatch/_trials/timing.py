@@ -46,22 +46,21 @@ def time_updates(sized: SizedWorkload, enough: Enough, context: TrialContext) ->
 
 
 def time_together(sized: SizedWorkload, enough: Enough, context: TrialContext) -> Timing:
-    """Time updates of a size that is known to fit, with real collectives, on all ranks in step.
+    """Time updates of a size with real collectives, on all ranks in step.
 
-    `enough` decides the same on all ranks. No error fails the size: on one rank alone it leaves the
-    others in a collective.
+    The same updates have just run with dry ones: what they took is in the cache of the allocator,
+    which is not emptied, so that memory runs out on no rank while others wait in a collective.
+    `enough` decides the same on all ranks.
     """
     with noting(sized.batch_size):
-        context.probe.release()
         return time_restarted(sized, enough, context)
 
 
 def run_together(sized: SizedWorkload, context: TrialContext) -> None:
-    """Run one update with real collectives, on all ranks in step."""
-    with noting(sized.batch_size):
-        context.probe.release()
-        with context.capturing_new_modules(), RunningWorkload(sized) as run:
-            run.step()
+    """Run one update with real collectives, on all ranks in step, as `time_together` does."""
+    run = RunningWorkload(sized)
+    with noting(sized.batch_size), context.capturing_new_modules(), run:
+        run.step()
 
 
 def until(deadline: float, clock: Callable[[], float], *, updates: int) -> Enough:
