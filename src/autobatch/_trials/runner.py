@@ -12,7 +12,7 @@ from autobatch._memory import format_bytes
 from autobatch._trials import Outcome, trial_accumulation
 from autobatch._trials.measure import run_trial
 from autobatch._trials.time_limit import TimeLimit
-from autobatch._trials.timing import run_together, time_updates, until
+from autobatch._trials.timing import time_together, time_updates
 from autobatch.errors import AutobatchError, DoesNotFitError
 
 if TYPE_CHECKING:
@@ -215,7 +215,13 @@ class TrialRunner:
             return
         self._has_communicated = self.runs_together = True
         with self.on_every_rank(size, is_dry=False):
-            run_together(self.workload, size, self.accumulation.in_trial(size), self.context)
+            time_together(
+                self.workload,
+                size,
+                accumulate=self.accumulation.in_trial(size),
+                enough=lambda _: True,
+                context=self.context,
+            )
             self.context.budget.read()
             self.gather(None)
 
@@ -224,13 +230,12 @@ class TrialRunner:
 
         The second one has the optimizer's state beside it, as all later ones do.
         """
-        clock = self.context.probe.clock
         with self.on_every_rank(batch_size):
             timing = time_updates(
                 self.workload,
                 batch_size,
                 accumulate=self.accumulation.in_trial(batch_size),
-                enough=until(inf, clock, updates=1),
+                enough=bool,
                 may_be_refused=self.may_be_refused(batch_size),
                 context=self.context,
             )

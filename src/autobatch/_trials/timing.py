@@ -95,15 +95,6 @@ def time_together(
         return time_restarted(workload, batch_size, accumulate, enough, context)
 
 
-def run_together(
-    workload: Workload, batch_size: int, accumulate: int, context: TrialContext
-) -> None:
-    """Run one update with real collectives, on all ranks in step, as `time_together` does."""
-    run = RunningWorkload(workload, batch_size, accumulate)
-    with noting(batch_size), context.on_first_use(), run:
-        run.step()
-
-
 def until(
     deadline: float, clock: Callable[[], float], *, updates: int
 ) -> Callable[[Sequence[float]], bool]:
