@@ -19,7 +19,7 @@ from autobatch._trials.snapshot import Snapshot
 from autobatch._undo import Undo
 from autobatch.lightning._accumulation import THRESHOLDS
 from autobatch.lightning._half_batch import log_nothing, step_gradient
-from autobatch.lightning._silence import silenced
+from autobatch.lightning._isolation import silenced
 from autobatch.lightning._survival.state import Kept, NotUndoneError, is_metric
 
 if TYPE_CHECKING:
