@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import autobatch
-from autobatch.lightning._survival_limit import PieceLimit
+from autobatch.lightning._survival.repeats import PieceLimit
 from lightning_here import pl, quiet_trainer
 from surviving import (
     SPLIT,

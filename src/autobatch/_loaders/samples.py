@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import cycle, islice
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Final, Protocol, Self
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeAlias
 
 import torch
 from torch.utils.data import default_collate
@@ -21,7 +20,6 @@ from autobatch.errors import FixedBatchSizeError, WorstCaseError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from types import TracebackType
 
     from torch.utils.data import DataLoader
 
@@ -30,6 +28,8 @@ if TYPE_CHECKING:
     from autobatch._loaders.reading import Seen
     from autobatch._trials.snapshot import Snapshot
 
+
+Counts: TypeAlias = list[list[int | None]]  # of samples in batches, in several ways
 
 _MEAN_CHANGE: Final = 0.25  # of batches that vary in size, by chance
 
@@ -109,18 +109,13 @@ class Samples:
         self._device = device
         self._worst_case = worst_case
         self._worst_case_data: dict[int, int] = {}  # amount of data by batch size
-        self._counted: dict[tuple[int, int], list[list[int | None]]] = {}  # by loader and size
+        self._counted: dict[tuple[int, int], Counts] = {}  # by loader and size
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._reader.__exit__(kind, error, traceback)
+    def __exit__(self, *_: object) -> None:
+        self._reader.__exit__()
 
     def check(self) -> None:
         """Read some batches of each loader.
@@ -173,7 +168,7 @@ class Samples:
         if before and after and not _is_exact(before, after, own, size):
             raise ValueError(f"{_set_by_user(size, after)} other sizes are tried.")
 
-    def _counts(self, at: int, size: int) -> list[list[int | None]]:
+    def _counts(self, at: int, size: int) -> Counts:
         """Return the `sample_counts` of some batches, as `Reading` reads them once."""
         if (at, size) not in self._counted:
             with unobserved():
@@ -281,7 +276,7 @@ class Samples:
         if batch_size > kept and is_default and seen.are_collated:
             few = self._reader.read(at, "largest", kept)()
             if repeated(few, kept, batch_size) is not None:
-                return _Repeated(few, kept, batch_size)
+                return partial(repeated, few, kept, batch_size)
         return self._reader.read(at, "largest", batch_size)
 
     def _check_growth(self, batch_size: int, batch: Any) -> None:
@@ -295,17 +290,13 @@ class Samples:
                 )
 
 
-def _follows(
-    before: list[list[int | None]], after: list[list[int | None]], own: int, size: int, rest: int
-) -> bool:
+def _follows(before: Counts, after: Counts, own: int, size: int, rest: int) -> bool:
     """Check that samples, counted in any way, grow as the batch size does.
 
     Batches of one size have to be of one size again but for the `rest` of an epoch, which may come
     anywhere, and others to keep their mean. A negative rest leaves it at the mean.
     """
-    for then, now in zip(zip(*before, strict=True), zip(*after, strict=True), strict=True):
-        if None in then or None in now:
-            continue
+    for then, now in _compared(before, after):
         full = max(then)
         if rest >= 0 and then.count(full) >= max(1, len(then) - 1):
             others = [count * own for count in now if count * own != full * size]
@@ -316,29 +307,33 @@ def _follows(
     return False
 
 
-def _is_exact(
-    before: list[list[int | None]], after: list[list[int | None]], own: int, size: int
-) -> bool:
+def _is_exact(before: Counts, after: Counts, own: int, size: int) -> bool:
     """Check that batches of one size become those of another, counted in any way.
 
     Batches that vary in size are not compared.
     """
-    for then, now in zip(zip(*before, strict=True), zip(*after, strict=True), strict=True):
-        if None in then or None in now:
-            continue
+    for then, now in _compared(before, after):
         if len({*then}) > 1 or len({*now}) > 1 or now[0] * own == then[0] * size:
             return True
     return False
 
 
-def _set_by_user(size: int, counts: list[list[int | None]]) -> str:
+def _compared(before: Counts, after: Counts) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield the counts of some batches and of others, counted in each way that counts all."""
+    for ways in zip(zip(*before, strict=True), zip(*after, strict=True), strict=True):
+        then, now = ([count for count in counts if count is not None] for counts in ways)
+        if len(then) == len(before) and len(now) == len(after):
+            yield then, now
+
+
+def _set_by_user(size: int, counts: Counts) -> str:
     return (
         f"set_batch_size was called with {size}, and the loader makes batches of {_rows(counts)} "
         "samples;"
     )
 
 
-def _rows(counts: list[list[int | None]]) -> str:
+def _rows(counts: Counts) -> str:
     """Return the numbers of samples in batches, by the rows of their tensors."""
     return listed({rows for _, rows, _ in counts if rows})
 
@@ -355,18 +350,6 @@ def _versions(batch: Any) -> list[int]:
     """Return a list that changes if anything is written into a plain batch."""
     # `_version` has no public name; torch 2.13 counts writes to a tensor by it
     return [number for leaf in leaves(batch) for number in (id(leaf), getattr(leaf, "_version", 0))]
-
-
-@dataclass(frozen=True, slots=True)
-class _Repeated:
-    """A collated batch, with its samples repeated up to a batch size."""
-
-    batch: Any
-    samples: int
-    batch_size: int
-
-    def __call__(self) -> Any:
-        return repeated(self.batch, self.samples, self.batch_size)
 
 
 def repeated(batch: Any, samples: int, batch_size: int) -> Any:

@@ -30,10 +30,7 @@ def leaves(batch: Any) -> Iterator[Any]:
 
 
 def map_leaves(
-    change: Callable[[Any], Any],
-    batch: Any,
-    *,
-    is_leaf: Callable[[Any], bool] | None = None,
+    change: Callable[[Any], Any], batch: Any, *, is_leaf: Callable[[Any], bool] | None = None
 ) -> Any:
     """Return a batch in containers of its own, with `change(leaf)` in place of each leaf.
 

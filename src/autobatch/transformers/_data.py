@@ -21,15 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TrainerLoaders:
-    """The loaders that a Trainer makes for training or evaluation, with all data of all ranks.
-
-    Args:
-        each: The loaders.
-        batch_size: Their batch size.
-    """
+    """The loaders that a Trainer makes for training or evaluation, with all data of all ranks."""
 
     each: Sequence[DataLoader[Any]]
-    batch_size: int
+    batch_size: int  # their batch size
 
     is_set_by_user: ClassVar = False
     is_sequential: ClassVar = True
@@ -76,7 +71,7 @@ class TrainerLoaders:
 def _following(
     trainer: Any,
     make: Callable[[], DataLoader[Any]],
-    at_size: Callable[[int], AbstractContextManager[None]],
+    at_size: Callable[[int], AbstractContextManager[object]],
     name: str,
 ) -> DataLoader[Any]:
     """Return the loader at the batch size in the arguments, if it follows that."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections import defaultdict, deque
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from autobatch._memory.ledger import unobserved
 from autobatch._trials.batches import leaves, map_leaves
-from autobatch._trials.reachable import LARGE, PLAIN
+from autobatch._trials.reachable import LARGE
 from autobatch.lightning._compat import logged_results
 
 if TYPE_CHECKING:
@@ -24,44 +24,13 @@ if TYPE_CHECKING:
 # Elements of a tensor; a larger one is not copied before each micro-batch, its version shows if it
 # was changed
 _SMALL: Final = 4096
-_CONTAINERS: Final = frozenset({list, dict, set, deque})
+# Types of attributes whose contents may change; all others are replaced, or not known
+_CHANGING: Final = frozenset({torch.Tensor, torch.Generator, list, dict, set, deque})
 _OF_TORCH: Final = frozenset(vars(torch.nn.Module()))  # attributes that every module has
 
 
 class NotUndoneError(Exception):
     """A failed micro-batch that cannot be undone; the message is the reason."""
-
-
-class _Attributes:
-    """The attributes of an object, and the entries of its small containers."""
-
-    __slots__ = ("contents", "generators", "owner", "tensors", "values")
-
-    def __init__(self, owner: dict[str, Any]) -> None:
-        self.owner = owner
-        self.values = owner.copy()
-        self.contents: list[tuple[Any, Any]] = []  # a container, and its copy
-        self.tensors: list[torch.Tensor] = []
-        self.generators: list[torch.Generator] = []
-        for name, value in owner.items():
-            kind = type(value)
-            if kind in PLAIN:
-                continue
-            if kind is torch.Tensor:
-                self.tensors.append(value)
-            elif kind in _CONTAINERS:
-                if len(value) <= LARGE and name not in _OF_TORCH:
-                    self.contents.append((value, value.copy()))
-            elif kind is torch.Generator:
-                self.generators.append(value)
-
-    def restore(self) -> None:
-        for name in self.owner.keys() - self.values.keys():
-            del self.owner[name]
-        self.owner.update(self.values)
-        for container, entries in self.contents:
-            container.clear()
-            (container.extend if hasattr(container, "extend") else container.update)(entries)
 
 
 class StepState:
@@ -72,7 +41,6 @@ class StepState:
     """
 
     def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
         module = trainer.lightning_module
         parts = list(module.modules())
         self._generators = [torch.default_generator]
@@ -87,53 +55,64 @@ class StepState:
             if isinstance(part, _NormBase)
             for buffer in part.buffers(recurse=False)
         }
-        self._seen: list[torch.Tensor | None] = []  # all buffers, sorted into those that follow
+        # Lightning replaces the tensors in these, and never writes into one
+        self._logged = logged_results(trainer)
+        self._buffers: list[torch.Tensor | None] = []  # sorted into those that follow
         self._small: list[list[torch.Tensor]] = []
         self._large: list[torch.Tensor] = []
 
     def keep(self, batch: Any) -> Kept:
         """Keep the state before an attempt at a batch."""
-        noted: list[Any] = []
-        containers = map_leaves(partial(_noted, noted), batch)
-        attributes = [_Attributes(owner) for owner in self._objects]
-        owners = list(map(dict.copy, self._owners))
-        buffers = [tensor for owner in owners for tensor in owner.values()]
-        if len(buffers) != len(self._seen) or not all(map(operator.is_, buffers, self._seen)):
-            self._sort(buffers)
-        noted += self._large
-        generators = list(self._generators)
-        small: list[torch.Tensor] = []
-        for each in attributes:
-            generators += each.generators
-            for tensor in each.tensors:
-                (small if self._is_copied(tensor) else noted).append(tensor)
-        with unobserved(), torch.no_grad():
-            copies = [(alike, _flat(alike)) for alike in self._small]
-            copies += [([tensor], tensor.clone()) for tensor in small]
-        results = logged_results(self._trainer)
-        logged = (vars(results), results, *map(vars, results.values()))
+        buffers = [*itertools.chain.from_iterable(map(dict.values, self._owners))]
+        if len(buffers) != len(self._buffers) or not all(map(operator.is_, buffers, self._buffers)):
+            self._buffers, self._large = buffers, []
+            self._small = self._sorted([each for each in buffers if each is not None], self._large)
+        noted = self._large.copy()
+        generators = self._generators.copy()
+        contents, tensors = [], []
+        for owner in self._objects:
+            for name, value in owner.items():
+                if (kind := type(value)) not in _CHANGING or name in _OF_TORCH:
+                    continue
+                if kind is torch.Tensor:
+                    tensors.append(value)
+                elif kind is torch.Generator:
+                    generators.append(value)
+                elif len(value) <= LARGE:
+                    contents.append((value, value.copy()))
+        small = [*self._small, *self._sorted(tensors, noted)]
+
+        def note(leaf: Any) -> Any:
+            noted.append(leaf)
+            return leaf
+
+        results = self._logged
+        owners = [*self._objects, *self._owners, vars(results), results]
+        owners += map(vars, results.values())
         return Kept(
-            batch=containers,
-            attributes=attributes,
-            entries=[
-                *zip(self._owners, owners, strict=True),
-                *((owner, owner.copy()) for owner in logged),
+            batch=map_leaves(note, batch),
+            attributes=[(owner, owner.copy()) for owner in owners],
+            contents=contents,
+            copies=_copies(small) if small else [],
+            versions=[
+                (each, each._version)
+                for each in noted
+                if isinstance(each, torch.Tensor) and not each.is_inference()  # has no version
             ],
-            copies=copies,
-            versions=_versions(noted),
             random=[(each, each.get_state()) for each in generators],
         )
 
-    def _sort(self, buffers: list[torch.Tensor | None]) -> None:
-        """Sort buffers into large ones, and groups of small ones that are copied together."""
+    def _sorted(
+        self, tensors: Iterable[torch.Tensor], large: list[torch.Tensor]
+    ) -> list[list[torch.Tensor]]:
+        """Return groups of small tensors that are copied together, and add the others to `large`."""
         groups: dict[Any, list[torch.Tensor]] = defaultdict(list)
-        self._seen, self._large = buffers, []
-        for each in buffers:
-            if each is not None and self._is_copied(each):
+        for each in tensors:
+            if self._is_copied(each):
                 groups[each.dtype, each.device, min(each.ndim, 2)].append(each)
-            elif each is not None:
-                self._large.append(each)
-        self._small = list(groups.values())
+            else:
+                large.append(each)
+        return list(groups.values())
 
     def _is_copied(self, tensor: torch.Tensor) -> bool:
         # Copies go into the same tensor again, which leaves and, in training, inference tensors refuse
@@ -150,19 +129,19 @@ class Kept:
 
     Args:
         batch: The batch, in containers of its own.
-        attributes: Attributes of objects.
-        entries: Dictionaries of buffers and of logged values, and what they held.
+        attributes: Dictionaries of attributes, buffers and logged values, and their entries.
+        contents: Small containers among the attributes, and copies of them.
         copies: Tensors, and their values one after the other.
         versions: Other tensors, and their versions.
         random: Generators, and their states.
     """
 
     batch: Any
-    attributes: list[_Attributes]
-    entries: list[tuple[dict[str, Any], dict[str, Any]]]
+    attributes: list[tuple[dict[str, Any], dict[str, Any]]]
+    contents: list[tuple[Any, Any]]
     copies: list[tuple[list[torch.Tensor], torch.Tensor]]
     versions: list[tuple[torch.Tensor, int]]
-    random: list[tuple[Any, torch.Tensor]]
+    random: list[tuple[torch.Generator, torch.Tensor]]
 
     def restore(self) -> None:
         """Restore the state.
@@ -170,11 +149,13 @@ class Kept:
         Raises:
             NotUndoneError: The step has written into a tensor of which there is no copy.
         """
-        for each in self.attributes:
-            each.restore()
-        for owner, entries in self.entries:
-            owner.clear()
+        for owner, entries in self.attributes:
             owner.update(entries)
+            for name in owner.keys() - entries.keys():
+                del owner[name]
+        for container, values in self.contents:
+            container.clear()
+            (container.extend if hasattr(container, "extend") else container.update)(values)
         for generator, state in self.random:
             generator.set_state(state)
         with unobserved(), torch.no_grad():
@@ -189,6 +170,16 @@ class Kept:
                 raise NotUndoneError(f"training_step writes into {what}")
 
 
+def is_metric(part: object) -> bool:
+    """Return True for a metric of torchmetrics, without importing it."""
+    return any(kind.__module__.startswith("torchmetrics.") for kind in type(part).__mro__)
+
+
+def _copies(groups: list[list[torch.Tensor]]) -> list[tuple[list[torch.Tensor], torch.Tensor]]:
+    with unobserved(), torch.no_grad():
+        return [(alike, _flat(alike)) for alike in groups]
+
+
 def _flat(tensors: list[torch.Tensor]) -> torch.Tensor:
     """Return the values of tensors that have the same dtype and, up to two, dimensions.
 
@@ -197,21 +188,3 @@ def _flat(tensors: list[torch.Tensor]) -> torch.Tensor:
     if tensors[0].ndim == 0:
         return torch.stack(tensors)
     return torch.cat(tensors if tensors[0].ndim == 1 else [each.flatten() for each in tensors])
-
-
-def _noted(noted: list[Any], leaf: Any) -> Any:
-    noted.append(leaf)
-    return leaf
-
-
-def is_metric(part: object) -> bool:
-    """Return True for a metric of torchmetrics, without importing it."""
-    return any(kind.__module__.startswith("torchmetrics.") for kind in type(part).__mro__)
-
-
-def _versions(values: Iterable[Any]) -> list[tuple[torch.Tensor, int]]:
-    return [
-        (each, each._version)
-        for each in values
-        if isinstance(each, torch.Tensor) and not each.is_inference()  # those have no version
-    ]
