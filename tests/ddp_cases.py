@@ -144,6 +144,8 @@ def tuner(capacities=("500KiB", "500KiB"), device=None, **options):
         **{
             "target_batch_size": 240,
             "device": device or SimulatedAccelerator(capacities[RANK]),
+            "steps_per_trial": 2,
+            "verbose": False,
             **options,
         }
     )

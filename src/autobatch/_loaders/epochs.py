@@ -18,11 +18,6 @@ if TYPE_CHECKING:
     from autobatch._loaders.batch_size import LoaderSize
 
 
-def is_empty(loader: object) -> bool:
-    """Return True for a loader without any data."""
-    return isinstance(loader, DataLoader) and samples_of(loader, 1) == 0
-
-
 def samples_of(loader: DataLoader[Any], shards: int) -> int | None:
     """Return the samples of one rank per epoch; None for a stream."""
     if isinstance(loader.dataset, IterableDataset):

@@ -12,7 +12,7 @@ from autobatch._trials.snapshot import Snapshot
 from autobatch._undo import Absent
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
 # Attributes of a DataLoader that have nothing to do with its batches, and may have been set since
 # it was made
@@ -86,8 +86,8 @@ class Remaking:
             resize(loader, batch_size, samplers_of_same_size(loader))
         with Snapshot():  # of the random numbers that a part may draw
             for part in remade_parts(loader):
-                call = _Call.of(part, batch_size, self.left_out)
-                _take_over(part, type(part)(*call.positional, **call.keywords))
+                given = _arguments_of(part, batch_size, self.left_out)
+                _take_over(part, type(part)(*given.positional, **given.keywords))
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,22 +154,13 @@ def _takes_size(part: Any) -> bool:
     return hasattr(part, "__dict__") and "batch_size" in inspect.signature(type(part)).parameters
 
 
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """Arguments of a class."""
-
-    positional: tuple[Any, ...]
-    keywords: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, part: Any, batch_size: int, left_out: str | None) -> _Call:
-        """Return those Lightning saved in a hook, or else the attributes of the same names."""
-        _update_saved_arguments(part, batch_size)
-        saved = saved_arguments(part)
-        if saved is not None:
-            return cls(saved.positional, saved.keywords)
-        found = dict(_attributes(part, left_out))
-        return cls((), {**found, "batch_size": batch_size})
+def _arguments_of(part: Any, batch_size: int, left_out: str | None) -> SavedArguments:
+    """Return those Lightning saved in a hook, or else the attributes of the same names."""
+    _update_saved_arguments(part, batch_size)
+    saved = saved_arguments(part)
+    if saved is not None:
+        return saved
+    return SavedArguments((), (), {**dict(_attributes(part, left_out)), "batch_size": batch_size})
 
 
 def _attributes(part: Any, left_out: str | None) -> Iterator[tuple[str, Any]]:

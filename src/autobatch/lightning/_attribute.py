@@ -52,25 +52,26 @@ def check_attribute(module: Any, name: str) -> None:
         restore()
 
 
-def set_batch_size_attribute(module: Any, name: str, batch_size: int) -> None:
-    """Set the batch size in all attributes and hyperparameters of this name."""
-    for holder in holders(module, name):
-        holder.set(batch_size)
+class BatchSizeAttribute(AbstractContextManager["BatchSizeAttribute"]):
+    """The batch size in all attributes and hyperparameters of a name, of a module and datamodule.
 
-
-def has_batch_size_attribute(module: Any, name: str) -> bool:
-    """Return whether the module or its datamodule holds the batch size under this name."""
-    return bool(holders(module, name))
-
-
-class FormerBatchSize(AbstractContextManager["FormerBatchSize"]):
-    """The batch size as the attributes and hyperparameters of a name have it now.
-
-    A `with` statement writes it back.
+    A `with` statement writes back the one they had when this was made.
     """
 
     def __init__(self, module: Any, name: str) -> None:
+        self._module = module
+        self._name = name
         self._restores = list(map(_restoring, holders(module, name)))
+
+    @property
+    def exists(self) -> bool:
+        """True if anything holds the batch size under this name."""
+        return bool(holders(self._module, self._name))
+
+    def set(self, batch_size: int) -> None:
+        """Set the batch size wherever it is held now."""
+        for holder in holders(self._module, self._name):
+            holder.set(batch_size)
 
     def __exit__(self, *_: object) -> None:
         self.restore()

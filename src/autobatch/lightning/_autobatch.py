@@ -16,12 +16,10 @@ from autobatch._tune import checked_search
 from autobatch._undo import Undo
 from autobatch.errors import AutobatchError, FixedBatchSizeError
 from autobatch.lightning._attribute import (
-    FormerBatchSize,
+    BatchSizeAttribute,
     check_attribute,
     checked_name,
-    set_batch_size_attribute,
 )
-from autobatch.lightning._beginning import begin_and_restore
 from autobatch.lightning._checks import (
     check,
     check_alone,
@@ -46,7 +44,7 @@ from autobatch.lightning._estimating import estimate_training
 from autobatch.lightning._evaluation import STAGES, before_data, loaders_for
 from autobatch.lightning._resources import CallbackArguments
 from autobatch.lightning._resume import Checkpoint
-from autobatch.lightning._run import Results, Run, show
+from autobatch.lightning._run import Results, Run, begin_and_restore, show
 from autobatch.lightning._tuned_training import TunedTraining
 from autobatch.lightning._tuning_evaluation import tune_evaluation
 from autobatch.testing import named_device
@@ -474,8 +472,8 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         self._end_if_only_tuning(trainer)
         self._run.rebatch(stage.name, data_source(stage.loop_of(trainer)), tuned.sizes).start()
         if tuned.is_changed:
-            self._run.attribute = FormerBatchSize(module, name)
-            set_batch_size_attribute(module, name, tuned.sizes[0].batch_size)
+            self._run.attribute = BatchSizeAttribute(module, name)
+            self._run.attribute.set(tuned.sizes[0].batch_size)
         show(tuned.report, trainer, sinks.console, verbose=self._arguments.verbose)
 
     def _begin(

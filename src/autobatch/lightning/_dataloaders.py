@@ -18,7 +18,6 @@ from autobatch._loaders.batch_size import (
 )
 from autobatch._loaders.epochs import (
     batches_of,
-    capture_order,
     length_of,
     order_restored,
     samples_of,
@@ -43,7 +42,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from autobatch._loaders.batch_size import BatchSizeChange, SetBatchSize
-    from autobatch._trials.snapshot import Snapshot
     from autobatch.lightning._trainer import CombinedLoader
 
 
@@ -202,11 +200,6 @@ class Loaders:
 
         return map_leaves(next_part, self._combined.iterables)
 
-    def capture_order(self, snapshot: Snapshot) -> None:
-        """Let a snapshot restore the order of the data."""
-        for loader in self.each:
-            capture_order(loader, snapshot)
-
 
 class Rebatched:
     """Gives every loader that a Trainer asks for another batch size, from `start` until `undo`.
@@ -240,7 +233,8 @@ class Rebatched:
     def check_used(self, used: Any) -> None:
         """Refuse a loader that Lightning made again at its old batch size, as for several ranks."""
         for loader, size in zip(_dataloaders_in(used), self._sizes, strict=False):
-            if size.setter is None and _has_another_size(loader, size.batch_size):
+            is_in_place = size.setter is None and not _problem_of(loader, None)
+            if is_in_place and batch_size_of(loader) != size.batch_size:
                 raise AutobatchError(
                     f"Lightning made the training loader, a {type(loader).__name__}, again with "
                     f"batches of {batch_size_of(loader)} instead of {size.batch_size}: its "
@@ -258,10 +252,6 @@ class Rebatched:
 
     def _is_changed(self, loader: DataLoader[Any]) -> bool:
         return any(change.loader is loader and change.holds for change in self._changes)
-
-
-def _has_another_size(loader: DataLoader[Any], batch_size: int) -> bool:
-    return not _problem_of(loader, None) and batch_size_of(loader) != batch_size
 
 
 def _dataloaders_in(given: Any) -> list[DataLoader[Any]]:

@@ -9,13 +9,11 @@ import torch
 
 from autobatch._estimate import estimate_of
 from autobatch._estimate.inputs import Inputs, refusal
-from autobatch._loaders.samples import Samples
 from autobatch._memory import parse_memory_limit
 from autobatch._memory.estimate.events import UntraceableError
 from autobatch._memory.estimate.prediction import SIZES
 from autobatch._memory.estimate.tracer import TrainingStep
 from autobatch._report.tradeoff import unwrapped
-from autobatch.lightning._attribute import FormerBatchSize
 from autobatch.lightning._compat import (
     before_batch_transfer,
     build_step_kwargs,
@@ -28,6 +26,7 @@ if TYPE_CHECKING:
 
     from autobatch._estimate import Estimate
     from autobatch._estimate.device import TargetGpu
+    from autobatch._loaders.samples import Samples
     from autobatch.lightning._resources import CallbackArguments
     from autobatch.lightning._trainer import Trainer
 
@@ -53,16 +52,10 @@ def estimate_training(
     Raises:
         AutobatchError: The memory of the step cannot be estimated.
     """
-    with (
-        FormerBatchSize(module, arguments.batch_arg_name),
-        trial_resources(trainer, module, arguments, None) as resources,
-        Samples(
-            resources.loaders, resources.context.snapshot, module.device, arguments.worst_case
-        ) as samples,
-    ):
-        samples.check()
+    with trial_resources(trainer, module, arguments, None) as resources:
         try:
-            step = traceable_step(trainer, module, samples, trainer.accumulate_grad_batches)
+            accumulate = trainer.accumulate_grad_batches
+            step = traceable_step(trainer, module, resources.samples, accumulate)
             batches = {size: step.batch(size) for size in SIZES}
         except UntraceableError as error:
             raise refusal(str(error)) from None

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from autobatch import sinks
 from autobatch._distributed import current_ranks
+from autobatch._loaders.samples import Samples
 from autobatch._memory.detect import detect
 from autobatch._trials.context import MemoryBudget, TrialContext
 from autobatch._trials.optimizers import OptimizerWatch
 from autobatch._trials.snapshot import Snapshot
-from autobatch.lightning._beside import (
-    BesideTraining,
-    tensors_of_callbacks,
-)
+from autobatch.lightning._attribute import BatchSizeAttribute
+from autobatch.lightning._beside import BesideTraining, tensors_of_callbacks
 from autobatch.lightning._compat import data_parallel_size, data_source
 from autobatch.lightning._dataloaders import Loaders
 from autobatch.lightning._hooks import users_callbacks
@@ -91,17 +90,25 @@ class TrialResources:
 
     context: TrialContext  # of the trials of any workload
     loaders: Loaders  # the loaders of training, or of a stage
+    samples: Samples  # makes the batches
     copied_bytes: int  # bytes of the copy of all state that is kept on the host
+    attribute: BatchSizeAttribute  # with the batch size in the module or its datamodule
 
 
 @contextmanager
 def trial_resources(
     trainer: Any, module: Any, arguments: CallbackArguments, stage: Stage | None
 ) -> Iterator[TrialResources]:
-    """Capture all state that trials may change, and isolate the Trainer; restore it at the end."""
+    """Capture all state that trials may change, and isolate the Trainer; restore it at the end.
+
+    Raises:
+        AutobatchError: A loader's batch size cannot be changed.
+        NoDataError: A loader makes no batch.
+    """
     probe = detect(arguments.device, module.device)
     began = probe.clock()
     with (
+        BatchSizeAttribute(module, arguments.batch_arg_name) as attribute,
         current_ranks(data_parallel_size(trainer), local_collectives(trainer)) as ranks,
         ranks.abort_together(),
         Snapshot() as before_hooks,
@@ -135,7 +142,9 @@ def trial_resources(
         )
         for tensors in tensors_of_callbacks(trainer).values():
             probe.attach(*tensors)
-        yield TrialResources(context, loaders, copied_bytes)
+        with Samples(loaders, snapshot, module.device, arguments.worst_case) as samples:
+            samples.check()
+            yield TrialResources(context, loaders, samples, copied_bytes, attribute)
 
 
 def _asked_for(trainer: Any, arguments: CallbackArguments, stage: Stage | None) -> Loaders:

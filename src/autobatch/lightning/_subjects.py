@@ -12,58 +12,41 @@ from autobatch._report.result import SubjectNotes
 from autobatch._report.tradeoff import common_rule, unwrapped
 from autobatch._subject import Baseline, Description, Inference, versions
 from autobatch.lightning._accumulation import last_samples, update_notes
-from autobatch.lightning._attribute import has_batch_size_attribute
 from autobatch.lightning._compat import data_parallel_size, package_of
 from autobatch.lightning._estimating import traceable_step
 from autobatch.lightning._trainer_notes import copy_note, prefetch_note, rows_note, schedule_notes
 
 if TYPE_CHECKING:
-    from autobatch._loaders.samples import Samples
     from autobatch._memory.estimate.tracer import TrainingStep
     from autobatch._plan import BatchPlan
     from autobatch._report import Task
     from autobatch._settings import Settings
-    from autobatch._trials.context import TrialContext
     from autobatch._trials.time_limit import TimeLimit
     from autobatch._trials.workload import Workload
     from autobatch.lightning._accumulation import SplittingTest
     from autobatch.lightning._dataloaders import Loaders
     from autobatch.lightning._evaluation import Stage
+    from autobatch.lightning._resources import CallbackArguments, TrialResources
     from autobatch.lightning._trainer_notes import TrainerLimits
     from autobatch.lightning._training import TrainingSteps
 
 
 @dataclass(frozen=True, slots=True)
 class LightningTraining:
-    """A Lightning fit as the subject of a tuning run.
-
-    Args:
-        workload: Runs training steps.
-        trainer: The Trainer, on new loops.
-        module: The module to train.
-        batch_arg_name: Name of the batch size in the module or its datamodule.
-        repairs_last_window: Whether the last accumulation window of an epoch is corrected.
-        loaders: The training loaders.
-        samples: Makes the batches.
-        limits: Arguments of the Trainer that count batches or steps.
-        splits: Tests for a split batch with another gradient.
-        context: Resources of the trials.
-        accumulate: Accumulation of the Trainer.
-        copied_bytes: Bytes of the copy of all state that is kept on the host.
-    """
+    """A Lightning fit as the subject of a tuning run."""
 
     workload: TrainingSteps
-    trainer: Any
+    trainer: Any  # the Trainer, on new loops
     module: Any
-    batch_arg_name: str
-    repairs_last_window: bool
-    loaders: Loaders
-    samples: Samples
-    limits: TrainerLimits
-    splits: SplittingTest
-    context: TrialContext
-    accumulate: int
-    copied_bytes: int
+    arguments: CallbackArguments
+    resources: TrialResources
+    limits: TrainerLimits  # arguments of the Trainer that count batches or steps
+    splits: SplittingTest  # of the gradient of a split batch
+    accumulate: int  # of the Trainer
+
+    @property
+    def loaders(self) -> Loaders:
+        return self.resources.loaders
 
     @property
     def task(self) -> Task:
@@ -88,7 +71,7 @@ class LightningTraining:
             f"{_class_name(self.module)} · {names} · {self.trainer.precision}",
             _environment(self.trainer),
             common_rule(optimizers),
-            self.samples.look,
+            self.resources.samples.look,
         )
 
     def samples_per_epoch(self, plan: BatchPlan) -> int | None:
@@ -105,7 +88,7 @@ class LightningTraining:
         return last_samples(self.trainer, self.loaders, batch_size)
 
     def traceable_step(self, accumulate: int) -> TrainingStep:
-        return traceable_step(self.trainer, self.module, self.samples, accumulate)
+        return traceable_step(self.trainer, self.module, self.resources.samples, accumulate)
 
     def planned_seconds(self, sample_seconds: float) -> float | None:
         return self.limits.planned_seconds(sample_seconds)
@@ -114,15 +97,15 @@ class LightningTraining:
         return bool(batch_norms(self.module.modules()))
 
     def notes(self, plan: BatchPlan, time_limit: TimeLimit) -> SubjectNotes:
-        has_attribute = has_batch_size_attribute(self.module, self.batch_arg_name)
+        has_attribute = self.resources.attribute.exists
         return SubjectNotes(
-            trials=(never_stepped(),) if self.context.optimizers.never_stepped else (),
+            trials=(never_stepped(),) if self.resources.context.optimizers.never_stepped else (),
             plan=(
                 *self.splits.notes(plan, time_limit),
                 *schedule_notes(
                     self.trainer, self.limits.before, plan, has_attribute=has_attribute
                 ),
-                *update_notes(self.trainer, self.loaders, plan, repaired=self.repairs_last_window),
+                *update_notes(self.trainer, self.loaders, plan, repaired=self.arguments.repairs),
                 *self.limits.notes(plan),
                 *self._data_notes(plan),
             ),
@@ -132,12 +115,12 @@ class LightningTraining:
         devices = self.trainer.num_devices
         sizes = self.loaders.sizes_at(plan.micro_batch_size)
         found = (
-            rows_note(self.samples.rows_each, plan.micro_batch_size),
-            copy_note(self.copied_bytes, devices),
+            rows_note(self.resources.samples.rows_each, plan.micro_batch_size),
+            copy_note(self.resources.copied_bytes, devices),
             *(
                 prefetch_note(loader, size, nbytes, devices)
                 for loader, size, nbytes in zip(
-                    self.loaders.each, sizes, self.samples.bytes_each, strict=False
+                    self.loaders.each, sizes, self.resources.samples.bytes_each, strict=False
                 )
             ),
         )
@@ -146,27 +129,18 @@ class LightningTraining:
 
 @dataclass(frozen=True, slots=True)
 class LightningEvaluation(Inference):
-    """A Lightning validation, test or prediction as the subject of a tuning run.
-
-    Args:
-        workload: Runs evaluation steps.
-        trainer: The Trainer, on new loops.
-        module: The module to evaluate.
-        stage: The kind of evaluation.
-        settings: Validated arguments of the run.
-        loaders: The loaders of the stage.
-        samples: Makes the batches.
-        start_batch_size: The first batch size to try.
-    """
+    """A Lightning validation, test or prediction as the subject of a tuning run."""
 
     workload: Workload
-    trainer: Any
-    module: Any
+    trainer: Any  # the Trainer, on new loops
     stage: Stage
     settings: Settings
-    loaders: Loaders
-    samples: Samples
-    start_batch_size: int
+    resources: TrialResources
+    start_batch_size: int  # the first to try
+
+    @property
+    def loaders(self) -> Loaders:
+        return self.resources.loaders
 
     @property
     def task(self) -> Task:
@@ -177,17 +151,15 @@ class LightningEvaluation(Inference):
         return Baseline(self.start_batch_size, self.loaders.batch_size)
 
     def describe(self) -> Description:
-        name = f"{_class_name(self.module)} · {self.stage.name} · {self.trainer.precision}"
-        return Description(name, _environment(self.trainer), look=self.samples.look)
+        name = f"{_class_name(self.trainer.lightning_module)} · {self.stage.name} · {self.trainer.precision}"
+        return Description(name, _environment(self.trainer), look=self.resources.samples.look)
 
     def samples_per_epoch(self, plan: BatchPlan) -> int | None:
         return self.settings.dataset_size
 
     def planned_seconds(self, sample_seconds: float) -> float | None:
-        samples = self.settings.dataset_size
-        return (
-            None if samples is None else sample_seconds * samples / data_parallel_size(self.trainer)
-        )
+        samples, ranks = self.settings.dataset_size, data_parallel_size(self.trainer)
+        return None if samples is None else sample_seconds * samples / ranks
 
     def notes(self, plan: BatchPlan, time_limit: TimeLimit) -> SubjectNotes:
         """Return a note on the meaning of a call with several loaders."""

@@ -17,7 +17,7 @@ from autobatch.lightning._compat import data_source, forget_combined_loader
 from autobatch.lightning._hooks import FIT_START
 from autobatch.lightning._loggers import log_report, refresh_report
 from autobatch.lightning._noise_scale import NoiseScale
-from autobatch.lightning._resume import KnownPlans, TunedFit
+from autobatch.lightning._resume import KnownPlans
 from autobatch.lightning._run import Results, Run, before_epochs, show
 from autobatch.lightning._tuning import tune_training
 
@@ -53,7 +53,7 @@ class TunedTraining:
         """The plan that training follows."""
         return self._report.plan
 
-    def tune(self, last_fit: TunedFit | None) -> Tuned:
+    def tune(self, last_fit: Tuned | None) -> Tuned:
         """Find a plan, by one trial if a checkpoint, the user or the previous fit has one."""
         known = KnownPlans(
             own=self.arguments.known_plan, checkpoint=self.run.checkpoint, last=last_fit
@@ -61,7 +61,7 @@ class TunedTraining:
         tuned = tune_training(
             self.trainer, self.module, self.arguments, known, self._plan_before(), FIT_START
         )
-        self.results.last_fit = TunedFit(tuned.report, tuned.fingerprint)
+        self.results.last_fit = tuned
         return tuned
 
     def begin(self, tuned: Tuned) -> None:

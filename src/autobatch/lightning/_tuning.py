@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from autobatch._loaders.samples import Samples
 from autobatch._plan import BatchPlan
 from autobatch._tune import tune
 from autobatch.lightning._accumulation import SplittingTest, check_repairable
-from autobatch.lightning._attribute import FormerBatchSize, set_batch_size_attribute
 from autobatch.lightning._beside import bytes_of_callbacks
 from autobatch.lightning._compat import data_parallel_size
 from autobatch.lightning._resources import CallbackArguments, Tuned, trial_resources
@@ -52,54 +48,23 @@ def tune_training(
     """
     if arguments.repairs:
         check_repairable(trainer, module)
-    validates = trainer.enable_validation
-    with (
-        FormerBatchSize(module, arguments.batch_arg_name) as former,
-        trial_resources(trainer, module, arguments, None) as resources,
-        ExitStack() as ends,
-    ):
+    with trial_resources(trainer, module, arguments, None) as resources:
         context, loaders = resources.context, resources.loaders
         accumulate = trainer.accumulate_grad_batches
-        limits = TrainerLimits(
-            trainer,
-            loaders,
-            trainer.max_steps,
-            trainer.max_epochs,
-            validates=validates,
-            before=trained
-            or BatchPlan(loaders.batch_size, accumulate, data_parallel_size(trainer)),
-        )
-        samples = ends.enter_context(
-            Samples(loaders, context.snapshot, module.device, arguments.worst_case)
-        )
-        samples.check()
-        set_attribute = partial(set_batch_size_attribute, module, arguments.batch_arg_name)
-        workload = TrainingSteps(
-            trainer, loaders, samples, set_attribute, start_hooks, context.snapshot
-        )
-        splits = SplittingTest(
-            trainer,
-            module,
-            samples,
-            workload,
-            context.probe,
-            arguments.settings.memory_limit,
-            context.snapshot,
-            context.ranks,
-        )
+        own_plan = BatchPlan(loaders.batch_size, accumulate, data_parallel_size(trainer))
+        limits = TrainerLimits(trainer, loaders, trained or own_plan)
+        workload = TrainingSteps(trainer, resources, start_hooks)
+        memory_limit = arguments.settings.memory_limit
+        splits = SplittingTest(trainer, module, workload, resources, memory_limit)
         subject = LightningTraining(
             workload=workload,
             trainer=trainer,
             module=module,
-            batch_arg_name=arguments.batch_arg_name,
-            repairs_last_window=arguments.repairs,
-            loaders=loaders,
-            samples=samples,
+            arguments=arguments,
+            resources=resources,
             limits=limits,
             splits=splits,
-            context=context,
             accumulate=accumulate,
-            copied_bytes=resources.copied_bytes,
         )
         settings = arguments.settings.model_copy(update={"dataset_size": loaders.samples})
         context.optimizers.expected = True
@@ -113,7 +78,7 @@ def tune_training(
         workload.target = known.effective_batch_size or planned or settings.target_batch_size
         report = tune(subject, settings, context, arguments.search, known)
         limits.check(report.plan)
-        samples.check_size(report.plan.micro_batch_size)
+        resources.samples.check_size(report.plan.micro_batch_size)
         tuned = Tuned(
             report,
             loaders.sized(report.plan.micro_batch_size),
@@ -121,10 +86,10 @@ def tune_training(
             fingerprint,
             held_by_callbacks=None if workload.runs_callbacks else bytes_of_callbacks(trainer),
         )
-        if not validates:
+        if not trainer.enable_validation:
             return tuned
         # Validation keeps the size that its hook gives it before the plan is applied
-        former.restore()
+        resources.attribute.restore()
         return with_validation(tuned, subject, arguments)
 
 
