@@ -463,7 +463,7 @@ CASES = {
     "passed": lambda: compared("passed"),
     "hook": lambda: compared("hook"),
     "less memory": lambda: compared("passed", ("500KiB", "330KiB")),
-    "failing": lambda: failing([5, 20, 45, 70, 110]),
+    "failing": lambda: failing([5, 45, 110]),
     "synchronised": synchronised,
     "exploding": exploding,
     "splitting": splitting,

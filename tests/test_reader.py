@@ -261,6 +261,7 @@ def test_step_receives_the_batch_that_the_loader_makes(collate, workers):
     plan, *both = tuned_and_by_hand(
         lambda n: DataLoader(data(), n, shuffle=True, collate_fn=collate, num_workers=workers),
         TakesAny,
+        max_micro_batch_size=30,
     )
 
     assert set(both[0].sizes) == {plan.micro_batch_size}
