@@ -13,6 +13,7 @@ from torch.utils.data import default_collate
 from autobatch._loaders.epochs import samples_of
 from autobatch._loaders.reader import Copied, Reader
 from autobatch._loaders.reading import LARGEST_KEPT, data_size
+from autobatch._loaders.remaking import Remaking
 from autobatch._memory.ledger import unobserved
 from autobatch._report.result import Look
 from autobatch._trials.batches import leaves, listed, map_leaves, rows_of_each, sample_counts
@@ -62,16 +63,8 @@ class Loaders(Protocol):
         """For each the function that sets its batch size; None for in place."""
 
     @property
-    def own_sizes(self) -> Sequence[int]:
-        """Batch size of each."""
-
-    @property
     def batch_size(self) -> int:
         """Batch size of the first."""
-
-    @property
-    def is_set_by_user(self) -> bool:
-        """True if a function of the user sets batch sizes."""
 
     @property
     def is_sequential(self) -> bool:
@@ -105,6 +98,10 @@ class Samples:
         worst_case: Callable[[int], Any] | None = None,
     ) -> None:
         self._loaders = loaders
+        self._own_sizes = loaders.sizes_at(loaders.batch_size)
+        self._is_set_by_user = any(
+            not (each is None or isinstance(each, Remaking)) for each in loaders.setters
+        )
         self._reader = Reader(loaders.each, loaders.setters, snapshot)
         self._device = device
         self._worst_case = worst_case
@@ -128,7 +125,7 @@ class Samples:
             return
         if any(seen.look.read == 0 for seen in self._seen):
             raise NoDataError("A loader makes no batch: there are no samples to try.")
-        for at, own in enumerate(self._loaders.own_sizes):
+        for at, own in enumerate(self._own_sizes):
             self._check_following(at, 2 * own + 1)
 
     def check_size(self, batch_size: int) -> None:
@@ -138,13 +135,13 @@ class Samples:
                 self._check_following(at, size)
 
     def _check_following(self, at: int, size: int) -> None:
-        own = self._loaders.own_sizes[at]
+        own = self._own_sizes[at]
         before = self._counts(at, own)
         try:
             after = self._counts(at, size)
         except Exception:
             return  # a size that is refused: trials find those that are not
-        is_users, loader = self._loaders.is_set_by_user, self._loaders.each[at]
+        is_users, loader = self._is_set_by_user, self._loaders.each[at]
         rest = -1 if is_users else (samples_of(loader, 1) or 0) % size
         if not before or not after or _follows(before, after, own, size, rest):
             return
@@ -163,7 +160,7 @@ class Samples:
 
     def _check_rounding(self, at: int, size: int) -> None:
         """Refuse a size for which a `set_batch_size` makes even batches of another one."""
-        own = self._loaders.own_sizes[at]
+        own = self._own_sizes[at]
         before, after = self._counts(at, own), self._counts(at, size)
         if before and after and not _is_exact(before, after, own, size):
             raise ValueError(f"{_set_by_user(size, after)} other sizes are tried.")
@@ -223,7 +220,7 @@ class Samples:
     @property
     def rows_each(self) -> int:
         """Rows that a sample of the first loader becomes in a batch; 1 where they vary."""
-        if self._worst_case is not None or self._loaders.is_set_by_user:
+        if self._worst_case is not None or self._is_set_by_user:
             return 1
         seen, own = self._seen[0], self._loaders.batch_size
         if not seen.look.is_even:
@@ -260,7 +257,7 @@ class Samples:
             self._check_growth(batch_size, make())
             return [make]
         sizes = self._loaders.sizes_at(batch_size)
-        if self._loaders.is_set_by_user:
+        if self._is_set_by_user:
             for at, size in enumerate(sizes):
                 self._check_rounding(at, size)
         parts = [self._largest(at, size) for at, size in enumerate(sizes)]

@@ -158,12 +158,9 @@ def _facts(report: TuningReport) -> tuple[Fact, ...]:
     else:
         row = next((row for row in report.effective if is_of(row, report.plan)), None)
         per_update = (_update(report, row), _epoch(row)) if row else ()
-        facts = (_speed(report), _memory(report), *per_update, _data(report), _guide(report))
+        guide = Fact("Search", plain(report.guide), "") if report.guide else None
+        facts = (_speed(report), _memory(report), *per_update, _data(report), guide)
     return tuple(fact for fact in facts if fact)
-
-
-def _guide(report: TuningReport) -> Fact | None:
-    return Fact("Search", plain(report.guide), "") if report.guide else None
 
 
 def _speed(report: TuningReport) -> Fact | None:

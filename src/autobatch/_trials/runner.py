@@ -11,7 +11,7 @@ from autobatch._memory import format_bytes
 from autobatch._trials import Outcome, latest_by_size, trial_accumulation
 from autobatch._trials.measure import run_trial
 from autobatch._trials.time_limit import TimeLimit
-from autobatch._trials.timing import run_together, time_updates, until
+from autobatch._trials.timing import time_together, time_updates
 from autobatch._trials.workload import SizedWorkload
 from autobatch.errors import AutobatchError, DoesNotFitError
 
@@ -209,7 +209,7 @@ class TrialRunner:
             return
         self._has_communicated = self.runs_together = True
         with self.on_every_rank(size, is_dry=False):
-            run_together(self.sized(size), self.context)
+            time_together(self.sized(size), lambda _: True, self.context)
             self.context.budget.read()
             self.gather(None)
 
@@ -218,9 +218,8 @@ class TrialRunner:
 
         The second one has the optimizer's state beside it, as all later ones do.
         """
-        enough = until(inf, self.context.probe.clock, updates=1)
         with self.on_every_rank(batch_size):
-            timing = time_updates(self.sized(batch_size), enough, self.context)
+            timing = time_updates(self.sized(batch_size), bool, self.context)
             return all(self.gather(timing is not None))
 
     def sized(self, batch_size: int, accumulate: int | None = None) -> SizedWorkload:

@@ -56,13 +56,6 @@ def time_together(sized: SizedWorkload, enough: Enough, context: TrialContext) -
         return time_restarted(sized, enough, context)
 
 
-def run_together(sized: SizedWorkload, context: TrialContext) -> None:
-    """Run one update with real collectives, on all ranks in step, as `time_together` does."""
-    run = RunningWorkload(sized)
-    with noting(sized.batch_size), context.capturing_new_modules(), run:
-        run.step()
-
-
 def until(deadline: float, clock: Callable[[], float], *, updates: int) -> Enough:
     """Return a function that ends timing after a number of updates, or by a deadline after one."""
     return lambda seconds: bool(seconds) and (len(seconds) >= updates or clock() >= deadline)

@@ -24,6 +24,7 @@ from autobatch._report.accumulation_notes import batch_norm, not_additive
 from autobatch._trials.batches import listed, row_counts
 from autobatch._trials.workload import free_after_failure
 from autobatch.errors import AutobatchError
+from autobatch.lightning._trainer_notes import batches_trained
 from autobatch.lightning._training import on_device
 
 if TYPE_CHECKING:
@@ -143,14 +144,6 @@ def check_repairable(trainer: Any, module: Any) -> None:
         )
     if any(isinstance(each, torch.optim.LBFGS) for each in trainer.optimizers):
         raise AutobatchError(_evaluates_again("LBFGS"))
-
-
-def batches_trained(trainer: Any, loaders: Loaders, batch_size: int) -> int | None:
-    """Return the batches of a rank per epoch, after `limit_train_batches`; None if unknown."""
-    batches, limit = loaders.batches(batch_size), trainer.limit_train_batches
-    if batches is None:
-        return None
-    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
 
 def last_samples(trainer: Any, loaders: Loaders, batch_size: int) -> int | None:

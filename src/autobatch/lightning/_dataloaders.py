@@ -99,7 +99,6 @@ class Loaders:
         is_combined = isinstance(given, combined_loader)
         self._combined = given if is_combined else combined_loader(given, mode)
         self.each: tuple[DataLoader[Any], ...] = tuple(self._combined.flattened)
-        self.is_set_by_user = setter is not None
         # For each loader the function that sets its size; None for in place
         self.setters = tuple(_way_to_change(loader, setter) for loader in self.each)
         self.own_sizes = tuple(map(_own_size, self.each, self.setters))

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from autobatch._report import TuningReport
     from autobatch._search import Search
     from autobatch._settings import Settings
-    from autobatch.lightning._evaluation import Stage
+    from autobatch.lightning._trainer import PredictionLoop
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class TrialResources:
 
 @contextmanager
 def trial_resources(
-    trainer: Any, module: Any, arguments: CallbackArguments, stage: Stage | None
+    trainer: Any, module: Any, arguments: CallbackArguments, loop: PredictionLoop | None
 ) -> Iterator[TrialResources]:
     """Capture all state that trials may change, and isolate the Trainer; restore it at the end.
 
@@ -121,7 +121,7 @@ def trial_resources(
         # Hooks that make the loaders may change the module and the datamodule, which every trial
         # has to see
         before_hooks.capture_light(module, trainer.datamodule)
-        loaders = _asked_for(trainer, arguments, stage)
+        loaders = _asked_for(trainer, arguments, loop)
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         scalers = [] if scaler is None else [scaler]
@@ -147,10 +147,10 @@ def trial_resources(
             yield TrialResources(context, loaders, samples, copied_bytes, attribute)
 
 
-def _asked_for(trainer: Any, arguments: CallbackArguments, stage: Stage | None) -> Loaders:
-    """Return the loaders of a stage, or of training; validation shows its own then."""
-    if stage is not None:
-        return Loaders(trainer, data_source(stage.loop_of(trainer)), mode="sequential")
+def _asked_for(trainer: Any, arguments: CallbackArguments, loop: PredictionLoop | None) -> Loaders:
+    """Return the loaders of an evaluation, or of training; validation shows its own then."""
+    if loop is not None:
+        return Loaders(trainer, data_source(loop), mode="sequential")
     source, setter = data_source(trainer.fit_loop), arguments.set_batch_size
     loaders = Loaders(trainer, source, mode="max_size_cycle", setter=setter)
     if arguments.retune_at_epochs:

@@ -13,7 +13,6 @@ from autobatch._memory.host import HostMemory
 from autobatch._plan import ceil_div
 from autobatch._trials.snapshot import Snapshot
 from autobatch.errors import AutobatchError
-from autobatch.lightning._accumulation import batches_trained
 from autobatch.lightning._compat import combined_loader, validation_interval
 
 if TYPE_CHECKING:
@@ -144,6 +143,14 @@ class TrainerLimits:
             f"max_steps={steps:,} counts updates: training ends after {steps * now:,} samples "
             f"instead of {steps * then:,}."
         )
+
+
+def batches_trained(trainer: Any, loaders: Loaders, batch_size: int) -> int | None:
+    """Return the batches of a rank per epoch, after `limit_train_batches`; None if unknown."""
+    batches, limit = loaders.batches(batch_size), trainer.limit_train_batches
+    if batches is None:
+        return None
+    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
 
 def _is_count(value: object) -> TypeGuard[int]:

@@ -35,7 +35,7 @@ def tune_evaluation(trainer: Any, module: Any, arguments: CallbackArguments, sta
         AutobatchError: A loader's batch size cannot be changed.
         DoesNotFitError: No batch size fits.
     """
-    with trial_resources(trainer, module, arguments, stage) as resources:
+    with trial_resources(trainer, module, arguments, stage.loop_of(trainer)) as resources:
         loaders, attribute = resources.loaders, resources.attribute
         settings = arguments.settings.model_copy(
             update={"target_batch_size": None, "dataset_size": loaders.samples}

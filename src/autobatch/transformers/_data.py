@@ -26,7 +26,6 @@ class TrainerLoaders:
     each: Sequence[DataLoader[Any]]
     batch_size: int  # their batch size
 
-    is_set_by_user: ClassVar = False
     is_sequential: ClassVar = True
 
     @classmethod
@@ -49,10 +48,6 @@ class TrainerLoaders:
     @property
     def setters(self) -> Sequence[SetBatchSize | None]:
         return (None,) * len(self.each)
-
-    @property
-    def own_sizes(self) -> Sequence[int]:
-        return self.sizes_at(self.batch_size)
 
     @property
     def samples(self) -> int | None:

@@ -55,59 +55,26 @@ _MESSAGE: Final = "total capacity in torch's out-of-memory message"
 _PROPERTIES: Final = "torch.cuda.get_device_properties"
 _SHEET: Final = "multiprocessors from NVIDIA's data sheet"
 
-GPUS: Final = {
-    gpu.name: gpu
-    for gpu in (
-        GpuModel("H200", 150_109_880_320, 132, "90", f"{_PROPERTIES}, measured"),
-        GpuModel(
-            "H100",
-            81_082 * MIB,
-            132,
-            "90",
-            f"{_PROPERTIES} of an H100 80GB HBM3: 81082 MB with torch 2.0, 81089 MB with torch 2.7",
-        ),
-        GpuModel(
-            "A100-80GB", 81_049 * MIB, 108, "80", "mixbench-cuda (ekondis/mixbench, issue 47)"
-        ),
-        GpuModel(
-            "A100-40GB",
-            40_339 * MIB,
-            108,
-            "80",
-            "deviceQuery (bottlerocket-os/bottlerocket, pull request 3873)",
-        ),
-        GpuModel("A10", 22_587 * MIB, 72, "86", f"{_PROPERTIES} of an A10G; {_SHEET}"),
-        GpuModel(
-            "L4",
-            22_491 * MIB,
-            58,
-            "89",
-            "deviceQuery (bottlerocket-os/bottlerocket-kernel-kit, pull request 139)",
-        ),
-        GpuModel("L40S", 45_455 * MIB, 142, "89", f"{_MESSAGE}: 44.39 GiB; {_PROPERTIES}"),
-        GpuModel("V100", 16_130 * MIB, 80, "70", f"{_PROPERTIES} of a V100-SXM2-16GB"),
-        GpuModel("T4", 15_095 * MIB, 40, "75", f"{_PROPERTIES} on Colab"),
-        GpuModel(
-            "RTX 3090",
-            24_258 * MIB,
-            82,
-            "86",
-            f"{_MESSAGE}: 23.69 GiB (ucwxb/GraphAvatar, issue 4), 23.56 with driver 580; {_SHEET}",
-        ),
-        GpuModel(
-            "RTX 4090",
-            24_207 * MIB,
-            128,
-            "89",
-            f"{_MESSAGE}: 23.64 GiB (3DTopia/Phidias-Diffusion, issue 8); multiprocessors from "
-            "pc2/GPUInspector.jl, issue 11",
-        ),
-        GpuModel(
-            "RTX 5090",
-            32_117 * MIB,
-            170,
-            "120",
-            "deviceQuery (aikitoria/open-gpu-kernel-modules, issue 1)",
-        ),
-    )
-}
+# fmt: off
+_MODELS: Final = (
+    GpuModel("H200", 150_109_880_320, 132, "90", f"{_PROPERTIES}, measured"),
+    GpuModel("H100", 81_082 * MIB, 132, "90", f"{_PROPERTIES} of an H100 80GB HBM3"),
+    GpuModel("A100-80GB", 81_049 * MIB, 108, "80", "mixbench-cuda (ekondis/mixbench, issue 47)"),
+    GpuModel("A100-40GB", 40_339 * MIB, 108, "80",
+             "deviceQuery (bottlerocket-os/bottlerocket, pull request 3873)"),
+    GpuModel("A10", 22_587 * MIB, 72, "86", f"{_PROPERTIES} of an A10G; {_SHEET}"),
+    GpuModel("L4", 22_491 * MIB, 58, "89",
+             "deviceQuery (bottlerocket-os/bottlerocket-kernel-kit, pull request 139)"),
+    GpuModel("L40S", 45_455 * MIB, 142, "89", f"{_MESSAGE}: 44.39 GiB; {_PROPERTIES}"),
+    GpuModel("V100", 16_130 * MIB, 80, "70", f"{_PROPERTIES} of a V100-SXM2-16GB"),
+    GpuModel("T4", 15_095 * MIB, 40, "75", f"{_PROPERTIES} on Colab"),
+    GpuModel("RTX 3090", 24_258 * MIB, 82, "86",
+             f"{_MESSAGE}: 23.69 GiB (ucwxb/GraphAvatar, issue 4); {_SHEET}"),
+    GpuModel("RTX 4090", 24_207 * MIB, 128, "89",
+             f"{_MESSAGE}: 23.64 GiB (3DTopia/Phidias-Diffusion, issue 8); 128 multiprocessors in "
+             "pc2/GPUInspector.jl, issue 11"),
+    GpuModel("RTX 5090", 32_117 * MIB, 170, "120",
+             "deviceQuery (aikitoria/open-gpu-kernel-modules, issue 1)"),
+)
+# fmt: on
+GPUS: Final = {gpu.name: gpu for gpu in _MODELS}

@@ -71,11 +71,8 @@ class _Lstm(torch.autograd.Function):
         copied = x.contiguous()
         states = x.shape[:-1].numel() * width
         ctx.workspace = _GATES * layers * states
-        output, h_n, c_n = (
-            x.new_empty((*x.shape[:-1], width)),
-            torch.empty_like(h),
-            torch.empty_like(c),
-        )
+        output = x.new_empty((*x.shape[:-1], width))
+        h_n, c_n = torch.empty_like(h), torch.empty_like(c)
         workspace = x.new_empty(ctx.workspace)
         # Gates and cell of each layer, and what dropout leaves between layers
         reserve = x.new_empty((6 * layers - 1) * states if train else 0)

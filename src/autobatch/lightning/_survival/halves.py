@@ -128,7 +128,7 @@ def _measured(
     differ = {name.rpartition(".")[0] for name in whole if not is_near(whole[name], halves[name])}
     if differ:
         _log.warning(
-            "%s: not the sum over the samples of a batch; each piece counts as a batch there",
+            "%s: updated once per batch, in which each piece counts as a batch",
             ", ".join(sorted(differ)),
         )
     return found

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import operator
 from collections import defaultdict, deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -17,8 +15,6 @@ from autobatch._trials.reachable import LARGE
 from autobatch.lightning._compat import logged_results
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from autobatch.lightning._trainer import Trainer
 
 # Elements of a tensor; a larger one is not copied before each micro-batch, its version shows if it
@@ -26,7 +22,8 @@ if TYPE_CHECKING:
 _SMALL: Final = 4096
 # Types of attributes whose contents may change; all others are replaced, or not known
 _CHANGING: Final = frozenset({torch.Tensor, torch.Generator, list, dict, set, deque})
-_OF_TORCH: Final = frozenset(vars(torch.nn.Module()))  # attributes that every module has
+# Attributes that every module has, and results of a metric, which it replaces
+_UNCHANGED: Final = frozenset({*vars(torch.nn.Module()), "_forward_cache", "_computed"})
 
 
 class NotUndoneError(Exception):
@@ -46,81 +43,59 @@ class StepState:
         self._generators = [torch.default_generator]
         if module.device.type == "cuda":
             self._generators.append(torch.cuda.default_generators[module.device.index or 0])
+        norms = [part for part in parts if isinstance(part, _NormBase)]
+        self._norms = [(vars(part)["_buffers"], vars(part)["_buffers"].copy()) for part in norms]
+        self._statistics = _flat_views(
+            [each for part in norms for each in part.buffers(recurse=False)]
+        )
         # Without torchmetrics being imported: its classes and those derived from them
         self._objects = [vars(module), *(vars(part) for part in parts if is_metric(part))]
-        self._owners = [vars(part)["_buffers"] for part in parts if vars(part)["_buffers"]]
-        self._normalizing = {
-            id(buffer)
+        self._objects += [
+            vars(part)["_buffers"]
             for part in parts
-            if isinstance(part, _NormBase)
-            for buffer in part.buffers(recurse=False)
-        }
+            if vars(part)["_buffers"] and not isinstance(part, _NormBase)
+        ]
         # Lightning replaces the tensors in these, and never writes into one
         self._logged = logged_results(trainer)
-        self._buffers: list[torch.Tensor | None] = []  # sorted into those that follow
-        self._small: list[list[torch.Tensor]] = []
-        self._large: list[torch.Tensor] = []
 
     def keep(self, batch: Any) -> Kept:
         """Keep the state before an attempt at a batch."""
-        buffers = [*itertools.chain.from_iterable(map(dict.values, self._owners))]
-        if len(buffers) != len(self._buffers) or not all(map(operator.is_, buffers, self._buffers)):
-            self._buffers, self._large = buffers, []
-            self._small = self._sorted([each for each in buffers if each is not None], self._large)
-        noted = self._large.copy()
-        generators = self._generators.copy()
-        contents, tensors = [], []
-        for owner in self._objects:
-            for name, value in owner.items():
-                if (kind := type(value)) not in _CHANGING or name in _OF_TORCH:
-                    continue
-                if kind is torch.Tensor:
-                    tensors.append(value)
-                elif kind is torch.Generator:
-                    generators.append(value)
-                elif len(value) <= LARGE:
-                    contents.append((value, value.copy()))
-        small = [*self._small, *self._sorted(tensors, noted)]
+        noted: list[torch.Tensor] = []
+        generators, contents = self._generators.copy(), []
+        small: dict[Any, list[torch.Tensor]] = defaultdict(list)  # that are copied together
+        changing = [
+            value
+            for owner in self._objects
+            for name, value in owner.items()
+            if type(value) in _CHANGING and name not in _UNCHANGED
+        ]
+        for value in changing:
+            if isinstance(value, torch.Tensor):
+                if _is_copied(value):
+                    small[value.dtype, value.device, min(value.ndim, 2)].append(value)
+                else:
+                    noted.append(value)
+            elif isinstance(value, torch.Generator):
+                generators.append(value)
+            elif len(value) <= LARGE:
+                contents.append((value, value.copy()))
 
         def note(leaf: Any) -> Any:
-            noted.append(leaf)
+            if isinstance(leaf, torch.Tensor):
+                noted.append(leaf)
             return leaf
 
         results = self._logged
-        owners = [*self._objects, *self._owners, vars(results), results]
-        owners += map(vars, results.values())
+        owners = [*self._objects, vars(results), results, *map(vars, results.values())]
         return Kept(
             batch=map_leaves(note, batch),
             attributes=[(owner, owner.copy()) for owner in owners],
+            norms=self._norms,
             contents=contents,
-            copies=_copies(small) if small else [],
-            versions=[
-                (each, each._version)
-                for each in noted
-                if isinstance(each, torch.Tensor) and not each.is_inference()  # has no version
-            ],
+            copies=_copies([*self._statistics, *small.values()]),
+            versions=[(each, each._version) for each in noted if not each.is_inference()],
             random=[(each, each.get_state()) for each in generators],
         )
-
-    def _sorted(
-        self, tensors: Iterable[torch.Tensor], large: list[torch.Tensor]
-    ) -> list[list[torch.Tensor]]:
-        """Return groups of small tensors that are copied together, and add the others to `large`."""
-        groups: dict[Any, list[torch.Tensor]] = defaultdict(list)
-        for each in tensors:
-            if self._is_copied(each):
-                groups[each.dtype, each.device, min(each.ndim, 2)].append(each)
-            else:
-                large.append(each)
-        return list(groups.values())
-
-    def _is_copied(self, tensor: torch.Tensor) -> bool:
-        # Copies go into the same tensor again, which leaves and, in training, inference tensors refuse
-        if tensor.is_inference() and not torch.is_inference_mode_enabled():
-            return False
-        if tensor.requires_grad or tensor.layout is not torch.strided:
-            return False
-        return tensor.numel() <= _SMALL or id(tensor) in self._normalizing
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +105,7 @@ class Kept:
     Args:
         batch: The batch, in containers of its own.
         attributes: Dictionaries of attributes, buffers and logged values, and their entries.
+        norms: Dictionaries of the buffers of BatchNorm, and their entries when training began.
         contents: Small containers among the attributes, and copies of them.
         copies: Tensors, and their values one after the other.
         versions: Other tensors, and their versions.
@@ -138,6 +114,7 @@ class Kept:
 
     batch: Any
     attributes: list[tuple[dict[str, Any], dict[str, Any]]]
+    norms: list[tuple[dict[str, Any], dict[str, Any]]]
     contents: list[tuple[Any, Any]]
     copies: list[tuple[list[torch.Tensor], torch.Tensor]]
     versions: list[tuple[torch.Tensor, int]]
@@ -149,6 +126,9 @@ class Kept:
         Raises:
             NotUndoneError: The step has written into a tensor of which there is no copy.
         """
+        for owner, entries in self.norms:
+            if any(owner.get(name) is not entries[name] for name in entries):
+                raise NotUndoneError("buffers of a BatchNorm were replaced since training began")
         for owner, entries in self.attributes:
             owner.update(entries)
             for name in owner.keys() - entries.keys():
@@ -175,16 +155,36 @@ def is_metric(part: object) -> bool:
     return any(kind.__module__.startswith("torchmetrics.") for kind in type(part).__mro__)
 
 
+def _is_copied(tensor: torch.Tensor) -> bool:
+    # Copies go into the same tensor again, which leaves and, in training, inference tensors refuse
+    return (
+        tensor.numel() <= _SMALL
+        and not tensor.requires_grad
+        and tensor.layout is torch.strided
+        and (not tensor.is_inference() or torch.is_inference_mode_enabled())
+    )
+
+
+def _flat_views(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Return views of tensors with one dimension, in groups that are copied together."""
+    found: dict[Any, list[torch.Tensor]] = defaultdict(list)
+    for each in tensors:
+        found[each.dtype, each.device].append(each.detach().view(-1))
+    return list(found.values())
+
+
 def _copies(groups: list[list[torch.Tensor]]) -> list[tuple[list[torch.Tensor], torch.Tensor]]:
-    with unobserved(), torch.no_grad():
+    """Return groups of tensors that have the same dtype and, up to two, dimensions, with copies.
+
+    A copy of each tensor takes two to four times as long.
+    """
+    if not groups:
+        return []
+    with unobserved():
         return [(alike, _flat(alike)) for alike in groups]
 
 
 def _flat(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Return the values of tensors that have the same dtype and, up to two, dimensions.
-
-    A copy of each takes two to four times as long.
-    """
     if tensors[0].ndim == 0:
         return torch.stack(tensors)
     return torch.cat(tensors if tensors[0].ndim == 1 else [each.flatten() for each in tensors])
