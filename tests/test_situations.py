@@ -28,7 +28,7 @@ import autobatch
 from autobatch.errors import AutobatchError
 from autobatch.testing import SimulatedAccelerator
 from by_hand import PAIRS, Recorded, X, Y, compared
-from lightning_here import pl, quiet_trainer
+from lightning_here import QUICK, pl, quiet_trainer
 from sameness import same
 
 
@@ -38,7 +38,7 @@ def shuffled(batch_size, **options):
 
 def tuner(**options):
     return autobatch.AutoBatch(
-        **{"target_batch_size": 24, "device": SimulatedAccelerator("900KiB"), **options}
+        **{"target_batch_size": 24, "device": SimulatedAccelerator("900KiB"), **QUICK, **options}
     )
 
 
