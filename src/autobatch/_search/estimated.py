@@ -53,12 +53,16 @@ class EstimatedSearch:
         top = max(trials, key=lambda trial: trial.batch_size)
         capacity = self._capacity(top, budget)
         is_full = budget - (top.peak or 0) <= self.resolution * (budget - top.resident)
-        within = int((1 - self.resolution) * capacity) if is_full else capacity
+        # A correction read at a smaller size is off by a part of itself
+        free = self.resolution * capacity if is_full else abs(capacity - budget) / 4
+        within = int(capacity - free)
         limit = self._largest(top.batch_size, high, within)
         if limit - top.batch_size <= int(self.resolution * limit):
             return None
-        # Reserved bytes may fall as the size grows: the margin is one of bytes
-        careful = self._largest(top.batch_size, limit, int((1 - _MARGIN) * capacity))
+        # Reserved bytes may fall as the size grows: the margin is one of bytes, and a correction
+        # that allows more is not followed from afar
+        below = int((1 - _MARGIN) * min(capacity, budget))
+        careful = self._largest(top.batch_size, limit, below)
         is_near = top.batch_size >= (1 - 2 * _MARGIN) * limit
         return limit if is_near or careful <= top.batch_size else careful
 
