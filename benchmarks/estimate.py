@@ -132,6 +132,30 @@ def clip() -> Network:
     return Network("transformer", make, batch, loss)
 
 
+class Lstm(torch.nn.Module):
+    """Language model of two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = torch.nn.Embedding(10_000, 256)
+        self.lstm = torch.nn.LSTM(256, 512, 2, batch_first=True, dropout=0.2)
+        self.head = torch.nn.Linear(512, 10_000)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.lstm(self.words(tokens))[0])
+
+
+def lstm() -> Network:
+    def batch(size: int) -> object:
+        tokens = torch.randint(0, 10_000, (size, 64))
+        return tokens, tokens
+
+    def loss(model: torch.nn.Module, batch: object) -> torch.Tensor:
+        return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
+
+    return Network("LSTM", Lstm, batch, loss)
+
+
 NETWORKS = {
     "timm resnet50": images("resnet50"),
     "timm convnext_tiny": images("convnext_tiny"),
@@ -143,6 +167,7 @@ NETWORKS = {
     "bert T128": text(128, bert, is_causal=False),
     "llama 12x768 T256": text(256, llama),
     "clip": clip(),
+    "lstm T64": lstm(),
 }
 
 
@@ -190,8 +215,10 @@ def compared(names: Iterable[str]) -> Iterator[Comparison]:
         for row in rows:
             if row["model"] == name:
                 steady = of.estimate.steps(row["batch"], None)[-1]
-                # Measured above what was there before the model, the workspaces of cuBLAS
-                allocated = steady.allocated - sum(Gpu().workspaces)
+                # Measured above what was there before the model: the workspaces of cuBLAS, and the
+                # random state of dropout in an LSTM, if an earlier row made it
+                before = sum(Gpu().workspaces) + row.get("before", 0)
+                allocated = steady.allocated - before
                 yield Comparison(
                     name,
                     network.kind,

@@ -5,8 +5,9 @@
 Networks, trainings and laws are those of `tests/surviving.py`. A micro-batch is *survived* if
 training reaches its end and each gradient is, to the bit, that of the whole micro-batch or that of
 its pieces, by plain PyTorch. The cost is the CPU time of a micro-batch with
-`on_out_of_memory="split"` less that without AutoBatch, measured in turns within one training:
-medians, of pairs of micro-batches one after the other.
+`on_out_of_memory="split"` less that without AutoBatch, measured in turns within one training: the
+median of pairs of micro-batches one after the other, and an interval that holds the median of
+further such pairs in 95 of 100 cases.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import logging
+import math
 import os
 import statistics
 import sys
@@ -29,7 +31,7 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import autobatch
-from autobatch.lightning._survival_limit import PieceLimit
+from autobatch.lightning._survival.repeats import PieceLimit
 from lightning_here import pl, quiet_trainer
 from surviving import (
     SPLIT,
@@ -40,6 +42,7 @@ from surviving import (
     torchmetrics,
     trained,
 )
+from test_survival_fits import LONG, Reader, peak_of, read
 
 PRECISIONS = {
     "fp32": ({}, {}),
@@ -78,6 +81,17 @@ def counts(network, optimizer, precision, accumulate, every):
         for gradients in found
     )
     return len(refusals), survived
+
+
+class Watched(Reader):
+    """Keeps the losses of its batches."""
+
+    def __init__(self):
+        super().__init__()
+        self.losses = []
+
+    def on_train_batch_end(self, outputs, *_):
+        self.losses.append(outputs["loss"].item())
 
 
 class Timed(pl.LightningModule):
@@ -143,25 +157,60 @@ class Turns(pl.Callback):
 
 
 def cost(width, layers, norm):
-    """Return the seconds of a micro-batch without survival, and the seconds that it adds."""
+    """Return the seconds of a micro-batch without survival, and those that it adds.
+
+    The latter are the median between the ends of its interval.
+    """
     torch.manual_seed(0)
     batch = (torch.randn(128, 16), torch.randint(0, 4, (128,)))
     trainer = quiet_trainer(autobatch.AutoBatch(**SPLIT), turns := Turns(), max_epochs=1)
     loader = DataLoader([batch] * STEPS, batch_size=None)
     trainer.fit(Timed(width, layers, norm=norm), loader)
     with_survival, without = (turns.seconds[which][STEPS // 20 :] for which in (True, False))
-    more = [one - other for one, other in zip(with_survival, without, strict=True)]
-    return statistics.median(without), statistics.median(more)
+    more = sorted(one - other for one, other in zip(with_survival, without, strict=True))
+    reach = round(0.98 * math.sqrt(len(more)))  # ranks around the median, of a binomial
+    middle = len(more) // 2
+    return statistics.median(without), [more[middle + each] for each in (-reach, 0, reach)]
 
 
 def costs():
     """Return the table of costs."""
     rows = []
     for name, network in TIMED.items():
-        seconds, more = cost(*network)
-        row = [f"{1e3 * seconds:.1f}", f"{1e3 * more:.2f}", f"{1 + more / seconds:.3f}"]
+        seconds, (low, more, high) = cost(*network)
+        spread = f"{1e3 * low:.2f} to {1e3 * high:.2f}"
+        row = [f"{1e3 * seconds:.1f}", f"{1e3 * more:.2f}", spread, f"{1 + more / seconds:.3f}"]
         rows.append([name, *row])
-    return table(["network", "ms of a micro-batch", "ms more", "ratio"], rows)
+    return table(["network", "ms of a micro-batch", "ms more", "interval", "ratio"], rows)
+
+
+def losses(lengths, limit):
+    """Return the failures of a training on sequences, and its losses at ten steps."""
+    module, callback, _, _ = read(lengths, limit, Watched())
+    return len(callback.survived), [module.losses[at] for at in range(24, 250, 25)]
+
+
+def curves():
+    """Return the table of trainings short of memory, beside those with memory to spare."""
+    usual = [20] * 252
+    long = [20 * LONG if at == 100 else 20 for at in range(252)]
+    peak = peak_of([20])
+    rows = []
+    for name, lengths, limit in (
+        ("one sample 20 times as long", long, lambda _: int(1.3 * peak)),
+        (
+            "a neighbour takes half for 100 steps",
+            usual,
+            lambda at: int((0.7 if 20 <= at < 120 else 1.3) * peak),
+        ),
+    ):
+        failures, found = losses(lengths, limit)
+        _, expected = losses(lengths, lambda _: None)
+        apart = max(abs(one - other) for one, other in zip(found, expected, strict=True))
+        row = [f"{loss:.6f}" for loss in (found[0], expected[0], found[-1], expected[-1])]
+        rows.append([name, str(failures), *row, f"{apart:.0e}"])
+    heads = ["failures", "loss at step 25", "with memory", "at step 250", "with memory", "apart"]
+    return table(["training of 252 steps", *heads], rows)
 
 
 WAYS = list(itertools.product(PRECISIONS, OPTIMIZERS))
@@ -182,7 +231,7 @@ def survivals(every):
     return rows
 
 
-def page(every, rows, cost_table):
+def page(every, rows, curve_table, cost_table):
     """Return what is measured, as a part of a page."""
     names = [f"{precision}, {optimizer.__name__}" for precision, optimizer in WAYS]
     pairs = [map(int, cell.split(" of ")) for row in rows for cell in row[2:]]
@@ -192,6 +241,8 @@ def page(every, rows, cost_table):
         f"forward and backward pass of a micro-batch: {survived:,} of {refused:,} were survived, "
         "with gradients that are to the bit those of the whole or of the pieces.\n\n"
         f"{table(['network', 'accumulate', *names], rows)}\n\n"
+        "The loss of trainings short of memory beside the loss with memory to spare; *apart* is the "
+        f"largest difference at ten steps:\n\n{curve_table}\n\n"
         "CPU time of a micro-batch without survival, and what survival adds while nothing fails "
         f"({machine()}; load average {os.getloadavg()[0]:.0f}):\n\n{cost_table}"
     )
@@ -206,7 +257,7 @@ def main():
     for name in ("pytorch_lightning", "lightning.pytorch", "autobatch"):
         logging.getLogger(name).setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    text = page(arguments.every, survivals(arguments.every), costs())
+    text = page(arguments.every, survivals(arguments.every), curves(), costs())
     print(text)
     if arguments.markdown is not None:
         renew(arguments.markdown, "survive.py", text)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from autobatch._memory.estimate.allocator import MIB, CachingAllocator
 from autobatch._memory.ledger import Ledger
+from autobatch._memory.storages import address_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,17 +73,23 @@ class CachingLedger(Ledger):
 
     def _enter(self, storage: torch.UntypedStorage) -> int:
         growth = super()._enter(storage)
-        block, self._next = self._next, None
+        key, block = address_of(storage), self._next
+        self._next = None
+        if growth < 0:  # a resize gives the whole block back: FSDP empties storages
+            self._free(key)
         if growth > 0 and block is None:  # attached, and not allocated under the ledger
             block = self._allocator.allocate(growth)
         if block is not None:
-            self._blocks.setdefault(int(storage._cdata), []).append(block)
+            self._blocks.setdefault(key, []).append(block)
         return growth
 
     def _hand_over(self, term: int, total: int) -> None:
         self._blocks[total] = self._blocks.pop(term, [])
 
     def _release(self, key: int, nbytes: int) -> None:
+        self._free(key)
+        super()._release(key, nbytes)
+
+    def _free(self, key: int) -> None:
         for block in self._blocks.pop(key, ()):
             self._allocator.free(block)
-        super()._release(key, nbytes)

@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 from collections import Counter
@@ -20,6 +22,9 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+# Before Lightning takes it: for each Trainer it reads the metadata of all packages, to look for
+# callbacks, which takes 15 ms each time
+importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
 pytest.register_assert_rewrite("by_hand", "hugging_face")  # its assertions show their values
 
 if importlib.util.find_spec("hypothesis") is not None:

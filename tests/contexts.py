@@ -54,7 +54,7 @@ def trial_context(probe, *, budget=None, memory_limit=0.9, ranks=None):
             budget=MemoryBudget(probe, memory_limit) if budget is None else FixedBudget(budget),
             snapshot=snapshot,
             optimizers=optimizers,
-            on_first_use=contextlib.nullcontext,
+            capturing_new_modules=contextlib.nullcontext,
             ranks=ranks or SingleProcess(),
             progress=shown,
         )

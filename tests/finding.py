@@ -8,9 +8,11 @@ import torch
 
 import autobatch
 from autobatch._memory import memory_budget
+from autobatch._prior_plan import PriorPlan
 from autobatch._subject import PlainLoop
 from autobatch._trials.measure import run_trial
 from autobatch._trials.reachable import Watched
+from autobatch._trials.workload import SizedWorkload
 from autobatch._tune import tune
 from autobatch.report import Settings
 from contexts import IdenticalRanks, trial_context
@@ -47,12 +49,9 @@ def accepted(workload, size, device):
     budget = memory_budget(device.read(), 1.0)
     with trial_context(device, budget=budget) as context:
         return run_trial(
-            workload,
-            size,
-            accumulate=1,
+            SizedWorkload(workload, size, accumulate=1, may_be_refused=False),
             steps=2,
             is_timed=True,
-            may_be_refused=False,
             deadline=inf,
             context=context,
         ).fits
@@ -87,5 +86,5 @@ def tuned(device, *, world_size, **settings):
             checked,
             context,
             autobatch.GuidedBisection(),
-            known=None,
+            PriorPlan(),
         )

@@ -265,13 +265,10 @@ def half():
 
 CASES = {
     "passed": {},
-    "passed, workers": {"workers": 1},
-    "passed, own generator": {"generator": True},
     "batch sampler": {"source": "batch sampler"},
     "stream": {"source": "stream"},
     "hook": {"source": "hook"},
     "hook without": {"source": "hook without"},
-    "datamodule": {"source": "datamodule"},
     "one cycle": {"schedule": "one cycle"},
     "one cycle, hook": {"schedule": "one cycle", "source": "hook"},
     "one cycle, workers": {"schedule": "one cycle", "workers": 1},
@@ -292,7 +289,7 @@ CASES = {
     "compiled part": {"model": PartlyCompiled},
 }
 # One of each kind of step also times the sizes: enough for a few visits
-TIMED = {"passed", "passed, workers", "by hand", "lbfgs", "fp16", "compiled"}
+TIMED = {"passed", "one cycle, workers", "by hand", "lbfgs", "fp16", "compiled"}
 
 
 def run(case, plan):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from autobatch import BatchPlan, NoiseReading, Outcome, Trial, TuningReport, sinks
 from autobatch._report.notes import notes
-from autobatch._report.result import RunDetails
+from autobatch._report.result import RunDetails, SubjectNotes
 from autobatch._settings import Bound
 from autobatch.report import CurvePoint, Device, LearningRateRule, Loading, Look, Settings
 
@@ -238,12 +238,17 @@ _QUIET = RunDetails(
     curve_seconds=20.0,
     before=None,
     last_samples=None,
-    trial_notes=(),
-    plan_notes=(),
+    subject_notes=SubjectNotes(),
+    prior_note=None,
     unfinished=None,
 )
 _OF_SETTINGS = ("target_batch_size", "prefer", "time_limit", "latency_limit")
 _OF_DEVICE = ("source", "foreign")
+
+
+def subject_notes(trials, plan):
+    """Return notes of a subject on trials and on a plan."""
+    return SubjectNotes((trials,), (plan,))
 
 
 def notes_after(**changes) -> tuple[str, ...]:

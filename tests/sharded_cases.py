@@ -1,16 +1,18 @@
-"""Sharded modules in `find`, on each of two real processes; results are saved for each rank.
+"""Sharded modules in `find`, on each of several real processes; results are saved for each rank.
 
-As torchrun starts it: sharded_cases.py DIRECTORY
+As torchrun starts it: sharded_cases.py DIRECTORY CASE …
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from random import Random
 
 import torch
 import torch.distributed as dist
@@ -22,9 +24,10 @@ from autobatch.testing import SimulatedAccelerator
 from sharded_models import KINDS, batch, parts, sharded, update
 
 RANK = int(os.environ.get("RANK", "0"))
-SEARCHED = ("fsdp2", "fsdp1", "tp")
+ALL_KINDS = (*KINDS, "ddp")
+POINTS = 20
 CAPACITY = 1_500_000  # bytes
-LARGE = {"width": 96, "depth": 1}
+LARGE, SMALL = {"width": 96, "depth": 1}, {"width": 8, "depth": 1}
 
 
 def peak_of(network, optimizer, size, accumulate=2):
@@ -42,10 +45,15 @@ def peak_of(network, optimizer, size, accumulate=2):
     return min(peaks)
 
 
+def kinds_here():
+    """Return the kinds that this number of ranks can have."""
+    return [kind for kind in ALL_KINDS if kind != "fsdp2 and tp" or dist.get_world_size() > 2]
+
+
 def peaks():
     """Return the peak of each kind, really and with dry collectives."""
     found = {}
-    for kind in (*KINDS[:-1], "ddp"):
+    for kind in kinds_here():
         network, optimizer = warm(kind)
         real = peak_of(network, optimizer, 8)
         with DryCollectives():
@@ -115,6 +123,34 @@ def timed():
         timing_seconds=60,
     )
     return {"sizes": [each.batch_size for each in report.curve], "updates": updates[0]}
+
+
+def out_of_memory_on_rank_1(is_time):
+    """Return the sizes timed if rank 1 runs out of memory at size 2 in some updates, or the error.
+
+    Args:
+        is_time: Whether it does, by the starts of the workload at that size, and whether
+            collectives are real.
+    """
+    network, optimizer = sharded("fsdp2", **LARGE)
+    starts = [0]
+
+    def train(batch_size, accumulate):
+        starts[0] += batch_size == 2
+        while True:
+            ranks = torch.ones(1)
+            dist.all_reduce(ranks)
+            if RANK == 1 and batch_size == 2 and is_time(starts[0], ranks.item() == 2):
+                raise torch.OutOfMemoryError("of another process")
+            update(network, optimizer, batch_size, accumulate)
+            yield
+
+    device = SimulatedAccelerator(4_000_000)
+    try:
+        report = autobatch.find(train, device=device, max_micro_batch_size=4, timing_seconds=60)
+    except (torch.OutOfMemoryError, autobatch.AutobatchError) as error:
+        return f"{type(error).__name__}: {error}"
+    return [each.batch_size for each in report.curve]
 
 
 def raising():
@@ -192,22 +228,55 @@ def refused():
     return sentences
 
 
-def main(directory):
+def failing(kind):
+    """Tune again and again, each time out of memory at another allocation of rank 1.
+
+    After each, one update of the module that was tuned and of one that never was: return the
+    results of trials, and whether losses and shards agree.
+    """
+    tuned, by_hand = sharded(kind, **SMALL), sharded(kind, **SMALL)
+    ledger, results = Ledger(), []
+    update(*tuned, 2)
+    with ledger.watching(None, 0):
+        update(*by_hand, 2)
+    for allocation in Random(kind).sample(range(1, ledger.allocations // 2), POINTS):
+        device = SimulatedAccelerator(CAPACITY)
+        device.ledger.refuse_at = allocation if RANK == 1 else None
+        report = autobatch.find(
+            loop_of(*tuned),
+            device=device,
+            max_micro_batch_size=2,
+            timing_seconds=0,
+            steps_per_trial=1,
+            verbose=False,
+        )
+        losses = update(*tuned, 2), update(*by_hand, 2)
+        pairs = zip(parts(*tuned), parts(*by_hand), strict=True)
+        same = losses[0] == losses[1] and all(torch.equal(*pair) for pair in pairs)
+        trials = [(trial.batch_size, str(trial.outcome)) for trial in report.trials]
+        results.append({"trials": trials, "same": same})
+    return results
+
+
+def main(directory, *names):
+    gc.freeze()  # keep imported objects out of the garbage collections of a search
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     cases = {
-        "peaks": peaks,
-        **{kind: partial(searched, kind, CAPACITY) for kind in SEARCHED},
+        **{each.__name__: each for each in (peaks, timed, raising, nested, refused)},
+        "taken": partial(out_of_memory_on_rank_1, lambda starts, _: starts > 1),
+        "leaving": partial(out_of_memory_on_rank_1, lambda _, is_real: is_real),
+        **{kind: partial(searched, kind, CAPACITY) for kind in ALL_KINDS},
+        **{f"{kind}/failing": partial(failing, kind) for kind in ALL_KINDS},
         "less": partial(searched, "fsdp2", CAPACITY - 300_000 * RANK),
-        **{each.__name__: each for each in (timed, raising, nested, refused)},
     }
     results = {}
-    for name, case in cases.items():
+    for name in names:
         began = time.perf_counter()
-        results[name] = case()
+        results[name] = cases[name]()
         print(name, round(time.perf_counter() - began, 2))
     torch.save(results, Path(directory) / f"rank-{RANK}.pt")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

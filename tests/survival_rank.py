@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from autobatch.lightning._survival_limit import PieceLimit
+from autobatch.lightning._survival.repeats import PieceLimit
 from lightning_here import pl
 from surviving import Trained, quick_collections, trained
 

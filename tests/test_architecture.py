@@ -40,7 +40,7 @@ LAYERS = (
     ("_estimate",),
     ("_progress",),
     ("report", "sinks", "testing"),
-    ("_subject",),
+    ("_subject", "_prior_plan"),
     ("_guide",),
     ("_tune",),
     ("_find",),
@@ -264,18 +264,18 @@ def classes_in(annotation: str, kind: type) -> set[type]:
     return found
 
 
-def test_every_type_of_a_report_is_in_the_public_module():
+def test_every_type_of_a_report_and_of_an_estimate_is_in_the_public_module():
     from autobatch import report
 
     public = {getattr(report, name) for name in report.__all__}
-    seen, open_ = set(), [report.TuningReport]
+    seen, open_ = set(), [report.TuningReport, report.Estimate]
     while open_:
         kind = open_.pop()
         seen.add(kind)
         for annotation in annotations_of(kind):
             open_ += classes_in(annotation, kind) - seen - set(open_)
 
-    assert {report.CurvePoint, report.Settings, report.StreamRow} <= seen
+    assert {report.CurvePoint, report.Settings, report.StreamRow, report.Banded} <= seen
     assert seen <= public
 
 

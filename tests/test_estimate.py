@@ -207,7 +207,7 @@ def loops(model, batch):
 
 @pytest.mark.parametrize("unfit", [reads, branches, selects])
 def test_steps_that_depend_on_data_are_refused(unfit):
-    with pytest.raises(UntraceableError, match="does not run on fake tensors"):
+    with pytest.raises(UntraceableError, match="the step depends on values of tensors"):
         MemoryEstimate.of(step_of(convolutional(), images, loss=unfit), None)
 
 
@@ -235,9 +235,14 @@ def test_hooks_and_recurrent_networks_are_refused():
         hook.__module__ = "transformers.modeling_utils"  # of checkpoints
     trace(step_of(hooked, images), 2, None)
 
-    recurrent = nn.ModuleDict({"memory": nn.LSTM(4, 4)})
-    with pytest.raises(UntraceableError, match="memory is a recurrent network"):
-        trace(step_of(recurrent, images), 2, None)
+    for recurrent, gpu in (
+        (nn.GRU(4, 4), Gpu()),
+        (nn.LSTM(4, 4, proj_size=2), Gpu()),
+        (nn.LSTM(4, 4), None),
+    ):
+        step = step_of(nn.ModuleDict({"memory": recurrent}), images)
+        with pytest.raises(UntraceableError, match="memory is a recurrent network"):
+            trace(step, 2, gpu)
 
 
 @pytest.mark.parametrize("gpu", [None, Gpu()], ids=["live bytes", "GPU"])

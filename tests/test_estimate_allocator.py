@@ -8,7 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autobatch._memory.estimate.allocator import MIB, CachingAllocator, segment_size
+from autobatch._memory.estimate.allocator import (
+    MIB,
+    CachingAllocator,
+    ExpandableAllocator,
+    segment_size,
+)
 
 # Sizes on both sides of every threshold
 SIZES = st.integers(1, 3 * MIB) | st.integers(1, 64).map(lambda n: n * MIB + n % 3)
@@ -30,14 +35,16 @@ def run(allocator, actions):
         yield blocks
 
 
-@given(ACTIONS)
-def test_blocks_never_overlap_and_all_bytes_are_counted(actions):
-    allocator = CachingAllocator()
+@pytest.mark.parametrize("make", [CachingAllocator, ExpandableAllocator])
+@given(actions=ACTIONS)
+def test_blocks_never_overlap_and_all_bytes_are_counted(make, actions):
+    allocator = make()
 
     for blocks in run(allocator, actions):
-        ordered = sorted(blocks, key=lambda block: block.address)
+        ordered = sorted(blocks, key=lambda block: (block.is_small, block.address))
         for block, following in pairwise(ordered):
-            assert block.address + block.nbytes <= following.address
+            is_same_pool = block.is_small == following.is_small
+            assert not is_same_pool or block.address + block.nbytes <= following.address
         assert allocator.allocated == sum(block.nbytes for block in blocks)
         assert allocator.allocated <= allocator.reserved <= allocator.peak_reserved
         assert allocator.allocated <= allocator.peak_allocated
@@ -141,3 +148,27 @@ def test_a_segment_stays_while_one_of_its_blocks_lives():
     allocator.free(small)
     allocator.empty()
     assert allocator.reserved == 0
+
+
+def test_expandable_segments_grow_by_pages_and_leave_no_holes():
+    allocator = ExpandableAllocator()
+    first, second = (allocator.allocate(30 * MIB) for _ in range(2))
+    assert allocator.reserved == 60 * MIB
+
+    allocator.free(second)
+    allocator.allocate(50 * MIB)  # the free end grows
+
+    assert allocator.reserved == 80 * MIB
+    allocator.free(first)
+    allocator.allocate(30 * MIB - 512)  # the hole, whose rest may be split off
+    assert (allocator.reserved, allocator.allocated) == (80 * MIB, 80 * MIB - 512)
+    allocator.allocate(1)  # of the small pool
+    assert allocator.reserved == 82 * MIB
+
+
+@given(ACTIONS)
+def test_expandable_segments_of_growing_requests_reserve_no_more_than_the_pages_in_use(actions):
+    allocator = ExpandableAllocator()
+
+    for _ in run(allocator, [action for action in actions if action > 0]):
+        assert allocator.reserved - allocator.allocated < 22 * MIB

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import subprocess
 import sys
 from functools import cache
@@ -17,13 +18,20 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import autobatch
+from autobatch._estimate.breakdown import peak
+from autobatch._estimate.changes import changed
 from autobatch._estimate.device import target_gpu
+from autobatch._estimate.inputs import Inputs
+from autobatch._memory.cuda import CudaProbe
+from autobatch._memory.estimate.events import UntraceableError
 from autobatch._memory.estimate.gpus import GPUS
+from autobatch._memory.estimate.prediction import MemoryEstimate
+from autobatch._memory.estimate.scratch import Gpu
 from autobatch.errors import AutobatchError
 from autobatch.report import Outcome, Trial
 from report_examples import example
 from sameness import same
-from test_estimate import Attention, convolutional, images, loss, tokens
+from test_estimate import Attention, convolutional, images, loss, step_of, tokens
 
 MIB, GIB = 2**20, 2**30
 
@@ -128,6 +136,15 @@ def test_bands_are_narrow_only_for_what_was_compared_with_a_gpu():
         "GPUs other than an H200",
     )
     assert of_convolutions().band_share > 0.04
+
+
+def test_a_context_that_is_taken_from_an_h200_is_named_where_the_limit_depends_on_it():
+    limits = {"256MiB": (), 0.9: ("a CUDA context as large as on an H200",)}
+
+    for limit, named in limits.items():
+        estimate = of_convolutions(memory_limit=limit)
+        assert estimate.untested[3:] == named
+    assert estimate.band_share == pytest.approx(0.09 + 300 * MIB / target_gpu("T4").reading.total)
 
 
 def test_attention_is_found_where_it_is_written_out():
@@ -275,11 +292,33 @@ def test_changes_are_estimates_of_changed_steps():
         "precision bf16-mixed",
         "gradient checkpointing",
         "SGD with momentum",
+        "8-bit optimizer state",
         "2 micro-batches per update",
+        "expandable segments",
     ]
     assert found["gradient checkpointing"] == checkpointed.largest != estimate.largest
     assert found["2 micro-batches per update"] <= estimate.largest <= found["SGD with momentum"]
+    assert found["SGD with momentum"] <= found["8-bit optimizer state"]
+    # Next to no fragments here; pages of 20 MiB instead of segments of 2 MiB
+    assert found["expandable segments"] == pytest.approx(estimate.largest, rel=0.01)
+    untested = {each for change in changes for each in change.untested} - {*estimate.untested}
+    assert untested == {"optimizer SGD", "optimizer AdamW8bit", "expandable segments"}
     assert "2 micro-batches per update" in estimate.text(changes=changes)
+
+
+def test_8_bit_state_has_a_byte_per_value_and_a_scale_per_block():
+    model = nn.Linear(1000, 1000)
+
+    step = step_of(model, lambda size: torch.randn(size, 1000), loss=lambda m, x: m(x).sum())
+    (changed_step,) = (
+        inputs.step for words, inputs in changed(Inputs(step, "bf16-mixed")) if "8-bit" in words
+    )
+    events = list(MemoryEstimate.of(changed_step, Gpu()).events.at(2))
+
+    values = 1000 * 1000
+    scales = 4 * math.ceil(values / 256)
+    biases = 4 * 1000  # too few values
+    assert peak(events, Gpu(), model).held["optimizer state"] == 2 * (values + scales + biases)
 
 
 def test_a_model_that_cannot_fit_says_so():
@@ -313,15 +352,52 @@ def refused(match, model=None, step=loss, batch=None, kind=AutobatchError, **cha
     assert "\n" not in str(error.value)
 
 
-def test_steps_that_are_not_modelled_are_refused_in_one_sentence(monkeypatch):
-    refused("recurrent network", nn.LSTM(4, 4))
-    refused("does not run on fake tensors", step=lambda model, batch: loss(model, batch).item())
+def named(kind, module):
+    """Return a model of one layer whose class seems to be that of a library."""
+    return nn.Sequential(type(kind, (nn.Linear,), {"__module__": module})(4, 4))
+
+
+@torch.library.custom_op("autobatch_tests::double", mutates_args=())
+def without_fake_kernel(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+def test_models_that_are_not_modelled_are_refused_in_one_sentence():
+    compiled = convolutional()
+    compiled._orig_mod = nn.Identity()
+
+    refused("the model is a recurrent network", nn.GRU(4, 4))
+    refused(
+        "0 is a Linear4bit, whose kernels are not modelled", named("Linear4bit", "bitsandbytes")
+    )
     refused("several devices", nn.DataParallel(convolutional()))
+    refused("0 is a FSDPModule, and models on several", named("FSDPModule", "torch.distributed"))
+    refused("the model is compiled", compiled)
     refused("sparse gradients", nn.Embedding(4, 4, sparse=True))
     refused("in eval mode", convolutional().eval())
     refused("needs parameters of torch.bfloat16", precision="bf16-true")
+
+
+def test_steps_that_are_not_modelled_are_refused_in_one_sentence():
+    refused("does not run on fake tensors", step=lambda model, batch: model(batch[0][:, :1]).sum())
+    refused(
+        r"the step depends on values of tensors \(aten.nonzero.default\)",
+        step=lambda model, batch: model(batch[0])[batch[1] > 0].sum(),
+    )
+    refused(
+        "no fake impl registered for .*autobatch_tests::double",
+        step=lambda model, batch: without_fake_kernel(model(batch[0])).sum(),
+    )
+
+
+def test_devices_that_are_not_modelled_are_refused_in_one_sentence(monkeypatch):
+    refused("device='mps' is not a known GPU", kind=ValueError, device="mps")
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
     refused("PYTORCH_CUDA_ALLOC_CONF=max_split_size_mb:64 changes the allocator")
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    with pytest.raises(UntraceableError, match="not the native one of CUDA"):
+        CudaProbe.gpu(object.__new__(CudaProbe))
 
 
 def test_bad_arguments_are_refused_by_name():

@@ -57,7 +57,9 @@ def test_an_estimate_of_a_trainer_is_that_of_its_step():
     assert abs(estimate.largest - by_hand.largest) <= by_hand.largest / 50
     assert [change.change for change in estimate.changes()] == [
         "SGD with momentum",
+        "8-bit optimizer state",
         "2 micro-batches per update",
+        "expandable segments",
     ]
 
 

@@ -137,7 +137,7 @@ def test_without_an_estimate_measured_memory_guides_and_nothing_is_said(measured
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        (Branches, "the step does not run on fake tensors"),
+        (Branches, "the step depends on values of tensors"),
         (Transfers, "on_after_batch_transfer is not traced"),
         (OptimizesItself, "the module optimizes by itself"),
         (KeepsMore, "predicted bytes of the first trial were -"),

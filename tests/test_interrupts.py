@@ -15,7 +15,6 @@ CHANGING = (
     "_undo.py",
     "_apply.py",
     "_autobatch.py",
-    "_beginning.py",
     "_tuned_training.py",
     "_batch_size.py",
     "_compat.py",

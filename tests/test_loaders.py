@@ -27,7 +27,7 @@ from torch.utils.data.dataloader import _InfiniteConstantSampler
 
 import autobatch
 from autobatch.testing import SimulatedAccelerator
-from lightning_here import pl
+from lightning_here import QUICK, pl
 
 combined_loader = importlib.import_module(f"{pl.__name__}.utilities.combined_loader")
 
@@ -195,6 +195,7 @@ def fitted(row):
         target_batch_size=24,
         max_micro_batch_size=12,
         device=SimulatedAccelerator("1MiB"),
+        **QUICK,
     )
     trainer = pl.Trainer(
         max_epochs=2,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from autobatch import BatchPlan, Outcome, Trial
 from autobatch._settings import Bound, tightest_bound
 from autobatch.report import CurvePoint, LearningRateRule, Look
-from report_examples import notes_after, settings
+from report_examples import notes_after, settings, subject_notes
 
 
 def drifted(drift):
@@ -210,8 +210,7 @@ def test_each_note_has_its_trigger(changes, expected):
 
 def test_notes_on_the_plan_come_before_notes_on_measurements():
     shown = notes_after(
-        trial_notes=("a trial note",),
-        plan_notes=("a plan note",),
+        subject_notes=subject_notes("a trial note", "a plan note"),
         target_batch_size=257,
         plan=BatchPlan(32, 4, 2),
         is_out_of_time=True,

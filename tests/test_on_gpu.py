@@ -63,25 +63,35 @@ def test_bad_arguments_are_refused_before_anything_runs(tmp_path, given):
     assert not ran.stdout
 
 
-def test_one_part_can_be_run_alone(tmp_path):
-    arguments = "--device cpu --part recordings"
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+@pytest.mark.parametrize(
+    ("part", "program"),
+    [
+        ("tests", "-m pytest"),
+        ("benchmark", "benchmarks/gpu.py"),
+        ("recordings", "benchmarks/record.py"),
+    ],
+)
+def test_one_part_can_be_run_alone(tmp_path, part, program):
+    """With a Python that only prints its arguments: the fixture runs the programs themselves."""
+    python = tmp_path / "python3"
+    python.write_text('#!/bin/sh\ntest "$1" = -c || echo "python3 $*"\n')
+    python.chmod(0o755)
+    folder = tmp_path / "results"
 
     ran = subprocess.run(
-        ["bash", BENCHMARKS / "on_gpu.sh", tmp_path, *arguments.split()],
+        ["bash", BENCHMARKS / "on_gpu.sh", folder, "--device", "cpu", "--part", part],
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
     )
 
-    assert ran.returncode == 0, ran.stdout[-4000:]
-    assert sorted(each.name for each in tmp_path.iterdir()) == [
-        "log-recordings.txt",
-        "u-net.json",
-    ]
+    assert ran.returncode == 0, ran.stdout
+    assert (folder / f"log-{part}.txt").read_text(encoding="utf-8") == ran.stdout
+    (started,) = (line for line in ran.stdout.splitlines() if line.startswith("python3 "))
+    assert started.startswith(f"python3 {program}")
     _, _, short = ran.stdout.partition("=== in short\n")
-    assert re.fullmatch(r"recordings: went well, \d+ s\n", short)
+    assert re.fullmatch(rf"{part}: went well, \d+ s\n", short)
 
 
 def test_an_incomplete_environment_is_refused_before_anything_runs(tmp_path):

@@ -6,6 +6,7 @@ import gc
 import importlib
 import multiprocessing
 import os
+import pickle
 import random
 import threading
 import time
@@ -260,6 +261,7 @@ def test_step_receives_the_batch_that_the_loader_makes(collate, workers):
     plan, *both = tuned_and_by_hand(
         lambda n: DataLoader(data(), n, shuffle=True, collate_fn=collate, num_workers=workers),
         TakesAny,
+        max_micro_batch_size=30,
     )
 
     assert set(both[0].sizes) == {plan.micro_batch_size}
@@ -608,8 +610,8 @@ def _labelled():
 def test_tensors_come_out_of_a_packed_batch_as_they_were(tensor):
     data = _reader.packed([tensor])
 
-    (one,) = _reader.Packed(data)()
-    (other,) = _reader.Packed(data)()
+    (one,) = pickle.loads(data)
+    (other,) = pickle.loads(data)
 
     assert len(data) < 2000
     assert type(one) is type(tensor)

@@ -1,4 +1,4 @@
-"""`find` with sharded modules: two real processes, and one as if it were two."""
+"""`find` with sharded modules: two or four real processes, and one as if it were two."""
 
 from __future__ import annotations
 
@@ -12,17 +12,35 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import autobatch
 from autobatch.testing import PaperDevice, SimulatedAccelerator
-from sharded_cases import CAPACITY, SEARCHED, found, loop_of
-from sharded_models import KINDS, batch, sharded
-from torchrun import on_two_ranks
+from sharded_cases import ALL_KINDS, CAPACITY, POINTS, found, loop_of
+from sharded_models import batch, sharded
+from torchrun import on_ranks
 
 PROGRAM = Path(__file__).with_name("sharded_cases.py")
+SEARCHED = ("fsdp2", "fsdp1", "tp")
+ON_FOUR = "fsdp2 and tp"  # needs four ranks
+ON_TWO = [kind for kind in ALL_KINDS if kind != ON_FOUR]
+FAILING = [kind for kind in ON_TWO if kind != "fsdp2 kept"]
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
     """Results of two ranks in all cases, one after another in the same two processes."""
-    return on_two_ranks(PROGRAM, tmp_path_factory.mktemp("sharded"))
+    # A rank that leaves comes last: nothing but its end tells the other one
+    others = ("peaks", "less", "timed", "taken", "raising", "nested", "refused", "leaving")
+    return on_ranks(2, PROGRAM, tmp_path_factory.mktemp("two"), *SEARCHED, *others)
+
+
+@pytest.fixture(scope="module")
+def failing_job(tmp_path_factory):
+    cases = [f"{kind}/failing" for kind in FAILING]
+    return on_ranks(2, PROGRAM, tmp_path_factory.mktemp("failing"), *cases)
+
+
+@pytest.fixture(scope="module")
+def job_of_four(tmp_path_factory):
+    cases = ("peaks", ON_FOUR, f"{ON_FOUR}/failing")
+    return on_ranks(4, PROGRAM, tmp_path_factory.mktemp("four"), *cases)
 
 
 @pytest.fixture(scope="module")
@@ -33,25 +51,65 @@ def as_if_two():
 
 
 @pytest.mark.timeout(600)  # the fixture runs all cases: minutes on a busy machine
-@pytest.mark.parametrize("kind", [*KINDS[:-1], "ddp"])
+@pytest.mark.parametrize("kind", ON_TWO)
 def test_dry_collectives_take_the_memory_of_real_ones(job, kind):
+    assert_same_peaks(job, kind)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_dry_collectives_take_the_memory_of_real_ones_on_four_ranks(job_of_four, kind):
+    assert_same_peaks(job_of_four, kind)
+
+
+def assert_same_peaks(job, kind):
     for rank in job:
         real, dry = rank["peaks"][kind]
 
         assert dry == real
-        assert real > 700_000
+        assert real > 1_400_000 / len(job)
 
 
 @pytest.mark.parametrize("kind", SEARCHED)
 def test_the_size_found_fits_for_real_and_the_next_does_not(job, kind):
-    first, second = (rank[kind] for rank in job)
+    assert_exact([rank[kind] for rank in job])
 
-    assert first["trials"] == second["trials"]
-    assert first["size"] == second["size"]
-    for rank in (first, second):
+
+@pytest.mark.slow
+def test_fsdp2_with_tensor_parallelism_is_found_exactly_by_four_ranks(job_of_four):
+    ranks = [rank[ON_FOUR] for rank in job_of_four]
+
+    assert_exact(ranks)
+    assert ranks[0]["plan"].world_size == 2  # two ranks of each model count once
+
+
+def assert_exact(ranks):
+    assert all(rank["trials"] == ranks[0]["trials"] for rank in ranks)
+    assert all(rank["plan"] == ranks[0]["plan"] for rank in ranks)
+    for rank in ranks:
         fits, next_one = rank["peaks"]
         assert fits <= CAPACITY < next_one
         assert rank["same"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", FAILING)
+def test_out_of_memory_at_random_points_of_one_rank_changes_nothing(failing_job, kind):
+    assert_survived([rank[f"{kind}/failing"] for rank in failing_job])
+
+
+@pytest.mark.slow
+def test_out_of_memory_at_random_points_of_one_rank_of_four_changes_nothing(job_of_four):
+    assert_survived([rank[f"{ON_FOUR}/failing"] for rank in job_of_four])
+
+
+def assert_survived(ranks):
+    for points in zip(*ranks, strict=True):
+        assert all(point["trials"] == [(2, "out_of_memory"), (1, "fit")] for point in points)
+        assert all(point["same"] for point in points)
+    assert len(ranks[0]) == POINTS == 20
 
 
 def test_tensor_parallel_ranks_count_once_in_the_effective_batch(job):
@@ -73,6 +131,17 @@ def test_proven_sizes_are_timed_by_all_ranks_in_step(job):
 
     assert first == second
     assert first["sizes"] == [1, 2, 4]
+
+
+def test_memory_taken_since_the_trial_fails_a_size_before_ranks_are_in_step(job):
+    assert [rank["taken"] for rank in job] == [[1, 4], [1, 4]]
+
+
+def test_a_rank_that_runs_out_of_memory_in_step_ends_the_others(job):
+    first, second = (rank["leaving"] for rank in job)
+
+    assert first == "AutobatchError: Rank 1 stopped: OutOfMemoryError: of another process"
+    assert second == "OutOfMemoryError: of another process"
 
 
 def test_a_sharded_rank_that_raises_ends_the_others(job):

@@ -30,19 +30,20 @@ def judged(soak, seeds, *, workers):
     return failed, len(equal)
 
 
-def test_a_dozen_random_configurations_train_as_by_hand(soak):
-    failed, equal = judged(soak, range(12), workers=False)
+def test_some_random_configurations_train_as_by_hand(soak):
+    failed, equal = judged(soak, range(6), workers=False)
 
     assert failed == []
-    assert equal >= 8
+    assert equal >= 4
 
 
 @pytest.mark.slow
 def test_many_random_configurations_train_as_by_hand(soak):
-    failed, equal = judged(soak, range(1000, 1060), workers=True)
+    failed, equal = judged(soak, range(1000, 1054), workers=True)
+    without_workers = judged(soak, range(6, 12), workers=False)
 
-    assert failed == []
-    assert equal >= 40
+    assert (failed, without_workers[0]) == ([], [])
+    assert equal + without_workers[1] >= 40
 
 
 def test_another_weight_is_a_difference(soak):

@@ -1,9 +1,11 @@
-"""Strategies that shard, and DDP, with two real processes that talk by gloo."""
+"""Strategies that shard, and DDP, with two or four real processes that talk by gloo."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from autobatch import BatchPlan
 from sameness import same
-from torchrun import on_two_ranks
+from torchrun import on_ranks, results
 
 CASES = Path(__file__).with_name("strategy_cases.py")
 
@@ -30,10 +32,10 @@ pytestmark = [
 ]
 
 
-def run(where, *cases):
-    """Return the results of two ranks in several cases, in the same two processes."""
-    importlib.import_module("torchmetrics")  # once, for both
-    return on_two_ranks(CASES, where, *cases)
+def run(size, where, *cases):
+    """Return the results of all ranks in several cases, in the same processes."""
+    importlib.import_module("torchmetrics")  # once, for all
+    return on_ranks(size, CASES, where, *cases)
 
 
 @pytest.fixture(scope="module")
@@ -48,23 +50,33 @@ def job(tmp_path_factory):
         "fsdp2/resumed",
         "ddp static/refused",
     )
-    return run(tmp_path_factory.mktemp("sharded"), *cases)
+    return run(2, tmp_path_factory.mktemp("sharded"), *cases)
 
 
 @pytest.fixture(scope="module")
 def long_job(tmp_path_factory):
-    often = (f"{kind}/failing often" for kind in ("fsdp2", "tp", "fsdp1", "ddp"))
-    return run(tmp_path_factory.mktemp("long"), "fsdp2 bf16/scarce", *often)
+    failing = (f"{kind}/failing" for kind in ("tp", "fsdp1", "ddp"))
+    return run(2, tmp_path_factory.mktemp("long"), "fsdp2 bf16/scarce", *failing)
+
+
+@pytest.fixture(scope="module")
+def launched_job(tmp_path_factory):
+    """Results of a script whose Trainer starts the other rank."""
+    where = tmp_path_factory.mktemp("launched")
+    command = [sys.executable, CASES, where, "fsdp2/tuned", "fsdp1/tuned"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    return results(where)
 
 
 def assert_as_by_hand(ranks):
     for rank in ranks:
+        assert rank["plan"] == ranks[0]["plan"]
+        assert rank["trials"] == ranks[0]["trials"]
+        assert rank["validation"] == ranks[0]["validation"] is not None
         tuned, by_hand = rank["tuned"], rank["by hand"]
         assert [name for name in by_hand if not same(tuned[name], by_hand[name])] == []
         assert len(by_hand["record"]) > 3
-    assert ranks[0]["plan"] == ranks[1]["plan"]
-    assert ranks[0]["trials"] == ranks[1]["trials"]
-    assert ranks[0]["validation"] == ranks[1]["validation"] is not None
 
 
 @pytest.mark.parametrize("case", ["fsdp2/scarce", "tp/tuned", "fsdp1/tuned", "ddp gathers/scarce"])
@@ -115,11 +127,12 @@ def test_one_process_shows_a_trainer_what_fits_on_each_of_eight_devices():
 
 
 def test_out_of_memory_on_one_sharded_rank_hangs_and_changes_nothing(job):
-    points = [rank["fsdp2/failing"] for rank in job]
+    assert_survived([rank["fsdp2/failing"] for rank in job])
 
-    assert len(points[0]) == 1
-    for allocation, first in points[0].items():
-        assert_as_by_hand([first, points[1][allocation]])
+
+def assert_survived(ranks):
+    assert_as_by_hand(ranks)
+    assert ranks[0]["trials"][0] == (4, "out_of_memory", None)
 
 
 def test_an_error_on_one_sharded_rank_is_raised_on_all(job):
@@ -150,10 +163,23 @@ def test_mixed_precision_of_fsdp2_is_tuned(long_job):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["fsdp2", "tp", "fsdp1", "ddp"])
-def test_out_of_memory_anywhere_on_one_rank_hangs_and_changes_nothing(long_job, kind):
-    points = [rank[f"{kind}/failing often"] for rank in long_job]
+@pytest.mark.parametrize("kind", ["tp", "fsdp1", "ddp"])
+def test_out_of_memory_on_one_rank_of_any_strategy_changes_nothing(long_job, kind):
+    assert_survived([rank[f"{kind}/failing"] for rank in long_job])
 
-    assert len(points[0]) == 3
-    for allocation, first in points[0].items():
-        assert_as_by_hand([first, points[1][allocation]])
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fsdp2", "fsdp1"])
+def test_ranks_that_the_trainer_starts_train_the_plan_by_hand(launched_job, kind):
+    assert_as_by_hand([rank[f"{kind}/tuned"] for rank in launched_job])
+
+
+@pytest.mark.slow
+def test_fsdp2_with_tensor_parallelism_is_tuned_on_four_ranks(tmp_path):
+    ranks = [rank["fsdp2 and tp/scarce"] for rank in run(4, tmp_path, "fsdp2 and tp/scarce")]
+
+    assert_as_by_hand(ranks)
+    micro, accumulate, data_parallel = ranks[0]["plan"]
+    assert (micro * accumulate * data_parallel, data_parallel) == (64, 2)
+    assert ranks[0]["tuned"]["global_step"] == 2  # 128 samples
+    assert ranks[0]["curve"]  # timed by all four in step

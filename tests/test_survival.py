@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from autobatch.lightning._survival_limit import PieceLimit
+from autobatch.lightning._survival.repeats import PieceLimit
 from lightning_here import pl
 from sameness import same
 from surviving import SAMPLES, Trained, allocations, by_hand, quick_collections, trained

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 import autobatch
 from autobatch._memory.ledger import Ledger
-from autobatch.lightning._survival_limit import PieceLimit
+from autobatch.lightning._survival.repeats import PieceLimit
 from autobatch.report import Survived, TuningReport
 from lightning_here import QUICK, Model, data, pl, quiet_trainer
 from surviving import SPLIT, quick_collections

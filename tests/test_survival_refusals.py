@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 import autobatch
 from autobatch.lightning._checks import check_survival
 from lightning_here import QUICK, Model, data, pl, quiet_trainer
-from surviving import SPLIT, Trained, quick_collections, trained
+from surviving import SPLIT, Trained, quick_collections, torchmetrics, trained
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -74,6 +74,12 @@ class WritesIntoBuffer(Failing):
         return super().loss(x, y)
 
 
+class ReplacesStatistics(Failing):
+    def loss(self, x, y):
+        self.net[1].running_mean = self.net[1].running_mean.clone()
+        return super().loss(x, y)
+
+
 class OneSample(Failing):
     most = 0
 
@@ -91,6 +97,7 @@ class OneSampleWithNorm(Failing):
         (Contrastive, "its loss mixes samples or does not weigh them equally"),
         (WritesIntoBatch, "training_step writes into its batch"),
         (WritesIntoBuffer, r"training_step writes into a \(5000,\) buffer"),
+        (ReplacesStatistics, "buffers of a BatchNorm were replaced since training began"),
         (OneSample, "a single sample does not fit"),
         (OneSampleWithNorm, "3 samples do not fit, and BatchNorm needs 2"),
     ],
@@ -305,3 +312,25 @@ def test_nothing_of_the_trainer_is_changed_by_default():
         )
 
     assert seen == [True, False]
+
+
+class MeanOfBatches(Failing):
+    """Has one metric that counts samples, and one that counts batches."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean = torchmetrics.MeanMetric()
+
+    def loss(self, x, y):
+        loss = super().loss(x, y)
+        self.mean.update(loss.detach())
+        return loss
+
+
+def test_metric_of_batches_is_named_since_pieces_count_in_it(caplog):
+    run = trained(MeanOfBatches(), count=1)
+
+    assert [each.pieces for each in run.survived] == [2]
+    assert "mean: updated once per batch, in which each piece counts" in caplog.text
+    assert "accuracy: updated" not in caplog.text
+    assert run.module.mean.weight == 2

@@ -1,4 +1,4 @@
-"""Two processes of one job, as torchrun starts them."""
+"""Processes of one job, as torchrun starts them."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ def free_port():
         return str(one.getsockname()[1])
 
 
-def as_by_torchrun(rank, port):
-    """Return the environment of one of two processes; slow tests use torchrun itself."""
+def as_by_torchrun(rank, port, size=2):
+    """Return the environment of one of the processes; slow tests use torchrun itself."""
     return {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "GROUP_RANK": "0",
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
         "GROUP_WORLD_SIZE": "1",
         "TORCHELASTIC_RUN_ID": "none",
         "TORCHELASTIC_RESTART_COUNT": "0",
@@ -34,17 +34,23 @@ def as_by_torchrun(rank, port):
 
 
 def on_two_ranks(program, where, *arguments):
-    """Run a program in two processes, and return the results that each rank has saved."""
+    return on_ranks(2, program, where, *arguments)
+
+
+def on_ranks(size, program, where, *arguments):
+    """Run a program in so many processes, and return the results that each rank has saved."""
     with contextlib.ExitStack() as stack:
         port = free_port()
         ranks = [
-            stack.enter_context(forked(program, where, *arguments, env=as_by_torchrun(rank, port)))
-            for rank in (0, 1)
+            stack.enter_context(
+                forked(program, where, *arguments, env=as_by_torchrun(rank, port, size))
+            )
+            for rank in range(size)
         ]
         ended = [finish() for finish in ranks]
-    assert [each.returncode for each in ended] == [0, 0], [each.stderr for each in ended]
-    return results(where)
+    assert {each.returncode for each in ended} == {0}, [each.stderr for each in ended]
+    return results(where, size)
 
 
-def results(directory):
-    return [torch.load(directory / f"rank-{rank}.pt", weights_only=False) for rank in (0, 1)]
+def results(directory, size=2):
+    return [torch.load(directory / f"rank-{rank}.pt", weights_only=False) for rank in range(size)]

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 from autobatch._distributed import checked_replicas, current_ranks
-from autobatch._distributed.sharding import (
-    bring_to_rest,
-    check_can_rest,
-    check_no_pipeline,
-)
+from autobatch._distributed.sharding import bring_to_rest, check_can_rest, check_no_pipeline
 from autobatch._memory.detect import detect
-from autobatch._report.known_plan import known_plan
+from autobatch._prior_plan import PriorPlan, known_plan
 from autobatch._settings import Settings, checked_verbose
 from autobatch._subject import PlainLoop, accepts_accumulate
 from autobatch._trials.context import MemoryBudget, TrialContext
@@ -35,6 +32,7 @@ if TYPE_CHECKING:
     from autobatch._plan import BatchPlan
     from autobatch._report import TuningReport
     from autobatch._search import Search
+    from autobatch._trials.reachable import Reached
 
 _TRAINABLE: Final = (torch.nn.Module, torch.optim.Optimizer)
 
@@ -132,17 +130,14 @@ def find(
         latency_limit=latency_limit,
         percentile=percentile,
     )
-    is_verbose = checked_verbose(verbose)
+    prior = PriorPlan(known_plan(plan, settings))
+    strategy, is_verbose = checked_search(search), checked_verbose(verbose)
     restored = _restorable(restore)
-    reached = with_state(workload)
-    trainable = [each.value for each in reached if isinstance(each.value, _TRAINABLE)]
-    named = {id(each) for each in (*trainable, *restored)}
-    others = [each for each in reached if id(each.value) not in named]
-    model_device = _device_of_model(*restored, *trainable)
-    is_training = latency_limit is None
+    used = _UsedObjects.by(workload, restored)
+    modules, is_training = used.modules, latency_limit is None
+    model_device = _device_of_model(modules)
     probe = detect(named_device(device), model_device)
     began = probe.clock()
-    modules = [each for each in (*restored, *trainable) if isinstance(each, torch.nn.Module)]
     check_can_rest(modules)
     check_no_pipeline(each.value for each in reachable(workload))
     replicas = checked_replicas(data_parallel_size, modules)
@@ -158,26 +153,24 @@ def find(
             probe, optimizers, None if device else model_device, is_training=is_training
         )
         bring_to_rest(modules)  # a forward pass before may have left parameters gathered
-        snapshot.capture(*restored, *trainable)
-        snapshot.capture_if_possible(others)
+        snapshot.capture(*used.to_restore)
+        snapshot.capture_if_possible(used.others)
         if is_training:
-            optimizers.look_at(*restored, *trainable)
+            optimizers.look_at(*used.to_restore)
         context = TrialContext(
             probe=probe,
             began=began,
             budget=MemoryBudget(probe, settings.memory_limit),
             snapshot=snapshot,
             optimizers=optimizers,
-            on_first_use=partial(snapshot.at_first_forward, on_first_use),
+            capturing_new_modules=partial(snapshot.at_first_forward, on_first_use),
             ranks=ranks,
             progress=shown,
         )
         watched = Watched(workload, [*restored, probe])
         subject = PlainLoop(workload, can_accumulate, settings, context, watched)
-        strategy = checked_search(search)
-        known = known_plan(plan, settings, world_size=ranks.replicas)
         with snapshot.at_first_step(on_first_use):
-            report = tune(subject, settings, context, strategy, known=known)
+            report = tune(subject, settings, context, strategy, prior)
     if ranks.rank == 0:
         log(report)
     return report
@@ -195,11 +188,28 @@ def _restorable(restore: Sequence[Any]) -> Sequence[Any]:
     return restore
 
 
-def _device_of_model(*things: Any) -> torch.device:
-    """Return the device of the first model among these, or else CUDA if there is any."""
-    for thing in things:
-        if isinstance(thing, torch.nn.Module):
-            parameter = next(thing.parameters(), None)
-            if parameter is not None:
-                return parameter.device
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+@dataclass(frozen=True, slots=True)
+class _UsedObjects:
+    """Objects with a state that a workload uses."""
+
+    to_restore: list[Any]  # given by the user, and models and optimizers
+    others: list[Reached]  # restored where that is possible
+
+    @classmethod
+    def by(cls, workload: Callable[..., Any], given: Sequence[Any]) -> _UsedObjects:
+        reached = with_state(workload)
+        trainable = (each.value for each in reached if isinstance(each.value, _TRAINABLE))
+        to_restore = [*given, *trainable]
+        known = set(map(id, to_restore))
+        return cls(to_restore, [each for each in reached if id(each.value) not in known])
+
+    @property
+    def modules(self) -> list[torch.nn.Module]:
+        return [each for each in self.to_restore if isinstance(each, torch.nn.Module)]
+
+
+def _device_of_model(modules: Sequence[torch.nn.Module]) -> torch.device:
+    """Return the device of the first model with parameters, or else CUDA if there is any."""
+    parameters = (next(module.parameters(), None) for module in modules)
+    device = next((each.device for each in parameters if each is not None), None)
+    return device or torch.device("cuda" if torch.cuda.is_available() else "cpu")

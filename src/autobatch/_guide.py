@@ -29,33 +29,30 @@ class Guide:
 
     The step is traced after the first trial, if the second would not be the last. Predictions end
     with their time, so that ranks could not agree on them: one rank alone is guided.
-
-    Args:
-        search: The search on measured memory.
-        subject: What is tuned.
-        runner: Runs its trials.
     """
 
     def __init__(self, search: Search, subject: Subject, runner: TrialRunner) -> None:
-        self._search = search
+        self._search = search  # on measured memory
         self._subject = subject
         self._runner = runner
         self._guided: EstimatedSearch | None = None
-        self.way: str | None = None  # words for the report; None where nothing was to be predicted
+        self.followed: str | None = (
+            None  # words for the report; None where nothing was to be predicted
+        )
 
     def propose(self, trials: Sequence[Trial], *, start: int, high: int, budget: int) -> int | None:
         """Return an untried size from 1 to `high`, or None if the largest fit is the answer."""
         size = self._search.propose(trials, start=start, high=high, budget=budget)
         try:
-            if len(trials) == 1 and self.way is None and size not in (None, high):
+            if len(trials) == 1 and self.followed is None and size not in (None, high):
                 self._guided = self._confirmed(trials)
             if self._guided is not None and self._guided.is_trusted(trials):
                 return self._guided.propose(trials, high=high, budget=budget)
         except UntraceableError as error:
-            self._guided, self.way = None, f"by measured memory: {error}"
+            self._guided, self.followed = None, f"by measured memory: {error}"
         if self._guided is not None and not trials[-1].fits:
             failed = f"{trials[-1].batch_size:,} samples did not fit as predicted"
-            self._guided, self.way = None, f"by measured memory, since {failed}"
+            self._guided, self.followed = None, f"by measured memory, since {failed}"
         return size
 
     def _confirmed(self, trials: Sequence[Trial]) -> EstimatedSearch | None:
@@ -83,7 +80,7 @@ class Guide:
             runner.gather(None)  # this time is no trial's
         if abs(error) > MAX_ERROR:
             raise UntraceableError(f"predicted bytes of the first trial were {error:+.0%} off")
-        self.way = "by predicted memory"
+        self.followed = "by predicted memory"
         return guided
 
 

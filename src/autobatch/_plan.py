@@ -8,8 +8,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Final
 
 from autobatch._throughput import StepTimes
-from autobatch._trials import trial_accumulation
-from autobatch._trials.refusals import is_selective, refused_sizes
+from autobatch._trials import is_selective, refused_sizes, trial_accumulation
 from autobatch._trials.runner import per_rank
 
 if TYPE_CHECKING:
@@ -65,14 +64,7 @@ def choose_plan(
 ) -> BatchPlan:
     """Choose a plan once the search is over; run the micro-batch of the best plan if need be.
 
-    Only a size that was run and fits is chosen.
-
-    Args:
-        runner: The runner of the trials that have been run.
-        throughput: Measured throughput.
-        last_micro_batch: Samples in the last micro-batch that each rank trains on in an epoch, at
-            a micro-batch size; None if that is not known.
-        preference: Order of sizes that are about as fast; None for the largest.
+    Only a size that was run and fits is chosen: the largest without a preference.
 
     Raises:
         DoesNotFitError: No batch size fits.
@@ -106,46 +98,42 @@ class _Choice:
     runner: TrialRunner
     curve: Sequence[CurvePoint]
     unrecorded: dict[int, Sequence[Trial]]  # results of all ranks, by batch size
+    # Samples in the last micro-batch of each rank in an epoch, by size; None if that is not known
     last_micro_batch: Callable[[int], int | None]
 
     def largest(self) -> BatchPlan:
         """Return the largest micro-batch that fits and does not end an epoch with an error."""
-        accumulate = self.runner.accumulation.default
         self.runner.check_any_fits()
         size = self.runner.fitting[-1]
-        self._run_last(size)
+        self._run_end_of_epoch(size)
         if is_selective(self.runner.trials):
-            while self._run_last(self._usable[-1]):
+            while self._run_end_of_epoch(self._usable[-1]):
                 pass
         elif not self._ends_well(size):
             below = next(filter(self._ends_well, range(size - 1, 0, -1)), size)
             if below not in self.runner.fitting and self.runner.check_time_for(below):
-                self.runner.run(below, trial_accumulation(accumulate), is_timed=True)
-        return BatchPlan(self._usable[-1], accumulate, self._world_size)
+                self.runner.run(below, is_timed=True)
+        return self._plan(self._usable[-1])
 
     def fast(self, preference: Preference) -> BatchPlan:
         """Return the preferred micro-batch of those about as fast as the fastest."""
         self.runner.check_any_fits()
-        while plans := self._timed(preference):
-            if self._run_last(plans[0].micro_batch_size):
+        while plans := self._fast_plans(preference):
+            if self._run_end_of_epoch(plans[0].micro_batch_size):
                 continue
             if self._is_verified(plans[0]):
                 return plans[0]
-            if not self._run(plans[0]):
+            if not self._run_micro_batch(plans[0]):
                 break
         if preference.own_size in self._usable:  # nothing was timed: it is the size that is known
-            return BatchPlan(
-                preference.own_size, self.runner.accumulation.default, self._world_size
-            )
+            return self._plan(preference.own_size)
         return self.largest()
 
-    def _timed(self, preference: Preference) -> list[BatchPlan]:
+    def _fast_plans(self, preference: Preference) -> list[BatchPlan]:
         """Return the timed micro-batches about as fast as the fastest, the preferred one first."""
-        accumulate = self.runner.accumulation.default
         failed = {trial.batch_size for trial in self.runner.trials if not trial.fits}
         sizes = {point.batch_size for point in self.curve} - failed
-        usable = list(filter(self._is_usable, preference.order(sizes)))
-        plans = [BatchPlan(size, accumulate, self._world_size) for size in usable]
+        plans = [self._plan(size) for size in preference.order(sizes) if self._is_usable(size)]
         return fast_plans(plans, StepTimes.undisturbed(self.curve), preference)
 
     def for_target(self, target: int, preference: Preference) -> BatchPlan:
@@ -167,13 +155,13 @@ class _Choice:
                 for plan in self._candidates(target, preference)
                 if plan.micro_batch_size not in failed
             ]
-            if plans and self._run_last(plans[0].micro_batch_size):
+            if plans and self._run_end_of_epoch(plans[0].micro_batch_size):
                 continue
-            if not plans or self._is_verified(plans[0]) or not self._run(plans[0]):
+            if not plans or self._is_verified(plans[0]) or not self._run_micro_batch(plans[0]):
                 return
             left -= 1
 
-    def _run(self, plan: BatchPlan) -> bool:
+    def _run_micro_batch(self, plan: BatchPlan) -> bool:
         """Record a trial of the plan's micro-batch if there is time for it."""
         check_can_accumulate(plan, self.runner)
         size = plan.micro_batch_size
@@ -182,7 +170,7 @@ class _Choice:
             return True
         if not self.runner.check_time_for(size):
             return False
-        self.runner.run(size, plan.trial_accumulation, is_timed=True)
+        self.runner.run(size, is_timed=True, accumulate=plan.trial_accumulation)
         return True
 
     def _candidates(self, target: int, preference: Preference) -> tuple[BatchPlan, ...]:
@@ -231,7 +219,7 @@ class _Choice:
             for trial in self.runner.trials
         )
 
-    def _run_last(self, batch_size: int) -> bool:
+    def _run_end_of_epoch(self, batch_size: int) -> bool:
         """Run the last micro-batch of an epoch of this size, if the workload may refuse it.
 
         It may be a single sample, of which BatchNorm may need two, or any size, if the workload
@@ -244,7 +232,7 @@ class _Choice:
             return False
         if not self.runner.check_time_for(last):
             return False
-        self.runner.run(last, 1, is_timed=True)
+        self.runner.run(last, is_timed=True, accumulate=1)
         return True
 
     def _is_usable(self, batch_size: int) -> bool:
@@ -262,6 +250,10 @@ class _Choice:
         """The sizes that fit and end well; all that fit if none does, which a note reports."""
         fitting = self.runner.fitting
         return [size for size in fitting if self._ends_well(size)] or fitting
+
+    def _plan(self, batch_size: int) -> BatchPlan:
+        """Return the plan of a micro-batch without a target."""
+        return BatchPlan(batch_size, self.runner.accumulation.default, self._world_size)
 
     @property
     def _world_size(self) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -19,6 +19,7 @@ from autobatch._report.accumulation_notes import (
     never_stepped,
     stays_changed,
 )
+from autobatch._report.result import SubjectNotes
 from autobatch._report.tradeoff import common_rule
 
 if TYPE_CHECKING:
@@ -32,6 +33,28 @@ if TYPE_CHECKING:
     from autobatch._trials.reachable import Watched
     from autobatch._trials.time_limit import TimeLimit
     from autobatch._trials.workload import Workload
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """Batch size and accumulation of the user, before tuning."""
+
+    start_batch_size: int  # the first size to try
+    own_batch_size: int | None = None  # the user's own; None if it is not known
+    can_accumulate: bool = False
+    accumulate: int = 1  # micro-batches per update without a target
+    max_samples_per_update: int | None = None  # those of an epoch; None: no limit
+    plan: BatchPlan | None = None  # that was trained with until now; None if it is not known
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """Facts about a subject for the report."""
+
+    name: str
+    environment: dict[str, str]  # versions, by name
+    learning_rate: LearningRateRule | None = None  # None if no rule is known
+    look: Look | None = None  # samples scanned for the largest ones; None if none were
 
 
 class Subject(Protocol):
@@ -49,36 +72,11 @@ class Subject(Protocol):
         """The use of the batches: "train", or a kind of inference."""
 
     @property
-    def name(self) -> str:
-        """Name for the report."""
+    def baseline(self) -> Baseline:
+        """Batch size and accumulation before tuning."""
 
-    @property
-    def environment(self) -> dict[str, str]:
-        """Versions for the report."""
-
-    @property
-    def start_batch_size(self) -> int:
-        """The first batch size to try."""
-
-    @property
-    def own_batch_size(self) -> int | None:
-        """The user's own batch size; None if it is not known."""
-
-    @property
-    def can_accumulate(self) -> bool:
-        """True if the workload can accumulate gradients."""
-
-    @property
-    def accumulate(self) -> int:
-        """Micro-batches per update without a target."""
-
-    @property
-    def max_samples_per_update(self) -> int | None:
-        """Samples of an epoch, which no update exceeds; None: no limit."""
-
-    @property
-    def previous_plan(self) -> BatchPlan | None:
-        """The plan that was trained with until now; None if that is not known."""
+    def describe(self) -> Description:
+        """Return facts for the report."""
 
     def samples_per_epoch(self, plan: BatchPlan) -> int | None:
         """Return the samples that an epoch trains on with a plan; None if that is not known."""
@@ -86,11 +84,11 @@ class Subject(Protocol):
     def last_micro_batch(self, batch_size: int) -> int | None:
         """Return the samples in the last micro-batch of each rank in an epoch; None: not known."""
 
-    def learning_rate_rule(self) -> LearningRateRule | None:
-        """Return how the learning rate scales with the batch; None if no rule is known."""
+    def planned_seconds(self, sample_seconds: float) -> float | None:
+        """Return the seconds of all steps to come on a rank, at the seconds of one sample."""
 
-    def largest_samples(self) -> Look | None:
-        """Return how many samples were scanned for the largest ones; None if none were."""
+    def has_batch_norm(self) -> bool:
+        """Return True if the model is trained with the statistics of each micro-batch."""
 
     def traceable_step(self, accumulate: int) -> TrainingStep | None:
         """Return the step to predict memory of, with so many micro-batches; None if it is opaque.
@@ -99,27 +97,8 @@ class Subject(Protocol):
             UntraceableError: The step does what a trace cannot follow.
         """
 
-    def planned_seconds(self, sample_seconds: float) -> float | None:
-        """Return the seconds of all steps to come on a rank, at the seconds of one sample."""
-
-    def has_batch_norm(self) -> bool:
-        """Return True if the model is trained with the statistics of each micro-batch."""
-
-    def trial_notes(self, plan: BatchPlan) -> tuple[str, ...]:
-        """Return notes on differences between the trials and training with a plan."""
-
-    def plan_notes(self, plan: BatchPlan, time_limit: TimeLimit) -> tuple[str, ...]:
+    def notes(self, plan: BatchPlan, time_limit: TimeLimit) -> SubjectNotes:
         """Return notes on a plan; measure for them only as far as there is time."""
-
-
-class NotedSubject(Subject, Protocol):
-    """A subject, by a dataclass, whose report begins with a note on a plan that was known."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    @property
-    def first_note(self) -> str | None:
-        """The note; None if there is none."""
 
 
 class Inference:
@@ -127,65 +106,46 @@ class Inference:
 
     __slots__ = ()
 
-    can_accumulate: ClassVar = False
-    accumulate: ClassVar = 1
-    max_samples_per_update: ClassVar = None
-    previous_plan: ClassVar = None
-
     def last_micro_batch(self, batch_size: int) -> int | None:  # noqa: ARG002
         return None
-
-    def learning_rate_rule(self) -> LearningRateRule | None:
-        return None
-
-    def traceable_step(self, accumulate: int) -> None:
-        """Return None: an evaluation has no training step."""
 
     def has_batch_norm(self) -> bool:
         return False
 
-    def trial_notes(self, plan: BatchPlan) -> tuple[str, ...]:  # noqa: ARG002
-        return ()
+    def traceable_step(self, accumulate: int) -> None:
+        """Return None: an evaluation has no training step."""
+
+    def notes(self, plan: BatchPlan, time_limit: TimeLimit) -> SubjectNotes:  # noqa: ARG002
+        return SubjectNotes()
 
 
 @dataclass(frozen=True, slots=True)
 class PlainLoop:
-    """A training loop, or a function that answers a batch, as the subject of a tuning run.
+    """A training loop, or a function that answers a batch, as the subject of a tuning run."""
 
-    Args:
-        function: The function of the user, in any of the accepted forms.
-        can_accumulate: Whether it has a parameter `accumulate`.
-        settings: Validated arguments of the run.
-        context: Resources of the trials.
-        watched: Variables of the user that are not restored.
-    """
-
-    function: Callable[..., Any]
-    can_accumulate: bool
+    function: Callable[..., Any]  # of the user, in any of the accepted forms
+    can_accumulate: bool  # it has a parameter `accumulate`
     settings: Settings
     context: TrialContext
-    watched: Watched
-
-    start_batch_size: ClassVar = 8
-    own_batch_size: ClassVar = None
-    accumulate: ClassVar = 1
-    previous_plan: ClassVar = None
+    watched: Watched  # variables of the user that are not restored
 
     @property
     def task(self) -> Task:
         return "train" if self.settings.latency_limit is None else "answer"
 
     @property
-    def name(self) -> str:
-        return _name_of(self.function)
+    def baseline(self) -> Baseline:
+        return Baseline(
+            start_batch_size=8,
+            can_accumulate=self.can_accumulate,
+            max_samples_per_update=self.settings.dataset_size,
+        )
 
-    @property
-    def environment(self) -> dict[str, str]:
-        return versions()
-
-    @property
-    def max_samples_per_update(self) -> int | None:
-        return self.settings.dataset_size
+    def describe(self) -> Description:
+        """Return the rule of the optimizers that have stepped and are still alive, and versions."""
+        alive = self.context.snapshot.alive
+        optimizers = [thing for thing in alive if isinstance(thing, torch.optim.Optimizer)]
+        return Description(_name_of(self.function), versions(), common_rule(optimizers))
 
     def workload(self, batch_size: int, accumulate: int) -> Iterator[Any]:
         """Run a generator to its end, or a plain function again and again, one step each time."""
@@ -207,15 +167,6 @@ class PlainLoop:
             return None
         return samples % batch_size or batch_size
 
-    def learning_rate_rule(self) -> LearningRateRule | None:
-        """Return the rule of the optimizers that have stepped and are still alive."""
-        alive = self.context.snapshot.alive
-        return common_rule([thing for thing in alive if isinstance(thing, torch.optim.Optimizer)])
-
-    def largest_samples(self) -> Look | None:
-        """Return None: the loop makes its own batches."""
-        return None
-
     def traceable_step(self, accumulate: int) -> TrainingStep | None:  # noqa: ARG002
         """Return None: the loop makes tensors and takes steps in its own way."""
         return None
@@ -227,20 +178,20 @@ class PlainLoop:
     def has_batch_norm(self) -> bool:
         return self.task == "train" and bool(batch_norms(self.context.snapshot.alive))
 
-    def trial_notes(self, plan: BatchPlan) -> tuple[str, ...]:
-        """Return notes on missing optimizer steps or accumulation, and on what stays changed."""
-        optimizers = self.context.optimizers
-        changed = sorted({*self.watched.changed(), *self.context.snapshot.unrestored})
+    def notes(self, plan: BatchPlan, time_limit: TimeLimit) -> SubjectNotes:  # noqa: ARG002
+        """Return notes on what stays changed, missing steps or accumulation, and BatchNorm.
+
+        A model that the workload makes itself is gone by now.
+        """
+        optimizers, snapshot = self.context.optimizers, self.context.snapshot
+        changed = sorted({*self.watched.changed(), *snapshot.unrestored})
         found = (
             stays_changed(changed) if changed else None,
             never_stepped() if optimizers.never_stepped else None,
             ignores_accumulate(plan) if optimizers.steps_every_pass else None,
         )
-        return tuple(note for note in found if note)
-
-    def plan_notes(self, plan: BatchPlan, time_limit: TimeLimit) -> tuple[str, ...]:  # noqa: ARG002
-        """Return notes on BatchNorm; a model that the workload makes itself is gone by now."""
-        return batch_norm(batch_norms(self.context.snapshot.alive), plan)
+        of_trials = tuple(note for note in found if note)
+        return SubjectNotes(of_trials, batch_norm(batch_norms(snapshot.alive), plan))
 
 
 def accepts_accumulate(workload: Callable[..., Any]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -13,7 +13,6 @@ from autobatch._latency.search import SECONDS_TIMED, LatencySearch
 from autobatch._memory.host import HostProbe
 from autobatch._plan import MAX_CONFIRMATIONS, BatchPlan, check_can_accumulate, choose_plan
 from autobatch._report import Device, TuningReport
-from autobatch._report.known_plan import known_plan
 from autobatch._report.latency import nothing_within, too_slow_reason
 from autobatch._report.notes import notes
 from autobatch._report.result import RunDetails
@@ -23,16 +22,17 @@ from autobatch._settings import Bound, tightest_bound
 from autobatch._subject import own_version
 from autobatch._throughput.curve import Throughput, add_to_curve, measure_throughput
 from autobatch._throughput.preference import Preference
+from autobatch._trials import is_selective, latest_by_size
 from autobatch._trials.ignored_size import check_size_is_used
-from autobatch._trials.refusals import is_selective
 from autobatch._trials.runner import Accumulation, TrialRunner
 from autobatch.errors import AutobatchError, DoesNotFitError, ShortTrialError
 
 if TYPE_CHECKING:
     from autobatch._distributed import Ranks
+    from autobatch._prior_plan import PriorPlan
     from autobatch._search import Search
     from autobatch._settings import Settings
-    from autobatch._subject import NotedSubject, Subject
+    from autobatch._subject import Subject
     from autobatch._trials.context import TrialContext
 
 # A workload that never meets a limit has to stop somewhere
@@ -42,36 +42,31 @@ _SHARE_OF_TRAINING: Final = 0.1
 
 
 def tune(
-    subject: Subject,
-    settings: Settings,
-    context: TrialContext,
-    search: Search,
-    *,
-    known: BatchPlan | None,
+    subject: Subject, settings: Settings, context: TrialContext, search: Search, prior: PriorPlan
 ) -> TuningReport:
     """Find a batch plan: budget, search, throughput, plan, report; every rank of a job calls it.
 
-    Args:
-        subject: What is tuned.
-        settings: Validated arguments.
-        context: Resources of the trials.
-        search: Strategy that proposes batch sizes.
-        known: A plan to verify instead of a search.
+    A plan that is known before needs one trial, and a search only if it does not fit any more.
     """
-    if context.ranks.as_if:
-        settings = without_timing(settings, context.ranks.as_if)
-    accumulation = accumulation_of(subject, settings, context.ranks)
-    own_size = own_batch_size(subject, known, context.ranks)
+    ranks, known = context.ranks, prior.plan
+    settings = prior.applied_to(settings, ranks.replicas)
+    if ranks.as_if:
+        settings = without_timing(settings, ranks.as_if)
+    accumulation = accumulation_of(subject, settings, ranks)
+    own_size = own_batch_size(subject, known, ranks)
     runner = TrialRunner(subject.workload, accumulation, settings, context, own_size)
     runner.start()
-    check_same_arguments(subject, settings, known, context.ranks)
-    sizes = search_range(subject, settings, context.ranks)
+    check_same_arguments(subject, settings, known, ranks)
+    sizes = search_range(subject, settings, ranks)
     throughput, latency = Throughput(), None
     curve_seconds = most_timing_seconds(settings)
     guide = Guide(search, subject, runner)
     runner.begin("searching" if known is None else "checking the plan")
     if known is not None:
-        plan = verify(known, runner, sizes)
+        try:
+            plan = verify(known, runner, sizes)
+        except DoesNotFitError as error:
+            return tune(subject, settings, context, search, prior.after(error))
     elif settings.limit_on_latency is not None:
         latency = LatencySearch(settings.limit_on_latency, runner)
         sizes = find_largest_fit(search, runner, sizes, latency, is_timed=True)
@@ -88,12 +83,21 @@ def tune(
         plan = choose_plan(runner, throughput, subject.last_micro_batch, preference)
         throughput = add_to_curve(throughput, runner, plan.micro_batch_size)
         check_size_is_used([*runner.trials, *map(runner.merge, throughput.unrecorded.values())])
-    check_same_plan(plan, context.ranks)
+    check_same_plan(plan, ranks)
     keep_within_budget(plan, runner)
-    report = build_report(
-        subject, settings, runner, sizes, plan, throughput, latency, curve_seconds=curve_seconds
+    run = RunDetails(
+        bound=sizes.bound_met,
+        is_out_of_time=runner.is_out_of_time,
+        unreached=throughput.unreached,
+        curve_seconds=curve_seconds,
+        before=subject.baseline.plan,
+        last_samples=subject.last_micro_batch(plan.micro_batch_size),
+        subject_notes=subject.notes(plan, runner.time_limit),
+        prior_note=prior.note,
+        unfinished=latency.unfinished if latency else None,
     )
-    return report.model_copy(update={"guide": guide.way})
+    report = build_report(subject, runner, plan, throughput, latency, guide.followed)
+    return report.model_copy(update={"notes": notes(report, run)})
 
 
 def without_timing(settings: Settings, devices: int) -> Settings:
@@ -112,7 +116,7 @@ def accumulation_of(subject: Subject, settings: Settings, ranks: Ranks) -> Accum
     Ranks may have shards of different lengths; the shortest counts for all of them.
     """
     replicas, target = ranks.replicas, settings.target_batch_size
-    lengths = ranks.gather(subject.max_samples_per_update)
+    lengths = ranks.gather(subject.baseline.max_samples_per_update)
     most = min((length for length in lengths if length is not None), default=None)
     if target is not None and target < replicas:
         raise ValueError(
@@ -122,8 +126,8 @@ def accumulation_of(subject: Subject, settings: Settings, ranks: Ranks) -> Accum
     if target is not None and most is not None and target > most:
         target = max(replicas, most - most % replicas)
     return Accumulation(
-        is_supported=subject.can_accumulate,
-        default=subject.accumulate,
+        is_supported=subject.baseline.can_accumulate,
+        default=subject.baseline.accumulate,
         target=target,
         replicas=replicas,
     )
@@ -131,7 +135,7 @@ def accumulation_of(subject: Subject, settings: Settings, ranks: Ranks) -> Accum
 
 def own_batch_size(subject: Subject, known: BatchPlan | None, ranks: Ranks) -> int | None:
     """Return the user's own batch size, of rank 0: an error at this size is the user's."""
-    own, *_ = ranks.gather(subject.own_batch_size)
+    own, *_ = ranks.gather(subject.baseline.own_batch_size)
     return own if known is None else known.micro_batch_size
 
 
@@ -151,7 +155,7 @@ def check_same_arguments(
     """Refuse different arguments on different ranks."""
     # Ranks may have shards of different lengths
     settings = settings.model_copy(update={"dataset_size": None})
-    own = _Arguments(settings, subject.accumulate, known, ranks.replicas)
+    own = _Arguments(settings, subject.baseline.accumulate, known, ranks.replicas)
     for rank, other in enumerate(ranks.gather(own)):
         if other != own:
             raise AutobatchError(
@@ -186,7 +190,7 @@ def search_range(subject: Subject, settings: Settings, ranks: Ranks) -> SearchRa
     """Return the batch sizes to search, the same on every rank."""
     bound = tightest_bound(settings, ranks.replicas)
     high = max(1, bound.batch_size) if bound else _MAX_BATCH_SIZE
-    ranges = ranks.gather(SearchRange(subject.start_batch_size, high, bound))
+    ranges = ranks.gather(SearchRange(subject.baseline.start_batch_size, high, bound))
     return SearchRange(ranges[0].start, min(each.high for each in ranges), bound)
 
 
@@ -197,7 +201,7 @@ def verify(plan: BatchPlan, runner: TrialRunner, sizes: SearchRange) -> BatchPla
     if size > sizes.high:
         reason = sizes.bound.reason if sizes.bound else f"no search goes above {_MAX_BATCH_SIZE:,}"
         raise ValueError(f"plan={plan} has micro-batches of {size}, but {reason}.")
-    trial = runner.run(size, plan.trial_accumulation, is_timed=True)
+    trial = runner.run(size, is_timed=True, accumulate=plan.trial_accumulation)
     if trial.fits and trial.batch_size == size:
         return plan
     raise DoesNotFitError(
@@ -217,7 +221,7 @@ def find_largest_fit(
     """Run trials until the search ends or time runs out; return the sizes that were in reach."""
     while size := _next_size(search, runner, sizes, latency):
         try:
-            trial = runner.run(size, runner.accumulation.in_trial(size), is_timed=is_timed)
+            trial = runner.run(size, is_timed=is_timed)
         except ShortTrialError:
             fitting = runner.fitting
             if not fitting or fitting[0] >= size:
@@ -324,40 +328,26 @@ def keep_within_budget(plan: BatchPlan, runner: TrialRunner) -> None:
     """Let training begin with as little memory as trials, and stay within the budget on a host."""
     probe = runner.context.probe
     probe.release()
-    trial = next(t for t in reversed(runner.trials) if t.batch_size == plan.micro_batch_size)
+    trial = latest_by_size(runner.trials)[plan.micro_batch_size]
     if isinstance(probe, HostProbe) and trial.peak is not None:
         probe.keep_within(runner.budget - trial.resident, trial.peak - trial.resident)
 
 
 def build_report(
     subject: Subject,
-    settings: Settings,
     runner: TrialRunner,
-    sizes: SearchRange,
     plan: BatchPlan,
     throughput: Throughput,
     latency: LatencySearch | None,
-    *,
-    curve_seconds: float,
+    guide: str | None,
 ) -> TuningReport:
-    """Return the report of a run."""
-    context = runner.context
-    run = RunDetails(
-        bound=sizes.bound_met,
-        is_out_of_time=runner.is_out_of_time,
-        unreached=throughput.unreached,
-        curve_seconds=curve_seconds,
-        before=subject.previous_plan,
-        last_samples=subject.last_micro_batch(plan.micro_batch_size),
-        trial_notes=subject.trial_notes(plan),
-        plan_notes=subject.plan_notes(plan, runner.time_limit),
-        unfinished=latency.unfinished if latency else None,
-    )
-    probe, reading = context.probe, context.budget.reading
-    report = TuningReport(
+    """Return the report of a run, without notes."""
+    context, described = runner.context, subject.describe()
+    probe, reading, ranks = context.probe, context.budget.reading, context.ranks
+    return TuningReport(
         autobatch_version=own_version(),
-        settings=settings,
-        subject=subject.name,
+        settings=runner.settings,
+        subject=described.name,
         device=Device(
             name=probe.name, source=probe.source, total=reading.total, foreign=reading.foreign
         ),
@@ -366,62 +356,20 @@ def build_report(
         plan=plan,
         task=subject.task,
         latencies=latency.latencies if latency else (),
-        can_accumulate=subject.can_accumulate,
-        devices=context.ranks.as_if or context.ranks.world_size,
-        as_if=context.ranks.as_if is not None,
+        can_accumulate=subject.baseline.can_accumulate,
+        devices=ranks.as_if or ranks.world_size,
+        as_if=ranks.as_if is not None,
         dataset_size=subject.samples_per_epoch(plan),
-        look=subject.largest_samples(),
+        look=described.look,
         curve=throughput.curve,
         loading=throughput.loading,
-        learning_rate=subject.learning_rate_rule(),
+        learning_rate=described.learning_rate,
+        guide=guide,
         search_seconds=context.seconds(),
         timing_seconds=latency.spent if latency else throughput.seconds,
         notes=(),
-        environment=subject.environment,
+        environment=described.environment,
     )
-    return report.model_copy(update={"notes": notes(report, run)})
-
-
-@dataclass(frozen=True, slots=True)
-class PriorPlan:
-    """A plan to verify before a search, or instead of one."""
-
-    plan: BatchPlan | None = None  # to verify by one trial; None: search at once
-    # The effective batch size a search has to reach; None: the one of the settings
-    target: int | None = None
-    # The error if the plan does not fit and no other plan may be trained; None: search
-    refusal: str | None = None
-    note: str | None = None  # the note in the report; None: the plan is the user's own
-
-
-def verify_or_search(
-    known: PriorPlan,
-    subject: NotedSubject,
-    settings: Settings,
-    context: TrialContext,
-    search: Search,
-) -> TuningReport:
-    """Return the report on a known plan if one trial verifies it, or else on a search."""
-    note = known.note
-    if note is None:  # the user's own
-        known_plan(known.plan, settings, world_size=context.ranks.replicas)
-    if known.plan is not None:
-        noted = replace(subject, first_note=note)
-        try:
-            return tune(noted, settings, context, search, known=known.plan)
-        except DoesNotFitError as error:
-            if known.refusal is not None:
-                raise AutobatchError(known.refusal) from error
-            if note is None:
-                raise
-            note = (
-                f"Searched again, since a micro-batch of {known.plan.micro_batch_size:,} does not "
-                "fit any more."
-            )
-    if known.target is not None:
-        settings = settings.model_copy(update={"target_batch_size": known.target})
-    noted = replace(subject, first_note=note)
-    return tune(noted, settings, context, search, known=None)
 
 
 def checked_search(search: Search | None) -> Search:

@@ -47,7 +47,7 @@ def _remove_all(handles: list[Any]) -> None:
         handle.remove()
 
 
-class _Absent:
+class Absent:
     """Value of an attribute that an object did not have; a class, which copies and pickles keep."""
 
 
@@ -86,8 +86,9 @@ class patched(Undo):  # noqa: N801 -- reads as what it does: with patched(owner,
         """Restore what was there; a second call changes nothing, or completes the first."""
         while self._former:
             name, former = next(reversed(self._former.items()))
-            if former is not _Absent:
-                _set(self._owner, name, former)
+            if former is not Absent:
+                if _own(self._owner, name) is not former:  # a class may have refused the value
+                    _set(self._owner, name, former)
             elif not isinstance(self._owner, type):
                 vars(self._owner).pop(name, None)
             elif name in vars(self._owner):
@@ -98,7 +99,7 @@ class patched(Undo):  # noqa: N801 -- reads as what it does: with patched(owner,
 def _own(owner: Any, name: str) -> Any:
     if _is_property(owner, name):
         return getattr(owner, name)
-    return vars(owner).get(name, _Absent)
+    return vars(owner).get(name, Absent)
 
 
 def _set(owner: Any, name: str, value: Any) -> None:

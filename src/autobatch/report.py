@@ -1,10 +1,12 @@
-"""The types that a TuningReport is made of, for annotations and isinstance checks.
+"""The types that a TuningReport and an Estimate are made of, for annotations and isinstance checks.
 
 Import the report itself from here or from `autobatch`. Its numbers are bytes, seconds and samples.
 """
 
 from __future__ import annotations
 
+from autobatch._estimate import Estimate, EstimatedChange, EstimatedPeak
+from autobatch._estimate.band import Banded
 from autobatch._latency import Latency, Stream, StreamRow
 from autobatch._noise import NoiseReading
 from autobatch._plan import BatchPlan
@@ -18,10 +20,14 @@ from autobatch._throughput.preference import SampleTime
 from autobatch._trials import Outcome, Trial
 
 __all__ = [
+    "Banded",
     "BatchPlan",
     "CurvePoint",
     "Device",
     "EffectiveRow",
+    "Estimate",
+    "EstimatedChange",
+    "EstimatedPeak",
     "Latency",
     "LatencyLimit",
     "LearningRateRule",

@@ -52,6 +52,9 @@ class Ranks(Protocol):
     def abort_together(self) -> AbstractContextManager[None]:
         """Raise an exception of one rank on every rank, at its next gather or at the end."""
 
+    def in_step(self) -> AbstractContextManager[None]:
+        """Raise an exception of one rank on every rank whose collective it breaks."""
+
     def dry(self) -> AbstractContextManager[object]:
         """Let collectives of the body wait for no other rank; `gather` goes on as before."""
 
@@ -80,6 +83,8 @@ class SingleProcess:
     def abort_together(self) -> AbstractContextManager[None]:
         """Do nothing: no other rank could wait."""
         return nullcontext()
+
+    in_step = abort_together
 
     @contextmanager
     def dry(self) -> Iterator[None]:
@@ -173,6 +178,21 @@ class ProcessGroup:
             self._nesting -= 1
 
     @contextmanager
+    def in_step(self) -> Iterator[None]:
+        """Raise an exception of one rank on every rank whose collective it breaks.
+
+        The others may be in a collective with a rank that fails in the body, where no message
+        reaches them. So it waits for nobody: they stop when its process ends, or at the timeout of
+        their group.
+        """
+        meeting = _Meeting()
+        try:
+            yield
+        except BaseException as error:
+            meeting.leave(_shared(error))
+            raise
+
+    @contextmanager
     def dry(self) -> Iterator[None]:
         """Let collectives of the body wait for no other rank; `gather` goes on as before."""
         with DryCollectives(self._group), self._alone:
@@ -209,7 +229,7 @@ class _Meeting:
         Raises:
             AutobatchError: A rank has stopped on its way, or has not come in time.
         """
-        self._leave(_Message())
+        self._put(_Message())
         timeout = min(self._store.timeout, _LONGEST_WAIT)
         for rank in self._ranks:
             try:
@@ -222,19 +242,23 @@ class _Meeting:
                 raise _shared(errors.AutobatchError(message)) from error
         _raise_error_in(self._read())
 
-    def stop(self, error: BaseException) -> None:
+    def leave(self, error: BaseException) -> None:
         """Leave an error for the other ranks; raise theirs if theirs broke a collective here."""
         own = _Message.about(error)
-        self._leave(own)
+        self._put(own)
         others = [_Message() if each == own else each for each in self._read()]
         if isinstance(error, RuntimeError):  # as a lost connection is
             _raise_error_in(others)
+
+    def stop(self, error: BaseException) -> None:
+        """Leave an error, and let the other ranks read it."""
+        self.leave(error)
         if isinstance(error, Exception):
             with suppress(RuntimeError):  # a rank may have ended
                 readers = [self._key(rank, "read") for rank in self._ranks]
                 self._store.wait(readers, _WAIT_FOR_READERS)
 
-    def _leave(self, message: _Message) -> None:
+    def _put(self, message: _Message) -> None:
         text = json.dumps([message.error_class, message.error_message])
         self._store.set(self._key(self._rank), text)
 

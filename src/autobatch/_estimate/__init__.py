@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from autobatch._estimate.band import Banded, band_of, calibrated
+from autobatch._estimate.band import EXPANDABLE, Banded, band_of, calibrated
 from autobatch._estimate.breakdown import moments, peak
-from autobatch._estimate.changes import Change, changed
+from autobatch._estimate.changes import changed
 from autobatch._estimate.device import target_gpu
 from autobatch._estimate.inputs import Inputs
 from autobatch._memory import memory_budget, parse_memory_limit
+from autobatch._memory.estimate.allocator import ExpandableAllocator
 from autobatch._memory.estimate.prediction import Fit
 from autobatch._report import needing_matplotlib
 from autobatch._report.layout import UNICODE, Glyphs, html, terminal
@@ -92,7 +93,7 @@ def estimate_of(
 ) -> Estimate:
     """Return the estimate of checked inputs on a GPU."""
     memory = inputs.estimated(target.gpu)
-    band = band_of(inputs, memory.events.at(2), target.guesses)
+    band = band_of(inputs, memory.events.at(2), target.guesses_within(limit))
     budget = max(0, memory_budget(target.reading, limit))
     if calibrate is not None:
         accumulate = inputs.step.accumulate
@@ -132,6 +133,21 @@ class EstimatedPeak:
     module: str
     held: dict[str, int]
     activations: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class EstimatedChange:
+    """A change of the step, and its effect: estimated.
+
+    Args:
+        change: The change, in words.
+        largest: Largest batch size with it; `.low` and `.high` are its band.
+        untested: Guesses that no GPU was compared with.
+    """
+
+    change: str
+    largest: Banded
+    untested: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -250,18 +266,28 @@ class Estimate:
     def _peak(self, size: int) -> Peak:
         return peak(list(self._memory.events.at(size)), self._target.gpu, self._inputs.step.model)
 
-    def changes(self) -> tuple[Change, ...]:
-        """Return the largest batch size with one thing changed; each takes a trace of its own.
+    def changes(self) -> tuple[EstimatedChange, ...]:
+        """Return the largest batch size with one thing changed; most take a trace of their own.
 
         These are bf16-mixed instead of 32-true, gradient checkpointing if the model has a switch for
-        it, SGD with momentum instead of another optimizer, and two micro-batches per update.
+        it, SGD with momentum instead of another optimizer, 8-bit state instead of that of Adam or
+        AdamW, two micro-batches per update, and expandable segments of torch's allocator.
         """
-        return tuple(
-            Change(words, estimate_of(inputs, self._target, self._limit, None).largest)
+        estimates = {
+            words: estimate_of(inputs, self._target, self._limit, None)
             for words, inputs in changed(self._inputs)
+        }
+        estimates["expandable segments"] = replace(
+            self,
+            _memory=replace(self._memory, allocator=ExpandableAllocator),
+            _band=self._band.widened(EXPANDABLE),
+        )
+        return tuple(
+            EstimatedChange(words, estimate.largest, estimate.untested)
+            for words, estimate in estimates.items()
         )
 
-    def to_json(self, changes: Sequence[Change] = ()) -> str:
+    def to_json(self, changes: Sequence[EstimatedChange] = ()) -> str:
         """Return the estimate as JSON, at its largest batch size.
 
         Args:
@@ -279,12 +305,17 @@ class Estimate:
             "band": self.band_share,
             "at_largest": _written(self.at(max(1, self.largest))),
             "changes": [
-                {"change": each.change, "largest": _banded(each.largest)} for each in changes
+                {
+                    "change": each.change,
+                    "largest": _banded(each.largest),
+                    "untested": each.untested,
+                }
+                for each in changes
             ],
         }
         return json.dumps(shown, indent=2, ensure_ascii=False)
 
-    def text(self, glyphs: Glyphs = UNICODE, changes: Sequence[Change] = ()) -> str:
+    def text(self, glyphs: Glyphs = UNICODE, changes: Sequence[EstimatedChange] = ()) -> str:
         """Return the estimate as text of at most 86 columns.
 
         Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import torch
@@ -25,6 +26,7 @@ _TRANSFORMER: Final = 0.015
 _SMALL_TRANSFORMER: Final = 0.04
 _SMALL: Final = 3 * _GIB  # bytes of a peak below which segments of 20 MiB count
 _CONVOLUTIONAL: Final = 0.04
+_RECURRENT: Final = 0.10  # of one network, by the largest error of a guess before it was fitted
 _OTHER: Final = 0.06
 # Added for each thing that no GPU was compared in; not measured
 _PRECISION: Final = 0.03
@@ -32,6 +34,8 @@ _OPTIMIZER: Final = 0.01
 _FUSED: Final = 0.01
 _LAYOUT: Final = 0.04
 _BENCHMARK: Final = 0.04
+_OTHER_LSTM: Final = 0.05
+_MEASURED_LAYERS: Final = 2
 # Of a report that calibrates: errors beside those that the report shows
 _CALIBRATED: Final = 0.01
 _FACTOR: Final = 4  # of the largest peak; smaller ones say nothing of larger batches
@@ -75,6 +79,9 @@ class Guess:
     share: float  # width that it adds to the band, as a share
 
 
+EXPANDABLE: Final = Guess("expandable segments", 0.05)
+
+
 @dataclass(frozen=True, slots=True)
 class Band:
     """Relative error of a predicted peak, and its correction by measured peaks."""
@@ -105,6 +112,15 @@ class Band:
         """Return the prediction that is corrected to these bytes."""
         return max(0, round((nbytes - self.offset) / self.ratio))
 
+    def widened(self, guess: Guess) -> Self:
+        """Return a band with one more guess."""
+        return replace(
+            self,
+            share=self.share + guess.share,
+            share_of_small=self.share_of_small + guess.share,
+            untested=(*self.untested, guess.what),
+        )
+
     def calibrated(self, trials: Sequence[Trial], predicted: Sequence[int], budget: int) -> Self:
         """Return a band around measured peaks; the largest trial corrects the prediction.
 
@@ -133,16 +149,16 @@ def band_of(inputs: Inputs, events: Iterable[Event], guesses: Iterable[Guess]) -
     """Return the band of a step; `guesses` are those about the device."""
     kind = _kind_of(inputs.step.model, {event.name for event in events})
     found = [*_guesses(inputs), *guesses]
-    extra = sum(guess.share for guess in found)
-    untested = tuple(guess.what for guess in found)
     if kind is _OTHER:
-        untested = ("networks without attention or convolutions", *untested)
-    small = _SMALL_TRANSFORMER if kind is _TRANSFORMER else kind
-    return Band(kind + extra, small + extra, untested=untested)
+        found.insert(0, Guess("networks without attention or convolutions", 0.0))
+    band = Band(kind, _SMALL_TRANSFORMER if kind is _TRANSFORMER else kind)
+    return reduce(Band.widened, found, band)
 
 
 def _kind_of(model: nn.Module, operators: set[str]) -> float:
     """Return the error of a kind of network. Convolutions that make patches are no matter."""
+    if any(isinstance(part, nn.LSTM) for part in model.modules()):
+        return _RECURRENT
     layers = [part for part in model.modules() if isinstance(part, _CONVOLUTIONS)]
     is_convolutional = any(map(_overlaps, layers)) or (
         not layers and any("convolution_backward" in name for name in operators)
@@ -176,6 +192,9 @@ def _guesses(inputs: Inputs) -> Iterator[Guess]:
         yield Guess("fused=True of the optimizer", _FUSED)
     if any(map(_is_channels_last, model.parameters())):
         yield Guess("channels_last", _LAYOUT)
+    lstms = [part for part in model.modules() if isinstance(part, nn.LSTM)]
+    if any(part.num_layers != _MEASURED_LAYERS or part.bidirectional for part in lstms):
+        yield Guess("LSTMs other than of two layers in one direction", _OTHER_LSTM)
     has_convolutions = any(isinstance(part, _CONVOLUTIONS) for part in model.modules())
     if has_convolutions and torch.backends.cudnn.benchmark:
         yield Guess("torch.backends.cudnn.benchmark", _BENCHMARK)

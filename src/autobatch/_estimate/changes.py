@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from autobatch._estimate.band import Banded
     from autobatch._estimate.inputs import Inputs
 
 # Methods that let a model recompute its activations, and the attribute that shows it
@@ -23,17 +22,9 @@ _SWITCHES: Final = {
 _MOMENTUM: Final = 0.9
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
-    """A change of the step, and its effect: estimated.
-
-    Args:
-        change: The change, in words.
-        largest: Largest batch size with it; `.low` and `.high` are its band.
-    """
-
-    change: str
-    largest: Banded
+# Of block-wise quantised state, as AdamW8bit of bitsandbytes and of torchao have it
+_BLOCK: Final = 256  # values that share one scale, in float32
+_LEAST_QUANTISED: Final = 4096  # values of a parameter below which its state stays in float32
 
 
 def changed(inputs: Inputs) -> Iterator[tuple[str, Inputs]]:
@@ -47,8 +38,33 @@ def changed(inputs: Inputs) -> Iterator[tuple[str, Inputs]]:
         trained = [p for group in step.optimizer.param_groups for p in group["params"]]
         sgd = torch.optim.SGD(trained, 1e-3, momentum=_MOMENTUM)
         yield "SGD with momentum", replace(inputs, step=replace(step, optimizer=sgd))
+    if type(step.optimizer) in (torch.optim.Adam, torch.optim.AdamW):
+        eight_bit = AdamW8bit(step.optimizer.param_groups, {})
+        yield "8-bit optimizer state", replace(inputs, step=replace(step, optimizer=eight_bit))
     if step.accumulate == 1:
         yield "2 micro-batches per update", replace(inputs, step=replace(step, accumulate=2))
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """The memory of Adam with 8-bit state and a fused kernel; its values are of no use."""
+
+    def step(self, _: Any = None) -> None:  # type: ignore[override]
+        """Create the state, and write into the parameters."""
+        for parameter in (p for group in self.param_groups for p in group["params"]):
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            for name in () if state else ("exp_avg", "exp_avg_sq"):
+                state[name] = _state_of(parameter)
+            parameter.data.add_(parameter.grad)
+
+
+def _state_of(parameter: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    count = parameter.numel()
+    if count < _LEAST_QUANTISED:
+        return (torch.zeros_like(parameter, dtype=torch.float32),)
+    scales = parameter.new_zeros(-(-count // _BLOCK), dtype=torch.float32)
+    return torch.zeros_like(parameter, dtype=torch.uint8), scales
 
 
 def _checkpointed(inputs: Inputs) -> Inputs | None:

@@ -18,10 +18,11 @@ from autobatch.errors import AutobatchError
 
 # Outside of torch's allocator on an H200, with the modules of a training step: measured
 _CONTEXT: Final = 808_255_488
+_CONTEXT_ERROR: Final = 300 * 2**20  # on another GPU; not measured
 _MEASURED: Final = "H200"
 # Added to the band; not measured
-_ANOTHER_GPU: Final = 0.01
-_UNKNOWN_GPU: Final = 0.02
+_ANOTHER: Final = Guess(f"GPUs other than an {_MEASURED}", 0.01)
+_UNKNOWN: Final = Guess("a GPU of unknown type, taken for an H100", 0.02)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,11 @@ class TargetGpu:
     reading: MemoryReading
     gpu: Gpu  # properties for scratch memory
     guesses: tuple[Guess, ...] = ()  # what was never compared with it
+    guess_of_context: tuple[Guess, ...] = ()  # the same of its context
+
+    def guesses_within(self, limit: float) -> tuple[Guess, ...]:
+        """Return the guesses; only a limit that is a share of the device depends on its context."""
+        return self.guesses + (self.guess_of_context if isinstance(limit, float) else ())
 
 
 def target_gpu(device: str | int | None) -> TargetGpu:
@@ -52,8 +58,9 @@ def _target_gpu(device: str | int | None) -> TargetGpu:
         return _present(device)
     known = {_letters(name): model for name, model in GPUS.items()}
     if isinstance(device, str) and (model := known.get(_letters(device))):
-        guesses = () if model.name == _MEASURED else (_guess_of_gpu(),)
-        return TargetGpu(model.name, _unused(model.total), model.gpu, guesses)
+        if model.name == _MEASURED:
+            return TargetGpu(model.name, _unused(model.total), model.gpu)
+        return _guessed(model.name, model.total, model.gpu, _ANOTHER)
     try:
         total = parse_bytes("device", device)
     except ValueError:
@@ -61,8 +68,7 @@ def _target_gpu(device: str | int | None) -> TargetGpu:
             f"device={device!r} is not a known GPU; give one of {', '.join(GPUS)}, an amount of "
             "memory such as '24GiB', or None for the GPU that is present."
         ) from None
-    guess = Guess("the type of the GPU, taken for an H100", _UNKNOWN_GPU)
-    return TargetGpu(f"GPU of {format_bytes(total)}", _unused(total), Gpu(), (guess,))
+    return _guessed(f"GPU of {format_bytes(total)}", total, Gpu(), _UNKNOWN)
 
 
 def _letters(name: str) -> str:
@@ -82,9 +88,11 @@ def _present(device: str | None) -> TargetGpu:
             f"{', '.join(GPUS)}, or give an amount of memory such as '24GiB'."
         )
     probe = CudaProbe(torch.device(device or "cuda").index)
-    guesses = () if _MEASURED in probe.name else (_guess_of_gpu(),)
+    guesses = () if _MEASURED in probe.name else (_ANOTHER,)
     return TargetGpu(probe.name, probe.read(), probe.gpu(), guesses)
 
 
-def _guess_of_gpu() -> Guess:
-    return Guess(f"GPUs other than an {_MEASURED}", _ANOTHER_GPU)
+def _guessed(name: str, total: int, gpu: Gpu, guess: Guess) -> TargetGpu:
+    context = f"a CUDA context as large as on an {_MEASURED}"
+    of_context = Guess(context, _CONTEXT_ERROR / total)
+    return TargetGpu(name, _unused(total), gpu, (guess,), (of_context,))

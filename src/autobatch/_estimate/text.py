@@ -8,13 +8,12 @@ from autobatch._estimate.breakdown import Held
 from autobatch._memory import format_bytes
 from autobatch._report.layout import Column, Fact, Page
 from autobatch._report.tables import bar, counts, measures, table_of
-from autobatch._report.units import BYTES, counted, factor, percent, plain
+from autobatch._report.units import BYTES, counted, multiple, percent, plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from autobatch._estimate import Estimate, EstimatedPeak
-    from autobatch._estimate.changes import Change
+    from autobatch._estimate import Estimate, EstimatedChange, EstimatedPeak
     from autobatch._report.layout import Table
 
 _MODULES: Final = 10  # with the most activations
@@ -23,7 +22,7 @@ _LEAST: Final = 0.001  # share of a row of its own
 _ALWAYS: Final = (Held.PARAMETERS, Held.GRADIENTS, Held.OPTIMIZER_STATE)
 
 
-def page(estimate: Estimate, changes: Sequence[Change]) -> Page:
+def page(estimate: Estimate, changes: Sequence[EstimatedChange]) -> Page:
     """Return the content of an estimate."""
     peak = estimate.at(max(1, estimate.largest))
     return Page(
@@ -36,7 +35,7 @@ def page(estimate: Estimate, changes: Sequence[Change]) -> Page:
         comment=_comment(estimate),
         facts=_facts(estimate, peak),
         tables=(_table(peak), *_changes(estimate, changes)),
-        notes=_notes(estimate),
+        notes=_notes(estimate, changes),
     )
 
 
@@ -94,7 +93,7 @@ def _table(peak: EstimatedPeak) -> Table:
     )
 
 
-def _changes(estimate: Estimate, changes: Sequence[Change]) -> Iterator[Table]:
+def _changes(estimate: Estimate, changes: Sequence[EstimatedChange]) -> Iterator[Table]:
     """Yield a table of changes, if there are any."""
     if not changes:
         return
@@ -103,7 +102,7 @@ def _changes(estimate: Estimate, changes: Sequence[Change]) -> Iterator[Table]:
         [
             counts("largest", sizes),
             Column("band", tuple(f"{size.low:,} to {size.high:,}" for size in sizes)),
-            Column("", tuple(factor(size / max(1, estimate.largest)) for size in sizes)),
+            Column("", tuple(multiple(size / max(1, estimate.largest)) for size in sizes)),
             Column("with", tuple(each.change for each in changes), align="<"),
         ],
         title="With one change",
@@ -117,10 +116,13 @@ def _name(module: str) -> str:
     return name if len(name) <= _NAME else f"…{name[1 - _NAME :]}"
 
 
-def _notes(estimate: Estimate) -> tuple[str, ...]:
+def _notes(estimate: Estimate, changes: Sequence[EstimatedChange]) -> tuple[str, ...]:
     notes = ["Estimated, and confirmed by no trial: autobatch.find on the GPU measures it."]
     if estimate.untested:
         notes.append(
             f"Never compared with a GPU, so the band is wider: {', '.join(estimate.untested)}."
         )
+    more = [what for each in changes for what in each.untested if what not in estimate.untested]
+    if more:
+        notes.append(f"Nor was, of the changes: {', '.join(dict.fromkeys(more))}.")
     return tuple(map(plain, notes))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from autobatch._latency import Latency
 from autobatch._trials.timing import time_calls
+from autobatch._trials.workload import SizedWorkload
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -94,8 +95,7 @@ class LatencyTimer:
             return spent + clock() - began + max(seconds) > until or is_end(seconds)
 
         seconds = time_calls(
-            self._workload,
-            size,
+            SizedWorkload(self._workload, size, accumulate=1, may_be_refused=False),
             before=warm_up(expected),
             is_new=size not in self._seconds,
             enough=is_enough,

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch.utils.data import DataLoader
 
 from autobatch._loaders.remaking import Remaking, resize, sampler_of, samplers_of_same_size
-from autobatch._undo import Undo
+from autobatch._undo import Absent, Undo
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,10 +27,6 @@ class LoaderSize:
     setter: SetBatchSize | None
 
 
-class _Missing:
-    """Value of an attribute that was not there; a class, which copies and pickles keep."""
-
-
 def batch_size_of(loader: DataLoader[Any]) -> int:
     """Return the batch size of the batch sampler; `loader.batch_size` is None with a user's one."""
     sampler: Any = loader.batch_sampler
@@ -44,22 +40,6 @@ def is_writable(batch_sampler: Any) -> bool:
     except Exception:
         return False
     return True
-
-
-class BatchSizeChange(Protocol):
-    """Another batch size of a loader."""
-
-    loader: DataLoader[Any]
-
-    def make(self) -> None:
-        """Set the batch size."""
-
-    @property
-    def holds(self) -> bool:
-        """True if the batch size is still the one that was set."""
-
-    def restore(self) -> None:
-        """Give the loader its former batch size; also if `make` was interrupted."""
 
 
 @contextmanager
@@ -82,18 +62,15 @@ def batch_size_change(
         samplers = samplers_of_same_size(loader)
         return _Resizing(loader, batch_size_of(loader), batch_size, samplers)
     owners = (loader, loader.batch_sampler, loader.sampler, sampler_of(loader))
-    before = [_Attributes(owner, dict(vars(owner))) for owner in owners if _has_attributes(owner)]
+    # A list of indices is a sampler without attributes
+    before = [(owner, dict(vars(owner))) for owner in owners if hasattr(owner, "__dict__")]
     kind = _MakingAgain if isinstance(setter, Remaking) else _SettingByUser
     return kind(loader, batch_size, setter, before)
 
 
-def _has_attributes(owner: Any) -> bool:
-    return hasattr(owner, "__dict__")  # a list of indices is a sampler without
-
-
 @dataclass
 class _Resizing:
-    """Another `batch_size` of the batch sampler."""
+    """Another `batch_size` of the batch sampler, whose property may keep it in another object."""
 
     loader: DataLoader[Any]
     former: int
@@ -102,12 +79,14 @@ class _Resizing:
 
     @property
     def holds(self) -> bool:
+        """True if the batch size is still the one that was set."""
         return batch_size_of(self.loader) == self.batch_size
 
     def make(self) -> None:
         resize(self.loader, self.batch_size, self.samplers)
 
     def restore(self) -> None:
+        """Give the loader its former batch size; also if `make` was interrupted."""
         resize(self.loader, self.former, self.samplers)
 
 
@@ -121,7 +100,7 @@ class _SettingByUser:
     loader: DataLoader[Any]
     batch_size: int
     setter: SetBatchSize
-    before: list[_Attributes]
+    before: list[tuple[Any, dict[str, Any]]]  # objects with their attributes
     assigned: list[_Assignment] | None = None  # None until the setter has returned
 
     @property
@@ -141,7 +120,12 @@ class _SettingByUser:
             each.restore()
 
     def _assignments(self) -> list[_Assignment]:
-        return [each for owner in self.before for each in owner.assignments()]
+        return [
+            _Assignment(owner, name, before.get(name, Absent), vars(owner).get(name, Absent))
+            for owner, before in self.before
+            for name in before.keys() | vars(owner).keys()
+            if before.get(name, Absent) is not vars(owner).get(name, Absent)
+        ]
 
 
 class _MakingAgain(_SettingByUser):
@@ -154,21 +138,7 @@ class _MakingAgain(_SettingByUser):
         return all(each.holds for each in numbers or self.assigned or ())
 
 
-@dataclass(frozen=True, slots=True)
-class _Attributes:
-    """The attributes an object had."""
-
-    owner: Any
-    before: dict[str, Any]
-
-    def assignments(self) -> list[_Assignment]:
-        """Return the attributes that were assigned since then."""
-        before, after = self.before, vars(self.owner)
-        changes = [
-            _Assignment(self.owner, name, before.get(name, _Missing), after.get(name, _Missing))
-            for name in before.keys() | after.keys()
-        ]
-        return [change for change in changes if change.before is not change.after]
+BatchSizeChange: TypeAlias = _Resizing | _SettingByUser
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,10 +152,10 @@ class _Assignment:
 
     @property
     def holds(self) -> bool:
-        return vars(self.owner).get(self.name, _Missing) is self.after
+        return vars(self.owner).get(self.name, Absent) is self.after
 
     def restore(self) -> None:
-        if self.before is _Missing:
+        if self.before is Absent:
             vars(self.owner).pop(self.name, None)
         else:
             vars(self.owner)[self.name] = self.before

@@ -15,20 +15,21 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from functools import partial
 from multiprocessing import connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol, Self
+from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
 
 import torch
 from torch.utils.data import DataLoader
 
-from autobatch._loaders.order import capture_order, layers, take_iterator
+from autobatch._loaders.epochs import capture_order, layers, take_iterator
 from autobatch._loaders.reading import alike, reading_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from multiprocessing.connection import Connection
 
     from autobatch._loaders.batch_size import SetBatchSize
@@ -45,21 +46,8 @@ _MAX_CACHED: Final = 2**28  # bytes of answers that are kept for the next time
 # Words of errors that only a forked process has: of CUDA, and of torch's autograd
 _FORKED_WORDS: Final = ("CUDA", "fork")
 
-
-class Fresh(Protocol):
-    """A value that was read, of which every call makes a copy as it came out of the loader."""
-
-    def __call__(self) -> Any: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Packed:
-    """A value from another process."""
-
-    data: bytes
-
-    def __call__(self) -> Any:
-        return pickle.loads(self.data)  # noqa: S301 -- made by a process forked from this one
+# Returns a value that was read; every call makes a copy as it came out of the loader
+Fresh: TypeAlias = Callable[[], Any]
 
 
 class Copied:
@@ -185,7 +173,7 @@ class _ReaderProcess:
             return None
         if kind == "error":
             raise pickle.loads(data)  # noqa: S301 -- made by a process forked from this one
-        return Packed(data) if kind == "value" else None
+        return partial(pickle.loads, data) if kind == "value" else None
 
     def _hangs(self) -> bool:
         """Wait until there is an answer or the process has ended; True if it does nothing."""

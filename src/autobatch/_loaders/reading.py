@@ -21,7 +21,7 @@ from torch.utils.data import (
 )
 
 from autobatch._loaders.batch_size import changed_batch_size
-from autobatch._loaders.order import take_iterator
+from autobatch._loaders.epochs import take_iterator
 from autobatch._loaders.remaking import Remaking, has_torch_iteration, sampler_of
 from autobatch._report.result import Look
 from autobatch._trials.batches import rows_of_each, sample_counts

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Final
 from torch.utils.data import BatchSampler, DataLoader
 
 from autobatch._trials.snapshot import Snapshot
+from autobatch._undo import Absent
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
 # Attributes of a DataLoader that have nothing to do with its batches, and may have been set since
 # it was made
@@ -23,10 +24,6 @@ _KEPT: Final = {
     "_DataLoader__multiprocessing_context",
     "_iterator",
 }
-
-
-class _Missing:
-    """Value of an attribute that is not there."""
 
 
 def sampler_of(loader: DataLoader[Any]) -> Any:
@@ -44,7 +41,7 @@ def has_torch_iteration(loader: DataLoader[Any]) -> bool:
 def samplers_of_same_size(loader: DataLoader[Any]) -> list[Any]:
     """Return the sampler of single samples if it has the batch size in an attribute, too."""
     sampler = sampler_of(loader)
-    size = getattr(sampler, "__dict__", {}).get("batch_size", _Missing)
+    size = getattr(sampler, "__dict__", {}).get("batch_size", Absent)
     return [sampler] if size == getattr(loader.batch_sampler, "batch_size", None) else []
 
 
@@ -89,8 +86,8 @@ class Remaking:
             resize(loader, batch_size, samplers_of_same_size(loader))
         with Snapshot():  # of the random numbers that a part may draw
             for part in remade_parts(loader):
-                call = _Call.of(part, batch_size, self.left_out)
-                _take_over(part, type(part)(*call.positional, **call.keywords))
+                given = _arguments_of(part, batch_size, self.left_out)
+                _take_over(part, type(part)(*given.positional, **given.keywords))
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,22 +154,13 @@ def _takes_size(part: Any) -> bool:
     return hasattr(part, "__dict__") and "batch_size" in inspect.signature(type(part)).parameters
 
 
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """Arguments of a class."""
-
-    positional: tuple[Any, ...]
-    keywords: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, part: Any, batch_size: int, left_out: str | None) -> _Call:
-        """Return those Lightning saved in a hook, or else the attributes of the same names."""
-        _update_saved_arguments(part, batch_size)
-        saved = saved_arguments(part)
-        if saved is not None:
-            return cls(saved.positional, saved.keywords)
-        found = dict(_attributes(part, left_out))
-        return cls((), {**found, "batch_size": batch_size})
+def _arguments_of(part: Any, batch_size: int, left_out: str | None) -> SavedArguments:
+    """Return those Lightning saved in a hook, or else the attributes of the same names."""
+    _update_saved_arguments(part, batch_size)
+    saved = saved_arguments(part)
+    if saved is not None:
+        return saved
+    return SavedArguments((), (), {**dict(_attributes(part, left_out)), "batch_size": batch_size})
 
 
 def _attributes(part: Any, left_out: str | None) -> Iterator[tuple[str, Any]]:
@@ -187,7 +175,7 @@ def _attributes(part: Any, left_out: str | None) -> Iterator[tuple[str, Any]]:
 def _take_over(part: Any, made: Any) -> None:
     """Assign the attributes of a new object that differ: others may go on, as an epoch does."""
     for name, value in vars(made).items():
-        if name not in _KEPT and not _is_equal(vars(part).get(name, _Missing), value):
+        if name not in _KEPT and not _is_equal(vars(part).get(name, Absent), value):
             vars(part)[name] = value
 
 

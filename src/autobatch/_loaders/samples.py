@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import cycle, islice
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Final, Protocol, Self
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeAlias
 
 import torch
 from torch.utils.data import default_collate
@@ -14,6 +13,7 @@ from torch.utils.data import default_collate
 from autobatch._loaders.epochs import samples_of
 from autobatch._loaders.reader import Copied, Reader
 from autobatch._loaders.reading import LARGEST_KEPT, data_size
+from autobatch._loaders.remaking import Remaking
 from autobatch._memory.ledger import unobserved
 from autobatch._report.result import Look
 from autobatch._trials.batches import leaves, listed, map_leaves, rows_of_each, sample_counts
@@ -21,7 +21,6 @@ from autobatch.errors import FixedBatchSizeError, WorstCaseError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from types import TracebackType
 
     from torch.utils.data import DataLoader
 
@@ -30,6 +29,8 @@ if TYPE_CHECKING:
     from autobatch._loaders.reading import Seen
     from autobatch._trials.snapshot import Snapshot
 
+
+Counts: TypeAlias = list[list[int | None]]  # of samples in batches, in several ways
 
 _MEAN_CHANGE: Final = 0.25  # of batches that vary in size, by chance
 
@@ -62,16 +63,8 @@ class Loaders(Protocol):
         """For each the function that sets its batch size; None for in place."""
 
     @property
-    def own_sizes(self) -> Sequence[int]:
-        """Batch size of each."""
-
-    @property
     def batch_size(self) -> int:
         """Batch size of the first."""
-
-    @property
-    def is_set_by_user(self) -> bool:
-        """True if a function of the user sets batch sizes."""
 
     @property
     def is_sequential(self) -> bool:
@@ -105,22 +98,21 @@ class Samples:
         worst_case: Callable[[int], Any] | None = None,
     ) -> None:
         self._loaders = loaders
+        self._own_sizes = loaders.sizes_at(loaders.batch_size)
+        self._is_set_by_user = any(
+            not (each is None or isinstance(each, Remaking)) for each in loaders.setters
+        )
         self._reader = Reader(loaders.each, loaders.setters, snapshot)
         self._device = device
         self._worst_case = worst_case
         self._worst_case_data: dict[int, int] = {}  # amount of data by batch size
-        self._counted: dict[tuple[int, int], list[list[int | None]]] = {}  # by loader and size
+        self._counted: dict[tuple[int, int], Counts] = {}  # by loader and size
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._reader.__exit__(kind, error, traceback)
+    def __exit__(self, *_: object) -> None:
+        self._reader.__exit__()
 
     def check(self) -> None:
         """Read some batches of each loader.
@@ -133,7 +125,7 @@ class Samples:
             return
         if any(seen.look.read == 0 for seen in self._seen):
             raise NoDataError("A loader makes no batch: there are no samples to try.")
-        for at, own in enumerate(self._loaders.own_sizes):
+        for at, own in enumerate(self._own_sizes):
             self._check_following(at, 2 * own + 1)
 
     def check_size(self, batch_size: int) -> None:
@@ -143,13 +135,13 @@ class Samples:
                 self._check_following(at, size)
 
     def _check_following(self, at: int, size: int) -> None:
-        own = self._loaders.own_sizes[at]
+        own = self._own_sizes[at]
         before = self._counts(at, own)
         try:
             after = self._counts(at, size)
         except Exception:
             return  # a size that is refused: trials find those that are not
-        is_users, loader = self._loaders.is_set_by_user, self._loaders.each[at]
+        is_users, loader = self._is_set_by_user, self._loaders.each[at]
         rest = -1 if is_users else (samples_of(loader, 1) or 0) % size
         if not before or not after or _follows(before, after, own, size, rest):
             return
@@ -168,12 +160,12 @@ class Samples:
 
     def _check_rounding(self, at: int, size: int) -> None:
         """Refuse a size for which a `set_batch_size` makes even batches of another one."""
-        own = self._loaders.own_sizes[at]
+        own = self._own_sizes[at]
         before, after = self._counts(at, own), self._counts(at, size)
         if before and after and not _is_exact(before, after, own, size):
             raise ValueError(f"{_set_by_user(size, after)} other sizes are tried.")
 
-    def _counts(self, at: int, size: int) -> list[list[int | None]]:
+    def _counts(self, at: int, size: int) -> Counts:
         """Return the `sample_counts` of some batches, as `Reading` reads them once."""
         if (at, size) not in self._counted:
             with unobserved():
@@ -228,7 +220,7 @@ class Samples:
     @property
     def rows_each(self) -> int:
         """Rows that a sample of the first loader becomes in a batch; 1 where they vary."""
-        if self._worst_case is not None or self._loaders.is_set_by_user:
+        if self._worst_case is not None or self._is_set_by_user:
             return 1
         seen, own = self._seen[0], self._loaders.batch_size
         if not seen.look.is_even:
@@ -265,7 +257,7 @@ class Samples:
             self._check_growth(batch_size, make())
             return [make]
         sizes = self._loaders.sizes_at(batch_size)
-        if self._loaders.is_set_by_user:
+        if self._is_set_by_user:
             for at, size in enumerate(sizes):
                 self._check_rounding(at, size)
         parts = [self._largest(at, size) for at, size in enumerate(sizes)]
@@ -281,7 +273,7 @@ class Samples:
         if batch_size > kept and is_default and seen.are_collated:
             few = self._reader.read(at, "largest", kept)()
             if repeated(few, kept, batch_size) is not None:
-                return _Repeated(few, kept, batch_size)
+                return partial(repeated, few, kept, batch_size)
         return self._reader.read(at, "largest", batch_size)
 
     def _check_growth(self, batch_size: int, batch: Any) -> None:
@@ -295,17 +287,13 @@ class Samples:
                 )
 
 
-def _follows(
-    before: list[list[int | None]], after: list[list[int | None]], own: int, size: int, rest: int
-) -> bool:
+def _follows(before: Counts, after: Counts, own: int, size: int, rest: int) -> bool:
     """Check that samples, counted in any way, grow as the batch size does.
 
     Batches of one size have to be of one size again but for the `rest` of an epoch, which may come
     anywhere, and others to keep their mean. A negative rest leaves it at the mean.
     """
-    for then, now in zip(zip(*before, strict=True), zip(*after, strict=True), strict=True):
-        if None in then or None in now:
-            continue
+    for then, now in _compared(before, after):
         full = max(then)
         if rest >= 0 and then.count(full) >= max(1, len(then) - 1):
             others = [count * own for count in now if count * own != full * size]
@@ -316,29 +304,33 @@ def _follows(
     return False
 
 
-def _is_exact(
-    before: list[list[int | None]], after: list[list[int | None]], own: int, size: int
-) -> bool:
+def _is_exact(before: Counts, after: Counts, own: int, size: int) -> bool:
     """Check that batches of one size become those of another, counted in any way.
 
     Batches that vary in size are not compared.
     """
-    for then, now in zip(zip(*before, strict=True), zip(*after, strict=True), strict=True):
-        if None in then or None in now:
-            continue
+    for then, now in _compared(before, after):
         if len({*then}) > 1 or len({*now}) > 1 or now[0] * own == then[0] * size:
             return True
     return False
 
 
-def _set_by_user(size: int, counts: list[list[int | None]]) -> str:
+def _compared(before: Counts, after: Counts) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield the counts of some batches and of others, counted in each way that counts all."""
+    for ways in zip(zip(*before, strict=True), zip(*after, strict=True), strict=True):
+        then, now = ([count for count in counts if count is not None] for counts in ways)
+        if len(then) == len(before) and len(now) == len(after):
+            yield then, now
+
+
+def _set_by_user(size: int, counts: Counts) -> str:
     return (
         f"set_batch_size was called with {size}, and the loader makes batches of {_rows(counts)} "
         "samples;"
     )
 
 
-def _rows(counts: list[list[int | None]]) -> str:
+def _rows(counts: Counts) -> str:
     """Return the numbers of samples in batches, by the rows of their tensors."""
     return listed({rows for _, rows, _ in counts if rows})
 
@@ -355,18 +347,6 @@ def _versions(batch: Any) -> list[int]:
     """Return a list that changes if anything is written into a plain batch."""
     # `_version` has no public name; torch 2.13 counts writes to a tensor by it
     return [number for leaf in leaves(batch) for number in (id(leaf), getattr(leaf, "_version", 0))]
-
-
-@dataclass(frozen=True, slots=True)
-class _Repeated:
-    """A collated batch, with its samples repeated up to a batch size."""
-
-    batch: Any
-    samples: int
-    batch_size: int
-
-    def __call__(self) -> Any:
-        return repeated(self.batch, self.samples, self.batch_size)
 
 
 def repeated(batch: Any, samples: int, batch_size: int) -> Any:

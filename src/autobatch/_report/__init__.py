@@ -40,17 +40,9 @@ from autobatch._report.tradeoff import (
 )
 from autobatch._report.units import counted, plain
 from autobatch._settings import Count, Seconds, Settings  # noqa: TC001 -- pydantic reads it
-from autobatch._throughput import (
-    CurvePoint,
-    LineFit,
-    SpeedRow,
-    StepTimes,
-    fit_line,
-    latest_by_size,
-    speed_rows,
-)
+from autobatch._throughput import CurvePoint, LineFit, SpeedRow, StepTimes, fit_line, speed_rows
 from autobatch._throughput.loading import Loading  # noqa: TC001 -- pydantic reads it
-from autobatch._trials import Outcome
+from autobatch._trials import Outcome, latest_by_size
 from autobatch.errors import AutobatchError
 
 if TYPE_CHECKING:
@@ -154,16 +146,15 @@ class TuningReport(BaseModel):
     @property
     def largest_fit(self) -> int | None:
         """Largest micro-batch that was run and fits, in samples: measured."""
-        trials = latest_by_size(self.trials)
-        return max((trial.batch_size for trial in trials if trial.fits), default=None)
+        latest = latest_by_size(self.trials)
+        return max((size for size, trial in latest.items() if trial.fits), default=None)
 
     @property
     def smallest_failing(self) -> int | None:
         """Smallest micro-batch that was over the budget or out of memory: measured."""
         failures = {Outcome.OVER_BUDGET, Outcome.OUT_OF_MEMORY}
-        trials = latest_by_size(self.trials)
-        failed = (trial.batch_size for trial in trials if trial.outcome in failures)
-        return min(failed, default=None)
+        latest = latest_by_size(self.trials)
+        return min((size for size, t in latest.items() if t.outcome in failures), default=None)
 
     @property
     def sizes(self) -> tuple[SpeedRow, ...]:

@@ -20,7 +20,7 @@ from autobatch._report.units import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from autobatch._latency import Latency, TooSlow, Unfinished
     from autobatch._report import TuningReport
@@ -52,6 +52,12 @@ class Answers:
     def row(self) -> Latency | None:
         """Latency of the chosen size; None if it was not timed."""
         return next((each for each in self.latencies if each.batch_size == self.chosen), None)
+
+    @property
+    def largest_within(self) -> int | None:
+        """The largest size within the limit; None if there is none."""
+        largest = largest_within(self.latencies, self.limit.seconds)
+        return largest.batch_size if largest else None
 
     @property
     def over(self) -> list[Latency]:
@@ -217,114 +223,84 @@ def latency_notes(report: TuningReport, unfinished: Unfinished) -> tuple[str, ..
     answers = Answers.of(report)
     if answers is None:
         return ()
-    notes = (
-        _filling(answers),
-        _open(answers, unfinished),
-        _few_calls(answers),
-        _left_out(unfinished),
-        _over_by_trial(unfinished),
-        _noise(answers, unfinished),
-        _noise_above(answers.next_over, answers.limit),
-        _slow_smaller_sizes(answers),
-    )
-    return tuple(note for note in notes if note)
+    return (*_filling(answers), *_not_timed(answers, unfinished), *_disturbed(answers, unfinished))
 
 
-def _filling(answers: Answers) -> str | None:
+def _filling(answers: Answers) -> Iterator[str]:
+    """Note the time that a batch takes to fill, in a stream with one sample per limit."""
     chosen, rate = answers.chosen, 1 / answers.limit.seconds
     one = stream(answers.latencies, rate, None)
     row = next((row for row in one.rows if row.batch_size == chosen), None)
     if row is None or chosen == 1:
-        return None
-    filling = duration(row.filling_seconds)
-    note = (
+        return
+    sooner = ""
+    if one.best is not None and one.best.batch_size < chosen:
+        soonest = duration(one.best.worst_seconds)
+        sooner = f"; in batches of {one.best.batch_size:,} it is answered within {soonest}"
+    yield (
         "Waiting for a batch to fill comes on top: one stream of "
-        f"{trimmed(rate)} samples/s takes {filling} to fill {chosen:,}"
-    )
-    if one.best is None or one.best.batch_size >= chosen:
-        return f"{note}."
-    soonest = duration(one.best.worst_seconds)
-    return f"{note}; in batches of {one.best.batch_size:,} it is answered within {soonest}."
-
-
-def _open(answers: Answers, unfinished: Unfinished) -> str | None:
-    largest = largest_within(answers.latencies, answers.limit.seconds)
-    if not unfinished.is_open or largest is None:
-        return None
-    size = largest.batch_size
-    sizes = f"sizes above {size:,}"
-    if unfinished.over == size + 2:
-        sizes = f"batches of {size + 1:,}"
-    elif unfinished.over is not None:
-        sizes = f"sizes between {size:,} and {unfinished.over:,}"
-    if unfinished.seconds is None:
-        return f"Not timed were {sizes}: they may answer in time too."
-    after = f"after {unfinished.seconds:g} seconds, its limit"
-    return f"Timing stopped {after}: {sizes} may answer in time too."
-
-
-def _few_calls(answers: Answers) -> str | None:
-    row, percentile = answers.row, answers.limit.percentile
-    enough = enough_calls(percentile)
-    if row is None or row.calls >= enough:
-        return None
-    note = f"There was no time for {enough:,} calls at {row.batch_size:,}, only for {row.calls:,}"
-    if calls_above(row.calls, percentile):
-        return f"{note}."
-    return f"{note}: the {_ordinal(percentile)} percentile is the slowest of them."
-
-
-def _left_out(unfinished: Unfinished) -> str | None:
-    if not unfinished.left_out:
-        return None
-    sizes = _listed(unfinished.left_out)
-    return (
-        f"Smaller sizes were not timed ({sizes}): they may suit one stream better, or be as fast."
+        f"{trimmed(rate)} samples/s takes {duration(row.filling_seconds)} to fill {chosen:,}"
+        f"{sooner}."
     )
 
 
-def _over_by_trial(unfinished: Unfinished) -> str | None:
-    if unfinished.over is None or not unfinished.by_trial:
-        return None
-    return (
-        f"Batches of {unfinished.over:,} took longer than the limit in the few steps of their "
-        "trial; their calls were not timed."
-    )
+def _not_timed(answers: Answers, unfinished: Unfinished) -> Iterator[str]:
+    """Note sizes that were not timed, or by few calls."""
+    row, percentile, over = answers.row, answers.limit.percentile, unfinished.over
+    largest, enough = answers.largest_within, enough_calls(percentile)
+    if unfinished.is_open and largest is not None:
+        sizes = f"sizes above {largest:,}"
+        if over == largest + 2:
+            sizes = f"batches of {largest + 1:,}"
+        elif over is not None:
+            sizes = f"sizes between {largest:,} and {over:,}"
+        if unfinished.seconds is None:
+            yield f"Not timed were {sizes}: they may answer in time too."
+        else:
+            after = f"after {unfinished.seconds:g} seconds, its limit"
+            yield f"Timing stopped {after}: {sizes} may answer in time too."
+    if row is not None and row.calls < enough:
+        is_slowest = not calls_above(row.calls, percentile)
+        slowest = f": the {_ordinal(percentile)} percentile is the slowest of them"
+        yield (
+            f"There was no time for {enough:,} calls at {row.batch_size:,}, only for "
+            f"{row.calls:,}{slowest if is_slowest else ''}."
+        )
+    if unfinished.left_out:
+        sizes = _listed(unfinished.left_out)
+        yield (
+            f"Smaller sizes were not timed ({sizes}): they may suit one stream better, or be as "
+            "fast."
+        )
+    if over is not None and unfinished.by_trial:
+        yield (
+            f"Batches of {over:,} took longer than the limit in the few steps of their trial; "
+            "their calls were not timed."
+        )
 
 
-def _noise(answers: Answers, unfinished: Unfinished) -> str | None:
-    row = answers.row
-    if row is None or not _is_noisy(row):
-        return None
-    if unfinished.over is None and answers.next_over is None:
-        return None  # the limit was not the reason to stop at this size
-    return (
-        f"At {answers.chosen:,} the {_ordinal(answers.limit.percentile)} percentile is "
-        f"{row.at_percentile_seconds / row.p50_seconds:,.0f} times the median, probably from "
-        "noise: on a quiet machine larger batches may answer in time."
-    )
-
-
-def _noise_above(over: Latency | None, limit: LatencyLimit) -> str | None:
-    if over is None or over.p50_seconds > limit.seconds or not _is_noisy(over):
-        return None
-    median, slow = (duration(s) for s in (over.p50_seconds, over.at_percentile_seconds))
-    return (
-        f"Half of the calls at {over.batch_size:,} take no longer than {median}, and some {slow}: "
-        "on a quiet machine larger batches may answer in time."
-    )
-
-
-def _slow_smaller_sizes(answers: Answers) -> str | None:
-    best = largest_within(answers.latencies, answers.limit.seconds)
-    over = (each.batch_size for each in answers.over)
-    smaller = [size for size in over if best and size < best.batch_size]
-    if not smaller:
-        return None
-    return (
-        f"Batches of {_listed(smaller)} are over the limit although larger ones meet it: noise, "
-        "or slow kernels for these shapes."
-    )
+def _disturbed(answers: Answers, unfinished: Unfinished) -> Iterator[str]:
+    """Note calls that something else slowed down."""
+    row, limit, over = answers.row, answers.limit, answers.next_over
+    is_limited = unfinished.over is not None or over is not None  # the reason to stop at this size
+    if row is not None and _is_noisy(row) and is_limited:
+        yield (
+            f"At {answers.chosen:,} the {_ordinal(limit.percentile)} percentile is "
+            f"{row.at_percentile_seconds / row.p50_seconds:,.0f} times the median, probably from "
+            "noise: on a quiet machine larger batches may answer in time."
+        )
+    if over is not None and over.p50_seconds <= limit.seconds and _is_noisy(over):
+        median, slow = duration(over.p50_seconds), duration(over.at_percentile_seconds)
+        yield (
+            f"Half of the calls at {over.batch_size:,} take no longer than {median}, and some "
+            f"{slow}: on a quiet machine larger batches may answer in time."
+        )
+    largest = answers.largest_within or 0
+    if smaller := [each.batch_size for each in answers.over if each.batch_size < largest]:
+        yield (
+            f"Batches of {_listed(smaller)} are over the limit although larger ones meet it: "
+            "noise, or slow kernels for these shapes."
+        )
 
 
 def _is_noisy(latency: Latency) -> bool:

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from autobatch._throughput import row_of
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from autobatch._report import TuningReport
-
-
-@dataclass(frozen=True, slots=True)
-class LoggedSize:
-    """Throughput and memory of one micro-batch size, under their names in loggers."""
-
-    batch_size: int
-    values: dict[str, float]
 
 
 def plan_values(report: TuningReport) -> dict[str, int]:
@@ -30,28 +22,33 @@ def plan_values(report: TuningReport) -> dict[str, int]:
     }
 
 
-def curve(report: TuningReport) -> Iterator[LoggedSize]:
-    """Yield throughput and memory of each size, which takes the place of the training step."""
-    for row in report.sizes:
-        values: dict[str, float] = {"autobatch/samples_per_second": row.samples_per_second}
-        if row.peak is not None:
-            values["autobatch/peak_bytes"] = row.peak
-        yield LoggedSize(row.batch_size, values)
+def curve(report: TuningReport) -> dict[int, dict[str, float]]:
+    """Return throughput and memory by micro-batch size, which stands for the training step."""
+    return {
+        row.batch_size: {
+            "autobatch/samples_per_second": row.samples_per_second,
+            **({} if row.peak is None else {"autobatch/peak_bytes": row.peak}),
+        }
+        for row in report.sizes
+    }
 
 
-def size_rows(report: TuningReport) -> list[dict[str, Any]]:
-    """Return the sizes of the JSON report."""
+def log_sizes(report: TuningReport, run: Any) -> None:
+    """Log the sizes of the JSON report in a run of W&B, without a step of its own."""
     rows: list[dict[str, Any]] = json.loads(report.to_json())["sizes"]
-    return rows
+    if rows:
+        data = [list(row.values()) for row in rows]
+        table = importlib.import_module("wandb").Table(columns=list(rows[0]), data=data)
+        run.log({"autobatch/sizes": table}, commit=False)
 
 
 def summary(report: TuningReport) -> dict[str, float]:
     """Return the numbers of a run by which runs are compared."""
-    chosen = [row for row in report.sizes if row.batch_size == report.plan.micro_batch_size]
+    chosen = row_of(report.sizes, report.plan.micro_batch_size)
     values = {
         "largest_fit": report.largest_fit,
         "search_seconds": report.search_seconds,
-        "samples_per_second": chosen[0].samples_per_second if chosen else None,
-        "peak_bytes": chosen[0].peak if chosen else None,
+        "samples_per_second": chosen.samples_per_second if chosen else None,
+        "peak_bytes": chosen.peak if chosen else None,
     }
     return {f"autobatch/{name}": value for name, value in values.items() if value is not None}

@@ -1,4 +1,4 @@
-"""Notes of a report: one function per note, which returns None unless its trigger is met."""
+"""Notes of a report, each with its trigger."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from autobatch._report.accumulation_notes import usual_learning_rate
 from autobatch._report.latency import latency_notes
 from autobatch._report.tradeoff import updates_per_epoch
 from autobatch._report.units import counted, duration, percent
-from autobatch._throughput import latest_by_size, trial_of
-from autobatch._trials import Outcome
+from autobatch._throughput import row_of
+from autobatch._trials import Outcome, latest_by_size
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from autobatch._plan import BatchPlan
     from autobatch._report import TuningReport
@@ -39,68 +39,50 @@ _LEAST_MEASURED: Final = 0.5  # seconds; data loading over less time is noise
 def notes(report: TuningReport, run: RunDetails) -> tuple[str, ...]:
     """Return all notes on a tuning run, the most important first."""
     found = (
-        # The plan itself
-        _not_run(report),
-        _fails_at_end(report, run),
-        *run.trial_notes,
-        _deviation(report, run),
-        _out_of_time(report, run),
-        # Training with the plan
-        _changed(report, run.before),
-        _short_epoch(report),
-        _all_at_once(report, run),
+        *_on_plan(report, run),
+        *_on_updates(report, run),
         *(latency_notes(report, run.unfinished) if run.unfinished else ()),
-        *run.plan_notes,
-        # Other sizes
-        _past_knee(report),
-        _tight(report),
-        _fragmented(report, run),
-        _uneven(report),
-        _crowded(report, run),
-        _unreached(report, run),
-        _not_sought(report, run),
-        _refused(report, run),
-        # Quality of the measurements
-        _scattered(report),
-        _drifted(report),
-        _fallback(report),
+        run.prior_note,
+        *run.subject_notes.plan,
+        *_on_speed(report),
+        *_on_memory(report, run),
+        *_on_search(report, run),
+        *_on_measurements(report),
     )
     return tuple(note for note in found if note)
 
 
-def _not_run(report: TuningReport) -> str | None:
-    if not report.as_if:
-        return None
-    return (
-        f"Not run on {report.devices} devices: one process stood for all, with collectives that "
-        "communicate nothing. Memory that the communication library takes, such as the buffers of "
-        "NCCL, is not counted, and speed was not measured."
-    )
-
-
-def _fails_at_end(report: TuningReport, run: RunDetails) -> str | None:
-    samples = run.last_samples
-    if samples is None or samples not in _refusals(report):
-        return None
-    return (
-        "Training will fail at the end of an epoch: its last micro-batch has "
-        f"{counted(samples, 'sample')}, which the workload itself refused. "
-        "Leave it out with drop_last=True of the loader."
-    )
+def _on_plan(report: TuningReport, run: RunDetails) -> Iterator[str]:
+    """Note what keeps the plan from being the one that was asked for."""
+    limit, target = report.settings.time_limit, report.settings.target_batch_size
+    got = report.plan.effective_batch_size
+    if report.as_if:
+        yield (
+            f"Not run on {report.devices} devices: one process stood for all, with collectives "
+            "that communicate nothing. Memory that the communication library takes, such as the "
+            "buffers of NCCL, is not counted, and speed was not measured."
+        )
+    if run.last_samples is not None and run.last_samples in _refusals(report):
+        yield (
+            "Training will fail at the end of an epoch: its last micro-batch has "
+            f"{counted(run.last_samples, 'sample')}, which the workload itself refused. "
+            "Leave it out with drop_last=True of the loader."
+        )
+    yield from run.subject_notes.trials
+    if target is not None and target != got:
+        reason = _reason_for_deviation(report, run, target)
+        yield f"Asked for {target:,} samples per update, got {got:,}: {reason}."
+    if limit is not None and run.is_out_of_time:
+        rest = f"{report.largest_fit or 0:,} is the largest verified so far, more may fit"
+        if report.settings.latency_limit is not None:
+            rest = "larger sizes may answer in time too"
+        yield f"The search stopped at time_limit={limit:g} seconds: {rest}."
 
 
 def _refusals(report: TuningReport) -> dict[int, Trial]:
     """Return the latest trial of each size for which the workload raised an error of its own."""
-    trials = latest_by_size(report.trials)
-    return {trial.batch_size: trial for trial in trials if trial.outcome is Outcome.REFUSED}
-
-
-def _deviation(report: TuningReport, run: RunDetails) -> str | None:
-    target, got = report.settings.target_batch_size, report.plan.effective_batch_size
-    if target is None or target == got:
-        return None
-    reason = _reason_for_deviation(report, run, target)
-    return f"Asked for {target:,} samples per update, got {got:,}: {reason}."
+    latest = latest_by_size(report.trials)
+    return {size: each for size, each in latest.items() if each.outcome is Outcome.REFUSED}
 
 
 def _reason_for_deviation(report: TuningReport, run: RunDetails, target: int) -> str:
@@ -125,14 +107,24 @@ def _reason_for_deviation(report: TuningReport, run: RunDetails, target: int) ->
     return "no plan that gives it exactly was verified"
 
 
-def _out_of_time(report: TuningReport, run: RunDetails) -> str | None:
-    limit = report.settings.time_limit
-    if limit is None or not run.is_out_of_time:
-        return None
-    rest = f"{report.largest_fit or 0:,} is the largest verified so far, more may fit"
-    if report.settings.latency_limit is not None:
-        rest = "larger sizes may answer in time too"
-    return f"The search stopped at time_limit={limit:g} seconds: {rest}."
+def _on_updates(report: TuningReport, run: RunDetails) -> Iterator[str]:
+    """Note updates of another number, or of all samples of an epoch."""
+    samples, update = report.dataset_size, report.plan.effective_batch_size
+    changed = _changed(report, run.before)
+    if changed is not None:
+        yield changed
+    if samples is not None and samples < update:
+        yield (
+            f"The epoch ({samples:,} samples) is smaller than the effective batch ({update:,}): "
+            "each epoch performs one smaller update."
+        )
+    if _is_at_once(report):
+        # A note on the changed effective batch size has the number of updates already
+        updates = ": it performs one update" if changed is None else ""
+        yield (
+            f"All {samples:,} samples of an epoch fit at once{updates}. "
+            "Set target_batch_size for smaller batches and more updates."
+        )
 
 
 def _changed(report: TuningReport, before: BatchPlan | None) -> str | None:
@@ -162,103 +154,78 @@ def _changed(report: TuningReport, before: BatchPlan | None) -> str | None:
     return " ".join(sentences) or None
 
 
-def _short_epoch(report: TuningReport) -> str | None:
-    samples, update = report.dataset_size, report.plan.effective_batch_size
-    if samples is None or samples >= update:
-        return None
-    return (
-        f"The epoch ({samples:,} samples) is smaller than the effective batch ({update:,}): "
-        "each epoch performs one smaller update."
-    )
-
-
-def _all_at_once(report: TuningReport, run: RunDetails) -> str | None:
+def _is_at_once(report: TuningReport) -> bool:
+    """Return True if an update trains on all samples of an epoch, and nobody asked for that."""
+    is_free = report.task == "train" and report.settings.target_batch_size is None
     plan, samples = report.plan, report.dataset_size
-    if report.task != "train" or report.settings.target_batch_size is not None or samples is None:
-        return None
-    if plan.effective_batch_size != samples or plan.accumulate_grad_batches > 1:
-        return None
-    # A note on the changed effective batch size has the number of updates already
-    updates = ": it performs one update" if _changed(report, run.before) is None else ""
-    return (
-        f"All {samples:,} samples of an epoch fit at once{updates}. "
-        "Set target_batch_size for smaller batches and more updates."
-    )
+    return is_free and plan.effective_batch_size == samples and plan.accumulate_grad_batches == 1
 
 
-def _past_knee(report: TuningReport) -> str | None:
+def _on_speed(report: TuningReport) -> Iterator[str]:
+    """Note smaller sizes that are as fast as the largest, which was taken."""
     settings, size = report.settings, report.plan.micro_batch_size
     if settings.latency_limit is not None or settings.target_batch_size is not None:
-        return None
+        return
     if settings.prefer == "fast":
-        return None  # a smaller one as fast would have been taken, unless this is the user's own
+        return  # a smaller one as fast would have been taken, unless this is the user's own
     speeds = {row.batch_size: row.samples_per_second for row in report.sizes}
     smaller = [other for other in speeds if other < size]
     if size not in speeds or not smaller:
-        return None
+        return
     fastest = max(smaller, key=speeds.__getitem__)
     slower = 1 - speeds[size] / speeds[fastest]
-    if slower > _SAME_SPEED:
-        return f"{size:,} fits, and is {percent(slower)} slower than {fastest:,}."
     least = (1 - _SAME_SPEED) * speeds[size]
     as_fast = [other for other in smaller if 2 * other <= size and speeds[other] >= least]
-    if not as_fast:
-        return None
-    gain = ", which gives more updates of the same samples" if report.task == "train" else ""
-    return f"{size:,} fits, and is about as fast as {min(as_fast):,}{gain}."
+    if slower > _SAME_SPEED:
+        yield f"{size:,} fits, and is {percent(slower)} slower than {fastest:,}."
+    elif as_fast:
+        gain = ", which gives more updates of the same samples" if report.task == "train" else ""
+        yield f"{size:,} fits, and is about as fast as {min(as_fast):,}{gain}."
 
 
-def _tight(report: TuningReport) -> str | None:
-    trial, total = trial_of(report.trials, report.plan.micro_batch_size), report.device.total
-    available = total - report.device.foreign
+def _on_memory(report: TuningReport, run: RunDetails) -> Iterator[str]:
+    """Note memory that may not suffice later, and what could leave more."""
+    device, look = report.device, report.look
+    trial = latest_by_size(report.trials).get(report.plan.micro_batch_size)
+    available = device.total - device.foreign
     peak = trial.peak if trial and trial.fits else None
-    if peak is None or peak < (1 - _TIGHT) * available:
-        return None
-    return (
-        f"Only {format_bytes(max(0, available - peak))} of {format_bytes(total)} to spare: "
-        "longer inputs, or other processes on this device, may not fit. "
-        "A lower memory_limit leaves more."
-    )
+    if peak is not None and peak >= (1 - _TIGHT) * available:
+        yield (
+            f"Only {format_bytes(max(0, available - peak))} of {format_bytes(device.total)} to "
+            "spare: longer inputs, or other processes on this device, may not fit. "
+            "A lower memory_limit leaves more."
+        )
+    if not _reached_bound(report, run):
+        yield from _fragments(report)
+    if look is not None and not look.is_even:
+        among = "" if look.among is None else f" of {look.among:,}"
+        read = f"the {look.read:,}{among} that were read"
+        larger = "; a larger sample needs more memory: create it in worst_case"
+        if look.read == look.among:
+            read, larger = f"all {look.read:,}", ""
+        yield (
+            f"Samples differ in size. Trials ran the largest of {read}, and times are for these"
+            f"{larger}."
+        )
+    if device.foreign > _CROWDED * device.total and not _reached_bound(report, run):
+        yield (
+            f"Other processes hold {format_bytes(device.foreign)} of this device's "
+            f"{format_bytes(device.total)}; the largest fit changes when they start or stop."
+        )
 
 
-def _fragmented(report: TuningReport, run: RunDetails) -> str | None:
+def _fragments(report: TuningReport) -> Iterator[str]:
     size = report.largest_fit or 0
-    trial = trial_of(report.trials, size)
-    if trial is None or trial.peak is None or not trial.allocated or _reached_bound(report, run):
-        return None
+    trial = latest_by_size(report.trials).get(size)
+    if trial is None or trial.peak is None or not trial.allocated:
+        return
     if trial.peak < _FRAGMENTED * trial.allocated or trial.allocated <= trial.resident:
-        return None
+        return
     most = size * (trial.peak - trial.resident) // (trial.allocated - trial.resident)
-    return (
+    yield (
         f"{format_bytes(trial.peak - trial.allocated)} of {format_bytes(trial.peak)} at {size:,} "
         f"are fragments. PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True may fit up to {most:,}, "
         "an estimate from the bytes in use."
-    )
-
-
-def _uneven(report: TuningReport) -> str | None:
-    look = report.look
-    if look is None or look.is_even:
-        return None
-    if look.read == look.among:
-        return (
-            f"Samples differ in size. Trials ran the largest of all {look.read:,}, and times "
-            "are for these."
-        )
-    among = "" if look.among is None else f" of {look.among:,}"
-    return (
-        f"Samples differ in size. Trials ran the largest of the {look.read:,}{among} that were "
-        "read, and times are for these; a larger sample needs more memory: create it in worst_case."
-    )
-
-
-def _crowded(report: TuningReport, run: RunDetails) -> str | None:
-    device = report.device
-    if device.foreign <= _CROWDED * device.total or _reached_bound(report, run):
-        return None
-    return (
-        f"Other processes hold {format_bytes(device.foreign)} of this device's "
-        f"{format_bytes(device.total)}; the largest fit changes when they start or stop."
     )
 
 
@@ -266,10 +233,28 @@ def _reached_bound(report: TuningReport, run: RunDetails) -> bool:
     return run.bound is not None and (report.largest_fit or 0) >= run.bound.batch_size
 
 
-def _unreached(report: TuningReport, run: RunDetails) -> str | None:
-    if not run.unreached:
-        return None
-    fitting = {trial.batch_size for trial in latest_by_size(report.trials) if trial.fits}
+def _on_search(report: TuningReport, run: RunDetails) -> Iterator[str]:
+    """Note sizes that were not timed, not sought, or refused by the workload."""
+    if run.unreached:
+        yield _unreached(report, run)
+    if run.bound is not None and _reached_bound(report, run) and not _is_at_once(report):
+        yield f"Largest fit not sought: {run.bound.reason}."
+    refused = _refusals(report)
+    if refused and run.last_samples not in refused:
+        texts = [trial.error or "unknown error" for trial in refused.values()]
+        first_of_class = {text.partition(":")[0]: text for text in reversed(texts)}
+        errors = (
+            shorten(text, _MOST_OF_ERROR, placeholder=" …")
+            for text in reversed(first_of_class.values())
+        )
+        yield (
+            f"The workload itself raised an error at batch_size={_listed(list(refused))}, so only "
+            f"sizes that ran are used ({'; '.join(errors)})."
+        )
+
+
+def _unreached(report: TuningReport, run: RunDetails) -> str:
+    fitting = {size for size, trial in latest_by_size(report.trials).items() if trial.fits}
     parts = []
     if in_trials := sorted(fitting.intersection(run.unreached)):
         parts.append(f"micro-batches of {_listed(in_trials)} were timed in their trials only")
@@ -289,62 +274,32 @@ def _listed(sizes: list[int]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def _not_sought(report: TuningReport, run: RunDetails) -> str | None:
-    if run.bound is None or not _reached_bound(report, run) or _all_at_once(report, run):
-        return None
-    return f"Largest fit not sought: {run.bound.reason}."
-
-
-def _refused(report: TuningReport, run: RunDetails) -> str | None:
-    refused = _refusals(report)
-    if not refused or run.last_samples in refused:
-        return None
-    texts = [trial.error or "unknown error" for trial in refused.values()]
-    first_of_class = {text.partition(":")[0]: text for text in reversed(texts)}
-    errors = (
-        shorten(text, _MOST_OF_ERROR, placeholder=" …")
-        for text in reversed(first_of_class.values())
-    )
-    return (
-        f"The workload itself raised an error at batch_size={_listed(list(refused))}, so only "
-        f"sizes that ran are used ({'; '.join(errors)})."
-    )
-
-
-def _scattered(report: TuningReport) -> str | None:
-    size = report.plan.micro_batch_size
-    row = next((row for row in report.sizes if row.batch_size == size), None)
-    if row is None or row.samples_per_second_low is None or row.samples_per_second_high is None:
-        return None
-    low, high = row.samples_per_second_low, row.samples_per_second_high
-    if (high - low) / 2 <= _SCATTERED * row.samples_per_second:
-        return None
-    return (
-        f"Single updates of {row.batch_size:,} ran at {low:,.0f} to {high:,.0f} samples/s; "
-        "on a quieter machine another size may be the fastest."
-    )
-
-
-def _drifted(report: TuningReport) -> str | None:
+def _on_measurements(report: TuningReport) -> Iterator[str]:
+    """Note measurements that are less accurate than usual."""
+    size, source = report.plan.micro_batch_size, report.device.source
+    row = row_of(report.sizes, size)
+    if row and row.samples_per_second_low is not None and row.samples_per_second_high is not None:
+        low, high = row.samples_per_second_low, row.samples_per_second_high
+        if (high - low) / 2 > _SCATTERED * row.samples_per_second:
+            yield (
+                f"Single updates of {size:,} ran at {low:,.0f} to {high:,.0f} samples/s; "
+                "on a quieter machine another size may be the fastest."
+            )
     drifts = [_significant_drift(point) for point in report.curve if point.drift is not None]
     drift = statistics.median(drifts) if drifts else 0.0
-    if drift <= _SAME_SPEED:
-        return None
-    return (
-        f"Timings drifted by {percent(drift)} while sizes were timed; other processes may use "
-        "this device."
-    )
+    if drift > _SAME_SPEED:
+        yield (
+            f"Timings drifted by {percent(drift)} while sizes were timed; other processes may use "
+            "this device."
+        )
+    if " because " in source:
+        yield f"Memory is read from {source}."
 
 
 def _significant_drift(point: CurvePoint) -> float:
     """Return the relative drift of one size, or 0 within its error."""
     drift = abs((point.drift or 1.0) - 1)
     return drift if drift > (point.drift_error or 0.0) else 0.0
-
-
-def _fallback(report: TuningReport) -> str | None:
-    source = report.device.source
-    return f"Memory is read from {source}." if " because " in source else None
 
 
 def waiting(loading: Loading | None) -> str | None:

@@ -48,6 +48,14 @@ class Survived:
 
 
 @dataclass(frozen=True, slots=True)
+class SubjectNotes:
+    """Notes on the subject of a tuning run."""
+
+    trials: tuple[str, ...] = ()  # differences between trials and training
+    plan: tuple[str, ...] = ()  # consequences of the plan
+
+
+@dataclass(frozen=True, slots=True)
 class RunDetails:
     """Details of a tuning run that its notes depend on, and that a report does not keep."""
 
@@ -57,6 +65,6 @@ class RunDetails:
     curve_seconds: float  # time limit of the curve
     before: BatchPlan | None  # plan of the training so far, if known
     last_samples: int | None  # samples in the last micro-batch of an epoch, if known
-    trial_notes: tuple[str, ...]  # differences between trials and training
-    plan_notes: tuple[str, ...]  # notes of the subject on the plan
+    subject_notes: SubjectNotes
+    prior_note: str | None  # on a plan that was known before; None if there is none
     unfinished: Unfinished | None  # timing of calls; None without a latency limit

@@ -16,8 +16,7 @@ from autobatch._report.units import (
     percent,
     unit_for,
 )
-from autobatch._throughput import latest_by_size
-from autobatch._trials import Outcome
+from autobatch._trials import Outcome, latest_by_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -41,7 +40,7 @@ _OUTCOMES: Final = {
 def speed_table(trials: Iterable[Trial], rows: Iterable[SpeedRow], plan: BatchPlan) -> Table:
     """Return the sizes that were tried or timed, with their throughput and peak memory."""
     speeds = {row.batch_size: row for row in rows}
-    tried = {trial.batch_size: trial for trial in latest_by_size(trials)}
+    tried = latest_by_size(trials)
     sizes = sorted({*tried, *speeds})
     shown = _one_screen(sizes, tried, speeds, plan.micro_batch_size)
     timed = [speeds.get(size) for size in shown]

@@ -20,7 +20,8 @@ from autobatch._report.tables import effective_table, product, speed_table, spre
 from autobatch._report.tradeoff import NoiseRange, is_of
 from autobatch._report.units import counted, duration, percent, plain, rounded
 from autobatch._settings import tightest_bound
-from autobatch._throughput import latest_by_size, trial_of
+from autobatch._throughput import row_of
+from autobatch._trials import latest_by_size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -143,7 +144,7 @@ def _is_ended_by_latency(report: TuningReport, largest: int) -> bool:
     """Return True if the latency of the largest size ended the search, and not memory."""
     if report.settings.limit_on_latency is None or report.smallest_failing is not None:
         return False
-    trial = trial_of(report.trials, largest)
+    trial = latest_by_size(report.trials).get(largest)
     return ((trial and trial.peak) or 0) < _FULL * report.budget
 
 
@@ -157,17 +158,14 @@ def _facts(report: TuningReport) -> tuple[Fact, ...]:
     else:
         row = next((row for row in report.effective if is_of(row, report.plan)), None)
         per_update = (_update(report, row), _epoch(row)) if row else ()
-        facts = (_speed(report), _memory(report), *per_update, _data(report), _guide(report))
+        guide = Fact("Search", plain(report.guide), "") if report.guide else None
+        facts = (_speed(report), _memory(report), *per_update, _data(report), guide)
     return tuple(fact for fact in facts if fact)
-
-
-def _guide(report: TuningReport) -> Fact | None:
-    return Fact("Search", plain(report.guide), "") if report.guide else None
 
 
 def _speed(report: TuningReport) -> Fact | None:
     rows = report.sizes
-    row = next((row for row in rows if row.batch_size == report.plan.micro_batch_size), None)
+    row = row_of(rows, report.plan.micro_batch_size)
     if row is None:
         return None
     value = f"{rounded(row.samples_per_second)} samples/s"
@@ -192,7 +190,7 @@ def _fastest_of(row: SpeedRow, rows: Sequence[SpeedRow]) -> str:
 
 
 def _memory(report: TuningReport) -> Fact | None:
-    trial = trial_of(report.trials, report.plan.micro_batch_size)
+    trial = latest_by_size(report.trials).get(report.plan.micro_batch_size)
     if trial is None or trial.peak is None:
         return None
     budget = format_bytes(report.budget)
@@ -205,7 +203,7 @@ def _memory(report: TuningReport) -> Fact | None:
 
 
 def _update(report: TuningReport, row: EffectiveRow) -> Fact | None:
-    trial = trial_of(report.trials, row.micro_batch_size)
+    trial = latest_by_size(report.trials).get(row.micro_batch_size)
     if trial is None or not row.update_seconds:
         return None
     optimizer = trial.optimizer_seconds
@@ -236,8 +234,8 @@ def _data(report: TuningReport) -> Fact | None:
 def _tables(report: TuningReport) -> tuple[Table, ...]:
     answers = Answers.of(report)
     if answers and answers.latencies:
-        peaks = {trial.batch_size: trial.peak for trial in latest_by_size(report.trials)}
-        return (latency_table(answers, peaks),)
+        latest = latest_by_size(report.trials)
+        return (latency_table(answers, {size: each.peak for size, each in latest.items()}),)
     if not report.trials:
         return _effective(report)
     return (speed_table(report.trials, report.sizes, report.plan), *_effective(report))

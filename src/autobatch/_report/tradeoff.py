@@ -8,8 +8,8 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 from autobatch._plan import ceil_div
-from autobatch._throughput import fit_line, latest_by_size
-from autobatch._trials import Outcome
+from autobatch._throughput import fit_line
+from autobatch._trials import Outcome, latest_by_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -213,7 +213,7 @@ def effective_rows(
     costs: Costs, trials: Sequence[Trial], curve: Sequence[CurvePoint]
 ) -> tuple[EffectiveRow, ...]:
     """Return rows about a factor of two apart, with the plan's own and, last, a whole epoch."""
-    latest = latest_by_size(trials)
+    latest = latest_by_size(trials).values()
     run = {trial.batch_size for trial in latest if trial.fits}
     run |= {point.batch_size for point in curve}
     refused = {trial.batch_size for trial in latest if trial.outcome is Outcome.REFUSED}

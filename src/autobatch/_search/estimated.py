@@ -53,9 +53,7 @@ class EstimatedSearch:
         top = max(trials, key=lambda trial: trial.batch_size)
         capacity = self._capacity(top, budget)
         is_full = budget - (top.peak or 0) <= self.resolution * (budget - top.resident)
-        # A correction read at a smaller size is off by a part of itself
-        free = self.resolution * capacity if is_full else abs(capacity - budget) / 4
-        within = int(capacity - free)
+        within = int((1 - self.resolution) * capacity) if is_full else capacity
         limit = self._largest(top.batch_size, high, within)
         if limit - top.batch_size <= int(self.resolution * limit):
             return None

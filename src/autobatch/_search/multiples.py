@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from autobatch._trials.refusals import refused_sizes
+from autobatch._trials import refused_sizes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

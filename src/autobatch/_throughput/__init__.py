@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from autobatch._throughput.preference import SampleTime
+from autobatch._trials import latest_by_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -180,29 +181,17 @@ def _error(timed: Trial | CurvePoint) -> float:
 
 def _timed(trials: Iterable[Trial], curve: Iterable[CurvePoint]) -> list[Trial | CurvePoint]:
     """Return each size that was timed, in ascending order: from the curve, or its latest trial."""
-    timed: dict[int, Trial | CurvePoint] = {
-        trial.batch_size: trial for trial in latest_by_size(trials) if trial.fits
-    }
+    latest = latest_by_size(trials)
+    timed: dict[int, Trial | CurvePoint] = {n: each for n, each in latest.items() if each.fits}
     timed |= {point.batch_size: point for point in curve if point.step_seconds}
     return [timed[size] for size in sorted(timed) if timed[size].step_seconds]
-
-
-def latest_by_size(trials: Iterable[Trial]) -> tuple[Trial, ...]:
-    """Return the latest trial of each size, in ascending order of size."""
-    latest = {trial.batch_size: trial for trial in trials}
-    return tuple(latest[size] for size in sorted(latest))
-
-
-def trial_of(trials: Sequence[Trial], batch_size: int) -> Trial | None:
-    """Return the latest trial of a size; None if there was none."""
-    return next((each for each in reversed(trials) if each.batch_size == batch_size), None)
 
 
 def speed_rows(
     trials: Sequence[Trial], curve: Sequence[CurvePoint], world_size: int
 ) -> tuple[SpeedRow, ...]:
     """Return the throughput of each size timed, from the curve or else from its latest trial."""
-    peaks = {trial.batch_size: trial.peak for trial in latest_by_size(trials) if trial.fits}
+    peaks = {size: trial.peak for size, trial in latest_by_size(trials).items() if trial.fits}
     rows = [_speed_row(timed, peaks, world_size) for timed in _timed(trials, curve)]
     fastest = max((row.samples_per_second for row in rows), default=1.0)
     return tuple(replace(row, of_fastest=row.samples_per_second / fastest) for row in rows)
@@ -232,6 +221,11 @@ def _speed_row(
         samples_per_second_high=samples / low if low else None,
         updates=timed.updates,
     )
+
+
+def row_of(rows: Iterable[SpeedRow], batch_size: int) -> SpeedRow | None:
+    """Return the row of a size; None if it was not timed."""
+    return next((row for row in rows if row.batch_size == batch_size), None)
 
 
 def knee(rows: Sequence[SpeedRow]) -> int | None:

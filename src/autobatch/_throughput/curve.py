@@ -6,12 +6,12 @@ import statistics
 import time
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from autobatch._throughput import CurvePoint, StepTimes
 from autobatch._throughput.loading import Loading, loading_watch
 from autobatch._throughput.points import noise_of, point
-from autobatch._trials.refusals import is_selective
+from autobatch._trials import is_selective, latest_by_size
 from autobatch._trials.timing import time_together, time_updates
 
 if TYPE_CHECKING:
@@ -35,6 +35,10 @@ _MAX_TURNS: Final = 12  # of a size whose speed is in doubt
 _EXACT_SIZES: Final = 3  # additional sizes that give the target exactly
 
 _NO_LOADING: Final = Loading(wait_seconds=0.0, step_seconds=0.0, batches=0)
+
+
+# (timings so far, by batch size) -> the sizes to time again; none to end
+Undecided: TypeAlias = "Callable[[Mapping[int, Sequence[Timing]]], Sequence[int]]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +73,7 @@ def measure_throughput(
 ) -> Throughput:
     """Time the sizes that fit and some below, in turns, until the choice of one is settled.
 
-    Args:
-        runner: The runner of the trials that have been run.
-        seconds: Seconds that all of it may take.
-        preference: Order of sizes that are about as fast; None if speed does not decide.
+    All of it may take `seconds`. Without a preference speed does not decide.
     """
     if not runner.fitting or not seconds:
         return Throughput()
@@ -84,22 +85,13 @@ def measure_throughput(
         unrecorded = _run_missing(sizes, timer)
         tried = {trial.batch_size: trial for trial in runner.trials if trial.fits}
         tried |= {size: runner.merge(results) for size, results in unrecorded.items()}
-        timings = in_turns(
-            [size for size in sizes if size in tried and tried[size].fits],
-            time_turn=timer.time_turn,
-            affordable=timer.has_time,
-            update_seconds=lambda size: (tried[size].step_seconds or 0.0) * tried[size].accumulate,
-            undecided=partial(_undecided, runner.accumulation, preference),
-        )
-    failed = timer.failed | {size for size, trial in tried.items() if not trial.fits}
+        failed = {size for size, trial in tried.items() if not trial.fits}
+        fitting = [tried[size] for size in sizes if size in tried and size not in failed]
+        curve = timer.points(fitting, partial(_undecided, runner.accumulation, preference))
+    done = {*failed, *timer.failed, *(point.batch_size for point in curve)}
     return Throughput(
-        curve=tuple(
-            point(
-                size, runner.accumulation.in_trial(size), turns, tried[size].peak, noise_of(timings)
-            )
-            for size, turns in timings.items()
-        ),
-        unreached=tuple(size for size in sizes if size not in failed and size not in timings),
+        curve=curve,
+        unreached=tuple(size for size in sizes if size not in done),
         unrecorded=unrecorded,
         waited=timer.waited,
         seconds=timer.seconds_spent,
@@ -128,23 +120,15 @@ def add_to_curve(throughput: Throughput, runner: TrialRunner, batch_size: int) -
     reached = {each.batch_size for each in throughput.curve}
     if not reached or batch_size in {*reached, *throughput.unreached}:
         return throughput
-    trial = next(t for t in reversed(runner.trials) if t.batch_size == batch_size)
+    trial = latest_by_size(runner.trials)[batch_size]
     with runner.time_limit.excluded():
         timer = _UpdateTimer(runner, throughput.seconds_left)
-        timings = in_turns(
-            [batch_size],
-            time_turn=timer.time_turn,
-            affordable=timer.has_time,
-            update_seconds=lambda _: (trial.step_seconds or 0.0) * trial.accumulate,
-            undecided=lambda _: (),
-        )
-    if batch_size not in timings:
+        added = timer.points([trial], lambda _: ())
+    if not added:
         return replace(throughput, unreached=(*throughput.unreached, batch_size))
-    accumulate = runner.accumulation.in_trial(batch_size)
-    added = point(batch_size, accumulate, timings[batch_size], trial.peak, noise_of(timings))
     return replace(
         throughput,
-        curve=tuple(sorted((*throughput.curve, added), key=lambda each: each.batch_size)),
+        curve=tuple(sorted((*throughput.curve, *added), key=lambda each: each.batch_size)),
         waited=throughput.waited + timer.waited,
         seconds=throughput.seconds + timer.seconds_spent,
     )
@@ -171,9 +155,34 @@ class _UpdateTimer:
     def has_time(self, seconds: float) -> bool:
         return seconds <= self.seconds_left
 
+    def points(self, tried: Iterable[Trial], undecided: Undecided) -> tuple[CurvePoint, ...]:
+        """Time sizes that were tried, as far as there is time."""
+        trials, accumulation = (
+            {trial.batch_size: trial for trial in tried},
+            self.runner.accumulation,
+        )
+        timings = in_turns(
+            trials,
+            time_turn=self.time_turn,
+            affordable=self.has_time,
+            update_seconds=lambda size: (
+                (trials[size].step_seconds or 0.0) * trials[size].accumulate
+            ),
+            undecided=undecided,
+        )
+        noise = noise_of(timings)
+        return tuple(
+            point(size, accumulation.in_trial(size), turns, trials[size].peak, noise)
+            for size, turns in timings.items()
+        )
+
     def time_turn(self, batch_size: int) -> Timing | None:
         """Return the timing of the slowest rank; None if the size failed on one of them."""
-        with self.runner.on_every_rank(batch_size, is_dry=not self.runner.runs_together):
+        is_dry = not self.runner.runs_together
+        if not is_dry and not self.runner.has_room(batch_size):
+            self.failed.add(batch_size)
+            return None
+        with self.runner.on_every_rank(batch_size, is_dry=is_dry):
             turns = self.runner.gather(self._turn_here(batch_size))
         known = [turn for turn in turns if turn is not None]
         if len(known) < len(turns):
@@ -188,45 +197,23 @@ class _UpdateTimer:
         deadline = self.runner.deadline(self.seconds_left)
         # The host's own clock: waiting for the device here would slow down the updates
         with loading_watch(time.perf_counter) as waited:
-            before = _NO_LOADING
 
             def enough_updates(update_seconds: Sequence[float]) -> bool:
-                nonlocal before
                 if not update_seconds:  # a loader has started its workers by now
-                    before = Loading(waited.seconds, 0.0, waited.batches)
+                    waited.forget()
                 is_late = len(update_seconds) >= _FEWEST_UPDATES and clock() >= deadline
                 is_enough = is_late or enough(update_seconds)
                 if self.runner.runs_together:  # rank 0 decides for all
                     is_enough, *_ = self.runner.context.ranks.gather(is_enough)
                 return is_enough
 
-            timing = self._timing(batch_size, enough_updates)
+            time_here = time_together if self.runner.runs_together else time_updates
+            sized = self.runner.sized(batch_size)
+            timing = time_here(sized, enough_updates, self.runner.context)
         if timing is None:
             return None
-        wait = waited.seconds - before.wait_seconds
-        steps = max(0.0, sum(timing.update_seconds) - wait)
-        return _Turn(timing, Loading(wait, steps, waited.batches - before.batches))
-
-    def _timing(
-        self, batch_size: int, enough_updates: Callable[[Sequence[float]], bool]
-    ) -> Timing | None:
-        runner, accumulate = self.runner, self.runner.accumulation.in_trial(batch_size)
-        if runner.runs_together:
-            return time_together(
-                runner.workload,
-                batch_size,
-                accumulate=accumulate,
-                enough=enough_updates,
-                context=runner.context,
-            )
-        return time_updates(
-            runner.workload,
-            batch_size,
-            accumulate=accumulate,
-            enough=enough_updates,
-            may_be_refused=runner.may_be_refused(batch_size),
-            context=runner.context,
-        )
+        steps = max(0.0, sum(timing.update_seconds) - waited.seconds)
+        return _Turn(timing, Loading(waited.seconds, steps, waited.batches))
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,7 +274,7 @@ def in_turns(
     time_turn: Callable[[int], Timing | None],
     affordable: Callable[[float], bool],
     update_seconds: Callable[[int], float],
-    undecided: Callable[[Mapping[int, Sequence[Timing]]], Sequence[int]],
+    undecided: Undecided,
 ) -> dict[int, list[Timing]]:
     """Time all sizes once, in ascending order, and undecided ones again, as far as there is time.
 

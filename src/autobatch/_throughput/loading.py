@@ -84,6 +84,10 @@ class Waited:
         """Return True in the thread that is timed, until the watch ends."""
         return self._thread == threading.get_ident()
 
+    def forget(self) -> None:
+        """Count from here."""
+        self.seconds, self.batches = 0.0, 0
+
     def stop(self) -> None:
         self._thread = None
 

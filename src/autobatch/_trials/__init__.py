@@ -1,11 +1,15 @@
-"""Record of one trial, a batch size that was run and measured."""
+"""Record of one trial, a batch size that was run and measured, and views of several."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from autobatch._memory import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
 
 
 class Outcome(StrEnum):
@@ -84,3 +88,21 @@ def trial_accumulation(accumulate: int) -> int:
     ones add nothing.
     """
     return min(2, accumulate)
+
+
+def latest_by_size(trials: Iterable[Trial]) -> dict[int, Trial]:
+    """Return the latest trial of each size, in ascending order of size."""
+    latest = {trial.batch_size: trial for trial in trials}
+    return dict(sorted(latest.items()))
+
+
+def refused_sizes(trials: Sequence[Trial]) -> set[int]:
+    """Return the sizes that the workload refused, by an error of its own, and never ran."""
+    refused = {trial.batch_size for trial in trials if trial.outcome is Outcome.REFUSED}
+    return refused - {trial.batch_size for trial in trials if trial.fits}
+
+
+def is_selective(trials: Sequence[Trial]) -> bool:
+    """Return True if the workload refused a size for another reason than too few samples."""
+    least = min((trial.batch_size for trial in trials if trial.fits), default=1)
+    return any(size > least for size in refused_sizes(trials))

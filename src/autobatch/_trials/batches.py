@@ -30,10 +30,7 @@ def leaves(batch: Any) -> Iterator[Any]:
 
 
 def map_leaves(
-    change: Callable[[Any], Any],
-    batch: Any,
-    *,
-    is_leaf: Callable[[Any], bool] | None = None,
+    change: Callable[[Any], Any], batch: Any, *, is_leaf: Callable[[Any], bool] | None = None
 ) -> Any:
     """Return a batch in containers of its own, with `change(leaf)` in place of each leaf.
 
@@ -135,10 +132,12 @@ def is_plain(value: Any) -> bool:
 
 def _parts(batch: Any) -> Sequence[Any] | None:
     """Return the contents of a container; None for a leaf."""
-    if isinstance(batch, MutableMapping):
-        return list(batch.values())
+    if isinstance(batch, torch.Tensor):
+        return None  # at once: abstract classes take their time
     if isinstance(batch, (list, tuple)):
         return None if is_plain_list(batch) else batch
+    if isinstance(batch, MutableMapping):
+        return list(batch.values())
     if is_dataclass(batch) and not isinstance(batch, type):
         return [getattr(batch, field.name) for field in fields(batch)]
     return None

@@ -1,4 +1,4 @@
-"""Save and restore single values: tensors, generators, containers, objects, global RNG state.
+"""Save and restore tensors, containers and objects, with all that they contain.
 
 `save` picks a class for a value by its type; a new kind of value is a class and a registration.
 """
@@ -6,17 +6,15 @@
 from __future__ import annotations
 
 import functools
-import random
-import sys
 import weakref
 from collections import deque
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import torch
 from torch.utils.weak import TensorWeakRef
 
-from autobatch._distributed.sharding import local_part, maker_of
+from autobatch._distributed.sharding import local_part
 from autobatch._trials.reachable import (
     LARGE,
     PLAIN,
@@ -25,18 +23,24 @@ from autobatch._trials.reachable import (
     is_generator,
     is_plain_object,
 )
+from autobatch._trials.saved import (
+    HostCopy,
+    SavedArray,
+    SavedCopy,
+    SavedGenerator,
+    Unchanged,
+    is_array,
+    is_expanded,
+    on_host,
+    refill,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from autobatch._trials.saved import Saved
+
 _LARGE_TENSOR: Final = 2**28  # bytes; a larger one in an object beside a module is data as well
-
-
-class Saved(Protocol):
-    """A value as it was when it was saved."""
-
-    def restore(self) -> Any:
-        """Restore the value, in place if possible, and return it."""
 
 
 SaveFunction: TypeAlias = "Callable[[Any, Memo], Saved]"
@@ -44,19 +48,12 @@ SaveFunction: TypeAlias = "Callable[[Any, Memo], Saved]"
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """Kinds of state that a capture saves.
+    """Kinds of state that a capture saves."""
 
-    Args:
-        save: Function for the attributes of an object.
-        gradients: Whether tensors get their gradients back; otherwise they are restored to None.
-        parameters: Whether parameters are saved; otherwise they and all gradients are left alone.
-        objects: Whether modules and plain objects within containers and objects are saved as well.
-    """
-
-    save: SaveFunction
-    gradients: bool = True
-    parameters: bool = True
-    objects: bool = True
+    save: SaveFunction  # for the attributes of an object
+    gradients: bool = True  # tensors get their gradients back, or else are restored to None
+    parameters: bool = True  # or else parameters and all gradients are left alone
+    objects: bool = True  # modules and plain objects within containers and objects as well
 
 
 class Memo:
@@ -148,7 +145,7 @@ def save_light(value: Any, memo: Memo) -> Saved:
     """Save counters, generators and small containers, but no tensors, arrays and data."""
     is_container = isinstance(value, (dict, list, set, tuple, deque))
     is_data = is_container and len(value) > LARGE
-    if is_data or isinstance(value, torch.Tensor) or _is_array(value):
+    if is_data or isinstance(value, torch.Tensor) or is_array(value):
         return Unchanged(value)
     return save(value, memo)
 
@@ -162,7 +159,7 @@ def save_shallow(value: Any, memo: Memo) -> Saved:
 
 def save_nested(value: Any, memo: Memo) -> Saved:
     """Save an attribute of a plain object, but no data."""
-    is_values = isinstance(value, torch.Tensor) or _is_array(value)
+    is_values = isinstance(value, torch.Tensor) or is_array(value)
     return (
         Unchanged(value)
         if is_values and value.nbytes > _LARGE_TENSOR
@@ -175,7 +172,7 @@ def _save(value: Any, memo: Memo) -> Saved:
     # NumPy is not imported for this, and has no registration
     if is_generator(value):
         return memo.generators.setdefault(id(value), SavedGenerator(value))
-    if _is_array(value):
+    if is_array(value):
         return SavedArray(value)
     if memo.scope.objects and is_plain_object(value):
         memo.add_later(value)
@@ -210,21 +207,16 @@ def _(value: torch.nn.Module, memo: Memo) -> Saved:
     return Unchanged(value)
 
 
+@_save.register(set)
+def _(value: set[Any], memo: Memo) -> Saved:  # noqa: ARG001 -- of all registrations
+    return SavedCopy(value)
+
+
 @_save.register(list)
 @_save.register(deque)
 def _(value: Any, memo: Memo) -> Saved:
     is_plain = all(type(item) in PLAIN for item in value)
     return SavedCopy(value) if is_plain else SavedSequence(value, memo)
-
-
-@dataclass(frozen=True, slots=True)
-class Unchanged:
-    """A value that a trial cannot change, or that is restored elsewhere."""
-
-    value: Any
-
-    def restore(self) -> Any:
-        return self.value
 
 
 def _is_parameter(tensor: torch.Tensor) -> bool:
@@ -243,11 +235,11 @@ class SavedTensor:
         self._reference = TensorWeakRef(tensor)
         self._is_leaf = tensor.is_leaf
         self._requires_grad = tensor.requires_grad
-        self._copy = _HostCopy(tensor)
+        self._copy = HostCopy(tensor)
         scope = memo.scope
         self._owns_gradient = tensor.is_leaf and scope.parameters
         gradient = tensor.grad if self._owns_gradient and scope.gradients else None
-        self._gradient = None if gradient is None else _HostCopy(gradient)
+        self._gradient = None if gradient is None else HostCopy(gradient)
         self._hooks = _save_hooks(tensor) if tensor.is_leaf else {}
         self._memo = memo
         self._restored_in = -1
@@ -281,29 +273,15 @@ class SavedTensor:
             self._reference = TensorWeakRef(tensor)
             return tensor
         part, values = local_part(tensor), self._copy.values
-        if _is_expanded(part):
+        if is_expanded(part):
             # Elements that share memory cannot be written one by one; they rarely change
-            if not torch.equal(_on_host(part), values):
+            if not torch.equal(on_host(part), values):
                 tensor.data = self._copy.made()
         elif part.shape == values.shape and part.dtype == values.dtype:
             part.data.copy_(values)
         else:
             tensor.data = self._copy.made()
         return tensor
-
-
-class _HostCopy:
-    """Values of a tensor on the host; of a DTensor those of this rank."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        part = local_part(tensor)
-        self.values = _on_host(part)
-        self._device = part.device
-        self._make = maker_of(tensor)
-
-    def made(self) -> torch.Tensor:
-        """Return a new tensor with the values, on its own device."""
-        return self._make(self.values.to(self._device, copy=True))
 
 
 def _save_hooks(tensor: torch.Tensor) -> dict[str, Saved]:
@@ -315,55 +293,6 @@ def _save_hooks(tensor: torch.Tensor) -> dict[str, Saved]:
     return saved
 
 
-def _is_expanded(tensor: torch.Tensor) -> bool:
-    if tensor.layout is not torch.strided:
-        return False
-    sizes = zip(tensor.shape, tensor.stride(), strict=True)
-    return any(size > 1 and stride == 0 for size, stride in sizes)
-
-
-def _on_host(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to("cpu", copy=True)
-
-
-class SavedGenerator:
-    """State of a random number generator of torch, Python or NumPy."""
-
-    def __init__(self, generator: Any) -> None:
-        self._generator = generator
-        if hasattr(generator, "getstate"):  # Python's
-            self._state, self._set = generator.getstate(), generator.setstate
-        elif hasattr(generator, "get_state"):
-            self._state, self._set = generator.get_state(), generator.set_state
-        else:
-            bits = generator.bit_generator
-            self._state, self._set = bits.state, functools.partial(setattr, bits, "state")
-
-    def restore(self) -> Any:
-        self._set(self._state)
-        return self._generator
-
-
-def global_generators() -> list[Any]:
-    """Return the generators of torch, CUDA, NumPy and Python that are used if none is given."""
-    numpy = sys.modules.get("numpy")
-    # A query of CUDA's state would create a context, even if nothing else uses the device
-    cuda = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
-    return [torch.default_generator, *cuda, *([numpy.random] if numpy else ()), random]
-
-
-@_save.register(set)
-class SavedCopy:
-    """A container with the entries it had; the entries themselves are not saved."""
-
-    def __init__(self, container: Any, _: Memo | None = None) -> None:
-        self._container = container
-        self._entries = container.copy()
-
-    def restore(self) -> Any:
-        return _refill(self._container, self._entries)
-
-
 @_save.register(dict)
 class SavedDict:
     def __init__(self, container: dict[Any, Any], memo: Memo) -> None:
@@ -371,48 +300,28 @@ class SavedDict:
         self._items = {key: save(item, memo) for key, item in container.items()}
 
     def restore(self) -> Any:
-        return _refill(self._container, {key: item.restore() for key, item in self._items.items()})
+        return refill(self._container, {key: item.restore() for key, item in self._items.items()})
 
 
+@_save.register(tuple)
 class SavedSequence:
-    """A list or a deque."""
+    """A list, a deque or a tuple.
+
+    A tuple is a new one only if an item had to be replaced, such as a tensor that died.
+    """
 
     def __init__(self, container: Any, memo: Memo) -> None:
         self._container = container
         self._items = [save(item, memo) for item in container]
 
     def restore(self) -> Any:
-        return _refill(self._container, [item.restore() for item in self._items])
-
-
-@_save.register(tuple)
-class SavedTuple:
-    """A tuple; a new one only if an item had to be replaced, such as a tensor that died."""
-
-    def __init__(self, value: tuple[Any, ...], memo: Memo) -> None:
-        self._value = value
-        self._items = [save(item, memo) for item in value]
-
-    def restore(self) -> tuple[Any, ...]:
-        items = [item.restore() for item in self._items]
-        if all(new is old for new, old in zip(items, self._value, strict=True)):
-            return self._value
-        kind = type(self._value)
+        container, items = self._container, [item.restore() for item in self._items]
+        if not isinstance(container, tuple):
+            return refill(container, items)
+        if all(new is old for new, old in zip(items, container, strict=True)):
+            return container
+        kind = type(container)
         return kind(*items) if hasattr(kind, "_fields") else kind(items)
-
-
-class SavedArray:
-    """A NumPy array; a new one if its shape has changed or it is read-only."""
-
-    def __init__(self, array: Any) -> None:
-        self._array = array
-        self._values = array.copy()
-
-    def restore(self) -> Any:
-        if self._array.shape != self._values.shape or not self._array.flags.writeable:
-            return self._values.copy()
-        self._array[...] = self._values
-        return self._array
 
 
 @dataclass(frozen=True, slots=True)
@@ -461,18 +370,3 @@ def _has_state(value: object) -> bool:
     # Modules and optimizers are saved as objects
     is_of_torch = isinstance(value, (torch.nn.Module, torch.optim.Optimizer))
     return not is_of_torch and has_state_dict(value)
-
-
-def _is_array(value: object) -> bool:
-    numpy = sys.modules.get("numpy")
-    return numpy is not None and isinstance(value, numpy.ndarray)
-
-
-def _refill(container: Any, entries: Any) -> Any:
-    """Replace the entries of a container; `entries` may be all that keeps a tensor alive."""
-    container.clear()
-    if isinstance(container, (list, deque)):
-        container.extend(entries)
-    else:
-        container.update(entries)
-    return container

@@ -62,27 +62,16 @@ class MemoryBudget:
 
 @dataclass(frozen=True, slots=True)
 class TrialContext:
-    """Resources that all trials of a tuning run share.
-
-    Args:
-        probe: The device.
-        began: Reading of the probe's clock when tuning began.
-        budget: Bytes that this process may hold.
-        snapshot: Restores all state that a trial changes.
-        optimizers: Counts and times optimizer steps.
-        on_first_use: Context manager around a first step, which captures modules that were not
-            captured yet.
-        ranks: The processes that run each trial together.
-        progress: Display of the trials.
-    """
+    """Resources that all trials of a tuning run share."""
 
     probe: MemoryProbe
-    began: float
+    began: float  # reading of the probe's clock when tuning began
     budget: MemoryBudget
-    snapshot: Snapshot
+    snapshot: Snapshot  # restores all state that a trial changes
     optimizers: OptimizerWatch
-    on_first_use: Callable[[], AbstractContextManager[None]]
-    ranks: Ranks
+    # Around a first step: captures modules that were not captured yet
+    capturing_new_modules: Callable[[], AbstractContextManager[None]]
+    ranks: Ranks  # the processes that run each trial together
     progress: Progress
 
     def seconds(self) -> float:

@@ -17,18 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class FirstUse:
-    """Called with every module and optimizer when it is used for the first time.
-
-    Args:
-        probe: The device.
-        optimizers: Counts optimizer steps and backward passes.
-        model_device: The device that the probe was chosen by; None if the user chose it.
-        is_training: Whether the workload trains.
-    """
+    """Called with every module and optimizer when it is used for the first time."""
 
     probe: MemoryProbe
     optimizers: OptimizerWatch
-    model_device: torch.device | None
+    model_device: torch.device | None  # that the probe was chosen by; None if the user chose it
     is_training: bool
 
     def __call__(self, thing: object) -> None:

@@ -65,10 +65,8 @@ def _parts_of(holder: Reached, library: str) -> list[Reached]:
 def _inside(reached: Reached) -> Iterator[Reached]:
     """Yield entries of a container and attributes of an object, none of what has a state."""
     value = reached.value
-    if isinstance(value, dict):
-        yield from (reached.part(f"{reached.name}[{key!r}]", each) for key, each in value.items())
-    elif isinstance(value, _CONTAINERS):
-        yield from (reached.part(f"{reached.name}[{at}]", each) for at, each in enumerate(value))
+    if isinstance(value, _CONTAINERS):
+        yield from reached.entries()
     elif not (has_state(value) or isinstance(value, torch.Tensor)):
         for name, each in (attributes_of(value) or {}).items():
             yield reached.part(f"{reached.name}.{name}", each)

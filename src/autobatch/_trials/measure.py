@@ -13,8 +13,7 @@ from autobatch._trials.workload import FailureCleanup, RunningWorkload, uses_tor
 if TYPE_CHECKING:
     from autobatch._memory import MemoryProbe, MemoryReading, Watch
     from autobatch._trials.context import TrialContext
-    from autobatch._trials.timing import Timing
-    from autobatch._trials.workload import Workload
+    from autobatch._trials.workload import SizedWorkload
 
 # Steps until an optimizer has really stepped: a GradScaler may skip the first dozen while its
 # scale settles
@@ -22,27 +21,16 @@ _MAX_WARM_UP_STEPS: Final = 20
 
 
 def run_trial(
-    workload: Workload,
-    batch_size: int,
-    *,
-    accumulate: int,
-    steps: int,
-    is_timed: bool,
-    may_be_refused: bool,
-    deadline: float,
-    context: TrialContext,
+    sized: SizedWorkload, *, steps: int, is_timed: bool, deadline: float, context: TrialContext
 ) -> Trial:
     """Run one batch size within the budget, and measure its memory and time.
 
     The budget is read before and after, since other processes may take memory meanwhile.
 
     Args:
-        workload: A training loop that yields after every optimizer step.
-        batch_size: Samples per forward pass.
-        accumulate: Micro-batches per optimizer step.
+        sized: The workload at that size.
         steps: Optimizer steps to run.
         is_timed: Whether to run the steps once more if watching memory slows them down.
-        may_be_refused: Whether any error of the workload fails the size, and not only memory.
         deadline: Reading of the device's clock after which no step begins that the size does not
             need: it needs one step after the first.
         context: Resources of the trials.
@@ -53,21 +41,21 @@ def run_trial(
         Exception: Any other error of the workload, with a note.
     """
     probe = context.probe
-    trial = Trial(batch_size, Outcome.FIT, accumulate=accumulate)
-    failure = FailureCleanup(batch_size, context, may_be_refused=may_be_refused)
+    trial = Trial(sized.batch_size, Outcome.FIT, accumulate=sized.accumulate)
+    failure = FailureCleanup(sized, context)
 
     # The first step allocates optimizer state, and is slower: it is not timed
     enough = until(deadline, probe.clock, updates=steps - 1)
     with failure:
         if _cudnn_selects_algorithms(probe):
-            _let_cudnn_select(trial, workload, context)
+            _let_cudnn_select(sized, context)
         probe.release()
         budget = context.budget.read()
         before = probe.read()
-        run = RunningWorkload(workload, batch_size, accumulate)
+        run = RunningWorkload(sized)
         # A generator must be closed under the modes it was started under
         with probe.limited(budget) as watch, run:
-            with context.on_first_use():
+            with context.capturing_new_modules():
                 warm_up(run, watch, deadline, context)
                 warm = probe.read()
                 is_eager = watch is not None or not uses_torch_compile()
@@ -84,10 +72,14 @@ def run_trial(
     if watch is not None and is_timed and probe.clock() < deadline:
         # The watch slows every operator down: time again without it
         with failure:
-            timing = time_restarted(workload, batch_size, accumulate, enough, context)
+            timing = time_restarted(sized, enough, context)
         if failure.outcome is not None:
             return replace(trial, outcome=failure.outcome, error=failure.message)
-    return measure_time(measured, timing)
+    return replace(
+        measured,
+        step_seconds=statistics.median(timing.update_seconds) / trial.accumulate,
+        optimizer_seconds=timing.optimizer_median,
+    )
 
 
 def warm_up(
@@ -144,15 +136,6 @@ def measure_memory(
     return measured.judged(context.budget.read())
 
 
-def measure_time(trial: Trial, timing: Timing) -> Trial:
-    """Return the trial with the median time of its steps."""
-    return replace(
-        trial,
-        step_seconds=statistics.median(timing.update_seconds) / trial.accumulate,
-        optimizer_seconds=timing.optimizer_median,
-    )
-
-
 def _cudnn_selects_algorithms(probe: MemoryProbe) -> bool:
     """Return whether cuDNN benchmarks its algorithms for every new size, to keep the fastest."""
     import torch
@@ -161,7 +144,7 @@ def _cudnn_selects_algorithms(probe: MemoryProbe) -> bool:
     return on_cuda and bool(torch.backends.cudnn.benchmark)
 
 
-def _let_cudnn_select(trial: Trial, workload: Workload, context: TrialContext) -> None:
+def _let_cudnn_select(sized: SizedWorkload, context: TrialContext) -> None:
     """Let cuDNN select algorithms before the steps that are measured.
 
     It sizes workspaces by the free memory of the device and ignores the cap; if refused, it asks
@@ -169,9 +152,9 @@ def _let_cudnn_select(trial: Trial, workload: Workload, context: TrialContext) -
     size: neither these failures nor that peak show whether a size fits.
     """
     context.probe.release()
-    run = RunningWorkload(workload, trial.batch_size, trial.accumulate)
+    run = RunningWorkload(sized)
     with context.probe.limited(context.budget.read()), run:
-        with context.on_first_use():
+        with context.capturing_new_modules():
             run.step()
         if uses_torch_compile():
             run.step()  # compiled, a convolution may be another one

@@ -34,23 +34,21 @@ _STATELESS: Final = frozenset({"builtins", "abc", "typing"})
 
 @dataclass(frozen=True, slots=True)
 class Reached:
-    """A value that a workload can reach.
+    """A value that a workload can reach."""
 
-    Args:
-        name: The name in the user's code, such as `holder.average`.
-        value: The value.
-        depth: Number of steps from the workload to the value.
-        is_variable: Whether it is a variable or an attribute of the user.
-    """
-
-    name: str
+    name: str  # in the user's code, such as `holder.average`
     value: Any
-    depth: int
-    is_variable: bool = False
+    depth: int  # steps from the workload to the value
+    is_variable: bool = False  # it is a variable or an attribute of the user
 
     def part(self, name: str, value: Any) -> Reached:
         """Return a part that has no name of its own."""
         return Reached(name, value, self.depth + 1)
+
+    def entries(self) -> Iterator[Reached]:
+        """Yield the entries of a container."""
+        entries = self.value.items() if isinstance(self.value, dict) else enumerate(self.value)
+        return (self.part(f"{self.name}[{key!r}]", each) for key, each in entries)
 
     def variable(self, name: str, value: Any) -> Reached:
         """Return a value that has a name of its own."""
@@ -95,8 +93,7 @@ def _parts(reached: Reached) -> Iterator[Reached]:
             yield from _attributes_of_class(reached, value)
     elif isinstance(value, (list, tuple, set, deque, dict)):
         if len(value) <= LARGE:
-            entries = value.items() if isinstance(value, dict) else enumerate(value)
-            yield from (reached.part(f"{reached.name}[{key!r}]", each) for key, each in entries)
+            yield from reached.entries()
     elif isinstance(value, torch.nn.Module):
         # Its state is captured with all that it holds; its methods may use globals
         kinds = dict.fromkeys(map(type, value.modules()))
@@ -242,14 +239,11 @@ class Watched:
     """Variables, attributes and containers of the user, to see which of them change.
 
     Their values are not held: a tensor that training would free must not stay on the device.
-
-    Args:
-        workload: A function.
-        restored: Objects that are restored, besides those with a state_dict.
     """
 
     def __init__(self, workload: Callable[..., Any], restored: Sequence[Any]) -> None:
         self._workload = workload
+        # Restored besides objects with a state_dict
         self._restored = {id(each) for each in restored}
         self._before = self._observed()
 

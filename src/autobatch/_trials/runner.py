@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from math import inf
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from autobatch._memory import format_bytes
-from autobatch._trials import Outcome, trial_accumulation
+from autobatch._trials import Outcome, latest_by_size, trial_accumulation
 from autobatch._trials.measure import run_trial
 from autobatch._trials.time_limit import TimeLimit
-from autobatch._trials.timing import run_together
+from autobatch._trials.timing import time_together, time_updates
+from autobatch._trials.workload import SizedWorkload
 from autobatch.errors import AutobatchError, DoesNotFitError
 
 if TYPE_CHECKING:
@@ -28,19 +28,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Accumulation:
-    """Gradient accumulation of a tuning run.
+    """Gradient accumulation of a tuning run."""
 
-    Args:
-        is_supported: Whether the workload can accumulate.
-        default: Micro-batches per update without a target.
-        target: Samples per update to reach, over all ranks; None without a target.
-        replicas: Ranks that train on different data.
-    """
-
-    is_supported: bool
-    default: int
-    target: int | None
-    replicas: int
+    is_supported: bool  # the workload can accumulate
+    default: int  # micro-batches per update without a target
+    target: int | None  # samples per update to reach, over all ranks; None without a target
+    replicas: int  # ranks that train on different data
 
     @property
     def is_split(self) -> bool:
@@ -81,15 +74,7 @@ class _RankResult:
 
 
 class TrialRunner:
-    """Runs the trials of one tuning run, the same on every rank, and records them.
-
-    Args:
-        workload: A training loop that yields after every optimizer step.
-        accumulation: Gradient accumulation of the run.
-        settings: Arguments of the run.
-        context: Resources of the trials.
-        own_size: The user's own batch size, the same on every rank; None if it is not known.
-    """
+    """Runs the trials of one tuning run, the same on every rank, and records them."""
 
     def __init__(
         self,
@@ -105,7 +90,7 @@ class TrialRunner:
         self.time_limit = TimeLimit(settings.time_limit, 0.0)
         self.is_out_of_time = False  # whether a batch size was left out for lack of time
         self.settings = settings
-        self.own_size = own_size
+        self.own_size = own_size  # the user's own, the same on every rank; None if not known
         self._ranks = context.ranks
         self._results: list[Sequence[Trial]] = []  # of every rank, in the order of the trials
         self._budgets: Sequence[int] = ()  # of every rank, in bytes
@@ -128,8 +113,8 @@ class TrialRunner:
     @property
     def step_seconds(self) -> dict[int, float]:
         """Seconds of a step in the latest trial of each batch size that fits."""
-        latest = {trial.batch_size: trial for trial in self.trials}
-        return {size: t.step_seconds or 0.0 for size, t in sorted(latest.items()) if t.fits}
+        latest = latest_by_size(self.trials)
+        return {size: trial.step_seconds or 0.0 for size, trial in latest.items() if trial.fits}
 
     @property
     def budget(self) -> int:
@@ -171,12 +156,18 @@ class TrialRunner:
             self.gather(None)
         self.time_limit = TimeLimit(self.settings.time_limit, self.time_limit.now)
 
-    def run(self, batch_size: int, accumulate: int, *, is_timed: bool) -> Trial:
-        """Run one trial on every rank, restore all state, and record the merged result."""
+    def run(self, batch_size: int, *, is_timed: bool, accumulate: int | None = None) -> Trial:
+        """Run one trial on every rank, restore all state, and record the merged result.
+
+        It accumulates as training at this size will, unless told otherwise.
+        """
         began, deadline = self.time_limit.spent, self.deadline(self.time_limit.left)
         with self.on_every_rank(batch_size):
-            run = self._run_with(batch_size, accumulate, deadline)
-            self.record(self.gather(run(is_timed=is_timed)))
+            sized, steps = self.sized(batch_size, accumulate), self.settings.steps_per_trial
+            trial = run_trial(
+                sized, steps=steps, is_timed=is_timed, deadline=deadline, context=self.context
+            )
+            self.record(self.gather(trial))
         self._communicate_once()
         trial = self.trials[-1]
         self.time_limit.record(trial.batch_size, self.time_limit.spent - began)
@@ -186,24 +177,26 @@ class TrialRunner:
 
     def run_unrecorded(self, batch_size: int, seconds: float | None) -> Sequence[Trial]:
         """Run a trial on every rank without recording it; return the results of all ranks."""
-        accumulate, deadline = self.accumulation.in_trial(batch_size), self.deadline(seconds)
+        deadline = self.deadline(seconds)
         with self.on_every_rank(batch_size):
-            run = self._run_with(batch_size, accumulate, deadline)
-            return self.gather(run(is_timed=False))
+            sized, steps = self.sized(batch_size), self.settings.steps_per_trial
+            trial = run_trial(
+                sized, steps=steps, is_timed=False, deadline=deadline, context=self.context
+            )
+            return self.gather(trial)
 
     def _communicate_once(self) -> None:
         """Run one update of a sharded module by all ranks together, once a size fits.
 
         What only real communication takes, such as the buffers of NCCL, is then there, and counts.
-        A single sample is least likely to run out of memory, which would leave the others waiting.
+        A single sample takes the least.
         """
         trial = self.trials[-1]
         if self._has_communicated or not trial.fits:
             return
-        self._has_communicated = True
         is_sharded = any(self.gather(self.context.snapshot.has_sharded))
-        self.runs_together = is_sharded and self._ranks.world_size > 1
-        if not self.runs_together:
+        if not is_sharded or self._ranks.world_size == 1:
+            self._has_communicated = True
             return
         if self.settings.latency_limit is not None:
             raise AutobatchError(
@@ -211,25 +204,31 @@ class TrialRunner:
                 "module that is divided among ranks leave out its communication; leave it out, or "
                 "time calls by hand."
             )
-        size = trial.batch_size
-        if size > 1 and all(map(_is_one_sample, self.run_unrecorded(1, self.time_limit.left))):
-            size = 1
+        size = next(filter(self.has_room, sorted({1, trial.batch_size})), None)
+        if size is None:
+            return
+        self._has_communicated = self.runs_together = True
         with self.on_every_rank(size, is_dry=False):
-            run_together(self.workload, size, self.accumulation.in_trial(size), self.context)
+            time_together(self.sized(size), lambda _: True, self.context)
             self.context.budget.read()
             self.gather(None)
 
-    def _run_with(self, batch_size: int, accumulate: int, deadline: float) -> partial[Trial]:
-        """Return `run_trial` with the arguments of this run."""
-        return partial(
-            run_trial,
+    def has_room(self, batch_size: int) -> bool:
+        """Return whether all ranks run two dry updates of a size, whose memory stays in caches.
+
+        The second one has the optimizer's state beside it, as all later ones do.
+        """
+        with self.on_every_rank(batch_size):
+            timing = time_updates(self.sized(batch_size), bool, self.context)
+            return all(self.gather(timing is not None))
+
+    def sized(self, batch_size: int, accumulate: int | None = None) -> SizedWorkload:
+        """Return the workload at a size, by default with the accumulation of its trial."""
+        return SizedWorkload(
             self.workload,
             batch_size,
-            accumulate=accumulate,
-            steps=self.settings.steps_per_trial,
+            accumulate or self.accumulation.in_trial(batch_size),
             may_be_refused=self.may_be_refused(batch_size),
-            deadline=deadline,
-            context=self.context,
         )
 
     def deadline(self, seconds: float | None) -> float:
@@ -247,19 +246,19 @@ class TrialRunner:
         trials = self.trials
         if trials and all(trial.outcome is Outcome.REFUSED for trial in trials):
             self.own_size = trials[0].batch_size
-            self.run(self.own_size, trials[0].accumulate, is_timed=is_timed)
+            self.run(self.own_size, is_timed=is_timed, accumulate=trials[0].accumulate)
 
     @contextmanager
     def on_every_rank(self, batch_size: int, *, is_dry: bool = True) -> Iterator[None]:
         """Prepare the block that runs a batch size, and restore all state after it.
 
-        An exception in the block is raised on every rank. If it is dry, collectives in it wait for
-        no other rank.
+        If it is dry, collectives in it wait for no other rank, and an exception is raised on every
+        rank. Otherwise others may wait for the rank in a collective, which only its end breaks.
         """
         self.context.progress.trying(batch_size)
         self.context.probe.attach(*self.context.snapshot.alive)
         with self._ranks.dry() if is_dry else nullcontext():
-            with self._ranks.abort_together():
+            with self._ranks.abort_together() if is_dry else self._ranks.in_step():
                 yield
             self.context.snapshot.restore()
 
@@ -276,7 +275,7 @@ class TrialRunner:
         if all(batch_size != trial.batch_size for trial in self.trials):
             if not self.check_time_for(batch_size):
                 return False
-            self.run(batch_size, self.accumulation.in_trial(batch_size), is_timed=True)
+            self.run(batch_size, is_timed=True)
         return batch_size in self.fitting
 
     def check_any_fits(self) -> None:
@@ -358,10 +357,6 @@ def merged(trials: Sequence[Trial], budgets: Sequence[int]) -> Trial:
         step_seconds=_slowest(trial.step_seconds for trial in judged),
         optimizer_seconds=_slowest(trial.optimizer_seconds for trial in judged),
     )
-
-
-def _is_one_sample(trial: Trial) -> bool:
-    return trial.fits and trial.batch_size == 1
 
 
 def _shifted(nbytes: int | None, shift: int) -> int | None:

@@ -19,24 +19,16 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from autobatch._distributed.sharding import bring_to_rest, is_sharded, local_part, register_hooks
 from autobatch._memory.ledger import eager, unobserved
 from autobatch._memory.storages import tensors_of
-from autobatch._trials.captured import (
-    Memo,
-    SavedGenerator,
-    Scope,
-    global_generators,
-    save,
-    save_light,
-    save_nested,
-    save_shallow,
-)
+from autobatch._trials.captured import Memo, Scope, save, save_light, save_nested, save_shallow
 from autobatch._trials.reachable import has_state, is_generator
+from autobatch._trials.saved import SavedGenerator, global_generators
 from autobatch._undo import Undo
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from autobatch._trials.captured import Saved
     from autobatch._trials.reachable import Reached
+    from autobatch._trials.saved import Saved
 
 _logger = logging.getLogger(__name__)
 
@@ -68,12 +60,7 @@ class Snapshot(Undo):
         self.push(self._leave)
         self.push(self._leave)  # completes the first if that was interrupted
 
-    def _leave(
-        self,
-        _: object,
-        error: BaseException | None,
-        __: object,
-    ) -> None:
+    def _leave(self, _: object, error: BaseException | None, __: object) -> None:
         try:
             self.restore()
         except Exception as failure:

@@ -15,14 +15,10 @@ class TimeLimit:
     A trial is expected to take at most as long, in proportion to its batch size, as a trial that
     ran before, the `yardstick`. Without a yardstick nothing can be estimated, and everything is
     allowed.
-
-    Args:
-        limit: Seconds in all; None for no limit.
-        start: Reading of the clock at the beginning.
     """
 
     def __init__(self, limit: float | None, start: float) -> None:
-        self.limit = limit
+        self.limit = limit  # seconds in all; None for no limit
         self.now = start  # the latest reading of the clock
         self._start = start
         self._trial_seconds: dict[int, float] = {}  # by batch size

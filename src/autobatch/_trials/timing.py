@@ -5,34 +5,24 @@ from __future__ import annotations
 import contextlib
 import statistics
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
-from autobatch._trials.workload import (
-    FailureCleanup,
-    RunningWorkload,
-    noting,
-    uses_torch_compile,
-)
+from autobatch._trials.workload import FailureCleanup, RunningWorkload, noting, uses_torch_compile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from autobatch._memory import Watch
     from autobatch._trials.context import TrialContext
-    from autobatch._trials.workload import Workload
+    from autobatch._trials.workload import SizedWorkload
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Optimizer updates, timed one by one.
-
-    Args:
-        update_seconds: Seconds of each update.
-        optimizer_seconds: Seconds of the optimizer in each update; empty if none stepped.
-    """
+    """Optimizer updates, timed one by one, in seconds."""
 
     update_seconds: tuple[float, ...]
-    optimizer_seconds: tuple[float, ...]
+    optimizer_seconds: tuple[float, ...]  # of the optimizer in each update; empty if none stepped
 
     @property
     def optimizer_median(self) -> float | None:
@@ -41,97 +31,46 @@ class Timing:
         return statistics.median(seconds) if seconds else None
 
 
-def time_updates(
-    workload: Workload,
-    batch_size: int,
-    *,
-    accumulate: int,
-    enough: Callable[[Sequence[float]], bool],
-    may_be_refused: bool,
-    context: TrialContext,
-) -> Timing | None:
+# (seconds of all updates or calls so far) -> True to end; called after each
+Enough: TypeAlias = "Callable[[Sequence[float]], bool]"
+
+
+def time_updates(sized: SizedWorkload, enough: Enough, context: TrialContext) -> Timing | None:
     """Time optimizer updates of one batch size, within the budget if that costs no time.
 
-    An error that does not fail the size passes through with a note.
-
-    Args:
-        workload: A training loop that yields after every optimizer step.
-        batch_size: Samples per forward pass.
-        accumulate: Micro-batches per update.
-        enough: Called with the seconds of all updates so far, after each.
-        may_be_refused: Whether any error of the workload fails the size, and not only memory.
-        context: Resources of the trials.
-
-    Returns:
-        The timings; None if the size failed.
+    None if the size failed; any other error passes through with a note.
     """
-    cleanup = FailureCleanup(batch_size, context, may_be_refused=may_be_refused)
-    with cleanup, _within_budget(context):
-        return time_restarted(workload, batch_size, accumulate, enough, context)
+    with FailureCleanup(sized, context), _within_budget(context):
+        return time_restarted(sized, enough, context)
     return None
 
 
-def time_together(
-    workload: Workload,
-    batch_size: int,
-    *,
-    accumulate: int,
-    enough: Callable[[Sequence[float]], bool],
-    context: TrialContext,
-) -> Timing:
-    """Time updates of a size that is known to fit, with real collectives, on all ranks in step.
+def time_together(sized: SizedWorkload, enough: Enough, context: TrialContext) -> Timing:
+    """Time updates of a size with real collectives, on all ranks in step.
 
-    No error fails the size: on one rank alone it leaves the others in a collective.
-
-    Args:
-        workload: A training loop that yields after every optimizer step.
-        batch_size: Samples per forward pass.
-        accumulate: Micro-batches per update.
-        enough: Called with the seconds of all updates so far, after each; the same on all ranks.
-        context: Resources of the trials.
+    The same updates have just run with dry ones: what they took is in the cache of the allocator,
+    which is not emptied, so that memory runs out on no rank while others wait in a collective.
+    `enough` decides the same on all ranks.
     """
-    with noting(batch_size):
-        context.probe.release()
-        return time_restarted(workload, batch_size, accumulate, enough, context)
+    with noting(sized.batch_size):
+        return time_restarted(sized, enough, context)
 
 
-def run_together(
-    workload: Workload, batch_size: int, accumulate: int, context: TrialContext
-) -> None:
-    """Run one update with real collectives, on all ranks in step."""
-    with noting(batch_size):
-        context.probe.release()
-        with context.on_first_use(), RunningWorkload(workload, batch_size, accumulate) as run:
-            run.step()
-
-
-def until(
-    deadline: float, clock: Callable[[], float], *, updates: int
-) -> Callable[[Sequence[float]], bool]:
+def until(deadline: float, clock: Callable[[], float], *, updates: int) -> Enough:
     """Return a function that ends timing after a number of updates, or by a deadline after one."""
     return lambda seconds: bool(seconds) and (len(seconds) >= updates or clock() >= deadline)
 
 
-def time_restarted(
-    workload: Workload,
-    batch_size: int,
-    accumulate: int,
-    enough: Callable[[Sequence[float]], bool],
-    context: TrialContext,
-) -> Timing:
+def time_restarted(sized: SizedWorkload, enough: Enough, context: TrialContext) -> Timing:
     """Start the workload and time updates after the first, which allocates for all of them."""
-    looking = contextlib.nullcontext if uses_torch_compile() else context.on_first_use
-    run = RunningWorkload(workload, batch_size, accumulate)
-    with looking(), run:
+    looking = contextlib.nullcontext if uses_torch_compile() else context.capturing_new_modules
+    with looking(), RunningWorkload(sized) as run:
         run.step()
         return time_steps(run, enough, None, context)
 
 
 def time_steps(
-    run: RunningWorkload,
-    enough: Callable[[Sequence[float]], bool],
-    watch: Watch | None,
-    context: TrialContext,
+    run: RunningWorkload, enough: Enough, watch: Watch | None, context: TrialContext
 ) -> Timing:
     """Take steps until there are enough; time each of them, and the optimizers within it."""
     clock, optimizers = context.probe.clock, context.optimizers
@@ -154,35 +93,24 @@ def time_steps(
 
 
 def time_calls(
-    workload: Workload,
-    batch_size: int,
-    *,
-    before: int,
-    is_new: bool,
-    enough: Callable[[Sequence[float]], bool],
-    context: TrialContext,
+    sized: SizedWorkload, *, before: int, is_new: bool, enough: Enough, context: TrialContext
 ) -> Sequence[float] | None:
-    """Time calls of one batch size one by one, within the budget if that costs no time.
+    """Return the seconds of calls of one batch size, within the budget if that costs no time.
 
     After each call the device is waited for, as a caller would. Calls that had to restart the
-    workload are left out. An error other than out-of-memory passes through with a note.
+    workload are left out. None if memory ran out; any other error passes through with a note.
 
     Args:
-        workload: A workload that yields after every answered batch.
-        batch_size: Samples per call.
+        sized: A workload that yields after every answered batch, at that size.
         before: Calls to leave out at the beginning, at least one: they find the device in the
             state that another batch size left.
         is_new: Whether modules that were not captured yet may come up.
-        enough: Called with the seconds of all calls so far, after each.
+        enough: Ends the calls.
         context: Resources of the trials.
-
-    Returns:
-        Seconds of each call; None if memory ran out.
     """
     looks = is_new and not uses_torch_compile()
-    looking = context.on_first_use if looks else contextlib.nullcontext
-    cleanup = FailureCleanup(batch_size, context, may_be_refused=False)
-    with cleanup, _within_budget(context), RunningWorkload(workload, batch_size, 1) as run:
+    looking = context.capturing_new_modules if looks else contextlib.nullcontext
+    with FailureCleanup(sized, context), _within_budget(context), RunningWorkload(sized) as run:
         with looking():
             run.step()
         for _ in range(1, before):
@@ -191,9 +119,7 @@ def time_calls(
     return None
 
 
-def _call_seconds(
-    run: RunningWorkload, enough: Callable[[Sequence[float]], bool], context: TrialContext
-) -> Sequence[float]:
+def _call_seconds(run: RunningWorkload, enough: Enough, context: TrialContext) -> Sequence[float]:
     clock = context.probe.clock
     steady: list[float] = []
     restarted: list[float] = []

@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
 
@@ -25,6 +26,17 @@ if TYPE_CHECKING:
 # (batch size, accumulation) -> a training loop that yields after every optimizer step
 Workload: TypeAlias = Callable[[int, int], Iterator[Any]]
 
+
+@dataclass(frozen=True, slots=True)
+class SizedWorkload:
+    """A workload at one batch size."""
+
+    workload: Workload
+    batch_size: int  # samples per forward pass
+    accumulate: int  # micro-batches per optimizer step
+    may_be_refused: bool  # any error of the workload fails the size, and not only memory
+
+
 _END: Final = object()
 _PEP_479: Final = "generator raised StopIteration"
 
@@ -35,14 +47,14 @@ class RunningWorkload(Undo):
     It ends with the block.
     """
 
-    def __init__(self, workload: Workload, batch_size: int, accumulate: int) -> None:
+    def __init__(self, sized: SizedWorkload) -> None:
         super().__init__()
         self.steps = 0
         self.starts = 1
         self.sample_counts: list[int] = []  # of micro-batches, if the workload yields them
-        self.accumulate = accumulate
-        self._begin: Callable[[], Iterator[Any]] = partial(workload, batch_size, accumulate)
-        self._batch_size = batch_size
+        self.accumulate = sized.accumulate
+        self._begin = partial(sized.workload, sized.batch_size, sized.accumulate)
+        self._batch_size = sized.batch_size
         self._iterator = self._begin()
         self.add(self._end)
 
@@ -105,12 +117,11 @@ class FailureCleanup:
     refusal after which the state cannot be restored, as it then counts more than that failure.
     """
 
-    def __init__(self, batch_size: int, context: TrialContext, *, may_be_refused: bool) -> None:
+    def __init__(self, sized: SizedWorkload, context: TrialContext) -> None:
         self.outcome: Outcome | None = None  # of a size that failed
         self.message: str | None = None  # class and first line of the error
-        self._batch_size = batch_size
+        self._sized = sized
         self._context = context
-        self._may_be_refused = may_be_refused
 
     def __enter__(self) -> Self:
         return self
@@ -127,7 +138,7 @@ class FailureCleanup:
         if self.outcome is Outcome.REFUSED and not self._restores():
             self.outcome = None
         if self.outcome is None or not isinstance(error, Exception):
-            error.add_note(f"autobatch was trying batch_size={self._batch_size}")
+            error.add_note(f"autobatch was trying batch_size={self._sized.batch_size}")
             return False
         self.message = f"{type(error).__name__}: {error}".partition("\n")[0]
         free_after_failure(error, self._context.probe)
@@ -139,7 +150,7 @@ class FailureCleanup:
         if is_oom(error):
             return Outcome.OUT_OF_MEMORY
         is_ours = isinstance(error, AutobatchError)
-        return Outcome.REFUSED if self._may_be_refused and not is_ours else None
+        return Outcome.REFUSED if self._sized.may_be_refused and not is_ours else None
 
     def _restores(self) -> bool:
         try:

@@ -24,18 +24,16 @@ from autobatch._report.accumulation_notes import batch_norm, not_additive
 from autobatch._trials.batches import listed, row_counts
 from autobatch._trials.workload import free_after_failure
 from autobatch.errors import AutobatchError
+from autobatch.lightning._trainer_notes import batches_trained
 from autobatch.lightning._training import on_device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from autobatch._distributed import Ranks
-    from autobatch._loaders.samples import Samples
-    from autobatch._memory import MemoryProbe
     from autobatch._plan import BatchPlan
-    from autobatch._trials.snapshot import Snapshot
     from autobatch._trials.time_limit import TimeLimit
     from autobatch.lightning._dataloaders import Loaders
+    from autobatch.lightning._resources import TrialResources
     from autobatch.lightning._training import TrainingSteps
 
 _log = logging.getLogger("autobatch")
@@ -61,12 +59,9 @@ class SplittingTest:
 
     trainer: Any  # the Trainer, on new loops
     module: Any  # the trained module
-    samples: Samples  # makes the batches
     steps: TrainingSteps  # runs the training steps
-    probe: MemoryProbe  # the device of this rank
+    resources: TrialResources
     memory_limit: float | str  # share or amount of device memory for the test
-    snapshot: Snapshot  # restores everything that the test changes
-    ranks: Ranks  # the processes that train together
 
     def notes(self, plan: BatchPlan, time_limit: TimeLimit) -> tuple[str, ...]:
         """Return notes on the gradients of a plan that accumulates; every rank calls it.
@@ -84,7 +79,7 @@ class SplittingTest:
             return (f"{limit} left no time to test {untested}.",)
         # Gathered without a test as well: no rank may wait for another. Each rank has data of its
         # own, and the result of the first counts
-        found, *_ = self.ranks.gather(self._tested(size) if is_tested else None)
+        found, *_ = self.resources.context.ranks.gather(self._tested(size) if is_tested else None)
         if found is None:
             return batch_norm(norms, plan)
         return (*batch_norm(norms, plan), not_additive(found, plan))
@@ -95,10 +90,10 @@ class SplittingTest:
             return self._measured(size)
         except Exception as error:
             _log.debug("Splitting a batch was not tested: %r", error)
-            free_after_failure(error, self.probe)
+            free_after_failure(error, self.resources.context.probe)
             return None
         finally:
-            self.snapshot.restore()
+            self.resources.context.snapshot.restore()
 
     def _measured(self, size: int) -> Splitting | None:
         precision = self.trainer.precision
@@ -106,15 +101,16 @@ class SplittingTest:
             raise UndecidedError(f"precision={precision!r} rounds too much")
         if is_sharded(self.trainer.strategy.model):
             raise UndecidedError("each rank has a part of the gradient")
-        host_batch = self.samples.ordinary(size)
+        host_batch = self.resources.samples.ordinary(size)
         if host_batch is None:
             raise UndecidedError("there are too few samples")
-        self.probe.attach(*self.snapshot.alive)
-        self.probe.release()
-        budget = memory_budget(self.probe.read(), parse_memory_limit(self.memory_limit))
+        probe = self.resources.context.probe
+        probe.attach(*self.resources.context.snapshot.alive)
+        probe.release()
+        budget = memory_budget(probe.read(), parse_memory_limit(self.memory_limit))
         with (
-            self.ranks.dry(),
-            self.probe.limited(budget),
+            self.resources.context.ranks.dry(),
+            probe.limited(budget),
             eager(),  # this batch size alone is not worth compiling for
             without_dropout(self.module),
             torch.enable_grad(),
@@ -148,14 +144,6 @@ def check_repairable(trainer: Any, module: Any) -> None:
         )
     if any(isinstance(each, torch.optim.LBFGS) for each in trainer.optimizers):
         raise AutobatchError(_evaluates_again("LBFGS"))
-
-
-def batches_trained(trainer: Any, loaders: Loaders, batch_size: int) -> int | None:
-    """Return the batches of a rank per epoch, after `limit_train_batches`; None if unknown."""
-    batches, limit = loaders.batches(batch_size), trainer.limit_train_batches
-    if batches is None:
-        return None
-    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
 
 def last_samples(trainer: Any, loaders: Loaders, batch_size: int) -> int | None:

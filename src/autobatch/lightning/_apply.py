@@ -9,10 +9,10 @@ from weakref import ref
 
 from torch.utils.data import DataLoader
 
-from autobatch._loaders.order import capture_order, take_iterator
+from autobatch._loaders.epochs import capture_order, take_iterator
 from autobatch._trials.snapshot import Snapshot
 from autobatch._undo import Undo, patched
-from autobatch.lightning._attribute import FormerBatchSize, set_batch_size_attribute
+from autobatch.lightning._attribute import BatchSizeAttribute
 from autobatch.lightning._compat import combined_loader, data_source, forget_combined_loader
 from autobatch.lightning._reads import BatchSizeReads
 
@@ -50,8 +50,9 @@ class Application:
             if before.read_the_plan:
                 before.restore()
             before.forget()
-            undo.add(FormerBatchSize(self.module, self.batch_arg_name).restore)
-            self._set_attribute()
+            attribute = BatchSizeAttribute(self.module, self.batch_arg_name)
+            undo.add(attribute.restore)
+            attribute.set(self.plan.micro_batch_size)
             if before.read_the_plan:
                 before.create_again(trainer)
             undo.pop_all()  # all went well: the caller undoes it
@@ -68,7 +69,8 @@ class Application:
         trainer, fit_loop = self.trainer, self.trainer.fit_loop
         with Undo() as undo:
             self._rebatch(undo)
-            self._set_attribute()
+            attribute = BatchSizeAttribute(self.module, self.batch_arg_name)
+            attribute.set(self.plan.micro_batch_size)
             with Snapshot() as snapshot:
                 if trainer.global_step == 0 and self.before_optimizers.read_the_plan:
                     self.before_optimizers.create_again(trainer)
@@ -92,9 +94,6 @@ class Application:
         self.rebatched.start()
         if self.module.automatic_optimization:  # otherwise the module accumulates
             self.trainer.accumulate_grad_batches = self.plan.accumulate_grad_batches
-
-    def _set_attribute(self) -> None:
-        set_batch_size_attribute(self.module, self.batch_arg_name, self.plan.micro_batch_size)
 
 
 def _end_persistent_workers(trainer: Trainer) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final
 
+from autobatch._undo import Absent
 from autobatch.errors import AutobatchError
 from autobatch.lightning._compat import hyperparameters
 
@@ -16,10 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 DEFAULT_NAME: Final = "batch_size"
-
-
-class _Missing:
-    """Value of an attribute or entry that is not there."""
 
 
 def checked_name(batch_arg_name: str) -> str:
@@ -54,28 +52,26 @@ def check_attribute(module: Any, name: str) -> None:
         restore()
 
 
-def set_batch_size_attribute(module: Any, name: str, batch_size: int) -> None:
-    """Set the batch size in all attributes and hyperparameters of this name."""
-    for holder in holders(module, name):
-        holder.set(batch_size)
+class BatchSizeAttribute(AbstractContextManager["BatchSizeAttribute"]):
+    """The batch size in all attributes and hyperparameters of a name, of a module and datamodule.
 
-
-def has_batch_size_attribute(module: Any, name: str) -> bool:
-    """Return whether the module or its datamodule holds the batch size under this name."""
-    return bool(holders(module, name))
-
-
-class FormerBatchSize:
-    """The batch size as the attributes and hyperparameters of a name have it now.
-
-    A `with` statement writes it back.
+    A `with` statement writes back the one they had when this was made.
     """
 
     def __init__(self, module: Any, name: str) -> None:
+        self._module = module
+        self._name = name
         self._restores = list(map(_restoring, holders(module, name)))
 
-    def __enter__(self) -> Self:
-        return self
+    @property
+    def exists(self) -> bool:
+        """True if anything holds the batch size under this name."""
+        return bool(holders(self._module, self._name))
+
+    def set(self, batch_size: int) -> None:
+        """Set the batch size wherever it is held now."""
+        for holder in holders(self._module, self._name):
+            holder.set(batch_size)
 
     def __exit__(self, *_: object) -> None:
         self.restore()
@@ -136,17 +132,17 @@ def _followed(start: Any, name: str, kind: str) -> Iterator[Holder]:
     owner = start
     for part in path:
         owner = _read(owner, part)
-    if _read(owner, key) is not _Missing:
+    if _read(owner, key) is not Absent:
         yield Holder(owner, key, kind)
 
 
 def _read(owner: Any, key: str) -> Any:
     try:
         if isinstance(owner, Mapping):
-            return owner.get(key, _Missing)
-        return getattr(owner, key, _Missing)
+            return owner.get(key, Absent)
+        return getattr(owner, key, Absent)
     except Exception:
-        return _Missing
+        return Absent
 
 
 def _is_computed(holder: Holder) -> bool:
@@ -161,8 +157,8 @@ def _restoring(holder: Holder) -> Callable[[], object]:
     if omegaconf is not None and isinstance(owner, omegaconf.DictConfig):
         # An interpolation, such as "${data.batch_size}", stays one
         return partial(holder.set, omegaconf.OmegaConf.to_container(owner, resolve=False)[key])
-    attribute = getattr(type(owner), key, _Missing)
-    of_class = attribute is not _Missing and not hasattr(attribute, "__set__")
+    attribute = getattr(type(owner), key, Absent)
+    of_class = attribute is not Absent and not hasattr(attribute, "__set__")
     if of_class and not isinstance(owner, Mapping) and key not in vars(owner):
         return partial(vars(owner).pop, key, None)
     return partial(holder.set, holder.value)

@@ -10,18 +10,16 @@ from autobatch import sinks
 from autobatch._distributed import stopping_together
 from autobatch._estimate.device import target_gpu
 from autobatch._loaders.samples import NoDataError, checked_worst_case
-from autobatch._report.known_plan import known_plan
+from autobatch._prior_plan import known_plan
 from autobatch._settings import Settings, checked_switch, checked_verbose
 from autobatch._tune import checked_search
 from autobatch._undo import Undo
 from autobatch.errors import AutobatchError, FixedBatchSizeError
 from autobatch.lightning._attribute import (
-    FormerBatchSize,
+    BatchSizeAttribute,
     check_attribute,
     checked_name,
-    set_batch_size_attribute,
 )
-from autobatch.lightning._beginning import begin_and_restore
 from autobatch.lightning._checks import (
     check,
     check_alone,
@@ -46,7 +44,7 @@ from autobatch.lightning._estimating import estimate_training
 from autobatch.lightning._evaluation import STAGES, before_data, loaders_for
 from autobatch.lightning._resources import CallbackArguments
 from autobatch.lightning._resume import Checkpoint
-from autobatch.lightning._run import Results, Run, show
+from autobatch.lightning._run import Results, Run, begin_and_restore, show
 from autobatch.lightning._tuned_training import TunedTraining
 from autobatch.lightning._tuning_evaluation import tune_evaluation
 from autobatch.testing import named_device
@@ -194,7 +192,7 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         )
         self._arguments = CallbackArguments(
             settings=settings,
-            known_plan=known_plan(None if keeps else plan, settings, world_size=None),
+            known_plan=known_plan(None if keeps else plan, settings),
             search=checked_search(search),
             device=named_device(device),
             worst_case=checked_worst_case(worst_case),
@@ -386,24 +384,30 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             self._training.start()
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Count samples from the start of the epoch."""
-        self._run.start_epoch()
+        """Count samples from here; waiting for the first batch of an epoch does not count."""
+        self._run.timer.interrupt()
+        if self._run.window is not None:
+            self._run.window.start_epoch()
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the time and the samples of a batch, and look at memory after the first step."""
-        self._run.start_batch(trainer, batch, batch_idx)
+        self._run.timer.start_batch(trainer)
+        if self._run.window is not None:
+            self._run.window.start_batch(trainer, batch, batch_idx)
         if self._training is not None:
             self._training.look_after_first_step()
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
         """Weight the gradients accumulated before the last micro-batch of an epoch."""
-        self._run.before_backward(trainer)
+        if self._run.window is not None:
+            self._run.window.before_backward(trainer)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Weight the gradients of the last window of an epoch."""
-        self._run.before_step(trainer, optimizer)
+        if self._run.window is not None:
+            self._run.window.before_step(trainer, optimizer)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Do not count validation as waiting for the loader."""
@@ -443,8 +447,9 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         self._undo_run()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Restore the batch size of the user's loader."""
-        self._run.note_half_step(exception)
+        """Restore the batch size of the user's loader, and note an optimizer step left halfway."""
+        if self._run.survival is not None:
+            self._run.survival.note_half_step(exception)
         self._undo_run()
 
     def _tune_evaluation(self, trainer: Any, stage: Stage) -> None:
@@ -467,8 +472,8 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         self._end_if_only_tuning(trainer)
         self._run.rebatch(stage.name, data_source(stage.loop_of(trainer)), tuned.sizes).start()
         if tuned.is_changed:
-            self._run.attribute = FormerBatchSize(module, name)
-            set_batch_size_attribute(module, name, tuned.sizes[0].batch_size)
+            self._run.attribute = BatchSizeAttribute(module, name)
+            self._run.attribute.set(tuned.sizes[0].batch_size)
         show(tuned.report, trainer, sinks.console, verbose=self._arguments.verbose)
 
     def _begin(

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from autobatch._distributed.sharding import check_can_rest
-from autobatch._loaders.epochs import is_empty
+from autobatch._loaders.epochs import samples_of
 from autobatch._report.tradeoff import unwrapped
 from autobatch.errors import AutobatchError
 from autobatch.lightning._compat import (
@@ -162,7 +162,8 @@ def why_idle(trainer: Trainer) -> str | None:
     is_over = trainer.max_epochs == 0 or trainer.max_steps == 0
     if trainer.fast_dev_run or trainer.limit_train_batches == 0 or is_over:
         return "nothing will be trained"
-    if is_empty(data_source(trainer.fit_loop).instance):
+    loader = data_source(trainer.fit_loop).instance
+    if isinstance(loader, DataLoader) and samples_of(loader, 1) == 0:
         return "there is nothing to train on"
     return None
 

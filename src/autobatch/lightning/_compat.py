@@ -91,7 +91,6 @@ class Imported(StrEnum):
     CALL_CALLBACK_HOOKS = "trainer.call._call_callback_hooks"
     CALL_MODULE_HOOK = "trainer.call._call_lightning_module_hook"
     CALL_STRATEGY_HOOK = "trainer.call._call_strategy_hook"
-    CLOSURE = "loops.optimization.automatic.Closure"
     COMBINED_LOADER = "utilities.combined_loader.CombinedLoader"
     FETCHER = "loops.fetchers._PrefetchDataFetcher"
     REQUEST_LOADERS = "trainer.connectors.data_connector._request_dataloader"
@@ -205,21 +204,33 @@ def training_step_result(loop: EpochLoop, arguments: OrderedDict[str, Any]) -> A
 def replacing_closures(trainer: Trainer, make: Callable[..., Any]) -> patched:
     """Replace the closures of automatic optimization: training_step, zero_grad and backward.
 
-    `make` is called for each micro-batch with the arguments of the step, the optimizer and the
-    index of the batch. The closure runs under `no_sync` while gradients accumulate, and otherwise
-    in `optimizer.step`, before gradients are unscaled and clipped.
+    `make` is called for each micro-batch with the closure and the arguments of the step, the
+    optimizer and the index of the batch. What it returns runs under `no_sync` while gradients
+    accumulate, and otherwise in `optimizer.step`, before gradients are unscaled and clipped.
     """
-    return patched(trainer.fit_loop.epoch_loop.automatic_optimization, _make_closure=make)
+    loop = trainer.fit_loop.epoch_loop.automatic_optimization
+    original = loop._make_closure
+    return patched(loop, _make_closure=lambda *values: make(original(*values), *values))
 
 
-def backward_of(trainer: Trainer, optimizer: Any) -> Callable[[Any], None] | None:
-    """Return the function that runs the backward pass of a loss with all its hooks."""
-    return trainer.fit_loop.epoch_loop.automatic_optimization._make_backward_fn(optimizer)
+def run_closure(closure: Any, backward: Callable[[Any], None], reset: Callable[[], None]) -> Any:
+    """Run a closure with other functions for the backward pass and for zero_grad.
+
+    They are called for it, and return its `ClosureResult`; those of the closure are
+    `backward_of` and `zero_grad_of` it. Not set in the closure: it would refer to itself then.
+    """
+    other = None if closure._backward_fn is None else backward
+    return type(closure)(closure._step_fn, other, reset).closure()
 
 
-def zero_grad_of(trainer: Trainer, index: int, optimizer: Any) -> Callable[[], None] | None:
+def backward_of(closure: Any) -> Any:
+    """Return the function that runs the backward pass of a loss with all its hooks, or None."""
+    return closure._backward_fn
+
+
+def zero_grad_of(closure: Any) -> Any:
     """Return the function that resets gradients; None within an accumulation window."""
-    return trainer.fit_loop.epoch_loop.automatic_optimization._make_zero_grad_fn(index, optimizer)
+    return closure._zero_grad_fn
 
 
 def logged_results(trainer: Trainer) -> Any:

@@ -16,8 +16,12 @@ from autobatch._loaders.batch_size import (
     changed_batch_size,
     is_writable,
 )
-from autobatch._loaders.epochs import batches_of, length_of, samples_of
-from autobatch._loaders.order import capture_order, order_restored
+from autobatch._loaders.epochs import (
+    batches_of,
+    length_of,
+    order_restored,
+    samples_of,
+)
 from autobatch._loaders.remaking import (
     Remaking,
     arguments_left_open,
@@ -38,7 +42,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from autobatch._loaders.batch_size import BatchSizeChange, SetBatchSize
-    from autobatch._trials.snapshot import Snapshot
     from autobatch.lightning._trainer import CombinedLoader
 
 
@@ -96,7 +99,6 @@ class Loaders:
         is_combined = isinstance(given, combined_loader)
         self._combined = given if is_combined else combined_loader(given, mode)
         self.each: tuple[DataLoader[Any], ...] = tuple(self._combined.flattened)
-        self.is_set_by_user = setter is not None
         # For each loader the function that sets its size; None for in place
         self.setters = tuple(_way_to_change(loader, setter) for loader in self.each)
         self.own_sizes = tuple(map(_own_size, self.each, self.setters))
@@ -197,11 +199,6 @@ class Loaders:
 
         return map_leaves(next_part, self._combined.iterables)
 
-    def capture_order(self, snapshot: Snapshot) -> None:
-        """Let a snapshot restore the order of the data."""
-        for loader in self.each:
-            capture_order(loader, snapshot)
-
 
 class Rebatched:
     """Gives every loader that a Trainer asks for another batch size, from `start` until `undo`.
@@ -235,7 +232,8 @@ class Rebatched:
     def check_used(self, used: Any) -> None:
         """Refuse a loader that Lightning made again at its old batch size, as for several ranks."""
         for loader, size in zip(_dataloaders_in(used), self._sizes, strict=False):
-            if size.setter is None and _has_another_size(loader, size.batch_size):
+            is_in_place = size.setter is None and not _problem_of(loader, None)
+            if is_in_place and batch_size_of(loader) != size.batch_size:
                 raise AutobatchError(
                     f"Lightning made the training loader, a {type(loader).__name__}, again with "
                     f"batches of {batch_size_of(loader)} instead of {size.batch_size}: its "
@@ -253,10 +251,6 @@ class Rebatched:
 
     def _is_changed(self, loader: DataLoader[Any]) -> bool:
         return any(change.loader is loader and change.holds for change in self._changes)
-
-
-def _has_another_size(loader: DataLoader[Any], batch_size: int) -> bool:
-    return not _problem_of(loader, None) and batch_size_of(loader) != batch_size
 
 
 def _dataloaders_in(given: Any) -> list[DataLoader[Any]]:

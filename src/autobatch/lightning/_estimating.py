@@ -1,27 +1,41 @@
-"""The estimate of a training step in a Trainer."""
+"""The estimate of a training step in a Trainer, and the step for a trace of its memory."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
 
 from autobatch._estimate import estimate_of
 from autobatch._estimate.inputs import Inputs, refusal
-from autobatch._loaders.samples import Samples
 from autobatch._memory import parse_memory_limit
 from autobatch._memory.estimate.events import UntraceableError
 from autobatch._memory.estimate.prediction import SIZES
-from autobatch.lightning._attribute import FormerBatchSize
-from autobatch.lightning._compat import data_parallel_size
+from autobatch._memory.estimate.tracer import TrainingStep
+from autobatch._report.tradeoff import unwrapped
+from autobatch.lightning._compat import (
+    before_batch_transfer,
+    build_step_kwargs,
+    data_parallel_size,
+)
 from autobatch.lightning._resources import trial_resources
-from autobatch.lightning._traced import traceable_step
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from autobatch._estimate import Estimate
     from autobatch._estimate.device import TargetGpu
+    from autobatch._loaders.samples import Samples
     from autobatch.lightning._resources import CallbackArguments
+    from autobatch.lightning._trainer import Trainer
+
+_AUTOCAST: Final = {
+    "32-true": None,
+    "bf16-mixed": torch.bfloat16,
+    "16-mixed": torch.float16,
+}
+_TRANSFER_HOOKS: Final = ("transfer_batch_to_device", "on_after_batch_transfer")
 
 
 def estimate_training(
@@ -38,16 +52,10 @@ def estimate_training(
     Raises:
         AutobatchError: The memory of the step cannot be estimated.
     """
-    with (
-        FormerBatchSize(module, arguments.batch_arg_name),
-        trial_resources(trainer, module, arguments, None) as resources,
-        Samples(
-            resources.loaders, resources.context.snapshot, module.device, arguments.worst_case
-        ) as samples,
-    ):
-        samples.check()
+    with trial_resources(trainer, module, arguments, None) as resources:
         try:
-            step = traceable_step(trainer, module, samples, trainer.accumulate_grad_batches)
+            accumulate = trainer.accumulate_grad_batches
+            step = traceable_step(trainer, module, resources.samples, accumulate)
             batches = {size: step.batch(size) for size in SIZES}
         except UntraceableError as error:
             raise refusal(str(error)) from None
@@ -62,3 +70,46 @@ def estimate_training(
             step = replace(step, accumulate=2)
             estimate = estimate_of(Inputs.of(step, trainer.precision), target, limit, calibrate)
     return estimate
+
+
+def traceable_step(
+    trainer: Trainer, module: Any, samples: Samples, accumulate: int
+) -> TrainingStep:
+    """Return the step that automatic optimization takes, without its callbacks and logging.
+
+    Raises:
+        UntraceableError: The step is another one.
+    """
+    if not module.automatic_optimization:
+        raise UntraceableError("the module optimizes by itself")
+    if trainer.precision not in _AUTOCAST:
+        raise UntraceableError(f"precision {trainer.precision} is not modelled")
+    if samples.batches_at_once > 1:
+        raise UntraceableError("steps take batches of several loaders in turn")
+    for hook in _TRANSFER_HOOKS:
+        if any(_overrides(owner, hook) for owner in (module, trainer.datamodule)):
+            raise UntraceableError(f"{hook} is not traced")
+
+    def batch(size: int) -> Any:
+        made = trainer.precision_plugin.convert_input(next(samples.batches(size)))
+        return before_batch_transfer(module, made, 0)
+
+    def loss(model: Any, batch: Any) -> Any:
+        arguments = build_step_kwargs(trainer.fit_loop.epoch_loop, batch, 0)
+        return model.training_step(*arguments.values())
+
+    return TrainingStep(
+        module,
+        unwrapped(trainer.optimizers[0]),
+        loss,
+        batch,
+        _AUTOCAST[trainer.precision],
+        accumulate,
+        zeroes_after_forward=True,
+    )
+
+
+def _overrides(owner: Any, hook: str) -> bool:
+    """Return True if a module or datamodule has a hook of its own."""
+    function = getattr(type(owner), hook, None)
+    return function is not None and not function.__module__.endswith("core.hooks")

@@ -27,9 +27,7 @@ from autobatch.lightning._training import check_terminated, on_device
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Sequence
 
-    from autobatch._loaders.samples import Samples
-    from autobatch._trials.snapshot import Snapshot
-    from autobatch.lightning._dataloaders import Loaders
+    from autobatch.lightning._resources import TrialResources
     from autobatch.lightning._trainer import PredictionLoop, Trainer
 
 
@@ -40,7 +38,6 @@ class Stage:
     # Name of the method, and of the state of the Trainer meanwhile
     name: Literal["validate", "test", "predict"]
     hook: str  # name in the hooks of the module: "validation" of `on_validation_start`
-    loop: str  # attribute of the Trainer that holds its loop
     limit: str  # attribute of the Trainer that limits its batches
 
     @property
@@ -50,7 +47,7 @@ class Stage:
 
     def loop_of(self, trainer: Trainer) -> PredictionLoop:
         """Return the loop of a Trainer."""
-        loop: PredictionLoop = getattr(trainer, self.loop)
+        loop: PredictionLoop = getattr(trainer, f"{self.name}_loop")
         return loop
 
     def limit_of(self, trainer: Trainer) -> int | float:
@@ -59,13 +56,13 @@ class Stage:
         return limit
 
 
-VALIDATION: Final = Stage("validate", "validation", "validate_loop", "limit_val_batches")
+VALIDATION: Final = Stage("validate", "validation", "limit_val_batches")
 STAGES: Final[dict[str, Stage]] = {
     stage.name: stage
     for stage in (
         VALIDATION,
-        Stage("test", "test", "test_loop", "limit_test_batches"),
-        Stage("predict", "predict", "predict_loop", "limit_predict_batches"),
+        Stage("test", "test", "limit_test_batches"),
+        Stage("predict", "predict", "limit_predict_batches"),
     )
 }
 
@@ -119,22 +116,20 @@ class EvaluationSteps:
     """
 
     trainer: Trainer  # on new loops
-    loaders: Loaders  # of the stage
-    samples: Samples  # makes the batches
+    resources: TrialResources  # with the loaders of the stage
     stage: Stage
     # A training loop, of which one update runs first: its memory stays in use while validating
     after: Callable[[], Generator[Any]] | None
-    snapshot: Snapshot  # restores what a failed first step has changed
 
     @cached_property
     def _hooks(self) -> Hooks:
         hook = self.stage.hook
         names = (f"on_{hook}_start", f"on_{hook}_epoch_start")
-        return Hooks(self.trainer, names, f"on_{hook}_batch", self.snapshot)
+        return Hooks(self.trainer, names, f"on_{hook}_batch", self.resources.context.snapshot)
 
     def __call__(self, batch_size: int, accumulate: int) -> Iterator[None]:
         """Yield after each round of the loaders; nothing is accumulated."""
-        batches = self.samples.batches(batch_size)
+        batches = self.resources.samples.batches(batch_size)
         with contextlib.ExitStack() as stack:
             if self.after is not None:
                 stack.enter_context(_modes_restored(self.trainer.lightning_module))
@@ -142,7 +137,7 @@ class EvaluationSteps:
             with self._evaluating():
                 loop, limit = active_loop(self.trainer), self.stage.limit_of(self.trainer)
             lengths = stack.enter_context(
-                evaluation_shown(self.trainer, loop, self.loaders, batch_size, limit)
+                evaluation_shown(self.trainer, loop, self.resources.loaders, batch_size, limit)
             )
             with self._evaluating():
                 for attempt in self._hooks.attempts():
@@ -165,7 +160,7 @@ class EvaluationSteps:
         self._round(batches, lengths, 0)
 
     def _round(self, batches: Iterator[Any], lengths: Sequence[int | float], index: int) -> None:
-        loaders = self.samples.batches_at_once
+        loaders = self.resources.samples.batches_at_once
         for position, length in zip(range(loaders), lengths, strict=False):
             within = index if length == inf else index % max(1, int(length))
             active_loop(self.trainer).batch_progress.is_last_batch = within + 1 == length

@@ -11,7 +11,7 @@ from autobatch._noise.hooks import is_compiled, real, squared_norm, write_counts
 from autobatch._trials.batches import NotDividedError, cut, divisible_samples
 from autobatch._trials.snapshot import Snapshot
 from autobatch.lightning._compat import build_step_kwargs
-from autobatch.lightning._silence import silenced
+from autobatch.lightning._isolation import silenced
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -99,7 +99,7 @@ class HalfBatch:
 
 
 def step_gradient(
-    trainer: Any, batch: Any, index: int, parameters: Sequence[Parameter]
+    trainer: Any, batch: Any, index: int, parameters: Sequence[torch.Tensor]
 ) -> Sequence[torch.Tensor | None]:
     """Return the gradient of one training step, scaled as in training; `.grad` stays as it is."""
     arguments = build_step_kwargs(trainer.fit_loop.epoch_loop, batch, index)

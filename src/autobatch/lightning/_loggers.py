@@ -143,19 +143,12 @@ def _text(report: TuningReport, logger: Any, trainer: Trainer) -> None:
 
 def _curve(report: TuningReport, logger: Any, _: Any) -> None:
     """Log throughput and memory over the micro-batch size, in place of the training step."""
-    for size in logged.curve(report):
-        logger.log_metrics(size.values, step=size.batch_size)
+    for size, values in logged.curve(report).items():
+        logger.log_metrics(values, step=size)
 
 
 def _table(report: TuningReport, logger: Any, _: Any) -> None:
-    """Log the sizes of the JSON report, without a step of its own."""
-    rows = logged.size_rows(report)
-    if not rows:
-        return
-    table = importlib.import_module("wandb").Table(
-        columns=list(rows[0]), data=[list(row.values()) for row in rows]
-    )
-    logger.experiment.log({"autobatch/sizes": table}, commit=False)
+    logged.log_sizes(report, logger.experiment)
 
 
 def _summary(report: TuningReport, logger: Any, _: Any) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import wraps
 from typing import TYPE_CHECKING, Any, Final
 
 from torch.utils.data import DataLoader
 
 from autobatch._trials.batches import leaves
-from autobatch._undo import Undo
+from autobatch._undo import Absent, Undo, patched
 from autobatch.lightning._attribute import holders
 from autobatch.lightning._compat import data_source
 
@@ -22,10 +22,6 @@ if TYPE_CHECKING:
 # Methods of mappings that return an entry; `**mapping` iterates
 _ENTRY_METHODS: Final = ("__getitem__", "__getattr__", "get", "pop", "items", "values", "__iter__")
 _LENGTH_METHODS: Final = ("__len__", "__iter__")
-
-
-class _Missing:
-    """Value of a class attribute that is not there."""
 
 
 class BatchSizeReads(Undo):
@@ -62,7 +58,7 @@ class BatchSizeReads(Undo):
         self.happened = True
 
     def _watch_attribute(self, owner: Any, name: str) -> None:
-        former = getattr(type(owner), name, _Missing)
+        former = getattr(type(owner), name, Absent)
         if hasattr(former, "__set__"):  # a property may read its value from anywhere
             self._note()
         else:
@@ -75,10 +71,10 @@ class BatchSizeReads(Undo):
                 self._replace(owner, name, _noting(method, owner, key, self._note))
 
     def _replace(self, owner: Any, name: str, value: Any) -> None:
-        kind = type(owner)
-        self.add(partial(_restore, kind, name, vars(kind).get(name, _Missing)))
+        patch = patched(type(owner), **{name: value})
+        self.add(patch.restore)
         try:
-            setattr(kind, name, value)
+            patch.apply()
         except TypeError:  # a class that is not written in Python
             self._note()
 
@@ -98,7 +94,7 @@ class _NotingAttribute:
                 self.note()
             if self.name in vars(instance):
                 return vars(instance)[self.name]
-        if self.former is _Missing:
+        if self.former is Absent:
             raise AttributeError(f"{kind.__name__!r} object has no attribute {self.name!r}")
         bind = getattr(self.former, "__get__", None)
         return self.former if bind is None else bind(instance, kind)
@@ -107,7 +103,7 @@ class _NotingAttribute:
         vars(instance)[self.name] = value
 
     def __delete__(self, instance: Any) -> None:
-        if vars(instance).pop(self.name, _Missing) is _Missing:
+        if vars(instance).pop(self.name, Absent) is Absent:
             raise AttributeError(self.name)
 
 
@@ -123,11 +119,3 @@ def _noting(
         return method(self, *arguments, **keywords)
 
     return noting
-
-
-def _restore(kind: type, name: str, former: Any) -> None:
-    if former is not _Missing:
-        if vars(kind).get(name) is not former:
-            setattr(kind, name, former)
-    elif name in vars(kind):
-        delattr(kind, name)

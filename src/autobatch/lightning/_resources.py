@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from autobatch import sinks
 from autobatch._distributed import current_ranks
+from autobatch._loaders.samples import Samples
 from autobatch._memory.detect import detect
 from autobatch._trials.context import MemoryBudget, TrialContext
 from autobatch._trials.optimizers import OptimizerWatch
 from autobatch._trials.snapshot import Snapshot
-from autobatch.lightning._beside import (
-    BesideTraining,
-    tensors_of_callbacks,
-)
+from autobatch.lightning._attribute import BatchSizeAttribute
+from autobatch.lightning._beside import BesideTraining, tensors_of_callbacks
 from autobatch.lightning._compat import data_parallel_size, data_source
 from autobatch.lightning._dataloaders import Loaders
 from autobatch.lightning._hooks import users_callbacks
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     from autobatch._report import TuningReport
     from autobatch._search import Search
     from autobatch._settings import Settings
-    from autobatch.lightning._evaluation import Stage
+    from autobatch.lightning._trainer import PredictionLoop
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,17 +90,25 @@ class TrialResources:
 
     context: TrialContext  # of the trials of any workload
     loaders: Loaders  # the loaders of training, or of a stage
+    samples: Samples  # makes the batches
     copied_bytes: int  # bytes of the copy of all state that is kept on the host
+    attribute: BatchSizeAttribute  # with the batch size in the module or its datamodule
 
 
 @contextmanager
 def trial_resources(
-    trainer: Any, module: Any, arguments: CallbackArguments, stage: Stage | None
+    trainer: Any, module: Any, arguments: CallbackArguments, loop: PredictionLoop | None
 ) -> Iterator[TrialResources]:
-    """Capture all state that trials may change, and isolate the Trainer; restore it at the end."""
+    """Capture all state that trials may change, and isolate the Trainer; restore it at the end.
+
+    Raises:
+        AutobatchError: A loader's batch size cannot be changed.
+        NoDataError: A loader makes no batch.
+    """
     probe = detect(arguments.device, module.device)
     began = probe.clock()
     with (
+        BatchSizeAttribute(module, arguments.batch_arg_name) as attribute,
         current_ranks(data_parallel_size(trainer), local_collectives(trainer)) as ranks,
         ranks.abort_together(),
         Snapshot() as before_hooks,
@@ -114,7 +121,7 @@ def trial_resources(
         # Hooks that make the loaders may change the module and the datamodule, which every trial
         # has to see
         before_hooks.capture_light(module, trainer.datamodule)
-        loaders = _asked_for(trainer, arguments, stage)
+        loaders = _asked_for(trainer, arguments, loop)
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         scalers = [] if scaler is None else [scaler]
@@ -129,19 +136,21 @@ def trial_resources(
             budget=MemoryBudget(probe, arguments.settings.memory_limit),
             snapshot=snapshot,
             optimizers=optimizers,
-            on_first_use=nullcontext,  # the module and its optimizers are captured already
+            capturing_new_modules=nullcontext,  # the module and its optimizers are captured already
             ranks=ranks,
             progress=shown,
         )
         for tensors in tensors_of_callbacks(trainer).values():
             probe.attach(*tensors)
-        yield TrialResources(context, loaders, copied_bytes)
+        with Samples(loaders, snapshot, module.device, arguments.worst_case) as samples:
+            samples.check()
+            yield TrialResources(context, loaders, samples, copied_bytes, attribute)
 
 
-def _asked_for(trainer: Any, arguments: CallbackArguments, stage: Stage | None) -> Loaders:
-    """Return the loaders of a stage, or of training; validation shows its own then."""
-    if stage is not None:
-        return Loaders(trainer, data_source(stage.loop_of(trainer)), mode="sequential")
+def _asked_for(trainer: Any, arguments: CallbackArguments, loop: PredictionLoop | None) -> Loaders:
+    """Return the loaders of an evaluation, or of training; validation shows its own then."""
+    if loop is not None:
+        return Loaders(trainer, data_source(loop), mode="sequential")
     source, setter = data_source(trainer.fit_loop), arguments.set_batch_size
     loaders = Loaders(trainer, source, mode="max_size_cycle", setter=setter)
     if arguments.retune_at_epochs:

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from autobatch._loaders.epochs import samples_of
 from autobatch._plan import BatchPlan
-from autobatch._tune import PriorPlan
+from autobatch._prior_plan import PriorPlan
 from autobatch.errors import AutobatchError
 
 if TYPE_CHECKING:
@@ -22,19 +22,12 @@ if TYPE_CHECKING:
 
     from autobatch._report import TuningReport
     from autobatch._settings import Settings
+    from autobatch.lightning._resources import Tuned
     from autobatch.lightning._subjects import LightningTraining
 
 
 _COUNTS: Final = ("micro_batch_size", "accumulate_grad_batches", "world_size")  # of a plan
 _MOST: Final = 2**31  # of each
-
-
-@dataclass(frozen=True, slots=True)
-class TunedFit:
-    """The previous fit: its report, and the fingerprint of what was trained."""
-
-    report: TuningReport
-    fingerprint: str
 
 
 def fingerprint_of(job: LightningTraining) -> str:
@@ -46,11 +39,11 @@ def fingerprint_of(job: LightningTraining) -> str:
     digest = hashlib.sha256()
     for line in _description(job):
         digest.update(f"{line}\n".encode())
-    return " ".join(job.context.ranks.gather(digest.hexdigest()))
+    return " ".join(job.resources.context.ranks.gather(digest.hexdigest()))
 
 
 def _description(job: LightningTraining) -> Iterator[object]:
-    yield job.name
+    yield job.describe().name
     yield job.module  # printed with the settings of its layers, such as strides
     tensors: Iterator[tuple[str, torch.Tensor]] = chain(
         job.module.named_parameters(), job.module.named_buffers()
@@ -60,7 +53,7 @@ def _description(job: LightningTraining) -> Iterator[object]:
         yield name, shape, tensor.dtype, tensor.requires_grad
     for loader, batch_size in zip(job.loaders.each, job.loaders.own_sizes, strict=True):
         yield type(loader), type(loader.dataset), samples_of(loader, 1), batch_size
-    yield job.samples.bytes_each
+    yield job.resources.samples.bytes_each
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +78,8 @@ class Checkpoint:
     # The plan it was trained with; None if it was trained without AutoBatch
     plan: BatchPlan | None = None
     target: int | None = None  # the effective batch size of the settings
-    # The device; None if an older version of autobatch wrote the checkpoint
-    device: str | None = None
-    total: int | None = None  # memory of that device in bytes
+    # None if an older version of autobatch wrote the checkpoint
+    trained_on: DeviceId | None = None
 
     @classmethod
     def of(cls, checkpoint: dict[str, Any], *, max_steps: int) -> Checkpoint:
@@ -117,14 +109,11 @@ class Checkpoint:
                 )
         plan = BatchPlan(**counts)
         target = state.get("target_batch_size", plan.effective_batch_size)
-        device, total = state.get("device"), state.get("device_bytes")
-        return replace(
-            self,
-            plan=plan,
-            target=target if type(target) is int else None,
-            device=device if isinstance(device, str) and type(total) is int else None,
-            total=total if type(total) is int else None,
-        )
+        device, total, trained_on = state.get("device"), state.get("device_bytes"), None
+        if isinstance(device, str) and isinstance(total, int):
+            trained_on = DeviceId(device, total, plan.world_size)
+        target = target if type(target) is int else None
+        return replace(self, plan=plan, target=target, trained_on=trained_on)
 
     @staticmethod
     def state_of(report: TuningReport) -> dict[str, Any]:
@@ -152,26 +141,31 @@ class Checkpoint:
 
     def was_on(self, here: DeviceId) -> bool:
         """Return whether it was trained on such a device; for an unknown one a trial decides."""
-        if self.plan is None or self.plan.world_size != here.world_size:
-            return False
-        return self.device is None or (self.device, self.total) == (here.device, here.total)
+        is_same_job = self.plan is not None and self.plan.world_size == here.world_size
+        return is_same_job and self.trained_on in (None, here)
 
 
-def known_at_start(
-    own: BatchPlan | None,
-    checkpoint: Checkpoint | None,
-    last: TunedFit | None,
-    job: LightningTraining,
-    fingerprint: str,
-    here: DeviceId,
-    settings: Settings,
-) -> PriorPlan:
-    """Return the plan of the checkpoint, else of the user, else of the previous fit."""
-    if checkpoint is not None and (own is None or checkpoint.plan is not None):
-        return _of_checkpoint(checkpoint, here, settings)
-    if own is not None:
-        return PriorPlan(own)
-    return _of_last_fit(last, job, fingerprint, here, settings)
+@dataclass(frozen=True, slots=True)
+class KnownPlans:
+    """Plans that may be known before a search."""
+
+    in_training: PriorPlan | None = None  # to tune again in the middle of training
+    own: BatchPlan | None = None  # the user's
+    checkpoint: Checkpoint | None = None
+    last: Tuned | None = None
+
+    def prior(
+        self, job: LightningTraining, fingerprint: str, here: DeviceId, settings: Settings
+    ) -> PriorPlan:
+        """Return the plan of the checkpoint, else of the user, else of the previous fit."""
+        if self.in_training is not None:
+            return self.in_training
+        checkpoint = self.checkpoint
+        if checkpoint is not None and (self.own is None or checkpoint.plan is not None):
+            return _of_checkpoint(checkpoint, here, settings)
+        if self.own is not None:
+            return PriorPlan(self.own)
+        return _of_last_fit(self.last, job, fingerprint, here, settings)
 
 
 def _of_checkpoint(checkpoint: Checkpoint, here: DeviceId, settings: Settings) -> PriorPlan:
@@ -186,17 +180,19 @@ def _of_checkpoint(checkpoint: Checkpoint, here: DeviceId, settings: Settings) -
         return _within_epoch(plan, here)
     if not checkpoint.was_on(here) or not _allowed(plan, settings):
         return PriorPlan(
-            target=effective,
+            effective_batch_size=effective,
             note=f"Tuned again for the checkpoint's effective batch of {effective:,}: it was "
             f"trained with {_in_words(plan)}{_on_device(checkpoint, here)}.",
         )
     return PriorPlan(
-        plan, target=effective, note="Resumed: one trial verified the checkpoint's plan."
+        plan,
+        effective_batch_size=effective,
+        note="Resumed: one trial verified the checkpoint's plan.",
     )
 
 
 def _of_last_fit(
-    last: TunedFit | None,
+    last: Tuned | None,
     job: LightningTraining,
     fingerprint: str,
     here: DeviceId,
@@ -251,5 +247,5 @@ def _in_words(plan: BatchPlan) -> str:
 def _on_device(checkpoint: Checkpoint, here: DeviceId) -> str:
     if checkpoint.was_on(here) or checkpoint.plan is None:
         return ""
-    device = checkpoint.device or here.device
+    device = (checkpoint.trained_on or here).device
     return f" on {checkpoint.plan.world_size} × {device}"

@@ -1,20 +1,26 @@
-"""State of one run of a Trainer, and the results of a callback, which outlive it."""
+"""One run of a Trainer: its state, its beginning, and the results of a callback, which outlive it."""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from torch.utils.data import DataLoader
+
 from autobatch import sinks
+from autobatch._loaders.epochs import capture_order
 from autobatch._memory.detect import detect
 from autobatch._report.units import plain
-from autobatch._undo import patched
+from autobatch._trials.snapshot import Snapshot
+from autobatch._undo import Undo, patched
 from autobatch.lightning._apply import BeforeData, BeforeOptimizers
 from autobatch.lightning._dataloaders import Rebatched
+from autobatch.lightning._isolation import silenced
 from autobatch.lightning._loading import DataLoaderTimer
 from autobatch.lightning._survival import Survival
-from autobatch.lightning._survival_evaluation import EvaluationSurvival
+from autobatch.lightning._survival.evaluation import EvaluationSurvival
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -23,8 +29,9 @@ if TYPE_CHECKING:
     from autobatch._memory import MemoryProbe
     from autobatch._report import TuningReport
     from autobatch.lightning._accumulation import LastWindowCorrection
-    from autobatch.lightning._attribute import FormerBatchSize
-    from autobatch.lightning._resume import Checkpoint, TunedFit
+    from autobatch.lightning._attribute import BatchSizeAttribute
+    from autobatch.lightning._resources import Tuned
+    from autobatch.lightning._resume import Checkpoint
     from autobatch.lightning._trainer import Trainer
 
 _log = logging.getLogger("autobatch")
@@ -49,7 +56,7 @@ class Run:
     # Methods of the loops that are replaced; `replace` adds to them
     patches: list[patched] = field(default_factory=list)
     # The former batch size of the module, while an evaluation runs with another
-    attribute: FormerBatchSize | None = None
+    attribute: BatchSizeAttribute | None = None
 
     def rebatch(self, served: str, source: Any, sizes: Sequence[LoaderSize]) -> Rebatched:
         """Return loaders with other batch sizes, to be started; former ones are undone."""
@@ -64,33 +71,6 @@ class Run:
         size = getattr(trainer.train_dataloader, "batch_size", None)
         self.survival = Survival(trainer, probe, size if isinstance(size, int) else None)
         self.replace(self.survival.patch())
-
-    def start_epoch(self) -> None:
-        """Count samples from here; waiting for the first batch of an epoch does not count."""
-        self.timer.interrupt()
-        if self.window is not None:
-            self.window.start_epoch()
-
-    def start_batch(self, trainer: Trainer, batch: Any, index: int) -> None:
-        """Count the time and the samples of a batch."""
-        self.timer.start_batch(trainer)
-        if self.window is not None:
-            self.window.start_batch(trainer, batch, index)
-
-    def before_backward(self, trainer: Trainer) -> None:
-        """Weight the gradients accumulated before the last micro-batch of an epoch."""
-        if self.window is not None:
-            self.window.before_backward(trainer)
-
-    def before_step(self, trainer: Trainer, optimizer: Any) -> None:
-        """Weight the gradients of the last window of an epoch."""
-        if self.window is not None:
-            self.window.before_step(trainer, optimizer)
-
-    def note_half_step(self, error: BaseException) -> None:
-        """Add a note to an error of the optimizer's step that means out of memory."""
-        if self.survival is not None:
-            self.survival.note_half_step(error)
 
     def replace(self, patch: patched) -> None:
         """Replace a method of a loop until `undo`."""
@@ -155,6 +135,44 @@ def before_epochs(
     )
 
 
+def begin_and_restore(
+    trainer: Any,
+    method: str,
+    model: Any,
+    loaders: Sequence[Any],
+    datamodule: Any,
+    callback: Any,
+    undo_run: Callable[[], None],
+) -> None:
+    """Run a method of the Trainer until a callback ends it; restore all state.
+
+    Args:
+        trainer: The Trainer.
+        method: Name of the method.
+        model: The module.
+        loaders: Loaders, as the method takes them.
+        datamodule: A datamodule, instead of loaders.
+        callback: The callback; others of its class in the Trainer stay out of it.
+        undo_run: Undoes the changes of the callback, if an interrupt kept it from doing so.
+    """
+    others = [each for each in trainer.callbacks if not isinstance(each, type(callback))]
+    # Entered twice: an interrupt between the body and the inner exit still meets the outer one
+    with Undo() as undo, undo:
+        snapshot = undo.enter_context(Snapshot())
+        undo.enter_context(silenced(trainer))
+        # Before the trials run the hooks that make loaders and optimizers, and `setup` of callbacks
+        snapshot.capture_light(model, datamodule, *others)
+        for loader in loaders:
+            if isinstance(loader, DataLoader):
+                capture_order(loader, snapshot)
+                # Lightning sets one where `seed_everything` was called with `workers=True`
+                undo.enter_context(patched(loader, worker_init_fn=loader.worker_init_fn))
+        undo.add(partial(setattr, trainer, "callbacks", trainer.callbacks))
+        undo.add(undo_run)
+        trainer.callbacks = [callback, *others]
+        getattr(trainer, method)(model, *loaders, datamodule=datamodule)
+
+
 @dataclass
 class Results:
     """Results of all runs of a callback; a copy of the callback has them too."""
@@ -163,7 +181,7 @@ class Results:
     reports: dict[str, TuningReport] = field(default_factory=dict)
     # The report with the plan that training follows, or has followed
     trained: TuningReport | None = None
-    last_fit: TunedFit | None = None  # the previous fit, or the last `tune` for one
+    last_fit: Tuned | None = None  # the previous fit, or the last `tune` for one
 
     def train_with(self, report: TuningReport) -> None:
         """Keep the report of training, or the same one with more in it."""

@@ -4,102 +4,75 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from autobatch._accumulation import batch_norms
 from autobatch._report.accumulation_notes import never_stepped
+from autobatch._report.result import SubjectNotes
 from autobatch._report.tradeoff import common_rule, unwrapped
-from autobatch._subject import Inference, versions
+from autobatch._subject import Baseline, Description, Inference, versions
 from autobatch.lightning._accumulation import last_samples, update_notes
-from autobatch.lightning._attribute import has_batch_size_attribute
 from autobatch.lightning._compat import data_parallel_size, package_of
-from autobatch.lightning._traced import traceable_step
+from autobatch.lightning._estimating import traceable_step
 from autobatch.lightning._trainer_notes import copy_note, prefetch_note, rows_note, schedule_notes
 
 if TYPE_CHECKING:
-    from autobatch._loaders.samples import Samples
     from autobatch._memory.estimate.tracer import TrainingStep
     from autobatch._plan import BatchPlan
     from autobatch._report import Task
-    from autobatch._report.result import Look
-    from autobatch._report.tradeoff import LearningRateRule
     from autobatch._settings import Settings
-    from autobatch._trials.context import TrialContext
     from autobatch._trials.time_limit import TimeLimit
     from autobatch._trials.workload import Workload
     from autobatch.lightning._accumulation import SplittingTest
     from autobatch.lightning._dataloaders import Loaders
     from autobatch.lightning._evaluation import Stage
+    from autobatch.lightning._resources import CallbackArguments, TrialResources
     from autobatch.lightning._trainer_notes import TrainerLimits
     from autobatch.lightning._training import TrainingSteps
 
 
 @dataclass(frozen=True, slots=True)
 class LightningTraining:
-    """A Lightning fit as the subject of a tuning run.
-
-    Args:
-        workload: Runs training steps.
-        trainer: The Trainer, on new loops.
-        module: The module to train.
-        batch_arg_name: Name of the batch size in the module or its datamodule.
-        repairs_last_window: Whether the last accumulation window of an epoch is corrected.
-        loaders: The training loaders.
-        samples: Makes the batches.
-        limits: Arguments of the Trainer that count batches or steps.
-        splits: Tests for a split batch with another gradient.
-        context: Resources of the trials.
-        accumulate: Accumulation of the Trainer.
-        copied_bytes: Bytes of the copy of all state that is kept on the host.
-        first_note: A note on the plan that was known before; None if there is none.
-    """
+    """A Lightning fit as the subject of a tuning run."""
 
     workload: TrainingSteps
-    trainer: Any
+    trainer: Any  # the Trainer, on new loops
     module: Any
-    batch_arg_name: str
-    repairs_last_window: bool
-    loaders: Loaders
-    samples: Samples
-    limits: TrainerLimits
-    splits: SplittingTest
-    context: TrialContext
-    accumulate: int
-    copied_bytes: int
-    first_note: str | None = None
+    arguments: CallbackArguments
+    resources: TrialResources
+    limits: TrainerLimits  # arguments of the Trainer that count batches or steps
+    splits: SplittingTest  # of the gradient of a split batch
+    accumulate: int  # of the Trainer
 
-    can_accumulate: ClassVar = True
+    @property
+    def loaders(self) -> Loaders:
+        return self.resources.loaders
 
     @property
     def task(self) -> Task:
         return "train"
 
     @property
-    def name(self) -> str:
-        optimizers = " + ".join(_class_name(unwrapped(each)) for each in self.trainer.optimizers)
-        return f"{_class_name(self.module)} · {optimizers} · {self.trainer.precision}"
+    def baseline(self) -> Baseline:
+        """Lightning steps at the end of an epoch, and in manual optimization the module steps."""
+        return Baseline(
+            start_batch_size=self.loaders.batch_size,
+            own_batch_size=self.loaders.batch_size,
+            can_accumulate=True,
+            accumulate=self.accumulate,
+            max_samples_per_update=self.loaders.samples,
+            plan=self.limits.before if self.module.automatic_optimization else None,
+        )
 
-    @property
-    def environment(self) -> dict[str, str]:
-        return _environment(self.trainer)
-
-    @property
-    def start_batch_size(self) -> int:
-        return self.loaders.batch_size
-
-    @property
-    def own_batch_size(self) -> int:
-        return self.loaders.batch_size
-
-    @property
-    def max_samples_per_update(self) -> int | None:
-        """Samples of an epoch: Lightning steps at its end, whatever the accumulation."""
-        return self.loaders.samples
-
-    @property
-    def previous_plan(self) -> BatchPlan | None:
-        """The plan until now; None in manual optimization, where the module defines its updates."""
-        return self.limits.before if self.module.automatic_optimization else None
+    def describe(self) -> Description:
+        optimizers = self.trainer.optimizers
+        names = " + ".join(_class_name(unwrapped(each)) for each in optimizers)
+        return Description(
+            f"{_class_name(self.module)} · {names} · {self.trainer.precision}",
+            _environment(self.trainer),
+            common_rule(optimizers),
+            self.resources.samples.look,
+        )
 
     def samples_per_epoch(self, plan: BatchPlan) -> int | None:
         return self.limits.samples(plan)
@@ -114,14 +87,8 @@ class LightningTraining:
             return None
         return last_samples(self.trainer, self.loaders, batch_size)
 
-    def learning_rate_rule(self) -> LearningRateRule | None:
-        return common_rule(self.trainer.optimizers)
-
-    def largest_samples(self) -> Look | None:
-        return self.samples.look
-
     def traceable_step(self, accumulate: int) -> TrainingStep:
-        return traceable_step(self.trainer, self.module, self.samples, accumulate)
+        return traceable_step(self.trainer, self.module, self.resources.samples, accumulate)
 
     def planned_seconds(self, sample_seconds: float) -> float | None:
         return self.limits.planned_seconds(sample_seconds)
@@ -129,30 +96,31 @@ class LightningTraining:
     def has_batch_norm(self) -> bool:
         return bool(batch_norms(self.module.modules()))
 
-    def trial_notes(self, plan: BatchPlan) -> tuple[str, ...]:
-        return (never_stepped(),) if self.context.optimizers.never_stepped else ()
-
-    def plan_notes(self, plan: BatchPlan, time_limit: TimeLimit) -> tuple[str, ...]:
-        has_attribute = has_batch_size_attribute(self.module, self.batch_arg_name)
-        return (
-            *((self.first_note,) if self.first_note else ()),
-            *self.splits.notes(plan, time_limit),
-            *schedule_notes(self.trainer, self.limits.before, plan, has_attribute=has_attribute),
-            *update_notes(self.trainer, self.loaders, plan, repaired=self.repairs_last_window),
-            *self.limits.notes(plan),
-            *self._data_notes(plan),
+    def notes(self, plan: BatchPlan, time_limit: TimeLimit) -> SubjectNotes:
+        has_attribute = self.resources.attribute.exists
+        return SubjectNotes(
+            trials=(never_stepped(),) if self.resources.context.optimizers.never_stepped else (),
+            plan=(
+                *self.splits.notes(plan, time_limit),
+                *schedule_notes(
+                    self.trainer, self.limits.before, plan, has_attribute=has_attribute
+                ),
+                *update_notes(self.trainer, self.loaders, plan, repaired=self.arguments.repairs),
+                *self.limits.notes(plan),
+                *self._data_notes(plan),
+            ),
         )
 
     def _data_notes(self, plan: BatchPlan) -> tuple[str, ...]:
         devices = self.trainer.num_devices
         sizes = self.loaders.sizes_at(plan.micro_batch_size)
         found = (
-            rows_note(self.samples.rows_each, plan.micro_batch_size),
-            copy_note(self.copied_bytes, devices),
+            rows_note(self.resources.samples.rows_each, plan.micro_batch_size),
+            copy_note(self.resources.copied_bytes, devices),
             *(
                 prefetch_note(loader, size, nbytes, devices)
                 for loader, size, nbytes in zip(
-                    self.loaders.each, sizes, self.samples.bytes_each, strict=False
+                    self.loaders.each, sizes, self.resources.samples.bytes_each, strict=False
                 )
             ),
         )
@@ -161,65 +129,47 @@ class LightningTraining:
 
 @dataclass(frozen=True, slots=True)
 class LightningEvaluation(Inference):
-    """A Lightning validation, test or prediction as the subject of a tuning run.
-
-    Args:
-        workload: Runs evaluation steps.
-        trainer: The Trainer, on new loops.
-        module: The module to evaluate.
-        stage: The kind of evaluation.
-        settings: Validated arguments of the run.
-        loaders: The loaders of the stage.
-        samples: Makes the batches.
-        start_batch_size: The first batch size to try.
-    """
+    """A Lightning validation, test or prediction as the subject of a tuning run."""
 
     workload: Workload
-    trainer: Any
-    module: Any
+    trainer: Any  # the Trainer, on new loops
     stage: Stage
     settings: Settings
-    loaders: Loaders
-    samples: Samples
-    start_batch_size: int
+    resources: TrialResources
+    start_batch_size: int  # the first to try
+
+    @property
+    def loaders(self) -> Loaders:
+        return self.resources.loaders
 
     @property
     def task(self) -> Task:
         return self.stage.name
 
     @property
-    def name(self) -> str:
-        return f"{_class_name(self.module)} · {self.stage.name} · {self.trainer.precision}"
+    def baseline(self) -> Baseline:
+        return Baseline(self.start_batch_size, self.loaders.batch_size)
 
-    @property
-    def own_batch_size(self) -> int:
-        return self.loaders.batch_size
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return _environment(self.trainer)
+    def describe(self) -> Description:
+        name = f"{_class_name(self.trainer.lightning_module)} · {self.stage.name} · {self.trainer.precision}"
+        return Description(name, _environment(self.trainer), look=self.resources.samples.look)
 
     def samples_per_epoch(self, plan: BatchPlan) -> int | None:
         return self.settings.dataset_size
 
-    def largest_samples(self) -> Look | None:
-        return self.samples.look
-
     def planned_seconds(self, sample_seconds: float) -> float | None:
-        samples = self.settings.dataset_size
-        return (
-            None if samples is None else sample_seconds * samples / data_parallel_size(self.trainer)
-        )
+        samples, ranks = self.settings.dataset_size, data_parallel_size(self.trainer)
+        return None if samples is None else sample_seconds * samples / ranks
 
-    def plan_notes(self, plan: BatchPlan, time_limit: TimeLimit) -> tuple[str, ...]:
+    def notes(self, plan: BatchPlan, time_limit: TimeLimit) -> SubjectNotes:
         """Return a note on the meaning of a call with several loaders."""
         if self.settings.latency_limit is None or len(self.loaders.each) == 1:
-            return ()
+            return SubjectNotes()
         note = (
             f"A call is one batch of each of the {len(self.loaders.each)} loaders, one after the "
             "other; batch sizes are those of the first."
         )
-        return (note,)
+        return SubjectNotes(plan=(note,))
 
 
 def _class_name(thing: object) -> str:

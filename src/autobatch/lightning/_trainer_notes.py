@@ -16,11 +16,12 @@ from autobatch.errors import AutobatchError
 from autobatch.lightning._compat import combined_loader, validation_interval
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from torch.utils.data import DataLoader
 
     from autobatch._plan import BatchPlan
+    from autobatch.lightning._dataloaders import Loaders
     from autobatch.lightning._trainer import Trainer
 
 
@@ -29,24 +30,26 @@ class TrainerLimits:
     """Arguments of a Trainer that count batches or steps."""
 
     trainer: Trainer
-    max_steps: int  # updates after which training stops; -1 for no limit
-    max_epochs: int | None  # epochs after which training stops; None or -1 for no limit
-    validates: bool
-    batches: Callable[[int], int | None]  # of an epoch, by size; None if a loader has no length
-    lengths: Callable[[int], tuple[int, ...] | None]  # of each loader
-    samples: Callable[[BatchPlan], int | None]  # that an epoch trains on; None if unknown
+    loaders: Loaders  # the training loaders
     before: BatchPlan  # the plan until now
+
+    def samples(self, plan: BatchPlan) -> int | None:
+        """Return the samples of an epoch under `drop_last` and `limit_train_batches`."""
+        batches = batches_trained(self.trainer, self.loaders, plan.micro_batch_size)
+        if batches is None:
+            return self.loaders.samples
+        return self.loaders.samples_in(batches, plan.micro_batch_size) or None
 
     def planned_seconds(self, sample_seconds: float) -> float | None:
         """Return the seconds of all training steps of a rank, at the seconds of one sample."""
         timers = (each for each in self.trainer.callbacks if type(each).__name__ == "Timer")
         planned = [timer.time_remaining() for timer in timers]  # max_time
-        samples = self.samples(self.before)
-        if samples is not None and self.max_epochs not in (None, -1):
-            epochs = max(0, self.max_epochs - self.trainer.current_epoch)
+        samples, most_epochs = self.samples(self.before), self.trainer.max_epochs
+        if samples is not None and most_epochs not in (None, -1):
+            epochs = max(0, most_epochs - self.trainer.current_epoch)
             planned.append(epochs * samples / self.before.world_size * sample_seconds)
-        if self.max_steps != -1:
-            updates = max(0, self.max_steps - self.trainer.global_step)
+        if self.trainer.max_steps != -1:
+            updates = max(0, self.trainer.max_steps - self.trainer.global_step)
             of_rank = self.before.micro_batch_size * self.before.accumulate_grad_batches
             planned.append(updates * of_rank * sample_seconds)
         return min((each for each in planned if each is not None), default=None)
@@ -54,11 +57,10 @@ class TrainerLimits:
     def check(self, plan: BatchPlan) -> None:
         """Raise `AutobatchError` if an epoch has too few batches with this plan."""
         trainer, size = self.trainer, plan.micro_batch_size
-        batches, lengths = self.batches(size), self.lengths(size)
-        if batches is None or lengths is None:
+        taken, lengths = batches_trained(trainer, self.loaders, size), self.loaders.lengths(size)
+        if taken is None or lengths is None:
             return
         limit, fewest = trainer.limit_train_batches, min(lengths)
-        taken = min(batches, limit) if _is_count(limit) else int(batches * limit)
         # Lightning 2.6 refuses a share that leaves no batch of one of several loaders
         if taken == 0 or (fewest and not _is_count(limit) and int(fewest * limit) == 0):
             raise AutobatchError(
@@ -69,9 +71,10 @@ class TrainerLimits:
         interval = validation_interval(trainer)
         validates = trainer.check_val_every_n_epoch is not None and trainer.limit_val_batches > 0
         if validates and _is_count(interval) and interval > taken:
+            before = self.loaders.batches(self.before.micro_batch_size)
             raise AutobatchError(
                 f"val_check_interval={interval} counts micro-batches, and of {size} samples an "
-                f"epoch has only {taken} instead of {self.batches(self.before.micro_batch_size)}, "
+                f"epoch has only {taken} instead of {before}, "
                 "so validation would never come. Give it as a share of an epoch (a float up to "
                 "1.0), set check_val_every_n_epoch=None to count over epochs, or lower "
                 "max_micro_batch_size."
@@ -106,7 +109,7 @@ class TrainerLimits:
         interval, before = validation_interval(self.trainer), self.before
         if (
             not _is_count(interval)
-            or not self.validates
+            or not self.trainer.enable_validation
             or plan.micro_batch_size == before.micro_batch_size
         ):
             return None
@@ -132,7 +135,7 @@ class TrainerLimits:
         return None if samples is None else ceil_div(samples, plan.effective_batch_size)
 
     def _stopped(self, plan: BatchPlan) -> str | None:
-        steps, before = self.max_steps, self.before
+        steps, before = self.trainer.max_steps, self.before
         now, then = plan.effective_batch_size, before.effective_batch_size
         if steps == -1 or now == then:
             return None
@@ -140,6 +143,14 @@ class TrainerLimits:
             f"max_steps={steps:,} counts updates: training ends after {steps * now:,} samples "
             f"instead of {steps * then:,}."
         )
+
+
+def batches_trained(trainer: Any, loaders: Loaders, batch_size: int) -> int | None:
+    """Return the batches of a rank per epoch, after `limit_train_batches`; None if unknown."""
+    batches, limit = loaders.batches(batch_size), trainer.limit_train_batches
+    if batches is None:
+        return None
+    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
 
 def _is_count(value: object) -> TypeGuard[int]:

@@ -28,11 +28,9 @@ from autobatch.lightning._shown import training_shown
 
 if TYPE_CHECKING:
     from collections import OrderedDict
-    from collections.abc import Callable, Generator, Iterator, Sequence
+    from collections.abc import Generator, Iterator, Sequence
 
-    from autobatch._loaders.samples import Samples
-    from autobatch._trials.snapshot import Snapshot
-    from autobatch.lightning._dataloaders import Loaders
+    from autobatch.lightning._resources import TrialResources
     from autobatch.lightning._trainer import ManualOptimization, Trainer
 
 # Micro-batches in which every optimizer of a module with manual optimization has to step once
@@ -49,28 +47,17 @@ class TrainingSteps:
 
     Args:
         trainer: The Trainer, on new loops.
-        loaders: The training loaders.
-        samples: Makes the batches.
-        set_attribute: Sets the attribute of the batch size, which a step may read.
+        resources: Loaders, batches, and the attribute of the batch size, which a step may read.
         start_hooks: Hooks that training has still to call before its first batch.
-        snapshot: Restores what a failed first step has changed.
     """
 
     def __init__(
-        self,
-        trainer: Trainer,
-        loaders: Loaders,
-        samples: Samples,
-        set_attribute: Callable[[int], None],
-        start_hooks: Sequence[str],
-        snapshot: Snapshot,
+        self, trainer: Trainer, resources: TrialResources, start_hooks: Sequence[str]
     ) -> None:
         self.target: int | None = None  # samples per update in training; None without a target
         self._trainer = trainer
-        self._loaders = loaders
-        self._samples = samples
-        self._set_attribute = set_attribute
-        self._hooks = Hooks(trainer, start_hooks, "on_train_batch", snapshot)
+        self._resources = resources
+        self._hooks = Hooks(trainer, start_hooks, "on_train_batch", resources.context.snapshot)
         self._accumulate = trainer.accumulate_grad_batches
         # Progress from which every trial starts
         self._epochs = copy.deepcopy(trainer.fit_loop.epoch_progress)
@@ -82,7 +69,7 @@ class TrainingSteps:
             self.shown(batch_size, accumulate) as windows,
             _optimizers_to_step(self._trainer.optimizers) as waiting,
         ):
-            batches = self._samples.batches(batch_size)
+            batches = self._resources.samples.batches(batch_size)
             for attempt in self._hooks.attempts():
                 with attempt:
                     windows.restart()
@@ -103,11 +90,11 @@ class TrainingSteps:
         In manual optimization the module accumulates: Lightning's number stays as it is.
         """
         trainer, loop = self._trainer, self._trainer.fit_loop.epoch_loop
-        self._set_attribute(batch_size)
+        self._resources.attribute.set(batch_size)
         trained = self._trained_accumulation(batch_size, accumulate)
         shown = trained if self._is_automatic else trainer.accumulate_grad_batches
         with (
-            training_shown(trainer, self._loaders, batch_size) as batches,
+            training_shown(trainer, self._resources.loaders, batch_size) as batches,
             patched(trainer, accumulate_grad_batches=shown, should_stop=trainer.should_stop),
         ):
             windows = _Windows(batches, trained, accumulate)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from autobatch import sinks
 from autobatch._distributed import stopping_together
+from autobatch._prior_plan import PriorPlan
 from autobatch._report.notes import waiting
-from autobatch._tune import PriorPlan
 from autobatch.errors import FixedBatchSizeError
 from autobatch.lightning._accumulation import LastWindowCorrection
 from autobatch.lightning._apply import Application
@@ -18,7 +17,7 @@ from autobatch.lightning._compat import data_source, forget_combined_loader
 from autobatch.lightning._hooks import FIT_START
 from autobatch.lightning._loggers import log_report, refresh_report
 from autobatch.lightning._noise_scale import NoiseScale
-from autobatch.lightning._resume import TunedFit, known_at_start
+from autobatch.lightning._resume import KnownPlans
 from autobatch.lightning._run import Results, Run, before_epochs, show
 from autobatch.lightning._tuning import tune_training
 
@@ -54,13 +53,15 @@ class TunedTraining:
         """The plan that training follows."""
         return self._report.plan
 
-    def tune(self, last_fit: TunedFit | None) -> Tuned:
+    def tune(self, last_fit: Tuned | None) -> Tuned:
         """Find a plan, by one trial if a checkpoint, the user or the previous fit has one."""
-        known_at = partial(known_at_start, self.arguments.known_plan, self.run.checkpoint, last_fit)
-        tuned = tune_training(
-            self.trainer, self.module, self.arguments, known_at, self._plan_before(), FIT_START
+        known = KnownPlans(
+            own=self.arguments.known_plan, checkpoint=self.run.checkpoint, last=last_fit
         )
-        self.results.last_fit = TunedFit(tuned.report, tuned.fingerprint)
+        tuned = tune_training(
+            self.trainer, self.module, self.arguments, known, self._plan_before(), FIT_START
+        )
+        self.results.last_fit = tuned
         return tuned
 
     def begin(self, tuned: Tuned) -> None:
@@ -147,12 +148,11 @@ class TunedTraining:
 
     def _retune(self, reason: str) -> None:
         """Tune again in the middle of training, for the effective batch size it started with."""
-        known = PriorPlan(target=self._target, note=f"{reason} {self._target:,}.")
+        prior = PriorPlan(effective_batch_size=self._target, note=f"{reason} {self._target:,}.")
+        known = KnownPlans(in_training=prior)
         with stopping_together():
             try:
-                tuned = tune_training(
-                    self.trainer, self.module, self.arguments, lambda *_: known, None, ()
-                )
+                tuned = tune_training(self.trainer, self.module, self.arguments, known, None, ())
             except FixedBatchSizeError as error:
                 # A sampler that was made again, and has changed itself since: its plan still holds
                 _log.warning("Training continues with its plan. %s", error)

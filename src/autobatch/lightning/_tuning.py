@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
-from autobatch._loaders.samples import Samples
 from autobatch._plan import BatchPlan
-from autobatch._tune import PriorPlan, verify_or_search
-from autobatch.lightning._accumulation import SplittingTest, batches_trained, check_repairable
-from autobatch.lightning._attribute import FormerBatchSize, set_batch_size_attribute
+from autobatch._tune import tune
+from autobatch.lightning._accumulation import SplittingTest, check_repairable
 from autobatch.lightning._beside import bytes_of_callbacks
 from autobatch.lightning._compat import data_parallel_size
 from autobatch.lightning._resources import CallbackArguments, Tuned, trial_resources
@@ -21,22 +17,17 @@ from autobatch.lightning._training import TrainingSteps
 from autobatch.lightning._tuning_evaluation import with_validation
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
-    from autobatch._settings import Settings
     from autobatch._trials.context import TrialContext
-    from autobatch.lightning._dataloaders import Loaders
-
-
-# (subject, fingerprint, device, settings) -> the plan that is known before a search
-KnownAt: TypeAlias = "Callable[[LightningTraining, str, DeviceId, Settings], PriorPlan]"
+    from autobatch.lightning._resume import KnownPlans
 
 
 def tune_training(
     trainer: Any,
     module: Any,
     arguments: CallbackArguments,
-    known_at: KnownAt,
+    known_plans: KnownPlans,
     trained: BatchPlan | None,
     start_hooks: Sequence[str],
 ) -> Tuned:
@@ -46,7 +37,7 @@ def tune_training(
         trainer: The Trainer.
         module: The module.
         arguments: Arguments of the callback.
-        known_at: Gives the plan that is known before a search.
+        known_plans: Plans that may be known before a search.
         trained: The plan that was trained with until now; None for that of loader and Trainer.
         start_hooks: Hooks of the module that training has still to call before its first batch.
 
@@ -57,56 +48,23 @@ def tune_training(
     """
     if arguments.repairs:
         check_repairable(trainer, module)
-    validates = trainer.enable_validation
-    with (
-        FormerBatchSize(module, arguments.batch_arg_name) as former,
-        trial_resources(trainer, module, arguments, None) as resources,
-        ExitStack() as ends,
-    ):
+    with trial_resources(trainer, module, arguments, None) as resources:
         context, loaders = resources.context, resources.loaders
         accumulate = trainer.accumulate_grad_batches
-        limits = TrainerLimits(
-            trainer,
-            trainer.max_steps,
-            trainer.max_epochs,
-            validates=validates,
-            batches=loaders.batches,
-            lengths=loaders.lengths,
-            samples=partial(_samples_trained, trainer, loaders),
-            before=trained
-            or BatchPlan(loaders.batch_size, accumulate, data_parallel_size(trainer)),
-        )
-        samples = ends.enter_context(
-            Samples(loaders, context.snapshot, module.device, arguments.worst_case)
-        )
-        samples.check()
-        set_attribute = partial(set_batch_size_attribute, module, arguments.batch_arg_name)
-        workload = TrainingSteps(
-            trainer, loaders, samples, set_attribute, start_hooks, context.snapshot
-        )
-        splits = SplittingTest(
-            trainer,
-            module,
-            samples,
-            workload,
-            context.probe,
-            arguments.settings.memory_limit,
-            context.snapshot,
-            context.ranks,
-        )
+        own_plan = BatchPlan(loaders.batch_size, accumulate, data_parallel_size(trainer))
+        limits = TrainerLimits(trainer, loaders, trained or own_plan)
+        workload = TrainingSteps(trainer, resources, start_hooks)
+        memory_limit = arguments.settings.memory_limit
+        splits = SplittingTest(trainer, module, workload, resources, memory_limit)
         subject = LightningTraining(
             workload=workload,
             trainer=trainer,
             module=module,
-            batch_arg_name=arguments.batch_arg_name,
-            repairs_last_window=arguments.repairs,
-            loaders=loaders,
-            samples=samples,
+            arguments=arguments,
+            resources=resources,
             limits=limits,
             splits=splits,
-            context=context,
             accumulate=accumulate,
-            copied_bytes=resources.copied_bytes,
         )
         settings = arguments.settings.model_copy(update={"dataset_size": loaders.samples})
         context.optimizers.expected = True
@@ -114,12 +72,13 @@ def tune_training(
             # In manual optimization, the module may never step
             context.optimizers.look_at(module)
         fingerprint = fingerprint_of(subject)
-        known = known_at(subject, fingerprint, _device_id(trainer, context), settings)
+        device = _device_id(trainer, context)
+        known = known_plans.prior(subject, fingerprint, device, settings)
         planned = known.plan.effective_batch_size if known.plan else None
-        workload.target = known.target or planned or settings.target_batch_size
-        report = verify_or_search(known, subject, settings, context, arguments.search)
+        workload.target = known.effective_batch_size or planned or settings.target_batch_size
+        report = tune(subject, settings, context, arguments.search, known)
         limits.check(report.plan)
-        samples.check_size(report.plan.micro_batch_size)
+        resources.samples.check_size(report.plan.micro_batch_size)
         tuned = Tuned(
             report,
             loaders.sized(report.plan.micro_batch_size),
@@ -127,10 +86,10 @@ def tune_training(
             fingerprint,
             held_by_callbacks=None if workload.runs_callbacks else bytes_of_callbacks(trainer),
         )
-        if not validates:
+        if not trainer.enable_validation:
             return tuned
         # Validation keeps the size that its hook gives it before the plan is applied
-        former.restore()
+        resources.attribute.restore()
         return with_validation(tuned, subject, arguments)
 
 
@@ -139,11 +98,3 @@ def _device_id(trainer: Any, context: TrialContext) -> DeviceId:
     total = context.probe.read().total
     here = DeviceId.of(context.probe.name, total, data_parallel_size(trainer))
     return context.ranks.gather(here)[0]
-
-
-def _samples_trained(trainer: Any, loaders: Loaders, plan: BatchPlan) -> int | None:
-    """Return the samples of an epoch under `drop_last` and `limit_train_batches`."""
-    batches = batches_trained(trainer, loaders, plan.micro_batch_size)
-    if batches is None:
-        return loaders.samples
-    return loaders.samples_in(batches, plan.micro_batch_size) or None

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from autobatch._loaders.samples import NoDataError, Samples
 from autobatch._plan import BatchPlan
+from autobatch._prior_plan import PriorPlan
 from autobatch._tune import tune
 from autobatch.errors import DoesNotFitError, FixedBatchSizeError
-from autobatch.lightning._attribute import (
-    FormerBatchSize,
-    has_batch_size_attribute,
-    set_batch_size_attribute,
-)
 from autobatch.lightning._compat import data_source
 from autobatch.lightning._dataloaders import Loaders
 from autobatch.lightning._evaluation import VALIDATION, EvaluationSteps
@@ -28,8 +23,6 @@ if TYPE_CHECKING:
     from autobatch._loaders.batch_size import LoaderSize
     from autobatch._report import TuningReport
     from autobatch._search import Search
-    from autobatch._settings import Settings
-    from autobatch._trials.context import TrialContext
     from autobatch.lightning._evaluation import Stage
 
 
@@ -42,42 +35,28 @@ def tune_evaluation(trainer: Any, module: Any, arguments: CallbackArguments, sta
         AutobatchError: A loader's batch size cannot be changed.
         DoesNotFitError: No batch size fits.
     """
-    name = arguments.batch_arg_name
-    with (
-        FormerBatchSize(module, name) as former,
-        trial_resources(trainer, module, arguments, stage) as resources,
-        ExitStack() as ends,
-    ):
-        context, loaders = resources.context, resources.loaders
-        settings = _without_target(arguments.settings, loaders.samples)
-        samples = ends.enter_context(
-            Samples(loaders, context.snapshot, module.device, arguments.worst_case)
+    with trial_resources(trainer, module, arguments, stage.loop_of(trainer)) as resources:
+        loaders, attribute = resources.loaders, resources.attribute
+        settings = arguments.settings.model_copy(
+            update={"target_batch_size": None, "dataset_size": loaders.samples}
         )
-        samples.check()
         own_sizes = loaders.sized(loaders.batch_size)
-        steps = EvaluationSteps(trainer, loaders, samples, stage, None, context.snapshot)
+        steps = EvaluationSteps(trainer, resources, stage, None)
 
         def evaluate(batch_size: int, accumulate: int) -> Iterator[None]:
-            former.restore()
+            attribute.restore()
             if batch_size != loaders.largest_batch:
-                set_batch_size_attribute(module, name, batch_size)
+                attribute.set(batch_size)
             yield from steps(batch_size, accumulate)
 
         subject = LightningEvaluation(
-            evaluate,
-            trainer,
-            module,
-            stage,
-            settings,
-            loaders,
-            samples,
-            loaders.batch_size,
+            evaluate, trainer, stage, settings, resources, loaders.batch_size
         )
         if arguments.settings.target_batch_size is not None:
-            report = _own_or_smaller(subject, context, arguments.search)
+            report = _own_or_smaller(subject, arguments.search)
             return Tuned(report, _own_or_smaller_sizes(loaders, report), own_sizes)
-        report = tune(subject, settings, context, arguments.search, known=None)
-        samples.check_size(report.plan.micro_batch_size)
+        report = tune(subject, settings, resources.context, arguments.search, PriorPlan())
+        resources.samples.check_size(report.plan.micro_batch_size)
         return Tuned(report, loaders.sized(report.plan.micro_batch_size), own_sizes)
 
 
@@ -85,29 +64,25 @@ def with_validation(
     tuned: Tuned, training: LightningTraining, arguments: CallbackArguments
 ) -> Tuned:
     """Return the result with the validation batch size that fits beside the state of training."""
-    trainer, context = training.trainer, training.context
+    trainer, context = training.trainer, training.resources.context
     source = data_source(trainer.fit_loop.epoch_loop.val_loop)
-    try:
-        loaders = Loaders(trainer, source, mode="sequential")
-    except FixedBatchSizeError as error:
-        return replace(tuned, report=_noted(tuned.report, f"Validation was not tried: {error}"))
     plan = tuned.report.plan
     context.progress.begin_part("validation")
     train = partial(training.workload, plan.micro_batch_size, plan.trial_accumulation)
     try:
+        loaders = Loaders(trainer, source, mode="sequential")
         with Samples(loaders, context.snapshot, training.module.device) as samples:
             samples.check()
+            resources = replace(training.resources, loaders=loaders, samples=samples)
             subject = LightningEvaluation(
-                EvaluationSteps(trainer, loaders, samples, VALIDATION, train, context.snapshot),
+                EvaluationSteps(trainer, resources, VALIDATION, train),
                 trainer,
-                training.module,
                 VALIDATION,
                 arguments.settings.model_copy(update={"timing_seconds": 0.0, "prefer": "largest"}),
-                loaders,
-                samples,
+                resources,
                 loaders.batch_size,
             )
-            found = _own_or_smaller(subject, context, arguments.search)
+            found = _own_or_smaller(subject, arguments.search)
     except NoDataError:
         return tuned
     except FixedBatchSizeError as error:
@@ -131,39 +106,33 @@ def with_validation(
             f"Validation runs batches of {size:,} instead of {own:,}: more do not fit beside "
             "training.",
         )
-    elif not has_batch_size_attribute(training.module, arguments.batch_arg_name):
+    elif not training.resources.attribute.exists:
         return replace(tuned, report=report)
     sizes = _own_or_smaller_sizes(loaders, found)
     return replace(tuned, report=report, validation_sizes=sizes)
 
 
-def _own_or_smaller(
-    subject: LightningEvaluation, context: TrialContext, search: Search
-) -> TuningReport:
+def _own_or_smaller(subject: LightningEvaluation, search: Search) -> TuningReport:
     """Return the report on the loaders' own size if one trial shows that it fits, or else below."""
-    own = subject.loaders.largest_batch
+    own, context = subject.loaders.largest_batch, subject.resources.context
     settings = subject.settings.model_copy(
         update={"target_batch_size": None, "max_micro_batch_size": None, "dataset_size": None}
     )
     plan = BatchPlan(own, world_size=context.ranks.replicas)
     subject = replace(subject, settings=settings)
     try:
-        return tune(subject, settings, context, search, known=plan)
+        return tune(subject, settings, context, search, PriorPlan(plan))
     except DoesNotFitError:
         if own == 1:
             raise
     smaller = settings.model_copy(update={"max_micro_batch_size": own - 1})
     below = replace(subject, settings=smaller, start_batch_size=max(1, own // 2))
-    return tune(below, smaller, context, search, known=None)
+    return tune(below, smaller, context, search, PriorPlan())
 
 
 def _own_or_smaller_sizes(loaders: Loaders, report: TuningReport) -> tuple[LoaderSize, ...]:
     size = report.plan.micro_batch_size
     return loaders.sized(loaders.batch_size if size == loaders.largest_batch else size)
-
-
-def _without_target(settings: Settings, dataset_size: int | None) -> Settings:
-    return settings.model_copy(update={"target_batch_size": None, "dataset_size": dataset_size})
 
 
 def _noted(report: TuningReport, note: str) -> TuningReport:

@@ -49,15 +49,13 @@ def shown(trainer: Any, batch_size: int, accumulate: int) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def shown_to_evaluation(trainer: Any, batch_size: int) -> Iterator[None]:
-    """Let a Trainer and its arguments show a batch size of evaluation in the body.
+def shown_to_evaluation(trainer: Any, batch_size: int) -> patched:
+    """Let the arguments of a Trainer show a batch size of evaluation in the body.
 
     A loader with persistent workers would be kept for the next evaluation.
     """
     arguments = {"per_device_eval_batch_size": batch_size, "dataloader_persistent_workers": False}
-    with patched(trainer.args, **arguments):
-        yield
+    return patched(trainer.args, **arguments)
 
 
 def set_evaluation_size(trainer: Any, batch_size: int) -> None:
@@ -84,8 +82,7 @@ def set_plan(trainer: Any, batch_size: int, accumulate: int) -> None:
     trainer.args.gradient_accumulation_steps = accumulate
 
 
-@contextmanager
-def unprepared_loaders(trainer: Any) -> Iterator[None]:
+def unprepared_loaders(trainer: Any) -> patched:
     """Let a Trainer make loaders of all data in the body, not yet divided among the ranks.
 
     A prepared loader enters itself into the state of accelerate as soon as it is iterated.
@@ -94,17 +91,15 @@ def unprepared_loaders(trainer: Any) -> Iterator[None]:
     def unchanged(*objects: Any, **_: Any) -> Any:
         return objects if len(objects) > 1 else objects[0]
 
-    with patched(trainer.accelerator, prepare=unchanged):
-        yield
+    return patched(trainer.accelerator, prepare=unchanged)
 
 
-@contextmanager
-def gradient_state_restored(trainer: Any) -> Iterator[None]:
+def gradient_state_restored(trainer: Any) -> Undo:
     """Restore after the body whether gradients are synchronized, which one process has once."""
     state = trainer.accelerator.gradient_state
-    with Undo() as undo:
-        undo.add(partial(state._set_sync_gradients, state.sync_gradients))
-        yield
+    undo = Undo()
+    undo.add(partial(state._set_sync_gradients, state.sync_gradients))
+    return undo
 
 
 def synchronize(trainer: Any, *, is_last: bool) -> None:
@@ -132,9 +127,7 @@ def clip_gradients(trainer: Any, model: Any) -> None:
     trainer._get_grad_norm(model, grad_norm=norm)
 
 
-@contextmanager
-def without_memory_tracker(trainer: Any) -> Iterator[None]:
+def without_memory_tracker(trainer: Any) -> patched:
     """Let `train` start no thread that watches memory in the body."""
     idle = SimpleNamespace(start=lambda: None, stop_and_update_metrics=lambda *_: None)
-    with patched(trainer, _memory_tracker=idle):
-        yield
+    return patched(trainer, _memory_tracker=idle)

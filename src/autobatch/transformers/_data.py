@@ -21,17 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TrainerLoaders:
-    """The loaders that a Trainer makes for training or evaluation, with all data of all ranks.
-
-    Args:
-        each: The loaders.
-        batch_size: Their batch size.
-    """
+    """The loaders that a Trainer makes for training or evaluation, with all data of all ranks."""
 
     each: Sequence[DataLoader[Any]]
-    batch_size: int
+    batch_size: int  # their batch size
 
-    is_set_by_user: ClassVar = False
     is_sequential: ClassVar = True
 
     @classmethod
@@ -56,10 +50,6 @@ class TrainerLoaders:
         return (None,) * len(self.each)
 
     @property
-    def own_sizes(self) -> Sequence[int]:
-        return self.sizes_at(self.batch_size)
-
-    @property
     def samples(self) -> int | None:
         """Samples of an epoch over all ranks and loaders; None for a stream."""
         lengths = [samples_of(loader, 1) for loader in self.each]
@@ -76,7 +66,7 @@ class TrainerLoaders:
 def _following(
     trainer: Any,
     make: Callable[[], DataLoader[Any]],
-    at_size: Callable[[int], AbstractContextManager[None]],
+    at_size: Callable[[int], AbstractContextManager[object]],
     name: str,
 ) -> DataLoader[Any]:
     """Return the loader at the batch size in the arguments, if it follows that."""

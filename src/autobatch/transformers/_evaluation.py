@@ -26,15 +26,10 @@ class EvaluationSteps:
 
     That loop keeps predictions on the device, and joins those of each batch to them. Steps run
     beside as many as are there before the last batch.
-
-    Args:
-        trainer: The Trainer, with everything prepared.
-        loaders: Its evaluation data.
-        samples: Makes the batches.
     """
 
-    trainer: Any
-    loaders: TrainerLoaders
+    trainer: Any  # the Trainer, with everything prepared
+    loaders: TrainerLoaders  # its evaluation data
     samples: Samples
 
     def __call__(self, batch_size: int, accumulate: int) -> Generator[None]:  # noqa: ARG002

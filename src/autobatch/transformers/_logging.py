@@ -63,18 +63,13 @@ def _text(report: TuningReport, callback: Any) -> None:
 
 
 def _curve(report: TuningReport, callback: Any) -> None:
-    for size in logged.curve(report):
-        for name, value in size.values.items():
-            callback.tb_writer.add_scalar(name, value, size.batch_size)
+    for size, values in logged.curve(report).items():
+        for name, value in values.items():
+            callback.tb_writer.add_scalar(name, value, size)
 
 
 def _table(report: TuningReport, _: Any) -> None:
-    """Log the sizes in the run of W&B, without a step of its own."""
-    wandb, rows = importlib.import_module("wandb"), logged.size_rows(report)
-    if rows:
-        data = [list(row.values()) for row in rows]
-        table = wandb.Table(columns=list(rows[0]), data=data)
-        wandb.run.log({"autobatch/sizes": table}, commit=False)
+    logged.log_sizes(report, importlib.import_module("wandb").run)
 
 
 def _summary(report: TuningReport, _: Any) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from autobatch import sinks
 from autobatch._distributed import current_ranks
+from autobatch._distributed.sharding import bring_to_rest
 from autobatch._memory.detect import detect
 from autobatch._trials.context import MemoryBudget, TrialContext
 from autobatch._trials.optimizers import OptimizerWatch
 from autobatch._trials.snapshot import Snapshot
-from autobatch.transformers._prepared import prepared
+from autobatch._undo import patched
+from autobatch.errors import AutobatchError
+from autobatch.transformers._compat import gradient_state_restored, without_memory_tracker
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,7 +37,7 @@ def trial_context(
         Snapshot() as before,
         OptimizerWatch(probe.clock) as optimizers,
         sinks.progress(verbose=is_verbose and ranks.rank == 0) as shown,
-        prepared(trainer, before),
+        _prepared(trainer, before),
         Snapshot() as snapshot,
     ):
         shown.begin("reading batches", None)
@@ -45,7 +49,43 @@ def trial_context(
             budget=MemoryBudget(probe, settings.memory_limit),
             snapshot=snapshot,
             optimizers=optimizers,
-            on_first_use=nullcontext,  # model and optimizer are captured already
+            capturing_new_modules=nullcontext,  # model and optimizer are captured already
             ranks=ranks,
             progress=shown,
         )
+
+
+@contextmanager
+def _prepared(trainer: Any, before: Snapshot) -> Iterator[None]:
+    """Let `trainer.train()` prepare everything, and end it before its first step.
+
+    Wrapped model, optimizer, schedule, precision and gradient checkpointing are those of training
+    in the body.
+
+    Args:
+        trainer: The Trainer.
+        before: Restores whatever that has changed.
+    """
+    from autobatch.transformers._callbacks import Leave, LeftError
+
+    bring_to_rest([trainer.model])  # an evaluation may have left parameters gathered
+    before.capture_light(trainer, trainer.accelerator, trainer.callback_handler)
+    before.capture_beside_parameters(trainer.model)
+    before.capture(*(each for each in (trainer.optimizer, trainer.lr_scheduler) if each))
+    handler = trainer.callback_handler
+    with (
+        without_memory_tracker(trainer),
+        patched(handler, callbacks=[Leave(), *handler.callbacks]),
+        gradient_state_restored(trainer),
+    ):
+        try:
+            trainer.train()
+        except LeftError as left:
+            left.__traceback__ = None  # whose frames hold the loader
+        else:
+            raise AutobatchError("The Trainer ended before its first step: nothing is to be tuned.")
+        try:
+            yield
+        finally:
+            # Cycles hold the wrapped model: its hooks on parameters would run beside the next ones
+            gc.collect()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from autobatch._plan import BatchPlan
-from autobatch._tune import PriorPlan
+from autobatch._prior_plan import PriorPlan
 from autobatch.errors import AutobatchError
 
 if TYPE_CHECKING:
@@ -19,17 +19,11 @@ _WAY_OUT = "Resume from a checkpoint that was written between epochs."
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint, as far as the plan of a resumed run depends on it.
-
-    Args:
-        folder: Its folder.
-        plan: The plan it was trained with; None if it was trained without autobatch.
-        between_epochs: True if no epoch is unfinished.
-    """
+    """A checkpoint, as far as the plan of a resumed run depends on it."""
 
     folder: Path
-    plan: BatchPlan | None
-    between_epochs: bool
+    plan: BatchPlan | None  # the plan it was trained with; None if it was trained without autobatch
+    between_epochs: bool  # no epoch is unfinished
 
     @classmethod
     def named(cls, given: str | Path | Literal[True], output_dir: str) -> Checkpoint:
@@ -79,9 +73,9 @@ class Checkpoint:
                     f"Tuned again for the checkpoint's effective batch of {effective:,}: it was "
                     f"trained with {in_words} on {plan.world_size} ranks."
                 )
-                return PriorPlan(target=effective, note=note)
+                return PriorPlan(effective_batch_size=effective, note=note)
             note = "Resumed: one trial verified the checkpoint's plan."
-            return PriorPlan(plan, target=effective, note=note)
+            return PriorPlan(plan, effective_batch_size=effective, note=note)
         refusal = (
             f"{self.folder} was written within an epoch, which can only be finished with "
             f"{in_words} on {plan.world_size} ranks, and that is not possible here. {_WAY_OUT}"

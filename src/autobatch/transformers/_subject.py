@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from autobatch._accumulation import batch_norms
 from autobatch._plan import BatchPlan
 from autobatch._report.accumulation_notes import batch_norm, never_stepped
+from autobatch._report.result import SubjectNotes
 from autobatch._report.tradeoff import common_rule, unwrapped
-from autobatch._subject import Inference, versions
+from autobatch._subject import Baseline, Description, Inference, versions
 
 if TYPE_CHECKING:
     from autobatch._loaders.samples import Samples
     from autobatch._report import Task
-    from autobatch._report.result import Look
-    from autobatch._report.tradeoff import LearningRateRule
     from autobatch._trials.context import TrialContext
     from autobatch._trials.time_limit import TimeLimit
     from autobatch._trials.workload import Workload
@@ -26,25 +25,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TrainerTraining:
-    """Training in a Trainer as the subject of a tuning run.
-
-    Args:
-        workload: Runs training steps.
-        trainer: The Trainer, with everything prepared.
-        loader: The training data.
-        context: Resources of the trials.
-        previous_plan: The plan of the arguments.
-        first_note: A note on the plan that was known before; None if there is none.
-    """
+    """Training in a Trainer as the subject of a tuning run."""
 
     workload: TrainerSteps
-    trainer: Any
-    loader: TrainerLoaders
+    trainer: Any  # the Trainer, with everything prepared
+    loader: TrainerLoaders  # the training data
     context: TrialContext
-    previous_plan: BatchPlan
-    first_note: str | None = None
-
-    can_accumulate: ClassVar = True
+    before: BatchPlan  # the plan of the arguments
 
     @classmethod
     def of(
@@ -60,31 +47,26 @@ class TrainerTraining:
         return "train"
 
     @property
-    def name(self) -> str:
+    def baseline(self) -> Baseline:
+        """A Trainer steps at the end of an epoch, whatever the accumulation."""
+        return Baseline(
+            start_batch_size=self.loader.batch_size,
+            own_batch_size=self.loader.batch_size,
+            can_accumulate=True,
+            accumulate=self.before.accumulate_grad_batches,
+            max_samples_per_update=self.loader.samples,
+            plan=self.before,
+        )
+
+    def describe(self) -> Description:
         trainer = self.trainer
         names = (type(each).__name__ for each in (trainer.model, unwrapped(trainer.optimizer)))
-        return " · ".join((*names, _precision(trainer)))
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return _environment()
-
-    @property
-    def start_batch_size(self) -> int:
-        return self.loader.batch_size
-
-    @property
-    def own_batch_size(self) -> int:
-        return self.loader.batch_size
-
-    @property
-    def accumulate(self) -> int:
-        return self.previous_plan.accumulate_grad_batches
-
-    @property
-    def max_samples_per_update(self) -> int | None:
-        """Samples of an epoch: a Trainer steps at its end, whatever the accumulation."""
-        return self.loader.samples
+        return Description(
+            " · ".join((*names, _precision(trainer))),
+            _environment(),
+            common_rule([trainer.optimizer]),
+            self.workload.samples.look,
+        )
 
     def samples_per_epoch(self, plan: BatchPlan) -> int | None:
         samples = self.loader.samples
@@ -102,17 +84,11 @@ class TrainerTraining:
             return batch_size
         return samples % batch_size or batch_size
 
-    def learning_rate_rule(self) -> LearningRateRule | None:
-        return common_rule([self.trainer.optimizer])
-
-    def largest_samples(self) -> Look | None:
-        return self.workload.samples.look
-
     def traceable_step(self, accumulate: int) -> None:
         """Return None: the Trainer's own step takes its batches from accelerate."""
 
     def planned_seconds(self, sample_seconds: float) -> float | None:
-        args, before = self.trainer.args, self.previous_plan
+        args, before = self.trainer.args, self.before
         if args.max_steps > 0:
             samples: float = args.max_steps * before.effective_batch_size
         elif self.loader.samples is None:
@@ -124,19 +100,16 @@ class TrainerTraining:
     def has_batch_norm(self) -> bool:
         return bool(batch_norms(self.trainer.model.modules()))
 
-    def trial_notes(self, plan: BatchPlan) -> tuple[str, ...]:
-        return (never_stepped(),) if self.context.optimizers.never_stepped else ()
-
-    def plan_notes(self, plan: BatchPlan, time_limit: TimeLimit) -> tuple[str, ...]:
-        return (
-            *((self.first_note,) if self.first_note else ()),
-            *batch_norm(batch_norms(self.trainer.model.modules()), plan),
-            *self._counted_updates(plan),
+    def notes(self, plan: BatchPlan, time_limit: TimeLimit) -> SubjectNotes:
+        norms = batch_norms(self.trainer.model.modules())
+        return SubjectNotes(
+            trials=(never_stepped(),) if self.context.optimizers.never_stepped else (),
+            plan=(*batch_norm(norms, plan), *self._counted_updates(plan)),
         )
 
     def _counted_updates(self, plan: BatchPlan) -> tuple[str, ...]:
         """Return a note if `max_steps` covers more or fewer samples than before."""
-        steps, before = self.trainer.args.max_steps, self.previous_plan
+        steps, before = self.trainer.args.max_steps, self.before
         now, then = plan.effective_batch_size, before.effective_batch_size
         if steps <= 0 or now == then:
             return ()
@@ -149,18 +122,11 @@ class TrainerTraining:
 
 @dataclass(frozen=True, slots=True)
 class TrainerEvaluation(Inference):
-    """Evaluation in a Trainer as the subject of a tuning run.
-
-    Args:
-        workload: Runs prediction steps.
-        trainer: The Trainer, with everything prepared.
-        loaders: The evaluation data.
-        samples: Makes the batches.
-    """
+    """Evaluation in a Trainer as the subject of a tuning run."""
 
     workload: Workload
-    trainer: Any
-    loaders: TrainerLoaders
+    trainer: Any  # the Trainer, with everything prepared
+    loaders: TrainerLoaders  # the evaluation data
     samples: Samples
 
     @property
@@ -168,34 +134,19 @@ class TrainerEvaluation(Inference):
         return "validate"
 
     @property
-    def name(self) -> str:
-        trainer = self.trainer
-        return f"{type(trainer.model).__name__} · evaluate · {_precision(trainer)}"
+    def baseline(self) -> Baseline:
+        return Baseline(self.loaders.batch_size, self.loaders.batch_size)
 
-    @property
-    def environment(self) -> dict[str, str]:
-        return _environment()
-
-    @property
-    def start_batch_size(self) -> int:
-        return self.loaders.batch_size
-
-    @property
-    def own_batch_size(self) -> int:
-        return self.loaders.batch_size
+    def describe(self) -> Description:
+        name = f"{type(self.trainer.model).__name__} · evaluate · {_precision(self.trainer)}"
+        return Description(name, _environment(), look=self.samples.look)
 
     def samples_per_epoch(self, plan: BatchPlan) -> int | None:
         return self.loaders.samples
 
-    def largest_samples(self) -> Look | None:
-        return self.samples.look
-
     def planned_seconds(self, sample_seconds: float) -> float | None:
         samples = self.loaders.samples
         return None if samples is None else sample_seconds * samples / self.trainer.args.world_size
-
-    def plan_notes(self, plan: BatchPlan, time_limit: TimeLimit) -> tuple[str, ...]:
-        return ()
 
 
 def _precision(trainer: Any) -> str:

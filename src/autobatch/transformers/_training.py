@@ -20,16 +20,11 @@ class TrainerSteps:
 
     A Trainer reads all micro-batches of an update ahead, to count the items in them. A trial of two
     micro-batches holds those that it does not run.
-
-    Args:
-        trainer: The Trainer, with everything prepared.
-        samples: Makes the batches.
-        target: Samples per update of all ranks; None without a target.
     """
 
-    trainer: Any
+    trainer: Any  # the Trainer, with everything prepared
     samples: Samples
-    target: int | None
+    target: int | None  # samples per update of all ranks; None without a target
 
     def __call__(self, batch_size: int, accumulate: int) -> Generator[None]:
         """Yield after each optimizer step."""

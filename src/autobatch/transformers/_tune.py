@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from autobatch import sinks
 from autobatch._loaders.samples import Samples, checked_worst_case
-from autobatch._report.known_plan import known_plan
+from autobatch._prior_plan import PriorPlan, known_plan
 from autobatch._settings import Settings, checked_verbose
-from autobatch._tune import PriorPlan, checked_search, verify_or_search
+from autobatch._tune import checked_search
+from autobatch._tune import tune as tune_subject
 from autobatch.testing import named_device
 from autobatch.transformers._checks import check
 from autobatch.transformers._compat import set_plan
@@ -106,6 +107,7 @@ def tune(
         timing_seconds=timing_seconds,
         dataset_size=None,
     )
+    known = PriorPlan(known_plan(plan, settings))
     strategy, is_verbose = checked_search(search), checked_verbose(verbose)
     largest_batch, named = checked_worst_case(worst_case), named_device(device)
     check(trainer)
@@ -114,18 +116,17 @@ def tune(
         checkpoint = Checkpoint.named(resume_from_checkpoint, trainer.args.output_dir)
     with trial_context(trainer, settings, named, is_verbose=is_verbose) as context:
         ranks = context.ranks
-        known = PriorPlan(known_plan(plan, settings, world_size=ranks.replicas))
         if checkpoint is not None:
             known = checkpoint.prior_plan(settings, ranks.replicas)
         context.optimizers.expected = True
         loader = TrainerLoaders.of_training(trainer)
         settings = settings.model_copy(update={"dataset_size": loader.samples})
         planned = known.plan.effective_batch_size if known.plan else None
-        target = known.target or planned or settings.target_batch_size
+        target = known.effective_batch_size or planned or settings.target_batch_size
         with Samples(loader, context.snapshot, trainer.args.device, largest_batch) as samples:
             workload = TrainerSteps(trainer, samples, target)
             subject = TrainerTraining.of(workload, trainer, loader, context)
-            report = verify_or_search(known, subject, settings, context, strategy)
+            report = tune_subject(subject, settings, context, strategy, known)
     if apply:
         _apply(report, trainer)
     if ranks.rank == 0:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from autobatch import sinks
 from autobatch._loaders.samples import Samples, checked_worst_case
+from autobatch._prior_plan import PriorPlan
 from autobatch._settings import Settings, checked_verbose
 from autobatch._trials.snapshot import Snapshot
 from autobatch._tune import checked_search, tune
@@ -115,7 +116,7 @@ def tune_evaluation(
                 EvaluationSteps(trainer, loaders, samples), trainer, loaders, samples
             )
             beside = replace(context, snapshot=snapshot)
-            report = tune(subject, settings, beside, strategy, known=None)
+            report = tune(subject, settings, beside, strategy, PriorPlan())
     if apply:
         set_evaluation_size(trainer, report.plan.micro_batch_size)
     if context.ranks.rank == 0:

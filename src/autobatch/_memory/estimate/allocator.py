@@ -1,6 +1,7 @@
 """Replay of torch's caching allocator: segments, blocks and a cache, without a device.
 
-After c10/cuda/CUDACachingAllocator.cpp of torch 2.13, for one stream and default settings.
+After c10/cuda/CUDACachingAllocator.cpp of torch 2.13, for one stream and default settings, and for
+expandable segments, which no GPU was compared with.
 """
 
 from __future__ import annotations
@@ -97,18 +98,27 @@ class CachingAllocator:
 
     def _new_segment(self, wanted: int) -> Block | None:
         nbytes = segment_size(wanted)
-        if self.capacity is not None and self.reserved + nbytes > self.capacity:
+        if not self._reserve(nbytes):
             return None
-        self.reserved += nbytes
-        self.peak_reserved = max(self.peak_reserved, self.reserved)
         block = Block(self._next_address, nbytes, is_small=wanted <= _LARGEST_SMALL)
         self._next_address += nbytes
         return block
 
+    def _reserve(self, nbytes: int) -> bool:
+        """Count bytes of the device; False if they exceed the capacity."""
+        if self.capacity is not None and self.reserved + nbytes > self.capacity:
+            return False
+        self.reserved += nbytes
+        self.peak_reserved = max(self.peak_reserved, self.reserved)
+        return True
+
+    def _leaves_a_rest(self, block: Block, rest: int) -> bool:
+        return rest >= _SMALLEST if block.is_small else rest > _LARGEST_SMALL
+
     def _split(self, block: Block, wanted: int) -> None:
         """Return the rest of a block to the cache, unless it is too small for that."""
         rest = block.nbytes - wanted
-        if rest < _SMALLEST if block.is_small else rest <= _LARGEST_SMALL:
+        if not self._leaves_a_rest(block, rest):
             return
         part = Block(block.address + wanted, rest, block.is_small, before=block, after=block.after)
         if part.after is not None:
@@ -122,6 +132,53 @@ class CachingAllocator:
     def _take(self, block: Block) -> None:
         pool = self._small if block.is_small else self._large
         del pool[bisect_left(pool, _order(block), key=_order)]
+
+
+@dataclass
+class ExpandableAllocator(CachingAllocator):
+    """The allocator with `expandable_segments:True`: one segment per pool, which grows at its end.
+
+    Pages are not given back, so memory runs out where torch would unmap free ones.
+    """
+
+    _first: dict[bool, Block] = field(default_factory=dict)  # of each segment; never merged away
+
+    def empty(self) -> None:
+        """Keep all pages."""
+
+    def _cached(self, wanted: int) -> Block | None:
+        """Return the smallest free block that is large enough; the growing one only as the last."""
+        pool = self._small if wanted <= _LARGEST_SMALL else self._large
+        at = bisect_left(pool, wanted, key=attrgetter("nbytes"))
+        if at + 1 < len(pool) and pool[at].after is None:
+            at += 1
+        return pool.pop(at) if at < len(pool) else None
+
+    def _new_segment(self, wanted: int) -> Block | None:
+        """Return the last block of the segment, which has grown by whole pages."""
+        is_small = wanted <= _LARGEST_SMALL
+        last = self._first.get(is_small)
+        while last is not None and last.after is not None:
+            last = last.after
+        free = last if last is not None and last.is_free else None
+        page = _SMALL_SEGMENT if is_small else _LARGE_SEGMENT
+        grown = round_up(wanted - (free.nbytes if free else 0), page)
+        if not self._reserve(grown):
+            return None
+        if free is not None:
+            self._take(free)
+            free.nbytes += grown
+            return free
+        address = 0 if last is None else last.address + last.nbytes
+        block = Block(address, grown, is_small, before=last)
+        if last is None:
+            self._first[is_small] = block
+        else:
+            last.after = block
+        return block
+
+    def _leaves_a_rest(self, block: Block, rest: int) -> bool:  # noqa: ARG002 -- as its base
+        return rest >= _SMALLEST
 
 
 def segment_size(nbytes: int) -> int:

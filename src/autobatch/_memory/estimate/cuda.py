@@ -1,4 +1,4 @@
-"""CUDA's choice of operators, on CPU tensors: attention, dropout, and autocast's lists.
+"""CUDA's choice of operators, on CPU tensors: attention, dropout, LSTM, and autocast's lists.
 
 Functions are replaced by attribute: torch pops a TorchFunctionMode during `Tensor.backward`, and
 checkpoints would recompute other operators than they ran (torch 2.13).
@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch.nn import functional as F
 
-from autobatch._undo import Undo
+from autobatch._memory.estimate.lstm import CudnnLstm
+from autobatch._undo import Undo, patched
 
 if TYPE_CHECKING:
     import contextlib
-    from collections.abc import Callable
+
+    from autobatch._memory.estimate.scratch import Gpu
 
 _aten: Final[Any] = torch.ops.aten
 _HALF: Final = (torch.float16, torch.bfloat16)
@@ -34,12 +36,13 @@ class CudaOperators(Undo):
     """While it lasts, CPU tensors run the operators that tensors on CUDA would run.
 
     Args:
-        has_flash_attention: Whether the GPU has the flash kernel.
+        gpu: The GPU.
     """
 
-    def __init__(self, *, has_flash_attention: bool) -> None:
+    def __init__(self, gpu: Gpu) -> None:
         super().__init__()
-        self._attention = partial(_attention, has_flash_attention)
+        self._attention = partial(_attention, gpu.has_flash_attention)
+        self._lstm = CudnnLstm(gpu)
 
     def start(self) -> None:
         plain = F.dropout
@@ -49,19 +52,17 @@ class CudaOperators(Undo):
         ) -> torch.Tensor:
             return plain(input, p, training, True) if inplace else _dropout(input, p, training)
 
-        self._replace(F, "scaled_dot_product_attention", self._attention)
-        self._replace(F, "dropout", functional_dropout)
-        self._replace(torch, "dropout", _dropout)
+        attention = self._attention
+        replaced = patched(F, scaled_dot_product_attention=attention, dropout=functional_dropout)
+        self.enter_context(replaced)
+        self.enter_context(patched(torch, dropout=_dropout))
+        self.enter_context(patched(torch._VF, lstm=self._lstm))
         # transformers 5 asks for fake tensors, and makes masks for them that it leaves out
         # otherwise
         asked = sys.modules.get("transformers.utils.import_utils")
         if hasattr(asked, "is_fake_tensor"):
-            self._replace(asked, "is_fake_tensor", _is_never)
+            self.enter_context(patched(asked, is_fake_tensor=_is_never))
         self._cast_as_cuda()
-
-    def _replace(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
-        self.add(partial(setattr, owner, name, getattr(owner, name)))
-        setattr(owner, name, function)
 
     def _cast_as_cuda(self) -> None:
         """Register CUDA's lists of autocast on the key of the CPU; the CPU's own are longer."""

@@ -1,8 +1,8 @@
 """GPUs by name: memory, and the properties that scratch memory depends on.
 
-Multiprocessors are those of NVIDIA's data sheets. Threads of one are in the CUDA C++ Programming
-Guide, in the table of technical specifications per compute capability. Memory is what CUDA reports
-as the total, less than on the box; it differs by up to 1 % between drivers.
+Threads of a multiprocessor are in the CUDA C++ Programming Guide, in the table of technical
+specifications per compute capability. Memory is what CUDA reports as the total, less than on the
+box; it differs by up to 1 % between drivers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class GpuModel:
     total: int  # memory that CUDA reports, in bytes
     multiprocessors: int
     architecture: str  # compute capability, "90"
-    source: str  # origin of the memory in this table
+    source: str  # origin of memory and multiprocessors
 
     @property
     def gpu(self) -> Gpu:
@@ -53,21 +53,28 @@ def gpu_of(architecture: str, multiprocessors: int, threads: int, *, has_new_cud
 
 _MESSAGE: Final = "total capacity in torch's out-of-memory message"
 _PROPERTIES: Final = "torch.cuda.get_device_properties"
+_SHEET: Final = "multiprocessors from NVIDIA's data sheet"
 
-GPUS: Final = {
-    gpu.name: gpu
-    for gpu in (
-        GpuModel("H200", 150_109_880_320, 132, "90", f"{_PROPERTIES}, measured"),
-        GpuModel("H100", 81_080 * MIB, 132, "90", f"{_MESSAGE}: 79.18 GiB; the SXM version"),
-        GpuModel("A100-80GB", 81_050 * MIB, 108, "80", f"{_MESSAGE}: 79.15 GiB"),
-        GpuModel("A100-40GB", 40_448 * MIB, 108, "80", f"{_MESSAGE}: 39.50 GiB"),
-        GpuModel("A10", 22_587 * MIB, 72, "86", f"{_PROPERTIES}: 22587 MB, of an A10G"),
-        GpuModel("L4", 22_558 * MIB, 58, "89", f"{_MESSAGE}: 22.03 GiB"),
-        GpuModel("L40S", 45_455 * MIB, 142, "89", f"{_MESSAGE}: 44.39 GiB"),
-        GpuModel("V100", 16_130 * MIB, 80, "70", f"{_PROPERTIES}: 16130 MB, of 16 GB"),
-        GpuModel("T4", 15_095 * MIB, 40, "75", f"{_PROPERTIES}: 15095 MB"),
-        GpuModel("RTX 3090", 24_258 * MIB, 82, "86", f"{_MESSAGE}: 23.69 GiB"),
-        GpuModel("RTX 4090", 24_207 * MIB, 128, "89", f"{_MESSAGE}: 23.64 GiB"),
-        GpuModel("RTX 5090", 32_113 * MIB, 170, "120", f"{_MESSAGE}: 31.36 GiB"),
-    )
-}
+# fmt: off
+_MODELS: Final = (
+    GpuModel("H200", 150_109_880_320, 132, "90", f"{_PROPERTIES}, measured"),
+    GpuModel("H100", 81_082 * MIB, 132, "90", f"{_PROPERTIES} of an H100 80GB HBM3"),
+    GpuModel("A100-80GB", 81_049 * MIB, 108, "80", "mixbench-cuda (ekondis/mixbench, issue 47)"),
+    GpuModel("A100-40GB", 40_339 * MIB, 108, "80",
+             "deviceQuery (bottlerocket-os/bottlerocket, pull request 3873)"),
+    GpuModel("A10", 22_587 * MIB, 72, "86", f"{_PROPERTIES} of an A10G; {_SHEET}"),
+    GpuModel("L4", 22_491 * MIB, 58, "89",
+             "deviceQuery (bottlerocket-os/bottlerocket-kernel-kit, pull request 139)"),
+    GpuModel("L40S", 45_455 * MIB, 142, "89", f"{_MESSAGE}: 44.39 GiB; {_PROPERTIES}"),
+    GpuModel("V100", 16_130 * MIB, 80, "70", f"{_PROPERTIES} of a V100-SXM2-16GB"),
+    GpuModel("T4", 15_095 * MIB, 40, "75", f"{_PROPERTIES} on Colab"),
+    GpuModel("RTX 3090", 24_258 * MIB, 82, "86",
+             f"{_MESSAGE}: 23.69 GiB (ucwxb/GraphAvatar, issue 4); {_SHEET}"),
+    GpuModel("RTX 4090", 24_207 * MIB, 128, "89",
+             f"{_MESSAGE}: 23.64 GiB (3DTopia/Phidias-Diffusion, issue 8); 128 multiprocessors in "
+             "pc2/GPUInspector.jl, issue 11"),
+    GpuModel("RTX 5090", 32_117 * MIB, 170, "120",
+             "deviceQuery (aikitoria/open-gpu-kernel-modules, issue 1)"),
+)
+# fmt: on
+GPUS: Final = {gpu.name: gpu for gpu in _MODELS}

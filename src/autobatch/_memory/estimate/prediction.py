@@ -103,6 +103,7 @@ class MemoryEstimate:
 
     events: FittedEvents
     gpu: Gpu | None  # the device; None for one that counts live tensors, without an allocator
+    allocator: type[CachingAllocator] = CachingAllocator
 
     @classmethod
     def of(cls, step: TrainingStep, gpu: Gpu | None, deadline: float = math.inf) -> Self:
@@ -132,7 +133,7 @@ class MemoryEstimate:
         if self.gpu is None:
             replay = _Replay(_Count(capacity), Gpu())
         else:
-            replay = _Replay(CachingAllocator(capacity), self.gpu)
+            replay = _Replay(self.allocator(capacity), self.gpu)
             for nbytes in self.gpu.workspaces:
                 replay.hold(nbytes)
         return replay.run(self.events.at(batch_size))

@@ -30,7 +30,8 @@ from autobatch._report.tables import spread
 from autobatch._report.text import trust
 from autobatch._report.tradeoff import NoiseRange, is_of
 from autobatch._report.units import BYTES, SECONDS, counted, factor, multiple, percent, unit_for
-from autobatch._throughput import latest_by_size
+from autobatch._throughput import row_of
+from autobatch._trials import latest_by_size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,7 +56,7 @@ def speed_panel(axes: Axes, report: TuningReport) -> None:
     lows = [row.samples_per_second_low or row.samples_per_second for row in rows]
     highs = [row.samples_per_second_high or row.samples_per_second for row in rows]
     chosen, size = "", report.plan.micro_batch_size
-    if row := next((row for row in rows if row.batch_size == size), None):
+    if row := row_of(rows, size):
         chosen = f"{short(row.samples_per_second)}/s at {count(size)}"
         if row.of_fastest < 1:
             chosen += f", {percent(row.of_fastest)} of the fastest"
@@ -103,7 +104,7 @@ def _bar_widths(axes: Axes, sizes: Sequence[int]) -> list[float]:
 def peaks(report: TuningReport) -> dict[int, int]:
     """Return the peak in bytes of every micro-batch that fits, if it was read."""
     timed = {row.batch_size: row.peak for row in report.sizes}
-    tried = {t.batch_size: t.peak for t in latest_by_size(report.trials) if t.fits}
+    tried = {size: t.peak for size, t in latest_by_size(report.trials).items() if t.fits}
     return {size: peak for size, peak in sorted((timed | tried).items()) if peak is not None}
 
 

@@ -5,31 +5,28 @@ from __future__ import annotations
 import logging
 from contextlib import nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from autobatch._memory.oom import is_oom
 from autobatch._trials.batches import divisible_samples, view
 from autobatch._undo import patched
 from autobatch.lightning._compat import is_synchronized_in_step, logged_results
-from autobatch.lightning._survival_loss import few
-from autobatch.lightning._survival_merge import DonePieces, show_piece
-from autobatch.lightning._survival_repeats import Repeats, in_words
-from autobatch.lightning._survival_state import NotUndoneError, is_metric
+from autobatch.lightning._survival.halves import few, is_near, metric_states
+from autobatch.lightning._survival.pieces import Pieces, show_piece
+from autobatch.lightning._survival.repeats import Repeats
+from autobatch.lightning._survival.state import NotUndoneError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
 
+    import torch
+
     from autobatch._memory import MemoryProbe
-    from autobatch.lightning._survival_state import Kept
+    from autobatch.lightning._survival.state import Kept
     from autobatch.lightning._trainer import Trainer
 
 _log = logging.getLogger("autobatch")
-
-# Share of the norm by which results of halves may differ: of 16 bits, and of others
-_ROUNDING: Final = {2: 0.03, 4: 1e-3, 8: 1e-6}
 
 
 class EvaluationSurvival:
@@ -57,11 +54,8 @@ class EvaluationSurvival:
         self._patch.restore()
 
     def _run(self, name: str, step: Callable[..., Any], batch: Any, *arguments: Any) -> Any:
-        run = _EvaluationBatch(self._trainer, lambda piece: step(piece, *arguments), batch)
-        output = self._repeats.run(run)
-        if run.lost_seconds:
-            _log.warning("%s: out of memory, batch %s", name, in_words(run.done.sizes))
-        return output
+        pass_on = lambda piece: step(piece, *arguments)  # noqa: E731
+        return self._repeats.run(_EvaluationBatch(self._trainer, name, pass_on, batch))
 
 
 class _EvaluationBatch:
@@ -69,15 +63,15 @@ class _EvaluationBatch:
 
     Args:
         trainer: The Trainer.
+        name: Of the step.
         step: Runs the step of the strategy with a batch.
         batch: The batch.
     """
 
-    def __init__(self, trainer: Trainer, step: Callable[[Any], Any], batch: Any) -> None:
+    def __init__(self, trainer: Trainer, name: str, step: Callable[[Any], Any], batch: Any) -> None:
         self.batch = batch
-        self.done = DonePieces()
-        self.lost_seconds = 0.0
         self._trainer = trainer
+        self._name = name
         self._step = step
         self._is_mapping = False  # the output
 
@@ -87,13 +81,13 @@ class _EvaluationBatch:
     def in_pieces(self, _: Sequence[torch.Tensor]) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def run_piece(self, piece: Any, samples: int, *_: Any) -> None:
+    def run_piece(self, piece: Any, *_: Any) -> dict[str, Any]:
         show_piece(self._trainer, piece)
         output = self._step(piece)
         self._is_mapping = isinstance(output, dict)
-        self.done.add(samples, output if self._is_mapping else {"": output}, self._trainer)
+        return output if self._is_mapping else {"": output}
 
-    def undo_gradients(self) -> list[torch.Tensor]:
+    def undo(self) -> list[torch.Tensor]:
         """Return no parameters: there are no gradients."""
         trainer = self._trainer
         if trainer.strategy.model is not trainer.lightning_module:
@@ -122,7 +116,7 @@ class _EvaluationBatch:
                 kept.restore()
         else:
             return None
-        is_same = len(whole) == len(halves) and all(map(_is_near, whole, halves))
+        is_same = len(whole) == len(halves) and all(map(is_near, whole, halves))
         if not is_same:
             raise NotUndoneError(
                 f"outputs or logged values of {count} samples are not means, sums or rows of those "
@@ -132,39 +126,16 @@ class _EvaluationBatch:
 
     def _results_of(self, kept: Kept, samples: int, cuts: Sequence[slice]) -> list[Any]:
         """Return outputs and logged values of rows, and restore the state."""
-        trial = _EvaluationBatch(self._trainer, self._step, None)
+        pieces = Pieces(self._trainer)
         for rows in cuts:
-            trial.run_piece(view(kept.batch, samples, rows), rows.stop - rows.start)
-        outputs = list(trial.done.merged().values())
-        trial.done.merge_logged(self._trainer)
-        metrics = [
-            *self._trainer.lightning_module.modules(),
-            *logged_results(self._trainer).values(),
-        ]
-        states = [
-            torch.cat([part.flatten() for part in parts])  # a copy: restoring writes in place
-            for metric in metrics
-            if is_metric(metric)
-            for state in metric.metric_state.values()
-            if not isinstance(state, dict)  # of a metric within a collection, which comes by itself
-            if (parts := state if isinstance(state, list) else [state])
-        ]
+            pieces.add(rows.stop - rows.start, self.run_piece(view(kept.batch, samples, rows)))
+        outputs = list(pieces.merged().values())
+        logged = logged_results(self._trainer).items()
+        states = metric_states([*self._trainer.lightning_module.named_modules(), *logged])
         kept.restore()
-        return [*outputs, *states]
+        return [*outputs, *states.values()]
 
-    def finish(self, *, is_sum: bool) -> Any:
-        outputs = self.done.merged()
-        self.done.merge_logged(self._trainer)
+    def finish(self, outputs: dict[str, Any], pieces: Pieces) -> Any:
+        if pieces.lost_seconds:
+            _log.warning("%s: out of memory, batch %s", self._name, pieces)
         return outputs if self._is_mapping else outputs[""]
-
-
-def _is_near(one: Any, other: Any) -> bool:
-    if one is None and other is None:
-        return True
-    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
-        return False
-    if one.shape != other.shape:
-        return False
-    rounding = _ROUNDING[max(2, min(8, one.element_size()))] if one.is_floating_point() else 0
-    one, other = one.double(), other.double()
-    return bool((one - other).norm() <= rounding * one.norm())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,23 +22,28 @@ class LocalGradients:
     is removed again, and a parameter whose gradient has changed is done.
     """
 
-    def __init__(self, parameters: Sequence[torch.Tensor]) -> None:
-        self._parameters = parameters
-        self.forget()
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+        # Parameters, their gradients when the backward pass began, and the versions of these
+        self._noted: list[tuple[torch.Tensor, torch.Tensor | None, int]] = []
+
+    @property
+    def parameters(self) -> list[torch.Tensor]:
+        """The parameters of the optimizer."""
+        return [each for group in self._optimizer.param_groups for each in group["params"]]
 
     def watch(self, loss: torch.Tensor) -> None:
         """Note all gradients when the backward pass of a loss begins."""
         # When autograd begins, and not now: hooks before a backward pass may scale gradients
-        loss.register_hook(lambda _: self._note(self._parameters))
+        loss.register_hook(self._note)
 
     def forget(self) -> None:
         """Forget a backward pass that succeeded."""
-        self._note([])
+        self._noted = []
 
     def undo(self) -> list[torch.Tensor]:
         """Undo a failed backward pass where that is free, and return the parameters done."""
         changed = self._changed()
-        self.forget()
         for parameter, before in changed:
             if before is None:
                 parameter.grad = None
@@ -51,9 +56,7 @@ class LocalGradients:
         backward: Callable[[torch.Tensor], None],
     ) -> None:
         """Run the backward pass of a piece, without effect on parameters that are done."""
-        left_out = set(map(id, done))
-        rest = [each for each in self._parameters if id(each) not in left_out]
-        loss.register_hook(lambda _: self._note(rest))
+        loss.register_hook(lambda _: self._note(done=done))
         aside = [(each, each.grad) for each in done]
         try:
             for each in done:
@@ -66,14 +69,19 @@ class LocalGradients:
     def finish(self, done: Sequence[torch.Tensor]) -> None:
         """End the backward pass of a micro-batch in pieces."""
 
-    def _note(self, parameters: Sequence[torch.Tensor]) -> None:
-        self._noted = parameters
-        self._before = [each.grad for each in parameters]
-        self._versions = [None if each is None else each._version for each in self._before]
+    def _note(self, _: Any = None, done: Sequence[torch.Tensor] = ()) -> None:
+        self._noted = [
+            (each, grad := each.grad, 0 if grad is None else grad._version)
+            for each in self._others(done)
+        ]
+
+    def _others(self, done: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        left_out = set(map(id, done))
+        return [each for each in self.parameters if id(each) not in left_out]
 
     def _changed(self) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-        """Return parameters whose gradient is not the one noted, and the one that was."""
-        noted = zip(self._noted, self._before, self._versions, strict=True)
+        """Forget the gradients noted, and return those that have changed with their parameters."""
+        noted, self._noted = self._noted, []
         return [
             (parameter, before)
             for parameter, before, version in noted
@@ -89,21 +97,17 @@ class SynchronizedGradients(LocalGradients):
     parameter that had changed when the attempt failed, so that all of these are done.
 
     Args:
-        parameters: Of the optimizer.
+        optimizer: The optimizer.
         wrapper: DistributedDataParallel around the module.
     """
 
-    def __init__(
-        self, parameters: Sequence[torch.Tensor], wrapper: DistributedDataParallel
-    ) -> None:
-        super().__init__(parameters)
+    def __init__(self, optimizer: Any, wrapper: DistributedDataParallel) -> None:
+        super().__init__(optimizer)
         self._wrapper = wrapper
         self._added: dict[int, torch.Tensor] = {}  # parameters with a gradient of the pieces
 
     def undo(self) -> list[torch.Tensor]:
-        changed = self._changed()
-        self.forget()
-        return [parameter for parameter, _ in changed]
+        return [parameter for parameter, _ in self._changed()]
 
     def add(
         self,
@@ -112,8 +116,7 @@ class SynchronizedGradients(LocalGradients):
         backward: Callable[[torch.Tensor], None],
     ) -> None:
         # Not by a backward pass: hooks of the reducer may wait for gradients
-        left_out = set(map(id, done))
-        rest = [p for p in self._parameters if p.requires_grad and id(p) not in left_out]
+        rest = [each for each in self._others(done) if each.requires_grad]
         made = torch.autograd.grad(loss, rest, allow_unused=True)
         pairs = [(each, one) for each, one in zip(rest, made, strict=True) if one is not None]
         # Memory that this needs is asked for before any gradient is changed

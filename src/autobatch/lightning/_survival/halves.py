@@ -1,4 +1,4 @@
-"""Test of whether the loss of a training step may be computed in pieces."""
+"""Tests of whether results of the pieces of a batch are those of the whole batch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from autobatch._accumulation import Splitting, UndecidedError, compare_halves, without_dropout
+from autobatch._accumulation import UndecidedError, compare_halves, without_dropout
 from autobatch._memory.ledger import eager
 from autobatch._memory.oom import is_oom
 from autobatch._report.units import percent
@@ -19,48 +19,49 @@ from autobatch._trials.snapshot import Snapshot
 from autobatch._undo import Undo
 from autobatch.lightning._accumulation import THRESHOLDS
 from autobatch.lightning._half_batch import log_nothing, step_gradient
-from autobatch.lightning._silence import silenced
-from autobatch.lightning._survival_state import NotUndoneError
+from autobatch.lightning._isolation import silenced
+from autobatch.lightning._survival.state import Kept, NotUndoneError, is_metric
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
+    from autobatch._accumulation import Splitting
     from autobatch.lightning._trainer import Trainer
 
 _log = logging.getLogger("autobatch")
 
 _MAX_SAMPLES: Final = 8  # and half of the batch: memory has just run out
 _MOST_ELEMENTS: Final = 2**20  # of the gradients that are compared, from the smallest on
+# Share of the norm by which results of halves may differ: of 16 bits, and of others
+_ROUNDING: Final = {2: 0.03, 4: 1e-3, 8: 1e-6}
 
 
 def is_sum(
-    trainer: Trainer, batch: Any, index: int, parameters: Sequence[torch.Tensor]
+    trainer: Trainer, kept: Kept, index: int, parameters: Sequence[torch.Tensor]
 ) -> bool | None:
     """Return True if a loss is a sum over samples, False for a mean; restore all state.
 
     It compares the gradient of a few samples with that of their halves, without dropout and batch
     statistics. None if it cannot tell, since random numbers or rounding hide the difference, or
-    memory is too short.
+    memory is too short. Metrics that differ as well are named in the log.
 
     Raises:
         NotUndoneError: The loss mixes samples.
     """
-    samples = divisible_samples(batch)
-    for count in few(samples):
-        rows = view(batch, samples, slice(0, count))
+    for count in few(divisible_samples(kept.batch)):
         try:
-            found = _measured(trainer, rows, count, index, parameters)
+            found = _measured(trainer, kept, count, index, parameters)
             break
+        except NotUndoneError:
+            raise
         except Exception as error:
             _log.debug("Splitting the batch was not tested with %s samples: %r", count, error)
             if not is_oom(error):
                 return None
     else:
         return None
-    if found is None:
-        return False
-    if found.is_sum:
-        return True
+    if found is None or found.is_sum:
+        return found is not None
     raise NotUndoneError(
         f"its loss mixes samples or does not weigh them equally: halves of a batch of {count} "
         f"change the gradient by {percent(found.change)} of its norm"
@@ -75,23 +76,62 @@ def few(samples: int) -> Iterator[int]:
         count = count // 4 * 2
 
 
+def metric_states(parts: Iterable[tuple[str, object]]) -> dict[str, torch.Tensor]:
+    """Return copies of the states of metrics of torchmetrics, by their names."""
+    return {
+        f"{name}.{state}": torch.cat([each.flatten() for each in values])
+        for name, metric in parts
+        if is_metric(metric)
+        for state, value in getattr(metric, "metric_state", {}).items()
+        if not isinstance(value, dict)  # of a metric within a collection, which comes by itself
+        if (values := value if isinstance(value, list) else [value])
+    }
+
+
+def is_near(one: Any, other: Any) -> bool:
+    """Return True for tensors that are equal up to rounding, and for no results."""
+    if one is None and other is None:
+        return True
+    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
+        return False
+    if one.shape != other.shape:
+        return False
+    rounding = _ROUNDING[max(2, min(8, one.element_size()))] if one.is_floating_point() else 0
+    one, other = one.double(), other.double()
+    return bool((one - other).norm() <= rounding * one.norm())
+
+
 def _measured(
-    trainer: Trainer, batch: Any, samples: int, index: int, parameters: Sequence[torch.Tensor]
+    trainer: Trainer, kept: Kept, count: int, index: int, parameters: Sequence[torch.Tensor]
 ) -> Splitting | None:
+    """Compare gradients, and warn of metrics that differ."""
     module = trainer.lightning_module
     if trainer.precision not in THRESHOLDS:
         raise UndecidedError(f"precision={trainer.precision!r} rounds too much")
     weights = _smallest(parameters)
+    states: list[dict[str, torch.Tensor]] = []  # of metrics, after each step
+
+    def gradient(batch: Any) -> Sequence[torch.Tensor | None]:
+        if len(states) == 2:  # noqa: PLR2004 -- both halves have run, the whole follows
+            kept.restore()
+        vars(module)["log"] = log_nothing  # restoring deletes it, as everything new
+        made = step_gradient(trainer, batch, index, weights)
+        states.append(metric_states(module.named_modules()))
+        return made
+
+    rows = view(kept.batch, divisible_samples(kept.batch), slice(0, count))
     with Snapshot() as snapshot, silenced(trainer):
         snapshot.capture_beside_parameters(module)
-        vars(module)["log"] = log_nothing  # the snapshot deletes it, as everything new
-        gradient = partial(_gradient, trainer, index, weights)
         with without_dropout(module), _without_batch_statistics(module), eager():
-            return compare_halves(gradient, batch, samples, THRESHOLDS[trainer.precision])
-
-
-def _gradient(trainer: Trainer, index: int, weights: Sequence[Any], batch: Any) -> Any:
-    return step_gradient(trainer, batch, index, weights)
+            found = compare_halves(gradient, rows, count, THRESHOLDS[trainer.precision])
+    _, halves, whole, *_ = states
+    differ = {name.rpartition(".")[0] for name in whole if not is_near(whole[name], halves[name])}
+    if differ:
+        _log.warning(
+            "%s: updated once per batch, in which each piece counts as a batch",
+            ", ".join(sorted(differ)),
+        )
+    return found
 
 
 def _smallest(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:

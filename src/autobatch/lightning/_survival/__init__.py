@@ -12,20 +12,14 @@ from autobatch._memory.oom import is_oom
 from autobatch._plan import BatchPlan
 from autobatch._report.notes import survived
 from autobatch._report.result import Survived
-from autobatch.lightning._compat import (
-    batches_that_stepped,
-    data_parallel_size,
-    replacing_closures,
-    should_accumulate,
-)
-from autobatch.lightning._survival_pieces import MicroBatch
-from autobatch.lightning._survival_repeats import Repeats, in_words
+from autobatch.lightning._compat import batches_that_stepped, data_parallel_size, replacing_closures
+from autobatch.lightning._survival.micro_batch import MicroBatch
+from autobatch.lightning._survival.repeats import Repeats
 
 if TYPE_CHECKING:
-    from collections import OrderedDict
-
     from autobatch._memory import MemoryProbe
     from autobatch._undo import patched
+    from autobatch.lightning._survival.pieces import Pieces
 
 _log = logging.getLogger("autobatch")
 
@@ -47,24 +41,20 @@ class Survival:
         self._batch_size = batch_size
         least = 2 if batch_norms(trainer.lightning_module.modules()) else 1
         self._repeats = Repeats(trainer, probe, batch_size, least)
-        self._stepping_at: int | None = None  # step that follows the last micro-batch
+        self._has_gradient = False  # the last micro-batch has run
 
     def patch(self) -> patched:
         """Return the change to the training loop."""
+        return replacing_closures(self._trainer, lambda *arguments: _Closure(self, *arguments))
 
-        def make(arguments: OrderedDict[str, Any], optimizer: Any, index: int) -> _Closure:
-            return _Closure(self, arguments, optimizer, index)
-
-        return replacing_closures(self._trainer, make)
-
-    def run(self, arguments: OrderedDict[str, Any], optimizer: Any, index: int) -> Any:
+    def run(self, *arguments: Any) -> Any:
         """Run a micro-batch, and return its `ClosureResult`."""
-        self._stepping_at = None
-        micro_batch = MicroBatch(self._trainer, arguments, optimizer, index)
+        self._has_gradient = False
+        micro_batch = MicroBatch(self._trainer, *arguments)
         result = self._repeats.run(micro_batch)
-        if micro_batch.lost_seconds:
-            self._count(micro_batch)
-        self._stepping_at = self._trainer.global_step
+        if (pieces := micro_batch.pieces) is not None and pieces.lost_seconds:
+            self._count(pieces)
+        self._has_gradient = True
         return result
 
     def end(self, plan: BatchPlan | None) -> tuple[Survived, ...]:
@@ -84,8 +74,9 @@ class Survival:
     def note_half_step(self, error: BaseException) -> None:
         """Add a note to an error of the optimizer's step that means out of memory."""
         trainer = self._trainer
-        is_stepping = not should_accumulate(trainer.fit_loop.epoch_loop)
-        if not is_stepping or self._stepping_at != trainer.global_step or not is_oom(error):
+        loop = trainer.fit_loop.epoch_loop.automatic_optimization
+        steps = loop.optim_progress.optimizer.step.current
+        if steps.ready == steps.completed or not self._has_gradient or not is_oom(error):
             return
         saver = trainer.checkpoint_callback
         path = saver and (getattr(saver, "last_model_path", "") or saver.best_model_path)
@@ -103,13 +94,13 @@ class Survival:
             size, self._trainer.accumulate_grad_batches, data_parallel_size(self._trainer)
         )
 
-    def _count(self, micro_batch: MicroBatch) -> None:
+    def _count(self, pieces: Pieces) -> None:
         """Count a micro-batch that failed, and log it."""
-        trainer, made = self._trainer, micro_batch.done.sizes
+        trainer, made = self._trainer, pieces.sizes
         step, epoch = trainer.global_step, trainer.current_epoch
-        lost = micro_batch.lost_seconds
+        lost = pieces.lost_seconds
         self.events.append(Survived(step, epoch, sum(made), len(made), min(made), lost))
-        _log.warning("step %d: out of memory, micro-batch %s", step, in_words(made))
+        _log.warning("step %d: out of memory, micro-batch %s", step, pieces)
         if trainer.is_global_zero:
             at = batches_that_stepped(trainer.fit_loop.epoch_loop)
             for logger in trainer.loggers:

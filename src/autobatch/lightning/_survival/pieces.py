@@ -14,31 +14,44 @@ if TYPE_CHECKING:
     from autobatch.lightning._trainer import Trainer
 
 
-class DonePieces:
-    """Samples of the pieces that were run, their outputs, and the values they have logged."""
+class Pieces:
+    """Samples of the pieces that were run, their outputs, and the values they have logged.
 
-    def __init__(self) -> None:
+    In words they are "64 done in 2 × 32".
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
         self.sizes: list[int] = []
+        self.lost_seconds = 0.0  # in attempts that failed
+        self._trainer = trainer
         self._outputs: list[dict[str, Any]] = []
         self._logged: list[dict[str, torch.Tensor]] = []
 
-    def add(self, samples: int, outputs: dict[str, Any], trainer: Trainer) -> None:
+    def __str__(self) -> str:
+        is_even = len(set(self.sizes)) == 1
+        if is_even:
+            cut = f"{len(self.sizes)} × {self.sizes[0]}"
+        else:
+            cut = " + ".join(map(str, self.sizes))
+        return f"{sum(self.sizes)} done in {cut}"
+
+    def add(self, samples: int, outputs: dict[str, Any]) -> None:
         """Add a piece that has just run."""
         self.sizes.append(samples)
         self._outputs.append({name: _detached(value) for name, value in outputs.items()})
-        self._logged.append(logged_on_step(trainer))
+        self._logged.append(logged_on_step(self._trainer))
 
     def merged(self, sums: Collection[str] = ()) -> dict[str, Any]:
-        """Return the outputs of all pieces; those named in `sums` are sums of scalars."""
-        return {name: self._merged(name, is_sum=name in sums) for name in self._outputs[0]}
+        """Return the outputs of all pieces, and let values logged on this step be means.
 
-    def merge_logged(self, trainer: Trainer) -> None:
-        """Let values that were logged on this step be means over its samples."""
+        Outputs are means over samples as well; those named in `sums` are sums of scalars.
+        """
         first, *others = self._logged
         for name in first:
             if all(name in each for each in others):
                 values = [each[name] for each in self._logged]
-                set_logged_on_step(trainer, name, _weighted(values, self._shares))
+                set_logged_on_step(self._trainer, name, _weighted(values, self._shares))
+        return {name: self._merged(name, is_sum=name in sums) for name in self._outputs[0]}
 
     @property
     def _shares(self) -> list[float]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from contextlib import contextmanager
 from enum import Enum, auto
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,23 +12,24 @@ from torch.nn.parallel import DistributedDataParallel
 
 from autobatch._undo import patched
 from autobatch.lightning._compat import (
-    Imported,
     backward_of,
     is_redirected,
     is_synchronized_in_step,
+    run_closure,
     training_step_result,
     zero_grad_of,
 )
-from autobatch.lightning._survival_gradients import LocalGradients, SynchronizedGradients
-from autobatch.lightning._survival_loss import is_sum
-from autobatch.lightning._survival_merge import DonePieces, show_piece
-from autobatch.lightning._survival_state import NotUndoneError
+from autobatch.lightning._survival.gradients import LocalGradients, SynchronizedGradients
+from autobatch.lightning._survival.halves import is_sum
+from autobatch.lightning._survival.pieces import show_piece
+from autobatch.lightning._survival.state import NotUndoneError
 
 if TYPE_CHECKING:
     from collections import OrderedDict
     from collections.abc import Iterator, Sequence
 
-    from autobatch.lightning._survival_state import Kept
+    from autobatch.lightning._survival.pieces import Pieces
+    from autobatch.lightning._survival.state import Kept
     from autobatch.lightning._trainer import Trainer
 
 
@@ -46,43 +46,42 @@ class MicroBatch:
 
     Args:
         trainer: The Trainer.
+        closure: Of Lightning, which runs it as a whole.
         arguments: Of `training_step`.
         optimizer: The optimizer.
         index: Of the batch in its epoch.
     """
 
     def __init__(
-        self, trainer: Trainer, arguments: OrderedDict[str, Any], optimizer: Any, index: int
+        self,
+        trainer: Trainer,
+        closure: Any,
+        arguments: OrderedDict[str, Any],
+        optimizer: Any,
+        index: int,
     ) -> None:
         self.batch = arguments["batch"]
-        self.done = DonePieces()
-        self.lost_seconds = 0.0  # in attempts that failed
+        self._trainer = trainer
+        self._closure = closure
+        self._arguments = arguments
+        self._optimizer = optimizer
         self._index = index
-        self._parameters: list[torch.Tensor] = [
-            each for group in optimizer.param_groups for each in group["params"]
-        ]
-        self._stage = _Stage.FORWARD
         wrapper = trainer.strategy.model
         self._wrapper = wrapper if isinstance(wrapper, DistributedDataParallel) else None
         if self._wrapper is not None and self._wrapper.require_backward_grad_sync:
-            self._gradients: LocalGradients = SynchronizedGradients(self._parameters, self._wrapper)
+            self._gradients: LocalGradients = SynchronizedGradients(optimizer, self._wrapper)
         else:
-            self._gradients = LocalGradients(self._parameters)
-        self._trainer = trainer
-        self._arguments = arguments
-        self._optimizer = optimizer
-        self._backward = backward_of(trainer, optimizer)
-        self._reset = zero_grad_of(trainer, index, optimizer)
+            self._gradients = LocalGradients(optimizer)
+        self._stage = _Stage.FORWARD
+        self._is_reset = False  # zero_grad was called
         self._is_announced = False  # on_before_backward was called
         self._is_begun = False  # what DistributedDataParallel does before the forward pass
         self._result: Any = None  # of the last piece
+        self.pieces: Pieces | None = None  # if it was run in pieces
 
     def run_whole(self) -> Any:
         """Run it as Lightning does, and return its `ClosureResult`."""
-        backward = None if self._backward is None else self._run_backward
-        loop = self._trainer.fit_loop.epoch_loop
-        step = partial(training_step_result, loop, self._arguments)
-        return Imported.CLOSURE.of(self._trainer)(step, backward, self._zero_grad).closure()
+        return run_closure(self._closure, self._run_backward, self._zero_grad)
 
     @contextmanager
     def in_pieces(self, done: Sequence[torch.Tensor]) -> Iterator[None]:
@@ -104,14 +103,11 @@ class MicroBatch:
             yield
         self._gradients.finish(done)
 
-    def run_piece(
-        self, piece: Any, samples: int, weight: float, done: Sequence[torch.Tensor]
-    ) -> None:
-        """Run a piece, and add its gradients but for parameters that are done.
+    def run_piece(self, piece: Any, weight: float, done: Sequence[torch.Tensor]) -> dict[str, Any]:
+        """Run a piece, add its gradients but for parameters that are done, and return its outputs.
 
         Args:
             piece: Some rows of the batch.
-            samples: Their number.
             weight: Factor of the loss.
             done: Parameters that hold the gradient of these samples already.
         """
@@ -124,13 +120,13 @@ class MicroBatch:
             result = training_step_result(self._trainer.fit_loop.epoch_loop, arguments)
             self._zero_grad()
             self._stage = _Stage.BACKWARD
-            if self._backward is not None and result.closure_loss is not None:
+            if backward_of(self._closure) is not None and result.closure_loss is not None:
                 loss = self._announced(weight * result.closure_loss)
                 self._gradients.add(loss, done, self._run_backward_of_piece)
         result.closure_loss, self._result = None, result
-        self.done.add(samples, {**result.extra, "loss": result.loss}, self._trainer)
+        return {**result.extra, "loss": result.loss}
 
-    def undo_gradients(self) -> list[torch.Tensor]:
+    def undo(self) -> list[torch.Tensor]:
         """Undo the gradients of a failed attempt, and return the parameters done by it.
 
         Raises:
@@ -147,39 +143,37 @@ class MicroBatch:
             raise NotUndoneError("memory ran out while gradients were reset")
         # torch 2.13 has no public name for these hooks; optimizers in the backward pass use them
         if self._stage is _Stage.BACKWARD and any(
-            getattr(each, "_post_accumulate_grad_hooks", None) for each in self._parameters
+            getattr(each, "_post_accumulate_grad_hooks", None)
+            for each in self._gradients.parameters
         ):
             raise NotUndoneError("its gradients are used in the backward pass")
         return self._gradients.undo()
 
     def is_sum(self, kept: Kept) -> bool | None:
         """Compare the gradients of a few samples and of their halves."""
-        return is_sum(self._trainer, kept.batch, self._index, self._parameters)
+        return is_sum(self._trainer, kept, self._index, self._gradients.parameters)
 
-    def finish(self, *, is_sum: bool) -> Any:
+    def finish(self, outputs: dict[str, Any], pieces: Pieces) -> Any:
         """End the backward pass of the pieces, and return the result of the whole micro-batch."""
-        outputs = self.done.merged(sums={"loss"} if is_sum else set())
+        self.pieces = pieces
         result, loss = self._result, outputs.pop("loss")
-        if self._backward is not None and loss is not None:
-            plugin, module = self._trainer.precision_plugin, self._trainer.lightning_module
-            plugin.post_backward(loss, module)
+        if backward_of(self._closure) is not None and loss is not None:
+            self._trainer.precision_plugin.post_backward(loss, self._trainer.lightning_module)
         result.loss, result.extra = loss, outputs
-        self.done.merge_logged(self._trainer)
         return result
 
     def _zero_grad(self) -> None:
         """Reset gradients, if that is due and was not done before."""
-        if self._reset is not None:
-            self._stage = _Stage.ZERO_GRAD
-            reset, self._reset = self._reset, None
+        reset = zero_grad_of(self._closure)
+        if reset is not None and not self._is_reset:
+            self._stage, self._is_reset = _Stage.ZERO_GRAD, True
             reset()
 
     def _run_backward(self, loss: torch.Tensor) -> None:
         self._stage, self._is_announced = _Stage.BACKWARD, True
         if loss.requires_grad:
             self._gradients.watch(loss)
-        if self._backward is not None:
-            self._backward(loss)
+        backward_of(self._closure)(loss)
 
     def _announced(self, loss: torch.Tensor) -> Any:
         """Return a scaled loss, and call the hooks before the first backward pass."""
