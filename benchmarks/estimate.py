@@ -11,7 +11,7 @@ import argparse
 import json
 import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -192,10 +192,12 @@ class Predicted:
     band: Band
 
 
-def predicted(network: Network) -> Predicted:
+def predicted(network: Network, *, in_trainer: bool = False) -> Predicted:
+    """Return predicted peaks of a loop, or of a step in a Trainer of Lightning."""
     model = network.make().train()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
     step = TrainingStep(model, optimizer, network.loss, network.batch, torch.bfloat16)
+    step = replace(step, zeroes_after_forward=in_trainer)
     estimate = MemoryEstimate.of(step, Gpu())
     band = band_of(Inputs(step, "bf16-mixed"), estimate.events.at(2), ())
     return Predicted(estimate, band)
@@ -243,8 +245,7 @@ def compared_with_search(name: str) -> Iterator[Comparison]:
         if outcome == "fits":
             peaks = of.estimate.peaks(size)
             # It was still held in some trials and not in others; requested bytes show which
-            asked = peaks.requested + sum(Gpu().workspaces)
-            held = min((0, before), key=lambda extra: abs(asked + extra - requested))
+            held = min((0, before), key=lambda extra: abs(peaks.requested + extra - requested))
             yield Comparison(
                 f"recorded {name}",
                 network.kind,

@@ -48,6 +48,12 @@ class MeasuredCurve:
             return None
         return self._between(size, 2)
 
+    def requested(self, size):
+        """Return requested bytes at a size; None if they were not read."""
+        if any(point[3] is None for point in self._fitting):
+            return None
+        return self._between(size, 3)
+
     @property
     def _fitting(self):
         return [point for point in self.points if point[4] != "out of memory"]

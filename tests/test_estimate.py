@@ -260,6 +260,14 @@ def test_the_largest_size_fits_its_capacity_and_the_next_does_not(gpu):
     assert estimate.largest(1024, 2**20) == 0
 
 
+def test_requested_bytes_include_the_workspaces_of_cublas():
+    """CUDA counts them, and predictions are dropped where a trial requests other bytes."""
+    small = MemoryEstimate.of(step_of(convolutional(), images), Gpu(cublas_workspace=MIB))
+    large = replace(small, gpu=Gpu(cublas_workspace=9 * MIB))
+
+    assert large.peaks(7).requested == small.peaks(7).requested + 2 * 8 * MIB
+
+
 def test_short_sums_need_no_scratch_memory_and_long_ones_do():
     def axes(rows, columns):
         return (4, 1, rows, columns, columns, 1)  # the sum over rows of a float32 matrix

@@ -42,7 +42,7 @@ def test_thirteen_searches_take_four_and_a_half_trials_and_seldom_fail():
 
     assert len(searches) == 13
     assert mean(map(len, searches)) <= 4.5
-    assert mean(map(failures, searches)) <= 0.1
+    assert mean(map(failures, searches)) <= 0.3
     assert max(map(failures, searches)) <= 1
 
 

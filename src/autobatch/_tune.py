@@ -75,7 +75,7 @@ def tune(
     else:
         sizes = find_largest_fit(guide, runner, sizes, None, is_timed=not curve_seconds)
         preference = preference_of(subject, settings, runner)
-        curve_seconds = timing_seconds(subject, settings, runner)
+        curve_seconds = timing_seconds(subject, settings, runner, preference)
         if curve_seconds:
             context.progress.begin("timing sizes", curve_seconds)
         throughput = measure_throughput(runner, curve_seconds, preference)
@@ -284,11 +284,21 @@ def most_timing_seconds(settings: Settings) -> float:
     return _settings.TIMING_SECONDS if given is None else given
 
 
-def timing_seconds(subject: Subject, settings: Settings, runner: TrialRunner) -> float:
-    """Return the seconds that timing sizes may take: by default a tenth of the planned training."""
+def timing_seconds(
+    subject: Subject, settings: Settings, runner: TrialRunner, preference: Preference | None
+) -> float:
+    """Return the seconds that timing sizes may take.
+
+    By default at most a tenth of the planned training, and where speed does not decide which size
+    is taken, at most the time of the search.
+    """
     most = most_timing_seconds(settings)
+    if settings.timing_seconds is not None:
+        return most
+    if preference is None:
+        most = min(most, runner.time_limit.spent)
     sample_seconds = [seconds / size for size, seconds in runner.step_seconds.items()]
-    if settings.timing_seconds is not None or not sample_seconds:
+    if not sample_seconds:
         return most
     planned, *_ = runner.gather(subject.planned_seconds(min(sample_seconds)))
     return most if planned is None else min(most, _SHARE_OF_TRAINING * planned)

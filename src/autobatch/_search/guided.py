@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from autobatch._search import Bracket, check_resolution
-from autobatch._search.extrapolation import MIN_POINTS, Reading, readings_of
+from autobatch._search.extrapolation import Reading, readings_of
 from autobatch._search.forecast import Evidence, Forecast, exploratory_size, forecast
+from autobatch._search.fragments import FragmentedMemory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from autobatch._trials import Trial
-
-# Share of a failed size up to which a failure beyond the largest fit may be tried to be passed
-_CLOSE: Final = 0.05
 
 
 @dataclass(frozen=True)
@@ -67,13 +65,12 @@ class GuidedBisection:
         if not trials:
             return min(start, high)
         bracket = Bracket.of(trials, high)
+        fragmented = FragmentedMemory.of(trials, bracket, budget)
+        if fragmented is not None:
+            return fragmented.next_size(self.resolution)
         evidence = Evidence(readings_of(trials, budget), bracket, self.resolution, self.growth)
         if bracket.is_closed(self.resolution):
-            return self._beyond_a_failure(trials, evidence, budget)
-        if bracket.is_closed(_CLOSE):
-            beyond = self._beyond_a_failure(trials, evidence, budget)
-            if beyond is not None:
-                return beyond
+            return None
         if not bracket.good:
             # Nothing fits yet: bisect, or go to a size in proportion to a failed peak
             sizes = [bracket.middle, *(r.proportional_limit for r in evidence.failed)]
@@ -87,28 +84,9 @@ class GuidedBisection:
         accuracy = self.resolution + predicted.noise
         if bracket.is_closed(accuracy):
             return None
-        # Reserved memory rises in steps: its limit is no sharper than that
-        unused = 2 * accuracy if any(map(_is_fragmented, trials)) else accuracy
-        if predicted.is_certain and _is_reached(predicted.limit, evidence.top, accuracy, unused):
+        if predicted.is_certain and _is_reached(predicted.limit, evidence.top, accuracy):
             return None
         return self._next_size(trials, bracket, predicted)
-
-    def _beyond_a_failure(
-        self, trials: Sequence[Trial], evidence: Evidence, budget: int
-    ) -> int | None:
-        """Return a size beyond the only failure if fragmented memory may have caused it.
-
-        A caching allocator may fail at a size, and run larger ones in the same memory.
-        """
-        bracket = evidence.bracket
-        top = next(t for t in trials if t.batch_size == bracket.good) if bracket.good else None
-        if top is None or top.peak is None or len(evidence.fits) < MIN_POINTS:
-            return None
-        is_full = budget - top.peak <= 2 * self.resolution * (budget - top.resident)
-        if bracket.failures != 1 or not _is_fragmented(top) or is_full:
-            return None
-        size = (bracket.low + 1 + min(evidence.line.limit, bracket.high)) // 2
-        return size if bracket.bad is not None and size > bracket.bad else None
 
     def _next_size(self, trials: Sequence[Trial], bracket: Bracket, predicted: Forecast) -> int:
         """Return the size of the forecast, but narrow the bracket enough every three trials."""
@@ -126,12 +104,7 @@ class GuidedBisection:
         return bracket.clip(math.isqrt(good * bad) if is_slow or size >= bad else size)
 
 
-def _is_fragmented(trial: Trial) -> bool:
-    """Return True if the allocator had reserved more than was in use."""
-    return bool(trial.allocated) and (trial.allocated or 0) < (trial.peak or 0)
-
-
-def _is_reached(limit: int, top: Reading, accuracy: float, unused: float) -> bool:
+def _is_reached(limit: int, top: Reading, accuracy: float) -> bool:
     """Return True if larger sizes will not fit, and an error of that prediction costs little."""
-    share = max(unused, 1 / top.size)
+    share = max(accuracy, 1 / top.size)
     return limit - top.size <= int(accuracy * limit) and top.left <= share * top.room

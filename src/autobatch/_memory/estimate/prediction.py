@@ -91,7 +91,7 @@ class Fit(StrEnum):
 class Peaks:
     """Peaks of memory, in bytes."""
 
-    requested: int  # bytes of live tensors and scratch memory
+    requested: int  # bytes of live tensors, workspaces and scratch memory
     allocated: int  # bytes of blocks in use, as `torch.cuda.max_memory_allocated`
     reserved: int  # bytes of segments, as `torch.cuda.max_memory_reserved`
     fit: Fit  # whether the step fits the capacity
@@ -135,7 +135,7 @@ class MemoryEstimate:
         else:
             replay = _Replay(self.allocator(capacity), self.gpu)
             for nbytes in self.gpu.workspaces:
-                replay.allocator.allocate(nbytes)
+                replay.hold(nbytes)
         return replay.run(self.events.at(batch_size))
 
     def largest(self, capacity: int, high: int) -> int:
@@ -196,6 +196,12 @@ class _Replay:
         self._requested = 0
         self._peak_requested = 0
         self._steps: list[Peaks] = []
+
+    def hold(self, nbytes: int) -> None:
+        """Allocate a block that stays."""
+        self.allocator.allocate(nbytes)
+        self._requested += nbytes
+        self._peak_requested = self._requested
 
     def run(self, events: Iterable[Event]) -> list[Peaks]:
         for event in events:
