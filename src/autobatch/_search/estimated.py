@@ -57,10 +57,8 @@ class EstimatedSearch:
         limit = self._largest(top.batch_size, high, within)
         if limit - top.batch_size <= int(self.resolution * limit):
             return None
-        # Reserved bytes may fall as the size grows: the margin is one of bytes, and a correction
-        # that allows more is not followed from afar
-        below = int((1 - _MARGIN) * min(capacity, budget))
-        careful = self._largest(top.batch_size, limit, below)
+        # Reserved bytes may fall as the size grows: the margin is one of bytes
+        careful = self._largest(top.batch_size, limit, int((1 - _MARGIN) * capacity))
         is_near = top.batch_size >= (1 - 2 * _MARGIN) * limit
         return limit if is_near or careful <= top.batch_size else careful
 
