@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import os
 
 import pytest
 import torch
@@ -146,6 +147,8 @@ def test_a_dry_trial_of_a_sharded_module_has_the_peak_of_a_real_fit(place, accum
     def dry(*_):  # a job of one rank has no other to wait for: as if it did
         return contextlib.nullcontext(SingleProcess(as_if=1))
 
+    # Lightning leaves rank and address in the environment, which other libraries read
+    environment = dict(os.environ)
     try:
         with monkeypatch.context() as patch:
             patch.setattr(_resources, "current_ranks", dry)
@@ -158,6 +161,8 @@ def test_a_dry_trial_of_a_sharded_module_has_the_peak_of_a_real_fit(place, accum
         peak = place.probe.read().peak
     finally:
         dist.destroy_process_group()
+        os.environ.clear()
+        os.environ.update(environment)
 
     assert report.trials[-1].peak == pytest.approx(peak, rel=0.01)
 

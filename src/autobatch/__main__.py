@@ -52,7 +52,7 @@ def _discard_output() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="autobatch", description="Memory-aware batch sizes for PyTorch Lightning."
+        prog="autobatch", description="Memory-aware batch sizes for PyTorch."
     )
     parser.add_argument("--version", action="version", version=version("lightning-autobatch"))
     commands = parser.add_subparsers(required=True, metavar="command")

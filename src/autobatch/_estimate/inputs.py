@@ -134,7 +134,7 @@ def _optimizer_of(model: nn.Module, optimizer: Optimizer) -> torch.optim.Optimiz
 
 def _reasons(model: nn.Module, precision: str) -> Iterator[str]:
     if not model.training:
-        yield "the model is in eval mode; call model.train() if it is to be trained, otherwise"
+        yield "the model is in eval mode; call model.train() to estimate its training"
     for name, part in model.named_modules():
         shown, kind = name or "the model", type(part)
         if isinstance(part, nn.DataParallel) or kind.__module__.startswith(_SHARDED):
@@ -153,7 +153,7 @@ def _reasons(model: nn.Module, precision: str) -> Iterator[str]:
     if kept is not None and dtypes - {kept}:
         yield (
             f"precision={precision!r} needs parameters of {kept}, and the model has others; "
-            "convert it with model.to first, otherwise"
+            "convert it with model.to first"
         )
 
 
@@ -164,6 +164,6 @@ def _is_sharded(parameter: torch.Tensor) -> bool:
 def refusal(reason: str) -> AutobatchError:
     """Return the error of a step that is not modelled, for a reason."""
     return AutobatchError(
-        f"The memory of this step cannot be estimated: {reason}; find the batch size on the GPU "
-        "with autobatch.find or AutoBatch."
+        f"The memory of this step cannot be estimated: {reason}. To find the batch size on the GPU, use "
+        "autobatch.find or AutoBatch."
     )
