@@ -255,6 +255,36 @@ def test_a_known_plan_is_used_if_the_checkpoint_has_none(tmp_path):
     assert len(callback.report.trials) == 1
 
 
+def test_between_epochs_another_plan_of_the_same_effective_batch_size_is_taken(tmp_path):
+    plan = autobatch.BatchPlan(20, 6)
+    callback = tuner(plan=plan)
+    path = checkpoint(tmp_path, known())
+
+    tuned = resumed(path, callback)
+
+    assert callback.report.plan == plan
+    assert len(callback.report.trials) == 1
+    assert same(tuned, resumed(checkpoint(tmp_path, **by_hand(PLAN)), **by_hand(plan)))
+
+
+def test_within_an_epoch_another_plan_waits_and_a_note_says_so(tmp_path):
+    callback = tuner(plan=autobatch.BatchPlan(20, 6))
+
+    resumed(checkpoint_within(tmp_path, known()), callback)
+
+    assert callback.report.plan == PLAN
+    assert any("can only begin with an epoch" in note for note in callback.report.notes)
+
+
+def test_a_plan_of_another_effective_batch_size_than_the_checkpoint_is_refused(tmp_path):
+    callback = tuner(target_batch_size=None, plan=autobatch.BatchPlan(8, 2))
+
+    with pytest.raises(autobatch.AutobatchError, match=r"with 120 samples .* plan=.* has 16: a"):
+        resumed(checkpoint(tmp_path, known()), callback)
+
+    assert callback.report is None
+
+
 def test_a_run_without_a_plan_is_refused_within_an_epoch(tmp_path):
     path = checkpoint_within(tmp_path)
 

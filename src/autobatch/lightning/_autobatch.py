@@ -359,7 +359,8 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             self.load_state_dict((late.get("callbacks") or {}).get(self.state_key, {}))
         check(trainer, pl_module, self._run.checkpoint)
         if self._run.checkpoint is not None:
-            self._run.checkpoint.check_target(self._arguments.settings)
+            arguments = self._arguments
+            self._run.checkpoint.check_effective(arguments.settings, arguments.known_plan)
         check_attribute(pl_module, self._arguments.batch_arg_name)
         training = TunedTraining(trainer, pl_module, self._arguments, self._run, self._results)
         try:

@@ -126,18 +126,21 @@ class Checkpoint:
             "device_bytes": here.total,
         }
 
-    def check_target(self, settings: Settings) -> None:
-        """Raise `AutobatchError` if the settings ask for another effective batch size."""
-        target = settings.target_batch_size
-        if target is None or self.plan is None:
+    def check_effective(self, settings: Settings, own: BatchPlan | None) -> None:
+        """Raise `AutobatchError` if settings or plan ask for another effective batch size."""
+        if self.plan is None:
             return
-        effective = self.plan.effective_batch_size
-        if target not in (effective, self.target):
-            raise AutobatchError(
-                f"The checkpoint was trained with {effective} samples per update, and "
-                f"target_batch_size={target} asks for another number: a resumed run goes on with "
-                "its plan."
-            )
+        effective, target = self.plan.effective_batch_size, settings.target_batch_size
+        if own is not None and own.effective_batch_size != effective:
+            asked = f"plan={own} has {own.effective_batch_size}"
+        elif target not in (None, effective, self.target):
+            asked = f"target_batch_size={target} asks for another number"
+        else:
+            return
+        raise AutobatchError(
+            f"The checkpoint was trained with {effective} samples per update, and {asked}: a "
+            "resumed run goes on with its plan."
+        )
 
     def was_on(self, here: DeviceId) -> bool:
         """Return whether it was trained on such a device; for an unknown one a trial decides."""
@@ -157,18 +160,25 @@ class KnownPlans:
     def prior(
         self, job: LightningTraining, fingerprint: str, here: DeviceId, settings: Settings
     ) -> PriorPlan:
-        """Return the plan of the checkpoint, else of the user, else of the previous fit."""
+        """Return the plan of the checkpoint, else of the user, else of the previous fit.
+
+        Between epochs another one of the user comes before that of the checkpoint.
+        """
         if self.in_training is not None:
             return self.in_training
-        checkpoint = self.checkpoint
-        if checkpoint is not None and (self.own is None or checkpoint.plan is not None):
-            return _of_checkpoint(checkpoint, here, settings)
-        if self.own is not None:
-            return PriorPlan(self.own)
-        return _of_last_fit(self.last, job, fingerprint, here, settings)
+        own, checkpoint = self.own, self.checkpoint
+        if checkpoint is None:
+            last = _of_last_fit(self.last, job, fingerprint, here, settings)
+            return last if own is None else PriorPlan(own)
+        may_change = checkpoint.plan is None or checkpoint.between_epochs
+        if own not in (None, checkpoint.plan) and may_change:
+            return PriorPlan(own)
+        return _of_checkpoint(checkpoint, own, here, settings)
 
 
-def _of_checkpoint(checkpoint: Checkpoint, here: DeviceId, settings: Settings) -> PriorPlan:
+def _of_checkpoint(
+    checkpoint: Checkpoint, own: BatchPlan | None, here: DeviceId, settings: Settings
+) -> PriorPlan:
     """Return the plan of the checkpoint; between epochs it may change."""
     plan = checkpoint.plan
     if plan is None:
@@ -177,7 +187,7 @@ def _of_checkpoint(checkpoint: Checkpoint, here: DeviceId, settings: Settings) -
         )
     effective = plan.effective_batch_size
     if not checkpoint.between_epochs:
-        return _within_epoch(plan, here)
+        return _within_epoch(plan, own, here)
     if not checkpoint.was_on(here) or not _allowed(plan, settings):
         return PriorPlan(
             effective_batch_size=effective,
@@ -212,7 +222,7 @@ def _of_last_fit(
     return PriorPlan(report.plan, note="One trial verified the plan that was found before.")
 
 
-def _within_epoch(plan: BatchPlan, here: DeviceId) -> PriorPlan:
+def _within_epoch(plan: BatchPlan, own: BatchPlan | None, here: DeviceId) -> PriorPlan:
     refusal = (
         "The checkpoint was written within an epoch, which can only be finished with "
         f"{_in_words(plan)}, and on {here.world_size} × {here.device} that does not fit"
@@ -223,11 +233,10 @@ def _within_epoch(plan: BatchPlan, here: DeviceId) -> PriorPlan:
     )
     if plan.world_size != here.world_size:
         raise AutobatchError(f"{refusal}: it was trained on {plan.world_size}. {way_out}")
-    return PriorPlan(
-        plan,
-        refusal=f"{refusal}. {way_out}",
-        note="Resumed within an epoch: one trial verified the checkpoint's plan.",
-    )
+    note = "Resumed within an epoch: one trial verified the checkpoint's plan."
+    if own not in (None, plan):
+        note += f" plan={own} can only begin with an epoch."
+    return PriorPlan(plan, refusal=f"{refusal}. {way_out}", note=note)
 
 
 def _device_of(report: TuningReport) -> DeviceId:
