@@ -390,6 +390,19 @@ def test_steps_that_are_not_modelled_are_refused_in_one_sentence():
     )
 
 
+def test_steps_that_return_no_loss_or_take_other_arguments_are_refused():
+    refused("the step returned NoneType instead of a loss", step=lambda *_: None)
+    refused(r"returned a tensor of shape \(2, 4\) instead", step=lambda model, b: model(b[0]))
+    refused(r"not callable as step\(model, batch\)", kind=ValueError, step=lambda model: model)
+
+
+def test_the_error_of_a_step_that_does_not_run_stays_its_cause():
+    with pytest.raises(AutobatchError, match="does not run on fake tensors") as error:
+        autobatch.estimate(convolutional(), lambda _, b: b["x"], images(4), device="H100")
+
+    assert isinstance(error.value.__cause__, TypeError)
+
+
 def test_devices_that_are_not_modelled_are_refused_in_one_sentence(monkeypatch):
     refused("device='mps' is not a known GPU", kind=ValueError, device="mps")
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")

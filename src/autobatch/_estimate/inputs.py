@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -56,6 +57,10 @@ class Inputs:
             raise ValueError(f"model={model!r} is not a torch.nn.Module; give the model to train.")
         if not callable(step):
             raise ValueError(f"step={step!r} is not a function; give step(model, batch) -> loss.")
+        try:
+            inspect.signature(step).bind(model, batch)
+        except TypeError as error:
+            raise ValueError(f"step is not callable as step(model, batch): {error}.") from None
         if precision not in (*_AUTOCAST, *_PARAMETERS):
             raise ValueError(
                 f"precision={precision!r} is not modelled; give one of "
@@ -89,7 +94,7 @@ class Inputs:
         try:
             return MemoryEstimate.of(step, gpu)
         except UntraceableError as error:
-            raise refusal(str(error)) from None
+            raise refusal(str(error)) from error.__cause__
 
     def without_data(self) -> Inputs:
         """Return the step with copies of model and optimizer on "meta", which may be changed."""

@@ -105,7 +105,7 @@ def trace(
         ) from None
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0].partition(". ")[0]
-        raise UntraceableError(f"the step does not run on fake tensors ({reason})") from None
+        raise UntraceableError(f"the step does not run on fake tensors ({reason})") from error
     return tracer.events
 
 
@@ -124,6 +124,10 @@ def _run(
             with autocast:
                 outputs = step.loss(model, batch)  # all of them live through the backward pass
             loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
+            if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+                raise UntraceableError(
+                    f"the step returned {_described(loss)} instead of a loss, a scalar"
+                )
             torch.clear_autocast_cache()  # as on leaving the outermost context
             if step.zeroes_after_forward and not micro_batch:
                 optimizer.zero_grad()
@@ -134,6 +138,11 @@ def _run(
         if not step.zeroes_after_forward:
             optimizer.zero_grad()
         tracer.begin(Phase.END)
+
+
+def _described(value: object) -> str:
+    is_tensor = isinstance(value, torch.Tensor)
+    return f"a tensor of shape {tuple(value.shape)}" if is_tensor else type(value).__name__
 
 
 def _operators_of(gpu: Gpu | None) -> contextlib.AbstractContextManager[Any]:
