@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
@@ -112,7 +114,8 @@ def test_one_process_shows_a_trainer_what_fits_on_each_of_eight_devices():
     options = {"devices": 1, "num_nodes": 8, "strategy": sharded}
     dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
     try:
-        with warnings.catch_warnings():
+        # Lightning leaves rank and address in the environment, which other libraries read
+        with warnings.catch_warnings(), mock.patch.dict(os.environ):
             warnings.simplefilter("ignore")
             fitted = cases.trainer("fsdp2", **options)
             report = cases.tuner(85_000).tune(fitted, cases.model("fsdp2"), cases.loader())
