@@ -143,26 +143,26 @@ def test_a_peak_includes_memory_held_before_the_trial(case):
 
 
 def test_a_peak_includes_memory_freed_since(case):
-    case.probe.release()  # free parts of the heap, which other tests leave, count as used
     held = case.probe.read().reserved
 
-    with case.probe.limited(held + 256 * MIB), case.holding(64 * MIB):
+    with case.probe.limited(held + 1024 * MIB), case.holding(512 * MIB):
         pass
 
-    assert 64 * MIB <= case.probe.read().peak - held + MIB <= 80 * MIB
+    # Free parts of the host's heap, which other tests leave, count as used: tens of MiB
+    assert 512 * MIB <= case.probe.read().peak - held + MIB <= 640 * MIB
 
 
 def test_each_trial_has_its_own_peak(case):
     held = case.probe.read().reserved
-    with case.probe.limited(held + 256 * MIB), case.holding(128 * MIB):
+    with case.probe.limited(held + 1024 * MIB), case.holding(512 * MIB):
         pass
     case.probe.release()
 
     held = case.probe.read().reserved
-    with case.probe.limited(held + 256 * MIB), case.holding(16 * MIB):
+    with case.probe.limited(held + 1024 * MIB), case.holding(16 * MIB):
         pass
 
-    assert case.probe.read().peak < held + 64 * MIB
+    assert case.probe.read().peak < held + 256 * MIB
 
 
 def test_exceeding_the_budget_is_out_of_memory_and_a_failure(case):
