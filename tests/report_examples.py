@@ -198,7 +198,7 @@ def reports(draw) -> TuningReport:
         autobatch_version=draw(texts),
         settings=Settings(
             target_batch_size=draw(st.none() | counts),
-            memory_limit=draw(st.floats(1e-300, 1) | st.integers(2, 2**50) | st.just("10GiB")),
+            memory_limit=draw(st.floats(1e-300, 1) | st.integers(101, 2**50) | st.just("10GiB")),
             max_micro_batch_size=draw(st.none() | counts),
             steps_per_trial=draw(counts),
             time_limit=draw(st.none() | st.floats(1e-30, 1e30)),

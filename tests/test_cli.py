@@ -338,6 +338,10 @@ def with_sgd():
 
 def nothing():
     return None
+
+
+def of_width(width):
+    return nn.Linear(width, width)
 """
 
 
@@ -372,6 +376,7 @@ def test_estimate_prints_each_device_and_writes_json(tmp_path, capsys):
         ("no_such_module:make", "cannot be imported"),
         ("networks_here:none", "is not a function"),
         ("networks_here:nothing", "returned NoneType"),
+        ("networks_here:of_width", "cannot be called without arguments"),
     ],
 )
 def test_estimate_refuses_what_makes_no_network(name, error, capsys):

@@ -49,6 +49,10 @@ def of_convolutions(**changes):
     return autobatch.estimate(convolutional(), loss, images(4), **arguments)
 
 
+def square(model, batch):
+    return model(batch).square().mean()
+
+
 ESTIMATES = pytest.mark.parametrize("make", [of_attention, of_convolutions])
 
 
@@ -90,9 +94,6 @@ def test_allocated_memory_grows_with_the_batch(traced_once, sizes):
 def test_state_gradients_and_parameters_have_the_size_of_the_model():
     model = nn.Sequential(nn.Linear(256, 512), nn.Tanh(), nn.Linear(512, 256))
     nbytes = sum(parameter.nbytes for parameter in model.parameters())
-
-    def square(model, batch):
-        return model(batch).square().mean()
 
     peak = autobatch.estimate(model, square, torch.randn(2, 256), device="H100").at(2)
 
@@ -148,9 +149,6 @@ def test_a_context_that_is_taken_from_an_h200_is_named_where_the_limit_depends_o
 
 
 def test_attention_is_found_where_it_is_written_out():
-    def square(model, batch):
-        return model(batch).square().mean()
-
     def attend(model, batch):
         rows = model(batch).unflatten(1, (2, 8))
         return (torch.softmax(rows @ rows.mT, -1) @ rows).square().mean()
@@ -163,6 +161,18 @@ def test_attention_is_found_where_it_is_written_out():
 
     assert plain.untested == ("networks without attention or convolutions",)
     assert (attending.untested, attending.band_share) == ((), pytest.approx(0.015))
+
+
+def test_gpus_that_emulate_bf16_are_named():
+    model, batch = torch.nn.Linear(8, 8), torch.randn(2, 8)
+
+    def emulates(device, precision):
+        options = {"device": device, "precision": precision}
+        return "emulates it slowly" in str(autobatch.estimate(model, square, batch, **options))
+
+    assert emulates("T4", "bf16-mixed")
+    assert not emulates("T4", "16-mixed")
+    assert not emulates("A10", "bf16-mixed")
 
 
 def test_every_gpu_has_a_source_and_is_found_by_its_name():
@@ -276,9 +286,6 @@ class Switchable(nn.Module):
 
 def test_changes_are_estimates_of_changed_steps():
     model = Switchable()
-
-    def square(model, batch):
-        return model(batch).square().mean()
 
     arguments = {"device": "L4", "memory_limit": "512MiB"}
     estimate = autobatch.estimate(model, square, torch.randn(2, 64), **arguments)
@@ -415,6 +422,7 @@ def test_devices_that_are_not_modelled_are_refused_in_one_sentence(monkeypatch):
 
 def test_bad_arguments_are_refused_by_name():
     refused("device='H300' is not a known GPU", kind=ValueError, device="H300")
+    refused("device=3 is a GPU of 3 B, less than CUDA", kind=ValueError, device=3)
     refused("precision='8' is not modelled", kind=ValueError, precision="8")
     refused("batch has tensors of 4, 5 rows", kind=ValueError, batch=[images(4)[0], images(5)[1]])
     refused("accumulate=0 is not a count", kind=ValueError, accumulate=0)

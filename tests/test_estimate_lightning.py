@@ -63,6 +63,18 @@ def test_an_estimate_of_a_trainer_is_that_of_its_step():
     ]
 
 
+def test_a_trainer_in_half_precision_is_estimated_in_it():
+    class MakesTensors(Wide):
+        def training_step(self, batch, index):
+            assert torch.zeros(1).dtype == batch[0].dtype == torch.bfloat16
+            return super().training_step(batch, index)
+
+    half = estimated(MakesTensors(), trainer=quiet_trainer(precision="bf16-true"))
+
+    assert half.subject == "MakesTensors · AdamW · bf16-true"
+    assert half.at(64).held["gradients"] == estimated(Wide()).at(64).held["gradients"] / 2
+
+
 def test_a_target_beyond_one_micro_batch_accumulates():
     parameters = sum(parameter.nbytes for parameter in Wide().parameters())
     alone, within = estimated(Wide()), estimated(Wide(), target=64)

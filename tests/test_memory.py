@@ -37,7 +37,7 @@ def test_a_float_up_to_one_is_a_share(share):
 @pytest.mark.parametrize(
     ("value", "nbytes"),
     [
-        (2, 2),
+        (101, 101),
         (8 * GIB, 8 * GIB),
         ("10GiB", 10 * GIB),
         ("512 MB", 512 * 10**6),
@@ -106,12 +106,13 @@ def test_numpy_scalars_are_accepted(value, limit):
     assert budget(value, total=10_000) == (limit if limit > 1 else limit * 10_000)
 
 
-def test_the_ambiguous_limit_of_one_is_refused():
+@pytest.mark.parametrize(("value", "share"), [(1, "1.0 for 100%"), (90, "0.9 for 90%")])
+def test_a_limit_that_could_be_bytes_or_a_share_is_refused(value, share):
     with pytest.raises(
         ValueError,
-        match=r"^memory_limit=1 could mean one byte or the whole device; write 1\.0",
+        match=rf"^memory_limit={value} could mean bytes or a share of the device; write {share} of",
     ):
-        budget(1)
+        budget(value)
 
 
 @pytest.mark.parametrize("value", [0, -5, True, 0.5, 2.0, None, "0B", "many"])

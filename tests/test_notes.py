@@ -150,13 +150,13 @@ def test_quiet_result_has_no_notes():
                     "unreached": (2, 4, 56, 8),
                 },
                 (
-                    "20 seconds were too few to time all sizes: micro-batches of 8 and 56 were "
+                    "20 s did not suffice to time all sizes: micro-batches of 8 and 56 were "
                     "timed in their trials only, micro-batches of 2 and 4 were left out."
                 ),
             ),
             (
                 {"unreached": (16,)},
-                "20 seconds were too few to time all sizes: micro-batches of 16 were left out.",
+                "20 s did not suffice to time all sizes: micro-batches of 16 were left out.",
             ),
             (
                 {"before": BatchPlan(64, 4)},
@@ -383,7 +383,7 @@ def test_a_share_of_the_training_that_was_too_short_for_timing_is_named():
     (note,) = notes_after(unreached=(16,), curve_seconds=0.003)
 
     assert note == (
-        "0.003 seconds, a tenth of the planned training, were too few to time all sizes: "
+        "3 ms, a tenth of the planned training, did not suffice to time all sizes: "
         "micro-batches of 16 were left out."
     )
 

@@ -229,7 +229,7 @@ def test_survival_is_shown_in_log_loggers_report_and_a_note(caplog):
     assert (event.step, event.epoch, event.samples, event.pieces) == (3, 0, 8, 2)
     assert event.lost_seconds > 0
     assert "step 3: out of memory, micro-batch 8 done in 2 × 4" in caplog.text
-    note = "Micro-batches of 4 × 4 would have fitted."
+    note = "4 micro-batches of 4 would have fitted."
     assert note in caplog.text
     assert [each for each in logger.scalars if each[0] == "autobatch/out_of_memory"] == [
         ("autobatch/out_of_memory", 1, 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import json
 import os
 import platform
@@ -156,6 +157,10 @@ def _made_by(name: str) -> tuple[Any, ...]:
         raise ValueError(f"{name} is not a function ({error}); {_MAKE}.") from error
     finally:
         sys.path.remove("")
+    try:
+        inspect.signature(function).bind()
+    except TypeError as error:
+        raise ValueError(f"{name} cannot be called without arguments ({error}); {_MAKE}.") from None
     made = function()
     if not isinstance(made, tuple) or len(made) not in _PARTS:
         raise ValueError(f"{name} returned {type(made).__name__}; {_MAKE}.")

@@ -179,6 +179,11 @@ class Estimate:
         return " · ".join((*names, self._inputs.precision))
 
     @property
+    def is_slow_in_bf16(self) -> bool:
+        """Whether the precision is bf16, which the GPU emulates with fp32."""
+        return self._inputs.precision.startswith("bf16") and not self._target.gpu.has_bf16
+
+    @property
     def untested(self) -> tuple[str, ...]:
         """Guesses that no GPU was compared with, and that widen the band; () if there are none."""
         return self._band.untested

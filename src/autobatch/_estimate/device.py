@@ -68,6 +68,11 @@ def _target_gpu(device: str | int | None) -> TargetGpu:
             f"device={device!r} is not a known GPU; give one of {', '.join(GPUS)}, an amount of "
             "memory such as '24GiB', or None for the GPU that is present."
         ) from None
+    if total <= _CONTEXT:
+        raise ValueError(
+            f"device={device!r} is a GPU of {format_bytes(total)}, less than CUDA itself takes; give "
+            "its memory as text such as '24GiB', or 'cuda:0' for the first one that is present."
+        )
     return _guessed(f"GPU of {format_bytes(total)}", total, Gpu(), _UNKNOWN)
 
 

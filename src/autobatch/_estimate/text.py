@@ -118,6 +118,11 @@ def _name(module: str) -> str:
 
 def _notes(estimate: Estimate, changes: Sequence[EstimatedChange]) -> tuple[str, ...]:
     notes = ["Estimated, and confirmed by no trial: autobatch.find on the GPU measures it."]
+    if estimate.is_slow_in_bf16:
+        notes.append(
+            f"{estimate.device} has no bf16 arithmetic, and torch emulates it slowly: fp16, "
+            '"16-mixed", takes as much memory.'
+        )
     if estimate.untested:
         notes.append(
             f"Never compared with a GPU, so the band is wider: {', '.join(estimate.untested)}."

@@ -25,6 +25,7 @@ _BYTES_PER = {
 }
 
 
+_MOST_PERCENT: Final = 100  # up to which whole numbers may be meant as percentages
 # Last sentence of every ProbeError: the remedy
 PROBE_REMEDY: Final = (
     "Pass device= a MemoryProbe of your own, or autobatch.testing.SimulatedAccelerator('8GiB')."
@@ -123,10 +124,11 @@ def parse_memory_limit(value: float | str) -> float | int:
         value = int(value) if isinstance(value, Integral) else float(value)  # a NumPy scalar
     if isinstance(value, float) and 0.0 < value <= 1.0:
         return value
-    if value == 1 and type(value) is int:
+    if type(value) is int and 1 <= value <= _MOST_PERCENT:
+        share = 1.0 if value == 1 else value / 100
         raise ValueError(
-            "memory_limit=1 could mean one byte or the whole device; "
-            "write 1.0 for the whole device."
+            f"memory_limit={value} could mean bytes or a share of the device; write {share} for "
+            f"{share:.0%} of it."
         )
     amount = _bytes(value)
     if amount is None:

@@ -265,8 +265,8 @@ def _unreached(report: TuningReport, run: RunDetails) -> str:
     is_decided = report.settings.prefer == "largest" and report.settings.target_batch_size is None
     most = "the time of the search" if is_decided else "a tenth of the planned training"
     share = f", {most}," if is_share else ""
-    limit = f"{run.curve_seconds:.3g} seconds{share}"
-    return f"{limit} were too few to time all sizes: {', '.join(parts)}."
+    limit = f"{duration(run.curve_seconds)}{share}"
+    return f"{limit} did not suffice to time all sizes: {', '.join(parts)}."
 
 
 def _listed(sizes: list[int]) -> str:
@@ -323,5 +323,5 @@ def survived(events: Sequence[Survived], plan: BatchPlan) -> str | None:
     lost = duration(sum(event.lost_seconds for event in events))
     return (
         f"Training ran out of memory {times} and went on in pieces, which took {lost}. "
-        f"Micro-batches of {fitting:,} × {micro_batches // fitting:,} would have fitted."
+        f"{micro_batches // fitting:,} micro-batches of {fitting:,} would have fitted."
     )

@@ -171,7 +171,8 @@ def _speed(report: TuningReport) -> Fact | None:
     value = f"{rounded(row.samples_per_second)} samples/s"
     low, high = row.samples_per_second_low, row.samples_per_second_high
     if low is not None and high is not None:
-        value += f" ±{percent((high - low) / 2 / row.samples_per_second)}"
+        share = (high - low) / 2 / row.samples_per_second
+        value += f" ±{percent(share)}" if share < 1 else f", {rounded(low)} to {rounded(high)}"
     fastest = max(rows, key=lambda other: other.of_fastest)
     if row == fastest:
         return Fact("Speed", value, _fastest_of(row, rows))
@@ -180,9 +181,11 @@ def _speed(report: TuningReport) -> Fact | None:
 
 
 def _fastest_of(row: SpeedRow, rows: Sequence[SpeedRow]) -> str:
-    timed = [each for each in rows if each.updates is not None] or rows
+    timed = [each for each in rows if each.updates is not None]
     if len(rows) == 1:
-        return "by one trial, a few steps" if row.updates is None else ""
+        return "" if timed else "by one trial, a few steps"
+    if not timed:
+        return f"the fastest of {len(rows)} sizes, by one trial each"
     if row not in timed:
         return f"by its trial alone; {len(timed)} others were timed"
     by_trial = f", {len(rows) - len(timed)} by trial" if len(timed) < len(rows) else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 _AUTOCAST: Final = {
     "32-true": None,
+    "bf16-true": None,
+    "16-true": None,
     "bf16-mixed": torch.bfloat16,
     "16-mixed": torch.float16,
 }
@@ -90,20 +93,25 @@ def traceable_step(
         if any(_overrides(owner, hook) for owner in (module, trainer.datamodule)):
             raise UntraceableError(f"{hook} is not traced")
 
+    autocast = _AUTOCAST[trainer.precision]
+    # In half precision new tensors are in it too; the context of autocast would be that of the CPU
+    default_dtype = nullcontext if autocast else trainer.precision_plugin.forward_context
+
     def batch(size: int) -> Any:
         made = trainer.precision_plugin.convert_input(next(samples.batches(size)))
         return before_batch_transfer(module, made, 0)
 
     def loss(model: Any, batch: Any) -> Any:
         arguments = build_step_kwargs(trainer.fit_loop.epoch_loop, batch, 0)
-        return model.training_step(*arguments.values())
+        with default_dtype():
+            return model.training_step(*arguments.values())
 
     return TrainingStep(
         module,
         unwrapped(trainer.optimizers[0]),
         loss,
         batch,
-        _AUTOCAST[trainer.precision],
+        autocast,
         accumulate,
         zeroes_after_forward=True,
     )

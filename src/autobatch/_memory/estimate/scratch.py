@@ -39,6 +39,11 @@ class Gpu:
     cublas_workspace: int = 32 * 2**20
 
     @property
+    def has_bf16(self) -> bool:
+        """Whether it computes in bf16: from sm_80 on, as flash attention."""
+        return self.has_flash_attention
+
+    @property
     def workspaces(self) -> tuple[int, ...]:
         """Bytes of the workspaces of the main thread and of autograd's, and of other things."""
         return (self.cublas_workspace, self.cublas_workspace, 2**20)
