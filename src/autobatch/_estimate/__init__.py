@@ -305,11 +305,7 @@ class Estimate:
             "band": self.band_share,
             "at_largest": _written(self.at(max(1, self.largest))),
             "changes": [
-                {
-                    "change": each.change,
-                    "largest": _banded(each.largest),
-                    "untested": each.untested,
-                }
+                {"change": each.change, "largest": _banded(each.largest), "untested": each.untested}
                 for each in changes
             ],
         }

@@ -35,9 +35,7 @@ Counts: TypeAlias = list[list[int | None]]  # of samples in batches, in several 
 _MEAN_CHANGE: Final = 0.25  # of batches that vary in size, by chance
 
 
-def checked_worst_case(
-    worst_case: Callable[[int], Any] | None,
-) -> Callable[[int], Any] | None:
+def checked_worst_case(worst_case: Callable[[int], Any] | None) -> Callable[[int], Any] | None:
     """Return `worst_case`; `ValueError` if it is not a function."""
     if worst_case is None or callable(worst_case):
         return worst_case

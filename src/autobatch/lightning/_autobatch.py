@@ -15,11 +15,7 @@ from autobatch._settings import Settings, checked_switch, checked_verbose
 from autobatch._tune import checked_search
 from autobatch._undo import Undo
 from autobatch.errors import AutobatchError, FixedBatchSizeError
-from autobatch.lightning._attribute import (
-    BatchSizeAttribute,
-    check_attribute,
-    checked_name,
-)
+from autobatch.lightning._attribute import BatchSizeAttribute, check_attribute, checked_name
 from autobatch.lightning._checks import (
     check,
     check_alone,
@@ -33,12 +29,7 @@ from autobatch.lightning._checks import (
     checked_survival,
     why_idle,
 )
-from autobatch.lightning._compat import (
-    Imported,
-    callback_class,
-    data_source,
-    load_late_checkpoint,
-)
+from autobatch.lightning._compat import Imported, callback_class, data_source, load_late_checkpoint
 from autobatch.lightning._dataloaders import checked_setter
 from autobatch.lightning._estimating import estimate_training
 from autobatch.lightning._evaluation import STAGES, before_data, loaders_for

@@ -16,18 +16,8 @@ from autobatch._loaders.batch_size import (
     changed_batch_size,
     is_writable,
 )
-from autobatch._loaders.epochs import (
-    batches_of,
-    length_of,
-    order_restored,
-    samples_of,
-)
-from autobatch._loaders.remaking import (
-    Remaking,
-    arguments_left_open,
-    remade_parts,
-    sampler_of,
-)
+from autobatch._loaders.epochs import batches_of, length_of, order_restored, samples_of
+from autobatch._loaders.remaking import Remaking, arguments_left_open, remade_parts, sampler_of
 from autobatch._trials.batches import leaves, map_leaves
 from autobatch._undo import patched
 from autobatch.errors import AutobatchError, FixedBatchSizeError
@@ -85,12 +75,7 @@ class Loaders:
     """
 
     def __init__(
-        self,
-        trainer: Any,
-        source: Any,
-        *,
-        mode: str,
-        setter: SetBatchSize | None = None,
+        self, trainer: Any, source: Any, *, mode: str, setter: SetBatchSize | None = None
     ) -> None:
         combined_loader = Imported.COMBINED_LOADER.of(trainer)
         # As the loops do, so that the arguments of loaders made in a hook are saved

@@ -14,11 +14,7 @@ from autobatch._memory.estimate.events import UntraceableError
 from autobatch._memory.estimate.prediction import SIZES
 from autobatch._memory.estimate.tracer import TrainingStep
 from autobatch._report.tradeoff import unwrapped
-from autobatch.lightning._compat import (
-    before_batch_transfer,
-    build_step_kwargs,
-    data_parallel_size,
-)
+from autobatch.lightning._compat import before_batch_transfer, build_step_kwargs, data_parallel_size
 from autobatch.lightning._resources import trial_resources
 
 if TYPE_CHECKING:
@@ -30,11 +26,7 @@ if TYPE_CHECKING:
     from autobatch.lightning._resources import CallbackArguments
     from autobatch.lightning._trainer import Trainer
 
-_AUTOCAST: Final = {
-    "32-true": None,
-    "bf16-mixed": torch.bfloat16,
-    "16-mixed": torch.float16,
-}
+_AUTOCAST: Final = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 _TRANSFER_HOOKS: Final = ("transfer_batch_to_device", "on_after_batch_transfer")
 
 

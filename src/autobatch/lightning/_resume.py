@@ -202,11 +202,7 @@ def _of_checkpoint(
 
 
 def _of_last_fit(
-    last: Tuned | None,
-    job: LightningTraining,
-    fingerprint: str,
-    here: DeviceId,
-    settings: Settings,
+    last: Tuned | None, job: LightningTraining, fingerprint: str, here: DeviceId, settings: Settings
 ) -> PriorPlan:
     """Return the plan of the previous fit, if settings, module, data and device are the same."""
     if last is None or last.fingerprint != fingerprint:

@@ -43,11 +43,7 @@ def training_shown(trainer: Trainer, loaders: Loaders, batch_size: int) -> Itera
 
 @contextmanager
 def evaluation_shown(
-    trainer: Trainer,
-    loop: PredictionLoop,
-    loaders: Loaders,
-    batch_size: int,
-    limit: float,
+    trainer: Trainer, loop: PredictionLoop, loaders: Loaders, batch_size: int, limit: float
 ) -> Iterator[Sequence[int | float]]:
     """Show the loaders of another loop while the body runs; yield the batches of each."""
     with loaders.at(batch_size) as combined:
