@@ -29,10 +29,11 @@ from autobatch.lightning._checks import (
     checked_survival,
     why_idle,
 )
-from autobatch.lightning._compat import Imported, callback_class, data_source, load_late_checkpoint
+from autobatch.lightning._compat import data_source, load_late_checkpoint
 from autobatch.lightning._dataloaders import checked_setter
 from autobatch.lightning._estimating import estimate_training
 from autobatch.lightning._evaluation import STAGES, before_data, loaders_for
+from autobatch.lightning._package import Imported, callback_class
 from autobatch.lightning._resources import CallbackArguments
 from autobatch.lightning._resume import Checkpoint
 from autobatch.lightning._run import Results, Run, begin_and_restore, show

@@ -13,16 +13,8 @@ from autobatch._distributed.sharding import check_can_rest
 from autobatch._loaders.epochs import samples_of
 from autobatch._report.tradeoff import unwrapped
 from autobatch.errors import AutobatchError
-from autobatch.lightning._compat import (
-    TESTED,
-    averages_models,
-    data_source,
-    is_trainer,
-    missing_name,
-    package,
-    package_of,
-    start_method,
-)
+from autobatch.lightning._compat import averages_models, data_source, start_method
+from autobatch.lightning._package import TESTED, is_trainer, missing_name, package, package_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

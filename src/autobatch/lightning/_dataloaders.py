@@ -22,11 +22,11 @@ from autobatch._trials.batches import leaves, map_leaves
 from autobatch._undo import patched
 from autobatch.errors import AutobatchError, FixedBatchSizeError
 from autobatch.lightning._compat import (
-    Imported,
     combination_mode,
     data_parallel_size,
     requires_distributed_sampler,
 )
+from autobatch.lightning._package import Imported
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -12,7 +12,7 @@ from autobatch import sinks
 from autobatch._report import logged
 from autobatch._report.units import plain
 from autobatch._trials.snapshot import Snapshot
-from autobatch.lightning._compat import Imported, package
+from autobatch.lightning._package import Imported, package
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -12,7 +12,6 @@ from torch.utils.data import RandomSampler
 from autobatch._loaders.epochs import length_of
 from autobatch._undo import patched
 from autobatch.lightning._compat import (
-    Imported,
     combined_loader,
     data_source,
     prepared_loader,
@@ -20,6 +19,7 @@ from autobatch.lightning._compat import (
     showing_training,
     validation_interval,
 )
+from autobatch.lightning._package import Imported
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

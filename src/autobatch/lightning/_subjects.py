@@ -12,8 +12,9 @@ from autobatch._report.result import SubjectNotes
 from autobatch._report.tradeoff import common_rule, unwrapped
 from autobatch._subject import Baseline, Description, Inference, versions
 from autobatch.lightning._accumulation import last_samples, update_notes
-from autobatch.lightning._compat import data_parallel_size, package_of
+from autobatch.lightning._compat import data_parallel_size
 from autobatch.lightning._estimating import traceable_step
+from autobatch.lightning._package import package_of
 from autobatch.lightning._trainer_notes import copy_note, prefetch_note, rows_note, schedule_notes
 
 if TYPE_CHECKING:
