@@ -133,7 +133,7 @@ class Reader:
     def _read_here(self, at: int, method: str, *arguments: Any) -> Any:
         loader = self._loaders[at]
         capture_order(loader, self._snapshot)
-        self._snapshot.capture_light(*layers(loader.collate_fn), *layers(loader.dataset))
+        self._snapshot.capture_small_values(*layers(loader.collate_fn), *layers(loader.dataset))
         if at not in self._here:
             self._here[at] = reading_of(alike(loader), self._setters[at])
         return getattr(self._here[at], method)(*arguments)

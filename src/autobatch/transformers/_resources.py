@@ -41,7 +41,7 @@ def trial_context(
         Snapshot() as snapshot,
     ):
         shown.begin("reading batches", None)
-        snapshot.capture_light(trainer)
+        snapshot.capture_small_values(trainer)
         snapshot.capture(trainer.model, trainer.optimizer)
         yield TrialContext(
             probe=probe,
@@ -69,7 +69,7 @@ def _prepared(trainer: Any, before: Snapshot) -> Iterator[None]:
     from autobatch.transformers._callbacks import Leave, LeftError
 
     bring_to_rest([trainer.model])  # an evaluation may have left parameters gathered
-    before.capture_light(trainer, trainer.accelerator, trainer.callback_handler)
+    before.capture_small_values(trainer, trainer.accelerator, trainer.callback_handler)
     before.capture_beside_parameters(trainer.model)
     before.capture(*(each for each in (trainer.optimizer, trainer.lr_scheduler) if each))
     handler = trainer.callback_handler
