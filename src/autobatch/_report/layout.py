@@ -37,7 +37,7 @@ class Column:
     """One column of a table; `align` is "<" or ">"."""
 
     header: str
-    cells: tuple[str, ...]
+    cells: Sequence[str]
     align: str = ">"
 
 
@@ -46,7 +46,7 @@ class Table:
     """Columns of equal length; `marked` is the row of the chosen size."""
 
     title: str
-    columns: tuple[Column, ...]
+    columns: Sequence[Column]
     marked: int | None
     foot: str
 
@@ -127,7 +127,9 @@ def html(page: Page) -> str:
 
 def renderable(page: Page) -> RenderableType:
     """Return the blocks of a page, with an empty line between two."""
-    blocks = [_answer(page), _facts(page.facts), *map(_table, page.tables), _notes(page.notes)]
+    answer = Columns(list(filter(None, (page.answer, page.comment))), padding=(0, 4))
+    shown = answer if page.answer else None
+    blocks = [shown, _facts(page.facts), *map(_table, page.tables), _notes(page.notes)]
     indented = (Padding(block, (1, 0, 0, _INDENT)) for block in blocks if block)
     return Group(_header(page.header), *indented)
 
@@ -141,11 +143,6 @@ def _header(parts: Sequence[str]) -> str:
         else:
             lines.append(f"  {part}" if lines else part)
     return "\n".join(lines)
-
-
-def _answer(page: Page) -> RenderableType | None:
-    parts = [part for part in (page.answer, page.comment) if part]
-    return Columns(parts, padding=(0, 4)) if page.answer else None
 
 
 def _facts(facts: Sequence[Fact]) -> RenderableType | None:
