@@ -77,7 +77,6 @@ class SingleProcess:
     world_size: ClassVar = 1
 
     def gather(self, value: T) -> Sequence[T]:
-        """Return the value as the only one."""
         return (value,)
 
     def abort_together(self) -> AbstractContextManager[None]:
@@ -194,7 +193,6 @@ class ProcessGroup:
 
     @contextmanager
     def dry(self) -> Iterator[None]:
-        """Let collectives of the body wait for no other rank; `gather` goes on as before."""
         with DryCollectives(self._group), self._alone:
             yield
 

@@ -52,7 +52,6 @@ class Moment:
 
     @property
     def total(self) -> int:
-        """All bytes."""
         return sum(self.held.values())
 
 

@@ -58,7 +58,6 @@ class StepProfile:
         self._running: list[int] = []
 
     def mark(self) -> None:
-        """Begin a new optimizer step."""
         self._complete, self._running = self._running, []
 
     def add(self, nbytes: int) -> None:

@@ -61,7 +61,6 @@ class Answers:
 
     @property
     def over(self) -> list[Latency]:
-        """Latencies over the limit."""
         return [each for each in self.latencies if self.is_over(each)]
 
     @property

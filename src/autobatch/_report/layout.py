@@ -52,7 +52,6 @@ class Table:
 
     @property
     def rows(self) -> Iterator[tuple[str, ...]]:
-        """Cells, row by row."""
         return zip(*(column.cells for column in self.columns), strict=True)
 
 

@@ -46,7 +46,6 @@ class Reached:
         return Reached(name, value, self.depth + 1)
 
     def entries(self) -> Iterator[Reached]:
-        """Yield the entries of a container."""
         entries = self.value.items() if isinstance(self.value, dict) else enumerate(self.value)
         return (self.part(f"{self.name}[{key!r}]", each) for key, each in entries)
 

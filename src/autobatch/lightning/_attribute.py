@@ -77,7 +77,6 @@ class BatchSizeAttribute(AbstractContextManager["BatchSizeAttribute"]):
         self.restore()
 
     def restore(self) -> None:
-        """Write it back."""
         for restore in self._restores:
             restore()
 
@@ -92,7 +91,6 @@ class Holder:
 
     @property
     def value(self) -> Any:
-        """The whole number."""
         return _read(self.owner, self.key)
 
     def set(self, value: Any) -> None:

@@ -107,7 +107,6 @@ class Loaders:
         return min(self.batch_size, samples or self.batch_size)
 
     def sizes_at(self, batch_size: int) -> tuple[int, ...]:
-        """Return the batch size of each loader for one of the first."""
         first = self.own_sizes[0]
         return tuple(max(1, round(own * batch_size / first)) for own in self.own_sizes)
 
@@ -124,7 +123,6 @@ class Loaders:
 
     @property
     def is_sequential(self) -> bool:
-        """True if a step takes a batch of one loader at a time, and not of all."""
         return len(self.each) > 1 and combination_mode(self._combined) == "sequential"
 
     @property
@@ -176,7 +174,6 @@ class Loaders:
         return min(self.samples, full)
 
     def structured(self, parts: Sequence[Any]) -> Any:
-        """Return one value for each loader, in the containers of the loaders."""
         rest = iter(parts)
 
         def next_part(leaf: Any) -> Any:

@@ -63,7 +63,6 @@ class Hooks:
         return self.call(f"{self.batch_hooks}_start", *arguments)
 
     def after_batch(self, *arguments: Any) -> None:
-        """Call the hook after a batch."""
         self.call(f"{self.batch_hooks}_end", *arguments)
 
     def call(self, name: str, *arguments: Any) -> Any:

@@ -50,7 +50,6 @@ class TunedTraining:
 
     @property
     def plan(self) -> BatchPlan:
-        """The plan that training follows."""
         return self._report.plan
 
     def tune(self, last_fit: Tuned | None) -> Tuned:
