@@ -343,7 +343,7 @@ def _time(plan: BatchPlan, times: StepTimes) -> SampleTime | None:
 
 
 def nearest(target: int, world_size: int, sizes: Iterable[int]) -> BatchPlan:
-    """Return the plan closest to the target with one of these micro-batches, or the largest of them.
+    """Return the plan closest to the target with one of these micro-batches, or the largest.
 
     No plan takes more than twice as many micro-batches per update as the largest size needs.
     """

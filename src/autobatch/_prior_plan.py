@@ -48,7 +48,7 @@ class PriorPlan:
 
 
 def known_plan(plan: BatchPlan | str | Path | None, settings: Settings) -> BatchPlan | None:
-    """Return the given plan, read from its report if it is a path; refuse one against `settings`."""
+    """Return the given plan, from its report if it is a path; refuse one that settings exclude."""
     if plan is None:
         return None
     if settings.latency_limit is not None:

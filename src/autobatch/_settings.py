@@ -28,9 +28,16 @@ TIMING_SECONDS: Final = 20.0
 
 
 def checked_switch(name: str, value: object, choice: str) -> bool:
-    """Return an argument; `ValueError` if it is neither True nor False. `choice` says what to give."""
+    """Return an argument; `ValueError` with the `choice` if it is neither True nor False."""
     if not isinstance(value, bool):
         raise ValueError(f"{name}={value!r} is not a switch; give {choice}.")
+    return value
+
+
+def checked_function(name: str, value: Any, choice: str) -> Any:
+    """Return an argument; `ValueError` with the `choice` if it is neither a function nor None."""
+    if value is not None and not callable(value):
+        raise ValueError(f"{name}={value!r} cannot be called; give {choice}.")
     return value
 
 

@@ -271,7 +271,7 @@ def choose_within_latency(latency: LatencySearch, runner: TrialRunner) -> Chosen
 
 
 def choose_by_speed(subject: Subject, runner: TrialRunner) -> Chosen:
-    """Time the sizes that fit, and choose a plan by that; the largest where speed decides nothing."""
+    """Time the sizes that fit, and choose a plan by that; the largest if speed decides nothing."""
     preference = preference_of(subject, runner)
     seconds = timing_seconds(subject, runner, preference)
     if seconds:

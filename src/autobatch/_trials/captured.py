@@ -225,8 +225,9 @@ def _is_parameter(tensor: torch.Tensor) -> bool:
 class SavedTensor:
     """Values, gradient, hooks and `requires_grad` of a tensor, copied to the host.
 
-    They are written back into the same tensor, or into a new one if it has died. Of a DTensor that is
-    the part of this rank. The tensor is not held: a gradient or a hidden state that training would free must not stay on the device.
+    They are written back into the same tensor, or into a new one if it has died. Of a DTensor that
+    is the part of this rank. The tensor is not held: a gradient or a hidden state that training
+    would free must not stay on the device.
     """
 
     def __init__(self, tensor: torch.Tensor, memo: Memo) -> None:
@@ -348,7 +349,7 @@ class SavedAttributes:
 
 @dataclass(frozen=True, slots=True)
 class SavedObject:
-    """An object captured by a snapshot, or one with a state_dict: a scheduler, scaler or average."""
+    """An object captured by a snapshot, or one with a state_dict, such as a scheduler."""
 
     reference: Callable[[], Any]
     value: Saved

@@ -48,16 +48,6 @@ _PLAIN: Final = "use a plain DataLoader(dataset, batch_size=…)"
 _SETTER: Final = "pass set_batch_size, a function of a loader and a batch size that sets it"
 
 
-def checked_setter(set_batch_size: SetBatchSize | None) -> SetBatchSize | None:
-    """Return `set_batch_size`; `ValueError` if it is not a function."""
-    if set_batch_size is None or callable(set_batch_size):
-        return set_batch_size
-    raise ValueError(
-        f"set_batch_size={set_batch_size!r} cannot be called; "
-        "give a function of a DataLoader and a batch size."
-    )
-
-
 class Loaders:
     """The loaders of one data source of a Trainer, as one object with a batch size.
 

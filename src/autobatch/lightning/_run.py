@@ -1,4 +1,4 @@
-"""One run of a Trainer: its state, its beginning, and the results of a callback, which outlive it."""
+"""One run of a Trainer, its beginning, and the results of a callback, which outlive it."""
 
 from __future__ import annotations
 

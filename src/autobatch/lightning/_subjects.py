@@ -152,7 +152,8 @@ class LightningEvaluation(Inference):
         return Baseline(self.start_batch_size, self.loaders.batch_size)
 
     def describe(self) -> Description:
-        name = f"{_class_name(self.trainer.lightning_module)} · {self.stage.name} · {self.trainer.precision}"
+        module, precision = self.trainer.lightning_module, self.trainer.precision
+        name = f"{_class_name(module)} · {self.stage.name} · {precision}"
         return Description(name, _environment(self.trainer), look=self.resources.samples.look)
 
     def samples_per_epoch(self, plan: BatchPlan) -> int | None:
