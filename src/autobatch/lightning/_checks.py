@@ -216,8 +216,8 @@ def _against_strategy(trainer: Trainer) -> Iterator[str]:
         )
     elif strategy.handles_gradient_accumulation:
         yield (
-            f"its strategy, {name}, sets the accumulation itself, and a plan cannot change it (with "
-            "another strategy the plan sets the accumulation)"
+            f"its strategy, {name}, sets the accumulation itself, and a plan cannot change it "
+            "(with another strategy the plan sets the accumulation)"
         )
     elif not isinstance(
         strategy,

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
-import torch
-
 from autobatch._estimate import estimate_of
-from autobatch._estimate.inputs import Inputs, refusal
+from autobatch._estimate.inputs import AUTOCAST, Inputs, refusal
 from autobatch._memory import parse_memory_limit
 from autobatch._memory.estimate.events import UntraceableError
 from autobatch._memory.estimate.prediction import SIZES
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
     from autobatch.lightning._resources import CallbackArguments
     from autobatch.lightning._trainer import Trainer
 
-_AUTOCAST: Final = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 _TRANSFER_HOOKS: Final = ("transfer_batch_to_device", "on_after_batch_transfer")
 
 
@@ -74,7 +71,7 @@ def traceable_step(
     """
     if not module.automatic_optimization:
         raise UntraceableError("the module optimizes by itself")
-    if trainer.precision not in _AUTOCAST:
+    if trainer.precision not in ("32-true", *AUTOCAST):
         raise UntraceableError(f"precision {trainer.precision} is not modelled")
     if samples.batches_at_once > 1:
         raise UntraceableError("steps take batches of several loaders in turn")
@@ -95,7 +92,7 @@ def traceable_step(
         unwrapped(trainer.optimizers[0]),
         loss,
         batch,
-        _AUTOCAST[trainer.precision],
+        AUTOCAST.get(trainer.precision),
         accumulate,
         zeroes_after_forward=True,
     )
