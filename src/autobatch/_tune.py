@@ -19,7 +19,7 @@ from autobatch._report.result import RunDetails
 from autobatch._search.guided import GuidedBisection
 from autobatch._search.multiples import next_multiple
 from autobatch._settings import Bound, tightest_bound
-from autobatch._subject import own_version
+from autobatch._subject import version_of
 from autobatch._throughput.curve import Throughput, add_to_curve, measure_throughput
 from autobatch._throughput.preference import Preference
 from autobatch._trials import is_selective, latest_by_size
@@ -362,7 +362,7 @@ def build_report(
     context, described = runner.context, subject.describe()
     probe, reading, ranks = context.probe, context.budget.reading, context.ranks
     return TuningReport(
-        autobatch_version=own_version(),
+        autobatch_version=version_of("lightning-autobatch"),
         settings=runner.settings,
         subject=described.name,
         device=Device(
