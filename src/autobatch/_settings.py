@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from autobatch._memory import parse_memory_limit
+
+T = TypeVar("T")
 
 _ALLOWED: Final = {
     "target_batch_size": "a count; give a whole number of samples, 1 or more, or None",
@@ -34,7 +36,7 @@ def checked_switch(name: str, value: object, choice: str) -> bool:
     return value
 
 
-def checked_function(name: str, value: Any, choice: str) -> Any:
+def checked_function(name: str, value: T, choice: str) -> T:
     """Return an argument; `ValueError` with the `choice` if it is neither a function nor None."""
     if value is not None and not callable(value):
         raise ValueError(f"{name}={value!r} cannot be called; give {choice}.")
