@@ -12,7 +12,7 @@ from autobatch._trials import is_selective, refused_sizes, trial_accumulation
 from autobatch._trials.runner import per_rank
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from autobatch._throughput import CurvePoint
     from autobatch._throughput.curve import Throughput
@@ -292,13 +292,10 @@ def candidates(
         return _preferred_first(fast, plans, times, preference)
     if plans:  # nothing was timed: those with the fewest micro-batches come first
         return tuple(plans)
-    sizes = list(range(largest, ceil_div(samples, most) - 1, -1))
-    near = (
-        BatchPlan(size, max(1, round(samples / size)), world_size) for size in sizes if usable(size)
-    )
+    sizes = [size for size in range(largest, ceil_div(samples, most) - 1, -1) if usable(size)]
     return tuple(
         sorted(
-            (plan for plan in near if plan.accumulate_grad_batches <= most),
+            _plans_near(target, world_size, sizes, most),
             key=lambda plan: (_distance(plan, target), plan.accumulate_grad_batches),
         )
     )
@@ -349,11 +346,21 @@ def nearest(target: int, world_size: int, sizes: Iterable[int]) -> BatchPlan:
     """
     samples, sizes = per_rank(target, world_size), sorted(sizes)
     most = _MAX_EXTRA_PASSES * max(1, round(samples / sizes[-1]))
-    plans = (BatchPlan(size, max(1, round(samples / size)), world_size) for size in sizes)
     return min(
-        (plan for plan in plans if plan.accumulate_grad_batches <= most),
+        _plans_near(target, world_size, sizes, most),
         key=lambda plan: (_distance(plan, target), -plan.micro_batch_size),
     )
+
+
+def _plans_near(
+    target: int, world_size: int, sizes: Iterable[int], most: int
+) -> Iterator[BatchPlan]:
+    """Yield the plan of each size that comes near a target, with at most so many micro-batches."""
+    samples = per_rank(target, world_size)
+    for size in sizes:
+        accumulate = max(1, round(samples / size))
+        if accumulate <= most:
+            yield BatchPlan(size, accumulate, world_size)
 
 
 def _distance(plan: BatchPlan, target: int) -> int:

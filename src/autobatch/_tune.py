@@ -223,8 +223,8 @@ def find_largest_fit(
         if trial.batch_size < size:  # the workload could not fill it
             sizes = sizes.limited(trial.batch_size)
         check_size_is_used(runner.trials)
-        too_slow = latency.too_slow(trial.batch_size) if latency and trial.fits else None
-        if latency and too_slow:  # larger sizes would fit, but take too long
+        if latency and trial.fits and (too_slow := latency.too_slow(trial.batch_size)):
+            # Larger sizes would fit, but take too long
             high = min(sizes.high, trial.batch_size)
             bound = Bound(high, too_slow_reason(too_slow, latency.limit))
             sizes = SearchRange(sizes.start, high, bound)

@@ -61,7 +61,7 @@ class Fact:
 
     label: str
     value: str
-    remark: str
+    comment: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +148,7 @@ def _facts(facts: Sequence[Fact]) -> RenderableType | None:
     grid = rich_table.Table.grid(padding=(0, 3))
     grid.add_column(no_wrap=True)
     for fact in facts:
-        grid.add_row(fact.label, fact.value, fact.remark)
+        grid.add_row(fact.label, fact.value, fact.comment)
     return grid if facts else None
 
 

@@ -122,12 +122,12 @@ class TunedTraining:
         again.
         """
         if self.trainer.global_step == 0 and not self._is_wanted:
-            self._compare()
+            self._retune_if_needed()
 
     def _before_epoch(self) -> None:
         """Tune again where the user wants it, or where callbacks hold memory that trials lacked."""
         if self._is_to_compare or self._is_wanted:
-            self._compare()
+            self._retune_if_needed()
             self._is_to_compare, self._steps_before = False, self.trainer.global_step
         self.run.before_data.forget()
 
@@ -135,7 +135,7 @@ class TunedTraining:
     def _is_wanted(self) -> bool:
         return self.trainer.current_epoch in self.arguments.retune_at_epochs
 
-    def _compare(self) -> None:
+    def _retune_if_needed(self) -> None:
         excess = self._excess()
         if excess or self._is_wanted:
             epoch = self.trainer.current_epoch
