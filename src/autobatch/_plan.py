@@ -150,11 +150,8 @@ class _Choice:
         left = MAX_CONFIRMATIONS
         while left:
             failed = {trial.batch_size for trial in self.runner.trials if not trial.fits}
-            plans = [
-                plan
-                for plan in self._candidates(target, preference)
-                if plan.micro_batch_size not in failed
-            ]
+            found = self._candidates(target, preference)
+            plans = [plan for plan in found if plan.micro_batch_size not in failed]
             if plans and self._run_end_of_epoch(plans[0].micro_batch_size):
                 continue
             if not plans or self._is_verified(plans[0]) or not self._run_micro_batch(plans[0]):
@@ -278,10 +275,8 @@ def candidates(
     largest = min(largest, samples)
     most = _MAX_EXTRA_PASSES * ceil_div(samples, largest)
     sizes = [size for size in range(largest, 0, -1) if samples % size == 0 and usable(size)]
-    exact = [
-        BatchPlan(size, samples // size, world_size)
-        for size in sorted(preference.order(sizes), reverse=True)
-    ]
+    ordered = sorted(preference.order(sizes), reverse=True)
+    exact = [BatchPlan(size, samples // size, world_size) for size in ordered]
     timed = {size: max(1, round(samples / size)) for size in times.sizes if size <= samples}
     fastest = min(times.by_size(timed).values(), key=attrgetter("seconds"), default=None)
     fast = [] if fastest is None else _fast(exact, fastest, times)
@@ -308,10 +303,8 @@ def fast_plans(
     known = [time for plan in plans if (time := _time(plan, times)) is not None]
     if not known:
         return []
-    fast = {
-        plan.micro_batch_size: plan
-        for plan in _fast(plans, min(known, key=attrgetter("seconds")), times)
-    }
+    fastest = min(known, key=attrgetter("seconds"))
+    fast = {plan.micro_batch_size: plan for plan in _fast(plans, fastest, times)}
     return [fast[size] for size in preference.order(fast)]
 
 

@@ -196,10 +196,8 @@ class Samples:
         with unobserved():
             if self._worst_case is not None:
                 return self._worst_case(batch_size)
-            parts = [
-                self._reader.read(at, "first", size)()
-                for at, size in enumerate(self._loaders.sizes_at(batch_size))
-            ]
+            sizes = enumerate(self._loaders.sizes_at(batch_size))
+            parts = [self._reader.read(at, "first", size)() for at, size in sizes]
         if any(part is None for part in parts):
             return None
         return self._loaders.structured(parts)

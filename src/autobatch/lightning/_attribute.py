@@ -22,9 +22,8 @@ DEFAULT_NAME: Final = "batch_size"
 
 def checked_name(batch_arg_name: str) -> str:
     """Return the name; `ValueError` if it cannot be one."""
-    if isinstance(batch_arg_name, str) and all(
-        part.isidentifier() for part in batch_arg_name.split(".")
-    ):
+    is_text = isinstance(batch_arg_name, str)
+    if is_text and all(part.isidentifier() for part in batch_arg_name.split(".")):
         return batch_arg_name
     raise ValueError(
         f"batch_arg_name={batch_arg_name!r} is no name; give that of an attribute or "

@@ -175,16 +175,12 @@ def check(trainer: Trainer, module: Any, checkpoint: Checkpoint | None) -> None:
 def _problems(trainer: Trainer, module: Any, checkpoint: Checkpoint | None) -> Iterator[str]:
     callbacks = package(trainer).callbacks
     yield from _against_strategy(trainer)
-    if any(
-        type(optimizer).__name__ == "ZeroRedundancyOptimizer" for optimizer in trainer.optimizers
-    ):
+    if any(type(each).__name__ == "ZeroRedundancyOptimizer" for each in trainer.optimizers):
         yield "a ZeroRedundancyOptimizer makes ranks wait for each other in every step"
     if module.automatic_optimization and len(trainer.optimizers) != 1:
         yield f"it has {len(trainer.optimizers)} optimizers, not one"
-    if any(
-        isinstance(callback, callbacks.GradientAccumulationScheduler)
-        for callback in trainer.callbacks
-    ):
+    scheduler = callbacks.GradientAccumulationScheduler
+    if any(isinstance(each, scheduler) for each in trainer.callbacks):
         yield (
             "a GradientAccumulationScheduler sets the accumulation (without it, target_batch_size "
             "names the batch that the plan accumulates to)"

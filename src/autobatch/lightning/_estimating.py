@@ -87,14 +87,9 @@ def traceable_step(
         arguments = build_step_kwargs(trainer.fit_loop.epoch_loop, batch, 0)
         return model.training_step(*arguments.values())
 
+    optimizer, autocast = unwrapped(trainer.optimizers[0]), AUTOCAST.get(trainer.precision)
     return TrainingStep(
-        module,
-        unwrapped(trainer.optimizers[0]),
-        loss,
-        batch,
-        AUTOCAST.get(trainer.precision),
-        accumulate,
-        zeroes_after_forward=True,
+        module, optimizer, loss, batch, autocast, accumulate, zeroes_after_forward=True
     )
 
 

@@ -98,11 +98,8 @@ class Attempt:
 
 def users_callbacks(trainer: Trainer) -> list[Any]:
     """Return the callbacks of a Trainer without those of this package."""
-    return [
-        callback
-        for callback in trainer.callbacks
-        if type(callback).__module__.partition(".")[0] != "autobatch"
-    ]
+    own = "autobatch."
+    return [each for each in trainer.callbacks if not type(each).__module__.startswith(own)]
 
 
 def _is_users(callback: Any, name: str) -> bool:

@@ -33,13 +33,8 @@ def on_new_loops(trainer: Trainer) -> Iterator[None]:
     loops: tuple[Any, ...] = (trainer.validate_loop, trainer.test_loop, trainer.predict_loop)
     with ExitStack() as stack:
         replace = stack.enter_context
-        replace(
-            patched(
-                fit_loop,
-                epoch_loop=new_epoch_loop(trainer),
-                epoch_progress=new_epoch_progress(trainer),
-            )
-        )
+        progress = new_epoch_progress(trainer)
+        replace(patched(fit_loop, epoch_loop=new_epoch_loop(trainer), epoch_progress=progress))
         replace(fresh_results(trainer))
         replace(without_effects(trainer))
         for loop in loops:

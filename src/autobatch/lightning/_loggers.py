@@ -50,12 +50,9 @@ def _log_parts(
             parts = (part for part in _parts(logger, trainer) if part not in omitted)
             results = [_try(part, report, logger, trainer) for part in parts]
             if failures := [error for error in results if error is not None]:
-                _log.log(
-                    level,
-                    "%s did not take all of the report: %s",
-                    type(logger).__name__,
-                    plain(f"{type(failures[0]).__name__}: {failures[0]}"),
-                )
+                first = failures[0]
+                name, reason = type(logger).__name__, plain(f"{type(first).__name__}: {first}")
+                _log.log(level, "%s did not take all of the report: %s", name, reason)
 
 
 def _try(part: Part, report: TuningReport, logger: Any, trainer: Trainer) -> Exception | None:

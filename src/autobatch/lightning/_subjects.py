@@ -68,12 +68,9 @@ class LightningTraining:
     def describe(self) -> Description:
         optimizers = self.trainer.optimizers
         names = " + ".join(_class_name(unwrapped(each)) for each in optimizers)
-        return Description(
-            f"{_class_name(self.module)} · {names} · {self.trainer.precision}",
-            _environment(self.trainer),
-            common_rule(optimizers),
-            self.resources.samples.look,
-        )
+        name = f"{_class_name(self.module)} · {names} · {self.trainer.precision}"
+        rule, look = common_rule(optimizers), self.resources.samples.look
+        return Description(name, _environment(self.trainer), rule, look)
 
     def samples_per_epoch(self, plan: BatchPlan) -> int | None:
         return self.limits.samples(plan)

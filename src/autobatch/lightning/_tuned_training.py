@@ -99,14 +99,10 @@ class TunedTraining:
             _log.warning("%s", note)
 
     def _application(self, tuned: Tuned) -> Application:
-        return Application(
-            tuned.report.plan,
-            self.trainer,
-            self.module,
-            self.arguments.batch_arg_name,
-            self.run.rebatch("train", data_source(self.trainer.fit_loop), tuned.sizes),
-            self.run.before_optimizers,
-        )
+        trainer, plan, name = self.trainer, tuned.report.plan, self.arguments.batch_arg_name
+        rebatched = self.run.rebatch("train", data_source(trainer.fit_loop), tuned.sizes)
+        before = self.run.before_optimizers
+        return Application(plan, trainer, self.module, name, rebatched, before)
 
     def _plan_before(self) -> BatchPlan | None:
         """Return the plan of the previous fit, if the Trainer still has its accumulation."""
