@@ -158,16 +158,9 @@ def find(
         snapshot.capture_if_possible(each for each in reached if id(each.value) not in known)
         if is_training:
             optimizers.look_at(*captured)
-        context = TrialContext(
-            probe=probe,
-            began=began,
-            budget=MemoryBudget(probe, settings.memory_limit),
-            snapshot=snapshot,
-            optimizers=optimizers,
-            capturing_new_modules=partial(snapshot.at_first_forward, on_first_use),
-            ranks=ranks,
-            progress=shown,
-        )
+        budget = MemoryBudget(probe, settings.memory_limit)
+        capturing = partial(snapshot.at_first_forward, on_first_use)
+        context = TrialContext(probe, began, budget, snapshot, optimizers, capturing, ranks, shown)
         watched = Watched(workload, [*restored, probe])
         subject = PlainLoop(workload, can_accumulate, settings, context, watched)
         with snapshot.at_first_step(on_first_use):

@@ -130,16 +130,9 @@ def trial_resources(
         snapshot.capture(*captured)
         # Callbacks are silent, but a step may change their attributes
         snapshot.capture_small_values(trainer.datamodule, *users_callbacks(trainer))
-        context = TrialContext(
-            probe=probe,
-            began=began,
-            budget=MemoryBudget(probe, arguments.settings.memory_limit),
-            snapshot=snapshot,
-            optimizers=optimizers,
-            capturing_new_modules=nullcontext,  # the module and its optimizers are captured already
-            ranks=ranks,
-            progress=shown,
-        )
+        budget = MemoryBudget(probe, arguments.settings.memory_limit)
+        capturing = nullcontext  # the module and its optimizers are captured already
+        context = TrialContext(probe, began, budget, snapshot, optimizers, capturing, ranks, shown)
         for tensors in tensors_of_callbacks(trainer).values():
             probe.attach(*tensors)
         with Samples(loaders, snapshot, module.device, arguments.worst_case) as samples:

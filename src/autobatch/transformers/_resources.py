@@ -43,16 +43,9 @@ def trial_context(
         shown.begin("reading batches", None)
         snapshot.capture_small_values(trainer)
         snapshot.capture(trainer.model, trainer.optimizer)
-        yield TrialContext(
-            probe=probe,
-            began=began,
-            budget=MemoryBudget(probe, settings.memory_limit),
-            snapshot=snapshot,
-            optimizers=optimizers,
-            capturing_new_modules=nullcontext,  # model and optimizer are captured already
-            ranks=ranks,
-            progress=shown,
-        )
+        budget = MemoryBudget(probe, settings.memory_limit)
+        capturing = nullcontext  # model and optimizer are captured already
+        yield TrialContext(probe, began, budget, snapshot, optimizers, capturing, ranks, shown)
 
 
 @contextmanager
