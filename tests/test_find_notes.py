@@ -79,7 +79,7 @@ def never(i, accumulate):
     return False
 
 
-def remarks_about(train, **options):
+def notes_about(train, **options):
     report = autobatch.find(
         train, device=SimulatedAccelerator("100MiB"), memory_limit=1.0, **options
     )
@@ -91,7 +91,7 @@ def remarks_about(train, **options):
 def test_a_loop_whose_optimizer_never_steps_is_noted(plan):
     model, optimizer = perceptron()
 
-    (note,) = remarks_about(loop(model, optimizer, step=never, after=last), plan=plan)
+    (note,) = notes_about(loop(model, optimizer, step=never, after=last), plan=plan)
 
     assert "no torch.optim optimizer stepped in them" in note
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -102,16 +102,16 @@ def test_a_loop_whose_optimizer_never_steps_is_noted(plan):
 def test_a_loop_that_steps_every_micro_batch_is_noted(after):
     train = loop(*perceptron(), step=each, after=after)
 
-    (note,) = remarks_about(train, plan=BatchPlan(8, 4))
+    (note,) = notes_about(train, plan=BatchPlan(8, 4))
 
     assert "8 samples instead of 32, and an epoch 4 times as many updates" in note
-    assert remarks_about(train, plan=BatchPlan(8)) == []
+    assert notes_about(train, plan=BatchPlan(8)) == []
 
 
 def test_a_loop_that_steps_once_per_update_gets_no_note():
     train = loop(*perceptron(), step=last, after=last)
 
-    assert remarks_about(train, plan=BatchPlan(8, 4)) == []
+    assert notes_about(train, plan=BatchPlan(8, 4)) == []
 
 
 def test_an_update_cut_short_by_the_data_gets_no_note():
@@ -127,7 +127,7 @@ def test_an_update_cut_short_by_the_data_gets_no_note():
                 optimizer.zero_grad()
                 yield len(x) if len(batches) == 1 else None
 
-    assert remarks_about(train, target_batch_size=80) == []
+    assert notes_about(train, target_batch_size=80) == []
 
 
 def test_one_optimizer_stepping_more_often_gets_no_note():
@@ -145,7 +145,7 @@ def test_one_optimizer_stepping_more_often_gets_no_note():
             optimizer.zero_grad()
             yield
 
-    assert remarks_about(train, plan=BatchPlan(8, 4)) == []
+    assert notes_about(train, plan=BatchPlan(8, 4)) == []
 
 
 def test_a_loop_without_gradients_gets_no_note():
@@ -158,8 +158,8 @@ def test_a_loop_without_gradients_gets_no_note():
         with torch.inference_mode():
             model.loss(batch_size)
 
-    assert remarks_about(forward, plan=BatchPlan(8)) == []
-    assert remarks_about(answer, latency_limit=10.0, max_micro_batch_size=2) == []
+    assert notes_about(forward, plan=BatchPlan(8)) == []
+    assert notes_about(answer, latency_limit=10.0, max_micro_batch_size=2) == []
 
 
 def test_a_model_made_by_the_loop_is_watched():
@@ -167,6 +167,6 @@ def test_a_model_made_by_the_loop_is_watched():
         model, optimizer = perceptron()
         yield from loop(model, optimizer, step=never, after=last)(batch_size, accumulate)
 
-    (note,) = remarks_about(train, plan=BatchPlan(8, 4))
+    (note,) = notes_about(train, plan=BatchPlan(8, 4))
 
     assert note.startswith("Trials computed gradients")

@@ -104,7 +104,7 @@ def test_no_batch_is_suggested_for_a_stream_that_none_answers_in_time():
     facts = latency_facts(Answers(latencies, limit, 32), "answer")
 
     (streams,) = (fact for fact in facts if fact.label == "Streams")
-    assert "alone" not in streams.remark
+    assert "alone" not in streams.comment
 
 
 @given(measured())

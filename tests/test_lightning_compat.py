@@ -15,7 +15,7 @@ from autobatch._undo import patched
 from lightning_here import Model, data, quiet_trainer, tuner
 
 FOLDER = Path(importlib.import_module("autobatch.lightning").__file__).parent
-# Private names of torch, and a public one of named tuples
+# Private names of torch and typing, and a public one of named tuples
 OF_OTHERS = {
     "_post_accumulate_grad_hooks",
     "_foreach_copy_",
@@ -25,8 +25,9 @@ OF_OTHERS = {
     "_iterator",
     "_replace",
     "_pre_forward",
+    "_is_protocol",
 }
-compat = importlib.import_module("autobatch.lightning._compat")
+package = importlib.import_module("autobatch.lightning._package")
 
 
 class Owner:
@@ -108,7 +109,7 @@ def without(name):
 
 @pytest.mark.parametrize("name", MISSING)
 def test_a_lightning_that_lacks_a_name_is_refused(monkeypatch, name):
-    monkeypatch.setattr(compat, "get_type_hints", without(name))
+    monkeypatch.setattr(package, "get_type_hints", without(name))
     path = name.rpartition(".")[0]
     expected = f"{path}._gone" if path else "_gone"
 
@@ -120,7 +121,7 @@ def test_the_installed_lightning_lacks_nothing():
     class Asks(autobatch.lightning.AutoBatch.__base__):
         def setup(self, trainer, pl_module, stage):
             found.append(
-                (compat.missing_name(trainer), compat.name_missing_to_noise_scale(trainer))
+                (package.missing_name(trainer), package.name_missing_to_noise_scale(trainer))
             )
 
     found = []

@@ -347,7 +347,7 @@ def test_bytes_in_use_are_shown_beside_reserved_ones_where_they_differ():
         table = page(example().model_copy(update={"trials": tuple(trials)})).tables[0]
         return {each.header: each.cells for each in table.columns}
 
-    assert column(0.5)["in use GiB"][:3] == ("1.35", "1.40", "1.55")
+    assert column(0.5)["in use GiB"][:3] == ["1.35", "1.40", "1.55"]
     assert not any(header.startswith("in use") for header in column(1.0))
 
 

@@ -267,7 +267,7 @@ def test_light_capture_does_not_restore_data():
 
     data = Data()
     with Snapshot() as snapshot:
-        snapshot.capture_light(data)
+        snapshot.capture_small_values(data)
         data.reads += 1
         data.table += 1
 
@@ -292,7 +292,7 @@ def test_what_has_no_attributes_of_its_own_is_left_alone(thing):
 
     with Snapshot() as snapshot:
         snapshot.capture(data)
-        snapshot.capture_light(thing, data)
+        snapshot.capture_small_values(thing, data)
         Collated.calls += 1
         data.kinds = None
 

@@ -70,9 +70,7 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("lightning-autobatch")
-    if (
-        name == "transformers"
-    ):  # a module without a name here: its functions are `transformers.tune`
+    if name == "transformers":  # a module, without a name in `__all__`
         return importlib.import_module(f"{__name__}.transformers")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -199,6 +199,8 @@ def _environment() -> dict[str, str]:
     """Versions and devices, as a bug report needs them."""
     import torch
 
+    from autobatch._subject import version_of
+
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = f"{torch.cuda.device_count()} seen by torch"
     if torch.version.cuda is None:
@@ -208,17 +210,10 @@ def _environment() -> dict[str, str]:
     return {
         "autobatch": version("lightning-autobatch"),
         "python": f"{platform.python_version()} on {platform.platform()}",
-        **{package: _version_of(package) for package in _PACKAGES},
+        **{package: version_of(package) for package in _PACKAGES},
         "CUDA devices": devices,
         "NVML": _nvml_driver(),
     }
-
-
-def _version_of(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _nvml_driver() -> str:

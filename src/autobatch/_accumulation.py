@@ -53,12 +53,8 @@ class UndecidedError(Exception):
 
 def batch_norms(parts: Iterable[object]) -> BatchNorms:
     """Count the layers that use batch statistics: in train mode, or without running statistics."""
-    norms = [
-        part
-        for part in parts
-        if isinstance(part, _BatchNorm)
-        and (part.training or getattr(part, "running_mean", None) is None)
-    ]
+    layers = [part for part in parts if isinstance(part, _BatchNorm)]
+    norms = [each for each in layers if each.training or each.running_mean is None]
     together = sum(isinstance(norm, torch.nn.SyncBatchNorm) for norm in norms)
     return BatchNorms(len(norms) - together, together)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     from autobatch._plan import BatchPlan
     from autobatch._report import TuningReport
     from autobatch._search import Search
-    from autobatch._trials.reachable import Reached
 
 _TRAINABLE: Final = (torch.nn.Module, torch.optim.Optimizer)
 
@@ -132,9 +130,11 @@ def find(
     )
     prior = PriorPlan(known_plan(plan, settings))
     strategy, is_verbose = checked_search(search), checked_verbose(verbose)
-    restored = _restorable(restore)
-    used = _UsedObjects.by(workload, restored)
-    modules, is_training = used.modules, latency_limit is None
+    restored, reached = _restorable(restore), with_state(workload)
+    trained = (each.value for each in reached if isinstance(each.value, _TRAINABLE))
+    captured = [*restored, *trained]
+    modules = [each for each in captured if isinstance(each, torch.nn.Module)]
+    is_training = latency_limit is None
     model_device = _device_of_model(modules)
     probe = detect(named_device(device), model_device)
     began = probe.clock()
@@ -153,20 +153,14 @@ def find(
             probe, optimizers, None if device else model_device, is_training=is_training
         )
         bring_to_rest(modules)  # a forward pass before may have left parameters gathered
-        snapshot.capture(*used.to_restore)
-        snapshot.capture_if_possible(used.others)
+        snapshot.capture(*captured)
+        known = set(map(id, captured))
+        snapshot.capture_if_possible(each for each in reached if id(each.value) not in known)
         if is_training:
-            optimizers.look_at(*used.to_restore)
-        context = TrialContext(
-            probe=probe,
-            began=began,
-            budget=MemoryBudget(probe, settings.memory_limit),
-            snapshot=snapshot,
-            optimizers=optimizers,
-            capturing_new_modules=partial(snapshot.at_first_forward, on_first_use),
-            ranks=ranks,
-            progress=shown,
-        )
+            optimizers.look_at(*captured)
+        budget = MemoryBudget(probe, settings.memory_limit)
+        capturing = partial(snapshot.at_first_forward, on_first_use)
+        context = TrialContext(probe, began, budget, snapshot, optimizers, capturing, ranks, shown)
         watched = Watched(workload, [*restored, probe])
         subject = PlainLoop(workload, can_accumulate, settings, context, watched)
         with snapshot.at_first_step(on_first_use):
@@ -186,26 +180,6 @@ def _restorable(restore: Sequence[Any]) -> Sequence[Any]:
                 "load_state_dict; leave it out, or give an object that has them."
             )
     return restore
-
-
-@dataclass(frozen=True, slots=True)
-class _UsedObjects:
-    """Objects with a state that a workload uses."""
-
-    to_restore: list[Any]  # given by the user, and models and optimizers
-    others: list[Reached]  # restored where that is possible
-
-    @classmethod
-    def by(cls, workload: Callable[..., Any], given: Sequence[Any]) -> _UsedObjects:
-        reached = with_state(workload)
-        trainable = (each.value for each in reached if isinstance(each.value, _TRAINABLE))
-        to_restore = [*given, *trainable]
-        known = set(map(id, to_restore))
-        return cls(to_restore, [each for each in reached if id(each.value) not in known])
-
-    @property
-    def modules(self) -> list[torch.nn.Module]:
-        return [each for each in self.to_restore if isinstance(each, torch.nn.Module)]
 
 
 def _device_of_model(modules: Sequence[torch.nn.Module]) -> torch.device:

@@ -12,7 +12,7 @@ from autobatch._trials import is_selective, refused_sizes, trial_accumulation
 from autobatch._trials.runner import per_rank
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from autobatch._throughput import CurvePoint
     from autobatch._throughput.curve import Throughput
@@ -150,11 +150,8 @@ class _Choice:
         left = MAX_CONFIRMATIONS
         while left:
             failed = {trial.batch_size for trial in self.runner.trials if not trial.fits}
-            plans = [
-                plan
-                for plan in self._candidates(target, preference)
-                if plan.micro_batch_size not in failed
-            ]
+            found = self._candidates(target, preference)
+            plans = [plan for plan in found if plan.micro_batch_size not in failed]
             if plans and self._run_end_of_epoch(plans[0].micro_batch_size):
                 continue
             if not plans or self._is_verified(plans[0]) or not self._run_micro_batch(plans[0]):
@@ -278,10 +275,8 @@ def candidates(
     largest = min(largest, samples)
     most = _MAX_EXTRA_PASSES * ceil_div(samples, largest)
     sizes = [size for size in range(largest, 0, -1) if samples % size == 0 and usable(size)]
-    exact = [
-        BatchPlan(size, samples // size, world_size)
-        for size in sorted(preference.order(sizes), reverse=True)
-    ]
+    ordered = sorted(preference.order(sizes), reverse=True)
+    exact = [BatchPlan(size, samples // size, world_size) for size in ordered]
     timed = {size: max(1, round(samples / size)) for size in times.sizes if size <= samples}
     fastest = min(times.by_size(timed).values(), key=attrgetter("seconds"), default=None)
     fast = [] if fastest is None else _fast(exact, fastest, times)
@@ -292,13 +287,10 @@ def candidates(
         return _preferred_first(fast, plans, times, preference)
     if plans:  # nothing was timed: those with the fewest micro-batches come first
         return tuple(plans)
-    sizes = list(range(largest, ceil_div(samples, most) - 1, -1))
-    near = (
-        BatchPlan(size, max(1, round(samples / size)), world_size) for size in sizes if usable(size)
-    )
+    sizes = [size for size in range(largest, ceil_div(samples, most) - 1, -1) if usable(size)]
     return tuple(
         sorted(
-            (plan for plan in near if plan.accumulate_grad_batches <= most),
+            _plans_near(target, world_size, sizes, most),
             key=lambda plan: (_distance(plan, target), plan.accumulate_grad_batches),
         )
     )
@@ -311,10 +303,8 @@ def fast_plans(
     known = [time for plan in plans if (time := _time(plan, times)) is not None]
     if not known:
         return []
-    fast = {
-        plan.micro_batch_size: plan
-        for plan in _fast(plans, min(known, key=attrgetter("seconds")), times)
-    }
+    fastest = min(known, key=attrgetter("seconds"))
+    fast = {plan.micro_batch_size: plan for plan in _fast(plans, fastest, times)}
     return [fast[size] for size in preference.order(fast)]
 
 
@@ -343,17 +333,27 @@ def _time(plan: BatchPlan, times: StepTimes) -> SampleTime | None:
 
 
 def nearest(target: int, world_size: int, sizes: Iterable[int]) -> BatchPlan:
-    """Return the plan closest to the target with one of these micro-batches, or the largest of them.
+    """Return the plan closest to the target with one of these micro-batches, or the largest.
 
     No plan takes more than twice as many micro-batches per update as the largest size needs.
     """
     samples, sizes = per_rank(target, world_size), sorted(sizes)
     most = _MAX_EXTRA_PASSES * max(1, round(samples / sizes[-1]))
-    plans = (BatchPlan(size, max(1, round(samples / size)), world_size) for size in sizes)
     return min(
-        (plan for plan in plans if plan.accumulate_grad_batches <= most),
+        _plans_near(target, world_size, sizes, most),
         key=lambda plan: (_distance(plan, target), -plan.micro_batch_size),
     )
+
+
+def _plans_near(
+    target: int, world_size: int, sizes: Iterable[int], most: int
+) -> Iterator[BatchPlan]:
+    """Yield the plan of each size that comes near a target, with at most so many micro-batches."""
+    samples = per_rank(target, world_size)
+    for size in sizes:
+        accumulate = max(1, round(samples / size))
+        if accumulate <= most:
+            yield BatchPlan(size, accumulate, world_size)
 
 
 def _distance(plan: BatchPlan, target: int) -> int:

@@ -26,6 +26,22 @@ class PriorPlan:
     refusal: str | None = None
     note: str | None = None  # the note in the report; None: the plan is the user's own
 
+    @classmethod
+    def resumed(cls, plan: BatchPlan) -> PriorPlan:
+        """Return the plan of a checkpoint between epochs, to verify."""
+        note = "Resumed: one trial verified the checkpoint's plan."
+        return cls(plan, effective_batch_size=plan.effective_batch_size, note=note)
+
+    @classmethod
+    def tuned_again(cls, plan: BatchPlan, place: str) -> PriorPlan:
+        """Return the request for a search, for the update of a checkpoint from another place."""
+        effective = plan.effective_batch_size
+        note = (
+            f"Tuned again for the checkpoint's effective batch of {effective:,}: it was trained "
+            f"with {in_words(plan)}{place}."
+        )
+        return cls(effective_batch_size=effective, note=note)
+
     def applied_to(self, settings: Settings, world_size: int) -> Settings:
         """Return the settings to tune with; refuse a plan of the user that they exclude."""
         if self.plan is not None and self.note is None:
@@ -48,7 +64,7 @@ class PriorPlan:
 
 
 def known_plan(plan: BatchPlan | str | Path | None, settings: Settings) -> BatchPlan | None:
-    """Return the given plan, read from its report if it is a path; refuse one against `settings`."""
+    """Return the given plan, from its report if it is a path; refuse one that settings exclude."""
     if plan is None:
         return None
     if settings.latency_limit is not None:
@@ -69,6 +85,19 @@ def known_plan(plan: BatchPlan | str | Path | None, settings: Settings) -> Batch
         raise ValueError(f"plan={plan!r} is not a plan; give a BatchPlan, or the path of a report.")
     check_against(plan, settings, None)
     return plan
+
+
+def in_words(plan: BatchPlan) -> str:
+    """Return the micro-batches of an update, for a sentence."""
+    return f"micro-batches of {plan.micro_batch_size:,} × {plan.accumulate_grad_batches:,}"
+
+
+def other_update(effective: int, asked: str) -> AutobatchError:
+    """Return the error of a resumed run that asks for another effective batch size."""
+    return AutobatchError(
+        f"The checkpoint was trained with {effective} samples per update, and {asked}: a resumed "
+        "run goes on with its plan."
+    )
 
 
 def check_against(plan: BatchPlan, settings: Settings, world_size: int | None) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from autobatch._memory import parse_memory_limit
+
+T = TypeVar("T")
 
 _ALLOWED: Final = {
     "target_batch_size": "a count; give a whole number of samples, 1 or more, or None",
@@ -28,9 +30,16 @@ TIMING_SECONDS: Final = 20.0
 
 
 def checked_switch(name: str, value: object, choice: str) -> bool:
-    """Return an argument; `ValueError` if it is neither True nor False. `choice` says what to give."""
+    """Return an argument; `ValueError` with the `choice` if it is neither True nor False."""
     if not isinstance(value, bool):
         raise ValueError(f"{name}={value!r} is not a switch; give {choice}.")
+    return value
+
+
+def checked_function(name: str, value: T, choice: str) -> T:
+    """Return an argument; `ValueError` with the `choice` if it is neither a function nor None."""
+    if value is not None and not callable(value):
+        raise ValueError(f"{name}={value!r} cannot be called; give {choice}.")
     return value
 
 

@@ -231,10 +231,10 @@ def _is_asynchronous(function: object) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
 
 
-def own_version() -> str:
-    """Return the version of autobatch; "not installed" where only its sources are on the path."""
+def version_of(package: str) -> str:
+    """Return a version; "not installed", also where only the sources are on the path."""
     try:
-        return version("lightning-autobatch")
+        return version(package)
     except PackageNotFoundError:
         return "not installed"
 

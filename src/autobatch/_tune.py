@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -19,7 +19,7 @@ from autobatch._report.result import RunDetails
 from autobatch._search.guided import GuidedBisection
 from autobatch._search.multiples import next_multiple
 from autobatch._settings import Bound, tightest_bound
-from autobatch._subject import own_version
+from autobatch._subject import version_of
 from autobatch._throughput.curve import Throughput, add_to_curve, measure_throughput
 from autobatch._throughput.preference import Preference
 from autobatch._trials import is_selective, latest_by_size
@@ -41,6 +41,16 @@ _MAX_BATCH_SIZE: Final = 2**20
 _SHARE_OF_TRAINING: Final = 0.1
 
 
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """A plan, and the measurements by which it was chosen."""
+
+    plan: BatchPlan
+    throughput: Throughput = field(default_factory=Throughput)
+    curve_seconds: float = 0.0  # time limit of the throughput curve
+    latency: LatencySearch | None = None  # of inference within a limit
+
+
 def tune(
     subject: Subject, settings: Settings, context: TrialContext, search: Search, prior: PriorPlan
 ) -> TuningReport:
@@ -58,45 +68,25 @@ def tune(
     runner.start()
     check_same_arguments(subject, settings, known, ranks)
     sizes = search_range(subject, settings, ranks)
-    throughput, latency = Throughput(), None
-    curve_seconds = most_timing_seconds(settings)
     guide = Guide(search, subject, runner)
     runner.begin("searching" if known is None else "checking the plan")
     if known is not None:
         try:
-            plan = verify(known, runner, sizes)
+            chosen = Chosen(verify(known, runner, sizes))
         except DoesNotFitError as error:
             return tune(subject, settings, context, search, prior.after(error))
     elif settings.limit_on_latency is not None:
         latency = LatencySearch(settings.limit_on_latency, runner)
         sizes = find_largest_fit(search, runner, sizes, latency, is_timed=True)
-        context.progress.begin("timing answers", SECONDS_TIMED)
-        plan = find_best_within(latency, runner)
+        chosen = choose_within_latency(latency, runner)
     else:
-        sizes = find_largest_fit(guide, runner, sizes, None, is_timed=not curve_seconds)
-        preference = preference_of(subject, settings, runner)
-        curve_seconds = timing_seconds(subject, settings, runner, preference)
-        if curve_seconds:
-            context.progress.begin("timing sizes", curve_seconds)
-        throughput = measure_throughput(runner, curve_seconds, preference)
-        runner.begin("checking the plan")
-        plan = choose_plan(runner, throughput, subject.last_micro_batch, preference)
-        throughput = add_to_curve(throughput, runner, plan.micro_batch_size)
-        check_size_is_used([*runner.trials, *map(runner.merge, throughput.unrecorded.values())])
-    check_same_plan(plan, ranks)
-    keep_within_budget(plan, runner)
-    run = RunDetails(
-        bound=sizes.bound_met,
-        is_out_of_time=runner.is_out_of_time,
-        unreached=throughput.unreached,
-        curve_seconds=curve_seconds,
-        before=subject.baseline.plan,
-        last_samples=subject.last_micro_batch(plan.micro_batch_size),
-        subject_notes=subject.notes(plan, runner.time_limit),
-        prior_note=prior.note,
-        unfinished=latency.unfinished if latency else None,
-    )
-    report = build_report(subject, runner, plan, throughput, latency, guide.followed)
+        is_timed = not most_timing_seconds(settings)  # otherwise all sizes are timed afterwards
+        sizes = find_largest_fit(guide, runner, sizes, None, is_timed=is_timed)
+        chosen = choose_by_speed(subject, runner)
+    check_same_plan(chosen.plan, ranks)
+    keep_within_budget(chosen.plan, runner)
+    run = details_of_run(subject, runner, chosen, sizes.bound_met, prior)
+    report = build_report(subject, runner, chosen, guide.followed)
     return report.model_copy(update={"notes": notes(report, run)})
 
 
@@ -233,8 +223,8 @@ def find_largest_fit(
         if trial.batch_size < size:  # the workload could not fill it
             sizes = sizes.limited(trial.batch_size)
         check_size_is_used(runner.trials)
-        too_slow = latency.too_slow(trial.batch_size) if latency and trial.fits else None
-        if latency and too_slow:  # larger sizes would fit, but take too long
+        if latency and trial.fits and (too_slow := latency.too_slow(trial.batch_size)):
+            # Larger sizes would fit, but take too long
             high = min(sizes.high, trial.batch_size)
             bound = Bound(high, too_slow_reason(too_slow, latency.limit))
             sizes = SearchRange(sizes.start, high, bound)
@@ -268,14 +258,30 @@ def _proposal(search: Search, runner: TrialRunner, sizes: SearchRange) -> int | 
     return search.propose(trials, start=start, high=sizes.high, budget=runner.budget)
 
 
-def find_best_within(latency: LatencySearch, runner: TrialRunner) -> BatchPlan:
-    """Return the batch size with the most throughput of those that meet the limit on latency."""
+def choose_within_latency(latency: LatencySearch, runner: TrialRunner) -> Chosen:
+    """Choose the batch size with the most throughput of those that meet the limit on latency."""
+    runner.context.progress.begin("timing answers", SECONDS_TIMED)
     runner.check_any_fits()
     latency.measure()
     best = best_within(latency.latencies, latency.limit.seconds)
     if best is None:
         raise DoesNotFitError(nothing_within(latency.latencies, latency.limit))
-    return BatchPlan(best.batch_size, world_size=runner.accumulation.replicas)
+    plan = BatchPlan(best.batch_size, world_size=runner.accumulation.replicas)
+    return Chosen(plan, latency=latency)
+
+
+def choose_by_speed(subject: Subject, runner: TrialRunner) -> Chosen:
+    """Time the sizes that fit, and choose a plan by that; the largest if speed decides nothing."""
+    preference = preference_of(subject, runner)
+    seconds = timing_seconds(subject, runner, preference)
+    if seconds:
+        runner.context.progress.begin("timing sizes", seconds)
+    throughput = measure_throughput(runner, seconds, preference)
+    runner.begin("checking the plan")
+    plan = choose_plan(runner, throughput, subject.last_micro_batch, preference)
+    throughput = add_to_curve(throughput, runner, plan.micro_batch_size)
+    check_size_is_used([*runner.trials, *map(runner.merge, throughput.unrecorded.values())])
+    return Chosen(plan, throughput, seconds)
 
 
 def most_timing_seconds(settings: Settings) -> float:
@@ -284,16 +290,14 @@ def most_timing_seconds(settings: Settings) -> float:
     return _settings.TIMING_SECONDS if given is None else given
 
 
-def timing_seconds(
-    subject: Subject, settings: Settings, runner: TrialRunner, preference: Preference | None
-) -> float:
+def timing_seconds(subject: Subject, runner: TrialRunner, preference: Preference | None) -> float:
     """Return the seconds that timing sizes may take.
 
     By default at most a tenth of the planned training, and where speed does not decide which size
     is taken, at most the time of the search.
     """
-    most = most_timing_seconds(settings)
-    if settings.timing_seconds is not None:
+    most = most_timing_seconds(runner.settings)
+    if runner.settings.timing_seconds is not None:
         return most
     if preference is None:
         most = min(most, runner.time_limit.spent)
@@ -304,10 +308,10 @@ def timing_seconds(
     return most if planned is None else min(most, _SHARE_OF_TRAINING * planned)
 
 
-def preference_of(subject: Subject, settings: Settings, runner: TrialRunner) -> Preference | None:
+def preference_of(subject: Subject, runner: TrialRunner) -> Preference | None:
     """Return the order of sizes that are about as fast; None if the largest is taken."""
     has_batch_norm, *_ = runner.gather(subject.has_batch_norm())
-    is_split = runner.accumulation.is_split
+    settings, is_split = runner.settings, runner.accumulation.is_split
     is_untimed = not most_timing_seconds(settings)
     if not is_split and (settings.prefer == "largest" or is_untimed):
         return None
@@ -333,19 +337,32 @@ def keep_within_budget(plan: BatchPlan, runner: TrialRunner) -> None:
         probe.keep_within(runner.budget - trial.resident, trial.peak - trial.resident)
 
 
+def details_of_run(
+    subject: Subject, runner: TrialRunner, chosen: Chosen, bound: Bound, prior: PriorPlan
+) -> RunDetails:
+    """Return what notes depend on beside the report; the subject may measure for its own."""
+    return RunDetails(
+        bound=bound,
+        is_out_of_time=runner.is_out_of_time,
+        unreached=chosen.throughput.unreached,
+        curve_seconds=chosen.curve_seconds,
+        before=subject.baseline.plan,
+        last_samples=subject.last_micro_batch(chosen.plan.micro_batch_size),
+        subject_notes=subject.notes(chosen.plan, runner.time_limit),
+        prior_note=prior.note,
+        unfinished=chosen.latency.unfinished if chosen.latency else None,
+    )
+
+
 def build_report(
-    subject: Subject,
-    runner: TrialRunner,
-    plan: BatchPlan,
-    throughput: Throughput,
-    latency: LatencySearch | None,
-    guide: str | None,
+    subject: Subject, runner: TrialRunner, chosen: Chosen, guide: str | None
 ) -> TuningReport:
     """Return the report of a run, without notes."""
+    plan, throughput, latency = chosen.plan, chosen.throughput, chosen.latency
     context, described = runner.context, subject.describe()
     probe, reading, ranks = context.probe, context.budget.reading, context.ranks
     return TuningReport(
-        autobatch_version=own_version(),
+        autobatch_version=version_of("lightning-autobatch"),
         settings=runner.settings,
         subject=described.name,
         device=Device(

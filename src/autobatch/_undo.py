@@ -56,8 +56,8 @@ class patched(Undo):  # noqa: N801 -- reads as what it does: with patched(owner,
 
     A value goes into the `vars` of the object, where it hides a method or an attribute of the
     class, and is deleted from there if the object had none of its own. Properties are set, and so
-    are attributes of a class. A class rather than a generator, so that a callback that holds one can be copied and pickled: it calls
-    `apply` and `restore`.
+    are attributes of a class. A class rather than a generator, so that a callback that holds one
+    can be copied and pickled: it calls `apply` and `restore`.
 
     Example:
         >>> with patched(loop, setup_data=replacement):  # doctest: +SKIP

@@ -7,7 +7,7 @@ AutobatchError
 ├── FixedBatchSizeError    the batch size of a DataLoader cannot be changed
 └── WorstCaseError         a worst_case ignores the batch size; also a ValueError
 
-Any other bad argument is a plain `ValueError`. Exceptions of the user's code pass through unchanged.
+Any other bad argument is a plain `ValueError`. Exceptions of the user's code pass unchanged.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ def to_markdown(report: TuningReport) -> str:
     content = page(report)
     comment = f"; {content.comment}" if content.comment else ""
     facts = [
-        f"- {fact.label}: {'; '.join(filter(None, (fact.value, fact.remark)))}"
+        f"- {fact.label}: {'; '.join(filter(None, (fact.value, fact.comment)))}"
         for fact in content.facts
     ]
     blocks = [

@@ -44,7 +44,7 @@ class Ranks(Protocol):
 
     @property
     def as_if(self) -> int | None:
-        """Number of ranks of a job that does not run, for which this process stands; None: it runs."""
+        """Ranks of a job that does not run, for which this process stands; None: it runs."""
 
     def gather(self, value: T) -> Sequence[T]:
         """Return the values of all ranks, in the order of their indices; every rank calls it."""
@@ -77,7 +77,6 @@ class SingleProcess:
     world_size: ClassVar = 1
 
     def gather(self, value: T) -> Sequence[T]:
-        """Return the value as the only one."""
         return (value,)
 
     def abort_together(self) -> AbstractContextManager[None]:
@@ -194,7 +193,6 @@ class ProcessGroup:
 
     @contextmanager
     def dry(self) -> Iterator[None]:
-        """Let collectives of the body wait for no other rank; `gather` goes on as before."""
         with DryCollectives(self._group), self._alone:
             yield
 
@@ -306,7 +304,7 @@ def current_ranks(
 ) -> AbstractContextManager[Ranks]:
     """Return all ranks of the current `torch.distributed` job, or this process alone.
 
-    In a job on the fake back end of torch, in which no other rank runs, this process stands for all.
+    In a job on the fake back end of torch no other rank runs, and this process stands for all.
 
     Args:
         replicas: Number of ranks that train on different data; None: all of them.

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from autobatch._estimate.band import Band
-    from autobatch._estimate.breakdown import Peak
     from autobatch._estimate.device import TargetGpu
     from autobatch._estimate.inputs import Optimizer
     from autobatch._memory.estimate.prediction import MemoryEstimate
@@ -173,9 +172,8 @@ class Estimate:
     @property
     def subject(self) -> str:
         """Model, optimizer and precision."""
-        names = [
-            type(each).__name__ for each in (self._inputs.step.model, self._inputs.step.optimizer)
-        ]
+        step = self._inputs.step
+        names = (type(each).__name__ for each in (step.model, step.optimizer))
         return " · ".join((*names, self._inputs.precision))
 
     @property
@@ -231,7 +229,8 @@ class Estimate:
         peaks = self._memory.steps(size, None)
         allocated = peaks[-1].allocated
         reserved = max(each.reserved for each in peaks)
-        highest = self._peak(size)
+        events = list(self._memory.events.at(size))
+        highest = peak(events, self._target.gpu, self._inputs.step.model)
         held = {str(use): nbytes for use, nbytes in highest.held.items() if nbytes}
         rest = allocated - sum(held.values())
         return EstimatedPeak(
@@ -268,15 +267,12 @@ class Estimate:
         events = list(self._memory.events.at(peak.batch_size))
         return draw(self, moments(events, self._target.gpu), peak, path)
 
-    def _peak(self, size: int) -> Peak:
-        return peak(list(self._memory.events.at(size)), self._target.gpu, self._inputs.step.model)
-
     def changes(self) -> tuple[EstimatedChange, ...]:
         """Return the largest batch size with one thing changed; most take a trace of their own.
 
-        These are bf16-mixed instead of 32-true, gradient checkpointing if the model has a switch for
-        it, SGD with momentum instead of another optimizer, 8-bit state instead of that of Adam or
-        AdamW, two micro-batches per update, and expandable segments of torch's allocator.
+        These are bf16-mixed instead of 32-true, gradient checkpointing if the model has a switch
+        for it, SGD with momentum instead of another optimizer, 8-bit state instead of that of Adam
+        or AdamW, two micro-batches per update, and expandable segments of torch's allocator.
         """
         estimates = {
             words: estimate_of(inputs, self._target, self._limit, None)
@@ -310,11 +306,7 @@ class Estimate:
             "band": self.band_share,
             "at_largest": _written(self.at(max(1, self.largest))),
             "changes": [
-                {
-                    "change": each.change,
-                    "largest": _banded(each.largest),
-                    "untested": each.untested,
-                }
+                {"change": each.change, "largest": _banded(each.largest), "untested": each.untested}
                 for each in changes
             ],
         }

@@ -52,7 +52,6 @@ class Moment:
 
     @property
     def total(self) -> int:
-        """All bytes."""
         return sum(self.held.values())
 
 
@@ -155,8 +154,5 @@ def _held_by(event: Event, phase: str) -> Held:
 
 def _ends(events: Sequence[Event]) -> list[int]:
     """Return the places at which steps end."""
-    return [
-        at
-        for at, event in enumerate(events)
-        if event.kind is Kind.PHASE and event.name == Phase.END
-    ]
+    end = (Kind.PHASE, Phase.END)
+    return [at for at, event in enumerate(events) if (event.kind, event.name) == end]

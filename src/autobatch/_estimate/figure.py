@@ -72,13 +72,8 @@ def _panel(axes: Axes, estimate: Estimate, held: Sequence[Moment], peak: Estimat
     heights = [
         np.array([moment.held.get(kind, 0) for moment in held]) / unit.factor for kind in kinds
     ]
-    axes.stackplot(
-        range(len(held)),
-        heights,
-        labels=[str(kind) for kind in kinds],
-        colors=[_COLORS[kind] for kind in kinds],
-        step="post",
-    )
+    labels, colors = [str(kind) for kind in kinds], [_COLORS[kind] for kind in kinds]
+    axes.stackplot(range(len(held)), heights, labels=labels, colors=colors, step="post")
     budget = f"budget, {format_bytes(estimate.budget)}"
     axes.axhline(estimate.budget / unit.factor, color=INK, linewidth=1.5, label=budget)
     reserved = f"reserved, {format_bytes(peak.reserved)}"

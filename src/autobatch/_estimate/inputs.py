@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 Optimizer = torch.optim.Optimizer | Callable[[Iterable[torch.Tensor]], torch.optim.Optimizer]
 
-_AUTOCAST: Final = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-_PARAMETERS: Final = {
+AUTOCAST: Final = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # by precision
+PARAMETERS: Final = {
     "32-true": torch.float32,
     "bf16-true": torch.bfloat16,
     "16-true": torch.float16,
@@ -61,10 +61,10 @@ class Inputs:
             inspect.signature(step).bind(model, batch)
         except TypeError as error:
             raise ValueError(f"step is not callable as step(model, batch): {error}.") from None
-        if precision not in (*_AUTOCAST, *_PARAMETERS):
+        if precision not in (*AUTOCAST, *PARAMETERS):
             raise ValueError(
                 f"precision={precision!r} is not modelled; give one of "
-                f"{', '.join((*_AUTOCAST, *_PARAMETERS))}."
+                f"{', '.join((*AUTOCAST, *PARAMETERS))}."
             )
         if type(accumulate) is not int or accumulate < 1:
             raise ValueError(
@@ -90,7 +90,7 @@ class Inputs:
 
     def estimated(self, gpu: Gpu) -> MemoryEstimate:
         """Trace the step; `AutobatchError` if its memory cannot be predicted."""
-        step = replace(self.step, autocast=_AUTOCAST.get(self.precision))
+        step = replace(self.step, autocast=AUTOCAST.get(self.precision))
         try:
             return MemoryEstimate.of(step, gpu)
         except UntraceableError as error:
@@ -151,9 +151,10 @@ def _reasons(model: nn.Module, precision: str) -> Iterator[str]:
         if getattr(part, "sparse", False) is True:
             yield f"{shown} has sparse gradients, which are not modelled"
     for name, parameter in model.named_parameters():
-        if type(parameter).__module__.startswith(_SHARDED) or _is_sharded(parameter):
+        kinds = type(parameter), type(parameter.data)
+        if any(kind.__module__.startswith(_SHARDED) for kind in kinds):
             yield f"{name} is sharded, and models on several devices are not modelled"
-    kept = _PARAMETERS.get(precision)
+    kept = PARAMETERS.get(precision)
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     if kept is not None and dtypes - {kept}:
         yield (
@@ -162,13 +163,9 @@ def _reasons(model: nn.Module, precision: str) -> Iterator[str]:
         )
 
 
-def _is_sharded(parameter: torch.Tensor) -> bool:
-    return type(parameter.data).__module__.startswith(_SHARDED)
-
-
 def refusal(reason: str) -> AutobatchError:
     """Return the error of a step that is not modelled, for a reason."""
     return AutobatchError(
-        f"The memory of this step cannot be estimated: {reason}. To find the batch size on the GPU, use "
-        "autobatch.find or AutoBatch."
+        f"The memory of this step cannot be estimated: {reason}. To find the batch size on the "
+        "GPU, use autobatch.find or AutoBatch."
     )

@@ -84,9 +84,9 @@ def _table(peak: EstimatedPeak) -> Table:
     return table_of(
         [
             measures("{}", [nbytes for _, nbytes in shown], BYTES),
-            Column("", tuple(bar(nbytes / total) for _, nbytes in shown), align="<"),
-            Column("share", tuple(percent(nbytes / total) for _, nbytes in shown)),
-            Column("held at the peak by", tuple(name for name, _ in shown), align="<"),
+            Column("", [bar(nbytes / total) for _, nbytes in shown], align="<"),
+            Column("share", [percent(nbytes / total) for _, nbytes in shown]),
+            Column("held at the peak by", [name for name, _ in shown], align="<"),
         ],
         title=f"Memory at batch {peak.batch_size:,}",
         chosen=[False] * len(shown),
@@ -101,9 +101,9 @@ def _changes(estimate: Estimate, changes: Sequence[EstimatedChange]) -> Iterator
     yield table_of(
         [
             counts("largest", sizes),
-            Column("band", tuple(f"{size.low:,} to {size.high:,}" for size in sizes)),
-            Column("", tuple(multiple(size / max(1, estimate.largest)) for size in sizes)),
-            Column("with", tuple(each.change for each in changes), align="<"),
+            Column("band", [f"{size.low:,} to {size.high:,}" for size in sizes]),
+            Column("", [multiple(size / max(1, estimate.largest)) for size in sizes]),
+            Column("with", [each.change for each in changes], align="<"),
         ],
         title="With one change",
         chosen=[False] * len(sizes),

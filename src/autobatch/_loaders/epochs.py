@@ -65,7 +65,7 @@ def capture_order(loader: DataLoader[Any], snapshot: Snapshot) -> None:
     samplers = (loader.batch_sampler, loader.sampler, sampler_of(loader))
     snapshot.capture_values(*(each for each in samplers if each is not None))
     if loader.num_workers == 0:
-        snapshot.capture_light(*layers(loader.dataset))
+        snapshot.capture_small_values(*layers(loader.dataset))
     if loader.generator is not None:
         snapshot.capture(loader.generator)
 

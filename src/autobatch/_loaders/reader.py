@@ -20,7 +20,7 @@ from contextlib import suppress
 from functools import partial
 from multiprocessing import connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import torch
 from torch.utils.data import DataLoader
@@ -89,10 +89,8 @@ class Reader:
         self._process: _ReaderProcess | None = None
         self._can_fork = sys.platform == "linux"
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """End the process, if there is one."""
         if self._process is not None:
             self._process.close()
             self._process = None
@@ -121,7 +119,7 @@ class Reader:
             # A fork may die or hang where this process would not, as by locks of other threads;
             # killed for memory, it would happen here again
             is_killed = self._process.is_killed
-            self.__exit__()
+            self.close()
             if is_killed:
                 raise MemoryError(
                     "The process that reads batches for trials was killed, as systems do when "
@@ -133,7 +131,7 @@ class Reader:
     def _read_here(self, at: int, method: str, *arguments: Any) -> Any:
         loader = self._loaders[at]
         capture_order(loader, self._snapshot)
-        self._snapshot.capture_light(*layers(loader.collate_fn), *layers(loader.dataset))
+        self._snapshot.capture_small_values(*layers(loader.collate_fn), *layers(loader.dataset))
         if at not in self._here:
             self._here[at] = reading_of(alike(loader), self._setters[at])
         return getattr(self._here[at], method)(*arguments)

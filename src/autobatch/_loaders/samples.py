@@ -16,6 +16,7 @@ from autobatch._loaders.reading import LARGEST_KEPT, data_size
 from autobatch._loaders.remaking import Remaking
 from autobatch._memory.ledger import unobserved
 from autobatch._report.result import Look
+from autobatch._settings import checked_function
 from autobatch._trials.batches import leaves, listed, map_leaves, rows_of_each, sample_counts
 from autobatch.errors import FixedBatchSizeError, WorstCaseError
 
@@ -35,16 +36,9 @@ Counts: TypeAlias = list[list[int | None]]  # of samples in batches, in several 
 _MEAN_CHANGE: Final = 0.25  # of batches that vary in size, by chance
 
 
-def checked_worst_case(
-    worst_case: Callable[[int], Any] | None,
-) -> Callable[[int], Any] | None:
-    """Return `worst_case`; `ValueError` if it is not a function."""
-    if worst_case is None or callable(worst_case):
-        return worst_case
-    raise ValueError(
-        f"worst_case={worst_case!r} cannot be called; "
-        "give a function of a batch size that returns a batch."
-    )
+def checked_worst_case(worst_case: Callable[[int], Any] | None) -> Callable[[int], Any] | None:
+    choice = "a function of a batch size that returns a batch"
+    return checked_function("worst_case", worst_case, choice)
 
 
 class NoDataError(Exception):
@@ -112,7 +106,7 @@ class Samples:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._reader.__exit__()
+        self._reader.close()
 
     def check(self) -> None:
         """Read some batches of each loader.
@@ -202,10 +196,8 @@ class Samples:
         with unobserved():
             if self._worst_case is not None:
                 return self._worst_case(batch_size)
-            parts = [
-                self._reader.read(at, "first", size)()
-                for at, size in enumerate(self._loaders.sizes_at(batch_size))
-            ]
+            sizes = enumerate(self._loaders.sizes_at(batch_size))
+            parts = [self._reader.read(at, "first", size)() for at, size in sizes]
         if any(part is None for part in parts):
             return None
         return self._loaders.structured(parts)

@@ -99,7 +99,7 @@ class MemoryProbe(Protocol):
         """Reset the peak; in the body, an allocation beyond `budget` bytes is out of memory."""
 
     def attach(self, *objects: Any) -> None:
-        """Account for objects that are on the device already; does nothing if the device counts them itself."""
+        """Account for objects on the device, if it does not count them itself."""
 
     def release(self) -> None:
         """Return cached memory to the device."""

@@ -62,7 +62,6 @@ class CudaProbe:
 
     @property
     def source(self) -> str:
-        """Origin of the readings, and the reason for it."""
         source = "NVML"
         if self._nvml is None:
             source = f"torch.cuda.mem_get_info, because {self._nvml_problem}"
@@ -74,7 +73,6 @@ class CudaProbe:
         return source
 
     def read(self) -> MemoryReading:
-        """Return the present memory."""
         free, total = self._free_and_total()
         try:
             stats = torch.cuda.memory_stats(self._index)
@@ -119,11 +117,9 @@ class CudaProbe:
         """Do nothing: CUDA's allocator accounts for all objects on the device."""
 
     def release(self) -> None:
-        """Return cached memory to the device."""
         torch.cuda.empty_cache()
 
     def clock(self) -> float:
-        """Return the time in seconds after all queued work is done."""
         torch.cuda.synchronize(self._index)
         return time.perf_counter()
 

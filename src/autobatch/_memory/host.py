@@ -53,7 +53,6 @@ class HostProbe:
 
     @property
     def source(self) -> str:
-        """Origin of the readings, and the reason for it."""
         return min(self._limits(), key=lambda limit: limit.total).name
 
     def read(self) -> MemoryReading:

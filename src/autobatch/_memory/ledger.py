@@ -58,7 +58,6 @@ class StepProfile:
         self._running: list[int] = []
 
     def mark(self) -> None:
-        """Begin a new optimizer step."""
         self._complete, self._running = self._running, []
 
     def add(self, nbytes: int) -> None:
@@ -92,8 +91,8 @@ class Ledger:
 
     Each new storage that an operator returns while `watching` is charged, and each storage
     attached. Views and in-place results share a storage and count once, and so do sums that are
-    written in place without a ledger, and storages that FSDP empties and fills. Memory that a kernel
-    allocates and frees inside one operator is not seen, nor are tensors made in another process.
+    written in place without a ledger, and storages that FSDP empties and fills. Memory that a
+    kernel allocates and frees in one operator is not seen, nor are tensors of another process.
     `current` and `peak` are bytes, `failures` counts refused allocations.
 
     Args:

@@ -34,9 +34,8 @@ def address_of(storage: torch.UntypedStorage) -> int:
 
 def storages_of(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
     """Yield the storages of a tensor: several if it wraps others or is sparse, none if opaque."""
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) and hasattr(
-        type(tensor), "__tensor_flatten__"
-    ):
+    kind = type(tensor)
+    if kind not in (torch.Tensor, torch.nn.Parameter) and hasattr(kind, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
             inner = getattr(tensor, name)
             if isinstance(inner, torch.Tensor):  # a DTensor names its mesh as well

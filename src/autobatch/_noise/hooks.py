@@ -74,7 +74,6 @@ class NoiseRecord:
         self._has_fallen = False
 
     def add(self, norms: GradientNorms) -> None:
-        """Keep the norms of one update."""
         self._pending.append(norms)
 
     def end_update(
@@ -122,7 +121,6 @@ class NoiseRecord:
 
     @property
     def reading(self) -> NoiseReading:
-        """The noise scale so far."""
         if self.obstacle is not None:
             return NoiseReading("unavailable", reason=self.obstacle)
         self._fetch()
@@ -150,7 +148,6 @@ class NoiseRecord:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume from a state."""
         self.updates = state["updates"]
         self._windows.clear()
         self._windows.extend(Window(*numbers) for numbers in state["windows"])

@@ -61,7 +61,6 @@ class Answers:
 
     @property
     def over(self) -> list[Latency]:
-        """Latencies over the limit."""
         return [each for each in self.latencies if self.is_over(each)]
 
     @property
@@ -168,17 +167,17 @@ def latency_table(answers: Answers, peaks: Mapping[int, int | None]) -> Table:
     shown = [each for each in latencies if each.batch_size in sizes]
     fastest = max(each.samples_per_second for each in latencies)
     shares = [each.samples_per_second / fastest for each in shown]
-    bars = tuple(
+    bars = [
         "over the limit" if answers.is_over(each) else bar(share)
         for each, share in zip(shown, shares, strict=True)
-    )
+    ]
     return table_of(
         [
             counts("batch", [each.batch_size for each in shown]),
             *_percentiles(shown, limit.percentile),
             numbers("samples/s", [each.samples_per_second for each in shown]),
             Column("", bars, align="<"),
-            Column("of fastest", tuple(map(percent, shares))),
+            Column("of fastest", [percent(share) for share in shares]),
             measures("peak {}", [peaks.get(each.batch_size) for each in shown], BYTES),
         ],
         chosen=[each.batch_size == chosen for each in shown],

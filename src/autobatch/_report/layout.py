@@ -37,7 +37,7 @@ class Column:
     """One column of a table; `align` is "<" or ">"."""
 
     header: str
-    cells: tuple[str, ...]
+    cells: Sequence[str]
     align: str = ">"
 
 
@@ -46,13 +46,12 @@ class Table:
     """Columns of equal length; `marked` is the row of the chosen size."""
 
     title: str
-    columns: tuple[Column, ...]
+    columns: Sequence[Column]
     marked: int | None
     foot: str
 
     @property
     def rows(self) -> Iterator[tuple[str, ...]]:
-        """Cells, row by row."""
         return zip(*(column.cells for column in self.columns), strict=True)
 
 
@@ -62,7 +61,7 @@ class Fact:
 
     label: str
     value: str
-    remark: str
+    comment: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +126,9 @@ def html(page: Page) -> str:
 
 def renderable(page: Page) -> RenderableType:
     """Return the blocks of a page, with an empty line between two."""
-    blocks = [_answer(page), _facts(page.facts), *map(_table, page.tables), _notes(page.notes)]
+    answer = Columns(list(filter(None, (page.answer, page.comment))), padding=(0, 4))
+    shown = answer if page.answer else None
+    blocks = [shown, _facts(page.facts), *map(_table, page.tables), _notes(page.notes)]
     indented = (Padding(block, (1, 0, 0, _INDENT)) for block in blocks if block)
     return Group(_header(page.header), *indented)
 
@@ -143,16 +144,11 @@ def _header(parts: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def _answer(page: Page) -> RenderableType | None:
-    parts = [part for part in (page.answer, page.comment) if part]
-    return Columns(parts, padding=(0, 4)) if page.answer else None
-
-
 def _facts(facts: Sequence[Fact]) -> RenderableType | None:
     grid = rich_table.Table.grid(padding=(0, 3))
     grid.add_column(no_wrap=True)
     for fact in facts:
-        grid.add_row(fact.label, fact.value, fact.remark)
+        grid.add_row(fact.label, fact.value, fact.comment)
     return grid if facts else None
 
 

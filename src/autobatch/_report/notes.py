@@ -313,7 +313,7 @@ def waiting(loading: Loading | None) -> str | None:
 
 
 def survived(events: Sequence[Survived], plan: BatchPlan) -> str | None:
-    """Note training that ran out of memory, with a plan of the same batch that would have fitted."""
+    """Note training that ran out of memory, and a plan of the same batch that would have fitted."""
     if not events:
         return None
     size = min(event.piece_size for event in events)

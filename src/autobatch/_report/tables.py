@@ -46,22 +46,21 @@ def speed_table(trials: Iterable[Trial], rows: Iterable[SpeedRow], plan: BatchPl
     timed = [speeds.get(size) for size in shown]
     # Sizes with fewer steps are marked only beside sizes that were timed longer
     marks = any(row.updates is not None for row in speeds.values())
-    bars = (
-        _bar_of(speeds[size], marks=marks) if size in speeds else _OUTCOMES[tried[size].outcome]
-        for size in shown
-    )
+    stars = {size: " *" for size, row in speeds.items() if marks and row.updates is None}
+    bars = [
+        f"{bar(row.of_fastest)}{stars.get(size, '')}" if row else _OUTCOMES[tried[size].outcome]
+        for size, row in zip(shown, timed, strict=True)
+    ]
     peaks = [(tried.get(size) or speeds[size]).peak for size in shown]
     # Beside the reserved bytes, which are the peak, where the allocator has reserved more
     allocated = [tried[size].allocated if size in tried else None for size in shown]
-    is_told = any(
-        each is not None and each != peak for each, peak in zip(allocated, peaks, strict=True)
-    )
+    is_told = any(each not in (None, peak) for each, peak in zip(allocated, peaks, strict=True))
     return table_of(
         [
             counts("micro-batch", shown),
             numbers("samples/s", [row.samples_per_second if row else None for row in timed]),
-            Column("", tuple(bars), align="<"),
-            Column("of fastest", tuple(percent(row.of_fastest) if row else "" for row in timed)),
+            Column("", bars, align="<"),
+            Column("of fastest", [percent(row.of_fastest) if row else "" for row in timed]),
             measures("step {}", [row.step_seconds if row else None for row in timed], SECONDS),
             measures("peak {}", peaks, BYTES),
             *([measures("in use {}", allocated, BYTES)] if is_told else ()),
@@ -69,11 +68,6 @@ def speed_table(trials: Iterable[Trial], rows: Iterable[SpeedRow], plan: BatchPl
         chosen=[size == plan.micro_batch_size for size in shown],
         foot=_foot(timed if marks else (), len(sizes) - len(shown)),
     )
-
-
-def _bar_of(row: SpeedRow, *, marks: bool) -> str:
-    mark = " *" if marks and row.updates is None else ""
-    return f"{bar(row.of_fastest)}{mark}"
 
 
 def _foot(rows: Iterable[SpeedRow | None], left_out: int) -> str:
@@ -115,24 +109,20 @@ def effective_table(
 ) -> Table:
     """Return effective batches with their updates, times and learning rates."""
     if any(row.relative_time is not None for row in rows):
-        time = Column("time to same loss", tuple(map(_relative_time, rows)), align="<")
+        time = Column("time to same loss", [_relative_time(row) for row in rows], align="<")
     else:
         # An update of all samples takes an epoch, which has its own column
         updates = [None if row.updates_per_epoch == 1 else row.update_seconds for row in rows]
         time = measures("{}/update", updates, SECONDS)
+    made_of = [f"{row.accumulate_grad_batches:,} of {row.micro_batch_size:,}" for row in rows]
     return table_of(
         [
             counts("per update", [row.effective_batch_size for row in rows]),
-            Column(
-                "micro-batches",
-                tuple(
-                    f"{row.accumulate_grad_batches:,} of {row.micro_batch_size:,}" for row in rows
-                ),
-            ),
+            Column("micro-batches", made_of),
             counts("updates/epoch", [row.updates_per_epoch for row in rows]),
             measures("{}/epoch", [row.epoch_seconds for row in rows], SECONDS),
             time,
-            Column("LR", tuple(factor(row.learning_rate_factor) for row in rows)),
+            Column("LR", [factor(row.learning_rate_factor) for row in rows]),
         ],
         title=title,
         chosen=[is_of(row, plan) for row in rows],
@@ -157,7 +147,7 @@ def table_of(
     columns: Iterable[Column], *, chosen: list[bool], title: str = "", foot: str = ""
 ) -> Table:
     """Return a table without its empty columns."""
-    filled = tuple(column for column in columns if any(column.cells))
+    filled = [column for column in columns if any(column.cells)]
     return Table(title, filled, chosen.index(True) if any(chosen) else None, foot)
 
 
@@ -171,12 +161,12 @@ def measures(header: str, values: Sequence[float | None], units: Sequence[Unit])
 def numbers(header: str, values: Sequence[float | None]) -> Column:
     """Return a column of numbers with equal decimals."""
     shown = iter(aligned([value for value in values if value is not None]))
-    return Column(header, tuple("" if value is None else next(shown) for value in values))
+    return Column(header, ["" if value is None else next(shown) for value in values])
 
 
 def counts(header: str, values: Sequence[int | None]) -> Column:
     """Return a column of whole numbers, exactly."""
-    return Column(header, tuple("" if value is None else f"{value:,}" for value in values))
+    return Column(header, ["" if value is None else f"{value:,}" for value in values])
 
 
 def bar(share: float) -> str:

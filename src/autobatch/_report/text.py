@@ -70,7 +70,8 @@ def resumed(report: TuningReport) -> str:
 
 
 def _header(report: TuningReport) -> tuple[str, ...]:
-    device = f"{plain(report.device.name)} {format_bytes(report.device.total)}"
+    number, device = report.devices or report.plan.world_size, report.device
+    not_run = f", not run on {number} devices" if report.as_if else ""
     timed = len(report.curve or report.latencies)
     done = counted(len(report.trials), "trial")
     if timed:
@@ -78,17 +79,11 @@ def _header(report: TuningReport) -> tuple[str, ...]:
     parts = (
         "autobatch",
         plain(report.subject),
-        _devices(report, device),
+        f"{number} × {plain(device.name)} {format_bytes(device.total)}{not_run}",
         f"{done} in {duration(report.search_seconds)}",
         _parts_of_time(report),
     )
     return tuple(part for part in parts if part)
-
-
-def _devices(report: TuningReport, device: str) -> str:
-    number = report.devices or report.plan.world_size
-    not_run = f", not run on {number} devices" if report.as_if else ""
-    return f"{number} × {device}{not_run}"
 
 
 def _parts_of_time(report: TuningReport) -> str:
@@ -245,7 +240,7 @@ def _tables(report: TuningReport) -> tuple[Table, ...]:
 
 
 def _effective(report: TuningReport) -> tuple[Table, ...]:
-    rows, noise = report.effective, report.noise
+    rows, noise, rule = report.effective, report.noise, report.learning_rate
     is_timed = any(row.update_seconds for row in rows)
     if not rows or not (report.dataset_size or is_timed):
         return ()
@@ -258,13 +253,9 @@ def _effective(report: TuningReport) -> tuple[Table, ...]:
         )
     elif report.dataset_size:
         title += f", over an epoch of {report.dataset_size:,} samples"
-    return (effective_table(rows, report.plan, title=title, foot=_effective_foot(report)),)
-
-
-def _effective_foot(report: TuningReport) -> str:
-    rule = report.learning_rate
     of_rates = f"LR: {plain(rule.optimizer)}'s {rule.rule} rule, not applied." if rule else ""
-    return " ".join(filter(None, (trust(report), of_rates)))
+    foot = " ".join(filter(None, (trust(report), of_rates)))
+    return (effective_table(rows, report.plan, title=title, foot=foot),)
 
 
 def trust(report: TuningReport) -> str:

@@ -125,11 +125,9 @@ class NoiseRange:
         if reading is None or reading.state != "ok" or not reading.samples:
             return None
         samples = reading.samples
-        return cls(
-            samples,
-            low=min(samples / _NOISE_ERROR, reading.low or samples),
-            high=max(samples * _NOISE_ERROR, reading.high or samples),
-        )
+        low = min(samples / _NOISE_ERROR, reading.low or samples)
+        high = max(samples * _NOISE_ERROR, reading.high or samples)
+        return cls(samples, low, high)
 
 
 # Effective batches

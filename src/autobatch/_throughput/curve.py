@@ -157,10 +157,8 @@ class _UpdateTimer:
 
     def points(self, tried: Iterable[Trial], undecided: Undecided) -> tuple[CurvePoint, ...]:
         """Time sizes that were tried, as far as there is time."""
-        trials, accumulation = (
-            {trial.batch_size: trial for trial in tried},
-            self.runner.accumulation,
-        )
+        accumulation = self.runner.accumulation
+        trials = {trial.batch_size: trial for trial in tried}
         timings = in_turns(
             trials,
             time_turn=self.time_turn,

@@ -38,7 +38,7 @@ class SampleTime:
         return self._over(fastest) > min(_ERRORS * self.error, _MOST_OVER)
 
     def may_be_fast(self, fastest: SampleTime) -> bool:
-        """Return True if it is within the limit of a fast size, or over it by less than its error."""
+        """Return True if it is within the limit of a fast size, or over it by at most its error."""
         return self._over(fastest) <= _ERRORS * self.error
 
     def is_fast(self, fastest: SampleTime) -> bool:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Outcome(StrEnum):
-    """Outcome of a trial."""
+    """Outcome of a trial, from the best to the worst."""
 
     FIT = "fit"
     OVER_BUDGET = "over_budget"

@@ -1,6 +1,6 @@
 """Save and restore tensors, containers and objects, with all that they contain.
 
-`save` picks a class for a value by its type; a new kind of value is a class and a registration.
+`save_all` picks a class for a value by its type; a new kind of value is a class and a registration.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from autobatch._trials.reachable import (
 from autobatch._trials.saved import (
     HostCopy,
     SavedArray,
-    SavedCopy,
+    SavedEntries,
     SavedGenerator,
     Unchanged,
-    is_array,
-    is_expanded,
-    on_host,
-    refill,
+    copied_to_host,
+    has_shared_elements,
+    is_numpy_array,
+    replace_entries,
 )
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Memo:
         self.generators: dict[int, SavedGenerator] = {}
         self.open: set[int] = set()  # containers being saved
         self.restores = 0  # number of restores so far
-        self.scope = Scope(save)  # of what is saved from now on
+        self.scope = Scope(save_all)  # of what is saved from now on
         self._found: list[Any] = []  # objects in attributes, yet to be saved
 
     def forget_dead_tensors(self) -> None:
@@ -85,14 +85,14 @@ class Memo:
         if key in self.objects:
             return
         if isinstance(thing, torch.Tensor) or is_generator(thing):
-            self.objects[key] = SavedObject(lambda: thing, save(thing, self))
+            self.objects[key] = SavedObject(lambda: thing, save_all(thing, self))
             return
         self.add_attributes(thing)
         # torch keeps the state of modules and optimizers in attributes
         is_of_torch = isinstance(thing, (torch.nn.Module, torch.optim.Optimizer))
         if not is_of_torch and hasattr(thing, "state_dict"):
             saved = self.objects.get(key) or SavedObject(lambda: thing, Unchanged(thing))
-            self.objects[key] = replace(saved, state=save(thing.state_dict(), self))
+            self.objects[key] = replace(saved, state=save_all(thing.state_dict(), self))
 
     def add_attributes(self, thing: Any) -> None:
         """Save the attributes of an object, if it has any that can be written."""
@@ -101,7 +101,7 @@ class Memo:
             return
         reference = self._reference(thing)
         is_found = self.scope.objects and is_plain_object(thing)
-        save_one = save_nested if is_found else self.scope.save
+        save_one = save_without_data if is_found else self.scope.save
         values = {name: save_one(value, self) for name, value in attributes.items()}
         self.objects[id(thing)] = SavedObject(reference, SavedAttributes(reference, values))
 
@@ -124,7 +124,7 @@ class Memo:
             return lambda: thing
 
 
-def save(value: Any, memo: Memo) -> Saved:
+def save_all(value: Any, memo: Memo) -> Saved:
     """Save one value with all that it contains."""
     if id(value) in memo.open:  # a container that contains itself
         return Unchanged(value)
@@ -134,37 +134,35 @@ def save(value: Any, memo: Memo) -> Saved:
             known = memo.objects.get(id(value))
             if known is not None and known.state is not None:
                 return Unchanged(value)  # restored by itself
-            state = save(value.state_dict(), memo)
+            state = save_all(value.state_dict(), memo)
             return SavedObject(lambda: value, Unchanged(value), state)
         return _save(value, memo)
     finally:
         memo.open.discard(id(value))
 
 
-def save_light(value: Any, memo: Memo) -> Saved:
+def save_small_values(value: Any, memo: Memo) -> Saved:
     """Save counters, generators and small containers, but no tensors, arrays and data."""
     is_container = isinstance(value, (dict, list, set, tuple, deque))
     is_data = is_container and len(value) > LARGE
-    if is_data or isinstance(value, torch.Tensor) or is_array(value):
+    if is_data or isinstance(value, torch.Tensor) or is_numpy_array(value):
         return Unchanged(value)
-    return save(value, memo)
+    return save_all(value, memo)
 
 
-def save_shallow(value: Any, memo: Memo) -> Saved:
+def save_large_by_entries(value: Any, memo: Memo) -> Saved:
     """Save one value; of a large container only its entries, not the contents of these."""
     if isinstance(value, (list, deque, dict, set)) and len(value) > LARGE:
-        return SavedCopy(value)
-    return save(value, memo)
+        return SavedEntries(value)
+    return save_all(value, memo)
 
 
-def save_nested(value: Any, memo: Memo) -> Saved:
+def save_without_data(value: Any, memo: Memo) -> Saved:
     """Save an attribute of a plain object, but no data."""
-    is_values = isinstance(value, torch.Tensor) or is_array(value)
-    return (
-        Unchanged(value)
-        if is_values and value.nbytes > _LARGE_TENSOR
-        else save_shallow(value, memo)
-    )
+    is_values = isinstance(value, torch.Tensor) or is_numpy_array(value)
+    if is_values and value.nbytes > _LARGE_TENSOR:
+        return Unchanged(value)
+    return save_large_by_entries(value, memo)
 
 
 @functools.singledispatch
@@ -172,7 +170,7 @@ def _save(value: Any, memo: Memo) -> Saved:
     # NumPy is not imported for this, and has no registration
     if is_generator(value):
         return memo.generators.setdefault(id(value), SavedGenerator(value))
-    if is_array(value):
+    if is_numpy_array(value):
         return SavedArray(value)
     if memo.scope.objects and is_plain_object(value):
         memo.add_later(value)
@@ -209,14 +207,14 @@ def _(value: torch.nn.Module, memo: Memo) -> Saved:
 
 @_save.register(set)
 def _(value: set[Any], memo: Memo) -> Saved:  # noqa: ARG001 -- of all registrations
-    return SavedCopy(value)
+    return SavedEntries(value)
 
 
 @_save.register(list)
 @_save.register(deque)
 def _(value: Any, memo: Memo) -> Saved:
     is_plain = all(type(item) in PLAIN for item in value)
-    return SavedCopy(value) if is_plain else SavedSequence(value, memo)
+    return SavedEntries(value) if is_plain else SavedSequence(value, memo)
 
 
 def _is_parameter(tensor: torch.Tensor) -> bool:
@@ -227,8 +225,9 @@ def _is_parameter(tensor: torch.Tensor) -> bool:
 class SavedTensor:
     """Values, gradient, hooks and `requires_grad` of a tensor, copied to the host.
 
-    They are written back into the same tensor, or into a new one if it has died. Of a DTensor that is
-    the part of this rank. The tensor is not held: a gradient or a hidden state that training would free must not stay on the device.
+    They are written back into the same tensor, or into a new one if it has died. Of a DTensor that
+    is the part of this rank. The tensor is not held: a gradient or a hidden state that training
+    would free must not stay on the device.
     """
 
     def __init__(self, tensor: torch.Tensor, memo: Memo) -> None:
@@ -260,7 +259,7 @@ class SavedTensor:
         if self._is_leaf:
             tensor.requires_grad_(self._requires_grad)
         if self._owns_gradient:
-            tensor.grad = None if self._gradient is None else self._gradient.made()
+            tensor.grad = None if self._gradient is None else self._gradient.new_tensor()
         for name, saved in self._hooks.items():
             hooks = saved.restore()
             if getattr(tensor, name) is not hooks:
@@ -269,18 +268,18 @@ class SavedTensor:
 
     def _with_values(self, tensor: torch.Tensor | None) -> torch.Tensor:
         if tensor is None or tensor.is_inference() or self._is_leaf > tensor.is_leaf:
-            tensor = self._copy.made()
+            tensor = self._copy.new_tensor()
             self._reference = TensorWeakRef(tensor)
             return tensor
         part, values = local_part(tensor), self._copy.values
-        if is_expanded(part):
+        if has_shared_elements(part):
             # Elements that share memory cannot be written one by one; they rarely change
-            if not torch.equal(on_host(part), values):
-                tensor.data = self._copy.made()
+            if not torch.equal(copied_to_host(part), values):
+                tensor.data = self._copy.new_tensor()
         elif part.shape == values.shape and part.dtype == values.dtype:
             part.data.copy_(values)
         else:
-            tensor.data = self._copy.made()
+            tensor.data = self._copy.new_tensor()
         return tensor
 
 
@@ -289,7 +288,7 @@ def _save_hooks(tensor: torch.Tensor) -> dict[str, Saved]:
     saved: dict[str, Saved] = {}
     for name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
         hooks = getattr(tensor, name)
-        saved[name] = Unchanged(None) if hooks is None else SavedCopy(hooks)
+        saved[name] = Unchanged(None) if hooks is None else SavedEntries(hooks)
     return saved
 
 
@@ -297,10 +296,11 @@ def _save_hooks(tensor: torch.Tensor) -> dict[str, Saved]:
 class SavedDict:
     def __init__(self, container: dict[Any, Any], memo: Memo) -> None:
         self._container = container
-        self._items = {key: save(item, memo) for key, item in container.items()}
+        self._items = {key: save_all(item, memo) for key, item in container.items()}
 
     def restore(self) -> Any:
-        return refill(self._container, {key: item.restore() for key, item in self._items.items()})
+        items = {key: item.restore() for key, item in self._items.items()}
+        return replace_entries(self._container, items)
 
 
 @_save.register(tuple)
@@ -312,12 +312,12 @@ class SavedSequence:
 
     def __init__(self, container: Any, memo: Memo) -> None:
         self._container = container
-        self._items = [save(item, memo) for item in container]
+        self._items = [save_all(item, memo) for item in container]
 
     def restore(self) -> Any:
         container, items = self._container, [item.restore() for item in self._items]
         if not isinstance(container, tuple):
-            return refill(container, items)
+            return replace_entries(container, items)
         if all(new is old for new, old in zip(items, container, strict=True)):
             return container
         kind = type(container)
@@ -349,7 +349,7 @@ class SavedAttributes:
 
 @dataclass(frozen=True, slots=True)
 class SavedObject:
-    """An object captured by a snapshot, or one with a state_dict: a scheduler, scaler or average."""
+    """An object captured by a snapshot, or one with a state_dict, such as a scheduler."""
 
     reference: Callable[[], Any]
     value: Saved

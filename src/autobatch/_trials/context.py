@@ -54,7 +54,6 @@ class MemoryBudget:
         self.nbytes = memory_budget(self.reading, self._limit)
 
     def read(self) -> int:
-        """Read and return the budget."""
         self.reading = self._probe.read()
         self.nbytes = min(self.nbytes, memory_budget(self.reading, self._limit))
         return self.nbytes

@@ -75,11 +75,8 @@ def run_trial(
             timing = time_restarted(sized, enough, context)
         if failure.outcome is not None:
             return replace(trial, outcome=failure.outcome, error=failure.message)
-    return replace(
-        measured,
-        step_seconds=statistics.median(timing.update_seconds) / trial.accumulate,
-        optimizer_seconds=timing.optimizer_median,
-    )
+    seconds = statistics.median(timing.update_seconds) / trial.accumulate
+    return replace(measured, step_seconds=seconds, optimizer_seconds=timing.optimizer_median)
 
 
 def warm_up(

@@ -46,7 +46,6 @@ class Reached:
         return Reached(name, value, self.depth + 1)
 
     def entries(self) -> Iterator[Reached]:
-        """Yield the entries of a container."""
         entries = self.value.items() if isinstance(self.value, dict) else enumerate(self.value)
         return (self.part(f"{self.name}[{key!r}]", each) for key, each in entries)
 
@@ -162,7 +161,7 @@ def _is_of_torch(kind: type) -> bool:
 
 
 def attributes_of(thing: object) -> dict[str, Any] | None:
-    """Return the attributes of an object; None for classes, functions, and without writable ones."""
+    """Return the attributes of an object; None of classes and functions, and without any."""
     if isinstance(thing, (type, ModuleType)) or inspect.isroutine(thing):
         return None
     attributes = getattr(thing, "__dict__", None)
@@ -262,7 +261,7 @@ class Watched:
 
 
 class _Identity:
-    """The identity of a value that is not held: another one may get its address once it has died."""
+    """The identity of a value that is not held: another may get its address once it has died."""
 
     __slots__ = ("_key", "_reference")
 

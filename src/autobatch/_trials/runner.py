@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from math import inf
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from autobatch._memory import format_bytes
 from autobatch._trials import Outcome, latest_by_size, trial_accumulation
@@ -224,12 +224,9 @@ class TrialRunner:
 
     def sized(self, batch_size: int, accumulate: int | None = None) -> SizedWorkload:
         """Return the workload at a size, by default with the accumulation of its trial."""
-        return SizedWorkload(
-            self.workload,
-            batch_size,
-            accumulate or self.accumulation.in_trial(batch_size),
-            may_be_refused=self.may_be_refused(batch_size),
-        )
+        accumulate = accumulate or self.accumulation.in_trial(batch_size)
+        may_be_refused = self.may_be_refused(batch_size)
+        return SizedWorkload(self.workload, batch_size, accumulate, may_be_refused=may_be_refused)
 
     def deadline(self, seconds: float | None) -> float:
         """Return the reading of this rank's clock so many seconds after the latest gather."""
@@ -321,14 +318,6 @@ class TrialRunner:
         return trials * self.time_limit.seconds_of(self.fitting[-1])
 
 
-_FROM_BEST_TO_WORST: Final = (
-    Outcome.FIT,
-    Outcome.OVER_BUDGET,
-    Outcome.OUT_OF_MEMORY,
-    Outcome.REFUSED,
-)
-
-
 def merged(trials: Sequence[Trial], budgets: Sequence[int]) -> Trial:
     """Merge the trials of one size on all ranks: the slowest, and the closest to its budget.
 
@@ -338,7 +327,7 @@ def merged(trials: Sequence[Trial], budgets: Sequence[int]) -> Trial:
     if len(trials) == 1:
         return trials[0].judged(budgets[0])
     judged = [trial.judged(budget) for trial, budget in zip(trials, budgets, strict=True)]
-    worst = max(judged, key=lambda trial: _FROM_BEST_TO_WORST.index(trial.outcome))
+    worst = max(judged, key=lambda trial: list(Outcome).index(trial.outcome))
     size = min(trial.batch_size for trial in judged)
     if worst.peak is None:
         return replace(worst, batch_size=size)

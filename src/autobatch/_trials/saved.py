@@ -31,7 +31,7 @@ class Unchanged:
         return self.value
 
 
-class SavedCopy:
+class SavedEntries:
     """A container with the entries it had; the entries themselves are not saved."""
 
     def __init__(self, container: Any) -> None:
@@ -39,10 +39,10 @@ class SavedCopy:
         self._entries = container.copy()
 
     def restore(self) -> Any:
-        return refill(self._container, self._entries)
+        return replace_entries(self._container, self._entries)
 
 
-def refill(container: Any, entries: Any) -> Any:
+def replace_entries(container: Any, entries: Any) -> Any:
     """Replace the entries of a container; `entries` may be all that keeps a tensor alive."""
     container.clear()
     if isinstance(container, (list, deque)):
@@ -52,7 +52,7 @@ def refill(container: Any, entries: Any) -> Any:
     return container
 
 
-def is_array(value: object) -> bool:
+def is_numpy_array(value: object) -> bool:
     numpy = sys.modules.get("numpy")
     return numpy is not None and isinstance(value, numpy.ndarray)
 
@@ -102,21 +102,21 @@ class HostCopy:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         part = local_part(tensor)
-        self.values = on_host(part)
+        self.values = copied_to_host(part)
         self._device = part.device
         self._make = maker_of(tensor)
 
-    def made(self) -> torch.Tensor:
+    def new_tensor(self) -> torch.Tensor:
         """Return a new tensor with the values, on its own device."""
         return self._make(self.values.to(self._device, copy=True))
 
 
-def is_expanded(tensor: torch.Tensor) -> bool:
+def has_shared_elements(tensor: torch.Tensor) -> bool:
     if tensor.layout is not torch.strided:
         return False
     sizes = zip(tensor.shape, tensor.stride(), strict=True)
     return any(size > 1 and stride == 0 for size, stride in sizes)
 
 
-def on_host(tensor: torch.Tensor) -> torch.Tensor:
+def copied_to_host(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", copy=True)

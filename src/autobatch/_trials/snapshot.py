@@ -19,7 +19,14 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from autobatch._distributed.sharding import bring_to_rest, is_sharded, local_part, register_hooks
 from autobatch._memory.ledger import eager, unobserved
 from autobatch._memory.storages import tensors_of
-from autobatch._trials.captured import Memo, Scope, save, save_light, save_nested, save_shallow
+from autobatch._trials.captured import (
+    Memo,
+    Scope,
+    save_all,
+    save_large_by_entries,
+    save_small_values,
+    save_without_data,
+)
 from autobatch._trials.reachable import has_state, is_generator
 from autobatch._trials.saved import SavedGenerator, global_generators
 from autobatch._undo import Undo
@@ -103,7 +110,7 @@ class Snapshot(Undo):
             register_hooks(module)
         for scheduler in _ending(things):
             self._undo.enter_context(_endless(scheduler))
-        with self._saving(Scope(save)) as memo:
+        with self._saving(Scope(save_all)) as memo:
             for part in _parts_of(things):
                 memo.add(part)
 
@@ -121,22 +128,22 @@ class Snapshot(Undo):
                 _logger.debug("The state of %s cannot be saved", each.name, exc_info=True)
                 self.unrestored.add(each.name)
 
-    def capture_light(self, *things: Any) -> None:
+    def capture_small_values(self, *things: Any) -> None:
         """Capture small attributes, such as counters and generators, but no data."""
-        with self._saving(Scope(save_light, objects=False)) as memo:
+        with self._saving(Scope(save_small_values, objects=False)) as memo:
             for thing in things:
                 memo.add_attributes(thing)
 
     def capture_values(self, *things: Any) -> None:
         """Capture attributes with the values in them, in any number, but no other objects."""
-        with self._saving(Scope(save_nested, objects=False)) as memo:
+        with self._saving(Scope(save_without_data, objects=False)) as memo:
             for thing in things:
                 memo.add_attributes(thing)
 
     def capture_beside_parameters(self, module: torch.nn.Module) -> None:
         """Capture a module but for parameters and gradients, which a forward pass cannot change."""
         register_hooks(module)
-        with self._saving(Scope(save_shallow, parameters=False)) as memo:
+        with self._saving(Scope(save_large_by_entries, parameters=False)) as memo:
             for part in module.modules():
                 memo.add_attributes(part)
 
@@ -203,7 +210,7 @@ class Snapshot(Undo):
 
         def hook(optimizer: object, *_: object) -> None:
             if id(optimizer) not in self._memo.objects and threading.get_ident() == thread:
-                with self._saving(Scope(save, gradients=False)) as memo:
+                with self._saving(Scope(save_all, gradients=False)) as memo:
                     memo.add(optimizer)
                 touched(optimizer)
 

@@ -133,7 +133,7 @@ class StateBefore:
     def _capture(self, trainer: Trainer, *objects: Any) -> None:
         """Capture objects, the order of the data, and random numbers."""
         self._snapshot = Snapshot().__enter__()
-        self._snapshot.capture_light(*objects)
+        self._snapshot.capture_small_values(*objects)
         if isinstance(loader := data_source(trainer.fit_loop).instance, DataLoader):
             capture_order(loader, self._snapshot)
 

@@ -22,9 +22,8 @@ DEFAULT_NAME: Final = "batch_size"
 
 def checked_name(batch_arg_name: str) -> str:
     """Return the name; `ValueError` if it cannot be one."""
-    if isinstance(batch_arg_name, str) and all(
-        part.isidentifier() for part in batch_arg_name.split(".")
-    ):
+    is_text = isinstance(batch_arg_name, str)
+    if is_text and all(part.isidentifier() for part in batch_arg_name.split(".")):
         return batch_arg_name
     raise ValueError(
         f"batch_arg_name={batch_arg_name!r} is no name; give that of an attribute or "
@@ -77,7 +76,6 @@ class BatchSizeAttribute(AbstractContextManager["BatchSizeAttribute"]):
         self.restore()
 
     def restore(self) -> None:
-        """Write it back."""
         for restore in self._restores:
             restore()
 
@@ -92,7 +90,6 @@ class Holder:
 
     @property
     def value(self) -> Any:
-        """The whole number."""
         return _read(self.owner, self.key)
 
     def set(self, value: Any) -> None:

@@ -11,15 +11,11 @@ from autobatch._distributed import stopping_together
 from autobatch._estimate.device import target_gpu
 from autobatch._loaders.samples import NoDataError, checked_worst_case
 from autobatch._prior_plan import known_plan
-from autobatch._settings import Settings, checked_switch, checked_verbose
+from autobatch._settings import Settings, checked_function, checked_switch, checked_verbose
 from autobatch._tune import checked_search
 from autobatch._undo import Undo
 from autobatch.errors import AutobatchError, FixedBatchSizeError
-from autobatch.lightning._attribute import (
-    BatchSizeAttribute,
-    check_attribute,
-    checked_name,
-)
+from autobatch.lightning._attribute import BatchSizeAttribute, check_attribute, checked_name
 from autobatch.lightning._checks import (
     check,
     check_alone,
@@ -33,15 +29,10 @@ from autobatch.lightning._checks import (
     checked_survival,
     why_idle,
 )
-from autobatch.lightning._compat import (
-    Imported,
-    callback_class,
-    data_source,
-    load_late_checkpoint,
-)
-from autobatch.lightning._dataloaders import checked_setter
+from autobatch.lightning._compat import data_source, load_late_checkpoint
 from autobatch.lightning._estimating import estimate_training
 from autobatch.lightning._evaluation import STAGES, before_data, loaders_for
+from autobatch.lightning._package import Imported, callback_class
 from autobatch.lightning._resources import CallbackArguments
 from autobatch.lightning._resume import Checkpoint
 from autobatch.lightning._run import Results, Run, begin_and_restore, show
@@ -203,7 +194,9 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
                 "as Lightning makes it",
             ),
             batch_arg_name=checked_name(batch_arg_name),
-            set_batch_size=checked_setter(set_batch_size),
+            set_batch_size=checked_function(
+                "set_batch_size", set_batch_size, "a function of a DataLoader and a batch size"
+            ),
             retune_at_epochs=checked_epochs(retune_at_epochs),
             evaluates=checked_switch(
                 "evaluate",

@@ -13,16 +13,8 @@ from autobatch._distributed.sharding import check_can_rest
 from autobatch._loaders.epochs import samples_of
 from autobatch._report.tradeoff import unwrapped
 from autobatch.errors import AutobatchError
-from autobatch.lightning._compat import (
-    TESTED,
-    averages_models,
-    data_source,
-    is_trainer,
-    missing_name,
-    package,
-    package_of,
-    start_method,
-)
+from autobatch.lightning._compat import averages_models, data_source, start_method
+from autobatch.lightning._package import TESTED, is_trainer, missing_name, package, package_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -183,16 +175,12 @@ def check(trainer: Trainer, module: Any, checkpoint: Checkpoint | None) -> None:
 def _problems(trainer: Trainer, module: Any, checkpoint: Checkpoint | None) -> Iterator[str]:
     callbacks = package(trainer).callbacks
     yield from _against_strategy(trainer)
-    if any(
-        type(optimizer).__name__ == "ZeroRedundancyOptimizer" for optimizer in trainer.optimizers
-    ):
+    if any(type(each).__name__ == "ZeroRedundancyOptimizer" for each in trainer.optimizers):
         yield "a ZeroRedundancyOptimizer makes ranks wait for each other in every step"
     if module.automatic_optimization and len(trainer.optimizers) != 1:
         yield f"it has {len(trainer.optimizers)} optimizers, not one"
-    if any(
-        isinstance(callback, callbacks.GradientAccumulationScheduler)
-        for callback in trainer.callbacks
-    ):
+    scheduler = callbacks.GradientAccumulationScheduler
+    if any(isinstance(each, scheduler) for each in trainer.callbacks):
         yield (
             "a GradientAccumulationScheduler sets the accumulation (without it, target_batch_size "
             "names the batch that the plan accumulates to)"
@@ -224,8 +212,8 @@ def _against_strategy(trainer: Trainer) -> Iterator[str]:
         )
     elif strategy.handles_gradient_accumulation:
         yield (
-            f"its strategy, {name}, sets the accumulation itself, and a plan cannot change it (with "
-            "another strategy the plan sets the accumulation)"
+            f"its strategy, {name}, sets the accumulation itself, and a plan cannot change it "
+            "(with another strategy the plan sets the accumulation)"
         )
     elif not isinstance(
         strategy,

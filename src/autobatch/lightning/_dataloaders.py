@@ -16,27 +16,17 @@ from autobatch._loaders.batch_size import (
     changed_batch_size,
     is_writable,
 )
-from autobatch._loaders.epochs import (
-    batches_of,
-    length_of,
-    order_restored,
-    samples_of,
-)
-from autobatch._loaders.remaking import (
-    Remaking,
-    arguments_left_open,
-    remade_parts,
-    sampler_of,
-)
+from autobatch._loaders.epochs import batches_of, length_of, order_restored, samples_of
+from autobatch._loaders.remaking import Remaking, arguments_left_open, remade_parts, sampler_of
 from autobatch._trials.batches import leaves, map_leaves
 from autobatch._undo import patched
 from autobatch.errors import AutobatchError, FixedBatchSizeError
 from autobatch.lightning._compat import (
-    Imported,
     combination_mode,
     data_parallel_size,
     requires_distributed_sampler,
 )
+from autobatch.lightning._package import Imported
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -58,16 +48,6 @@ _PLAIN: Final = "use a plain DataLoader(dataset, batch_size=…)"
 _SETTER: Final = "pass set_batch_size, a function of a loader and a batch size that sets it"
 
 
-def checked_setter(set_batch_size: SetBatchSize | None) -> SetBatchSize | None:
-    """Return `set_batch_size`; `ValueError` if it is not a function."""
-    if set_batch_size is None or callable(set_batch_size):
-        return set_batch_size
-    raise ValueError(
-        f"set_batch_size={set_batch_size!r} cannot be called; "
-        "give a function of a DataLoader and a batch size."
-    )
-
-
 class Loaders:
     """The loaders of one data source of a Trainer, as one object with a batch size.
 
@@ -85,12 +65,7 @@ class Loaders:
     """
 
     def __init__(
-        self,
-        trainer: Any,
-        source: Any,
-        *,
-        mode: str,
-        setter: SetBatchSize | None = None,
+        self, trainer: Any, source: Any, *, mode: str, setter: SetBatchSize | None = None
     ) -> None:
         combined_loader = Imported.COMBINED_LOADER.of(trainer)
         # As the loops do, so that the arguments of loaders made in a hook are saved
@@ -122,7 +97,6 @@ class Loaders:
         return min(self.batch_size, samples or self.batch_size)
 
     def sizes_at(self, batch_size: int) -> tuple[int, ...]:
-        """Return the batch size of each loader for one of the first."""
         first = self.own_sizes[0]
         return tuple(max(1, round(own * batch_size / first)) for own in self.own_sizes)
 
@@ -139,7 +113,6 @@ class Loaders:
 
     @property
     def is_sequential(self) -> bool:
-        """True if a step takes a batch of one loader at a time, and not of all."""
         return len(self.each) > 1 and combination_mode(self._combined) == "sequential"
 
     @property
@@ -191,7 +164,6 @@ class Loaders:
         return min(self.samples, full)
 
     def structured(self, parts: Sequence[Any]) -> Any:
-        """Return one value for each loader, in the containers of the loaders."""
         rest = iter(parts)
 
         def next_part(leaf: Any) -> Any:

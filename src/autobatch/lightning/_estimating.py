@@ -6,20 +6,14 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
-import torch
-
 from autobatch._estimate import estimate_of
-from autobatch._estimate.inputs import Inputs, refusal
+from autobatch._estimate.inputs import AUTOCAST, PARAMETERS, Inputs, refusal
 from autobatch._memory import parse_memory_limit
 from autobatch._memory.estimate.events import UntraceableError
 from autobatch._memory.estimate.prediction import SIZES
 from autobatch._memory.estimate.tracer import TrainingStep
 from autobatch._report.tradeoff import unwrapped
-from autobatch.lightning._compat import (
-    before_batch_transfer,
-    build_step_kwargs,
-    data_parallel_size,
-)
+from autobatch.lightning._compat import before_batch_transfer, build_step_kwargs, data_parallel_size
 from autobatch.lightning._resources import trial_resources
 
 if TYPE_CHECKING:
@@ -31,13 +25,6 @@ if TYPE_CHECKING:
     from autobatch.lightning._resources import CallbackArguments
     from autobatch.lightning._trainer import Trainer
 
-_AUTOCAST: Final = {
-    "32-true": None,
-    "bf16-true": None,
-    "16-true": None,
-    "bf16-mixed": torch.bfloat16,
-    "16-mixed": torch.float16,
-}
 _TRANSFER_HOOKS: Final = ("transfer_batch_to_device", "on_after_batch_transfer")
 
 
@@ -85,7 +72,7 @@ def traceable_step(
     """
     if not module.automatic_optimization:
         raise UntraceableError("the module optimizes by itself")
-    if trainer.precision not in _AUTOCAST:
+    if trainer.precision not in (*AUTOCAST, *PARAMETERS):
         raise UntraceableError(f"precision {trainer.precision} is not modelled")
     if samples.batches_at_once > 1:
         raise UntraceableError("steps take batches of several loaders in turn")
@@ -93,7 +80,7 @@ def traceable_step(
         if any(_overrides(owner, hook) for owner in (module, trainer.datamodule)):
             raise UntraceableError(f"{hook} is not traced")
 
-    autocast = _AUTOCAST[trainer.precision]
+    autocast = AUTOCAST.get(trainer.precision)
     # In half precision new tensors are in it too; the context of autocast would be that of the CPU
     default_dtype = nullcontext if autocast else trainer.precision_plugin.forward_context
 
@@ -106,14 +93,9 @@ def traceable_step(
         with default_dtype():
             return model.training_step(*arguments.values())
 
+    optimizer = unwrapped(trainer.optimizers[0])
     return TrainingStep(
-        module,
-        unwrapped(trainer.optimizers[0]),
-        loss,
-        batch,
-        autocast,
-        accumulate,
-        zeroes_after_forward=True,
+        module, optimizer, loss, batch, autocast, accumulate, zeroes_after_forward=True
     )
 
 

@@ -42,11 +42,9 @@ class Stage:
 
     @property
     def step(self) -> str:
-        """Name of the step of the module."""
         return f"{self.hook}_step"
 
     def loop_of(self, trainer: Trainer) -> PredictionLoop:
-        """Return the loop of a Trainer."""
         loop: PredictionLoop = getattr(trainer, f"{self.name}_loop")
         return loop
 

@@ -63,7 +63,6 @@ class Hooks:
         return self.call(f"{self.batch_hooks}_start", *arguments)
 
     def after_batch(self, *arguments: Any) -> None:
-        """Call the hook after a batch."""
         self.call(f"{self.batch_hooks}_end", *arguments)
 
     def call(self, name: str, *arguments: Any) -> Any:
@@ -99,11 +98,8 @@ class Attempt:
 
 def users_callbacks(trainer: Trainer) -> list[Any]:
     """Return the callbacks of a Trainer without those of this package."""
-    return [
-        callback
-        for callback in trainer.callbacks
-        if type(callback).__module__.partition(".")[0] != "autobatch"
-    ]
+    own = "autobatch."
+    return [each for each in trainer.callbacks if not type(each).__module__.startswith(own)]
 
 
 def _is_users(callback: Any, name: str) -> bool:

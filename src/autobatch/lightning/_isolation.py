@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import torch
 
 from autobatch._undo import patched
-from autobatch.lightning._compat import (
-    fresh_results,
-    new_epoch_loop,
-    new_epoch_progress,
-    package,
-    without_callback_hooks,
-)
+from autobatch.lightning._compat import fresh_results, new_epoch_loop, new_epoch_progress
+from autobatch.lightning._package import Imported, package
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from autobatch.lightning._trainer import AnyTrainer, Trainer
 
@@ -37,13 +33,8 @@ def on_new_loops(trainer: Trainer) -> Iterator[None]:
     loops: tuple[Any, ...] = (trainer.validate_loop, trainer.test_loop, trainer.predict_loop)
     with ExitStack() as stack:
         replace = stack.enter_context
-        replace(
-            patched(
-                fit_loop,
-                epoch_loop=new_epoch_loop(trainer),
-                epoch_progress=new_epoch_progress(trainer),
-            )
-        )
+        progress = new_epoch_progress(trainer)
+        replace(patched(fit_loop, epoch_loop=new_epoch_loop(trainer), epoch_progress=progress))
         replace(fresh_results(trainer))
         replace(without_effects(trainer))
         for loop in loops:
@@ -84,7 +75,7 @@ def without_effects(trainer: Trainer) -> Iterator[None]:
     """
     with (
         silenced(trainer),
-        without_callback_hooks(trainer),
+        _without_callback_hooks(trainer),
         patched(
             trainer,
             callbacks=list(trainer.callbacks),
@@ -94,6 +85,39 @@ def without_effects(trainer: Trainer) -> Iterator[None]:
         patched(trainer.strategy, save_checkpoint=_do_nothing),
     ):
         yield
+
+
+@contextmanager
+def _without_callback_hooks(trainer: Trainer) -> Iterator[None]:
+    """Let the loops of this Trainer call no hook of a callback while the body runs."""
+    path, name = Imported.CALL_CALLBACK_HOOKS.rsplit(".", 1)
+    owner = attrgetter(path)(package(trainer))
+    hooks = getattr(owner, name)
+    if not isinstance(hooks, _HooksOfOthers):
+        hooks = _HooksOfOthers(hooks)
+    try:
+        hooks.silent.append(trainer)
+        setattr(owner, name, hooks)
+        yield
+    finally:
+        hooks.silent = [each for each in hooks.silent if each is not trainer]
+        if not hooks.silent and getattr(owner, name) is hooks:
+            setattr(owner, name, hooks.original)
+
+
+class _HooksOfOthers:
+    """The function by which loops call the hooks of callbacks, without effect for some Trainers.
+
+    Trainers of several threads may share it, and leave it in any order.
+    """
+
+    def __init__(self, original: Callable[..., None]) -> None:
+        self.original = original
+        self.silent: list[Trainer] = []
+
+    def __call__(self, trainer: Trainer, *arguments: Any, **keywords: Any) -> None:
+        if not any(each is trainer for each in self.silent):
+            self.original(trainer, *arguments, **keywords)
 
 
 def _do_nothing(*_: Any, **__: Any) -> None:

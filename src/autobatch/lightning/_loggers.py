@@ -12,7 +12,7 @@ from autobatch import sinks
 from autobatch._report import logged
 from autobatch._report.units import plain
 from autobatch._trials.snapshot import Snapshot
-from autobatch.lightning._compat import Imported, package
+from autobatch.lightning._package import Imported, package
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,12 +50,9 @@ def _log_parts(
             parts = (part for part in _parts(logger, trainer) if part not in omitted)
             results = [_try(part, report, logger, trainer) for part in parts]
             if failures := [error for error in results if error is not None]:
-                _log.log(
-                    level,
-                    "%s did not take all of the report: %s",
-                    type(logger).__name__,
-                    plain(f"{type(failures[0]).__name__}: {failures[0]}"),
-                )
+                first = failures[0]
+                name, reason = type(logger).__name__, plain(f"{type(first).__name__}: {first}")
+                _log.log(level, "%s did not take all of the report: %s", name, reason)
 
 
 def _try(part: Part, report: TuningReport, logger: Any, trainer: Trainer) -> Exception | None:

@@ -13,14 +13,9 @@ from autobatch._noise.loop import checked_interval
 from autobatch._report.units import plain
 from autobatch._trials.batches import NotDividedError, row_counts
 from autobatch.errors import AutobatchError
-from autobatch.lightning._compat import (
-    batches_that_stepped,
-    callback_class,
-    data_fetcher,
-    name_missing_to_noise_scale,
-    should_accumulate,
-)
+from autobatch.lightning._compat import batches_that_stepped, data_fetcher, should_accumulate
 from autobatch.lightning._half_batch import HalfBatch
+from autobatch.lightning._package import callback_class, name_missing_to_noise_scale
 
 if TYPE_CHECKING:
     from autobatch._noise import NoiseReading

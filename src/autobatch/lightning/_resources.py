@@ -120,7 +120,7 @@ def trial_resources(
         shown.begin("reading batches", None)
         # Hooks that make the loaders may change the module and the datamodule, which every trial
         # has to see
-        before_hooks.capture_light(module, trainer.datamodule)
+        before_hooks.capture_small_values(module, trainer.datamodule)
         loaders = _asked_for(trainer, arguments, loop)
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         scaler = getattr(trainer.precision_plugin, "scaler", None)
@@ -129,17 +129,10 @@ def trial_resources(
         copied_bytes, *_ = ranks.gather(checked_copy_bytes(captured, trainer.num_devices))
         snapshot.capture(*captured)
         # Callbacks are silent, but a step may change their attributes
-        snapshot.capture_light(trainer.datamodule, *users_callbacks(trainer))
-        context = TrialContext(
-            probe=probe,
-            began=began,
-            budget=MemoryBudget(probe, arguments.settings.memory_limit),
-            snapshot=snapshot,
-            optimizers=optimizers,
-            capturing_new_modules=nullcontext,  # the module and its optimizers are captured already
-            ranks=ranks,
-            progress=shown,
-        )
+        snapshot.capture_small_values(trainer.datamodule, *users_callbacks(trainer))
+        budget = MemoryBudget(probe, arguments.settings.memory_limit)
+        capturing = nullcontext  # the module and its optimizers are captured already
+        context = TrialContext(probe, began, budget, snapshot, optimizers, capturing, ranks, shown)
         for tensors in tensors_of_callbacks(trainer).values():
             probe.attach(*tensors)
         with Samples(loaders, snapshot, module.device, arguments.worst_case) as samples:

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from autobatch._loaders.epochs import samples_of
 from autobatch._plan import BatchPlan
-from autobatch._prior_plan import PriorPlan
+from autobatch._prior_plan import PriorPlan, in_words, other_update
 from autobatch.errors import AutobatchError
 
 if TYPE_CHECKING:
@@ -137,10 +137,7 @@ class Checkpoint:
             asked = f"target_batch_size={target} asks for another number"
         else:
             return
-        raise AutobatchError(
-            f"The checkpoint was trained with {effective} samples per update, and {asked}: a "
-            "resumed run goes on with its plan."
-        )
+        raise other_update(effective, asked)
 
     def was_on(self, here: DeviceId) -> bool:
         """Return whether it was trained on such a device; for an unknown one a trial decides."""
@@ -185,28 +182,15 @@ def _of_checkpoint(
         return PriorPlan(
             note="The checkpoint was trained without AutoBatch: its batch size is not known."
         )
-    effective = plan.effective_batch_size
     if not checkpoint.between_epochs:
         return _within_epoch(plan, own, here)
     if not checkpoint.was_on(here) or not _allowed(plan, settings):
-        return PriorPlan(
-            effective_batch_size=effective,
-            note=f"Tuned again for the checkpoint's effective batch of {effective:,}: it was "
-            f"trained with {_in_words(plan)}{_on_device(checkpoint, here)}.",
-        )
-    return PriorPlan(
-        plan,
-        effective_batch_size=effective,
-        note="Resumed: one trial verified the checkpoint's plan.",
-    )
+        return PriorPlan.tuned_again(plan, _on_device(checkpoint, here))
+    return PriorPlan.resumed(plan)
 
 
 def _of_last_fit(
-    last: Tuned | None,
-    job: LightningTraining,
-    fingerprint: str,
-    here: DeviceId,
-    settings: Settings,
+    last: Tuned | None, job: LightningTraining, fingerprint: str, here: DeviceId, settings: Settings
 ) -> PriorPlan:
     """Return the plan of the previous fit, if settings, module, data and device are the same."""
     if last is None or last.fingerprint != fingerprint:
@@ -225,7 +209,7 @@ def _of_last_fit(
 def _within_epoch(plan: BatchPlan, own: BatchPlan | None, here: DeviceId) -> PriorPlan:
     refusal = (
         "The checkpoint was written within an epoch, which can only be finished with "
-        f"{_in_words(plan)}, and on {here.world_size} × {here.device} that does not fit"
+        f"{in_words(plan)}, and on {here.world_size} × {here.device} that does not fit"
     )
     way_out = (
         "Free memory on the device, raise memory_limit, or resume from a checkpoint that was "
@@ -247,10 +231,6 @@ def _device_of(report: TuningReport) -> DeviceId:
 def _allowed(plan: BatchPlan, settings: Settings) -> bool:
     bounds = (settings.max_micro_batch_size, settings.dataset_size)
     return all(bound is None or plan.micro_batch_size <= bound for bound in bounds)
-
-
-def _in_words(plan: BatchPlan) -> str:
-    return f"micro-batches of {plan.micro_batch_size:,} × {plan.accumulate_grad_batches:,}"
 
 
 def _on_device(checkpoint: Checkpoint, here: DeviceId) -> str:

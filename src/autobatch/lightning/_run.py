@@ -1,4 +1,4 @@
-"""One run of a Trainer: its state, its beginning, and the results of a callback, which outlive it."""
+"""One run of a Trainer, its beginning, and the results of a callback, which outlive it."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def begin_and_restore(
         snapshot = undo.enter_context(Snapshot())
         undo.enter_context(silenced(trainer))
         # Before the trials run the hooks that make loaders and optimizers, and `setup` of callbacks
-        snapshot.capture_light(model, datamodule, *others)
+        snapshot.capture_small_values(model, datamodule, *others)
         for loader in loaders:
             if isinstance(loader, DataLoader):
                 capture_order(loader, snapshot)

@@ -12,7 +12,6 @@ from torch.utils.data import RandomSampler
 from autobatch._loaders.epochs import length_of
 from autobatch._undo import patched
 from autobatch.lightning._compat import (
-    Imported,
     combined_loader,
     data_source,
     prepared_loader,
@@ -20,6 +19,7 @@ from autobatch.lightning._compat import (
     showing_training,
     validation_interval,
 )
+from autobatch.lightning._package import Imported
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -43,11 +43,7 @@ def training_shown(trainer: Trainer, loaders: Loaders, batch_size: int) -> Itera
 
 @contextmanager
 def evaluation_shown(
-    trainer: Trainer,
-    loop: PredictionLoop,
-    loaders: Loaders,
-    batch_size: int,
-    limit: float,
+    trainer: Trainer, loop: PredictionLoop, loaders: Loaders, batch_size: int, limit: float
 ) -> Iterator[Sequence[int | float]]:
     """Show the loaders of another loop while the body runs; yield the batches of each."""
     with loaders.at(batch_size) as combined:

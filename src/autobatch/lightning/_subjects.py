@@ -12,8 +12,9 @@ from autobatch._report.result import SubjectNotes
 from autobatch._report.tradeoff import common_rule, unwrapped
 from autobatch._subject import Baseline, Description, Inference, versions
 from autobatch.lightning._accumulation import last_samples, update_notes
-from autobatch.lightning._compat import data_parallel_size, package_of
+from autobatch.lightning._compat import data_parallel_size
 from autobatch.lightning._estimating import traceable_step
+from autobatch.lightning._package import package_of
 from autobatch.lightning._trainer_notes import copy_note, prefetch_note, rows_note, schedule_notes
 
 if TYPE_CHECKING:
@@ -67,12 +68,9 @@ class LightningTraining:
     def describe(self) -> Description:
         optimizers = self.trainer.optimizers
         names = " + ".join(_class_name(unwrapped(each)) for each in optimizers)
-        return Description(
-            f"{_class_name(self.module)} · {names} · {self.trainer.precision}",
-            _environment(self.trainer),
-            common_rule(optimizers),
-            self.resources.samples.look,
-        )
+        name = f"{_class_name(self.module)} · {names} · {self.trainer.precision}"
+        rule, look = common_rule(optimizers), self.resources.samples.look
+        return Description(name, _environment(self.trainer), rule, look)
 
     def samples_per_epoch(self, plan: BatchPlan) -> int | None:
         return self.limits.samples(plan)
@@ -151,7 +149,8 @@ class LightningEvaluation(Inference):
         return Baseline(self.start_batch_size, self.loaders.batch_size)
 
     def describe(self) -> Description:
-        name = f"{_class_name(self.trainer.lightning_module)} · {self.stage.name} · {self.trainer.precision}"
+        module, precision = self.trainer.lightning_module, self.trainer.precision
+        name = f"{_class_name(module)} · {self.stage.name} · {precision}"
         return Description(name, _environment(self.trainer), look=self.resources.samples.look)
 
     def samples_per_epoch(self, plan: BatchPlan) -> int | None:

@@ -58,9 +58,7 @@ class AutomaticOptimization(Protocol):
     """`_AutomaticOptimization`."""
 
     run: Callable[..., Any]
-    _make_backward_fn: Callable[..., Callable[[Any], None] | None]
     _make_closure: Callable[..., Any]
-    _make_zero_grad_fn: Callable[..., Callable[[], None] | None]
     _training_step: Callable[[OrderedDict[str, Any]], Any]
 
 

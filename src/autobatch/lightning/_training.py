@@ -14,7 +14,6 @@ from autobatch._report.tradeoff import unwrapped
 from autobatch._undo import patched
 from autobatch.errors import AutobatchError
 from autobatch.lightning._compat import (
-    Imported,
     before_batch_transfer,
     build_step_kwargs,
     call_strategy_hook,
@@ -24,6 +23,7 @@ from autobatch.lightning._compat import (
     training_step_result,
 )
 from autobatch.lightning._hooks import Hooks
+from autobatch.lightning._package import Imported
 from autobatch.lightning._shown import training_shown
 
 if TYPE_CHECKING:

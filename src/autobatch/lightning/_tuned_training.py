@@ -50,7 +50,6 @@ class TunedTraining:
 
     @property
     def plan(self) -> BatchPlan:
-        """The plan that training follows."""
         return self._report.plan
 
     def tune(self, last_fit: Tuned | None) -> Tuned:
@@ -100,14 +99,10 @@ class TunedTraining:
             _log.warning("%s", note)
 
     def _application(self, tuned: Tuned) -> Application:
-        return Application(
-            tuned.report.plan,
-            self.trainer,
-            self.module,
-            self.arguments.batch_arg_name,
-            self.run.rebatch("train", data_source(self.trainer.fit_loop), tuned.sizes),
-            self.run.before_optimizers,
-        )
+        trainer, plan, name = self.trainer, tuned.report.plan, self.arguments.batch_arg_name
+        rebatched = self.run.rebatch("train", data_source(trainer.fit_loop), tuned.sizes)
+        before = self.run.before_optimizers
+        return Application(plan, trainer, self.module, name, rebatched, before)
 
     def _plan_before(self) -> BatchPlan | None:
         """Return the plan of the previous fit, if the Trainer still has its accumulation."""
@@ -123,12 +118,12 @@ class TunedTraining:
         again.
         """
         if self.trainer.global_step == 0 and not self._is_wanted:
-            self._compare()
+            self._retune_if_needed()
 
     def _before_epoch(self) -> None:
         """Tune again where the user wants it, or where callbacks hold memory that trials lacked."""
         if self._is_to_compare or self._is_wanted:
-            self._compare()
+            self._retune_if_needed()
             self._is_to_compare, self._steps_before = False, self.trainer.global_step
         self.run.before_data.forget()
 
@@ -136,7 +131,7 @@ class TunedTraining:
     def _is_wanted(self) -> bool:
         return self.trainer.current_epoch in self.arguments.retune_at_epochs
 
-    def _compare(self) -> None:
+    def _retune_if_needed(self) -> None:
         excess = self._excess()
         if excess or self._is_wanted:
             epoch = self.trainer.current_epoch

@@ -54,17 +54,11 @@ def tune_training(
         own_plan = BatchPlan(loaders.batch_size, accumulate, data_parallel_size(trainer))
         limits = TrainerLimits(trainer, loaders, trained or own_plan)
         workload = TrainingSteps(trainer, resources, start_hooks)
-        memory_limit = arguments.settings.memory_limit
-        splits = SplittingTest(trainer, module, workload, resources, memory_limit)
+        splits = SplittingTest(
+            trainer, module, workload, resources, arguments.settings.memory_limit
+        )
         subject = LightningTraining(
-            workload=workload,
-            trainer=trainer,
-            module=module,
-            arguments=arguments,
-            resources=resources,
-            limits=limits,
-            splits=splits,
-            accumulate=accumulate,
+            workload, trainer, module, arguments, resources, limits, splits, accumulate
         )
         settings = arguments.settings.model_copy(update={"dataset_size": loaders.samples})
         context.optimizers.expected = True

@@ -64,25 +64,10 @@ def with_validation(
     tuned: Tuned, training: LightningTraining, arguments: CallbackArguments
 ) -> Tuned:
     """Return the result with the validation batch size that fits beside the state of training."""
-    trainer, context = training.trainer, training.resources.context
-    source = data_source(trainer.fit_loop.epoch_loop.val_loop)
-    plan = tuned.report.plan
+    context = training.resources.context
     context.progress.begin_part("validation")
-    train = partial(training.workload, plan.micro_batch_size, plan.trial_accumulation)
     try:
-        loaders = Loaders(trainer, source, mode="sequential")
-        with Samples(loaders, context.snapshot, training.module.device) as samples:
-            samples.check()
-            resources = replace(training.resources, loaders=loaders, samples=samples)
-            subject = LightningEvaluation(
-                EvaluationSteps(trainer, resources, VALIDATION, train),
-                trainer,
-                VALIDATION,
-                arguments.settings.model_copy(update={"timing_seconds": 0.0, "prefer": "largest"}),
-                resources,
-                loaders.batch_size,
-            )
-            found = _own_or_smaller(subject, arguments.search)
+        loaders, found = _beside_training(training, tuned.report.plan, arguments)
     except NoDataError:
         return tuned
     except FixedBatchSizeError as error:
@@ -110,6 +95,25 @@ def with_validation(
         return replace(tuned, report=report)
     sizes = _own_or_smaller_sizes(loaders, found)
     return replace(tuned, report=report, validation_sizes=sizes)
+
+
+def _beside_training(
+    training: LightningTraining, plan: BatchPlan, arguments: CallbackArguments
+) -> tuple[Loaders, TuningReport]:
+    """Return the validation loaders, and the report on their batches beside an update of a plan."""
+    trainer, context = training.trainer, training.resources.context
+    loaders = Loaders(trainer, data_source(trainer.fit_loop.epoch_loop.val_loop), mode="sequential")
+    with Samples(loaders, context.snapshot, training.module.device) as samples:
+        samples.check()
+        resources = replace(training.resources, loaders=loaders, samples=samples)
+        train = partial(training.workload, plan.micro_batch_size, plan.trial_accumulation)
+        steps = EvaluationSteps(trainer, resources, VALIDATION, train)
+        settings = arguments.settings.model_copy(
+            update={"timing_seconds": 0.0, "prefer": "largest"}
+        )
+        own = loaders.batch_size
+        subject = LightningEvaluation(steps, trainer, VALIDATION, settings, resources, own)
+        return loaders, _own_or_smaller(subject, arguments.search)
 
 
 def _own_or_smaller(subject: LightningEvaluation, search: Search) -> TuningReport:

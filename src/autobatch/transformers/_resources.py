@@ -41,18 +41,11 @@ def trial_context(
         Snapshot() as snapshot,
     ):
         shown.begin("reading batches", None)
-        snapshot.capture_light(trainer)
+        snapshot.capture_small_values(trainer)
         snapshot.capture(trainer.model, trainer.optimizer)
-        yield TrialContext(
-            probe=probe,
-            began=began,
-            budget=MemoryBudget(probe, settings.memory_limit),
-            snapshot=snapshot,
-            optimizers=optimizers,
-            capturing_new_modules=nullcontext,  # model and optimizer are captured already
-            ranks=ranks,
-            progress=shown,
-        )
+        budget = MemoryBudget(probe, settings.memory_limit)
+        capturing = nullcontext  # model and optimizer are captured already
+        yield TrialContext(probe, began, budget, snapshot, optimizers, capturing, ranks, shown)
 
 
 @contextmanager
@@ -69,7 +62,7 @@ def _prepared(trainer: Any, before: Snapshot) -> Iterator[None]:
     from autobatch.transformers._callbacks import Leave, LeftError
 
     bring_to_rest([trainer.model])  # an evaluation may have left parameters gathered
-    before.capture_light(trainer, trainer.accelerator, trainer.callback_handler)
+    before.capture_small_values(trainer, trainer.accelerator, trainer.callback_handler)
     before.capture_beside_parameters(trainer.model)
     before.capture(*(each for each in (trainer.optimizer, trainer.lr_scheduler) if each))
     handler = trainer.callback_handler

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from autobatch._plan import BatchPlan
-from autobatch._prior_plan import PriorPlan
+from autobatch._prior_plan import PriorPlan, in_words, other_update
 from autobatch.errors import AutobatchError
 
 if TYPE_CHECKING:
@@ -61,24 +61,14 @@ class Checkpoint:
             )
         effective, target = plan.effective_batch_size, settings.target_batch_size
         if target not in (None, effective):
-            raise AutobatchError(
-                f"The checkpoint was trained with {effective} samples per update, and "
-                f"target_batch_size={target} asks for another number: a resumed run goes on with "
-                "its plan."
-            )
-        in_words = f"micro-batches of {plan.micro_batch_size:,} × {plan.accumulate_grad_batches:,}"
+            raise other_update(effective, f"target_batch_size={target} asks for another number")
         if self.between_epochs:
             if plan.world_size != world_size:
-                note = (
-                    f"Tuned again for the checkpoint's effective batch of {effective:,}: it was "
-                    f"trained with {in_words} on {plan.world_size} ranks."
-                )
-                return PriorPlan(effective_batch_size=effective, note=note)
-            note = "Resumed: one trial verified the checkpoint's plan."
-            return PriorPlan(plan, effective_batch_size=effective, note=note)
+                return PriorPlan.tuned_again(plan, f" on {plan.world_size} ranks")
+            return PriorPlan.resumed(plan)
         refusal = (
             f"{self.folder} was written within an epoch, which can only be finished with "
-            f"{in_words} on {plan.world_size} ranks, and that is not possible here. {_WAY_OUT}"
+            f"{in_words(plan)} on {plan.world_size} ranks, and that is not possible here. {_WAY_OUT}"
         )
         if plan.world_size != world_size:
             raise AutobatchError(refusal)

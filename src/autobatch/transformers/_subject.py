@@ -61,12 +61,8 @@ class TrainerTraining:
     def describe(self) -> Description:
         trainer = self.trainer
         names = (type(each).__name__ for each in (trainer.model, unwrapped(trainer.optimizer)))
-        return Description(
-            " · ".join((*names, _precision(trainer))),
-            _environment(),
-            common_rule([trainer.optimizer]),
-            self.workload.samples.look,
-        )
+        name, rule = " · ".join((*names, _precision(trainer))), common_rule([trainer.optimizer])
+        return Description(name, _environment(), rule, self.workload.samples.look)
 
     def samples_per_epoch(self, plan: BatchPlan) -> int | None:
         samples = self.loader.samples

@@ -110,7 +110,7 @@ def tune_evaluation(
             Snapshot() as snapshot,
             Samples(loaders, snapshot, trainer.args.device, largest_batch) as samples,
         ):
-            snapshot.capture_light(trainer)
+            snapshot.capture_small_values(trainer)
             snapshot.capture(trainer.model, trainer.optimizer)
             subject = TrainerEvaluation(
                 EvaluationSteps(trainer, loaders, samples), trainer, loaders, samples

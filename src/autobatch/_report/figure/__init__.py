@@ -157,9 +157,9 @@ def _summary(report: TuningReport) -> str:
     facts = {fact.label: fact for fact in page(report).facts}
     parts = [facts[name].value for name in ("Latency", "Speed", "Memory") if name in facts]
     if epoch := facts.get("Epoch"):
-        parts.append(", ".join(filter(None, (f"{epoch.value} per epoch", epoch.remark))))
+        parts.append(", ".join(filter(None, (f"{epoch.value} per epoch", epoch.comment))))
     if knee := facts.get("Knee"):
-        parts.append(f"{knee.value} give {knee.remark}")
+        parts.append(f"{knee.value} give {knee.comment}")
     return "  ·  ".join(parts)
 
 

@@ -82,7 +82,7 @@ def throughput_panel(axes: Axes, report: TuningReport) -> None:
 def measured_by(report: TuningReport) -> str:
     """Return sentences on how latencies were measured."""
     calls = between([row.calls for row in report.latencies])
-    scope = next((f", {fact.remark}" for fact in page(report).facts if fact.label == "Calls"), "")
+    scope = next((f", {fact.comment}" for fact in page(report).facts if fact.label == "Calls"), "")
     return (
         f"{calls} timed calls of each size{scope}; left out are the first of each round, the "
         "first two of quick calls, and calls that restart the workload. Throughput: by the median "

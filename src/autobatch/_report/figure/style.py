@@ -148,12 +148,7 @@ def heading(axes: Axes, title: str, chosen: str, *, columns: int = 3) -> None:
     if not labels:
         return
     order = sorted(range(len(labels)), key=lambda i: labels[i] != chosen)
-    legend = axes.legend(
-        [handles[i] for i in order],
-        [labels[i] for i in order],
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
-        ncols=columns,
-    )
+    handles, labels = [handles[i] for i in order], [labels[i] for i in order]
+    legend = axes.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns)
     if chosen in labels:
         legend.get_texts()[0].set(color=ACCENT, weight="bold")
