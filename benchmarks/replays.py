@@ -28,6 +28,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from autobatch import GuidedBisection, Outcome, Trial
+from autobatch._guide import error_of_peaks
 from autobatch._memory.estimate.prediction import MemoryEstimate
 from autobatch._memory.estimate.scratch import Gpu
 from autobatch._memory.estimate.tracer import TrainingStep
@@ -124,12 +125,13 @@ class Found:
 
 
 def traced(make):
-    """Return a function from the batch size to the peaks of a network."""
+    """Return the peaks of a network, and a function from the budget to the error of predictions."""
     model = make()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
     loss = lambda model, batch: F.cross_entropy(model(batch[0]), batch[1])  # noqa: E731
     step = TrainingStep(model, optimizer, loss, model.batch, torch.bfloat16)
-    return Peaked(cache(MemoryEstimate.of(step, Gpu()).peaks))
+    estimate = MemoryEstimate.of(step, Gpu())
+    return Peaked(cache(estimate.peaks)), partial(error_of_peaks, step, estimate)
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ def largest(true, budget):
     return max(size for size in above if true.peaks(size).reserved <= budget)
 
 
-def on_replay(true, predicted, budget):
+def on_replay(true, predicted, budget, error=None):
     """Search one replayed curve; without predictions if there are none."""
     resident = true.peaks(1).requested // 2  # parameters and a part of the state
 
@@ -175,10 +177,10 @@ def on_replay(true, predicted, budget):
         measured = {"allocated": peaks.allocated, "requested": peaks.requested}
         return Trial(size, Outcome.FIT, peak=peaks.reserved, resident=resident, **measured)
 
-    return found(search(trial, 8, budget, predicted), largest(true, budget), budget)
+    return found(search(trial, 8, budget, predicted, error), largest(true, budget), budget)
 
 
-def on_measured(curve, start, predicted=None):
+def on_measured(curve, start, predicted=None, error=None):
     """Search one measured curve; without predictions if there are none."""
 
     def trial(size):
@@ -190,13 +192,14 @@ def on_measured(curve, start, predicted=None):
             measured["requested"] = requested or predicted.peaks(size).requested
         return Trial(size, Outcome.FIT, resident=curve.resident, **measured)
 
-    return found(search(trial, start, curve.budget, predicted), curve.largest, curve.budget)
+    trials = search(trial, start, curve.budget, predicted, error)
+    return found(trials, curve.largest, curve.budget)
 
 
-def search(trial, start, budget, predicted):
+def search(trial, start, budget, predicted, error):
     """Return the trials of a search, guided by predictions as long as trials confirm them."""
     bare, trials, size = GuidedBisection(), [], start
-    guided = EstimatedSearch(predicted, bare.resolution) if predicted else None
+    guided = EstimatedSearch(predicted, bare.resolution, error) if predicted else None
     while size is not None:
         trials.append(trial(size))
         if guided is not None and guided.is_trusted(trials):
@@ -207,7 +210,10 @@ def search(trial, start, budget, predicted):
 
 
 def predicted_curves():
-    """Yield the peaks predicted for each measured curve; nothing without timm and transformers."""
+    """Yield the peaks predicted for each measured curve and their error.
+
+    Nothing without timm and transformers.
+    """
     if not all(map(importlib.util.find_spec, ("timm", "transformers"))):
         return
     import estimate
@@ -222,9 +228,10 @@ def predicted_curves():
         name = curve.name.partition(", bf16")[0]
         in_trainer = curve.name.endswith("Lightning")
         network = (of_trainer if in_trainer else estimate.SEARCHES)[name]
-        peaks = estimate.predicted(network, in_trainer=in_trainer).estimate.peaks
+        of = estimate.predicted(network, in_trainer=in_trainer)
         before = 0 if in_trainer else before
-        yield curve, Peaked(partial(_as_recorded, curve, before, cache(peaks)))
+        peaks = Peaked(partial(_as_recorded, curve, before, cache(of.estimate.peaks)))
+        yield curve, peaks, of.band.share_at(curve.budget)
         model = network.make()
         before = sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
 
@@ -272,17 +279,19 @@ def main():
     measured = [on_measured(curve, start) for curve in measured_curves() for start in starts(curve)]
     bare, guided = [], []
     for name in networks:
-        true = traced(NETWORKS[name])
+        true, error = traced(NETWORKS[name])
         predicted = off(true, 1), off(true, -1)
         bare += [on_replay(true, None, budget) for budget in budgets]
-        guided += [on_replay(true, predicted[at % 2], each) for at, each in enumerate(budgets)]
+        guided += [
+            on_replay(true, predicted[at % 2], each, error(each)) for at, each in enumerate(budgets)
+        ]
         for kind, results in (("measured", bare), ("predicted", guided)):
             last = results[-len(budgets) :]
             said = (f"{r.trials}/{r.failures}/{r.share:.3f}" for r in last)
             print(f"{name}, by {kind} memory:", *said, flush=True)
     foretold = [
-        on_measured(curve, start, predicted)
-        for curve, predicted in (() if given.quick else predicted_curves())
+        on_measured(curve, start, predicted, error)
+        for curve, predicted, error in (() if given.quick else predicted_curves())
         for start in starts(curve)
     ]
     header = ["curves", "searches", "trials", "90 % within", "did not fit", "none failed"]

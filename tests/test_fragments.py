@@ -48,9 +48,18 @@ def test_two_percent_of_the_bytes_may_stay_unused_where_memory_is_fragmented():
     assert proposed(trial(300, 1.5), trial(600, 1.5), trial(645, 1.5)) > 645
 
 
-def test_sizes_above_many_failures_are_not_tried():
-    failed = [trial(size, 0, fits=False) for size in range(665, 705, 5)]
+def test_after_four_failures_the_bracket_is_halved():
+    failed = [trial(size, 0, fits=False) for size in range(665, 685, 5)]
 
     size = proposed(trial(300, 1.5), trial(600, 1.5), trial(620, 1.5), *failed)
 
-    assert size is None or size < 665
+    assert size == (620 + 665) // 2
+
+
+def test_a_line_below_which_memory_hardly_grows_is_not_followed_far():
+    flat = [
+        Trial(size, Outcome.FIT, peak=7_000_000 + size, allocated=6_000_000 + 100 * size)
+        for size in (8, 14)
+    ]
+
+    assert proposed(*flat) <= 4 * 14

@@ -1,6 +1,8 @@
-"""Predicted memory as the guide of a search in a Trainer, on the simulated accelerator."""
+"""Predicted memory as the guide of a search in a Trainer, on a device that shows peaks alone."""
 
 from __future__ import annotations
+
+import contextlib
 
 import pytest
 import torch
@@ -69,14 +71,18 @@ class KeepsMore(Module):
         return outputs | ({} if self._trainer is None else {"kept": torch.zeros(10_000)})
 
 
-def fitted(module, **options):
+class ShowsPeaks(SimulatedAccelerator):
+    """Accelerator whose single allocations cannot be seen, as on CUDA."""
+
+    @contextlib.contextmanager
+    def limited(self, budget):
+        with super().limited(budget):
+            yield None
+
+
+def fitted(module, device=ShowsPeaks, **options):
     """Return a report, and the module after two updates of training."""
-    callback = tuner(
-        target_batch_size=None,
-        timing_seconds=0,
-        device=SimulatedAccelerator("1MiB"),
-        **options,
-    )
+    callback = tuner(target_batch_size=None, timing_seconds=0, device=device("1MiB"), **options)
     trainer = quiet_trainer(callback, max_steps=2)
     torch.manual_seed(7)
     trainer.fit(module, DataLoader(data(4000), batch_size=4, shuffle=True))
@@ -131,7 +137,15 @@ def test_without_an_estimate_measured_memory_guides_and_nothing_is_said(measured
 
     assert report.guide is None
     assert "predicted" not in str(report)
-    assert tried(report)[1] == 8
+    assert tried(report)[1] == 32
+
+
+def test_memory_of_which_every_allocation_is_seen_needs_no_prediction():
+    report, _ = fitted(Module(), SimulatedAccelerator)
+
+    assert report.guide is None
+    assert min(tried(report)) > 0
+    assert len(tried(report)) <= 4
 
 
 @pytest.mark.parametrize(

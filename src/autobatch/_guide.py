@@ -5,8 +5,12 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Final
 
+import torch
+
+from autobatch._estimate.band import band_of
+from autobatch._estimate.inputs import Inputs
 from autobatch._memory.estimate.events import UntraceableError
-from autobatch._memory.estimate.prediction import MemoryEstimate
+from autobatch._memory.estimate.prediction import SIZES, MemoryEstimate
 from autobatch._search.estimated import MAX_ERROR, EstimatedSearch
 from autobatch._search.guided import GuidedBisection
 
@@ -14,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from autobatch._memory.estimate.prediction import Peaks
+    from autobatch._memory.estimate.tracer import TrainingStep
     from autobatch._search import Search
     from autobatch._subject import Subject
     from autobatch._trials import Trial
@@ -61,6 +66,8 @@ class Guide:
         gpu_of = getattr(runner.context.probe, "gpu", None)
         if not isinstance(search, GuidedBisection) or not search.estimate or not trials[0].fits:
             return None
+        if trials[0].profile:  # every allocation was seen, which predicts as much
+            return None
         ranks = runner.context.ranks
         if gpu_of is None or ranks.world_size > 1 or ranks.as_if:
             return None
@@ -73,7 +80,8 @@ class Guide:
                 return None
             estimate = MemoryEstimate.of(step, gpu_of(), deadline)
             timed = _Timed(estimate, deadline - time.perf_counter())
-            guided = EstimatedSearch(timed, search.resolution)
+            share = error_of_peaks(step, estimate, runner.budget)
+            guided = EstimatedSearch(timed, search.resolution, share)
             error = guided.error(trials)
         finally:
             runner.context.snapshot.restore()  # making batches may have changed state
@@ -82,6 +90,15 @@ class Guide:
             raise UntraceableError(f"predicted bytes of the first trial were {error:+.0%} off")
         self.followed = "by predicted memory"
         return guided
+
+
+def error_of_peaks(step: TrainingStep, estimate: MemoryEstimate, budget: int) -> float:
+    """Return the largest error of predicted peaks near the budget, as a share of them."""
+    if estimate.gpu is None:  # bytes are counted, and no allocator reserves more
+        return MAX_ERROR
+    precision = "bf16-mixed" if step.autocast is torch.bfloat16 else str(step.autocast)
+    band = band_of(Inputs(step, precision), estimate.events.at(SIZES[0]), ())
+    return band.share_at(budget)
 
 
 class _Timed:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
+from autobatch._search.fragments import scatter
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -13,12 +15,12 @@ if TYPE_CHECKING:
 
 # An estimate that misses the requested bytes of the first trial by a larger share is not used
 MAX_ERROR: Final = 0.01
-# Share of the budget left free by the first proposal: its trial corrects the prediction
-_MARGIN: Final = 0.02
 # Sizes up to this multiple of the limit may fit: an allocator reserves more or less by fragments
 _BEYOND: Final = 1.04
 # Below this share of the budget a measured peak corrects predictions by bytes, above it by a factor
-_SMALL: Final = 0.1
+_SMALL: Final = 0.5
+# Share of the scatter by fragments that corrected predictions miss: 0.1 to 0.5 in recorded searches
+_UNFORETOLD: Final = 1 / 3
 _MAX_TRIALS: Final = 4  # trials until peaks alone guide the search
 
 
@@ -35,6 +37,7 @@ class EstimatedSearch:
 
     estimate: PeakEstimate  # predicted peaks
     resolution: float  # accuracy of the size found, as a share
+    error_of_peaks: float  # largest error of reserved bytes that are predicted, as a share
 
     def is_trusted(self, trials: Sequence[Trial]) -> bool:
         """Return True if the first trial confirms the estimate, and no later one failed."""
@@ -49,21 +52,21 @@ class EstimatedSearch:
         return self.estimate.peaks(first.batch_size).requested / first.requested - 1
 
     def propose(self, trials: Sequence[Trial], *, high: int, budget: int) -> int | None:
-        """Return the size to try after the largest fit; None if that is the answer."""
-        top = max(trials, key=lambda trial: trial.batch_size)
-        capacity = self._capacity(top, budget)
-        is_full = budget - (top.peak or 0) <= self.resolution * (budget - top.resident)
-        within = int((1 - self.resolution) * capacity) if is_full else capacity
-        limit = self._largest(top.batch_size, high, within)
-        if limit - top.batch_size <= int(self.resolution * limit):
-            return None
-        # Reserved bytes may fall as the size grows: the margin is one of bytes
-        careful = self._largest(top.batch_size, limit, int((1 - _MARGIN) * capacity))
-        is_near = top.batch_size >= (1 - 2 * _MARGIN) * limit
-        return limit if is_near or careful <= top.batch_size else careful
+        """Return the size to try after the largest fit; None if that is the answer.
 
-    def _reserved(self, batch_size: int) -> int:
-        return self.estimate.peaks(batch_size).reserved
+        A size is tried that fits in spite of the doubt about predictions, and one in doubt only if
+        that gains nothing and too much memory is unused.
+        """
+        top = max(trials, key=lambda trial: trial.batch_size)
+        left, room = budget - (top.peak or 0), budget - top.resident
+        if left <= self.resolution * room:
+            return None
+        capacity = self._capacity(top, budget)
+        for doubt in (self._doubt(top, budget), 0.0):
+            limit = self._largest(top.batch_size, high, int((1 - doubt) * capacity))
+            if limit - top.batch_size > int(self.resolution * limit):
+                return limit
+        return None
 
     def _capacity(self, top: Trial, budget: int) -> int:
         """Return the predicted bytes that correspond to the budget."""
@@ -71,6 +74,20 @@ class EstimatedSearch:
         if peak < _SMALL * budget:
             return budget + predicted - peak
         return budget * predicted // peak
+
+    def _doubt(self, top: Trial, budget: int) -> float:
+        """Return the error of corrected predictions at the limit, as a share.
+
+        The nearer the top is to the limit, the more of the error its peak has shown.
+        """
+        peaks = self.estimate.peaks(top.batch_size)
+        has_fragments = peaks.reserved > peaks.allocated  # an allocator holds more than is in use
+        fragments = scatter(peaks.reserved / peaks.allocated) if has_fragments else 0.0
+        unseen = max(0.0, 1 - (top.peak or 0) / budget)
+        return unseen * self.error_of_peaks + _UNFORETOLD * fragments
+
+    def _reserved(self, batch_size: int) -> int:
+        return self.estimate.peaks(batch_size).reserved
 
     def _largest(self, low: int, high: int, capacity: int) -> int:
         """Return a size predicted to fit, within a thousandth of one that does not.

@@ -45,8 +45,8 @@ class GuidedBisection:
         growth: Largest factor from one size to the next while extrapolating peaks; twice that while
             memory does not grow with the batch size.
         estimate: Whether predicted memory guides the search after its first trial, where the
-            training step of a Trainer can be traced and that trial agrees: on CUDA and simulated
-            devices, on one rank. Nothing is run for it, and trials decide as ever.
+            training step of a Trainer can be traced and that trial agrees: on CUDA, on one rank.
+            Nothing is run for it, and trials decide as ever.
     """
 
     resolution: float = 0.01
