@@ -80,7 +80,7 @@ def finish(*processes):
     outputs = []
     for process in processes:
         try:
-            outputs.append(process.communicate(timeout=200)[0])
+            outputs.append(process.communicate(timeout=280)[0])
         except subprocess.TimeoutExpired:
             for each in processes:
                 each.kill()

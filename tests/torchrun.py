@@ -48,9 +48,7 @@ def outputs_of_ranks(size, program, *arguments):
     with contextlib.ExitStack() as stack:
         port = free_port()
         ranks = [
-            stack.enter_context(
-                forked(program, *arguments, env=as_by_torchrun(rank, port, size))
-            )
+            stack.enter_context(forked(program, *arguments, env=as_by_torchrun(rank, port, size)))
             for rank in range(size)
         ]
         ended = [finish() for finish in ranks]
