@@ -54,7 +54,7 @@ class Size:
 
 
 FULL = Size(NETWORKS | installed(OF_OTHERS), installed(UNSEEN), ("8GiB",), 200, 20, 10, 20.0)
-QUICK = Size(BRIEF, BRIEF, ("12MiB",), 5, 2, 5, 1.0)
+QUICK = Size(BRIEF, BRIEF, ("6MiB",), 5, 2, 3, 1.0)
 SIZES_PREDICTED = (8, 32, 96)
 
 
@@ -289,7 +289,7 @@ def plan_against_small_batches(place, build, size):
         train, device=place.probe(), memory_limit=place.memory
     ).plan.micro_batch_size
     target = 2 * max(8, largest // 8 * 8)
-    _settings.TIMING_SECONDS = 5.0
+    _settings.TIMING_SECONDS = min(5.0, size.timing_seconds)
     report = autobatch.find(
         train, device=place.probe(), memory_limit=place.memory, target_batch_size=target
     )
@@ -522,6 +522,7 @@ def main():
     places = [Place.named(given.device, memory) for memory in given.memory or size.memory]
     warnings.simplefilter("ignore")
     lightning()  # which sets its logger's level when it is imported
+    gc.freeze()  # what was imported is not looked through after every failure
     for package in ("pytorch_lightning", "lightning.pytorch"):
         logging.getLogger(package).setLevel(logging.ERROR)
     importlib.import_module("autobatch.sinks").console = lambda _: None

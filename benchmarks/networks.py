@@ -108,6 +108,13 @@ class Transformer(nn.Module):
         return self.head(hidden.mean(1))
 
 
+class Short(Transformer):
+    """0.6 M parameters, over 32 tokens."""
+
+    sample = (32,)
+    vocabulary = 2048
+
+
 class Checkpointed(Transformer):
     """The same with activation checkpointing: activations are computed again in the backward pass."""
 
@@ -146,6 +153,7 @@ KINDS = (
     Kind("LSTM", Recurrent, 64),
     Kind("checkpointed", Checkpointed, 40),
 )
+QUICK = (Kind("transformer", Short, 30),)
 
 
 def data_of(make):

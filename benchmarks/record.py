@@ -10,6 +10,7 @@ holds the readings of such files in short.
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import warnings
 from dataclasses import dataclass
@@ -89,9 +90,10 @@ def main():
     parser.add_argument("--brief", action="store_true", help="small networks")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
+    gc.freeze()  # what was imported is not looked through after every trial
     importlib.import_module("autobatch.sinks").console = lambda _: None
     _settings.TIMING_SECONDS = 0.0
-    memory = given.memory or ("12MiB" if given.brief else "8GiB")
+    memory = given.memory or ("6MiB" if given.brief else "8GiB")
     place = Place.named(given.device, memory)
     networks = BRIEF if given.brief else NETWORKS
     for name in [given.only] if given.only else networks:

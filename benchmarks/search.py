@@ -30,7 +30,7 @@ from paper import STEPS_AFTER, OnPaper
 import networks
 from autobatch import _settings
 
-SECONDS_AFTER, QUICK_AFTER = 3.0, 0.5  # for the further steps of a real network
+SECONDS_AFTER, QUICK_AFTER = 3.0, 0.1  # for the further steps of a real network
 BINSEARCH = "Lightning, binsearch"
 QUICK_MAXIMA = (100,)
 PLAIN = ("straight", "step-wise", "state after step 1")  # nothing has to fail on these
@@ -445,7 +445,7 @@ _OURS = {c.name for c in contestants.OURS} | {"find, bare peaks"}
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
-        "--quick", action="store_true", help="one curve of each kind, and one network"
+        "--quick", action="store_true", help="one curve of each kind, and one small network"
     )
     parser.add_argument("--only", choices=["curves", "networks"])
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
@@ -469,7 +469,7 @@ def main():
     if given.only != "networks":
         on_paper = on_curves(one_of_each() if given.quick else list(curves.curves(curves.MAXIMA)))
     if given.only != "curves":
-        kinds = networks.KINDS[2:3] if given.quick else networks.KINDS
+        kinds = networks.QUICK if given.quick else networks.KINDS
         real = on_networks(kinds, seconds_after)
     text = page(on_paper, real, time.perf_counter() - began, seconds_after)
     print(f"\n{text}")

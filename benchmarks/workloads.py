@@ -231,8 +231,8 @@ UNSEEN = {
 }
 # The same in little, to see that a benchmark runs
 BRIEF = {
-    "ResNet-50": lambda: ResNet(32, (1, 1, 1, 1), 8),
-    "GPT-2": lambda: Gpt(2, 32, 4, 500, 32),
+    "ResNet-50": lambda: ResNet(32, (1, 1, 1, 1), 4),
+    "GPT-2": lambda: Gpt(2, 32, 4, 250, 32),
     "U-Net": lambda: UNet(32, 4, 2),
 }
 

@@ -39,12 +39,17 @@ if importlib.util.find_spec("hypothesis") is not None:
     settings.register_profile("random", max_examples=1000, **untimed)
     settings.load_profile("brief")
 
-# Few tests that take long: pytest-xdist would start these files last, and one process would wait
+# Few tests that take long, the longest first: pytest-xdist would start these files last, and one
+# process would wait
 STARTED_FIRST = (
-    "test_ranks.py",
-    "test_lightning.py",
+    "test_benchmarks.py",
+    "test_sharded_find.py",
+    "test_on_gpu.py",
     "test_soak.py",
-    "test_interrupts.py",
+    "test_strategies.py",
+    "test_lightning.py",
+    "test_ranks.py",
+    "test_transformers_ranks.py",
     "test_host_limit.py",
     "test_waiting.py",
 )
@@ -68,7 +73,8 @@ def pytest_collection_modifyitems(items):
     seconds_of = Counter()
     for item in items:  # about: one that can train does
         seconds_of[item.path] += 0.5 if hasattr(item.module, "pl") else 0.02
-    items.sort(key=lambda item: (item.path.name not in STARTED_FIRST, -seconds_of[item.path]))
+    first = {name: at for at, name in enumerate(STARTED_FIRST)}
+    items.sort(key=lambda item: (first.get(item.path.name, len(first)), -seconds_of[item.path]))
     files = {path: number for number, path in enumerate(dict.fromkeys(i.path for i in items))}
     items.sort(key=lambda item: files[item.path])  # of equal length, one after the other
 

@@ -35,7 +35,7 @@ def at_each_allocation(
 ):
     """Refuse every n-th allocation of one micro-batch on one rank, a window for each."""
     place = place or {}
-    strategy = lambda: pl.strategies.DDPStrategy(timeout=timedelta(seconds=40), **ddp)  # noqa: E731
+    strategy = lambda: pl.strategies.DDPStrategy(timeout=timedelta(seconds=100), **ddp)  # noqa: E731
     options = {
         "devices": 2,
         "use_distributed_sampler": False,

@@ -294,10 +294,8 @@ def test_the_host_is_tuned_without_an_accelerator():
     [
         (Transformer, "200MiB"),
         (Transformer, "260MiB"),
-        (Transformer, "400MiB"),
         (ResNet, "100MiB"),
         (ResNet, "140MiB"),
-        (ResNet, "240MiB"),
     ],
 )
 def test_the_size_found_is_the_largest_that_the_accelerator_accepts(network, capacity):

@@ -12,6 +12,7 @@ import pytest
 from autobatch import BatchPlan, Outcome, Trial
 from autobatch._distributed import SingleProcess
 from autobatch._trials.runner import merged
+from forked import run_forked
 from sameness import same
 from torchrun import free_port, on_two_ranks, results
 
@@ -79,7 +80,7 @@ def finish(*processes):
     outputs = []
     for process in processes:
         try:
-            outputs.append(process.communicate(timeout=200)[0])
+            outputs.append(process.communicate(timeout=280)[0])
         except subprocess.TimeoutExpired:
             for each in processes:
                 each.kill()
@@ -209,10 +210,9 @@ def test_a_rank_that_fails_while_the_plan_is_applied_ends_the_others(job):
 @needs_lightning
 @pytest.mark.slow
 def test_a_callback_on_one_rank_alone_ends_in_one_sentence(tmp_path):
-    port = ("--master-port", free_port())
-    finish(start(*TORCHRUN, "--nproc-per-node", 2, *port, CASES, tmp_path, "missing"))
+    ranks = on_two_ranks(CASES, tmp_path, "missing")
 
-    assert results(tmp_path)[0]["missing"] == (
+    assert ranks[0]["missing"] == (
         "Rank 1 has not come to tune within 2 seconds: all ranks tune together. Give every rank "
         "the same callbacks and arguments."
     )
@@ -283,8 +283,9 @@ def test_validation_loggers_checkpoints_and_second_fit_work_on_ranks(job):
 @needs_lightning
 @pytest.mark.slow
 def test_a_second_process_started_by_lightning_agrees(tmp_path):
-    finish(start(sys.executable, CASES, tmp_path, "launched"))
+    ran = run_forked(CASES, tmp_path, "launched")
 
+    assert ran.returncode == 0, ran.stderr
     assert_as_by_hand([rank["launched"] for rank in results(tmp_path)])
 
 

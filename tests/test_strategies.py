@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from unittest import mock
@@ -16,6 +14,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from autobatch import BatchPlan
+from forked import run_forked
 from sameness import same
 from torchrun import on_ranks, results
 
@@ -65,8 +64,7 @@ def long_job(tmp_path_factory):
 def launched_job(tmp_path_factory):
     """Results of a script whose Trainer starts the other rank."""
     where = tmp_path_factory.mktemp("launched")
-    command = [sys.executable, CASES, where, "fsdp2/tuned", "fsdp1/tuned"]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    ended = run_forked(CASES, where, "fsdp2/tuned", "fsdp1/tuned")
     assert ended.returncode == 0, ended.stderr
     return results(where)
 

@@ -39,17 +39,21 @@ def on_two_ranks(program, where, *arguments):
 
 def on_ranks(size, program, where, *arguments):
     """Run a program in so many processes, and return the results that each rank has saved."""
+    outputs_of_ranks(size, program, where, *arguments)
+    return results(where, size)
+
+
+def outputs_of_ranks(size, program, *arguments):
+    """Run a program in so many processes, and return the output of each."""
     with contextlib.ExitStack() as stack:
         port = free_port()
         ranks = [
-            stack.enter_context(
-                forked(program, where, *arguments, env=as_by_torchrun(rank, port, size))
-            )
+            stack.enter_context(forked(program, *arguments, env=as_by_torchrun(rank, port, size)))
             for rank in range(size)
         ]
         ended = [finish() for finish in ranks]
     assert {each.returncode for each in ended} == {0}, [each.stderr for each in ended]
-    return results(where, size)
+    return [each.stdout for each in ended]
 
 
 def results(directory, size=2):

@@ -1,4 +1,4 @@
-"""One of two ranks of a Trainer on gloo: `python transformers_rank.py FOLDER ddp` or `fsdp2`.
+"""One of two ranks of a Trainer on gloo: `torchrun … transformers_rank.py FOLDER ddp` or `fsdp2`.
 
 Rank 1 has less memory, and evaluates up to 5 samples. Both print whether training came out as with the numbers written by hand.
 """
@@ -14,12 +14,14 @@ from transformers import GPT2LMHeadModel
 from transformers.distributed.configuration_utils import DistributedConfig
 
 import autobatch
+from accelerate_loops import reset
 from autobatch import _settings
 from autobatch._distributed.sharding import is_sharded
 from autobatch.testing import SimulatedAccelerator
 from hugging_face import Recorded, Sequences, compared, language_model
 
 torch.set_num_threads(1)
+reset()  # of the process that this one was forked from
 
 folder, kind = Path(sys.argv[1]) / os.environ["RANK"], sys.argv[2]
 rank = int(os.environ["RANK"])
