@@ -11,9 +11,11 @@ from torch.nn.modules.batchnorm import _NormBase
 from autobatch._memory.ledger import unobserved
 from autobatch._trials.batches import leaves, map_leaves
 from autobatch._trials.reachable import LARGE
-from autobatch.lightning._compat import logged_results
+from autobatch.lightning._compat import logged_results, package
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from autobatch.lightning._trainer import Trainer
 
 # Elements of a tensor; a larger one is not copied before each micro-batch, its version shows if it
@@ -21,11 +23,10 @@ if TYPE_CHECKING:
 _SMALL: Final = 4096
 # Types of attributes whose contents may change; all others are replaced, or not known
 _CHANGING: Final = frozenset({torch.Tensor, torch.Generator, list, dict, set, deque})
-# Attributes that every module has, results of a metric, which it replaces, and what it is made of
-_UNCHANGED: Final = frozenset(vars(torch.nn.Module())) | {
-    *("_forward_cache", "_computed"),
-    *("_defaults", "_persistent", "_reductions"),
-}
+# Attributes of a metric: results, which it replaces, and what it is made of
+_UNCHANGED: Final = frozenset(
+    {"_forward_cache", "_computed", "_defaults", "_persistent", "_reductions"}
+)
 
 
 class NotUndoneError(Exception):
@@ -51,13 +52,13 @@ class StepState:
             [each for part in norms for each in part.buffers(recurse=False)]
         )
         # Without torchmetrics being imported: its classes and those derived from them
-        self._owners = [_Attributes(vars(module))]
-        self._owners += [
-            _Attributes(vars(part)["_buffers"])
-            for part in parts
-            if vars(part)["_buffers"] and not isinstance(part, _NormBase)
+        unchanged = _UNCHANGED | vars(package(trainer).LightningModule()).keys()
+        buffers = [vars(part)["_buffers"] for part in parts if not isinstance(part, _NormBase)]
+        metrics = [vars(part) for part in parts if is_metric(part)]
+        self._owners = [
+            *[_Attributes(each, unchanged) for each in (vars(module), *filter(None, buffers))],
+            *[_OfMetric(each, unchanged) for each in metrics],
         ]
-        self._owners += [_OfMetric(vars(part)) for part in parts if is_metric(part)]
         # Lightning replaces the tensors in these, and never writes into one
         self._logged = logged_results(trainer)
 
@@ -102,11 +103,13 @@ class StepState:
 class _Attributes:
     """Attributes of an object, by their names.
 
-    Names whose contents may change are found anew when names or types change.
+    Names whose contents may change are found anew when names or types change; contents of those
+    in `unchanged` do not.
     """
 
-    def __init__(self, entries: dict[str, Any]) -> None:
+    def __init__(self, entries: dict[str, Any], unchanged: Collection[str]) -> None:
         self.entries = entries
+        self._unchanged = unchanged
         self.changing: list[str] = []
         self._form: list[Any] = []
 
@@ -119,7 +122,7 @@ class _Attributes:
             self.changing = [
                 name
                 for name, value in entries.items()
-                if type(value) in _CHANGING and name not in _UNCHANGED
+                if type(value) in _CHANGING and name not in self._unchanged
             ]
         return entries
 
@@ -131,8 +134,8 @@ class _Attributes:
 class _OfMetric(_Attributes):
     """Attributes of a metric: its `forward` replaces the states, its `update` may write into them."""
 
-    def __init__(self, entries: dict[str, Any]) -> None:
-        super().__init__(entries)
+    def __init__(self, entries: dict[str, Any], unchanged: Collection[str]) -> None:
+        super().__init__(entries, unchanged)
         self._has_written = False
         self._last: list[tuple[torch.Tensor, int]] = []  # with versions, before the last attempt
 
