@@ -131,7 +131,7 @@ class Turns(pl.Callback):
 
     def __init__(self):
         self.seconds = {True: [], False: []}
-        self.closure = None
+        self.replaced = {}  # methods of Lightning, by their names
         self.began = None
 
     def on_train_start(self, trainer, *_):
@@ -140,10 +140,13 @@ class Turns(pl.Callback):
 
     def turn(self, trainer, *, is_with):
         self.is_with = is_with
-        loop = vars(trainer.fit_loop.epoch_loop.automatic_optimization)
-        self.closure = loop.pop("_make_closure", self.closure)
-        if is_with:
-            loop["_make_closure"] = self.closure
+        for owner, name in (
+            (trainer.fit_loop.epoch_loop.automatic_optimization, "_make_closure"),
+            (trainer.precision_plugin, "backward"),
+        ):
+            self.replaced[name] = vars(owner).pop(name, self.replaced.get(name))
+            if is_with:
+                vars(owner)[name] = self.replaced[name]
         trainer.callbacks = self.callbacks if is_with else [self]
         self.began = time.process_time()
 

@@ -135,6 +135,8 @@ def _parts(batch: Any) -> Sequence[Any] | None:
     if isinstance(batch, torch.Tensor):
         return None  # at once: abstract classes take their time
     if isinstance(batch, (list, tuple)):
+        if batch and isinstance(batch[0], torch.Tensor):
+            return batch
         return None if is_plain_list(batch) else batch
     if isinstance(batch, MutableMapping):
         return list(batch.values())
@@ -145,6 +147,13 @@ def _parts(batch: Any) -> Sequence[Any] | None:
 
 def _rebuilt(container: Any, parts: Sequence[Any]) -> Any:
     """Return a container of the same kind with other contents."""
+    if isinstance(container, tuple):
+        kind = type(container)
+        return kind(*parts) if hasattr(container, "_fields") else kind(parts)
+    if isinstance(container, list):
+        items = copy.copy(container)
+        items[:] = parts
+        return items
     if isinstance(container, MutableMapping):
         # A copy keeps a default factory and attributes; item by item, since ModelOutput of
         # transformers refuses update()
@@ -152,12 +161,5 @@ def _rebuilt(container: Any, parts: Sequence[Any]) -> Any:
         for key, part in zip(container, parts, strict=True):
             mapping[key] = part
         return mapping
-    if isinstance(container, list):
-        items = copy.copy(container)
-        items[:] = parts
-        return items
-    if isinstance(container, tuple):
-        kind = type(container)
-        return kind(*parts) if hasattr(container, "_fields") else kind(parts)
     pairs = zip(fields(container), parts, strict=True)
     return replace(container, **{field.name: part for field, part in pairs if field.init})

@@ -130,13 +130,15 @@ def _against_survival_on_ranks(strategy: Strategy, module: Any) -> Iterator[str]
         yield "SyncBatchNorm makes ranks wait for each other in the forward pass"
     if getattr(wrapper, "static_graph", False) or getattr(wrapper, "mixed_precision", None):
         yield "DistributedDataParallel has static_graph or mixed_precision"
-    if _overrides_backward(module):
+    if overrides(module, "backward"):
         yield "the module overrides backward, and ranks share its hooks"
 
 
-def _overrides_backward(module: Any) -> bool:
-    owner = next(kind for kind in type(module).__mro__ if "backward" in vars(kind))
-    return not owner.__module__.startswith(("lightning.", "pytorch_lightning."))
+def overrides(thing: Any, method: str) -> bool:
+    """Return True if a module or callback has a method of neither Lightning nor autobatch."""
+    owner = next(kind for kind in type(thing).__mro__ if method in vars(kind))
+    packages = "lightning.", "pytorch_lightning.", "autobatch."
+    return method in vars(thing) or not owner.__module__.startswith(packages)
 
 
 def check_launcher(trainer: Trainer) -> None:

@@ -141,14 +141,13 @@ def replacing_closures(trainer: Trainer, make: Callable[..., Any]) -> patched:
     return patched(loop, _make_closure=lambda *values: make(original(*values), *values))
 
 
-def run_closure(closure: Any, backward: Callable[[Any], None], reset: Callable[[], None]) -> Any:
-    """Run a closure with other functions for the backward pass and for zero_grad.
+def run_closure(closure: Any, reset: Callable[[], None]) -> Any:
+    """Run a closure with another function for zero_grad, and return its `ClosureResult`.
 
-    They are called for it, and return its `ClosureResult`; those of the closure are
-    `backward_of` and `zero_grad_of` it. Not set in the closure: it would refer to itself then.
+    The function is called before each backward pass; that of the closure is `zero_grad_of` it. Not
+    set in the closure: it would refer to itself then.
     """
-    other = None if closure._backward_fn is None else backward
-    return type(closure)(closure._step_fn, other, reset).closure()
+    return type(closure)(closure._step_fn, closure._backward_fn, reset).closure()
 
 
 def backward_of(closure: Any) -> Any:

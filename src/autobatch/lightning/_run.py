@@ -70,7 +70,8 @@ class Run:
         probe = detect(device, trainer.lightning_module.device)
         size = getattr(trainer.train_dataloader, "batch_size", None)
         self.survival = Survival(trainer, probe, size if isinstance(size, int) else None)
-        self.replace(self.survival.patch())
+        for patch in self.survival.patches():
+            self.replace(patch)
 
     def replace(self, patch: patched) -> None:
         """Replace a method of a loop until `undo`."""

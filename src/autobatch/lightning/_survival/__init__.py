@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import itertools
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, Any
+
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from autobatch._accumulation import batch_norms
 from autobatch._distributed import current_ranks
@@ -12,13 +16,15 @@ from autobatch._memory.oom import is_oom
 from autobatch._plan import BatchPlan
 from autobatch._report.notes import survived
 from autobatch._report.result import Survived
+from autobatch._undo import patched
+from autobatch.lightning._checks import overrides
 from autobatch.lightning._compat import batches_that_stepped, data_parallel_size, replacing_closures
 from autobatch.lightning._survival.micro_batch import MicroBatch
 from autobatch.lightning._survival.repeats import Repeats
 
 if TYPE_CHECKING:
     from autobatch._memory import MemoryProbe
-    from autobatch._undo import patched
+    from autobatch.lightning._survival.gradients import LocalGradients
     from autobatch.lightning._survival.pieces import Pieces
 
 _log = logging.getLogger("autobatch")
@@ -41,21 +47,51 @@ class Survival:
         self._batch_size = batch_size
         least = 2 if batch_norms(trainer.lightning_module.modules()) else 1
         self._repeats = Repeats(trainer, probe, batch_size, least)
+        wrapper = trainer.strategy.model
+        self._wrapper = wrapper if isinstance(wrapper, DistributedDataParallel) else None
+        self._backward = trainer.precision_plugin.backward
+        module = trainer.lightning_module
+        self._has_own_backward = overrides(module, "backward")
+        # Then zero_grad leaves no gradient, and nothing makes one before the backward pass begins
+        self._clears = (
+            all(type(each).zero_grad is Optimizer.zero_grad for each in trainer.optimizers)
+            and not overrides(module, "optimizer_zero_grad")
+            and not any(
+                overrides(each, "on_before_backward") for each in (module, *trainer.callbacks)
+            )
+        )
+        self._gradients: LocalGradients | None = None  # of the micro-batch that runs
         self._has_gradient = False  # the last micro-batch has run
 
-    def patch(self) -> patched:
-        """Return the change to the training loop."""
-        return replacing_closures(self._trainer, lambda *arguments: _Closure(self, *arguments))
+    def patches(self) -> list[patched]:
+        """Return the changes to the training loop and its backward pass."""
+        return [
+            replacing_closures(self._trainer, partial(_Closure, self)),
+            patched(self._trainer.precision_plugin, backward=self._run_backward),
+        ]
 
     def run(self, *arguments: Any) -> Any:
         """Run a micro-batch, and return its `ClosureResult`."""
         self._has_gradient = False
-        micro_batch = MicroBatch(self._trainer, *arguments)
+        micro_batch = MicroBatch(self._trainer, self._wrapper, self._clears, *arguments)
+        self._gradients = micro_batch.gradients
         result = self._repeats.run(micro_batch)
         if (pieces := micro_batch.pieces) is not None and pieces.lost_seconds:
             self._count(pieces)
+        self._gradients = None
         self._has_gradient = True
         return result
+
+    def _run_backward(self, loss: Any, *arguments: Any, **options: Any) -> None:
+        """Run a backward pass, and note gradients when it begins."""
+        # Hooks before the backward pass, which may scale gradients, have run. What a module does
+        # in a `backward` of its own has not
+        if self._gradients is not None:
+            if self._has_own_backward and loss.requires_grad:
+                loss.register_hook(self._gradients.note)
+            else:
+                self._gradients.note()
+        self._backward(loss, *arguments, **options)
 
     def end(self, plan: BatchPlan | None) -> tuple[Survived, ...]:
         """Return the events of all ranks by their steps, and log a note on them.

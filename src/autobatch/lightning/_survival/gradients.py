@@ -24,22 +24,35 @@ class LocalGradients:
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
-        # Parameters, their gradients when the backward pass began, and the versions of these
-        self._noted: list[tuple[torch.Tensor, torch.Tensor | None, int]] = []
+        self._done: Sequence[torch.Tensor] = ()  # left out of this backward pass
+        self._are_none = False  # all gradients, when it began
+        # When it began: parameters, their gradients, and the versions of those that were there
+        self._noted: list[torch.Tensor] = []
+        self._before: list[torch.Tensor | None] = []
+        self._versions: list[int] = []
 
     @property
     def parameters(self) -> list[torch.Tensor]:
         """The parameters of the optimizer."""
         return [each for group in self._optimizer.param_groups for each in group["params"]]
 
-    def watch(self, loss: torch.Tensor) -> None:
-        """Note all gradients when the backward pass of a loss begins."""
-        # When autograd begins, and not now: hooks before a backward pass may scale gradients
-        loss.register_hook(self._note)
+    def expect_none(self) -> None:
+        """Take it as noted that gradients are missing: they were reset just now."""
+        self._are_none = True
+
+    def note(self, *_: object) -> None:
+        """Note all gradients as the backward pass begins."""
+        if self._are_none:
+            return
+        # Lists rather than pairs: no object for each parameter while nothing fails
+        self._noted = self._others(self._done) if self._done else self.parameters
+        self._before = [each.grad for each in self._noted]
+        self._versions = [each._version for each in self._before if each is not None]
 
     def forget(self) -> None:
         """Forget a backward pass that succeeded."""
-        self._noted = []
+        self._are_none = False
+        self._noted, self._before, self._versions = [], [], []
 
     def undo(self) -> list[torch.Tensor]:
         """Undo a failed backward pass where that is free, and return the parameters done."""
@@ -56,7 +69,7 @@ class LocalGradients:
         backward: Callable[[torch.Tensor], None],
     ) -> None:
         """Run the backward pass of a piece, without effect on parameters that are done."""
-        loss.register_hook(lambda _: self._note(done=done))
+        self._done = done
         aside = [(each, each.grad) for each in done]
         try:
             for each in done:
@@ -69,24 +82,24 @@ class LocalGradients:
     def finish(self, done: Sequence[torch.Tensor]) -> None:
         """End the backward pass of a micro-batch in pieces."""
 
-    def _note(self, _: Any = None, done: Sequence[torch.Tensor] = ()) -> None:
-        self._noted = [
-            (each, grad := each.grad, 0 if grad is None else grad._version)
-            for each in self._others(done)
-        ]
-
     def _others(self, done: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         left_out = set(map(id, done))
         return [each for each in self.parameters if id(each) not in left_out]
 
     def _changed(self) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
         """Forget the gradients noted, and return those that have changed with their parameters."""
-        noted, self._noted = self._noted, []
-        return [
+        versions = iter(self._versions)
+        if self._are_none:
+            self._noted = self.parameters
+            self._before = [None] * len(self._noted)
+        changed = [
             (parameter, before)
-            for parameter, before, version in noted
-            if parameter.grad is not before or (before is not None and before._version != version)
+            for parameter, before in zip(self._noted, self._before, strict=True)
+            if (before is not None and before._version != next(versions))
+            or parameter.grad is not before
         ]
+        self.forget()
+        return changed
 
 
 class SynchronizedGradients(LocalGradients):

@@ -8,7 +8,6 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from autobatch._undo import patched
 from autobatch.lightning._compat import (
@@ -28,6 +27,8 @@ if TYPE_CHECKING:
     from collections import OrderedDict
     from collections.abc import Iterator, Sequence
 
+    from torch.nn.parallel import DistributedDataParallel
+
     from autobatch.lightning._survival.pieces import Pieces
     from autobatch.lightning._survival.state import Kept
     from autobatch.lightning._trainer import Trainer
@@ -46,6 +47,8 @@ class MicroBatch:
 
     Args:
         trainer: The Trainer.
+        wrapper: DistributedDataParallel around the module, if any.
+        clears: No gradient is there when a backward pass begins after zero_grad.
         closure: Of Lightning, which runs it as a whole.
         arguments: Of `training_step`.
         optimizer: The optimizer.
@@ -55,6 +58,8 @@ class MicroBatch:
     def __init__(
         self,
         trainer: Trainer,
+        wrapper: DistributedDataParallel | None,
+        clears: bool,  # noqa: FBT001 -- the others come from Lightning, by position
         closure: Any,
         arguments: OrderedDict[str, Any],
         optimizer: Any,
@@ -66,12 +71,12 @@ class MicroBatch:
         self._arguments = arguments
         self._optimizer = optimizer
         self._index = index
-        wrapper = trainer.strategy.model
-        self._wrapper = wrapper if isinstance(wrapper, DistributedDataParallel) else None
-        if self._wrapper is not None and self._wrapper.require_backward_grad_sync:
-            self._gradients: LocalGradients = SynchronizedGradients(optimizer, self._wrapper)
+        self._wrapper = wrapper
+        self._clears = clears
+        if wrapper is not None and wrapper.require_backward_grad_sync:
+            self.gradients: LocalGradients = SynchronizedGradients(optimizer, wrapper)
         else:
-            self._gradients = LocalGradients(optimizer)
+            self.gradients = LocalGradients(optimizer)
         self._stage = _Stage.FORWARD
         self._is_reset = False  # zero_grad was called
         self._is_announced = False  # on_before_backward was called
@@ -81,7 +86,7 @@ class MicroBatch:
 
     def run_whole(self) -> Any:
         """Run it as Lightning does, and return its `ClosureResult`."""
-        return run_closure(self._closure, self._run_backward, self._zero_grad)
+        return run_closure(self._closure, self._begin_backward)
 
     @contextmanager
     def in_pieces(self, done: Sequence[torch.Tensor]) -> Iterator[None]:
@@ -101,7 +106,7 @@ class MicroBatch:
         wrapper.require_forward_param_sync = wrapper.require_backward_grad_sync
         with patched(self._trainer.strategy, model=module):
             yield
-        self._gradients.finish(done)
+        self.gradients.finish(done)
 
     def run_piece(self, piece: Any, weight: float, done: Sequence[torch.Tensor]) -> dict[str, Any]:
         """Run a piece, add its gradients but for parameters that are done, and return its outputs.
@@ -112,7 +117,7 @@ class MicroBatch:
             done: Parameters that hold the gradient of these samples already.
         """
         self._stage = _Stage.FORWARD
-        self._gradients.forget()
+        self.gradients.forget()
         show_piece(self._trainer, piece)
         arguments = copy.copy(self._arguments)
         arguments["batch"] = piece
@@ -122,7 +127,7 @@ class MicroBatch:
             self._stage = _Stage.BACKWARD
             if backward_of(self._closure) is not None and result.closure_loss is not None:
                 loss = self._announced(weight * result.closure_loss)
-                self._gradients.add(loss, done, self._run_backward_of_piece)
+                self.gradients.add(loss, done, self._run_backward_of_piece)
         result.closure_loss, self._result = None, result
         return {**result.extra, "loss": result.loss}
 
@@ -143,15 +148,14 @@ class MicroBatch:
             raise NotUndoneError("memory ran out while gradients were reset")
         # torch 2.13 has no public name for these hooks; optimizers in the backward pass use them
         if self._stage is _Stage.BACKWARD and any(
-            getattr(each, "_post_accumulate_grad_hooks", None)
-            for each in self._gradients.parameters
+            getattr(each, "_post_accumulate_grad_hooks", None) for each in self.gradients.parameters
         ):
             raise NotUndoneError("its gradients are used in the backward pass")
-        return self._gradients.undo()
+        return self.gradients.undo()
 
     def is_sum(self, kept: Kept) -> bool | None:
         """Compare the gradients of a few samples and of their halves."""
-        return is_sum(self._trainer, kept, self._index, self._gradients.parameters)
+        return is_sum(self._trainer, kept, self._index, self.gradients.parameters)
 
     def finish(self, outputs: dict[str, Any], pieces: Pieces) -> Any:
         """End the backward pass of the pieces, and return the result of the whole micro-batch."""
@@ -169,11 +173,11 @@ class MicroBatch:
             self._stage, self._is_reset = _Stage.ZERO_GRAD, True
             reset()
 
-    def _run_backward(self, loss: torch.Tensor) -> None:
+    def _begin_backward(self) -> None:
+        self._zero_grad()
+        if self._is_reset and self._clears:
+            self.gradients.expect_none()
         self._stage, self._is_announced = _Stage.BACKWARD, True
-        if loss.requires_grad:
-            self._gradients.watch(loss)
-        backward_of(self._closure)(loss)
 
     def _announced(self, loss: torch.Tensor) -> Any:
         """Return a scaled loss, and call the hooks before the first backward pass."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 from torch.nn.modules.batchnorm import _NormBase
@@ -12,9 +11,11 @@ from torch.nn.modules.batchnorm import _NormBase
 from autobatch._memory.ledger import unobserved
 from autobatch._trials.batches import leaves, map_leaves
 from autobatch._trials.reachable import LARGE
-from autobatch.lightning._compat import logged_results
+from autobatch.lightning._compat import logged_results, package
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from autobatch.lightning._trainer import Trainer
 
 # Elements of a tensor; a larger one is not copied before each micro-batch, its version shows if it
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
 _SMALL: Final = 4096
 # Types of attributes whose contents may change; all others are replaced, or not known
 _CHANGING: Final = frozenset({torch.Tensor, torch.Generator, list, dict, set, deque})
-# Attributes that every module has, and results of a metric, which it replaces
-_UNCHANGED: Final = frozenset({*vars(torch.nn.Module()), "_forward_cache", "_computed"})
+# Attributes of a metric: results, which it replaces, and what it is made of
+_UNCHANGED: Final = frozenset(
+    {"_forward_cache", "_computed", "_defaults", "_persistent", "_reductions"}
+)
 
 
 class NotUndoneError(Exception):
@@ -45,61 +48,106 @@ class StepState:
             self._generators.append(torch.cuda.default_generators[module.device.index or 0])
         norms = [part for part in parts if isinstance(part, _NormBase)]
         self._norms = [(vars(part)["_buffers"], vars(part)["_buffers"].copy()) for part in norms]
-        self._statistics = _flat_views(
+        self._statistics = _with_one_dimension(
             [each for part in norms for each in part.buffers(recurse=False)]
         )
         # Without torchmetrics being imported: its classes and those derived from them
-        self._objects = [vars(module), *(vars(part) for part in parts if is_metric(part))]
-        self._objects += [
-            vars(part)["_buffers"]
-            for part in parts
-            if vars(part)["_buffers"] and not isinstance(part, _NormBase)
+        unchanged = _UNCHANGED | vars(package(trainer).LightningModule()).keys()
+        buffers = [vars(part)["_buffers"] for part in parts if not isinstance(part, _NormBase)]
+        metrics = [vars(part) for part in parts if is_metric(part)]
+        self._owners = [
+            *[_Attributes(each, unchanged) for each in (vars(module), *filter(None, buffers))],
+            *[_OfMetric(each, unchanged) for each in metrics],
         ]
         # Lightning replaces the tensors in these, and never writes into one
         self._logged = logged_results(trainer)
 
     def keep(self, batch: Any) -> Kept:
         """Keep the state before an attempt at a batch."""
+        attributes, contents, generators = [], [], self._generators.copy()
+        copied: list[torch.Tensor] = []
         noted: list[torch.Tensor] = []
-        generators, contents = self._generators.copy(), []
-        small: dict[Any, list[torch.Tensor]] = defaultdict(list)  # that are copied together
-        changing = [
-            value
-            for owner in self._objects
-            for name, value in owner.items()
-            if type(value) in _CHANGING and name not in _UNCHANGED
-        ]
-        for value in changing:
-            if isinstance(value, torch.Tensor):
-                if _is_copied(value):
-                    small[value.dtype, value.device, min(value.ndim, 2)].append(value)
-                else:
-                    noted.append(value)
-            elif isinstance(value, torch.Generator):
-                generators.append(value)
-            elif len(value) <= LARGE:
-                contents.append((value, value.copy()))
-
-        def note(leaf: Any) -> Any:
-            if isinstance(leaf, torch.Tensor):
-                noted.append(leaf)
-            return leaf
-
+        for owner in self._owners:
+            entries = owner.copy()
+            attributes.append((owner.entries, entries))
+            tensors = []
+            for name in owner.changing:
+                value = entries[name]
+                if isinstance(value, torch.Tensor):
+                    tensors.append(value)
+                elif isinstance(value, torch.Generator):
+                    generators.append(value)
+                elif len(value) <= LARGE:
+                    contents.append((value, value.copy()))
+            if tensors:
+                (copied if owner.may_write_into(tensors) else noted).extend(tensors)
         results = self._logged
-        owners = [*self._objects, vars(results), results, *map(vars, results.values())]
+        logged = (vars(results), results, *map(vars, results.values()))
+        attributes += [(each, each.copy()) for each in logged]
+        groups = self._statistics
+        if copied:
+            groups = [*groups, *_groups(copied, noted)]
+        with unobserved():
+            copies = [(alike, _flat(alike)) for alike in groups]
         return Kept(
-            batch=map_leaves(note, batch),
-            attributes=[(owner, owner.copy()) for owner in owners],
+            batch=_with_tensors(batch, noted),
+            attributes=attributes,
             norms=self._norms,
             contents=contents,
-            copies=_copies([*self._statistics, *small.values()]),
+            copies=copies,
             versions=[(each, each._version) for each in noted if not each.is_inference()],
             random=[(each, each.get_state()) for each in generators],
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Kept:
+class _Attributes:
+    """Attributes of an object, by their names.
+
+    Names whose contents may change are found anew when names or types change; contents of those
+    in `unchanged` do not.
+    """
+
+    def __init__(self, entries: dict[str, Any], unchanged: Collection[str]) -> None:
+        self.entries = entries
+        self._unchanged = unchanged
+        self.changing: list[str] = []
+        self._form: list[Any] = []
+
+    def copy(self) -> dict[str, Any]:
+        """Return the attributes of now, and renew the names of those that may change."""
+        entries = self.entries.copy()
+        form = [*entries, *map(type, entries.values())]
+        if form != self._form:
+            self._form = form
+            self.changing = [
+                name
+                for name, value in entries.items()
+                if type(value) in _CHANGING and name not in self._unchanged
+            ]
+        return entries
+
+    def may_write_into(self, tensors: list[torch.Tensor]) -> bool:
+        """Return False if a step has replaced tensors, and has never written into one."""
+        return True
+
+
+class _OfMetric(_Attributes):
+    """Attributes of a metric: its `forward` replaces the states, its `update` may write into them."""
+
+    def __init__(self, entries: dict[str, Any], unchanged: Collection[str]) -> None:
+        super().__init__(entries, unchanged)
+        self._has_written = False
+        self._last: list[tuple[torch.Tensor, int]] = []  # with versions, before the last attempt
+
+    def may_write_into(self, tensors: list[torch.Tensor]) -> bool:
+        if self._has_written or any(map(torch.is_inference, tensors)):  # these have no versions
+            return True
+        last, self._last = self._last, [(each, each._version) for each in tensors]
+        self._has_written = any(each._version != version for each, version in last)
+        return self._has_written or not last
+
+
+class Kept(NamedTuple):
     """State before an attempt.
 
     Args:
@@ -155,33 +203,46 @@ def is_metric(part: object) -> bool:
     return any(kind.__module__.startswith("torchmetrics.") for kind in type(part).__mro__)
 
 
-def _is_copied(tensor: torch.Tensor) -> bool:
-    # Copies go into the same tensor again, which leaves and, in training, inference tensors refuse
-    return (
-        tensor.numel() <= _SMALL
-        and not tensor.requires_grad
-        and tensor.layout is torch.strided
-        and (not tensor.is_inference() or torch.is_inference_mode_enabled())
-    )
-
-
-def _flat_views(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
-    """Return views of tensors with one dimension, in groups that are copied together."""
+def _with_one_dimension(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Return tensors, or else views of them, in groups that are copied together."""
     found: dict[Any, list[torch.Tensor]] = defaultdict(list)
     for each in tensors:
-        found[each.dtype, each.device].append(each.detach().view(-1))
+        # No view where none is needed: less memory to read before each micro-batch
+        found[each.dtype, each.device].append(each if each.ndim == 1 else each.detach().view(-1))
     return list(found.values())
 
 
-def _copies(groups: list[list[torch.Tensor]]) -> list[tuple[list[torch.Tensor], torch.Tensor]]:
-    """Return groups of tensors that have the same dtype and, up to two, dimensions, with copies.
+def _groups(tensors: list[torch.Tensor], large: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Return small tensors in groups that are copied together, and add the others to a list."""
+    small: dict[Any, list[torch.Tensor]] = defaultdict(list)
+    is_inference = torch.is_inference_mode_enabled()
+    for each in tensors:
+        # Copies go into the same tensor again, which leaves and, in training, inference tensors
+        # refuse
+        if (
+            each.numel() <= _SMALL
+            and not each.requires_grad
+            and each.layout is torch.strided
+            and (is_inference or not each.is_inference())
+        ):
+            small[each.dtype, each.device, min(each.ndim, 2)].append(each)
+        else:
+            large.append(each)
+    return list(small.values())
 
-    A copy of each tensor takes two to four times as long.
-    """
-    if not groups:
-        return []
-    with unobserved():
-        return [(alike, _flat(alike)) for alike in groups]
+
+def _with_tensors(batch: Any, tensors: list[torch.Tensor]) -> Any:
+    """Return a batch in containers of its own, and add its tensors to a list."""
+
+    def note(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            tensors.append(leaf)
+        return leaf
+
+    if type(batch) in (tuple, list) and {*map(type, batch)} == {torch.Tensor}:
+        tensors += batch  # at once: most batches are so
+        return type(batch)(batch)
+    return map_leaves(note, batch)
 
 
 def _flat(tensors: list[torch.Tensor]) -> torch.Tensor:
