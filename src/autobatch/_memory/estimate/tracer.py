@@ -141,8 +141,9 @@ def _run(
 
 
 def _described(value: object) -> str:
-    is_tensor = isinstance(value, torch.Tensor)
-    return f"a tensor of shape {tuple(value.shape)}" if is_tensor else type(value).__name__
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return type(value).__name__
 
 
 def _operators_of(gpu: Gpu | None) -> contextlib.AbstractContextManager[Any]:
