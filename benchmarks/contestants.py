@@ -235,15 +235,17 @@ def _toma(starting):
 
 
 SHARE = 0.9
+IN_A_TRAINER = Contestant("AutoBatch in a Trainer", in_a_trainer, SHARE, has_trainer=True)
+BINSEARCH = Contestant("Lightning, binsearch", _lightning("binsearch"), has_trainer=True)
 OURS = (
     Contestant("find", guided, SHARE),
     Contestant("find, memory_limit=1.0", guided_to_the_rim),
     Contestant("find, Bisection()", bisection, SHARE),
-    Contestant("AutoBatch in a Trainer", in_a_trainer, SHARE, has_trainer=True),
+    IN_A_TRAINER,
 )
 THEIRS = (
     Contestant("Lightning, power", _lightning("power"), has_trainer=True),
-    Contestant("Lightning, binsearch", _lightning("binsearch"), has_trainer=True),
+    BINSEARCH,
     Contestant(
         "Lightning, binsearch, max_val=100,000",
         _lightning("binsearch", max_val=100_000),

@@ -1,4 +1,4 @@
-"""Measure the cost of autobatch besides its search: import, training after it, copies of state, growth of tuning.
+"""Measure the cost of autobatch: tuning against Lightning's search, import, training after it, copies, growth.
 
     python benchmarks/overhead.py [--quick] [--json PATH] [--markdown PATH]
 
@@ -9,6 +9,7 @@ machine changes little. Networks train on an accelerator that counts every tenso
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -32,6 +33,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import autobatch
+import networks
 from autobatch import _settings
 from autobatch._trials.snapshot import Snapshot
 from autobatch.testing import SimulatedAccelerator
@@ -39,6 +41,7 @@ from autobatch.testing import SimulatedAccelerator
 MIB = 2**20
 IMPORT_GOAL = 0.050  # seconds
 TRAINING_GOAL = 0.01  # share
+BINSEARCH_GOAL = 1.0  # share of its time
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Size:
     widths: tuple[int, ...]  # of networks that are copied
     lengths: tuple[int, ...]  # of data sets
     batches: tuple[int, ...]  # largest that fit
+    kinds: tuple[networks.Kind, ...] = networks.KINDS  # of networks that are tuned
 
 
 FULL = Size(
@@ -59,7 +63,7 @@ FULL = Size(
     (10**3, 10**4, 10**5, 10**6, 10**7),
     (10**2, 10**3, 10**4, 10**5),
 )
-QUICK = Size(1, 10, (256, 512), (10**3, 10**5), (10**2, 10**3))
+QUICK = Size(1, 10, (256, 512), (10**3, 10**5), (10**2, 10**3), networks.KINDS[2:3])
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,51 @@ def _children():
 
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
+
+
+# Tuning
+
+
+def tuning_against_binsearch(size):
+    """CPU time of all of `AutoBatch(prefer="largest").tune`, against the search of Lightning.
+
+    Both look for the largest size in a Trainer, with three steps per trial and within the same
+    bytes, and no other limit of theirs decides. `AutoBatch` also times sizes for its report.
+    """
+    gc.freeze()  # what was imported is not looked through after every failure
+    shares = {
+        kind.name: [_of_binsearch(kind, turn) for turn in range(max(1, size.repeats // 2))]
+        for kind in size.kinds
+    }
+    medians = [statistics.median(each) for each in shares.values()]
+    goal = f"≤ {BINSEARCH_GOAL:g}: {'met' if max(medians) <= BINSEARCH_GOAL else 'missed'}"
+    what = "all of tuning, with timing, against Lightning's binsearch"
+    return [
+        *(
+            Row(f"{what}: {name}", f"{statistics.median(each):.2f}", "", tuple(each))
+            for name, each in shares.items()
+        ),
+        Row(
+            f"{what}: median of {len(medians)} networks, and the most",
+            f"{statistics.median(medians):.2f}, {max(medians):.2f}",
+            goal,
+            tuple(medians),
+        ),
+    ]
+
+
+def _of_binsearch(kind, turn):
+    data = networks.data_of(kind.make)
+    budget = sum(networks.peak_in_a_trainer(kind.make, data, kind.true + more) for more in (0, 1))
+    pair = [contestants.IN_A_TRAINER, contestants.BINSEARCH]
+    seconds = {}
+    for each in pair[:: -1 if turn % 2 else 1]:
+        result = each.run(networks.Real(kind, data, budget // 2, each.budget_share))
+        assert result.found, result.error
+        seconds[each.name] = result.seconds + result.further_seconds
+        gc.collect()
+    ours, theirs = (seconds[each.name] for each in pair)
+    return ours / theirs
 
 
 # Training afterwards
@@ -452,7 +501,10 @@ class Still(Network):
 def page(rows):
     """All of it as text."""
     lines = [[row.what, row.value, row.goal] for row in rows]
-    return f"Measured on {machine()}.\n\n{table(['what', 'measured', 'goal'], lines)}"
+    load = (
+        ", ".join(f"{each:.1f}" for each in os.getloadavg()) if hasattr(os, "getloadavg") else "?"
+    )
+    return f"Measured on {machine()}; load of the last 1, 5 and 15 minutes {load}.\n\n{table(['what', 'measured', 'goal'], lines)}"
 
 
 def main():
@@ -467,6 +519,7 @@ def main():
     contestants.quiet()
     rows = []
     for part in (
+        tuning_against_binsearch,
         importing,
         training_after,
         tuning_against_an_epoch,

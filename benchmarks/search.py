@@ -31,7 +31,6 @@ import networks
 from autobatch import _settings
 
 SECONDS_AFTER, QUICK_AFTER = 3.0, 0.1  # for the further steps of a real network
-BINSEARCH = "Lightning, binsearch"
 QUICK_MAXIMA = (100,)
 PLAIN = ("straight", "step-wise", "state after step 1")  # nothing has to fail on these
 ROUGH = ("jump", "noise of 1 %")
@@ -295,7 +294,8 @@ def _against_binsearch(real):
             (c.result, other.result)
             for c in real
             for other in real
-            if (c.contestant, other.contestant, c.kind) == (name, BINSEARCH, other.kind)
+            if (c.contestant, other.contestant, c.kind)
+            == (name, contestants.BINSEARCH.name, other.kind)
         ]
         if not pairs:
             continue

@@ -307,15 +307,15 @@ def test_the_curve_keeps_to_its_twenty_seconds():
     assert paper.clock() - began[searched] <= 20 + 5  # and the time of a trial
 
 
-def test_timing_is_as_short_as_the_search_where_speed_decides_nothing():
+def test_timing_takes_half_the_time_of_the_search_where_speed_decides_nothing():
     paper = on_paper(seconds_per_step=0.1, seconds_per_sample=0.01)
 
     report = autobatch.find(paper.workload, device=paper, prefer="largest")
 
     search = report.search_seconds - report.timing_seconds
     assert report.curve
-    assert report.timing_seconds <= search < 20
-    assert any("the time of the search, were too few" in note for note in report.notes)
+    assert report.timing_seconds <= search / 2 < 20
+    assert any("half the time of the search, were too few" in note for note in report.notes)
 
 
 def slow_on_paper():

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 _MAX_BATCH_SIZE: Final = 2**20
 # Share of the planned training that timing sizes may take
 _SHARE_OF_TRAINING: Final = 0.1
+# Share of the search that it may take where speed does not decide which size is taken
+_SHARE_OF_SEARCH: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,13 +296,13 @@ def timing_seconds(subject: Subject, runner: TrialRunner, preference: Preference
     """Return the seconds that timing sizes may take.
 
     By default at most a tenth of the planned training, and where speed does not decide which size
-    is taken, at most the time of the search.
+    is taken, at most half of the time of the search.
     """
     most = most_timing_seconds(runner.settings)
     if runner.settings.timing_seconds is not None:
         return most
     if preference is None:
-        most = min(most, runner.time_limit.spent)
+        most = min(most, _SHARE_OF_SEARCH * runner.time_limit.spent)
     sample_seconds = [seconds / size for size, seconds in runner.step_seconds.items()]
     if not sample_seconds:
         return most

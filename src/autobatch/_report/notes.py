@@ -263,7 +263,7 @@ def _unreached(report: TuningReport, run: RunDetails) -> str:
     is_default = report.settings.timing_seconds is None
     is_share = is_default and run.curve_seconds < _settings.TIMING_SECONDS
     is_decided = report.settings.prefer == "largest" and report.settings.target_batch_size is None
-    most = "the time of the search" if is_decided else "a tenth of the planned training"
+    most = "half the time of the search" if is_decided else "a tenth of the planned training"
     share = f", {most}," if is_share else ""
     limit = f"{duration(run.curve_seconds)}{share}"
     return f"{limit} did not suffice to time all sizes: {', '.join(parts)}."
