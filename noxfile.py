@@ -41,7 +41,7 @@ def tests(session: nox.Session, lightning: str | None) -> None:
     session.install(*tested, "-e", package, *pinned, *TEST, *DEMO)
     if lightning == "lightning":
         # It depends on the other package, but never imports it.
-        session.run("pip", "uninstall", "--yes", "pytorch-lightning", silent=True)
+        session.run_install("pip", "uninstall", "--yes", "pytorch-lightning", silent=True)
     session.run("pytest", *TWO_PROCESSES, *session.posargs)
 
 

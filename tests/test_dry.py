@@ -116,8 +116,8 @@ def outcome(network, optimizer):
     return [torch.tensor(update(network, optimizer, 3)), *parts(network, optimizer)]
 
 
-def differences(kind, *, warm, every=1):
-    """Yield for each allocation of an update, refused, whether training differs afterwards."""
+def differences(kind, *, warm, every, first=1):
+    """Yield for every n-th allocation of an update, refused, whether training differs afterwards."""
     network, optimizer = sharded(kind, depth=1, width=8)
     if warm:
         update(network, optimizer, 3)
@@ -129,7 +129,7 @@ def differences(kind, *, warm, every=1):
         allocations = ledger.allocations
         snapshot.restore()
         expected = outcome(network, optimizer)
-        for number in range(1, allocations + 1, every):
+        for number in range(first, allocations + 1, every):
             snapshot.restore()
             ledger.refuse_at = number
             with pytest.raises(torch.OutOfMemoryError), ledger.watching(None, 0):
@@ -140,11 +140,13 @@ def differences(kind, *, warm, every=1):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("warm", [True, False])
-def test_out_of_memory_at_any_allocation_of_a_sharded_step_is_restored(four, kind, warm):
-    found = list(differences(kind, warm=warm))
+@pytest.mark.parametrize(("warm", "first"), [(True, 1), (False, 2)])
+def test_out_of_memory_at_half_of_the_allocations_of_a_sharded_step_is_restored(
+    four, kind, warm, first
+):
+    found = list(differences(kind, warm=warm, first=first, every=2))
 
-    assert len(found) > 50
+    assert len(found) > 25
     assert not any(found)
 
 

@@ -55,7 +55,7 @@ def plans_on(devices, *, has_batch_norm=True):
     return found
 
 
-SEEDS = [range(30), pytest.param(range(30, 200), marks=pytest.mark.slow)]
+SEEDS = [range(30), pytest.param(range(30, 120), marks=pytest.mark.slow)]
 
 
 @pytest.mark.curve
