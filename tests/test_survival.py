@@ -177,8 +177,6 @@ def test_second_failures_in_the_pieces_are_survived():
 class AddsGradients(Trained):
     """Makes a gradient of its own before each backward pass, and runs out of memory after it once."""
 
-    most = 3
-
     def on_before_backward(self, loss):
         for each in self.net.parameters():
             each.grad = torch.full_like(each, 0.5)
@@ -212,6 +210,29 @@ def test_gradient_that_a_hook_makes_before_the_backward_pass_is_not_lost():
     assert len(run.survived) == 1
     (found,) = run.refusing.gradients
     assert all(torch.allclose(found[name], whole[name] + 0.5) for name in whole)
+
+
+class KeepsGradients(Trained):
+    """Never resets gradients, and runs out of memory after its second backward pass if `fails`."""
+
+    fails = True
+
+    def optimizer_zero_grad(self, *_):
+        pass
+
+    def on_after_backward(self):
+        if self.fails and self.sizes == [SAMPLES] * 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_gradients_that_a_module_does_not_reset_are_not_lost():
+    make = lambda kind: kind("deterministic", torch.optim.SGD, 0.0)  # noqa: E731
+    never = trained(make(type("", (KeepsGradients,), {"fails": False})), count=2)
+
+    run = trained(make(KeepsGradients), count=2)
+
+    assert len(run.survived) == 1
+    assert same(run.refusing.gradients, never.refusing.gradients)
 
 
 def test_gradients_that_a_module_changes_before_its_backward_pass_are_not_done():
