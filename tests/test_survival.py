@@ -10,7 +10,15 @@ import torch
 from autobatch.lightning._survival.repeats import PieceLimit
 from lightning_here import pl
 from sameness import same
-from surviving import SAMPLES, Trained, allocations, by_hand, quick_collections, trained
+from surviving import (
+    SAMPLES,
+    Trained,
+    allocations,
+    by_hand,
+    quick_collections,
+    torchmetrics,
+    trained,
+)
 
 HALVES = [3, 3]
 MixedPrecision = pl.plugins.precision.MixedPrecision
@@ -164,3 +172,128 @@ def test_second_failures_in_the_pieces_are_survived():
     assert {each.pieces for each in run.survived} == {2, 3}
     for name, value in run.module.state_dict().items():
         assert torch.allclose(value, never.module.state_dict()[name], rtol=0, atol=1e-12)
+
+
+class AddsGradients(Trained):
+    """Makes a gradient of its own before each backward pass, and runs out of memory after it once."""
+
+    def on_before_backward(self, loss):
+        for each in self.net.parameters():
+            each.grad = torch.full_like(each, 0.5)
+
+    def on_after_backward(self):
+        if self.sizes == [SAMPLES]:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+class ScalesGradients(Trained):
+    """Changes gradients before the backward pass, which fails in the second micro-batch."""
+
+    def backward(self, loss):
+        if self.sizes[1:] == [SAMPLES]:
+            for each in self.net.parameters():
+                each.grad *= 2
+                each.grad /= 2
+            loss.register_hook(self.fail)
+        loss.backward()
+
+    def fail(self, _):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_gradient_that_a_hook_makes_before_the_backward_pass_is_not_lost():
+    make = partial(AddsGradients, "deterministic", torch.optim.SGD, 0.0)
+    (whole,) = by_hand(make(), {})[1]
+
+    run = trained(make(), count=1)
+
+    assert len(run.survived) == 1
+    (found,) = run.refusing.gradients
+    assert all(torch.allclose(found[name], whole[name] + 0.5) for name in whole)
+
+
+class KeepsGradients(Trained):
+    """Never resets gradients, and runs out of memory after its second backward pass if `fails`."""
+
+    fails = True
+
+    def optimizer_zero_grad(self, *_):
+        pass
+
+    def on_after_backward(self):
+        if self.fails and self.sizes == [SAMPLES] * 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_gradients_that_a_module_does_not_reset_are_not_lost():
+    make = lambda kind: kind("deterministic", torch.optim.SGD, 0.0)  # noqa: E731
+    never = trained(make(type("", (KeepsGradients,), {"fails": False})), count=2)
+
+    run = trained(make(KeepsGradients), count=2)
+
+    assert len(run.survived) == 1
+    assert same(run.refusing.gradients, never.refusing.gradients)
+
+
+def test_gradients_that_a_module_changes_before_its_backward_pass_are_not_done():
+    make = partial(ScalesGradients, "deterministic", torch.optim.SGD, 0.0)
+    (halves,) = by_hand(make(), {1: HALVES}, accumulate=2)[1]
+
+    run = trained(make(), count=1, accumulate=2)
+
+    assert len(run.survived) == 1
+    assert same(run.refusing.gradients[0], halves)
+
+
+class FailsLate(Trained):
+    """Runs out of memory in the third micro-batch."""
+
+    def __init__(self):
+        super().__init__("deterministic")
+        self.mean = torchmetrics.MeanMetric()
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.change(batch_idx, loss.detach())
+        if batch_idx == 2 and len(batch[1]) == SAMPLES:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return loss
+
+
+class ReplacesMetric(FailsLate):
+    def change(self, batch_idx, loss):
+        self.mean(loss)
+
+
+class WritesIntoMetric(FailsLate):
+    def change(self, batch_idx, loss):
+        self.mean.update(loss)
+
+
+class WritesAgain(FailsLate):
+    """Updates the metric in place, then by its forward method, then in place again."""
+
+    def change(self, batch_idx, loss):
+        (self.mean if batch_idx == 1 else self.mean.update)(loss)
+
+
+@pytest.mark.parametrize("kind", [ReplacesMetric, WritesIntoMetric, WritesAgain])
+def test_metrics_count_no_piece_twice_however_they_are_updated(kind):
+    run = trained(kind(), count=4)
+
+    assert len(run.survived) == 1
+    assert run.module.mean.weight == len(run.module.sizes) == 6
+
+
+class BeginsList(FailsLate):
+    def change(self, batch_idx, loss):
+        if batch_idx == 1:
+            self.later = []
+        if batch_idx >= 1:
+            self.later.append(self.sizes[-1])
+
+
+def test_list_that_was_made_in_training_is_restored():
+    run = trained(BeginsList(), count=4)
+
+    assert run.module.later == run.module.sizes[1:] == [SAMPLES, *HALVES, *HALVES]

@@ -39,7 +39,7 @@ def notes_of(module, loader=None, **options):
     """Return the notes of the error that ends training."""
     with pytest.raises(torch.OutOfMemoryError) as caught:
         if loader is None:
-            trained(module, count=2, **options)
+            trained(module, count=3, **options)
         else:
             fit(module, loader)
     return " ".join(caught.value.__notes__)
@@ -74,6 +74,24 @@ class WritesIntoBuffer(Failing):
         return super().loss(x, y)
 
 
+class WritesIntoMetric(Failing):
+    """Updates a metric in place for the first time in the third micro-batch."""
+
+    most = 99
+
+    def __init__(self):
+        super().__init__()
+        self.mean = torchmetrics.MeanMetric()
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        if batch_idx < 2:
+            self.mean(loss.detach())
+            return loss
+        self.mean.update(loss.detach())
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
 class ReplacesStatistics(Failing):
     def loss(self, x, y):
         self.net[1].running_mean = self.net[1].running_mean.clone()
@@ -97,6 +115,7 @@ class OneSampleWithNorm(Failing):
         (Contrastive, "its loss mixes samples or does not weigh them equally"),
         (WritesIntoBatch, "training_step writes into its batch"),
         (WritesIntoBuffer, r"training_step writes into a \(5000,\) buffer"),
+        (WritesIntoMetric, r"training_step writes into a \(\) buffer"),
         (ReplacesStatistics, "buffers of a BatchNorm were replaced since training began"),
         (OneSample, "a single sample does not fit"),
         (OneSampleWithNorm, "3 samples do not fit, and BatchNorm needs 2"),

@@ -49,17 +49,10 @@ class Survival:
         self._repeats = Repeats(trainer, probe, batch_size, least)
         wrapper = trainer.strategy.model
         self._wrapper = wrapper if isinstance(wrapper, DistributedDataParallel) else None
-        self._backward = trainer.precision_plugin.backward
-        module = trainer.lightning_module
-        self._has_own_backward = overrides(module, "backward")
-        # Then zero_grad leaves no gradient, and nothing makes one before the backward pass begins
-        self._clears = (
-            all(type(each).zero_grad is Optimizer.zero_grad for each in trainer.optimizers)
-            and not overrides(module, "optimizer_zero_grad")
-            and not any(
-                overrides(each, "on_before_backward") for each in (module, *trainer.callbacks)
-            )
-        )
+        self._clears = _clears(trainer)
+        module, plugin = trainer.lightning_module, trainer.precision_plugin
+        self._backward = plugin.backward
+        self._has_own_backward = overrides(module, "backward") or overrides(plugin, "backward")
         self._gradients: LocalGradients | None = None  # of the micro-batch that runs
         self._has_gradient = False  # the last micro-batch has run
 
@@ -81,17 +74,6 @@ class Survival:
         self._gradients = None
         self._has_gradient = True
         return result
-
-    def _run_backward(self, loss: Any, *arguments: Any, **options: Any) -> None:
-        """Run a backward pass, and note gradients when it begins."""
-        # Hooks before the backward pass, which may scale gradients, have run. What a module does
-        # in a `backward` of its own has not
-        if self._gradients is not None:
-            if self._has_own_backward and loss.requires_grad:
-                loss.register_hook(self._gradients.note)
-            else:
-                self._gradients.note()
-        self._backward(loss, *arguments, **options)
 
     def end(self, plan: BatchPlan | None) -> tuple[Survived, ...]:
         """Return the events of all ranks by their steps, and log a note on them.
@@ -130,6 +112,17 @@ class Survival:
             size, self._trainer.accumulate_grad_batches, data_parallel_size(self._trainer)
         )
 
+    def _run_backward(self, loss: Any, *arguments: Any, **options: Any) -> None:
+        """Run a backward pass, and note gradients when it begins."""
+        # Hooks before it, which may scale gradients, have run; what a `backward` of the user does
+        # before autograd begins has not
+        if self._gradients is not None:
+            if self._has_own_backward and loss.requires_grad:
+                loss.register_hook(self._gradients.note)
+            else:
+                self._gradients.note()
+        self._backward(loss, *arguments, **options)
+
     def _count(self, pieces: Pieces) -> None:
         """Count a micro-batch that failed, and log it."""
         trainer, made = self._trainer, pieces.sizes
@@ -141,6 +134,19 @@ class Survival:
             at = batches_that_stepped(trainer.fit_loop.epoch_loop)
             for logger in trainer.loggers:
                 logger.log_metrics({"autobatch/out_of_memory": len(self.events)}, step=at)
+
+
+def _clears(trainer: Any) -> bool:
+    """Return True if zero_grad leaves no gradient, and no hook after it can make one."""
+    module = trainer.lightning_module
+    return (
+        all(
+            getattr(each.zero_grad, "__func__", None) is Optimizer.zero_grad
+            for each in trainer.optimizers
+        )
+        and not overrides(module, "optimizer_zero_grad")
+        and not any(overrides(each, "on_before_backward") for each in (module, *trainer.callbacks))
+    )
 
 
 class _Closure:

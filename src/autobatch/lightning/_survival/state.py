@@ -37,7 +37,7 @@ class StepState:
     """Buffers, metrics and attributes of a module that a training step may change.
 
     Running statistics, which the kernels of BatchNorm change without a new version, and other small
-    tensors are copied before each micro-batch.
+    tensors are copied before each micro-batch, but for states of metrics that a step replaces.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -127,7 +127,7 @@ class _Attributes:
         return entries
 
     def may_write_into(self, tensors: list[torch.Tensor]) -> bool:
-        """Return False if a step has replaced tensors, and has never written into one."""
+        """Return False if the last attempt replaced all tensors, and none has written into one."""
         return True
 
 
@@ -144,7 +144,8 @@ class _OfMetric(_Attributes):
             return True
         last, self._last = self._last, [(each, each._version) for each in tensors]
         self._has_written = any(each._version != version for each, version in last)
-        return self._has_written or not last
+        is_replaced = not {each for each, _ in last}.intersection(tensors)
+        return self._has_written or not last or not is_replaced
 
 
 class Kept(NamedTuple):
