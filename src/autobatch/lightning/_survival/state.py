@@ -11,7 +11,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from autobatch._memory.ledger import unobserved
 from autobatch._trials.batches import leaves, map_leaves
 from autobatch._trials.reachable import LARGE
-from autobatch.lightning._compat import logged_results, package
+from autobatch.lightning._compat import logged_results
+from autobatch.lightning._package import package
 
 if TYPE_CHECKING:
     from collections.abc import Collection
