@@ -178,7 +178,7 @@ class Estimate:
 
     @property
     def is_slow_in_bf16(self) -> bool:
-        """Whether the precision is bf16, which the GPU emulates with fp32."""
+        """True for bf16 on a GPU that emulates it with fp32."""
         return self._inputs.precision.startswith("bf16") and not self._target.gpu.has_bf16
 
     @property

@@ -40,7 +40,7 @@ class Gpu:
 
     @property
     def has_bf16(self) -> bool:
-        """Whether it computes in bf16: from sm_80 on, as flash attention."""
+        """True from sm_80 on, as for flash attention: torch emulates bf16 on others."""
         return self.has_flash_attention
 
     @property
