@@ -155,7 +155,7 @@ def find(
         bring_to_rest(modules)  # a forward pass before may have left parameters gathered
         snapshot.capture(*captured)
         known = set(map(id, captured))
-        snapshot.capture_if_possible(each for each in reached if id(each.value) not in known)
+        snapshot.capture_if_possible([each for each in reached if id(each.value) not in known])
         if is_training:
             optimizers.look_at(*captured)
         budget = MemoryBudget(probe, settings.memory_limit)
