@@ -139,7 +139,7 @@ def find(
     probe = detect(named_device(device), model_device)
     began = probe.clock()
     check_can_rest(modules)
-    check_no_pipeline(each.value for each in reachable(workload))
+    check_no_pipeline([each.value for each in reachable(workload)])
     replicas = checked_replicas(data_parallel_size, modules)
     with (
         current_ranks(replicas) as ranks,
