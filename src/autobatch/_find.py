@@ -139,7 +139,7 @@ def find(
     probe = detect(named_device(device), model_device)
     began = probe.clock()
     check_can_rest(modules)
-    check_no_pipeline(each.value for each in reachable(workload))
+    check_no_pipeline([each.value for each in reachable(workload)])
     replicas = checked_replicas(data_parallel_size, modules)
     with (
         current_ranks(replicas) as ranks,
@@ -155,7 +155,7 @@ def find(
         bring_to_rest(modules)  # a forward pass before may have left parameters gathered
         snapshot.capture(*captured)
         known = set(map(id, captured))
-        snapshot.capture_if_possible(each for each in reached if id(each.value) not in known)
+        snapshot.capture_if_possible([each for each in reached if id(each.value) not in known])
         if is_training:
             optimizers.look_at(*captured)
         budget = MemoryBudget(probe, settings.memory_limit)

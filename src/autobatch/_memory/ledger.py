@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import weakref
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple
 
@@ -68,14 +69,12 @@ class StepProfile:
         return tuple(self._running if self._complete is None else self._complete)
 
 
+@dataclass(slots=True)
 class _Entry:
-    """One live storage: bytes charged, and a reference whose callback credits its death."""
+    """One live storage."""
 
-    __slots__ = ("nbytes", "ref")
-
-    def __init__(self, nbytes: int, ref: weakref.ref[torch.UntypedStorage]) -> None:
-        self.nbytes = nbytes
-        self.ref = ref
+    nbytes: int  # charged
+    ref: weakref.ref[torch.UntypedStorage]  # whose callback credits its death
 
 
 class _Sum(NamedTuple):

@@ -150,14 +150,10 @@ def _attributes_of_object(reached: Reached, value: Any) -> Iterator[Reached]:
         kept = reached.part if is_restored else reached.variable
         yield from (kept(f"{name}.{key}", each) for key, each in attributes.items())
         yield reached.part(kind.__name__, kind)
-    elif _is_of_torch(kind) or is_restored:
+    elif kind.__module__.partition(".")[0] == "torch" or is_restored:
         # A running iterator of a loader holds samples and workers
         names = [key for key in attributes if key != "_iterator"]
         yield from (reached.part(f"{name}.{key}", attributes[key]) for key in names)
-
-
-def _is_of_torch(kind: type) -> bool:
-    return kind.__module__.partition(".")[0] == "torch"
 
 
 def attributes_of(thing: object) -> dict[str, Any] | None:

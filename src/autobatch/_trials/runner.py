@@ -341,15 +341,11 @@ def merged(trials: Sequence[Trial], budgets: Sequence[int]) -> Trial:
         outcome=worst.outcome,
         peak=(closest.peak or 0) - shift,
         resident=max(0, closest.resident - shift),
-        allocated=_shifted(closest.allocated, shift),
+        allocated=None if closest.allocated is None else closest.allocated - shift,
         profile=tuple(nbytes - shift for nbytes in closest.profile),
         step_seconds=_slowest(trial.step_seconds for trial in judged),
         optimizer_seconds=_slowest(trial.optimizer_seconds for trial in judged),
     )
-
-
-def _shifted(nbytes: int | None, shift: int) -> int | None:
-    return None if nbytes is None else nbytes - shift
 
 
 def _slowest(seconds: Iterable[float | None]) -> float | None:

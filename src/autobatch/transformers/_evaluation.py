@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from math import ceil, inf
 from typing import TYPE_CHECKING, Any
 
@@ -59,27 +60,23 @@ class EvaluationSteps:
         trainer, args = self.trainer, self.trainer.args
         only_loss = trainer.compute_metrics is None or args.prediction_loss_only
         loss, logits, labels = trainer.prediction_step(model, inputs, only_loss)
-        shown = None
+        pad = partial(trainer.accelerator.pad_across_processes, dim=1, pad_index=-100)
+        gather, shown = trainer.gather_function, None
         if "inputs" in args.include_for_metrics:
             name = getattr(trainer.model, "main_input_name", "input_ids")
-            shown = self._of_all_ranks(inputs[name])
+            shown = gather(pad(inputs[name]))
         if labels is not None:
-            labels = trainer.accelerator.pad_across_processes(labels, dim=1, pad_index=-100)
+            labels = pad(labels)
         if logits is not None:
-            logits = trainer.accelerator.pad_across_processes(logits, dim=1, pad_index=-100)
+            logits = pad(logits)
             if trainer.preprocess_logits_for_metrics is not None:
                 logits = trainer.preprocess_logits_for_metrics(logits, labels)
-            logits = trainer.gather_function(logits)
+            logits = gather(logits)
         if labels is not None:
-            labels = trainer.gather_function(labels)
-        losses = None if loss is None else trainer.gather_function(loss.repeat(batch_size))
+            labels = gather(labels)
+        losses = None if loss is None else gather(loss.repeat(batch_size))
         found = (losses,) if args.batch_eval_metrics else (losses, shown, logits, labels)
         return [each for each in found if each is not None]
-
-    def _of_all_ranks(self, inputs: Any) -> Any:
-        trainer = self.trainer
-        padded = trainer.accelerator.pad_across_processes(inputs, dim=1, pad_index=-100)
-        return trainer.gather_function(padded)
 
     def _batches_kept(self, at: int, batch_size: int) -> int:
         """Return the batches whose predictions are on the device at once; 1 for a stream."""
