@@ -25,7 +25,7 @@ from sharded_models import KINDS, batch, parts, sharded, update
 
 RANK = int(os.environ.get("RANK", "0"))
 ALL_KINDS = (*KINDS, "ddp")
-POINTS = 10
+POINTS = 20
 CAPACITY = 1_500_000  # bytes
 LARGE, SMALL = {"width": 96, "depth": 1}, {"width": 8, "depth": 1}
 

@@ -109,7 +109,7 @@ def assert_survived(ranks):
     for points in zip(*ranks, strict=True):
         assert all(point["trials"] == [(2, "out_of_memory"), (1, "fit")] for point in points)
         assert all(point["same"] for point in points)
-    assert len(ranks[0]) == POINTS == 10
+    assert len(ranks[0]) == POINTS == 20
 
 
 def test_tensor_parallel_ranks_count_once_in_the_effective_batch(job):
