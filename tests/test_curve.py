@@ -315,7 +315,7 @@ def test_timing_takes_half_the_time_of_the_search_where_speed_decides_nothing():
     search = report.search_seconds - report.timing_seconds
     assert report.curve
     assert report.timing_seconds <= search / 2 < 20
-    assert any("half the time of the search, were too few" in note for note in report.notes)
+    assert any("half the time of the search, did not suffice" in note for note in report.notes)
 
 
 def slow_on_paper():
@@ -333,7 +333,7 @@ def test_unreached_sizes_are_named():
     not_run = {1, 2, 4, 8, 16, 32} - timed - by_trial
     assert timed
     assert by_trial
-    (note,) = (n for n in report.notes if n.startswith("20 seconds were too few"))
+    (note,) = (n for n in report.notes if n.startswith("20 s did not suffice"))
     first, _, second = note.partition(",")
     assert by_trial == {int(word) for word in numbers_of(first)} - {20}
     assert not_run <= {int(word) for word in numbers_of(second)}
