@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import autobatch
+from autobatch._undo import patched
 from autobatch.lightning._survival.repeats import PieceLimit
 from lightning_here import pl, quiet_trainer
 from surviving import (
@@ -221,9 +222,9 @@ WAYS = list(itertools.product(PRECISIONS, OPTIMIZERS))
 
 def survivals(every):
     """Return a row for each network and accumulation: survived micro-batches in each way."""
-    PieceLimit.pieces = lambda *_: 1  # each micro-batch begins as a whole
+    begins_whole = patched(PieceLimit, pieces=lambda *_: 1)
     rows = []
-    with quick_collections():
+    with begins_whole, quick_collections():
         for network, accumulate in itertools.product(NETWORKS, (1, 4)):
             row = [NETWORKS[network], str(accumulate)]
             for precision, optimizer in WAYS:
