@@ -177,9 +177,10 @@ class Estimate:
         return " · ".join((*names, self._inputs.precision))
 
     @property
-    def is_slow_in_bf16(self) -> bool:
-        """True for bf16 on a GPU that emulates it with fp32."""
-        return self._inputs.precision.startswith("bf16") and not self._target.gpu.has_bf16
+    def fp16_instead(self) -> str | None:
+        """Precision to use instead of bf16 on a GPU that emulates it with fp32, else None."""
+        is_emulated = self._inputs.precision.startswith("bf16") and not self._target.gpu.has_bf16
+        return self._inputs.precision.removeprefix("bf") if is_emulated else None
 
     @property
     def untested(self) -> tuple[str, ...]:

@@ -118,10 +118,10 @@ def _name(module: str) -> str:
 
 def _notes(estimate: Estimate, changes: Sequence[EstimatedChange]) -> tuple[str, ...]:
     notes = ["Estimated, and confirmed by no trial: autobatch.find on the GPU measures it."]
-    if estimate.is_slow_in_bf16:
+    if estimate.fp16_instead:
         notes.append(
             f"{estimate.device} has no bf16 arithmetic, and torch emulates it slowly: fp16, "
-            '"16-mixed", takes as much memory.'
+            f'"{estimate.fp16_instead}", takes as much memory.'
         )
     if estimate.untested:
         notes.append(

@@ -10,7 +10,9 @@ import copy
 import inspect
 from collections import OrderedDict
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
 
 from autobatch._undo import patched
 from autobatch.lightning._package import Imported
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
         PredictionLoop,
         Trainer,
     )
+
+# Hooks whose values are undone with a failed attempt
+_STEPS: Final = ("training_step", "validation_step", "test_step")
 
 
 def data_source(loop: FitLoop | PredictionLoop) -> DataSource:
@@ -165,21 +170,41 @@ def logged_results(trainer: Trainer) -> Any:
     return trainer._results
 
 
+def logged_in_step(results: Any) -> dict[str, Any]:
+    """Return the entries of `logged_results` that are of a step, and not of the hooks beside it."""
+    # The name of the hook, and in evaluation the number of the loader
+    return {
+        name: each for name, each in results.items() if each.meta.fx.partition(".")[0] in _STEPS
+    }
+
+
 def logged_on_step(trainer: Trainer) -> dict[str, Any]:
-    """Return the tensors that the last `training_step` has logged, without those of metrics."""
+    """Return the scalars that the last step has logged for itself: means, and values of metrics."""
     return {
         name: result._forward_cache
-        for name, result in trainer._results.items()
-        if result.is_tensor and result.meta.on_step and result.meta.is_mean_reduction
+        for name, result in logged_in_step(trainer._results).items()
+        if result.meta.on_step
+        and result.meta.is_mean_reduction
+        and isinstance(result._forward_cache, torch.Tensor)
+        and result._forward_cache.is_floating_point()
     }
 
 
 def set_logged_on_step(trainer: Trainer, name: str, value: Any) -> None:
     """Replace a value that `training_step` has logged for this step."""
     result = trainer._results[name]
-    if not result.meta.on_epoch:
+    if result.is_tensor and not result.meta.on_epoch:
         result.value = value
     result._forward_cache = value
+
+
+def go_on_logging(trainer: Trainer) -> None:
+    """Let `training_step` log further values of the batch whose values it has logged.
+
+    In the first batch of an epoch, Lightning takes values for those of the last one if another hook
+    has logged in between, and resets them.
+    """
+    trainer._logger_connector._current_fx = "training_step"
 
 
 def is_redirected(module: LightningModule) -> bool:

@@ -148,6 +148,7 @@ class LoggerConnector(Protocol):
 
     on_batch_start: Callable[..., None]
     on_batch_end: Callable[[], None]
+    _current_fx: str | None
 
 
 class CheckpointConnector(Protocol):

@@ -136,6 +136,7 @@ class _EvaluationBatch:
         return [*outputs, *states.values()]
 
     def finish(self, outputs: dict[str, Any], pieces: Pieces) -> Any:
+        show_piece(self._trainer, self.batch)  # hooks after it log for the whole
         if pieces.lost_seconds:
             _log.warning("%s: out of memory, batch %s", self._name, pieces)
         return outputs if self._is_mapping else outputs[""]

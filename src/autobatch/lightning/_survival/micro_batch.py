@@ -12,6 +12,7 @@ import torch
 from autobatch._undo import patched
 from autobatch.lightning._compat import (
     backward_of,
+    go_on_logging,
     is_redirected,
     is_synchronized_in_step,
     run_closure,
@@ -118,15 +119,18 @@ class MicroBatch:
         """
         self._stage = _Stage.FORWARD
         self.gradients.forget()
+        if self._result is not None:
+            go_on_logging(self._trainer)
         show_piece(self._trainer, piece)
         arguments = copy.copy(self._arguments)
         arguments["batch"] = piece
         with torch.enable_grad():
             result = training_step_result(self._trainer.fit_loop.epoch_loop, arguments)
+            show_piece(self._trainer, self.batch)  # hooks log for the whole
             self._zero_grad()
             self._stage = _Stage.BACKWARD
             if backward_of(self._closure) is not None and result.closure_loss is not None:
-                loss = self._announced(weight * result.closure_loss)
+                loss = weight * self._announced(result.closure_loss)
                 self.gradients.add(loss, done, self._run_backward_of_piece)
         result.closure_loss, self._result = None, result
         return {**result.extra, "loss": result.loss}

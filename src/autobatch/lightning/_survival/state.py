@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from autobatch._memory.ledger import unobserved
 from autobatch._trials.batches import leaves, map_leaves
 from autobatch._trials.reachable import LARGE
-from autobatch.lightning._compat import logged_results
+from autobatch.lightning._compat import logged_in_step, logged_results, logger_connector
 from autobatch.lightning._package import package
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ class StepState:
         ]
         # Lightning replaces the tensors in these, and never writes into one
         self._logged = logged_results(trainer)
+        self._connector = vars(logger_connector(trainer))
 
     def keep(self, batch: Any) -> Kept:
         """Keep the state before an attempt at a batch."""
@@ -82,9 +83,9 @@ class StepState:
                     contents.append((value, value.copy()))
             if tensors:
                 (copied if owner.may_write_into(tensors) else noted).extend(tensors)
-        results = self._logged
-        logged = (vars(results), results, *map(vars, results.values()))
-        attributes += [(each, each.copy()) for each in logged]
+        logged = logged_in_step(self._logged)
+        of_logging = (self._connector, vars(self._logged), *map(vars, logged.values()))
+        attributes += [(each, each.copy()) for each in of_logging]
         groups = self._statistics
         if copied:
             groups = [*groups, *_groups(copied, noted)]
@@ -95,6 +96,7 @@ class StepState:
             attributes=attributes,
             norms=self._norms,
             contents=contents,
+            logged=(self._logged, logged.keys()),
             copies=copies,
             versions=[(each, each._version) for each in noted if not each.is_inference()],
             random=[(each, each.get_state()) for each in generators],
@@ -157,6 +159,8 @@ class Kept(NamedTuple):
         attributes: Dictionaries of attributes, buffers and logged values, and their entries.
         norms: Dictionaries of the buffers of BatchNorm, and their entries when training began.
         contents: Small containers among the attributes, and copies of them.
+        logged: Logged values, and the names of those of the step. Those of the hooks that run once
+            after it, before the backward pass, stay.
         copies: Tensors, and their values one after the other.
         versions: Other tensors, and their versions.
         random: Generators, and their states.
@@ -166,6 +170,7 @@ class Kept(NamedTuple):
     attributes: list[tuple[dict[str, Any], dict[str, Any]]]
     norms: list[tuple[dict[str, Any], dict[str, Any]]]
     contents: list[tuple[Any, Any]]
+    logged: tuple[dict[str, Any], Collection[str]]
     copies: list[tuple[list[torch.Tensor], torch.Tensor]]
     versions: list[tuple[torch.Tensor, int]]
     random: list[tuple[torch.Generator, torch.Tensor]]
@@ -183,6 +188,9 @@ class Kept(NamedTuple):
             owner.update(entries)
             for name in owner.keys() - entries.keys():
                 del owner[name]
+        results, names = self.logged
+        for name in logged_in_step(results).keys() - names:
+            del results[name]
         for container, values in self.contents:
             container.clear()
             (container.extend if hasattr(container, "extend") else container.update)(values)
