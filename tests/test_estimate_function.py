@@ -403,6 +403,16 @@ def test_steps_that_return_no_loss_or_take_other_arguments_are_refused():
     refused(r"not callable as step\(model, batch\)", kind=ValueError, step=lambda model: model)
 
 
+@pytest.mark.parametrize("shape", [(4, 8), (2, 3, 8)])
+def test_a_batch_of_another_dtype_than_the_model_is_refused(shape):
+    half, batch = nn.Linear(8, 8).bfloat16(), torch.randn(shape)
+    of_half = {"model": half, "step": square, "precision": "bf16-true"}
+
+    refused(r"tensors of torch\.bfloat16 and torch\.float32, which", batch=batch, **of_half)
+
+    assert autobatch.estimate(half, square, batch.bfloat16(), precision="bf16-true", device="T4")
+
+
 def test_the_error_of_a_step_that_does_not_run_stays_its_cause():
     with pytest.raises(AutobatchError, match="does not run on fake tensors") as error:
         autobatch.estimate(convolutional(), lambda _, b: b["x"], images(4), device="H100")

@@ -47,6 +47,8 @@ _HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_ba
 # The one hook in it lets embeddings need gradients, for checkpoints (transformers 5.24)
 _KEEPS_NOTHING: Final = "transformers.modeling_utils"
 _SCALAR: Final = 8  # bytes
+# Operators that take tensors of one dtype only
+_PRODUCTS: Final = ("aten.mm.", "aten.addmm.", "aten.bmm.", "aten.baddbmm.", "aten.convolution.")
 _CPU: Final = torch.device("cpu")
 
 
@@ -138,6 +140,16 @@ def _run(
         if not step.zeroes_after_forward:
             optimizer.zero_grad()
         tracer.begin(Phase.END)
+
+
+def _check_dtypes(factors: tuple[Any, ...]) -> None:
+    """Refuse what kernels refuse, and fake tensors do not."""
+    dtypes = {str(each.dtype) for each in factors if isinstance(each, torch.Tensor)}
+    if len(dtypes) > 1:
+        raise UntraceableError(
+            f"the step multiplies tensors of {' and '.join(sorted(dtypes))}, which torch refuses; "
+            "give model and batch one dtype"
+        )
 
 
 def _described(value: object) -> str:
@@ -289,6 +301,8 @@ class _Tracer(TorchDispatchMode):
                 return 1.0  # the count of steps
             if self._gpu is not None and args[0].dtype is torch.bool and _tests_a_mask():
                 return True
+        if self._phase is Phase.FORWARD and self._operator.startswith(_PRODUCTS):
+            _check_dtypes(args)
         results = func(*args, **(kwargs or {}))
         tensors = [leaf for leaf in tree_leaves(results) if isinstance(leaf, torch.Tensor)]
         if self._gpu is not None and "convolution_backward" in self._operator:
