@@ -127,6 +127,29 @@ def test_error_passes_with_the_reason(kind, reason):
     assert re.search(f"did not run the batch again in pieces: {reason}", notes)
 
 
+@pytest.mark.parametrize("ignored", [-100, 255])
+@pytest.mark.parametrize("at", [[20], [20, 21], [*range(8, 31)]])
+def test_loss_that_ignores_a_few_labels_is_not_taken_for_a_mean(ignored, at):
+    """The samples that are compared differ most in their labels."""
+
+    class Ignoring(Failing):
+        def training_step(self, batch, batch_idx):
+            x, y, _ = batch
+            if len(y) > self.most:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return F.cross_entropy(self.net(x), y, ignore_index=ignored)
+
+    y = torch.arange(32) % 4
+    y[at] = ignored
+    batch = (torch.randn(32, 16), y, [f"sample {row}" for row in range(32)])
+    module = Ignoring()
+    module.most = 8
+
+    notes = notes_of(module, DataLoader([batch], batch_size=None))
+
+    assert "its loss mixes samples or does not weigh them equally: halves of a batch of 8" in notes
+
+
 def test_fewer_samples_are_compared_where_eight_do_not_fit():
     notes = notes_of(Contrastive(), DataLoader(data(32), 16))
 

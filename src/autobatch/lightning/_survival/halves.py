@@ -14,7 +14,7 @@ from autobatch._accumulation import UndecidedError, compare_halves, without_drop
 from autobatch._memory.ledger import eager
 from autobatch._memory.oom import is_oom
 from autobatch._report.units import percent
-from autobatch._trials.batches import divisible_samples, view
+from autobatch._trials.batches import divisible_samples, is_plain_list, leaves, map_leaves
 from autobatch._trials.snapshot import Snapshot
 from autobatch._undo import Undo
 from autobatch.lightning._accumulation import THRESHOLDS
@@ -119,7 +119,7 @@ def _measured(
         states.append(metric_states(module.named_modules()))
         return made
 
-    rows = view(kept.batch, divisible_samples(kept.batch), slice(0, count))
+    rows = _rows(kept.batch, _differing(kept.batch, count))
     with Snapshot() as snapshot, silenced(trainer):
         snapshot.capture_beside_parameters(module)
         with without_dropout(module), _without_batch_statistics(module), eager():
@@ -132,6 +132,45 @@ def _measured(
             ", ".join(sorted(differ)),
         )
     return found
+
+
+def _differing(batch: Any, count: int) -> list[int]:
+    """Return the samples of a batch that differ most in a tensor of integers, low and high in turn.
+
+    Labels that a loss ignores, such as -100 or 255, then are among them, and not as many in one
+    half of them as in the other. Without such tensors these are the first samples.
+    """
+    sums = [
+        leaf.flatten(1).sum(1, dtype=torch.float64)
+        if leaf.ndim > 1
+        else leaf.double()
+        for leaf in leaves(batch)
+        if isinstance(leaf, torch.Tensor)
+        and leaf.ndim
+        and not (leaf.is_floating_point() or leaf.is_complex())
+    ]
+    if not sums:
+        return list(range(count))
+    # In standard deviations from the mean, so that tensors compare; in the tensor where it is most
+    scores = torch.stack([(each - each.mean()) / (each.std() + 1e-9) for each in sums])
+    score = scores.gather(0, scores.abs().argmax(0, keepdim=True))[0]
+    order = score.argsort(stable=True).tolist()
+    low, high = order[: count // 2], order[: -1 - count // 2 : -1]
+    low[-1], high[-1] = high[-1], low[-1]
+    return low + high
+
+
+def _rows(batch: Any, rows: list[int]) -> Any:
+    """Return some samples of a batch, in copies."""
+    samples = divisible_samples(batch)
+
+    def take(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            return leaf[rows] if leaf.ndim else leaf
+        is_row_each = is_plain_list(leaf) and len(leaf) == samples
+        return [leaf[row] for row in rows] if is_row_each else leaf
+
+    return map_leaves(take, batch)
 
 
 def _smallest(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
