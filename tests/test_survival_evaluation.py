@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 import autobatch
 from lightning_here import Model, data, quiet_trainer
@@ -57,9 +57,9 @@ def loader():
     return DataLoader(data(42), batch_size=16)
 
 
-def evaluated(module):
+def evaluated(module, batches=None):
     trainer = quiet_trainer(autobatch.AutoBatch(**SPLIT), logger=False)
-    trainer.test(module, loader(), verbose=False)
+    trainer.test(module, batches or loader(), verbose=False)
     return module, trainer
 
 
@@ -134,6 +134,22 @@ class UpdatedInPlace(MeanOfBatches):
 def test_values_that_pieces_would_change_pass_the_error(kind):
     with pytest.raises(torch.OutOfMemoryError) as caught:
         evaluated(kind(most=10))
+
+    assert "outputs or logged values of 8 samples are not means" in caught.value.__notes__[-1]
+
+
+class IgnoresLabels(Evaluated):
+    def loss(self, logits, y):
+        return F.cross_entropy(logits, y, ignore_index=3)
+
+
+def test_loss_that_ignores_a_label_late_in_the_batch_passes_the_error():
+    y = torch.arange(16) % 3
+    y[12] = 3
+    rows = TensorDataset(torch.randn(16, 16), y)
+
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        evaluated(IgnoresLabels(most=8), DataLoader(rows, 16))
 
     assert "outputs or logged values of 8 samples are not means" in caught.value.__notes__[-1]
 

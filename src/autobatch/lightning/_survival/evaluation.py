@@ -11,7 +11,12 @@ from autobatch._memory.oom import is_oom
 from autobatch._trials.batches import divisible_samples, view
 from autobatch._undo import patched
 from autobatch.lightning._compat import is_synchronized_in_step, logged_results
-from autobatch.lightning._survival.halves import few, is_near, metric_states
+from autobatch.lightning._survival.halves import (
+    few,
+    is_near,
+    metric_states,
+    telling_samples,
+)
 from autobatch.lightning._survival.pieces import Pieces, show_piece
 from autobatch.lightning._survival.repeats import Repeats
 from autobatch.lightning._survival.state import NotUndoneError
@@ -104,11 +109,11 @@ class _EvaluationBatch:
         Raises:
             NotUndoneError: They differ, so that those of pieces would not be those of the batch.
         """
-        samples = divisible_samples(kept.batch)
-        for count in few(samples):
+        for count in few(divisible_samples(kept.batch)):
             ways = [[slice(0, count)], [slice(0, count // 2), slice(count // 2, count)]]
             try:
-                whole, halves = (self._results_of(kept, samples, rows) for rows in ways)
+                samples = telling_samples(kept.batch, count)
+                whole, halves = (self._results_of(kept, samples, count, cuts) for cuts in ways)
                 break
             except Exception as error:
                 if not is_oom(error):
@@ -124,11 +129,11 @@ class _EvaluationBatch:
             )
         return False
 
-    def _results_of(self, kept: Kept, samples: int, cuts: Sequence[slice]) -> list[Any]:
-        """Return outputs and logged values of rows, and restore the state."""
+    def _results_of(self, kept: Kept, samples: Any, count: int, cuts: Sequence[slice]) -> list[Any]:
+        """Return outputs and logged values of samples, and restore the state."""
         pieces = Pieces(self._trainer)
         for rows in cuts:
-            pieces.add(rows.stop - rows.start, self.run_piece(view(kept.batch, samples, rows)))
+            pieces.add(rows.stop - rows.start, self.run_piece(view(samples, count, rows)))
         outputs = list(pieces.merged().values())
         logged = logged_results(self._trainer).items()
         states = metric_states([*self._trainer.lightning_module.named_modules(), *logged])

@@ -76,6 +76,24 @@ def few(samples: int) -> Iterator[int]:
         count = count // 4 * 2
 
 
+def telling_samples(batch: Any, count: int) -> Any:
+    """Return the samples of a batch that differ most in a tensor of integers, in copies.
+
+    Labels that a loss ignores, such as -100 or 255, then are among them, and more of them in one
+    half than in the other. Without such tensors these are the first samples.
+    """
+    samples = divisible_samples(batch)
+    rows = _extremes([leaf for leaf in leaves(batch) if _is_integer(leaf)], count) or range(count)
+
+    def take(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            return leaf[[*rows]] if leaf.ndim else leaf
+        is_row_each = is_plain_list(leaf) and len(leaf) == samples
+        return [leaf[row] for row in rows] if is_row_each else leaf
+
+    return map_leaves(take, batch)
+
+
 def metric_states(parts: Iterable[tuple[str, object]]) -> dict[str, torch.Tensor]:
     """Return copies of the states of metrics of torchmetrics, by their names."""
     return {
@@ -119,11 +137,11 @@ def _measured(
         states.append(metric_states(module.named_modules()))
         return made
 
-    rows = _rows(kept.batch, _differing(kept.batch, count))
+    samples = telling_samples(kept.batch, count)
     with Snapshot() as snapshot, silenced(trainer):
         snapshot.capture_beside_parameters(module)
         with without_dropout(module), _without_batch_statistics(module), eager():
-            found = compare_halves(gradient, rows, count, THRESHOLDS[trainer.precision])
+            found = compare_halves(gradient, samples, count, THRESHOLDS[trainer.precision])
     _, halves, whole, *_ = states
     differ = {name.rpartition(".")[0] for name in whole if not is_near(whole[name], halves[name])}
     if differ:
@@ -134,43 +152,23 @@ def _measured(
     return found
 
 
-def _differing(batch: Any, count: int) -> list[int]:
-    """Return the samples of a batch that differ most in a tensor of integers, low and high in turn.
+def _is_integer(leaf: Any) -> bool:
+    is_tensor = isinstance(leaf, torch.Tensor) and leaf.ndim > 0
+    return is_tensor and not (leaf.is_floating_point() or leaf.is_complex())
 
-    Labels that a loss ignores, such as -100 or 255, then are among them, and not as many in one
-    half of them as in the other. Without such tensors these are the first samples.
-    """
-    sums = [
-        leaf.flatten(1).sum(1, dtype=torch.float64)
-        if leaf.ndim > 1
-        else leaf.double()
-        for leaf in leaves(batch)
-        if isinstance(leaf, torch.Tensor)
-        and leaf.ndim
-        and not (leaf.is_floating_point() or leaf.is_complex())
-    ]
-    if not sums:
-        return list(range(count))
-    # In standard deviations from the mean, so that tensors compare; in the tensor where it is most
+
+def _extremes(tensors: list[torch.Tensor], count: int) -> list[int]:
+    """Return rows with low and high sums: most of the low ones first, then most of the high ones."""
+    if not tensors:
+        return []
+    sums = [each.double().flatten(1).sum(1) if each.ndim > 1 else each.double() for each in tensors]
+    # In standard deviations, and in the tensor where a row deviates most
     scores = torch.stack([(each - each.mean()) / (each.std() + 1e-9) for each in sums])
     score = scores.gather(0, scores.abs().argmax(0, keepdim=True))[0]
     order = score.argsort(stable=True).tolist()
     low, high = order[: count // 2], order[: -1 - count // 2 : -1]
     low[-1], high[-1] = high[-1], low[-1]
     return low + high
-
-
-def _rows(batch: Any, rows: list[int]) -> Any:
-    """Return some samples of a batch, in copies."""
-    samples = divisible_samples(batch)
-
-    def take(leaf: Any) -> Any:
-        if isinstance(leaf, torch.Tensor):
-            return leaf[rows] if leaf.ndim else leaf
-        is_row_each = is_plain_list(leaf) and len(leaf) == samples
-        return [leaf[row] for row in rows] if is_row_each else leaf
-
-    return map_leaves(take, batch)
 
 
 def _smallest(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
