@@ -13,12 +13,11 @@ from autobatch._memory.detect import detect
 from autobatch._prior_plan import PriorPlan, known_plan
 from autobatch._settings import Settings, checked_verbose
 from autobatch._subject import PlainLoop, accepts_accumulate
-from autobatch._trials.context import MemoryBudget, TrialContext
-from autobatch._trials.first_use import FirstUse
-from autobatch._trials.holders import with_state
+from autobatch._trials.context import FirstUse, MemoryBudget, TrialContext
 from autobatch._trials.optimizers import OptimizerWatch
-from autobatch._trials.reachable import Watched, reachable
+from autobatch._trials.reachable import reachable, with_state
 from autobatch._trials.snapshot import Snapshot, restorable
+from autobatch._trials.watched import Watched
 from autobatch._tune import checked_search, tune
 from autobatch.sinks import log, progress
 from autobatch.testing import named_device
