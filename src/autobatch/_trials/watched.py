@@ -41,7 +41,7 @@ class Watched:
         return observed
 
 
-class _Identity:
+class _Identity:  # noqa: PLW1641 -- a mutable observation, kept in no set
     """The identity of a value that is not held: another may get its address once it has died."""
 
     __slots__ = ("_key", "_reference")
@@ -56,9 +56,6 @@ class _Identity:
     def __eq__(self, other: object) -> bool:
         is_same = isinstance(other, _Identity) and self._key == other._key
         return is_same and self._reference() is not None
-
-    def __hash__(self) -> int:
-        return self._key
 
 
 def _observation(value: Any) -> tuple[Any, ...]:
