@@ -1,15 +1,11 @@
-"""Resources that all trials share, and checks of what they use for the first time."""
+"""Resources that all trials of a tuning run share."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-import torch
-
-from autobatch._distributed.sharding import check_can_rest
 from autobatch._memory import memory_budget, parse_memory_limit
-from autobatch.errors import AutobatchError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -81,30 +77,3 @@ class TrialContext:
         """Return the seconds of rank 0 since tuning began; every rank calls it."""
         first, *_ = self.ranks.gather(self.probe.clock() - self.began)
         return first
-
-
-@dataclass(frozen=True, slots=True)
-class FirstUse:
-    """Checks and attaches every module and optimizer that a workload uses for the first time."""
-
-    probe: MemoryProbe
-    optimizers: OptimizerWatch
-    model_device: torch.device | None  # that the probe was chosen by; None if the user chose it
-    is_training: bool
-
-    def __call__(self, thing: object) -> None:
-        self.probe.attach(thing)
-        if not isinstance(thing, torch.nn.Module):
-            return
-        check_can_rest([thing])
-        first = next(thing.parameters(), None)
-        if first is None:
-            return
-        if self.is_training and torch.is_grad_enabled():
-            self.optimizers.expected |= any(p.requires_grad for p in thing.parameters())
-            self.optimizers.look_at(thing)
-        if self.model_device is not None and first.device.type != self.model_device.type:
-            raise AutobatchError(
-                f"The model is on {first.device}, but the memory of {self.probe.name} is "
-                f'measured; pass device="{first.device}".'
-            )
