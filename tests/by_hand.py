@@ -51,12 +51,15 @@ class Compared:
     by_hand: Any
     report: autobatch.TuningReport
 
-    def check(self):
-        """Assert that both received the same data and came out the same to the bit."""
+    def check(self, *, rows=1):
+        """Assert that both received the same data and came out the same to the bit.
+
+        A sample of the loader is a number of rows of a batch.
+        """
         assert self.tuned.sizes == self.by_hand.sizes
         assert self.tuned.seen == self.by_hand.seen
         assert same(self.tuned.state_dict(), self.by_hand.state_dict())
-        assert self.report.plan.micro_batch_size == max(self.tuned.sizes) != OWN
+        assert rows * self.report.plan.micro_batch_size == max(self.tuned.sizes) != rows * OWN
 
 
 def compared(make_loader, module=Recorded, *, own=OWN, callbacks=list, trainer=None, **options):

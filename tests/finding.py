@@ -11,7 +11,7 @@ from autobatch._memory import memory_budget
 from autobatch._prior_plan import PriorPlan
 from autobatch._subject import PlainLoop
 from autobatch._trials.measure import run_trial
-from autobatch._trials.reachable import Watched
+from autobatch._trials.watched import Watched
 from autobatch._trials.workload import SizedWorkload
 from autobatch._tune import tune
 from autobatch.report import Settings

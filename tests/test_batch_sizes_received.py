@@ -3,62 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import torch
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    Dataset,
-    RandomSampler,
-    Sampler,
-    default_collate,
-)
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from autobatch.errors import FixedBatchSizeError
 from lightning_here import Model, data, quiet_trainer, tuner
-
-
-class Zipped(DataLoader):
-    """Makes its batches of inner loaders, whose size is set when they are made."""
-
-    def __init__(self, parts, batch_size):
-        self.loaders = [DataLoader(part, batch_size) for part in parts]
-        super().__init__(parts[0], batch_size)
-
-    def __iter__(self):
-        for batches in zip(*self.loaders, strict=True):
-            yield [torch.cat(parts) for parts in zip(*batches, strict=True)]
-
-
-class Buckets(BatchSampler):
-    """Cuts batches out of buckets, whose size is set when they are made."""
-
-    def __init__(self, sampler, batch_size, multiple):
-        super().__init__(sampler, batch_size, drop_last=False)
-        self.buckets = BatchSampler(sampler, batch_size * multiple, drop_last=False)
-
-    def __iter__(self):
-        for bucket in self.buckets:
-            yield from BatchSampler(bucket, self.batch_size, drop_last=False)
-
-
-@pytest.mark.parametrize(
-    ("loader", "sizes"),
-    [
-        (lambda: Zipped([data(), data()], 4), "8"),
-        (lambda: DataLoader(data(), batch_sampler=Buckets(RandomSampler(data()), 4, 4)), "7, 9"),
-    ],
-    ids=["inner loaders", "buckets"],
-)
-def test_loader_of_which_batches_keep_their_size_is_refused_before_the_search(loader, sizes):
-    model = Model()
-
-    with pytest.raises(
-        FixedBatchSizeError,
-        match=f"it makes batches of {sizes} samples when batch_size is 9.*; pass set_batch_size",
-    ):
-        quiet_trainer(tuner()).fit(model, loader())
-
-    assert model.sizes == []
 
 
 def four_of_each(samples):

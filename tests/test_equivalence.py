@@ -17,6 +17,7 @@ from autobatch._accumulation import (
     split_gradient,
     without_dropout,
 )
+from sameness import same
 
 SAMPLES = 16
 
@@ -150,41 +151,21 @@ def test_gradient_of_half_a_batch_that_is_not_finite_is_undecided():
 # Containers
 
 
-Pair = collections.namedtuple("Pair", "x y")  # noqa: PYI024
-
-
-@pytest.mark.parametrize(
-    "wrapped",
-    [
-        lambda x, y: x,
-        lambda x, y: (x, y),
-        lambda x, y: [x, {"labels": y, "mask": None}],
-        Pair,
-        lambda x, y: collections.UserDict(x=x, y=y),
-        lambda x, y: {"x": x, "names": [str(each) for each in y.tolist()]},
-    ],
-)
-def test_batches_are_split_in_all_containers(wrapped):
+def test_halves_and_the_whole_are_compared_in_the_containers_of_the_batch():
     seen = []
     x, y = batch_of()
-    whole = wrapped(x, y)
 
-    split_gradient(lambda batch: seen.append(batch) or [torch.ones(1)], whole, SAMPLES, 0.01)
+    def wrapped(x, y):
+        names = [str(each) for each in y.tolist()]
+        return collections.UserDict(x=x, more=[(y, names), {"mask": None}])
+
+    split_gradient(
+        lambda batch: seen.append(batch) or [torch.ones(1)], wrapped(x, y), SAMPLES, 0.01
+    )
 
     rows = (slice(0, 8), slice(8, 16), slice(0, 16))
     for part, these in zip(seen, rows, strict=True):
-        assert type(part) is type(whole)
-        assert same(part, wrapped(x[these], y[these]))
-
-
-def same(one, other):
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, (dict, collections.UserDict)):
-        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
-    if isinstance(one, (list, tuple)):
-        return all(map(same, one, other))
-    return one == other
+        assert same(dict(part), dict(wrapped(x[these], y[these])))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 import autobatch
-from autobatch._trials.reachable import Watched
+from autobatch._trials.watched import Watched
 from autobatch.testing import SimulatedAccelerator
 from finding import perceptron, state_of, unchanged
 from networks import training

@@ -2,10 +2,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-import random
 import threading
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -17,22 +15,6 @@ from finding import OneGpu, accepted, perceptron, state_of, unchanged
 from networks import training
 
 MIB, GIB = 2**20, 2**30
-
-
-def test_modules_optimizers_and_random_state_are_restored():
-    model, optimizer = perceptron()
-    before, numbers, words = (
-        state_of(model, optimizer),
-        np.random.get_state()[1].tolist(),
-        random.getstate(),
-    )
-
-    report = autobatch.find(training(model, optimizer), device=SimulatedAccelerator("1MiB"))
-
-    assert any(not trial.fits for trial in report.trials) or len(report.trials) > 2
-    assert unchanged(before, state_of(model, optimizer))
-    assert numbers == np.random.get_state()[1].tolist()
-    assert words == random.getstate()
 
 
 def test_training_after_tuning_equals_training_without_tuning():
@@ -299,24 +281,3 @@ def test_parameters_outside_of_modules_are_restored():
         return weight
 
     assert torch.equal(trained(tuned=True), trained(tuned=False))
-
-
-def test_every_trial_starts_from_the_same_state():
-    """Without that, the search would step a scheduler of twenty steps past its end."""
-    model, optimizer = perceptron()
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=20)
-
-    def train(batch_size):
-        for _ in training(model, optimizer)(batch_size, 1):
-            scheduler.step()
-            yield
-
-    report = autobatch.find(
-        train,
-        device=SimulatedAccelerator("1MiB"),
-        restore=[scheduler],
-        search=autobatch.Bisection(),
-    )
-
-    assert len(report.trials) * 6 > 20
-    assert scheduler.last_epoch == 0

@@ -27,7 +27,7 @@ from torch.utils.data.dataloader import _InfiniteConstantSampler
 
 import autobatch
 from autobatch.testing import SimulatedAccelerator
-from lightning_here import QUICK, pl
+from lightning_here import pl, quiet_trainer, tuner
 
 combined_loader = importlib.import_module(f"{pl.__name__}.utilities.combined_loader")
 
@@ -184,30 +184,21 @@ MADE = {
     "datamodule": Model,
 }
 ROWS = [*PASSED, *MADE]
+SMALL = {
+    "target_batch_size": 24,
+    "max_micro_batch_size": 12,
+    "device": SimulatedAccelerator("1MiB"),
+}
 
 
 @functools.cache
 def fitted(row):
-    """Train for two epochs, and return the model, the callback, the Trainer and the loaders."""
+    """Train for two epochs, and return the model, the report and the loaders."""
     model = MADE.get(row, Model)()
     passed = PASSED[row]() if row in PASSED else None
-    tuner = autobatch.AutoBatch(
-        target_batch_size=24,
-        max_micro_batch_size=12,
-        device=SimulatedAccelerator("1MiB"),
-        **QUICK,
-    )
-    trainer = pl.Trainer(
-        max_epochs=2,
-        callbacks=[tuner],
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(model, passed, datamodule=Data() if row == "datamodule" else None)
-    return model, tuner, trainer, passed
+    callback = tuner(**SMALL)
+    quiet_trainer(callback).fit(model, passed, datamodule=Data() if row == "datamodule" else None)
+    return model, callback.report, passed
 
 
 def flat(loaders):
@@ -220,9 +211,9 @@ def flat(loaders):
 
 @pytest.mark.parametrize("row", ROWS)
 def test_every_step_receives_the_chosen_size(row):
-    model, tuner, _, passed = fitted(row)
+    model, report, passed = fitted(row)
 
-    plan = tuner.report.plan
+    plan = report.plan
     own = [4] if passed is None else [batch_size(loader) for loader in flat(passed)]
     if row == "hook with several":
         own = [4, 2]
@@ -251,7 +242,7 @@ def sampler_of(loader):
 @pytest.mark.parametrize("row", PASSED)
 def test_sampler_and_shuffling_stay(row):
     before = [type(sampler_of(loader)) for loader in flat(PASSED[row]())]
-    model, _, _, passed = fitted(row)
+    model, _, passed = fitted(row)
 
     assert [type(sampler_of(loader)) for loader in flat(passed)] == before
     for at, loader in enumerate(flat(passed)):
@@ -287,22 +278,12 @@ def test_loader_made_again_at_its_own_size_is_refused_before_training():
             return Renamed(data(), size=4, shuffle=True)
 
     model = FromHook()
-    tuner = autobatch.AutoBatch(target_batch_size=24, device=SimulatedAccelerator("1MiB"))
-    trainer = pl.Trainer(
-        max_epochs=1,
-        callbacks=[tuner],
-        overfit_batches=5,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-    )
 
     with (
         pytest.warns(UserWarning, match="overfit"),
         pytest.raises(autobatch.AutobatchError, match="a Renamed, again with batches of 4"),
     ):
-        trainer.fit(model)
+        quiet_trainer(tuner(**SMALL), overfit_batches=5).fit(model)
 
     assert model.epochs == []
 
@@ -319,12 +300,9 @@ def test_what_a_hook_of_loaders_sets_is_there_in_every_trial_and_by_hand_once():
         def training_step(self, batch, batch_idx):
             return self.scale * super().training_step(batch, batch_idx)
 
-    model = Counts()
-    tuner = autobatch.AutoBatch(
-        target_batch_size=24, max_micro_batch_size=12, device=SimulatedAccelerator("1MiB")
-    )
-    options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
-    pl.Trainer(max_epochs=1, callbacks=[tuner], enable_progress_bar=False, **options).fit(model)
+    model, callback = Counts(), tuner(**SMALL)
 
-    assert len(tuner.report.trials) > 1
+    quiet_trainer(callback, max_epochs=1).fit(model)
+
+    assert len(callback.report.trials) > 1
     assert model.made == 1

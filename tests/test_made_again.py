@@ -11,24 +11,20 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler
 
 import autobatch
+from autobatch.errors import FixedBatchSizeError
+from by_hand import OWN, compared
 from lightning_here import Model, data, pl, quiet_trainer, tuner
-from sameness import same
 
 
-class Takes(Model):
-    """Records the first number of each batch, and makes its loader at a size of its own."""
+class Hook(pl.LightningDataModule):
+    """Makes its loader at a size of its own."""
 
-    def __init__(self):
+    def __init__(self, make, own):
         super().__init__()
-        self.seen = []
-        self.make, self.own = None, 4
+        self.make, self.own = make, own
 
     def train_dataloader(self):
         return self.make(self.own)
-
-    def training_step(self, batch, batch_idx):
-        self.seen.append(batch[0][0, 0].item())
-        return super().training_step(batch, batch_idx)
 
 
 class Listed(Sampler):
@@ -118,15 +114,17 @@ def set_inner_loaders(loader, batch_size):
 
 
 SETTERS = {"buckets": set_buckets, "inner loaders": set_inner_loaders}
+ROWS = {"buckets": 1, "inner loaders": 2}  # of a batch, for each of its samples
 
 
-@pytest.mark.parametrize("name", SETTERS)
-def test_a_loader_passed_to_fit_that_cannot_be_made_again_names_the_ways_out(name):
+@pytest.mark.parametrize(("name", "rows"), [("buckets", "7, 9"), ("inner loaders", "8")])
+def test_a_loader_passed_to_fit_that_cannot_be_made_again_names_the_ways_out(name, rows):
     model = Model()
 
     with pytest.raises(
-        autobatch.AutobatchError,
-        match=r"pass set_batch_size, a function .*, or make the loader in train_dataloader, or",
+        FixedBatchSizeError,
+        match=rf"it makes batches of {rows} samples when batch_size is 9.*; pass set_batch_size, a "
+        r"function .*, or make the loader in train_dataloader, or",
     ):
         quiet_trainer(tuner()).fit(model, MADE[name](4))
 
@@ -135,48 +133,23 @@ def test_a_loader_passed_to_fit_that_cannot_be_made_again_names_the_ways_out(nam
 
 @pytest.mark.parametrize("name", SETTERS)
 def test_training_is_the_same_with_a_setter_as_with_a_loader_of_the_planned_size(name):
-    callback, modules = tuner(set_batch_size=SETTERS[name]), []
-    for tuned in (True, False):
-        plan = callback.report.plan if callback.report else autobatch.BatchPlan(4)
-        accumulate = plan.accumulate_grad_batches
-        pl.seed_everything(3, verbose=False)
-        model = Takes()
-        quiet_trainer(*([callback] if tuned else []), accumulate_grad_batches=accumulate).fit(
-            model, MADE[name](plan.micro_batch_size)
-        )
-        modules.append(model)
-
-    tuned, by_hand = modules
-    assert callback.report.plan.effective_batch_size == 120
-    assert callback.report.plan.micro_batch_size > 4
-    assert (tuned.sizes, tuned.seen) == (by_hand.sizes, by_hand.seen)
-    assert same(dict(tuned.state_dict()), dict(by_hand.state_dict()))
+    compared(MADE[name], set_batch_size=SETTERS[name]).check(rows=ROWS[name])
 
 
 @pytest.mark.parametrize("name", [*PASSED, *MADE])
 def test_training_is_the_same_as_with_a_loader_made_at_the_planned_size(name):
-    # 600 samples leave a rest at the size that is looked at before the search, at any place
-    callback, modules, own = tuner(), [], []
-    for tuned in (True, False):
-        plan = callback.report.plan if callback.report else autobatch.BatchPlan(4)
-        micro, accumulate = plan.micro_batch_size, plan.accumulate_grad_batches
-        pl.seed_everything(3, verbose=False)
-        model = Takes()
-        model.make, model.own = MADE.get(name), micro
-        loader = PASSED[name](micro) if name in PASSED else None
-        before = loader and dict(vars(loader.batch_sampler))
-        quiet_trainer(
-            *([callback] if tuned else []), accumulate_grad_batches=1 if tuned else accumulate
-        ).fit(model, loader)
-        modules.append(model)
-        own.append(loader and {**vars(loader.batch_sampler), "epoch": 0} == {**before, "epoch": 0})
+    made = []
 
-    tuned, by_hand = modules
-    assert callback.report.plan.micro_batch_size > 4
-    assert tuned.sizes == by_hand.sizes
-    assert tuned.seen == by_hand.seen
-    assert same(dict(tuned.state_dict()), dict(by_hand.state_dict()))
-    assert all(own) or name in MADE  # the user's sampler is as it was
+    def make(size):
+        # 600 samples leave a rest at the size that is looked at before the search, at any place
+        made.append(PASSED[name](size) if name in PASSED else Hook(MADE[name], size))
+        return made[-1]
+
+    compared(make).check(rows=ROWS.get(name, 1))
+
+    if name in PASSED:  # the user's sampler is as it was
+        now, before = (vars(each.batch_sampler) for each in (made[0], PASSED[name](OWN)))
+        assert repr({**now, "epoch": 0, "sampler": 0}) == repr({**before, "epoch": 0, "sampler": 0})
 
 
 def test_an_epoch_that_a_sampler_counts_goes_on_after_it_was_made_again():
@@ -208,10 +181,10 @@ def test_a_sampler_that_an_epoch_changes_is_refused_before_the_search_if_later_o
 
 
 def test_a_sampler_that_an_epoch_changes_is_tuned_again_if_a_hook_makes_it():
-    model, callback = Takes(), tuner(retune_at_epochs=[1])
-    model.make = lambda n: DataLoader(data(), batch_sampler=Reordered(LENGTHS, n))
+    model, callback = Model(), tuner(retune_at_epochs=[1])
+    hook = Hook(lambda n: DataLoader(data(), batch_sampler=Reordered(LENGTHS, n)), 4)
 
-    quiet_trainer(callback).fit(model)
+    quiet_trainer(callback).fit(model, hook)
 
     assert any(note.startswith("Tuned again at epoch 1") for note in callback.report.notes)
     assert set(model.sizes) == {callback.report.plan.micro_batch_size}
@@ -234,19 +207,10 @@ class InPlace(Sampler):
 
 @pytest.mark.parametrize("kind", [list, np.array])
 def test_a_long_order_that_a_sampler_shuffles_in_place_is_that_of_training_by_hand(kind):
-    callback, seen = tuner(), []
-    for tuned in (True, False):
-        plan = callback.report.plan if callback.report else autobatch.BatchPlan(4)
-        pl.seed_everything(3, verbose=False)
-        model = Takes()
-        sampler = InPlace(kind(range(1200)), plan.micro_batch_size)
-        quiet_trainer(*([callback] if tuned else [])).fit(
-            model, DataLoader(data(1200), batch_sampler=sampler)
-        )
-        seen.append((model.sizes, model.seen))
+    def loader(size):
+        return DataLoader(data(1200), batch_sampler=InPlace(kind(range(1200)), size))
 
-    assert callback.report.plan.micro_batch_size > 4
-    assert seen[0] == seen[1]
+    compared(loader).check()
 
 
 class Guessed(Buckets):

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from autobatch import BatchPlan, Outcome, Trial
-from autobatch._distributed import SingleProcess
 from autobatch._trials.runner import merged
 from forked import run_forked
 from sameness import same
@@ -62,14 +61,6 @@ def test_a_rank_that_ran_fewer_samples_bounds_the_size():
     short = Trial(5, Outcome.FIT, 50, 1.0)
 
     assert merged([trial(), short], budgets=[120, 120]).batch_size == 5
-
-
-def test_a_single_process_gathers_its_own_value_and_error():
-    ranks = SingleProcess()
-
-    assert list(ranks.gather(7)) == [7]
-    with pytest.raises(ZeroDivisionError), ranks.abort_together():
-        ranks.gather(1 / 0)
 
 
 # Two real processes

@@ -17,52 +17,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from lightning_here import Model, data, pl, quiet_trainer, tuner
-from sameness import same
+from by_hand import Recorded, compared
+from lightning_here import data, quiet_trainer, tuner
 
 _reader = importlib.import_module("autobatch._loaders.reader")
-
-
-class Takes(Model):
-    """Trains with the x and y of a batch of any class, and records sizes and first numbers."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def parts(self, batch):
-        return batch
-
-    def training_step(self, batch, batch_idx):
-        x, y = self.parts(batch)
-        self.seen.append(x[0, 0].item())
-        self.sizes.append(len(x))
-        return F.cross_entropy(self.net(x), y)
-
-
-def tuned_and_by_hand(make_loader, kind=Takes, own=4, **options):
-    """Train tuned, and again with the two numbers written by hand."""
-    callback = tuner(**options)
-    modules = []
-    for plan in (None, callback):
-        pl.seed_everything(3, verbose=False)
-        module = kind()
-        micro = own if plan is None else plan.report.plan.micro_batch_size
-        accumulate = 1 if plan is None else plan.report.plan.accumulate_grad_batches
-        callbacks = [callback] if plan is None else []
-        quiet_trainer(*callbacks, accumulate_grad_batches=accumulate).fit(
-            module, make_loader(micro)
-        )
-        modules.append(module)
-    return callback.report.plan, *modules
-
-
-def assert_same_training(tuned, by_hand):
-    assert tuned.seen == by_hand.seen
-    assert same(dict(tuned.state_dict()), dict(by_hand.state_dict()))
 
 
 @pytest.fixture(autouse=True)
@@ -119,16 +79,13 @@ class Deep(Dataset):
 
 
 def test_random_states_out_of_sight_stay_as_they_are():
-    plan, *both = tuned_and_by_hand(lambda n: DataLoader(Deep(), n, shuffle=True))
-
-    assert plan.micro_batch_size > 4
-    assert_same_training(*both)
+    compared(lambda n: DataLoader(Deep(), n, shuffle=True)).check()
 
 
 def test_data_set_is_read_in_another_process():
     dataset = Deep()
 
-    report = tuner().tune(quiet_trainer(), Takes(), DataLoader(dataset, 4))
+    report = tuner().tune(quiet_trainer(), Recorded(), DataLoader(dataset, 4))
 
     assert dataset.reads == [0]
     assert report.look.read == 600
@@ -145,7 +102,7 @@ def named_main(samples):
 def test_data_set_is_read_under_the_name_of_this_process(workers):
     loader = DataLoader(data(), 4, collate_fn=named_main, num_workers=workers)
 
-    assert tuner().tune(quiet_trainer(), Takes(), loader).look.read == len(data())
+    assert tuner().tune(quiet_trainer(), Recorded(), loader).look.read == len(data())
 
 
 class Scales(Dataset):
@@ -174,9 +131,7 @@ def test_collate_function_that_counts_and_draws_goes_on_as_by_hand():
         dataset = Scales()
         return DataLoader(dataset, n, shuffle=True, collate_fn=dataset.collate)
 
-    _, *both = tuned_and_by_hand(loader)
-
-    assert_same_training(*both)
+    compared(loader).check()
 
 
 class Drawn(Deep):
@@ -187,7 +142,7 @@ class Drawn(Deep):
         return x + torch.rand(()) + np.random.random() + random.random(), y
 
 
-class Scheduled(Takes):
+class Scheduled(Recorded):
     def configure_optimizers(self):
         assert self.trainer.estimated_stepping_batches > 0
         return torch.optim.SGD(self.parameters(), 0.1)
@@ -197,9 +152,7 @@ def test_persistent_workers_and_a_schedule_keep_the_order_of_the_data():
     def loader(n):
         return DataLoader(Drawn(), n, shuffle=True, num_workers=1, persistent_workers=True)
 
-    _, *both = tuned_and_by_hand(loader, Scheduled)
-
-    assert_same_training(*both)
+    compared(loader, Scheduled).check()
 
 
 # Batches
@@ -245,8 +198,8 @@ class Object:
         return self
 
 
-class TakesAny(Takes):
-    def parts(self, batch):
+class TakesAny(Recorded):
+    def pair(self, batch):
         if isinstance(batch, Encoding):
             assert batch.words == [f"word {len(batch['x'])}"]
             return batch["x"], batch["y"]
@@ -258,15 +211,10 @@ class TakesAny(Takes):
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("collate", [Frozen.collate, Encoding.collate, Object, list])
 def test_step_receives_the_batch_that_the_loader_makes(collate, workers):
-    plan, *both = tuned_and_by_hand(
+    compared(
         lambda n: DataLoader(data(), n, shuffle=True, collate_fn=collate, num_workers=workers),
         TakesAny,
-        max_micro_batch_size=30,
-    )
-
-    assert set(both[0].sizes) == {plan.micro_batch_size}
-    assert plan.micro_batch_size > 4
-    assert_same_training(*both)
+    ).check()
 
 
 class Noisy:
@@ -298,11 +246,9 @@ def test_batch_of_a_local_class_is_read_in_this_process(wrapped):
     class Local(Object):
         pass
 
-    _, *both = tuned_and_by_hand(
+    compared(
         lambda n: DataLoader(data(), n, shuffle=True, collate_fn=wrapped(Local)), TakesAny
-    )
-
-    assert_same_training(*both)
+    ).check()
 
 
 class Doubles(TakesAny):
@@ -310,7 +256,7 @@ class Doubles(TakesAny):
 
     most = 0
 
-    def parts(self, batch):
+    def pair(self, batch):
         batch.x, batch.y = torch.cat([batch.x, batch.x]), torch.cat([batch.y, batch.y])
         batch.view.zero_()
         return batch.x, batch.y
@@ -320,9 +266,9 @@ def test_step_may_write_into_its_batch():
     received = []
 
     class Watched(Doubles):
-        def parts(self, batch):
+        def pair(self, batch):
             received.append((len(batch.x), batch.view[0, 0].item() != 0))
-            return super().parts(batch)
+            return super().pair(batch)
 
     report = tuner().tune(
         quiet_trainer(), Watched(), DataLoader(data(), 4, shuffle=True, collate_fn=Object)
@@ -343,8 +289,8 @@ class Pairs(DataLoader):
 def test_loader_with_its_own_iteration_is_iterated_in_trials():
     received = set()
 
-    class Watched(Takes):
-        def parts(self, batch):
+    class Watched(Recorded):
+        def pair(self, batch):
             received.add(len(batch[0]))
             return batch
 
@@ -386,7 +332,7 @@ class Uncopied(DataLoader):
 def test_samples_and_loaders_that_cannot_be_copied_are_collated_where_they_are_read(
     dataset, workers
 ):
-    model = Takes()
+    model = Recorded()
     callback = tuner()
 
     loader = Uncopied(dataset(), 4, collate_fn=without_locks, num_workers=workers)
@@ -408,7 +354,7 @@ def test_worker_init_fn_prepares_the_worker_that_reads():
 
     loader = DataLoader(Handle(), 4, num_workers=1, worker_init_fn=open_handle)
 
-    report = tuner().tune(quiet_trainer(), Takes(), loader)
+    report = tuner().tune(quiet_trainer(), Recorded(), loader)
 
     assert report.look.read == 600
 
@@ -423,7 +369,7 @@ def test_timeout_of_the_loader_holds_for_a_worker_that_hangs(monkeypatch):
             return super().__getitem__(index)
 
     with pytest.raises(RuntimeError, match="timed out after 1 seconds"):
-        tuner().tune(quiet_trainer(), Takes(), DataLoader(Hangs(), 4, num_workers=1, timeout=1))
+        tuner().tune(quiet_trainer(), Recorded(), DataLoader(Hangs(), 4, num_workers=1, timeout=1))
 
     assert not children()
 
@@ -440,7 +386,7 @@ def test_data_set_that_hangs_in_the_other_process_is_read_in_this_one(monkeypatc
                 time.sleep(600)
             return super().__getitem__(index)
 
-    report = tuner().tune(quiet_trainer(), Takes(), DataLoader(Hangs(), 4))
+    report = tuner().tune(quiet_trainer(), Recorded(), DataLoader(Hangs(), 4))
 
     assert report.look.read == 600
     assert not children()
@@ -473,7 +419,7 @@ class Nested(Deep):
 def test_worker_of_a_loader_within_the_data_set_is_left_alone():
     dataset = Nested()
 
-    report = tuner().tune(quiet_trainer(), Takes(), DataLoader(dataset, 4))
+    report = tuner().tune(quiet_trainer(), Recorded(), DataLoader(dataset, 4))
 
     assert report.look.read == 600
     assert set(torch.cat(list(dataset.other)).tolist()) == {dataset.worker}
@@ -483,7 +429,7 @@ def test_worker_of_a_loader_within_the_data_set_is_left_alone():
 def test_objects_are_not_looked_through_where_no_worker_lives(monkeypatch):
     monkeypatch.setattr(gc, "get_objects", lambda: pytest.fail("looked through"))
 
-    report = tuner().tune(quiet_trainer(), Takes(), DataLoader(Deep(), 4))
+    report = tuner().tune(quiet_trainer(), Recorded(), DataLoader(Deep(), 4))
 
     assert report.look.read == 600
 
@@ -495,7 +441,7 @@ class Empty(IterableDataset):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_fit_ends_as_without_autobatch_where_a_stream_is_empty(workers):
-    model = Takes()
+    model = Recorded()
 
     quiet_trainer(tuner()).fit(model, DataLoader(Empty(), 4, num_workers=workers))
 
@@ -513,7 +459,7 @@ class Once(IterableDataset):
 
 
 def test_stream_that_can_be_read_once_is_not_read_by_trials():
-    model = Takes()
+    model = Recorded()
     callback = tuner(target_batch_size=24, max_micro_batch_size=12)
 
     quiet_trainer(callback, max_epochs=1).fit(model, DataLoader(Once(), 4))
@@ -544,7 +490,7 @@ class Fails(Deep):
 @pytest.mark.parametrize("error", [ZeroDivisionError("mine"), MineError(7, "not to be unpickled")])
 def test_errors_of_a_data_set_pass_through(error):
     with pytest.raises(type(error), match=str(error)) as caught:
-        tuner().tune(quiet_trainer(), Takes(), DataLoader(Fails(error), 4))
+        tuner().tune(quiet_trainer(), Recorded(), DataLoader(Fails(error), 4))
 
     assert type(caught.value) is type(error)
     assert not children()
@@ -558,7 +504,7 @@ def test_no_process_is_left_after_a_run_or_an_error(error, workers):
     assert not children()
 
     class Interrupted(TakesAny):
-        def parts(self, batch):
+        def pair(self, batch):
             assert children()
             raise error
 
@@ -577,7 +523,7 @@ def test_process_that_ends_while_it_reads_is_replaced_by_this_one():
                 os._exit(3)
             return super().__getitem__(index)
 
-    report = tuner().tune(quiet_trainer(), Takes(), DataLoader(Ends(), 4))
+    report = tuner().tune(quiet_trainer(), Recorded(), DataLoader(Ends(), 4))
 
     assert report.look.read == 600
     assert not children()

@@ -21,7 +21,7 @@ from torch.utils.data import (
 
 import autobatch
 from autobatch.testing import SimulatedAccelerator
-from lightning_here import pl
+from lightning_here import pl, quiet_trainer
 
 _samples = importlib.import_module("autobatch._loaders.samples")
 _reading = importlib.import_module("autobatch._loaders.reading")
@@ -70,29 +70,23 @@ class Model(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.01)
 
 
-def fit(dataset, device, collate_fn=padded, workers=0, **options):
-    callback = autobatch.AutoBatch(device=device, **options)
-    trainer = pl.Trainer(
-        max_epochs=1,
-        callbacks=[callback],
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    model = Model()
-    loader = DataLoader(dataset, 4, collate_fn=collate_fn, num_workers=workers)
+def fit(dataset, workers=0, **options):
+    device = SimulatedAccelerator("4MiB")
+    callback, model = autobatch.AutoBatch(device=device, **options), Model()
+    loader = DataLoader(dataset, 4, collate_fn=padded, num_workers=workers)
     with device.limited(int(0.9 * device.capacity)):  # in training too
-        trainer.fit(model, loader)
+        quiet_trainer(callback, max_epochs=1).fit(model, loader)
     return model, callback.report
+
+
+def tuned(dataset, collate_fn=padded, **options):
+    callback = autobatch.AutoBatch(device=SimulatedAccelerator("4MiB"), **options)
+    return callback.tune(quiet_trainer(), Model(), DataLoader(dataset, 4, collate_fn=collate_fn))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_training_survives_one_long_sample(workers):
-    device = SimulatedAccelerator("4MiB")
-
-    model, report = fit(Sequences(1000, long_at=617), device, workers=workers)
+    model, report = fit(Sequences(1000, long_at=617), workers)
 
     size = report.plan.micro_batch_size
     assert (size, 16 * LONG) in model.shapes
@@ -103,15 +97,15 @@ def test_training_survives_one_long_sample(workers):
 
 def test_without_the_long_sample_the_batch_is_far_larger():
     """The long sample of the test above has an effect."""
-    _, with_it = fit(Sequences(1000, long_at=617), SimulatedAccelerator("4MiB"))
-    _, without = fit(Sequences(1000, long_at=None), SimulatedAccelerator("4MiB"))
+    _, with_it = fit(Sequences(1000, long_at=617))
+    _, without = fit(Sequences(1000, long_at=None))
 
     assert without.plan.micro_batch_size > 5 * with_it.plan.micro_batch_size
     assert without.look.is_even
 
 
 def test_samples_of_a_stream_are_read():
-    _, report = fit(Stream(1000, long_at=617), SimulatedAccelerator("4MiB"))
+    _, report = fit(Stream(1000, long_at=617))
 
     assert report.look.read == 1000
     assert report.look.among is None
@@ -119,14 +113,7 @@ def test_samples_of_a_stream_are_read():
 
 
 def test_report_shows_the_number_of_samples_read_of_a_large_data_set():
-    dataset = Sequences(100_000, long_at=99_999)
-    callback = autobatch.AutoBatch(device=SimulatedAccelerator("4MiB"))
-
-    report = callback.tune(
-        pl.Trainer(max_epochs=1, accelerator="cpu", logger=False),
-        Model(),
-        DataLoader(dataset, 4, collate_fn=padded),
-    )
+    report = tuned(Sequences(100_000, long_at=99_999))
 
     assert report.look.read == 1000
     assert report.look.among == 100_000
@@ -136,15 +123,8 @@ def test_report_shows_the_number_of_samples_read_of_a_large_data_set():
 
 def test_data_set_is_read_once_for_all_trials():
     dataset = Sequences(200, long_at=3)
-    callback = autobatch.AutoBatch(
-        device=SimulatedAccelerator("4MiB"), search=autobatch.Bisection()
-    )
 
-    report = callback.tune(
-        pl.Trainer(max_epochs=1, accelerator="cpu", logger=False),
-        Model(),
-        DataLoader(dataset, 4, collate_fn=padded),
-    )
+    report = tuned(dataset, search=autobatch.Bisection())
 
     assert len(report.trials) > 5
     # Restored after every trial, as every attribute
@@ -156,7 +136,7 @@ def test_slow_data_set_is_read_for_seconds_at_most(monkeypatch):
     clock = iter(range(1000))
     monkeypatch.setattr(_reading, "time", SimpleNamespace(monotonic=lambda: next(clock)))
 
-    _, report = fit(Sequences(1000, long_at=None), SimulatedAccelerator("4MiB"))
+    _, report = fit(Sequences(1000, long_at=None))
 
     assert report.look.read == 6 * 16  # chunks, a second each
     assert "96 samples read" in str(report)
@@ -198,20 +178,14 @@ def test_worst_case_replaces_reading_samples():
         asked.append(batch_size)
         return torch.ones(batch_size, 16 * LONG, 4)
 
-    device = SimulatedAccelerator("4MiB")
     dataset = Sequences(100_000, long_at=99_999)
 
-    callback = autobatch.AutoBatch(device=device, worst_case=worst_case)
-    report = callback.tune(
-        pl.Trainer(max_epochs=1, accelerator="cpu", logger=False),
-        Model(),
-        DataLoader(dataset, 4, collate_fn=padded),
-    )
+    report = tuned(dataset, worst_case=worst_case)
 
     assert dataset.reads == []
     assert report.look is None
     assert report.plan.micro_batch_size in asked
-    _, seen = fit(Sequences(1000, long_at=3), device)
+    _, seen = fit(Sequences(1000, long_at=3))
     assert report.plan.micro_batch_size == pytest.approx(seen.plan.micro_batch_size, rel=0.1)
 
 
@@ -221,20 +195,12 @@ def test_worst_case_that_is_no_function_is_refused():
 
 
 def test_worst_case_that_ignores_its_argument_is_refused():
-    callback = autobatch.AutoBatch(
-        device=SimulatedAccelerator("4MiB"), worst_case=lambda _: torch.ones(3, 16, 4)
-    )
-
     with pytest.raises(ValueError, match="as much data for 8 samples as for 4"):
-        callback.tune(
-            pl.Trainer(max_epochs=1, accelerator="cpu", logger=False),
-            Model(),
-            DataLoader(Sequences(100, long_at=3), 4, collate_fn=padded),
-        )
+        tuned(Sequences(100, long_at=3), worst_case=lambda _: torch.ones(3, 16, 4))
 
 
 def test_note_after_reading_all_samples_warns_of_no_larger_one():
-    _, report = fit(Sequences(200, long_at=3), SimulatedAccelerator("4MiB"))
+    _, report = fit(Sequences(200, long_at=3))
 
     (note,) = (note for note in report.notes if "differ in size" in note)
     assert note.endswith("Trials ran the largest of all 200, and times are for these.")
@@ -243,7 +209,7 @@ def test_note_after_reading_all_samples_warns_of_no_larger_one():
 def test_plain_list_is_a_data_set():
     samples = [torch.ones(16, 4) for _ in range(64)]
 
-    model, report = fit(samples, SimulatedAccelerator("4MiB"), target_batch_size=32)
+    model, report = fit(samples, target_batch_size=32)
 
     assert report.look.read == 64
     assert (report.plan.micro_batch_size, 16) in model.shapes
@@ -316,13 +282,7 @@ def test_large_batch_of_few_samples_is_collated_once(monkeypatch):
 
     monkeypatch.setattr(_samples, "default_collate", counted)
 
-    callback = autobatch.AutoBatch(device=SimulatedAccelerator("4MiB"))
-
-    report = callback.tune(
-        pl.Trainer(max_epochs=1, accelerator="cpu", logger=False),
-        Model(),
-        DataLoader([torch.ones(16, 4)] * 500, 4, collate_fn=counted),
-    )
+    report = tuned([torch.ones(16, 4)] * 500, counted)
 
     assert max(trial.batch_size for trial in report.trials) > 64
     assert most == 64

@@ -76,10 +76,7 @@ def without_dropout(module: torch.nn.Module) -> Iterator[None]:
 def split_gradient(
     gradient: Callable[[Any], Gradient], batch: Any, samples: int, threshold: float
 ) -> Splitting | None:
-    """Compare the mean gradient of two halves of a batch with the gradient of the whole.
-
-    Every tensor of the batch must have a row for each sample: see `compare_halves`.
-    """
+    """Compare gradients by `compare_halves`, in a batch of which every leaf has a row per sample."""
     _check_splittable(batch, samples)
     return compare_halves(gradient, batch, samples, threshold)
 
@@ -126,43 +123,24 @@ def _check_splittable(batch: Any, samples: int) -> None:
     """Raise `UndecidedError` for anything in a batch that is not one row for each sample."""
     for leaf in leaves(batch):
         if isinstance(leaf, torch.Tensor):
-            if leaf.is_nested or leaf.dim() == 0 or len(leaf) != samples:
-                raise UndecidedError(
-                    f"a tensor of shape {tuple(leaf.shape)} is not one of {samples} samples"
-                )
-        elif not (leaf is None or _is_empty(leaf) or _is_texts(leaf, samples)):
-            raise UndecidedError(
-                f"a {type(leaf).__name__} in a batch is not one of {samples} samples"
-            )
-
-
-def _is_empty(leaf: Any) -> bool:
-    return is_plain_list(leaf) and all(part is None for part in leaf)
-
-
-def _is_texts(leaf: Any, samples: int) -> bool:
-    is_list = is_plain_list(leaf) and len(leaf) == samples
-    return is_list and all(isinstance(part, str) for part in leaf)
+            has_rows = leaf.dim() > 0 and not leaf.is_nested and len(leaf) == samples
+        else:
+            parts = leaf if is_plain_list(leaf) else [leaf]
+            is_texts = len(parts) == samples and all(isinstance(part, str) for part in parts)
+            has_rows = is_texts or all(part is None for part in parts)
+        if not has_rows:
+            raise UndecidedError(f"a {type(leaf).__name__} in a batch has no {samples} rows")
 
 
 def _sum(one: Gradient, other: Gradient) -> Gradient:
-    total: list[torch.Tensor | None] = []
-    for a, b in zip(one, other, strict=True):
-        if a is None or b is None:
-            total.append(b if a is None else a)
-        else:
-            total.append(a + b)
-    return total
+    return [b if a is None else a if b is None else a + b for a, b in zip(one, other, strict=True)]
 
 
 def _distance(one: Gradient, other: Gradient, weight: float) -> float:
     """Return the norm of `one - weight * other`; a missing gradient counts as zero."""
     squares = 0.0
     for a, b in zip(one, other, strict=True):
-        if a is not None and b is not None:
-            squares += (a.double() - weight * b.double()).square().sum().item()
-        elif a is not None:
-            squares += a.double().square().sum().item()
-        elif b is not None:
-            squares += weight * weight * b.double().square().sum().item()
+        if a is not None or b is not None:
+            left, right = (0 if each is None else each.double() for each in (a, b))
+            squares += torch.as_tensor(left - weight * right).square().sum().item()
     return math.sqrt(squares) if math.isfinite(squares) else squares

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,12 +15,12 @@ from autobatch._prior_plan import PriorPlan, known_plan
 from autobatch._settings import Settings, checked_verbose
 from autobatch._subject import PlainLoop, accepts_accumulate
 from autobatch._trials.context import MemoryBudget, TrialContext
-from autobatch._trials.first_use import FirstUse
-from autobatch._trials.holders import with_state
 from autobatch._trials.optimizers import OptimizerWatch
-from autobatch._trials.reachable import Watched, reachable
-from autobatch._trials.snapshot import Snapshot, restorable
+from autobatch._trials.reachable import is_generator, reachable, with_state
+from autobatch._trials.snapshot import Snapshot
+from autobatch._trials.watched import Watched
 from autobatch._tune import checked_search, tune
+from autobatch.errors import AutobatchError
 from autobatch.sinks import log, progress
 from autobatch.testing import named_device
 
@@ -149,7 +150,7 @@ def find(
         progress(verbose=is_verbose and ranks.rank == 0) as shown,
     ):
         # A device that the user named is not compared with that of the model
-        on_first_use = FirstUse(
+        on_first_use = _FirstUse(
             probe, optimizers, None if device else model_device, is_training=is_training
         )
         bring_to_rest(modules)  # a forward pass before may have left parameters gathered
@@ -170,11 +171,39 @@ def find(
     return report
 
 
+@dataclass(frozen=True, slots=True)
+class _FirstUse:
+    """Checks and attaches every module and optimizer that a workload uses for the first time."""
+
+    probe: MemoryProbe
+    optimizers: OptimizerWatch
+    model_device: torch.device | None  # that the probe was chosen by; None if the user chose it
+    is_training: bool
+
+    def __call__(self, thing: object) -> None:
+        self.probe.attach(thing)
+        if not isinstance(thing, torch.nn.Module):
+            return
+        check_can_rest([thing])
+        first = next(thing.parameters(), None)
+        if first is None:
+            return
+        if self.is_training and torch.is_grad_enabled():
+            self.optimizers.expected |= any(p.requires_grad for p in thing.parameters())
+            self.optimizers.look_at(thing)
+        if self.model_device is not None and first.device.type != self.model_device.type:
+            raise AutobatchError(
+                f"The model is on {first.device}, but the memory of {self.probe.name} is "
+                f'measured; pass device="{first.device}".'
+            )
+
+
 def _restorable(restore: Sequence[Any]) -> Sequence[Any]:
     if not isinstance(restore, (list, tuple)):
         raise ValueError(f"restore={type(restore).__name__} is not a list; write restore=[…].")
     for thing in restore:
-        if not restorable(thing):
+        is_loadable = hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")
+        if not (is_loadable or isinstance(thing, torch.Tensor) or is_generator(thing)):
             raise ValueError(
                 f"restore holds a {type(thing).__name__}, which has no state_dict and "
                 "load_state_dict; leave it out, or give an object that has them."

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from autobatch._report.tradeoff import LearningRateRule
     from autobatch._settings import Settings
     from autobatch._trials.context import TrialContext
-    from autobatch._trials.reachable import Watched
     from autobatch._trials.time_limit import TimeLimit
+    from autobatch._trials.watched import Watched
     from autobatch._trials.workload import Workload
 
 

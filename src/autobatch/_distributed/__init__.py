@@ -47,7 +47,12 @@ class Ranks(Protocol):
         """Ranks of a job that does not run, for which this process stands; None: it runs."""
 
     def gather(self, value: T) -> Sequence[T]:
-        """Return the values of all ranks, in the order of their indices; every rank calls it."""
+        """Return the values of all ranks, in the order of their indices; every rank calls it.
+
+        Raises:
+            AutobatchError: Another rank raised an exception within `abort_together`; of the same
+                class, if that was an error of autobatch.
+        """
 
     def abort_together(self) -> AbstractContextManager[None]:
         """Raise an exception of one rank on every rank, at its next gather or at the end."""
@@ -145,19 +150,13 @@ class ProcessGroup:
         dist.destroy_process_group(self._group)
 
     def gather(self, value: T) -> Sequence[T]:
-        """Return the values of all ranks, in the order of their indices; every rank calls it.
-
-        Raises:
-            AutobatchError: Another rank raised an exception within `abort_together`; of the same
-                class, if that was an error of autobatch.
-        """
         messages = self._exchange(_Message(value))
         _raise_error_in(messages)
         return tuple(message.value for message in messages)
 
     @contextmanager
     def abort_together(self) -> Iterator[None]:
-        """Raise an exception of one rank on every rank, at its next gather or at the end.
+        """Share an exception with the other ranks.
 
         A rank that fails takes part in the next exchange of the other ranks, so that none of them
         waits for it. The outermost block ends with such an exchange: a rank that fails after the
@@ -178,11 +177,10 @@ class ProcessGroup:
 
     @contextmanager
     def in_step(self) -> Iterator[None]:
-        """Raise an exception of one rank on every rank whose collective it breaks.
+        """Leave an exception for the other ranks, and wait for nobody.
 
-        The others may be in a collective with a rank that fails in the body, where no message
-        reaches them. So it waits for nobody: they stop when its process ends, or at the timeout of
-        their group.
+        They may be in a collective with this rank, where no message reaches them: they stop when
+        its process ends, or at the timeout of their group.
         """
         meeting = _Meeting()
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any, Final
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 def is_sharded(module: Module) -> bool:
     """Return True if parameters are divided among ranks: by FSDP, FSDP2 or as DTensors."""
-    kinds, tensors = (_FSDP1.loaded, _FSDP2.loaded), _DTENSOR.loaded
+    kinds, tensors = (_fsdp1(), _fsdp2()), _dtensor()
     if any(isinstance(part, kinds) for part in module.modules()):
         return True
     return any(isinstance(each, tensors) for each in module.parameters())
@@ -34,14 +33,14 @@ def data_parallel_size(modules: Iterable[Module], ranks: int) -> int | None:
     by_fsdp: list[int] = []
     by_tensors = [1]
     for part in _parts_of(modules):
-        if isinstance(part, _FSDP2.loaded):
+        if isinstance(part, _fsdp2()):
             groups = part._get_fsdp_state()._fsdp_param_groups
             by_fsdp += [group.mesh_info.mesh.size() for group in groups]
-        elif isinstance(part, _FSDP1.loaded):
+        elif isinstance(part, _fsdp1()):
             nodes = getattr(part, "_inter_node_pg", None)  # of a hybrid strategy
             by_fsdp.append(part.process_group.size() * (nodes.size() if nodes else 1))
         for each in part.parameters(recurse=False):
-            if isinstance(each, _DTENSOR.loaded):
+            if isinstance(each, _dtensor()):
                 pairs = zip(each.device_mesh.mesh.shape, each.placements, strict=True)
                 by_tensors.append(prod(size for size, place in pairs if place.is_shard()))
     if by_fsdp:
@@ -49,26 +48,18 @@ def data_parallel_size(modules: Iterable[Module], ranks: int) -> int | None:
     return ranks // max(by_tensors) if max(by_tensors) > 1 else None
 
 
-@dataclass(frozen=True, slots=True)
-class _Kind:
-    """A class of torch that takes seconds to import, and has no instances before."""
-
-    module: str
-    name: str
-
-    @property
-    def loaded(self) -> Any:
-        """The class, or one that has no instances."""
-        return getattr(sys.modules.get(self.module), self.name, _Nothing)
-
-
 class _Nothing:
     """A class without instances."""
 
 
-_FSDP1: Final = _Kind("torch.distributed.fsdp", "FullyShardedDataParallel")
-_FSDP2: Final = _Kind("torch.distributed.fsdp", "FSDPModule")
-_DTENSOR: Final = _Kind("torch.distributed.tensor", "DTensor")
+def _loaded(module: str, name: str) -> Any:
+    """Return a class of torch that takes seconds to import; `_Nothing` as long as nobody has."""
+    return getattr(sys.modules.get(module), name, _Nothing)
+
+
+_fsdp1: Final = partial(_loaded, "torch.distributed.fsdp", "FullyShardedDataParallel")
+_fsdp2: Final = partial(_loaded, "torch.distributed.fsdp", "FSDPModule")
+_dtensor: Final = partial(_loaded, "torch.distributed.tensor", "DTensor")
 _OFFLOAD: Final = (
     "A {} keeps its parameters on the host (CPU offload), which trials do not measure; tune "
     "without offload, or write the batch size by hand."
@@ -95,7 +86,7 @@ def check_can_rest(modules: Iterable[Module]) -> None:
                 "A DistributedDataParallel has static_graph=True, which counts the passes of "
                 "trials as well and then fails; tune without it, or write the batch size by hand."
             )
-        if isinstance(part, _FSDP1.loaded):
+        if isinstance(part, _fsdp1()):
             if not part._use_orig_params:
                 raise AutobatchError(
                     "A FullyShardedDataParallel has use_orig_params=False, whose flat parameters "
@@ -103,7 +94,7 @@ def check_can_rest(modules: Iterable[Module]) -> None:
                 )
             if part.cpu_offload.offload_params:
                 raise AutobatchError(_OFFLOAD.format("FullyShardedDataParallel"))
-        elif isinstance(part, _FSDP2.loaded):
+        elif isinstance(part, _fsdp2()):
             if not hasattr(part, "reset_iter_state"):
                 raise AutobatchError(
                     "A trial of a module sharded by fully_shard needs reset_iter_state, which "
@@ -131,7 +122,7 @@ def check_no_pipeline(things: Iterable[object]) -> None:
 
 def local_part(tensor: Tensor) -> Tensor:
     """Return the part of a DTensor that this rank holds; any other tensor as it is."""
-    if not isinstance(tensor, _DTENSOR.loaded):
+    if not isinstance(tensor, _dtensor()):
         return tensor
     from torch import no_grad
 
@@ -142,10 +133,10 @@ def local_part(tensor: Tensor) -> Tensor:
 
 def maker_of(tensor: Tensor) -> Callable[[Tensor], Tensor]:
     """Return a function that makes a tensor like this one of its local part."""
-    if not isinstance(tensor, _DTENSOR.loaded):
+    if not isinstance(tensor, _dtensor()):
         return lambda part: part
     return partial(
-        _DTENSOR.loaded.from_local,
+        _dtensor().from_local,
         device_mesh=tensor.device_mesh,
         placements=tensor.placements,
         run_check=False,  # a collective
@@ -160,17 +151,15 @@ def bring_to_rest(modules: Iterable[Module]) -> None:
     Otherwise FSDP and its modules disagree about the parameters that are there. All ranks have to
     do this, or none: the next forward pass gathers what is not there. Gradients are lost.
     """
-    if _FSDP1.loaded is _Nothing:  # FSDP2 comes from the same module of torch
-        return
     for part in _parts_of(modules):
         # The root is known from its first forward pass on (private, torch 2.13)
-        if isinstance(part, _FSDP2.loaded):
+        if isinstance(part, _fsdp2()):
             state = part._get_fsdp_state()
             if state._is_root:
                 part.reset_iter_state()
             for group in state._fsdp_param_groups:
                 _forget_gradients(group.fsdp_params)
-        elif isinstance(part, _FSDP1.loaded) and part._is_root:
+        elif isinstance(part, _fsdp1()) and part._is_root:
             _bring_fsdp1_to_rest(part)
 
 
@@ -181,7 +170,7 @@ def register_hooks(module: Module) -> None:
     would be restored without them, after a trial that ran that pass (private, torch 2.13).
     """
     for part in _parts_of([module]):
-        if isinstance(part, _FSDP2.loaded):
+        if isinstance(part, _fsdp2()):
             for group in part._get_fsdp_state()._fsdp_param_groups:
                 group._register_state_dict_hooks()
 

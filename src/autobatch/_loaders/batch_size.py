@@ -64,8 +64,7 @@ def batch_size_change(
     owners = (loader, loader.batch_sampler, loader.sampler, sampler_of(loader))
     # A list of indices is a sampler without attributes
     before = [(owner, dict(vars(owner))) for owner in owners if hasattr(owner, "__dict__")]
-    kind = _MakingAgain if isinstance(setter, Remaking) else _SettingByUser
-    return kind(loader, batch_size, setter, before)
+    return _Setting(loader, batch_size, setter, before)
 
 
 @dataclass
@@ -91,8 +90,8 @@ class _Resizing:
 
 
 @dataclass
-class _SettingByUser:
-    """A call of `set_batch_size`; only the assigned attributes are restored.
+class _Setting:
+    """A call of `set_batch_size`, or of a `Remaking`; only the assigned attributes are restored.
 
     The order of the data, in generators and counters, goes on.
     """
@@ -105,7 +104,11 @@ class _SettingByUser:
 
     @property
     def holds(self) -> bool:
-        return all(each.holds for each in self.assigned or ())
+        assigned = self.assigned or []
+        if isinstance(self.setter, Remaking):
+            # Others than numbers, such as lists of batches, may be replaced in each epoch
+            assigned = [each for each in assigned if isinstance(each.after, int)] or assigned
+        return all(each.holds for each in assigned)
 
     def make(self) -> None:
         try:
@@ -128,17 +131,7 @@ class _SettingByUser:
         ]
 
 
-class _MakingAgain(_SettingByUser):
-    """Parts of a loader that were made again."""
-
-    @property
-    def holds(self) -> bool:
-        # Others, such as lists of batches, may be replaced in each epoch
-        numbers = [each for each in self.assigned or () if isinstance(each.after, int)]
-        return all(each.holds for each in numbers or self.assigned or ())
-
-
-BatchSizeChange: TypeAlias = _Resizing | _SettingByUser
+BatchSizeChange: TypeAlias = _Resizing | _Setting
 
 
 @dataclass(frozen=True, slots=True)

@@ -287,29 +287,20 @@ def _with_iterators() -> list[DataLoader[Any]]:
 def _answer(
     readings: Sequence[Reading], at: int, method: str, arguments: tuple[Any, ...]
 ) -> tuple[str, bytes]:
+    """Return "value" or "error" with the pickle of it, or "unreadable"."""
+    kind = "value"
     try:
         value = getattr(readings[at], method)(*arguments)
     except BaseException as error:
-        return _packed_error(error)
-    try:
-        data = packed(value)
-        if not _is_alike(value, pickle.loads(data)):  # noqa: S301 -- made in the line above
+        if isinstance(error, RuntimeError) and any(word in str(error) for word in _FORKED_WORDS):
             return "unreadable", b""
-    except Exception:
-        return "unreadable", b""
-    return "value", data
-
-
-def _packed_error(error: BaseException) -> tuple[str, bytes]:
-    if isinstance(error, RuntimeError) and any(word in str(error) for word in _FORKED_WORDS):
-        return "unreadable", b""
-    error.add_note(f"In the process that reads batches for trials:\n{traceback.format_exc()}")
-    try:
-        data = pickle.dumps(error)
-        pickle.loads(data)  # noqa: S301 -- made in the line above
-    except Exception:
-        return "unreadable", b""
-    return "error", data
+        error.add_note(f"In the process that reads batches for trials:\n{traceback.format_exc()}")
+        kind, value = "error", error
+    with suppress(Exception):  # of a class that cannot be pickled, or not read again
+        data = packed(value)
+        if _is_alike(value, pickle.loads(data)):  # noqa: S301 -- made in the line above
+            return kind, data
+    return "unreadable", b""
 
 
 def _is_alike(value: Any, other: Any) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sized
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import cycle, islice
@@ -221,7 +220,7 @@ class _AsIterated:
     def seen(self) -> Seen:
         sizes: list[int] = []
         largest = 0
-        for batch in _within(self._batches(None), _MAX_SECONDS):
+        for batch in _within(self._spread(), _MAX_SECONDS):
             nbytes, counts = data_size(batch), sample_counts(batch)
             samples = next(filter(None, counts), 1)
             samples //= rows_of_each(counts, self._own or samples)
@@ -245,14 +244,11 @@ class _AsIterated:
         with changed_batch_size(self._loader, batch_size, self._setter):
             # One more than are counted: the last of an epoch may be short
             batches = islice(self._loader, _MAX_BATCHES + 1)
-            counts = [sample_counts(each) for each in _within(iter(batches), _MAX_SECONDS)]
+            counts = [sample_counts(each) for each in _within(batches, _MAX_SECONDS)]
         return counts[:-1]
 
-    def _batches(self, batch_size: int | None) -> Iterator[Any]:
-        changed: Any = nullcontext()
-        if batch_size is not None:
-            changed = changed_batch_size(self._loader, batch_size, self._setter)
-        with changed:
+    def _batches(self, batch_size: int) -> Iterator[Any]:
+        with changed_batch_size(self._loader, batch_size, self._setter):
             yield from self._spread()
 
     def _spread(self) -> DataLoader[Any]:
@@ -283,14 +279,14 @@ def _sizes_in(loader: DataLoader[Any], workers: int, **batches: Any) -> list[int
         generator=torch.Generator(),
     )
     sizes: list[int] = []
-    for chunk in _within(iter(chunks), _MAX_SECONDS):
+    for chunk in _within(chunks, _MAX_SECONDS):
         sizes += chunk
         if len(sizes) >= _MAX_READ:
             break
     return sizes
 
 
-def _within(parts: Iterator[Any], seconds: float) -> Iterator[Any]:
+def _within(parts: Iterable[Any], seconds: float) -> Iterator[Any]:
     """Yield the first part, and more until a time is over."""
     began = time.monotonic()
     for part in parts:

@@ -75,8 +75,12 @@ def run_trial(
             timing = time_restarted(sized, enough, context)
         if failure.outcome is not None:
             return replace(trial, outcome=failure.outcome, error=failure.message)
-    seconds = statistics.median(timing.update_seconds) / trial.accumulate
-    return replace(measured, step_seconds=seconds, optimizer_seconds=timing.optimizer_median)
+    optimizer = timing.optimizer_seconds
+    return replace(
+        measured,
+        step_seconds=statistics.median(timing.update_seconds) / trial.accumulate,
+        optimizer_seconds=statistics.median(optimizer) if optimizer else None,
+    )
 
 
 def warm_up(

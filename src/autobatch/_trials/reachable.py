@@ -1,4 +1,4 @@
-"""Objects that a workload can reach, and changes of those that no snapshot restores."""
+"""Objects that a workload can reach, and parts of library objects that hold such with a state."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import functools
 import inspect
 import random
 import sys
-import weakref
 from collections import deque
 from dataclasses import dataclass
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
@@ -16,13 +15,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
 LARGE: Final = 1000  # entries; a larger container holds data rather than state
 # Types of values without parts that a trial could change
 PLAIN: Final = frozenset({int, float, complex, bool, str, bytes, type(None)})
-_CONTAINERS: Final = (list, set, deque, dict)
+_CONTAINERS: Final = (list, tuple, set, deque, dict)
 _MOST: Final = 20_000  # values that are looked at
+_MOST_OF_HOLDER: Final = 5_000  # the same, for one object of a library
 _DEEPEST: Final = 12  # steps from the workload to a value
 # Also where they are imported from a checkout
 _LIBRARIES: Final = frozenset({"torch", "numpy", "lightning", "pytorch_lightning", "autobatch"})
@@ -90,7 +90,7 @@ def _parts(reached: Reached) -> Iterator[Reached]:
     elif isinstance(value, type):
         if is_own_module(value.__module__):
             yield from _attributes_of_class(reached, value)
-    elif isinstance(value, (list, tuple, set, deque, dict)):
+    elif isinstance(value, _CONTAINERS):
         if len(value) <= LARGE:
             yield from reached.entries()
     elif isinstance(value, torch.nn.Module):
@@ -106,9 +106,8 @@ def _variables_of(reached: Reached, function: FunctionType) -> Iterator[Reached]
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         yield reached.variable(name, _content(cell))
     names = _names(function.__code__)
-    known = function.__globals__
     for name in names:
-        value = known.get(name)
+        value = function.__globals__.get(name)
         if not isinstance(value, ModuleType):
             yield reached.variable(name, value)
         elif is_own_module(value.__name__):
@@ -174,21 +173,15 @@ def has_state_dict(value: object) -> bool:
 
 def has_state(value: object) -> bool:
     """Return True for models, optimizers, schedulers, scalers, averages and generators."""
-    return (
-        isinstance(value, (torch.nn.Module, torch.optim.Optimizer))
-        or has_state_dict(value)
-        or is_generator(value)
-    )
+    return has_state_dict(value) or is_generator(value)
 
 
 def is_generator(value: object) -> bool:
     """Recognise the random number generators of torch, Python and NumPy."""
-    numpy = sys.modules.get("numpy")
-    if isinstance(value, (torch.Generator, random.Random)):
-        return True
-    return numpy is not None and isinstance(
-        value, (numpy.random.Generator, numpy.random.RandomState)
-    )
+    kinds: tuple[type, ...] = (torch.Generator, random.Random)
+    if numpy := sys.modules.get("numpy"):
+        kinds = (*kinds, numpy.random.Generator, numpy.random.RandomState)
+    return isinstance(value, kinds)
 
 
 def library_of(value: object) -> str | None:
@@ -208,15 +201,12 @@ def library_of(value: object) -> str | None:
 def is_plain_object(value: object) -> bool:
     """Return True for an instance of a user's own class that holds state rather than data."""
     kind = type(value)
-    if isinstance(value, (torch.nn.Module, Dataset, DataLoader, Sampler, type)):
+    is_of_torch = isinstance(value, (torch.nn.Module, Dataset, DataLoader, Sampler))
+    if is_of_torch or isinstance(value, type) or hasattr(kind, "train_dataloader"):
         return False
-    return _is_plain_class(kind) and not hasattr(kind, "train_dataloader")
-
-
-def _is_plain_class(kind: type) -> bool:
-    """Return True if a class and its bases are the user's: libraries restore their own state."""
-    own = [base.__module__ for base in kind.__mro__ if base.__module__ not in _STATELESS]
-    return bool(own) and all(map(is_own_module, own))
+    # Libraries restore the state of their own bases
+    homes = [base.__module__ for base in kind.__mro__ if base.__module__ not in _STATELESS]
+    return bool(homes) and all(map(is_own_module, homes))
 
 
 @functools.cache
@@ -230,68 +220,50 @@ def is_own_module(name: str) -> bool:
     return not any("-packages" in str(path) for path in paths)
 
 
-class Watched:
-    """Variables, attributes and containers of the user, to see which of them change.
+def with_state(workload: Callable[..., Any]) -> list[Reached]:
+    """Return what a workload can reach that has a state, and library objects that hold such.
 
-    Their values are not held: a tensor that training would free must not stay on the device.
+    A library counts steps in these objects, and remembers loaders and optimizers. Each comes with
+    its parts: objects of the same library, and what has a state. Objects that hold no state are
+    left alone: loggers and progress bars.
     """
-
-    def __init__(self, workload: Callable[..., Any], restored: Sequence[Any]) -> None:
-        self._workload = workload
-        # Restored besides objects with a state_dict
-        self._restored = {id(each) for each in restored}
-        self._before = self._observed()
-
-    def changed(self) -> list[str]:
-        """Return the names of those that differ by now."""
-        now = self._observed()
-        return [name for name, before in self._before.items() if before != now.get(name, before)]
-
-    def _observed(self) -> dict[str, Any]:
-        observed: dict[str, Any] = {}
-        for each in reachable(self._workload):
-            is_watched = each.is_variable or isinstance(each.value, _CONTAINERS)
-            if is_watched and id(each.value) not in self._restored:
-                observed.setdefault(each.name, _observation(each.value))
-        return observed
+    reached = reachable(workload)
+    found = [each for each in reached if has_state(each.value)]
+    seen: set[int] = set()
+    for each in reached:
+        library = library_of(each.value)
+        if library is None or id(each.value) in seen:
+            continue
+        parts = _parts_of(each, library)
+        seen.update(id(part.value) for part in parts)
+        if any(has_state(part.value) for part in parts):
+            found.extend(parts)
+    return found
 
 
-class _Identity:
-    """The identity of a value that is not held: another may get its address once it has died."""
-
-    __slots__ = ("_key", "_reference")
-
-    def __init__(self, value: Any) -> None:
-        self._key = id(value)
-        try:
-            self._reference: Callable[[], Any] = weakref.ref(value)
-        except TypeError:  # of a list, say, which cannot be told from its successor
-            self._reference = lambda: True
-
-    def __eq__(self, other: object) -> bool:
-        is_same = isinstance(other, _Identity) and self._key == other._key
-        return is_same and self._reference() is not None
-
-    def __hash__(self) -> int:
-        return self._key
+def _parts_of(holder: Reached, library: str) -> list[Reached]:
+    parts: list[Reached] = []
+    pending, opened, looked_at = deque([holder]), {id(holder.value)}, 0
+    while pending and looked_at < _MOST_OF_HOLDER:
+        reached = pending.popleft()
+        if not isinstance(reached.value, _CONTAINERS):
+            parts.append(reached)
+        for each in _inside(reached):
+            looked_at += 1
+            value = each.value
+            is_part = has_state(value) or library_of(value) == library
+            is_opened = isinstance(value, _CONTAINERS) and len(value) <= LARGE
+            if (is_part or is_opened) and id(value) not in opened:
+                opened.add(id(value))
+                pending.append(each)
+    return parts
 
 
-def _observation(value: Any) -> tuple[Any, ...]:
-    """Return what differs once a value has changed: entries, writes of a tensor, identity."""
-    if type(value) in PLAIN:
-        return (type(value), value)
-    if isinstance(value, torch.Tensor):
-        # Private name of torch 2.6 to 2.13: how often a tensor was written
-        return (_Identity(value), None if value.is_inference() else value._version)  # noqa: SLF001
-    if not isinstance(value, _CONTAINERS):
-        return (_Identity(value), *(attributes_of(value) or ()))
-    if len(value) > LARGE:
-        return (_Identity(value), len(value))
-    entries = [*value, *(value.values() if isinstance(value, dict) else ())]
-    return (*map(_entry, entries),)
-
-
-def _entry(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return (*map(_entry, value),)
-    return value if type(value) in PLAIN else _Identity(value)
+def _inside(reached: Reached) -> Iterator[Reached]:
+    """Yield entries of a container and attributes of an object, none of what has a state."""
+    value = reached.value
+    if isinstance(value, _CONTAINERS):
+        yield from reached.entries()
+    elif not (has_state(value) or isinstance(value, torch.Tensor)):
+        for name, each in (attributes_of(value) or {}).items():
+            yield reached.part(f"{reached.name}.{name}", each)

@@ -27,7 +27,7 @@ from autobatch._trials.captured import (
     save_small_values,
     save_without_data,
 )
-from autobatch._trials.reachable import has_state, is_generator
+from autobatch._trials.reachable import has_state
 from autobatch._trials.saved import SavedGenerator, global_generators
 from autobatch._undo import Undo
 
@@ -38,12 +38,6 @@ if TYPE_CHECKING:
     from autobatch._trials.saved import Saved
 
 _logger = logging.getLogger(__name__)
-
-
-def restorable(thing: object) -> bool:
-    """Return True if a snapshot can restore the state of this object."""
-    is_loadable = hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")
-    return is_loadable or isinstance(thing, torch.Tensor) or is_generator(thing)
 
 
 class Snapshot(Undo):

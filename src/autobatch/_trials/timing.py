@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
-from autobatch._trials.workload import FailureCleanup, RunningWorkload, noting, uses_torch_compile
+from autobatch._trials.workload import (
+    FailureCleanup,
+    RunningWorkload,
+    note_size,
+    uses_torch_compile,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -23,12 +27,6 @@ class Timing:
 
     update_seconds: tuple[float, ...]
     optimizer_seconds: tuple[float, ...]  # of the optimizer in each update; empty if none stepped
-
-    @property
-    def optimizer_median(self) -> float | None:
-        """Median seconds of an optimizer step; None if none stepped."""
-        seconds = self.optimizer_seconds
-        return statistics.median(seconds) if seconds else None
 
 
 # (seconds of all updates or calls so far) -> True to end; called after each
@@ -52,8 +50,11 @@ def time_together(sized: SizedWorkload, enough: Enough, context: TrialContext) -
     which is not emptied, so that memory runs out on no rank while others wait in a collective.
     `enough` decides the same on all ranks.
     """
-    with noting(sized.batch_size):
+    try:
         return time_restarted(sized, enough, context)
+    except BaseException as error:
+        note_size(error, sized.batch_size)
+        raise
 
 
 def until(deadline: float, clock: Callable[[], float], *, updates: int) -> Enough:

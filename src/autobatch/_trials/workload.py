@@ -7,7 +7,6 @@ import operator
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
@@ -101,11 +100,9 @@ class RunningWorkload(Undo):
 
 def _as_count(yielded: Any) -> int | None:
     """Return a yielded number of samples, an int or one of numpy's; None for other objects."""
-    if isinstance(yielded, bool) or not hasattr(yielded, "__index__"):
-        return None
     try:
-        return operator.index(yielded)
-    except TypeError:  # a tensor of a loss
+        return None if isinstance(yielded, bool) else operator.index(yielded)
+    except TypeError:  # nothing, or a tensor of a loss
         return None
 
 
@@ -138,7 +135,7 @@ class FailureCleanup:
         if self.outcome is Outcome.REFUSED and not self._restores():
             self.outcome = None
         if self.outcome is None or not isinstance(error, Exception):
-            error.add_note(f"autobatch was trying batch_size={self._sized.batch_size}")
+            note_size(error, self._sized.batch_size)
             return False
         self.message = f"{type(error).__name__}: {error}".partition("\n")[0]
         free_after_failure(error, self._context.probe)
@@ -160,14 +157,9 @@ class FailureCleanup:
         return True
 
 
-@contextmanager
-def noting(batch_size: int) -> Iterator[None]:
-    """Name the batch size that was being tried in errors of the body."""
-    try:
-        yield
-    except BaseException as error:
-        error.add_note(f"autobatch was trying batch_size={batch_size}")
-        raise
+def note_size(error: BaseException, batch_size: int) -> None:
+    """Name the batch size that was being tried in an error."""
+    error.add_note(f"autobatch was trying batch_size={batch_size}")
 
 
 def free_after_failure(error: Exception, probe: MemoryProbe) -> None:
