@@ -165,6 +165,28 @@ def test_within_an_epoch_a_plan_that_does_not_fit_is_refused(tmp_path):
     assert callback.report is None
 
 
+def kept():
+    return autobatch.AutoBatch(plan="keep", on_out_of_memory="split", verbose=False)
+
+
+def test_within_an_epoch_a_plan_that_is_kept_has_to_be_that_of_the_checkpoint(tmp_path):
+    path = checkpoint_within(tmp_path, known())
+
+    with pytest.raises(
+        autobatch.AutobatchError,
+        match="finished with micro-batches of 60 × 2, and plan='keep' leaves "
+        "micro-batches of 4 × 1",
+    ) as caught:
+        resumed(path, kept())
+
+    assert "\n" not in str(caught.value)
+    assert resumed(path, kept(), **by_hand(PLAN))["epoch"] == 3
+
+
+def test_between_epochs_a_plan_that_is_kept_may_be_another(tmp_path):
+    assert resumed(checkpoint(tmp_path, known()), kept())["epoch"] == 3
+
+
 def test_a_run_with_max_steps_resumes_its_epoch_with_its_plan(
     tmp_path,
 ):

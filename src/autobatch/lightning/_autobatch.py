@@ -372,6 +372,8 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Write the report beside the logs, now that the loggers have created their directory."""
+        if self._arguments.keeps and self._run.checkpoint is not None:
+            self._run.checkpoint.check_kept(trainer)
         if self._arguments.survives:
             self._run.survive(trainer, self._arguments.device)
         if self._training is not None:
