@@ -180,7 +180,7 @@ def test_scale_of_the_loss_has_no_effect(accumulate):
 
 def test_lightning_without_a_needed_name_is_unavailable(monkeypatch):
     noise = importlib.import_module("autobatch.lightning._noise_scale")
-    monkeypatch.setattr(noise, "name_missing_to_noise_scale", lambda _: "fit_loop.no_more")
+    monkeypatch.setattr(noise, "missing_name", lambda _: "fit_loop.no_more")
 
     reading = read(autobatch.NoiseScale(), KnownNoise(), limit_train_batches=3)
 

@@ -32,7 +32,7 @@ from autobatch.lightning._checks import (
 from autobatch.lightning._compat import data_source, load_late_checkpoint
 from autobatch.lightning._estimating import estimate_training
 from autobatch.lightning._evaluation import STAGES, before_data, loaders_for
-from autobatch.lightning._package import Imported, callback_class
+from autobatch.lightning._package import Callback, Imported
 from autobatch.lightning._resources import CallbackArguments
 from autobatch.lightning._resume import Checkpoint
 from autobatch.lightning._run import Results, Run, begin_and_restore, show
@@ -58,13 +58,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("autobatch")
 
 
-if TYPE_CHECKING:
-    _Callback: type = object
-else:
-    _Callback = callback_class()
-
-
-class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
+class AutoBatch(Callback):  # type: ignore[misc]  # a class made at run time
     """Find the batch size that fits, accumulate to the effective batch size, and report the cost.
 
     Add it to a Trainer; nothing else changes. When `fit` starts, it tries batch sizes on the real

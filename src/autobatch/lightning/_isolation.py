@@ -16,7 +16,7 @@ from autobatch.lightning._package import Imported, package
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from autobatch.lightning._trainer import AnyTrainer, Trainer
+    from autobatch.lightning._trainer import Trainer
 
 # Values of a logger's experiment that a step may read, such as its folder or id
 _PLAIN: Final = (str, int, float, Path)
@@ -59,7 +59,7 @@ def local_collectives(trainer: Trainer) -> patched:
 
 
 @contextmanager
-def silenced(trainer: AnyTrainer) -> Iterator[None]:
+def silenced(trainer: Trainer) -> Iterator[None]:
     """Run the body without loggers and profiler: Lightning writes to them outside of callbacks."""
     loggers = [_SilentLogger(logger) for logger in trainer.loggers]
     profiler = package(trainer).profilers.PassThroughProfiler()

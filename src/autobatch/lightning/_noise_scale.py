@@ -15,19 +15,15 @@ from autobatch._trials.batches import NotDividedError, row_counts
 from autobatch.errors import AutobatchError
 from autobatch.lightning._compat import batches_that_stepped, data_fetcher, should_accumulate
 from autobatch.lightning._half_batch import HalfBatch
-from autobatch.lightning._package import callback_class, name_missing_to_noise_scale
+from autobatch.lightning._package import Callback, missing_name
 
 if TYPE_CHECKING:
     from autobatch._noise import NoiseReading
 
-    _Callback: type = object
-else:
-    _Callback = callback_class()
-
 _CHECKPOINT_KEY: Final = "autobatch.NoiseScale"
 
 
-class NoiseScale(_Callback):  # type: ignore[misc]  # a class made at run time
+class NoiseScale(Callback):  # type: ignore[misc]  # a class made at run time
     """Measures the gradient noise scale while a Trainer trains, without an effect on training.
 
     It compares the gradients of micro-batches, of all ranks, with the gradient of the update they
@@ -238,7 +234,7 @@ class NoiseScale(_Callback):  # type: ignore[misc]  # a class made at run time
 
 def _obstacle(trainer: Any, module: Any) -> str | None:
     """Return a reason to measure nothing in this run, if one is known at the start."""
-    name = name_missing_to_noise_scale(trainer)
+    name = missing_name(trainer)
     if name is not None:
         return f"this Lightning has no {name}, which NoiseScale needs"
     if not module.automatic_optimization:
