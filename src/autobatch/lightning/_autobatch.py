@@ -249,7 +249,6 @@ class AutoBatch(Callback):  # type: ignore[misc]  # a class made at run time
         """
         check_trainer(trainer)
         check_latency(self._arguments.settings, method)
-        check_launcher(trainer)
         loaders = loaders_for(method, train_dataloaders, val_dataloaders, dataloaders)
         self.reports.pop(method, None)
         self._begin(trainer, method, model, loaders, datamodule)
@@ -292,15 +291,13 @@ class AutoBatch(Callback):  # type: ignore[misc]  # a class made at run time
             AutobatchError: The memory of the step cannot be estimated.
         """
         check_trainer(trainer)
-        check_launcher(trainer)
-        loaders = loaders_for("fit", train_dataloaders, None, None)
         with Undo() as undo, undo:
             undo.add(partial(setattr, self, "_estimates", None))
             self._estimated = None
             self._estimates = partial(
                 estimate_training, target=target_gpu(device), calibrate=calibrate
             )
-            self._begin(trainer, "fit", model, loaders, datamodule)
+            self._begin(trainer, "fit", model, (train_dataloaders, None), datamodule)
         if self._estimated is None:
             raise AutobatchError("Nothing was estimated: fit ended before its first batch.")
         return self._estimated
@@ -470,10 +467,11 @@ class AutoBatch(Callback):  # type: ignore[misc]  # a class made at run time
         self, trainer: Any, method: str, model: Any, loaders: Sequence[Any], datamodule: Any
     ) -> None:
         """Run a method of the Trainer, which ends when it is tuned; restore all state."""
+        check_launcher(trainer)
         with Undo() as undo, undo:
             undo.add(partial(setattr, self, "_only_tunes", False))
             self._only_tunes = True
-            begin_and_restore(trainer, method, model, loaders, datamodule, self, self._undo_run)
+            begin_and_restore(self, self._undo_run, trainer, method, model, loaders, datamodule)
 
     def _end_if_only_tuning(self, trainer: Any) -> None:
         """End the run as Lightning's own tuner does, which leaves the Trainer finished."""

@@ -216,7 +216,7 @@ def _of_last_fit(
     same = report.settings == settings and _device_of(report) == here
     kept = (
         settings.target_batch_size is not None
-        or report.plan.accumulate_grad_batches == job.accumulate
+        or report.plan.accumulate_grad_batches == job.trainer.accumulate_grad_batches
     )
     if not same or not kept:
         return PriorPlan()

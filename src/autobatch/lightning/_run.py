@@ -137,24 +137,18 @@ def before_epochs(
 
 
 def begin_and_restore(
+    callback: Any,
+    undo_run: Callable[[], None],
     trainer: Any,
     method: str,
     model: Any,
     loaders: Sequence[Any],
     datamodule: Any,
-    callback: Any,
-    undo_run: Callable[[], None],
 ) -> None:
     """Run a method of the Trainer until a callback ends it; restore all state.
 
-    Args:
-        trainer: The Trainer.
-        method: Name of the method.
-        model: The module.
-        loaders: Loaders, as the method takes them.
-        datamodule: A datamodule, instead of loaders.
-        callback: The callback; others of its class in the Trainer stay out of it.
-        undo_run: Undoes the changes of the callback, if an interrupt kept it from doing so.
+    Other callbacks of its class stay out of it. `undo_run` undoes the changes of the callback, if
+    an interrupt kept it from doing so.
     """
     others = [each for each in trainer.callbacks if not isinstance(each, type(callback))]
     # Entered twice: an interrupt between the body and the inner exit still meets the outer one
