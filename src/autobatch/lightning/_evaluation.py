@@ -130,7 +130,6 @@ class EvaluationSteps:
         batches = self.resources.samples.batches(batch_size)
         with contextlib.ExitStack() as stack:
             if self.after is not None:
-                stack.enter_context(_modes_restored(self.trainer.lightning_module))
                 next(stack.enter_context(contextlib.closing(self.after())))
             with self._evaluating():
                 loop, limit = active_loop(self.trainer), self.stage.limit_of(self.trainer)
@@ -181,14 +180,3 @@ class EvaluationSteps:
         if is_logging:
             logger_connector(trainer).on_batch_end()
         loop.batch_progress.increment_completed()
-
-
-@contextlib.contextmanager
-def _modes_restored(module: torch.nn.Module) -> Iterator[None]:
-    """Restore the training mode of each submodule after the body."""
-    modes = {part: part.training for part in module.modules()}
-    try:
-        yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
