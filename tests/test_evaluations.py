@@ -250,29 +250,6 @@ def test_loaders_with_a_fixed_size_run_unchanged(method, target, caplog):
         callback.tune(trainer(), model, dataloaders=batches, method=method)
 
 
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        ({"method": "learn"}, "method='learn' is none of a Trainer's"),
-        ({"method": "test", "train_dataloaders": []}, "are for fit; give test its"),
-        ({"dataloaders": []}, "give fit its train_dataloaders"),
-    ],
-)
-def test_loaders_for_another_method_are_refused(options, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        tuner().tune(trainer(), Model(), **options)
-
-
-def test_several_loaders_keep_their_proportion():
-    model, callback = Model(kib=4), tuner(target_batch_size=None)
-
-    trainer(callback).test(model, [loader(4), loader(8)])
-
-    first, second = (max(size for at, size in model.evaluated if at == which) for which in (0, 1))
-    assert first > 4
-    assert second == 2 * first
-
-
 # Latency limit
 
 
