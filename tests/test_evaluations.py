@@ -8,8 +8,8 @@ from torch.utils.data import DataLoader
 
 import autobatch
 from autobatch.testing import SimulatedAccelerator
-from evaluating import Data, Model, data, loader, tuner
-from lightning_here import pl
+from evaluating import Data, Model, loader, tuner
+from lightning_here import data, pl
 from lightning_here import quiet_trainer as trainer
 from sameness import same
 

@@ -27,7 +27,7 @@ from torch.utils.data.dataloader import _InfiniteConstantSampler
 
 import autobatch
 from autobatch.testing import SimulatedAccelerator
-from lightning_here import QUICK, pl
+from lightning_here import QUICK, pl, quiet_trainer
 
 combined_loader = importlib.import_module(f"{pl.__name__}.utilities.combined_loader")
 
@@ -197,15 +197,7 @@ def fitted(row):
         device=SimulatedAccelerator("1MiB"),
         **QUICK,
     )
-    trainer = pl.Trainer(
-        max_epochs=2,
-        callbacks=[tuner],
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(tuner)
     trainer.fit(model, passed, datamodule=Data() if row == "datamodule" else None)
     return model, tuner, trainer, passed
 
@@ -288,21 +280,11 @@ def test_loader_made_again_at_its_own_size_is_refused_before_training():
 
     model = FromHook()
     tuner = autobatch.AutoBatch(target_batch_size=24, device=SimulatedAccelerator("1MiB"))
-    trainer = pl.Trainer(
-        max_epochs=1,
-        callbacks=[tuner],
-        overfit_batches=5,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-    )
-
     with (
         pytest.warns(UserWarning, match="overfit"),
         pytest.raises(autobatch.AutobatchError, match="a Renamed, again with batches of 4"),
     ):
-        trainer.fit(model)
+        quiet_trainer(tuner, overfit_batches=5).fit(model)
 
     assert model.epochs == []
 
@@ -323,8 +305,7 @@ def test_what_a_hook_of_loaders_sets_is_there_in_every_trial_and_by_hand_once():
     tuner = autobatch.AutoBatch(
         target_batch_size=24, max_micro_batch_size=12, device=SimulatedAccelerator("1MiB")
     )
-    options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
-    pl.Trainer(max_epochs=1, callbacks=[tuner], enable_progress_bar=False, **options).fit(model)
+    quiet_trainer(tuner, max_epochs=1).fit(model)
 
     assert len(tuner.report.trials) > 1
     assert model.made == 1

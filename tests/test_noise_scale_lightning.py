@@ -15,16 +15,10 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import autobatch
-from lightning_here import pl, quiet_trainer
+from lightning_here import data, pl, quiet_trainer
 from sameness import same
 
 torchmetrics = importlib.import_module("torchmetrics")
-
-
-def data(length=240):
-    generator = torch.Generator().manual_seed(5)
-    x = torch.randn(length, 16, generator=generator)
-    return TensorDataset(x, x[:, :4].argmax(1))
 
 
 def loader(batch_size=8, length=240):

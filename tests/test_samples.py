@@ -21,7 +21,7 @@ from torch.utils.data import (
 
 import autobatch
 from autobatch.testing import SimulatedAccelerator
-from lightning_here import pl
+from lightning_here import pl, quiet_trainer
 
 _samples = importlib.import_module("autobatch._loaders.samples")
 _reading = importlib.import_module("autobatch._loaders.reading")
@@ -72,16 +72,7 @@ class Model(pl.LightningModule):
 
 def fit(dataset, device, collate_fn=padded, workers=0, **options):
     callback = autobatch.AutoBatch(device=device, **options)
-    trainer = pl.Trainer(
-        max_epochs=1,
-        callbacks=[callback],
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    model = Model()
+    trainer, model = quiet_trainer(callback, max_epochs=1), Model()
     loader = DataLoader(dataset, 4, collate_fn=collate_fn, num_workers=workers)
     with device.limited(int(0.9 * device.capacity)):  # in training too
         trainer.fit(model, loader)
@@ -123,7 +114,7 @@ def test_report_shows_the_number_of_samples_read_of_a_large_data_set():
     callback = autobatch.AutoBatch(device=SimulatedAccelerator("4MiB"))
 
     report = callback.tune(
-        pl.Trainer(max_epochs=1, accelerator="cpu", logger=False),
+        quiet_trainer(max_epochs=1),
         Model(),
         DataLoader(dataset, 4, collate_fn=padded),
     )
@@ -141,7 +132,7 @@ def test_data_set_is_read_once_for_all_trials():
     )
 
     report = callback.tune(
-        pl.Trainer(max_epochs=1, accelerator="cpu", logger=False),
+        quiet_trainer(max_epochs=1),
         Model(),
         DataLoader(dataset, 4, collate_fn=padded),
     )
@@ -203,7 +194,7 @@ def test_worst_case_replaces_reading_samples():
 
     callback = autobatch.AutoBatch(device=device, worst_case=worst_case)
     report = callback.tune(
-        pl.Trainer(max_epochs=1, accelerator="cpu", logger=False),
+        quiet_trainer(max_epochs=1),
         Model(),
         DataLoader(dataset, 4, collate_fn=padded),
     )
@@ -227,7 +218,7 @@ def test_worst_case_that_ignores_its_argument_is_refused():
 
     with pytest.raises(ValueError, match="as much data for 8 samples as for 4"):
         callback.tune(
-            pl.Trainer(max_epochs=1, accelerator="cpu", logger=False),
+            quiet_trainer(max_epochs=1),
             Model(),
             DataLoader(Sequences(100, long_at=3), 4, collate_fn=padded),
         )
@@ -319,7 +310,7 @@ def test_large_batch_of_few_samples_is_collated_once(monkeypatch):
     callback = autobatch.AutoBatch(device=SimulatedAccelerator("4MiB"))
 
     report = callback.tune(
-        pl.Trainer(max_epochs=1, accelerator="cpu", logger=False),
+        quiet_trainer(max_epochs=1),
         Model(),
         DataLoader([torch.ones(16, 4)] * 500, 4, collate_fn=counted),
     )
