@@ -459,8 +459,9 @@ class AutoBatch(Callback):  # type: ignore[misc]  # a class made at run time
         self._end_if_only_tuning(trainer)
         self._run.rebatch(stage.name, data_source(stage.loop_of(trainer)), tuned.sizes).start()
         if tuned.is_changed:
-            self._run.attribute = BatchSizeAttribute(module, name)
-            self._run.attribute.set(tuned.sizes[0].batch_size)
+            attribute = BatchSizeAttribute(module, name)
+            self._run.changes.add(attribute.restore)
+            attribute.set(tuned.sizes[0].batch_size)
         show(tuned.report, trainer, sinks.console, verbose=self._arguments.verbose)
 
     def _begin(

@@ -127,6 +127,10 @@ class EvaluationSteps:
 
     def __call__(self, batch_size: int, accumulate: int) -> Iterator[None]:
         """Yield after each round of the loaders; nothing is accumulated."""
+        if self.after is None:
+            self.resources.attribute.restore()
+            if batch_size != self.resources.loaders.largest_batch:
+                self.resources.attribute.set(batch_size)
         batches = self.resources.samples.batches(batch_size)
         with contextlib.ExitStack() as stack:
             if self.after is not None:

@@ -61,18 +61,13 @@ class Tuned:
 
     report: TuningReport
     sizes: tuple[LoaderSize, ...]  # of each loader
-    own_sizes: tuple[LoaderSize, ...]  # the ones they had
+    is_changed: bool = True  # False if the loaders of an evaluation keep their own sizes
     fingerprint: str = ""  # of the model and the data, in training
     # Of each validation loader; None if they stay as they are
     validation_sizes: tuple[LoaderSize, ...] | None = None
     # Bytes on the device that callbacks held in trials; None if their hooks ran in trials, so that
     # peaks count all that they make
     held_by_callbacks: int | None = None
-
-    @property
-    def is_changed(self) -> bool:
-        """True if a loader gets another batch size."""
-        return self.sizes != self.own_sizes
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,19 +100,19 @@ class TunedTraining:
             workload.target = known.effective_batch_size or planned or settings.target_batch_size
             report = tune(subject, settings, context, arguments.search, known)
             limits.check(report.plan)
-            resources.samples.check_size(report.plan.micro_batch_size)
+            size = report.plan.micro_batch_size
+            resources.samples.check_size(size)
             tuned = Tuned(
                 report,
-                loaders.sized(report.plan.micro_batch_size),
-                loaders.sized(loaders.batch_size),
-                fingerprint,
+                loaders.sized(size),
+                fingerprint=fingerprint,
                 held_by_callbacks=None if workload.runs_callbacks else bytes_of_callbacks(trainer),
             )
             if not trainer.enable_validation:
                 return tuned
             # Validation keeps the size that its hook gives it before the plan is applied
             resources.attribute.restore()
-            return with_validation(tuned, subject, arguments)
+            return with_validation(tuned, subject)
 
     def begin(self, tuned: Tuned) -> None:
         """Apply the plan before training begins."""
