@@ -385,22 +385,6 @@ def test_a_second_fit_of_another_module_or_data_searches(model, length, options)
     assert not any("found before" in note for note in callback.report.notes)
 
 
-def test_a_sweep_with_one_callback_finds_the_plans_of_new_callbacks():
-    def plans(callback_of):
-        found = []
-        for width in (512, 64):
-            callback = callback_of()
-            trainer(callback, max_epochs=1).fit(of_width(width), loader())
-            found.append(callback.report.plan)
-        return found
-
-    def new():
-        return tuner(target_batch_size=None, device=SimulatedAccelerator("900KiB"))
-
-    one = new()
-    assert plans(lambda: one) == plans(new)
-
-
 class FirstColumns(Model):
     def training_step(self, batch, batch_idx):
         x, y = batch
