@@ -15,7 +15,7 @@ from autobatch._report.tradeoff import unwrapped
 from autobatch.errors import AutobatchError
 from autobatch.lightning._compat import averages_models, data_source, start_method
 from autobatch.lightning._hooks import overrides
-from autobatch.lightning._package import TESTED, is_trainer, missing_name, package, package_of
+from autobatch.lightning._package import TESTED, missing_name, package, package_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 def check_trainer(trainer: Any) -> None:
     """Raise `ValueError` for anything but a Trainer."""
-    if not is_trainer(trainer):
+    if not package_of(trainer):
         raise ValueError(f"trainer={trainer!r} is not a Trainer; give the one to tune for.")
 
 

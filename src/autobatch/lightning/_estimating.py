@@ -44,17 +44,15 @@ def estimate_training(
         AutobatchError: The memory of the step cannot be estimated.
     """
     with trial_resources(trainer, module, arguments, None) as resources:
+        wanted = arguments.settings.target_batch_size
+        accumulate = trainer.accumulate_grad_batches if wanted is None else 1
         try:
-            accumulate = trainer.accumulate_grad_batches
             step = traceable_step(trainer, module, resources.samples, accumulate)
             batches = {size: step.batch(size) for size in SIZES}
         except UntraceableError as error:
             raise refusal(str(error)) from None
         step = replace(step, batch=batches.__getitem__)
         limit = parse_memory_limit(arguments.settings.memory_limit)
-        wanted = arguments.settings.target_batch_size
-        if wanted is not None:
-            step = replace(step, accumulate=1)
         estimate = estimate_of(Inputs.of(step, trainer.precision), target, limit, calibrate)
         if wanted is not None and estimate.largest < wanted // data_parallel_size(trainer):
             # Gradients live through all forward passes but the first, however many there are

@@ -38,7 +38,7 @@ class Stage:
     # Name of the method, and of the state of the Trainer meanwhile
     name: Literal["validate", "test", "predict"]
     hook: str  # name in the hooks of the module: "validation" of `on_validation_start`
-    limit: str  # attribute of the Trainer that limits its batches
+    limit: str  # attribute of the Trainer that limits its batches to a number or a share
 
     @property
     def step(self) -> str:
@@ -47,11 +47,6 @@ class Stage:
     def loop_of(self, trainer: Trainer) -> PredictionLoop:
         loop: PredictionLoop = getattr(trainer, f"{self.name}_loop")
         return loop
-
-    def limit_of(self, trainer: Trainer) -> int | float:
-        """Return the limit of its batches in a Trainer, a number or a share."""
-        limit: int | float = getattr(trainer, self.limit)
-        return limit
 
 
 VALIDATION: Final = Stage("validate", "validation", "limit_val_batches")
@@ -136,7 +131,7 @@ class EvaluationSteps:
             if self.after is not None:
                 next(stack.enter_context(contextlib.closing(self.after())))
             with self._evaluating():
-                loop, limit = active_loop(self.trainer), self.stage.limit_of(self.trainer)
+                loop, limit = active_loop(self.trainer), getattr(self.trainer, self.stage.limit)
             lengths = stack.enter_context(
                 evaluation_shown(self.trainer, loop, self.resources.loaders, batch_size, limit)
             )

@@ -42,18 +42,10 @@ def _callback_class() -> type:
 Callback: Any = _callback_class()
 
 
-def is_trainer(thing: Any) -> bool:
-    """Return whether an object is a Trainer of one of the Lightning packages."""
-    return any(
-        kind.__name__ == "Trainer" and kind.__module__.startswith(_PACKAGES)
-        for kind in type(thing).__mro__
-    )
-
-
-def package_of(trainer: Any) -> str:
-    """Return the name of the Lightning package a Trainer comes from."""
-    modules = (kind.__module__ for kind in type(trainer).__mro__ if kind.__name__ == "Trainer")
-    return next(name for module in modules for name in _PACKAGES if module.startswith(name))
+def package_of(thing: Any) -> str:
+    """Return the name of the Lightning package a Trainer comes from; "" for any other object."""
+    modules = (kind.__module__ for kind in type(thing).__mro__ if kind.__name__ == "Trainer")
+    return next((name for module in modules for name in _PACKAGES if module.startswith(name)), "")
 
 
 def package(trainer: Any) -> Any:

@@ -201,8 +201,12 @@ def _of_checkpoint(
         )
     if not checkpoint.between_epochs:
         return _within_epoch(plan, own, here)
-    if not checkpoint.was_on(here) or not _allowed(plan, settings):
-        return PriorPlan.tuned_again(plan, _on_device(checkpoint, here))
+    if not checkpoint.was_on(here):
+        device = (checkpoint.trained_on or here).device
+        return PriorPlan.tuned_again(plan, f" on {plan.world_size} × {device}")
+    bounds = (settings.max_micro_batch_size, settings.dataset_size)
+    if any(bound is not None and plan.micro_batch_size > bound for bound in bounds):
+        return PriorPlan.tuned_again(plan, "")
     return PriorPlan.resumed(plan)
 
 
@@ -247,15 +251,3 @@ def _finished_with(plan: BatchPlan) -> str:
 def _device_of(report: TuningReport) -> DeviceId:
     device = report.device
     return DeviceId.of(device.name, device.total, report.plan.world_size)
-
-
-def _allowed(plan: BatchPlan, settings: Settings) -> bool:
-    bounds = (settings.max_micro_batch_size, settings.dataset_size)
-    return all(bound is None or plan.micro_batch_size <= bound for bound in bounds)
-
-
-def _on_device(checkpoint: Checkpoint, here: DeviceId) -> str:
-    if checkpoint.was_on(here) or checkpoint.plan is None:
-        return ""
-    device = (checkpoint.trained_on or here).device
-    return f" on {checkpoint.plan.world_size} × {device}"
