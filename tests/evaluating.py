@@ -5,17 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 import autobatch
 from autobatch.testing import SimulatedAccelerator
-from lightning_here import QUICK, pl
-
-
-def data(length=240):
-    generator = torch.Generator().manual_seed(5)
-    x = torch.randn(length, 16, generator=generator)
-    return TensorDataset(x, x[:, :4].argmax(1))
+from lightning_here import QUICK, data, pl
 
 
 def loader(batch_size, length=240):
@@ -75,7 +69,7 @@ class Data(pl.LightningDataModule):
 
     def val_dataloader(self):
         # Lightning's predict refuses a hook that passes it by position
-        return DataLoader(data(), batch_size=self.hparams.validated * self.hparams.batch_size)
+        return DataLoader(data(240), batch_size=self.hparams.validated * self.hparams.batch_size)
 
     test_dataloader = predict_dataloader = val_dataloader
 

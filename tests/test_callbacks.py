@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import csv
-import importlib
 import json
 import pickle
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import autobatch
-from autobatch._loaders.batch_size import LoaderSize
 from autobatch.testing import SimulatedAccelerator
 from lightning_here import Model, data, pl, plain, tuner
 from lightning_here import quiet_trainer as trainer
@@ -316,8 +314,18 @@ class BySwitch(pl.Callback):
         fitted.fit_loop._combined_loader.limits = [len(self.loader)]
 
 
+@dataclass(frozen=True)
+class Only:
+    """A search that tries one size."""
+
+    size: int
+
+    def propose(self, trials, *, start, high, budget):
+        return None if trials else self.size
+
+
 @pytest.mark.parametrize("own", [False, True], ids=["global", "own generator"])
-def test_training_after_retuning_is_identical_to_a_change_by_hand(own, monkeypatch):
+def test_training_after_retuning_is_identical_to_a_change_by_hand(own):
     def run(*others, size=4, **options):
         pl.seed_everything(1, verbose=False)
         generator = torch.Generator().manual_seed(3) if own else None
@@ -334,19 +342,13 @@ def test_training_after_retuning_is_identical_to_a_change_by_hand(own, monkeypat
 
     # Both plans are given, so that the comparison is of the change alone
     plans = [autobatch.BatchPlan(60, 2), autobatch.BatchPlan(20, 6)]
-    device = SimulatedAccelerator("2MiB")
-    callback = tuner(plan=plans[0], retune_at_epochs=[1], device=device)
-    training = importlib.import_module("autobatch.lightning._tuned_training")
-    tune = training.tune_training
-
-    def second(fitted, *arguments):
-        tuned = tune(fitted, *arguments)
-        if fitted.current_epoch != 1:
-            return tuned
-        report = tuned.report.model_copy(update={"plan": plans[1]})
-        return replace(tuned, report=report, sizes=(LoaderSize(20, None),))
-
-    monkeypatch.setattr(training, "tune_training", second)
+    callback = tuner(
+        plan=plans[0],
+        search=Only(20),
+        timing_seconds=0,
+        retune_at_epochs=[1],
+        device=SimulatedAccelerator("2MiB"),
+    )
     tuned = run(lambda _: callback)
     by_hand = run(
         lambda data_loader: BySwitch(plans[1], data_loader),
@@ -354,6 +356,7 @@ def test_training_after_retuning_is_identical_to_a_change_by_hand(own, monkeypat
         accumulate_grad_batches=2,
     )
 
+    assert callback.report.plan == plans[1]
     assert {size for epoch, size, _ in tuned[0] if epoch} == {20}
     assert same(tuned, by_hand)
 

@@ -8,8 +8,8 @@ from torch.utils.data import DataLoader
 
 import autobatch
 from autobatch.testing import SimulatedAccelerator
-from evaluating import Data, Model, data, loader, tuner
-from lightning_here import pl
+from evaluating import Data, Model, loader, tuner
+from lightning_here import data, pl
 from lightning_here import quiet_trainer as trainer
 from sameness import same
 
@@ -248,29 +248,6 @@ def test_loaders_with_a_fixed_size_run_unchanged(method, target, caplog):
     assert f"{method} runs its loaders as they are" in caplog.text
     with pytest.raises(autobatch.AutobatchError, match="batch_size=None"):
         callback.tune(trainer(), model, dataloaders=batches, method=method)
-
-
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        ({"method": "learn"}, "method='learn' is none of a Trainer's"),
-        ({"method": "test", "train_dataloaders": []}, "are for fit; give test its"),
-        ({"dataloaders": []}, "give fit its train_dataloaders"),
-    ],
-)
-def test_loaders_for_another_method_are_refused(options, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        tuner().tune(trainer(), Model(), **options)
-
-
-def test_several_loaders_keep_their_proportion():
-    model, callback = Model(kib=4), tuner(target_batch_size=None)
-
-    trainer(callback).test(model, [loader(4), loader(8)])
-
-    first, second = (max(size for at, size in model.evaluated if at == which) for which in (0, 1))
-    assert first > 4
-    assert second == 2 * first
 
 
 # Latency limit

@@ -82,14 +82,6 @@ def test_training_steps_get_the_tuned_batch_size_in_every_epoch(options):
     assert model.hparams_initial.batch_size == plan.micro_batch_size
 
 
-def test_fit_restores_the_batch_size_of_the_loader():
-    loader = DataLoader(data(), batch_size=4, shuffle=True)
-
-    trainer(tuner()).fit(Model(), loader)
-
-    assert loader.batch_size == loader.batch_sampler.batch_size == 4
-
-
 def test_an_error_in_training_restores_the_batch_size_of_the_loader():
     loader, model = DataLoader(data(), batch_size=4), Model()
 
@@ -157,14 +149,6 @@ def test_an_overridden_accumulation_is_noted():
     trainer(callback, accumulate_grad_batches=5).fit(Model(), DataLoader(data(), batch_size=4))
 
     assert any("accumulate_grad_batches=5" in note for note in callback.report.notes)
-
-
-def test_the_validation_loader_keeps_its_size():
-    model, validation = Model(), DataLoader(data(20), batch_size=5)
-
-    trainer(tuner()).fit(model, DataLoader(data(), batch_size=4), validation)
-
-    assert set(model.validated) == {5}
 
 
 def test_trials_fire_no_hooks_of_the_users_callbacks_and_log_nothing(tmp_path):
@@ -420,24 +404,6 @@ def test_the_report_is_printed_and_written_beside_the_logs(tmp_path, capsys):
     assert "= 120 per update" in capsys.readouterr().out
     assert written.dataset_size == 600
     assert written.subject == "Model · AdamW · 32-true"
-
-
-def test_a_fit_without_a_logger_writes_nothing(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-    trainer(tuner()).fit(Model(), DataLoader(data(), batch_size=4))
-
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_known_plan_needs_one_trial():
-    callback = tuner(target_batch_size=None, plan=autobatch.BatchPlan(30, 4))
-
-    fitted = trainer(callback)
-    fitted.fit(Model(), DataLoader(data(), batch_size=4))
-
-    assert len(callback.report.trials) == 1
-    assert fitted.accumulate_grad_batches == 4
 
 
 def test_a_trial_has_the_peak_memory_of_training_steps():

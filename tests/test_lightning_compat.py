@@ -120,14 +120,12 @@ def test_a_lightning_that_lacks_a_name_is_refused(monkeypatch, name):
 def test_the_installed_lightning_lacks_nothing():
     class Asks(autobatch.lightning.AutoBatch.__base__):
         def setup(self, trainer, pl_module, stage):
-            found.append(
-                (package.missing_name(trainer), package.name_missing_to_noise_scale(trainer))
-            )
+            found.append(package.missing_name(trainer))
 
     found = []
     quiet_trainer(Asks()).fit(Model(), DataLoader(data(), batch_size=4))
 
-    assert found == [(None, None)]
+    assert found == [None]
 
 
 def private_names(tree):

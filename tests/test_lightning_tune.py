@@ -95,7 +95,7 @@ def test_tune_refuses_what_is_no_trainer(value):
 
 def test_tune_beside_another_autobatch_changes_nothing():
     own, other = tuner(target_batch_size=60), tuner()
-    fitted, model, loader = trainer(other), Model(), plain()
+    fitted, model, loader = trainer(other, autobatch.NoiseScale()), Model(), plain()
     callbacks, listed = fitted.callbacks, list(fitted.callbacks)
 
     report = own.tune(fitted, model, loader)

@@ -12,22 +12,16 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 import autobatch
 from autobatch import sinks
 from autobatch.testing import SimulatedAccelerator
-from lightning_here import HERE, pl
+from lightning_here import HERE, data, pl, quiet_trainer
 from report_examples import example
 
 yaml = importlib.import_module("yaml")  # Lightning needs it
 _loggers = importlib.import_module("autobatch.lightning._loggers")
-
-
-def data():
-    generator = torch.Generator().manual_seed(5)
-    x = torch.randn(240, 16, generator=generator)
-    return TensorDataset(x, x[:, :4].argmax(1))
 
 
 class Model(pl.LightningModule):
@@ -60,7 +54,7 @@ class Data(pl.LightningDataModule):
         self.save_hyperparameters()
 
     def train_dataloader(self):
-        return DataLoader(data(), self.hparams.batch_size, shuffle=True)
+        return DataLoader(data(240), self.hparams.batch_size, shuffle=True)
 
 
 class Mine(pl.loggers.logger.Logger):
@@ -104,22 +98,14 @@ def tuner(**options):
 
 
 def trainer(*callbacks, **options):
-    quiet = {
-        "max_epochs": 2,
-        "accelerator": "cpu",
-        "log_every_n_steps": 1,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    return pl.Trainer(callbacks=list(callbacks), **{**quiet, **options})
+    return quiet_trainer(*callbacks, **{"log_every_n_steps": 1, **options})
 
 
 def fit(*loggers, model=None, datamodule=None, **options):
     """Fit with a logger, and return the report."""
     pl.seed_everything(1, verbose=False)
     callback, model = tuner(), model or Named()
-    loader = None if datamodule else DataLoader(data(), batch_size=4, shuffle=True)
+    loader = None if datamodule else DataLoader(data(240), batch_size=4, shuffle=True)
     fitted = trainer(callback, logger=list(loggers), **options)
     fitted.fit(model, loader, datamodule=datamodule)
     return callback.report
@@ -239,7 +225,7 @@ def test_logged_metrics_equal_those_of_a_run_by_hand(kind, tmp_path):
         other = [kind()] if kind is Draws else []
         pl.seed_everything(1, verbose=False)
         model = Named(size)
-        loader = DataLoader(data(), batch_size=size, shuffle=True)
+        loader = DataLoader(data(240), batch_size=size, shuffle=True)
         trainer(*callbacks, logger=[*other, watching], accumulate_grad_batches=accumulate).fit(
             model, loader
         )
@@ -295,7 +281,7 @@ def test_nothing_is_written_without_a_logger(options, tmp_path, monkeypatch):
         def training_step(self, batch, batch_idx):
             return F.cross_entropy(self.net(batch[0]), batch[1])
 
-    trainer(callback, **options).fit(Silent(), DataLoader(data(), batch_size=4))
+    trainer(callback, **options).fit(Silent(), DataLoader(data(240), batch_size=4))
 
     assert callback.report is not None
     assert list(tmp_path.iterdir()) == []
@@ -305,7 +291,7 @@ def test_a_fast_dev_run_logs_nothing(tmp_path):
     callback, logger = tuner(), pl.loggers.CSVLogger(tmp_path)
 
     fitted = trainer(callback, logger=logger, fast_dev_run=True)
-    fitted.fit(Model(), DataLoader(data(), batch_size=4))
+    fitted.fit(Model(), DataLoader(data(240), batch_size=4))
 
     assert fitted.global_step == 1
     assert callback.report is None

@@ -15,16 +15,10 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import autobatch
-from lightning_here import pl, quiet_trainer
+from lightning_here import data, pl, quiet_trainer
 from sameness import same
 
 torchmetrics = importlib.import_module("torchmetrics")
-
-
-def data(length=240):
-    generator = torch.Generator().manual_seed(5)
-    x = torch.randn(length, 16, generator=generator)
-    return TensorDataset(x, x[:, :4].argmax(1))
 
 
 def loader(batch_size=8, length=240):
@@ -180,7 +174,7 @@ def test_scale_of_the_loss_has_no_effect(accumulate):
 
 def test_lightning_without_a_needed_name_is_unavailable(monkeypatch):
     noise = importlib.import_module("autobatch.lightning._noise_scale")
-    monkeypatch.setattr(noise, "name_missing_to_noise_scale", lambda _: "fit_loop.no_more")
+    monkeypatch.setattr(noise, "missing_name", lambda _: "fit_loop.no_more")
 
     reading = read(autobatch.NoiseScale(), KnownNoise(), limit_train_batches=3)
 

@@ -165,6 +165,28 @@ def test_within_an_epoch_a_plan_that_does_not_fit_is_refused(tmp_path):
     assert callback.report is None
 
 
+def kept():
+    return autobatch.AutoBatch(plan="keep", on_out_of_memory="split", verbose=False)
+
+
+def test_within_an_epoch_a_plan_that_is_kept_has_to_be_that_of_the_checkpoint(tmp_path):
+    path = checkpoint_within(tmp_path, known())
+
+    with pytest.raises(
+        autobatch.AutobatchError,
+        match="finished with micro-batches of 60 × 2, and plan='keep' leaves "
+        "micro-batches of 4 × 1",
+    ) as caught:
+        resumed(path, kept())
+
+    assert "\n" not in str(caught.value)
+    assert resumed(path, kept(), **by_hand(PLAN))["epoch"] == 3
+
+
+def test_between_epochs_a_plan_that_is_kept_may_be_another(tmp_path):
+    assert resumed(checkpoint(tmp_path, known()), kept())["epoch"] == 3
+
+
 def test_a_run_with_max_steps_resumes_its_epoch_with_its_plan(
     tmp_path,
 ):
@@ -361,22 +383,6 @@ def test_a_second_fit_of_another_module_or_data_searches(model, length, options)
 
     assert len(callback.report.trials) > 1
     assert not any("found before" in note for note in callback.report.notes)
-
-
-def test_a_sweep_with_one_callback_finds_the_plans_of_new_callbacks():
-    def plans(callback_of):
-        found = []
-        for width in (512, 64):
-            callback = callback_of()
-            trainer(callback, max_epochs=1).fit(of_width(width), loader())
-            found.append(callback.report.plan)
-        return found
-
-    def new():
-        return tuner(target_batch_size=None, device=SimulatedAccelerator("900KiB"))
-
-    one = new()
-    assert plans(lambda: one) == plans(new)
 
 
 class FirstColumns(Model):

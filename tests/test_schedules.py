@@ -123,12 +123,6 @@ def test_a_schedule_that_may_read_the_batch_size_is_noted_without_a_length():
     assert "each of 32 samples now instead of 4" in note
 
 
-def test_a_schedule_has_no_note_with_the_same_effective_batch():
-    schedule, _ = SCHEDULES["CosineAnnealingLR"]
-
-    assert counted(fit(Scheduled(schedule), batch_size=32)) == []
-
-
 def test_the_frequency_of_a_schedule_counts():
     schedule, _ = SCHEDULES["CosineAnnealingLR"]
 

@@ -6,7 +6,6 @@ import functools
 import pathlib
 import queue
 import threading
-import types
 from collections import UserDict
 from typing import NamedTuple
 
@@ -411,64 +410,6 @@ def test_sizes_that_a_step_refuses_are_left_out():
     assert any("a batch of pairs of pairs" in note for note in both.report.notes)
 
 
-# The name of the batch size
-
-
-class Configured(Recorded):
-    def __init__(self):
-        super().__init__()
-        self.config = types.SimpleNamespace(data={"loader": {"batch_size": 4}})
-
-    def train_dataloader(self):
-        return shuffled(self.config.data["loader"]["batch_size"])
-
-
-def test_dotted_name_reaches_into_a_configuration():
-    module = Configured()
-    callback = tuner(batch_arg_name="config.data.loader.batch_size")
-
-    quiet_trainer(callback).fit(module)
-
-    size = callback.report.plan.micro_batch_size
-    assert module.config.data == {"loader": {"batch_size": size}}
-    assert set(module.sizes) == {size}
-
-
-class Computed(Recorded):
-    """The size follows from two other numbers."""
-
-    views = 2
-
-    @property
-    def batch_size(self):
-        return 2 * self.views
-
-    @property
-    def micro(self):
-        return 2 * self.views
-
-    def train_dataloader(self):
-        return shuffled(self.batch_size)
-
-
-def test_size_that_is_computed_is_left_alone():
-    module, callback = Computed(), tuner()
-
-    quiet_trainer(callback).fit(module)
-
-    assert module.batch_size == 4
-    assert max(module.sizes) == callback.report.plan.micro_batch_size
-
-
-def test_name_that_cannot_be_assigned_is_refused_before_the_search():
-    module = Computed()
-
-    with pytest.raises(AutobatchError, match=r"^micro=4, .*\.$"):
-        quiet_trainer(tuner(batch_arg_name="micro")).fit(module)
-
-    assert module.sizes == []
-
-
 # Several runs
 
 
@@ -496,22 +437,6 @@ def test_one_callback_for_all_folds_searches_for_each_kind_of_data():
 
     assert all(a == b for a, b in sizes)
     assert sizes[1][0] < sizes[0][0] / 2
-
-
-def test_tune_leaves_a_trainer_with_its_own_callbacks_as_it_was():
-    own, noise = tuner(target_batch_size=48), autobatch.NoiseScale()
-    trainer = quiet_trainer(own, noise, accumulate_grad_batches=3)
-    loader, module = shuffled(4), Recorded()
-    weights = {name: value.clone() for name, value in module.state_dict().items()}
-    callbacks = list(trainer.callbacks)
-
-    report = tuner().tune(trainer, module, loader)
-
-    assert report.plan.effective_batch_size == 24
-    assert own.report is None
-    assert trainer.callbacks == callbacks
-    assert (trainer.accumulate_grad_batches, loader.batch_size) == (3, 4)
-    assert same(module.state_dict(), weights)
 
 
 # Plain loops

@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import autobatch
-from evaluating import Data, Model, data, loader, tuner
-from lightning_here import pl
+from evaluating import Data, Model, loader, tuner
+from lightning_here import data, pl
 from lightning_here import quiet_trainer as trainer
 from sameness import same
 
@@ -195,7 +195,7 @@ def test_training_with_validation_is_bit_identical_to_training_by_hand():
         pl.seed_everything(1, verbose=False)
         model = Dropped()
         fitted = trainer(*callbacks, **options)
-        passed = DataLoader(data(), size, shuffle=True)
+        passed = DataLoader(data(240), size, shuffle=True)
         fitted.fit(model, passed, loader(validation))
         metrics = {name: value.item() for name, value in fitted.callback_metrics.items()}
         return [

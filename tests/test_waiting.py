@@ -116,6 +116,10 @@ def test_a_few_batches_are_not_reported():
     assert fit(Model(), Slow(12)).loading is None
 
 
+def test_200_batches_are_measured():
+    assert fit(Model(), Slow(300, 0.0)).loading.batches == 200
+
+
 def test_fit_restores_the_profiler_calls_of_the_loop():
     class Watching(pl.Callback):
         def on_train_end(self, trainer, pl_module):
@@ -155,56 +159,11 @@ class Clock:
         return self.now
 
 
-def run(wait, clock, trainer, batches, *, waits, steps):
-    for _ in range(batches):
-        wait.start_batch(trainer)
-        clock.now += steps
-        trainer._start_profiler()
-        clock.now += waits
-        trainer._stop_profiler()
-
-
-def test_waiting_and_steps_add_up_to_the_whole_time():
-    clock, trainer = Clock(), Trainer()
-    wait = DataLoaderTimer(clock)
-
-    run(wait, clock, trainer, 24, waits=3.0, steps=7.0)
-    wait.stop()
-
-    assert wait.loading.batches == 20
-    assert wait.loading.wait_seconds == pytest.approx(60)
-    assert wait.loading.step_seconds == pytest.approx(140)
-    assert wait.loading.share == pytest.approx(0.3)
-    assert trainer.profiled == 24 * ["start", "stop"]
-
-
-def test_the_timer_stops_after_200_batches():
-    clock, trainer = Clock(), Trainer()
-    start = trainer._start_profiler
-    wait = DataLoaderTimer(clock)
-
-    run(wait, clock, trainer, 300, waits=3.0, steps=7.0)
-
-    assert wait.loading.batches == 200
-    assert trainer._start_profiler is start
-
-
-def test_interruptions_are_not_counted():
-    clock, trainer = Clock(), Trainer()
-    wait = DataLoaderTimer(clock)
-
-    for _ in range(10):
-        run(wait, clock, trainer, 5, waits=3.0, steps=7.0)
-        wait.interrupt()
-        clock.now += 1000
-
-    assert wait.loading.wait_seconds + wait.loading.step_seconds == pytest.approx(
-        10 * wait.loading.batches
-    )
-
-
-@pytest.mark.parametrize(("is_done", "share"), [(True, 0.3), (False, 0.0)])
-def test_on_a_gpu_a_wait_counts_only_with_an_empty_queue(is_done, share, monkeypatch):
+@pytest.mark.parametrize(
+    ("device", "is_done", "share"),
+    [("cpu", None, 0.3), ("cuda:1", True, 0.3), ("cuda:1", False, 0)],
+)
+def test_on_a_gpu_a_wait_counts_only_with_an_empty_queue(device, is_done, share, monkeypatch):
     class Event:
         def record(self, stream):
             assert stream == "of cuda:1"
@@ -214,9 +173,17 @@ def test_on_a_gpu_a_wait_counts_only_with_an_empty_queue(is_done, share, monkeyp
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda d: f"of {d}")
-    clock, trainer = Clock(), Trainer("cuda:1")
-    wait = DataLoaderTimer(clock)
+    clock, trainer = Clock(), Trainer(device)
+    timer = DataLoaderTimer(clock)
 
-    run(wait, clock, trainer, 24, waits=3.0, steps=7.0)
+    for _ in range(24):
+        timer.start_batch(trainer)
+        clock.now += 7.0
+        trainer._start_profiler()
+        clock.now += 3.0
+        trainer._stop_profiler()
+    timer.stop()
 
-    assert wait.loading.share == pytest.approx(share)
+    assert timer.loading.wait_seconds == pytest.approx(share * 200)
+    assert timer.loading.step_seconds == pytest.approx((1 - share) * 200)
+    assert trainer.profiled == 24 * ["start", "stop"]

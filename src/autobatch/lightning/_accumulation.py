@@ -71,7 +71,7 @@ class SplittingTest:
         if plan.accumulate_grad_batches == 1:
             return ()
         norms = batch_norms(self.module.modules())
-        size = _even_samples(plan)
+        size = min(plan.micro_batch_size, _MAX_SAMPLES) // 2 * 2  # 0 for one sample
         is_tested = self.module.automatic_optimization and not norms and size > 0
         if is_tested and not time_limit.allows(size, time_limit.nearest(size), 0.0):
             limit = f"time_limit={time_limit.limit or 0.0:g} seconds"
@@ -127,11 +127,6 @@ class SplittingTest:
         weights = [each for each in self.module.parameters() if each.requires_grad]
         scale = _FP16_LOSS_SCALE if self.trainer.precision.startswith("16") else 1.0
         return torch.autograd.grad(scale * loss, weights, allow_unused=True)
-
-
-def _even_samples(plan: BatchPlan) -> int:
-    """Return the samples for the test, an even number; 0 for micro-batches of one sample."""
-    return min(plan.micro_batch_size, _MAX_SAMPLES) // 2 * 2
 
 
 def check_repairable(trainer: Any, module: Any) -> None:

@@ -32,7 +32,7 @@ from autobatch.lightning._checks import (
 from autobatch.lightning._compat import data_source, load_late_checkpoint
 from autobatch.lightning._estimating import estimate_training
 from autobatch.lightning._evaluation import STAGES, before_data, loaders_for
-from autobatch.lightning._package import Imported, callback_class
+from autobatch.lightning._package import Callback, Imported
 from autobatch.lightning._resources import CallbackArguments
 from autobatch.lightning._resume import Checkpoint
 from autobatch.lightning._run import Results, Run, begin_and_restore, show
@@ -58,13 +58,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("autobatch")
 
 
-if TYPE_CHECKING:
-    _Callback: type = object
-else:
-    _Callback = callback_class()
-
-
-class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
+class AutoBatch(Callback):  # type: ignore[misc]  # a class made at run time
     """Find the batch size that fits, accumulate to the effective batch size, and report the cost.
 
     Add it to a Trainer; nothing else changes. When `fit` starts, it tries batch sizes on the real
@@ -255,7 +249,6 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         """
         check_trainer(trainer)
         check_latency(self._arguments.settings, method)
-        check_launcher(trainer)
         loaders = loaders_for(method, train_dataloaders, val_dataloaders, dataloaders)
         self.reports.pop(method, None)
         self._begin(trainer, method, model, loaders, datamodule)
@@ -298,15 +291,13 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
             AutobatchError: The memory of the step cannot be estimated.
         """
         check_trainer(trainer)
-        check_launcher(trainer)
-        loaders = loaders_for("fit", train_dataloaders, None, None)
         with Undo() as undo, undo:
             undo.add(partial(setattr, self, "_estimates", None))
             self._estimated = None
             self._estimates = partial(
                 estimate_training, target=target_gpu(device), calibrate=calibrate
             )
-            self._begin(trainer, "fit", model, loaders, datamodule)
+            self._begin(trainer, "fit", model, (train_dataloaders, None), datamodule)
         if self._estimated is None:
             raise AutobatchError("Nothing was estimated: fit ended before its first batch.")
         return self._estimated
@@ -372,6 +363,8 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Write the report beside the logs, now that the loggers have created their directory."""
+        if self._arguments.keeps and self._run.checkpoint is not None:
+            self._run.checkpoint.check_kept(trainer)
         if self._arguments.survives:
             self._run.survive(trainer, self._arguments.device)
         if self._training is not None:
@@ -466,18 +459,20 @@ class AutoBatch(_Callback):  # type: ignore[misc]  # a class made at run time
         self._end_if_only_tuning(trainer)
         self._run.rebatch(stage.name, data_source(stage.loop_of(trainer)), tuned.sizes).start()
         if tuned.is_changed:
-            self._run.attribute = BatchSizeAttribute(module, name)
-            self._run.attribute.set(tuned.sizes[0].batch_size)
+            attribute = BatchSizeAttribute(module, name)
+            self._run.changes.add(attribute.restore)
+            attribute.set(tuned.sizes[0].batch_size)
         show(tuned.report, trainer, sinks.console, verbose=self._arguments.verbose)
 
     def _begin(
         self, trainer: Any, method: str, model: Any, loaders: Sequence[Any], datamodule: Any
     ) -> None:
         """Run a method of the Trainer, which ends when it is tuned; restore all state."""
+        check_launcher(trainer)
         with Undo() as undo, undo:
             undo.add(partial(setattr, self, "_only_tunes", False))
             self._only_tunes = True
-            begin_and_restore(trainer, method, model, loaders, datamodule, self, self._undo_run)
+            begin_and_restore(self, self._undo_run, trainer, method, model, loaders, datamodule)
 
     def _end_if_only_tuning(self, trainer: Any) -> None:
         """End the run as Lightning's own tuner does, which leaves the Trainer finished."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,42 +16,34 @@ from autobatch.lightning._hooks import users_callbacks
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
+    from autobatch._report import TuningReport
     from autobatch.lightning._trainer import Trainer
 
 _DEPTH: Final = 4  # nested containers and objects of a callback that are searched for tensors
 _LARGE: Final = 1000  # entries; a larger container holds data
 
 
-@dataclass(frozen=True, slots=True)
-class BesideTraining:
-    """Memory that callbacks may hold, and that which they held in trials.
+def excess_of_callbacks(trainer: Trainer, held: int, report: TuningReport) -> str | None:
+    """Return a sentence on memory of callbacks that makes training exceed the budget, if any.
 
-    Args:
-        held: Bytes that they held in trials.
-        peak: Peak of the micro-batch that is trained with, in bytes.
-        budget: The budget in bytes.
+    `held` is the bytes that they held in the trials of the report. Every rank calls it.
     """
-
-    held: int
-    peak: int
-    budget: int
-
-    def excess(self, trainer: Trainer) -> str | None:
-        """Return a sentence on memory that makes training exceed the budget; every rank calls it.
-
-        None while the budget is kept on all ranks.
-        """
-        tensors = tensors_of_callbacks(trainer)
-        now = {name: sum(sizes_in(each).values()) for name, each in tensors.items()}
-        with current_ranks() as ranks:
-            grown, holders = max(ranks.gather((sum(now.values()) - self.held, _listed(now))))
-        if self.peak + grown <= self.budget:
-            return None
-        return (
-            f"Callbacks hold {format_bytes(grown)} on the device that they did not hold in trials "
-            f"({holders}), which together with the peak of {format_bytes(self.peak)} is over the "
-            f"budget of {format_bytes(self.budget)}."
-        )
+    plan, budget = report.plan, report.budget
+    peaks = [each.peak for each in report.trials if each.batch_size == plan.micro_batch_size]
+    if not peaks or peaks[-1] is None:
+        return None
+    peak = peaks[-1]
+    tensors = tensors_of_callbacks(trainer)
+    now = {name: sum(sizes_in(each).values()) for name, each in tensors.items()}
+    with current_ranks() as ranks:
+        grown, holders = max(ranks.gather((sum(now.values()) - held, _listed(now))))
+    if peak + grown <= budget:
+        return None
+    return (
+        f"Callbacks hold {format_bytes(grown)} on the device that they did not hold in trials "
+        f"({holders}), which together with the peak of {format_bytes(peak)} is over the budget of "
+        f"{format_bytes(budget)}."
+    )
 
 
 def tensors_of_callbacks(trainer: Trainer) -> dict[str, list[torch.Tensor]]:

@@ -14,7 +14,8 @@ from autobatch._loaders.epochs import samples_of
 from autobatch._report.tradeoff import unwrapped
 from autobatch.errors import AutobatchError
 from autobatch.lightning._compat import averages_models, data_source, start_method
-from autobatch.lightning._package import TESTED, is_trainer, missing_name, package, package_of
+from autobatch.lightning._hooks import overrides
+from autobatch.lightning._package import TESTED, missing_name, package, package_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 def check_trainer(trainer: Any) -> None:
     """Raise `ValueError` for anything but a Trainer."""
-    if not is_trainer(trainer):
+    if not package_of(trainer):
         raise ValueError(f"trainer={trainer!r} is not a Trainer; give the one to tune for.")
 
 
@@ -132,13 +133,6 @@ def _against_survival_on_ranks(strategy: Strategy, module: Any) -> Iterator[str]
         yield "DistributedDataParallel has static_graph or mixed_precision"
     if overrides(module, "backward"):
         yield "the module overrides backward, and ranks share its hooks"
-
-
-def overrides(thing: Any, method: str) -> bool:
-    """Return True if a module or callback has a method of neither Lightning nor autobatch."""
-    owner = next(kind for kind in type(thing).__mro__ if method in vars(kind))
-    packages = "lightning.", "pytorch_lightning.", "autobatch."
-    return method in vars(thing) or not owner.__module__.startswith(packages)
 
 
 def check_launcher(trainer: Trainer) -> None:

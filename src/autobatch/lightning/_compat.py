@@ -29,8 +29,6 @@ if TYPE_CHECKING:
         FitLoop,
         LightningModule,
         LoggerConnector,
-        MeasuredEpochLoop,
-        MeasuredFitLoop,
         PredictionLoop,
         Trainer,
     )
@@ -91,7 +89,7 @@ def requires_distributed_sampler(trainer: Trainer, loader: Any) -> bool:
     return trainer._data_connector._requires_distributed_sampler(loader)
 
 
-def data_fetcher(loop: FitLoop | MeasuredFitLoop) -> DataFetcher | None:
+def data_fetcher(loop: FitLoop) -> DataFetcher | None:
     """Return the object between a training loop and its loader; None before training starts."""
     return loop._data_fetcher
 
@@ -108,9 +106,7 @@ def patched_fetch_profiler(
     return patched(fetcher, _start_profiler=before, _stop_profiler=after)
 
 
-def build_step_kwargs(
-    loop: EpochLoop | MeasuredEpochLoop, batch: Any, index: int
-) -> OrderedDict[str, Any]:
+def build_step_kwargs(loop: EpochLoop, batch: Any, index: int) -> OrderedDict[str, Any]:
     """Return the arguments of `training_step`."""
     return loop._build_kwargs(OrderedDict(), batch, index)
 
@@ -283,12 +279,12 @@ def stepping_by(loop: EpochLoop, should_accumulate: Callable[[], bool]) -> patch
     return patched(loop, _should_accumulate=should_accumulate)
 
 
-def should_accumulate(loop: MeasuredEpochLoop) -> bool:
+def should_accumulate(loop: EpochLoop) -> bool:
     """Return whether the optimizer does not step after the current batch."""
     return loop._should_accumulate()
 
 
-def batches_that_stepped(loop: MeasuredEpochLoop) -> int:
+def batches_that_stepped(loop: EpochLoop) -> int:
     """Return the step at which Lightning logs."""
     return loop._batches_that_stepped
 

@@ -14,6 +14,7 @@ from autobatch._memory.estimate.prediction import SIZES
 from autobatch._memory.estimate.tracer import TrainingStep
 from autobatch._report.tradeoff import unwrapped
 from autobatch.lightning._compat import before_batch_transfer, build_step_kwargs, data_parallel_size
+from autobatch.lightning._hooks import overrides
 from autobatch.lightning._resources import trial_resources
 
 if TYPE_CHECKING:
@@ -43,17 +44,15 @@ def estimate_training(
         AutobatchError: The memory of the step cannot be estimated.
     """
     with trial_resources(trainer, module, arguments, None) as resources:
+        wanted = arguments.settings.target_batch_size
+        accumulate = trainer.accumulate_grad_batches if wanted is None else 1
         try:
-            accumulate = trainer.accumulate_grad_batches
             step = traceable_step(trainer, module, resources.samples, accumulate)
             batches = {size: step.batch(size) for size in SIZES}
         except UntraceableError as error:
             raise refusal(str(error)) from None
         step = replace(step, batch=batches.__getitem__)
         limit = parse_memory_limit(arguments.settings.memory_limit)
-        wanted = arguments.settings.target_batch_size
-        if wanted is not None:
-            step = replace(step, accumulate=1)
         estimate = estimate_of(Inputs.of(step, trainer.precision), target, limit, calibrate)
         if wanted is not None and estimate.largest < wanted // data_parallel_size(trainer):
             # Gradients live through all forward passes but the first, however many there are
@@ -77,7 +76,7 @@ def traceable_step(
     if samples.batches_at_once > 1:
         raise UntraceableError("steps take batches of several loaders in turn")
     for hook in _TRANSFER_HOOKS:
-        if any(_overrides(owner, hook) for owner in (module, trainer.datamodule)):
+        if any(overrides(owner, hook) for owner in (module, trainer.datamodule)):
             raise UntraceableError(f"{hook} is not traced")
 
     autocast = AUTOCAST.get(trainer.precision)
@@ -97,9 +96,3 @@ def traceable_step(
     return TrainingStep(
         module, optimizer, loss, batch, autocast, accumulate, zeroes_after_forward=True
     )
-
-
-def _overrides(owner: Any, hook: str) -> bool:
-    """Return True if a module or datamodule has a hook of its own."""
-    function = getattr(type(owner), hook, None)
-    return function is not None and not function.__module__.endswith("core.hooks")

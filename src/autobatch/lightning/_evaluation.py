@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import count
 from math import inf
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -38,7 +38,7 @@ class Stage:
     # Name of the method, and of the state of the Trainer meanwhile
     name: Literal["validate", "test", "predict"]
     hook: str  # name in the hooks of the module: "validation" of `on_validation_start`
-    limit: str  # attribute of the Trainer that limits its batches
+    limit: str  # attribute of the Trainer that limits its batches to a number or a share
 
     @property
     def step(self) -> str:
@@ -47,11 +47,6 @@ class Stage:
     def loop_of(self, trainer: Trainer) -> PredictionLoop:
         loop: PredictionLoop = getattr(trainer, f"{self.name}_loop")
         return loop
-
-    def limit_of(self, trainer: Trainer) -> int | float:
-        """Return the limit of its batches in a Trainer, a number or a share."""
-        limit: int | float = getattr(trainer, self.limit)
-        return limit
 
 
 VALIDATION: Final = Stage("validate", "validation", "limit_val_batches")
@@ -127,20 +122,21 @@ class EvaluationSteps:
 
     def __call__(self, batch_size: int, accumulate: int) -> Iterator[None]:
         """Yield after each round of the loaders; nothing is accumulated."""
+        if self.after is None:
+            self.resources.attribute.restore()
+            if batch_size != self.resources.loaders.largest_batch:
+                self.resources.attribute.set(batch_size)
         batches = self.resources.samples.batches(batch_size)
         with contextlib.ExitStack() as stack:
             if self.after is not None:
-                stack.enter_context(_modes_restored(self.trainer.lightning_module))
                 next(stack.enter_context(contextlib.closing(self.after())))
             with self._evaluating():
-                loop, limit = active_loop(self.trainer), self.stage.limit_of(self.trainer)
+                loop, limit = active_loop(self.trainer), getattr(self.trainer, self.stage.limit)
             lengths = stack.enter_context(
                 evaluation_shown(self.trainer, loop, self.resources.loaders, batch_size, limit)
             )
             with self._evaluating():
-                for attempt in self._hooks.attempts():
-                    with attempt:
-                        self._begin(batches, lengths)
+                self._hooks.begin(partial(self._begin, batches, lengths))
             for index in count(1):
                 yield
                 with self._evaluating():
@@ -183,14 +179,3 @@ class EvaluationSteps:
         if is_logging:
             logger_connector(trainer).on_batch_end()
         loop.batch_progress.increment_completed()
-
-
-@contextlib.contextmanager
-def _modes_restored(module: torch.nn.Module) -> Iterator[None]:
-    """Restore the training mode of each submodule after the body."""
-    modes = {part: part.training for part in module.modules()}
-    try:
-        yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode

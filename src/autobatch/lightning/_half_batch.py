@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from autobatch._noise.hooks import is_compiled, real, squared_norm, write_counts
+from autobatch._noise.hooks import GradientNorms, is_compiled, real, squared_norm, write_counts
 from autobatch._trials.batches import NotDividedError, cut, divisible_samples
 from autobatch._trials.snapshot import Snapshot
 from autobatch.lightning._compat import build_step_kwargs
@@ -23,16 +22,6 @@ if TYPE_CHECKING:
 _ROUNDING: Final = 0.02
 
 
-@dataclass(frozen=True, slots=True)
-class HalfBatchNorms:
-    """Squared gradient norms of a batch and its two halves."""
-
-    small: torch.Tensor  # mean squared norm of the gradients of the halves
-    big: torch.Tensor  # squared norm of the gradient of the batch
-    part_size: float  # harmonic mean of the samples of the halves
-    batch_size: int  # samples of the batch
-
-
 class HalfBatch:
     """Runs the training step on halves of a batch, without a trace in training.
 
@@ -46,14 +35,21 @@ class HalfBatch:
         self._add_up: bool | None = None  # None until the first time
 
     def measure(
-        self, trainer: Any, batch: Any, index: int, parameters: Sequence[Parameter]
-    ) -> HalfBatchNorms:
+        self,
+        trainer: Any,
+        batch: Any,
+        index: int,
+        *,
+        update: int,
+        unit: float | torch.Tensor,
+    ) -> GradientNorms:
         """Compare half a batch with the batch, whose gradient is in `.grad` of the parameters.
 
         Raises:
             NotDividedError: The batch or the module cannot be measured in halves.
         """
         parts = trainer.lightning_module.modules()
+        parameters = [each for each in trainer.lightning_module.parameters() if each.requires_grad]
         if any(is_compiled(part) or type(part).__name__ == "OptimizedModule" for part in parts):
             raise NotDividedError("torch.compile would compile it again for half a batch")
         samples = divisible_samples(batch)
@@ -68,16 +64,18 @@ class HalfBatch:
             for gradient in gradients
         ]
         whole = [_dense(parameter.grad, parameter) for parameter in parameters]
-        part_size = 2 * first * second / samples
-        if not rest:
+        if rest:
+            (other,) = rest
+            both = [(a * first + b * second) / samples for a, b in zip(one, other, strict=True)]
+            if self._add_up is None:
+                self._add_up = _is_near(both, whole)
+            small, big = (_norm(one) + _norm(other)) / 2, _norm(both)
+        else:
             small, big = _norms_from_one(whole, one, first / samples)
-            return HalfBatchNorms(small, big, part_size, samples)
-        (other,) = rest
-        both = [(a * first + b * second) / samples for a, b in zip(one, other, strict=True)]
-        if self._add_up is None:
-            self._add_up = _is_near(both, whole)
-        small = (_norm(one) + _norm(other)) / 2
-        return HalfBatchNorms(small, _norm(both), part_size, samples)
+        before = torch.zeros_like(big)
+        sums = torch.stack((small, big, before, before + 1))
+        harmonic_mean = 2 * first * second / samples
+        return GradientNorms(update, 1, 1, harmonic_mean, samples, unit, sums)
 
     def _gradients(
         self, trainer: Any, batches: Sequence[Any], index: int, parameters: Sequence[Parameter]

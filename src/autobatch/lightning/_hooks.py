@@ -11,7 +11,7 @@ from autobatch._memory.oom import is_oom
 from autobatch.lightning._compat import call_callback_hook, call_module_hook
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from autobatch._trials.snapshot import Snapshot
     from autobatch.lightning._trainer import Trainer
@@ -36,20 +36,20 @@ class Hooks:
     snapshot: Snapshot  # restores what a failed first step has changed
     with_callbacks: bool = False  # those of callbacks are called as well
 
-    def attempts(self) -> Iterator[Attempt]:
-        """Yield a block that begins a trial, and one with hooks of callbacks if it fails without.
+    def begin(self, first_step: Callable[[], None]) -> None:
+        """Run the first step of a trial, and again with hooks of callbacks if it fails without.
 
         If that fails too, the first error counts, unless memory ran out.
         """
-        first = Attempt(is_last=self.with_callbacks or not self._are_in_callbacks)
-        yield first
-        if first.error is None:
+        if self.with_callbacks or not self._are_in_callbacks:
+            first_step()
             return
-        error, first.error = first.error, None  # its frames hold the tensors of the step
+        error = _error_of(first_step)
+        if error is None:
+            return
         self.snapshot.restore()
         self.with_callbacks = True
-        yield (second := Attempt(is_last=False))
-        if second.error is not None:
+        if _error_of(first_step) is not None:
             self.with_callbacks = False
             raise error from None
 
@@ -68,7 +68,7 @@ class Hooks:
     def call(self, name: str, *arguments: Any) -> Any:
         """Call a hook; return the value of the module's."""
         for callback in self.trainer.callbacks if self.with_callbacks else ():
-            if _is_users(callback, name):
+            if overrides(callback, name):
                 with redirect_stdout(io.StringIO()):
                     call_callback_hook(self.trainer, callback, name, *arguments)
         return call_module_hook(self.trainer, name, *arguments)
@@ -76,24 +76,18 @@ class Hooks:
     @property
     def _are_in_callbacks(self) -> bool:
         names = (*self.start_hooks, f"{self.batch_hooks}_start", f"{self.batch_hooks}_end")
-        return any(_is_users(each, name) for each in self.trainer.callbacks for name in names)
+        return any(overrides(each, name) for each in self.trainer.callbacks for name in names)
 
 
-class Attempt:
-    """A block that begins a trial; it keeps an error other than out-of-memory unless it is last."""
-
-    def __init__(self, *, is_last: bool) -> None:
-        self.error: Exception | None = None
-        self._is_last = is_last
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> bool:
-        if self._is_last or not isinstance(error, Exception) or is_oom(error):
-            return False
-        self.error = error
-        return True
+def _error_of(step: Callable[[], None]) -> Exception | None:
+    """Run a step, and return its error, if any; out of memory is raised."""
+    try:
+        step()
+    except Exception as error:
+        if is_oom(error):
+            raise
+        return error
+    return None
 
 
 def users_callbacks(trainer: Trainer) -> list[Any]:
@@ -102,10 +96,9 @@ def users_callbacks(trainer: Trainer) -> list[Any]:
     return [each for each in trainer.callbacks if not type(each).__module__.startswith(own)]
 
 
-def _is_users(callback: Any, name: str) -> bool:
-    """Return True if the user wrote this hook of a callback."""
-    if name in vars(callback):  # as LambdaCallback has them
+def overrides(thing: Any, method: str) -> bool:
+    """Return True if a module, datamodule or callback has a method that the user wrote."""
+    if method in getattr(thing, "__dict__", ()):  # as LambdaCallback has them
         return True
-    owners = (kind for kind in type(callback).__mro__ if name in vars(kind))
-    owner = next(owners, None)
+    owner = next((kind for kind in type(thing).__mro__ if method in vars(kind)), None)
     return owner is not None and owner.__module__.partition(".")[0] not in _NOT_USERS

@@ -16,7 +16,7 @@ from autobatch.lightning._package import Imported, package
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from autobatch.lightning._trainer import AnyTrainer, Trainer
+    from autobatch.lightning._trainer import Trainer
 
 # Values of a logger's experiment that a step may read, such as its folder or id
 _PLAIN: Final = (str, int, float, Path)
@@ -24,10 +24,11 @@ _PLAIN: Final = (str, int, float, Path)
 
 @contextmanager
 def on_new_loops(trainer: Trainer) -> Iterator[None]:
-    """Run the body on new loops and results, without effects of callbacks and loggers.
+    """Run the body on new loops and results, and without effects of callbacks and loggers.
 
     Progress, metrics and results live in these objects (Lightning 2.6). Progress starts as training
-    has it, and results are empty.
+    has it, and results are empty. Callbacks and loggers are there, with their attributes, which
+    steps may read: no hook is called, and nothing is logged, saved or stopped.
     """
     fit_loop: Any = trainer.fit_loop
     loops: tuple[Any, ...] = (trainer.validate_loop, trainer.test_loop, trainer.predict_loop)
@@ -36,7 +37,11 @@ def on_new_loops(trainer: Trainer) -> Iterator[None]:
         progress = new_epoch_progress(trainer)
         replace(patched(fit_loop, epoch_loop=new_epoch_loop(trainer), epoch_progress=progress))
         replace(fresh_results(trainer))
-        replace(without_effects(trainer))
+        replace(silenced(trainer))
+        replace(_without_callback_hooks(trainer))
+        kept = {"callbacks": list(trainer.callbacks), "should_stop": trainer.should_stop}
+        replace(patched(trainer, save_checkpoint=_do_nothing, **kept))
+        replace(patched(trainer.strategy, save_checkpoint=_do_nothing))
         for loop in loops:
             replace(patched(loop, batch_progress=type(loop.batch_progress)()))
         yield
@@ -59,31 +64,11 @@ def local_collectives(trainer: Trainer) -> patched:
 
 
 @contextmanager
-def silenced(trainer: AnyTrainer) -> Iterator[None]:
+def silenced(trainer: Trainer) -> Iterator[None]:
     """Run the body without loggers and profiler: Lightning writes to them outside of callbacks."""
     loggers = [_SilentLogger(logger) for logger in trainer.loggers]
     profiler = package(trainer).profilers.PassThroughProfiler()
     with patched(trainer, loggers=loggers, profiler=profiler):
-        yield
-
-
-@contextmanager
-def without_effects(trainer: Trainer) -> Iterator[None]:
-    """Run the body without hooks of callbacks, logging, checkpoints and a stop of training.
-
-    Callbacks and loggers are there, with their attributes: steps may read them.
-    """
-    with (
-        silenced(trainer),
-        _without_callback_hooks(trainer),
-        patched(
-            trainer,
-            callbacks=list(trainer.callbacks),
-            save_checkpoint=_do_nothing,
-            should_stop=trainer.should_stop,
-        ),
-        patched(trainer.strategy, save_checkpoint=_do_nothing),
-    ):
         yield
 
 

@@ -47,21 +47,17 @@ def _log_parts(
         return
     with Snapshot():
         for logger in trainer.loggers:
-            parts = (part for part in _parts(logger, trainer) if part not in omitted)
-            results = [_try(part, report, logger, trainer) for part in parts]
-            if failures := [error for error in results if error is not None]:
-                first = failures[0]
-                name, reason = type(logger).__name__, plain(f"{type(first).__name__}: {first}")
-                _log.log(level, "%s did not take all of the report: %s", name, reason)
-
-
-def _try(part: Part, report: TuningReport, logger: Any, trainer: Trainer) -> Exception | None:
-    """Log one part, and return the exception, if any."""
-    try:
-        part(report, logger, trainer)
-    except Exception as error:
-        return error
-    return None
+            failures = []
+            for part in _parts(logger, trainer):
+                if part in omitted:
+                    continue
+                try:
+                    part(report, logger, trainer)
+                except Exception as error:
+                    failures.append(plain(f"{type(error).__name__}: {error}"))
+            if failures:
+                name = type(logger).__name__
+                _log.log(level, "%s did not take all of the report: %s", name, failures[0])
 
 
 def _parts(logger: Any, trainer: Trainer) -> tuple[Part, ...]:

@@ -15,19 +15,15 @@ from autobatch._trials.batches import NotDividedError, row_counts
 from autobatch.errors import AutobatchError
 from autobatch.lightning._compat import batches_that_stepped, data_fetcher, should_accumulate
 from autobatch.lightning._half_batch import HalfBatch
-from autobatch.lightning._package import callback_class, name_missing_to_noise_scale
+from autobatch.lightning._package import Callback, missing_name
 
 if TYPE_CHECKING:
     from autobatch._noise import NoiseReading
 
-    _Callback: type = object
-else:
-    _Callback = callback_class()
-
 _CHECKPOINT_KEY: Final = "autobatch.NoiseScale"
 
 
-class NoiseScale(_Callback):  # type: ignore[misc]  # a class made at run time
+class NoiseScale(Callback):  # type: ignore[misc]  # a class made at run time
     """Measures the gradient noise scale while a Trainer trains, without an effect on training.
 
     It compares the gradients of micro-batches, of all ranks, with the gradient of the update they
@@ -141,7 +137,7 @@ class NoiseScale(_Callback):  # type: ignore[misc]  # a class made at run time
             self._hook.take_whole()
             self._unit = _loss_factor(trainer)
         elif self._is_split:
-            self._measure_half(trainer, pl_module)
+            self._measure_half(trainer)
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -198,28 +194,18 @@ class NoiseScale(_Callback):  # type: ignore[misc]  # a class made at run time
             unit=self._unit,
         )
 
-    def _measure_half(self, trainer: Any, module: Any) -> None:
+    def _measure_half(self, trainer: Any) -> None:
         """Measure an update of one backward pass with half of its batch."""
-        parameters = [each for each in module.parameters() if each.requires_grad]
+        update, unit = self._record.updates + 1, _loss_factor(trainer)
         try:
-            norms = self._half_batch.measure(trainer, self._batch, self._batch_idx, parameters)
+            self._split_norms = self._half_batch.measure(
+                trainer, self._batch, self._batch_idx, update=update, unit=unit
+            )
         except NotDividedError as error:
             self._record.give_up(f"a batch cannot be compared with half of it: {error}")
-            return
         except Exception as error:
             reason = "memory" if is_oom(error) else plain(f"{type(error).__name__}: {error}")
             self._record.give_up(f"training_step fails on half a batch ({reason})")
-            return
-        before = torch.zeros_like(norms.big)
-        self._split_norms = GradientNorms(
-            update=self._record.updates + 1,
-            passes=1,
-            world_size=1,
-            part_size=norms.part_size,
-            batch_size=norms.batch_size,
-            unit=_loss_factor(trainer),
-            sums=torch.stack((norms.small, norms.big, before, before + 1)),
-        )
 
     def _log(self, trainer: Any) -> None:
         """Log the reading if it is a new number."""
@@ -238,7 +224,7 @@ class NoiseScale(_Callback):  # type: ignore[misc]  # a class made at run time
 
 def _obstacle(trainer: Any, module: Any) -> str | None:
     """Return a reason to measure nothing in this run, if one is known at the start."""
-    name = name_missing_to_noise_scale(trainer)
+    name = missing_name(trainer)
     if name is not None:
         return f"this Lightning has no {name}, which NoiseScale needs"
     if not module.automatic_optimization:

@@ -8,13 +8,7 @@ from enum import StrEnum
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, get_type_hints
 
-from autobatch.lightning._trainer import (
-    CombinedLoader,
-    DataFetcher,
-    LightningModule,
-    MeasuredTrainer,
-    Trainer,
-)
+from autobatch.lightning._trainer import CombinedLoader, DataFetcher, LightningModule, Trainer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,7 +17,7 @@ TESTED: Final = "2.6.0 to 2.6.6"
 _PACKAGES: Final = ("lightning.pytorch", "pytorch_lightning")
 
 
-def callback_class() -> type:
+def _callback_class() -> type:
     """Return the Callback of the imported Lightning package, else of all installed ones.
 
     `lightning.pytorch` and `pytorch_lightning` are two packages, and neither knows the class of the
@@ -45,18 +39,13 @@ def callback_class() -> type:
     return type("Callback", tuple(found), {})
 
 
-def is_trainer(thing: Any) -> bool:
-    """Return whether an object is a Trainer of one of the Lightning packages."""
-    return any(
-        kind.__name__ == "Trainer" and kind.__module__.startswith(_PACKAGES)
-        for kind in type(thing).__mro__
-    )
+Callback: Any = _callback_class()
 
 
-def package_of(trainer: Any) -> str:
-    """Return the name of the Lightning package a Trainer comes from."""
-    modules = (kind.__module__ for kind in type(trainer).__mro__ if kind.__name__ == "Trainer")
-    return next(name for module in modules for name in _PACKAGES if module.startswith(name))
+def package_of(thing: Any) -> str:
+    """Return the name of the Lightning package a Trainer comes from; "" for any other object."""
+    modules = (kind.__module__ for kind in type(thing).__mro__ if kind.__name__ == "Trainer")
+    return next((name for module in modules for name in _PACKAGES if module.startswith(name)), "")
 
 
 def package(trainer: Any) -> Any:
@@ -83,16 +72,11 @@ class Imported(StrEnum):
 
 
 def missing_name(trainer: Any) -> str | None:
-    """Return the first attribute that AutoBatch uses and this Lightning lacks, if any."""
-    return next(_missing_to_autobatch(trainer), None)
+    """Return the first attribute that autobatch uses and this Lightning lacks, if any."""
+    return next(_missing_names(trainer), None)
 
 
-def name_missing_to_noise_scale(trainer: Any) -> str | None:
-    """Return the first attribute that NoiseScale uses and this Lightning lacks, if any."""
-    return next(_missing(trainer, MeasuredTrainer), None)
-
-
-def _missing_to_autobatch(trainer: Any) -> Iterator[str]:
+def _missing_names(trainer: Any) -> Iterator[str]:
     yield from _missing(trainer, Trainer)
     yield from _missing(trainer.lightning_module, LightningModule, "lightning_module.")
     for name in Imported:

@@ -14,7 +14,7 @@ from autobatch._trials.context import MemoryBudget, TrialContext
 from autobatch._trials.optimizers import OptimizerWatch
 from autobatch._trials.snapshot import Snapshot
 from autobatch.lightning._attribute import BatchSizeAttribute
-from autobatch.lightning._beside import BesideTraining, tensors_of_callbacks
+from autobatch.lightning._beside import tensors_of_callbacks
 from autobatch.lightning._compat import data_parallel_size, data_source
 from autobatch.lightning._dataloaders import Loaders
 from autobatch.lightning._hooks import users_callbacks
@@ -61,27 +61,13 @@ class Tuned:
 
     report: TuningReport
     sizes: tuple[LoaderSize, ...]  # of each loader
-    own_sizes: tuple[LoaderSize, ...]  # the ones they had
+    is_changed: bool = True  # False if the loaders of an evaluation keep their own sizes
     fingerprint: str = ""  # of the model and the data, in training
     # Of each validation loader; None if they stay as they are
     validation_sizes: tuple[LoaderSize, ...] | None = None
     # Bytes on the device that callbacks held in trials; None if their hooks ran in trials, so that
     # peaks count all that they make
     held_by_callbacks: int | None = None
-
-    @property
-    def beside(self) -> BesideTraining | None:
-        """Memory of callbacks that training is compared with."""
-        plan = self.report.plan
-        peaks = [t.peak for t in self.report.trials if t.batch_size == plan.micro_batch_size]
-        if self.held_by_callbacks is None or not peaks or peaks[-1] is None:
-            return None
-        return BesideTraining(self.held_by_callbacks, peaks[-1], self.report.budget)
-
-    @property
-    def is_changed(self) -> bool:
-        """True if a loader gets another batch size."""
-        return self.sizes != self.own_sizes
 
 
 @dataclass(frozen=True, slots=True)

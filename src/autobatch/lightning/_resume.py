@@ -14,6 +14,7 @@ from autobatch._loaders.epochs import samples_of
 from autobatch._plan import BatchPlan
 from autobatch._prior_plan import PriorPlan, in_words, other_update
 from autobatch.errors import AutobatchError
+from autobatch.lightning._compat import data_parallel_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from autobatch._settings import Settings
     from autobatch.lightning._resources import Tuned
     from autobatch.lightning._subjects import LightningTraining
+    from autobatch.lightning._trainer import Trainer
 
 
 _COUNTS: Final = ("micro_batch_size", "accumulate_grad_batches", "world_size")  # of a plan
@@ -139,6 +141,21 @@ class Checkpoint:
             return
         raise other_update(effective, asked)
 
+    def check_kept(self, trainer: Trainer) -> None:
+        """Raise `AutobatchError` if a Trainer would finish an epoch with other batches."""
+        size = getattr(trainer.train_dataloader, "batch_size", None)
+        if self.plan is None or self.between_epochs or size is None:
+            return
+        kept = BatchPlan(size, trainer.accumulate_grad_batches, data_parallel_size(trainer))
+        if kept == self.plan:
+            return
+        trained, here = self.plan.world_size, kept.world_size
+        ranks = "" if trained == here else f" on {here} ranks instead of {trained}"
+        raise AutobatchError(
+            f"{_finished_with(self.plan)}, and plan='keep' leaves {in_words(kept)}{ranks}. Set the "
+            "numbers of the checkpoint by hand, or leave plan='keep' out."
+        )
+
     def was_on(self, here: DeviceId) -> bool:
         """Return whether it was trained on such a device; for an unknown one a trial decides."""
         is_same_job = self.plan is not None and self.plan.world_size == here.world_size
@@ -184,8 +201,12 @@ def _of_checkpoint(
         )
     if not checkpoint.between_epochs:
         return _within_epoch(plan, own, here)
-    if not checkpoint.was_on(here) or not _allowed(plan, settings):
-        return PriorPlan.tuned_again(plan, _on_device(checkpoint, here))
+    if not checkpoint.was_on(here):
+        device = (checkpoint.trained_on or here).device
+        return PriorPlan.tuned_again(plan, f" on {plan.world_size} × {device}")
+    bounds = (settings.max_micro_batch_size, settings.dataset_size)
+    if any(bound is not None and plan.micro_batch_size > bound for bound in bounds):
+        return PriorPlan.tuned_again(plan, "")
     return PriorPlan.resumed(plan)
 
 
@@ -199,7 +220,7 @@ def _of_last_fit(
     same = report.settings == settings and _device_of(report) == here
     kept = (
         settings.target_batch_size is not None
-        or report.plan.accumulate_grad_batches == job.accumulate
+        or report.plan.accumulate_grad_batches == job.trainer.accumulate_grad_batches
     )
     if not same or not kept:
         return PriorPlan()
@@ -207,10 +228,7 @@ def _of_last_fit(
 
 
 def _within_epoch(plan: BatchPlan, own: BatchPlan | None, here: DeviceId) -> PriorPlan:
-    refusal = (
-        "The checkpoint was written within an epoch, which can only be finished with "
-        f"{in_words(plan)}, and on {here.world_size} × {here.device} that does not fit"
-    )
+    refusal = f"{_finished_with(plan)}, and on {here.world_size} × {here.device} that does not fit"
     way_out = (
         "Free memory on the device, raise memory_limit, or resume from a checkpoint that was "
         "written between epochs (of a Trainer without max_steps)."
@@ -223,18 +241,13 @@ def _within_epoch(plan: BatchPlan, own: BatchPlan | None, here: DeviceId) -> Pri
     return PriorPlan(plan, refusal=f"{refusal}. {way_out}", note=note)
 
 
+def _finished_with(plan: BatchPlan) -> str:
+    return (
+        "The checkpoint was written within an epoch, which can only be finished with "
+        f"{in_words(plan)}"
+    )
+
+
 def _device_of(report: TuningReport) -> DeviceId:
     device = report.device
     return DeviceId.of(device.name, device.total, report.plan.world_size)
-
-
-def _allowed(plan: BatchPlan, settings: Settings) -> bool:
-    bounds = (settings.max_micro_batch_size, settings.dataset_size)
-    return all(bound is None or plan.micro_batch_size <= bound for bound in bounds)
-
-
-def _on_device(checkpoint: Checkpoint, here: DeviceId) -> str:
-    if checkpoint.was_on(here) or checkpoint.plan is None:
-        return ""
-    device = (checkpoint.trained_on or here).device
-    return f" on {checkpoint.plan.world_size} × {device}"

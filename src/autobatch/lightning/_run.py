@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from autobatch._memory import MemoryProbe
     from autobatch._report import TuningReport
     from autobatch.lightning._accumulation import LastWindowCorrection
-    from autobatch.lightning._attribute import BatchSizeAttribute
     from autobatch.lightning._resources import Tuned
     from autobatch.lightning._resume import Checkpoint
     from autobatch.lightning._trainer import Trainer
@@ -53,16 +52,15 @@ class Run:
     survival: Survival | None = None
     # The same for batches of validation and testing
     evaluation: EvaluationSurvival | None = None
-    # Methods of the loops that are replaced; `replace` adds to them
-    patches: list[patched] = field(default_factory=list)
-    # The former batch size of the module, while an evaluation runs with another
-    attribute: BatchSizeAttribute | None = None
+    # Loaders, methods of the loops and attributes that are changed until `undo`
+    changes: Undo = field(default_factory=Undo)
 
     def rebatch(self, served: str, source: Any, sizes: Sequence[LoaderSize]) -> Rebatched:
         """Return loaders with other batch sizes, to be started; former ones are undone."""
         if served in self.loaders:
             self.loaders[served].undo()
         self.loaders[served] = Rebatched(source, sizes)
+        self.changes.add(self.loaders[served].undo)
         return self.loaders[served]
 
     def survive(self, trainer: Trainer, device: str | MemoryProbe | None) -> None:
@@ -75,7 +73,7 @@ class Run:
 
     def replace(self, patch: patched) -> None:
         """Replace a method of a loop until `undo`."""
-        self.patches.append(patch)
+        self.changes.add(patch.restore)
         patch.apply()
 
     def begin_evaluation(self, trainer: Trainer, device: str | MemoryProbe | None) -> None:
@@ -91,24 +89,14 @@ class Run:
             self.evaluation.end()
 
     def undo(self) -> None:
-        """Stop measuring, and restore the user's loaders and the methods of the loops.
-
-        A second call completes the first if that was interrupted.
-        """
+        """Stop measuring, and undo all changes; a second call completes one that was interrupted."""
         self.before_optimizers.forget()
         self.before_data.forget()
         self.timer.stop()
         self.end_evaluation()
         self.window = self.survival = self.evaluation = None
-        while self.patches:
-            self.patches[-1].restore()
-            self.patches.pop()
-        while self.loaders:
-            next(reversed(self.loaders.values())).undo()
-            self.loaders.popitem()
-        if self.attribute is not None:
-            self.attribute.restore()
-            self.attribute = None
+        self.changes.close()
+        self.loaders.clear()
 
 
 def before_epochs(
@@ -137,24 +125,18 @@ def before_epochs(
 
 
 def begin_and_restore(
+    callback: Any,
+    undo_run: Callable[[], None],
     trainer: Any,
     method: str,
     model: Any,
     loaders: Sequence[Any],
     datamodule: Any,
-    callback: Any,
-    undo_run: Callable[[], None],
 ) -> None:
     """Run a method of the Trainer until a callback ends it; restore all state.
 
-    Args:
-        trainer: The Trainer.
-        method: Name of the method.
-        model: The module.
-        loaders: Loaders, as the method takes them.
-        datamodule: A datamodule, instead of loaders.
-        callback: The callback; others of its class in the Trainer stay out of it.
-        undo_run: Undoes the changes of the callback, if an interrupt kept it from doing so.
+    Other callbacks of its class stay out of it. `undo_run` undoes the changes of the callback, if
+    an interrupt kept it from doing so.
     """
     others = [each for each in trainer.callbacks if not isinstance(each, type(callback))]
     # Entered twice: an interrupt between the body and the inner exit still meets the outer one

@@ -99,10 +99,11 @@ def _lengths(loaders: CombinedLoader, limit: float) -> list[int | float]:
     """Return the batches of each loader, with a limit as `_parse_num_batches` of Lightning 2.6."""
     # Lightning counts the batches of a loader without a length as infinite, too
     lengths = [length_of(loader) for loader in loaders.flattened]
-    return [_limited(inf if length is None else length, limit) for length in lengths]
+    return [limited(inf if length is None else length, limit) for length in lengths]
 
 
-def _limited(length: float, limit: float) -> int | float:
+def limited(length: float, limit: float) -> int | float:
+    """Return the batches that Lightning takes of a loader: up to a number, or a share."""
     if isinstance(limit, int):
         return min(length, limit)
     return length if length == inf else int(length * limit)

@@ -11,7 +11,7 @@ from autobatch._report.accumulation_notes import never_stepped
 from autobatch._report.result import SubjectNotes
 from autobatch._report.tradeoff import common_rule, unwrapped
 from autobatch._subject import Baseline, Description, Inference, versions
-from autobatch.lightning._accumulation import last_samples, update_notes
+from autobatch.lightning._accumulation import SplittingTest, last_samples, update_notes
 from autobatch.lightning._compat import data_parallel_size
 from autobatch.lightning._estimating import traceable_step
 from autobatch.lightning._package import package_of
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from autobatch._settings import Settings
     from autobatch._trials.time_limit import TimeLimit
     from autobatch._trials.workload import Workload
-    from autobatch.lightning._accumulation import SplittingTest
     from autobatch.lightning._dataloaders import Loaders
     from autobatch.lightning._evaluation import Stage
     from autobatch.lightning._resources import CallbackArguments, TrialResources
@@ -42,8 +41,6 @@ class LightningTraining:
     arguments: CallbackArguments
     resources: TrialResources
     limits: TrainerLimits  # arguments of the Trainer that count batches or steps
-    splits: SplittingTest  # of the gradient of a split batch
-    accumulate: int  # of the Trainer
 
     @property
     def loaders(self) -> Loaders:
@@ -60,7 +57,7 @@ class LightningTraining:
             start_batch_size=self.loaders.batch_size,
             own_batch_size=self.loaders.batch_size,
             can_accumulate=True,
-            accumulate=self.accumulate,
+            accumulate=self.trainer.accumulate_grad_batches,
             max_samples_per_update=self.loaders.samples,
             plan=self.limits.before if self.module.automatic_optimization else None,
         )
@@ -96,10 +93,14 @@ class LightningTraining:
 
     def notes(self, plan: BatchPlan, time_limit: TimeLimit) -> SubjectNotes:
         has_attribute = self.resources.attribute.exists
+        memory_limit = self.arguments.settings.memory_limit
+        splits = SplittingTest(
+            self.trainer, self.module, self.workload, self.resources, memory_limit
+        )
         return SubjectNotes(
             trials=(never_stepped(),) if self.resources.context.optimizers.never_stepped else (),
             plan=(
-                *self.splits.notes(plan, time_limit),
+                *splits.notes(plan, time_limit),
                 *schedule_notes(
                     self.trainer, self.limits.before, plan, has_attribute=has_attribute
                 ),

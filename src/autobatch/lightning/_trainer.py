@@ -76,16 +76,8 @@ class DataFetcher(Protocol):
     _stop_profiler: Callable[[], Any]
 
 
-class MeasuredEpochLoop(Protocol):
-    """`_TrainingEpochLoop`, as far as NoiseScale uses it."""
-
-    _batches_that_stepped: int
-    _build_kwargs: Callable[..., OrderedDict[str, Any]]
-    _should_accumulate: Callable[[], bool]
-
-
 class EpochLoop(Protocol):
-    """`_TrainingEpochLoop`, as far as AutoBatch uses it."""
+    """`_TrainingEpochLoop`."""
 
     automatic_optimization: AutomaticOptimization
     manual_optimization: ManualOptimization
@@ -96,19 +88,13 @@ class EpochLoop(Protocol):
     restarting: bool
     state_dict: Callable[[], dict[str, Any]]
     val_loop: EvaluationLoop
+    _batches_that_stepped: int
     _build_kwargs: Callable[..., OrderedDict[str, Any]]
     _should_accumulate: Callable[[], bool]
 
 
-class MeasuredFitLoop(Protocol):
-    """`_FitLoop`, as far as NoiseScale uses it."""
-
-    epoch_loop: MeasuredEpochLoop
-    _data_fetcher: DataFetcher | None  # None until training starts
-
-
 class FitLoop(Protocol):
-    """`_FitLoop`, as far as AutoBatch uses it."""
+    """`_FitLoop`."""
 
     advance: Callable[[], None]
     on_advance_start: Callable[[], None]
@@ -173,35 +159,11 @@ class CombinedLoader(Protocol):
     _mode: str
 
 
-class AnyTrainer(Protocol):
-    """`Trainer`, as far as both callbacks use it."""
+class Trainer(Protocol):
+    """`Trainer`."""
 
     accumulate_grad_batches: int
     callbacks: list[Any]
-    global_step: int
-    is_global_zero: bool
-    is_last_batch: bool
-    lightning_module: Any
-    log_dir: str | None
-    log_every_n_steps: int
-    loggers: list[Any]
-    optimizers: list[Any]
-    precision_plugin: Any
-    profiler: Any
-    strategy: Strategy
-    train_dataloader: Any
-    world_size: int
-
-
-class MeasuredTrainer(AnyTrainer, Protocol):
-    """`Trainer`, as far as NoiseScale uses it."""
-
-    fit_loop: MeasuredFitLoop
-
-
-class Trainer(AnyTrainer, Protocol):
-    """`Trainer`, as far as AutoBatch uses it."""
-
     check_val_every_n_epoch: int | None
     ckpt_path: Any
     current_epoch: int
@@ -211,26 +173,39 @@ class Trainer(AnyTrainer, Protocol):
     enable_validation: bool
     fast_dev_run: int | bool
     fit_loop: FitLoop
+    global_step: int
+    is_global_zero: bool
+    is_last_batch: bool
+    lightning_module: Any
     limit_predict_batches: int | float
     limit_test_batches: int | float
     limit_train_batches: int | float
     limit_val_batches: int | float
+    log_dir: str | None
+    log_every_n_steps: int
+    loggers: list[Any]
     lr_scheduler_configs: list[Any]
     max_epochs: int | None
     max_steps: int
     num_devices: int
     num_training_batches: int | float
+    optimizers: list[Any]
     overfit_batches: int | float
     precision: str
+    precision_plugin: Any
     predict_loop: PredictionLoop
+    profiler: Any
     progress_bar_callback: Any
     received_sigterm: bool
     save_checkpoint: Callable[..., None]
     should_stop: bool
     state: Any
+    strategy: Strategy
     test_loop: EvaluationLoop
+    train_dataloader: Any
     training: bool
     validate_loop: EvaluationLoop
+    world_size: int
     _active_loop: Any
     _checkpoint_connector: CheckpointConnector
     _data_connector: DataConnector

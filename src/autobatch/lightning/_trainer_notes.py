@@ -14,6 +14,7 @@ from autobatch._plan import ceil_div
 from autobatch._trials.snapshot import Snapshot
 from autobatch.errors import AutobatchError
 from autobatch.lightning._compat import combined_loader, validation_interval
+from autobatch.lightning._shown import limited
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -147,10 +148,8 @@ class TrainerLimits:
 
 def batches_trained(trainer: Any, loaders: Loaders, batch_size: int) -> int | None:
     """Return the batches of a rank per epoch, after `limit_train_batches`; None if unknown."""
-    batches, limit = loaders.batches(batch_size), trainer.limit_train_batches
-    if batches is None:
-        return None
-    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    batches = loaders.batches(batch_size)
+    return None if batches is None else int(limited(batches, trainer.limit_train_batches))
 
 
 def _is_count(value: object) -> TypeGuard[int]:

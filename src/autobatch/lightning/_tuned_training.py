@@ -8,28 +8,33 @@ from typing import TYPE_CHECKING, Any
 
 from autobatch import sinks
 from autobatch._distributed import stopping_together
+from autobatch._plan import BatchPlan
 from autobatch._prior_plan import PriorPlan
 from autobatch._report.notes import waiting
+from autobatch._tune import tune
 from autobatch.errors import FixedBatchSizeError
-from autobatch.lightning._accumulation import LastWindowCorrection
+from autobatch.lightning._accumulation import LastWindowCorrection, check_repairable
 from autobatch.lightning._apply import Application
-from autobatch.lightning._compat import data_source, forget_combined_loader
+from autobatch.lightning._beside import bytes_of_callbacks, excess_of_callbacks
+from autobatch.lightning._compat import data_parallel_size, data_source, forget_combined_loader
 from autobatch.lightning._hooks import FIT_START
 from autobatch.lightning._loggers import log_report, refresh_report
 from autobatch.lightning._noise_scale import NoiseScale
-from autobatch.lightning._resume import KnownPlans
+from autobatch.lightning._resources import CallbackArguments, Tuned, trial_resources
+from autobatch.lightning._resume import DeviceId, KnownPlans, fingerprint_of
 from autobatch.lightning._run import Results, Run, before_epochs, show
-from autobatch.lightning._tuning import tune_training
+from autobatch.lightning._subjects import LightningTraining
+from autobatch.lightning._trainer_notes import TrainerLimits
+from autobatch.lightning._training import TrainingSteps
+from autobatch.lightning._tuning_evaluation import with_validation
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from autobatch._loaders.batch_size import LoaderSize
-    from autobatch._plan import BatchPlan
     from autobatch._report import TuningReport
     from autobatch._report.result import Survived
-    from autobatch.lightning._beside import BesideTraining
-    from autobatch.lightning._resources import CallbackArguments, Tuned
+    from autobatch._trials.context import TrialContext
 
 _log = logging.getLogger("autobatch")
 
@@ -44,7 +49,7 @@ class TunedTraining:
     run: Run  # changes to the Trainer, which are undone at its end
     results: Results  # takes the reports
     _target: int = 0  # the effective batch size of the first plan
-    _beside: BesideTraining | None = None  # None: there is nothing to compare
+    _held: int | None = None  # as `Tuned.held_by_callbacks`
     _is_to_compare: bool = True  # memory of callbacks, before the next epoch
     _steps_before: int | None = None  # updates before an epoch in which it is compared
 
@@ -57,11 +62,57 @@ class TunedTraining:
         known = KnownPlans(
             own=self.arguments.known_plan, checkpoint=self.run.checkpoint, last=last_fit
         )
-        tuned = tune_training(
-            self.trainer, self.module, self.arguments, known, self._plan_before(), FIT_START
-        )
-        self.results.last_fit = tuned
-        return tuned
+        self.results.last_fit = self._find_plan(known, self._plan_before(), FIT_START)
+        return self.results.last_fit
+
+    def _find_plan(
+        self, known_plans: KnownPlans, before: BatchPlan | None, start_hooks: Sequence[str]
+    ) -> Tuned:
+        """Find a plan, and a validation batch size that fits beside it; restore all state.
+
+        `before` is the plan until now, None for that of loader and Trainer; `start_hooks` are those
+        that training has still to call before its first batch.
+
+        Raises:
+            AutobatchError: A loader's batch size cannot be changed, or an argument of the Trainer
+                excludes the plan.
+            DoesNotFitError: No batch size fits.
+        """
+        trainer, module, arguments = self.trainer, self.module, self.arguments
+        if arguments.repairs:
+            check_repairable(trainer, module)
+        with trial_resources(trainer, module, arguments, None) as resources:
+            context, loaders = resources.context, resources.loaders
+            if before is None:
+                accumulate, ranks = trainer.accumulate_grad_batches, data_parallel_size(trainer)
+                before = BatchPlan(loaders.batch_size, accumulate, ranks)
+            limits = TrainerLimits(trainer, loaders, before)
+            workload = TrainingSteps(trainer, resources, start_hooks)
+            subject = LightningTraining(workload, trainer, module, arguments, resources, limits)
+            settings = arguments.settings.model_copy(update={"dataset_size": loaders.samples})
+            context.optimizers.expected = True
+            if not module.automatic_optimization:
+                # In manual optimization, the module may never step
+                context.optimizers.look_at(module)
+            fingerprint = fingerprint_of(subject)
+            known = known_plans.prior(subject, fingerprint, _device_id(trainer, context), settings)
+            planned = known.plan.effective_batch_size if known.plan else None
+            workload.target = known.effective_batch_size or planned or settings.target_batch_size
+            report = tune(subject, settings, context, arguments.search, known)
+            limits.check(report.plan)
+            size = report.plan.micro_batch_size
+            resources.samples.check_size(size)
+            tuned = Tuned(
+                report,
+                loaders.sized(size),
+                fingerprint=fingerprint,
+                held_by_callbacks=None if workload.runs_callbacks else bytes_of_callbacks(trainer),
+            )
+            if not trainer.enable_validation:
+                return tuned
+            # Validation keeps the size that its hook gives it before the plan is applied
+            resources.attribute.restore()
+            return with_validation(tuned, subject)
 
     def begin(self, tuned: Tuned) -> None:
         """Apply the plan before training begins."""
@@ -139,7 +190,9 @@ class TunedTraining:
             self._retune(f"{excess} {reason}" if excess else reason)
 
     def _excess(self) -> str | None:
-        return self._beside.excess(self.trainer) if self._beside is not None else None
+        if self._held is None:
+            return None
+        return excess_of_callbacks(self.trainer, self._held, self._report)
 
     def _retune(self, reason: str) -> None:
         """Tune again in the middle of training, for the effective batch size it started with."""
@@ -147,7 +200,7 @@ class TunedTraining:
         known = KnownPlans(in_training=prior)
         with stopping_together():
             try:
-                tuned = tune_training(self.trainer, self.module, self.arguments, known, None, ())
+                tuned = self._find_plan(known, None, ())
             except FixedBatchSizeError as error:
                 # A sampler that was made again, and has changed itself since: its plan still holds
                 _log.warning("Training continues with its plan. %s", error)
@@ -160,7 +213,7 @@ class TunedTraining:
     def _continue_with(self, tuned: Tuned) -> None:
         """Train with a plan that was applied."""
         self.results.train_with(tuned.report)
-        self._beside = tuned.beside
+        self._held = tuned.held_by_callbacks
         if self.arguments.repairs:
             self.run.window = LastWindowCorrection(tuned.report.plan.micro_batch_size)
         if tuned.validation_sizes is not None:
@@ -190,3 +243,10 @@ class TunedTraining:
 
     def _show(self, sink: sinks.Sink) -> None:
         show(self._report, self.trainer, sink, verbose=self.arguments.verbose)
+
+
+def _device_id(trainer: Any, context: TrialContext) -> DeviceId:
+    """Return the device of rank 0: all ranks have to make the same choice."""
+    total = context.probe.read().total
+    here = DeviceId.of(context.probe.name, total, data_parallel_size(trainer))
+    return context.ranks.gather(here)[0]

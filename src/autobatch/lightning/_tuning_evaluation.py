@@ -18,8 +18,6 @@ from autobatch.lightning._resources import CallbackArguments, Tuned, trial_resou
 from autobatch.lightning._subjects import LightningEvaluation, LightningTraining
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from autobatch._loaders.batch_size import LoaderSize
     from autobatch._report import TuningReport
     from autobatch._search import Search
@@ -36,38 +34,28 @@ def tune_evaluation(trainer: Any, module: Any, arguments: CallbackArguments, sta
         DoesNotFitError: No batch size fits.
     """
     with trial_resources(trainer, module, arguments, stage.loop_of(trainer)) as resources:
-        loaders, attribute = resources.loaders, resources.attribute
+        loaders = resources.loaders
         settings = arguments.settings.model_copy(
             update={"target_batch_size": None, "dataset_size": loaders.samples}
         )
-        own_sizes = loaders.sized(loaders.batch_size)
-        steps = EvaluationSteps(trainer, resources, stage, None)
-
-        def evaluate(batch_size: int, accumulate: int) -> Iterator[None]:
-            attribute.restore()
-            if batch_size != loaders.largest_batch:
-                attribute.set(batch_size)
-            yield from steps(batch_size, accumulate)
-
-        subject = LightningEvaluation(
-            evaluate, trainer, stage, settings, resources, loaders.batch_size
-        )
-        if arguments.settings.target_batch_size is not None:
+        own, steps = loaders.batch_size, EvaluationSteps(trainer, resources, stage, None)
+        subject = LightningEvaluation(steps, trainer, stage, settings, resources, own)
+        if arguments.settings.target_batch_size is None:
+            report = tune(subject, settings, resources.context, arguments.search, PriorPlan())
+            resources.samples.check_size(report.plan.micro_batch_size)
+            sizes = loaders.sized(report.plan.micro_batch_size)
+        else:
             report = _own_or_smaller(subject, arguments.search)
-            return Tuned(report, _own_or_smaller_sizes(loaders, report), own_sizes)
-        report = tune(subject, settings, resources.context, arguments.search, PriorPlan())
-        resources.samples.check_size(report.plan.micro_batch_size)
-        return Tuned(report, loaders.sized(report.plan.micro_batch_size), own_sizes)
+            sizes = _own_or_smaller_sizes(loaders, report)
+        return Tuned(report, sizes, is_changed=sizes != loaders.sized(own))
 
 
-def with_validation(
-    tuned: Tuned, training: LightningTraining, arguments: CallbackArguments
-) -> Tuned:
+def with_validation(tuned: Tuned, training: LightningTraining) -> Tuned:
     """Return the result with the validation batch size that fits beside the state of training."""
     context = training.resources.context
     context.progress.begin_part("validation")
     try:
-        loaders, found = _beside_training(training, tuned.report.plan, arguments)
+        loaders, found = _beside_training(training, tuned.report.plan)
     except NoDataError:
         return tuned
     except FixedBatchSizeError as error:
@@ -97,9 +85,7 @@ def with_validation(
     return replace(tuned, report=report, validation_sizes=sizes)
 
 
-def _beside_training(
-    training: LightningTraining, plan: BatchPlan, arguments: CallbackArguments
-) -> tuple[Loaders, TuningReport]:
+def _beside_training(training: LightningTraining, plan: BatchPlan) -> tuple[Loaders, TuningReport]:
     """Return the validation loaders, and the report on their batches beside an update of a plan."""
     trainer, context = training.trainer, training.resources.context
     loaders = Loaders(trainer, data_source(trainer.fit_loop.epoch_loop.val_loop), mode="sequential")
@@ -108,6 +94,7 @@ def _beside_training(
         resources = replace(training.resources, loaders=loaders, samples=samples)
         train = partial(training.workload, plan.micro_batch_size, plan.trial_accumulation)
         steps = EvaluationSteps(trainer, resources, VALIDATION, train)
+        arguments = training.arguments
         settings = arguments.settings.model_copy(
             update={"timing_seconds": 0.0, "prefer": "largest"}
         )

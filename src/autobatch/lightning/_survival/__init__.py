@@ -17,8 +17,8 @@ from autobatch._plan import BatchPlan
 from autobatch._report.notes import survived
 from autobatch._report.result import Survived
 from autobatch._undo import patched
-from autobatch.lightning._checks import overrides
 from autobatch.lightning._compat import batches_that_stepped, data_parallel_size, replacing_closures
+from autobatch.lightning._hooks import overrides
 from autobatch.lightning._survival.micro_batch import MicroBatch
 from autobatch.lightning._survival.repeats import Repeats
 
