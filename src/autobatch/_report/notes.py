@@ -6,7 +6,6 @@ import statistics
 from textwrap import shorten
 from typing import TYPE_CHECKING, Final
 
-from autobatch import _settings
 from autobatch._memory import format_bytes
 from autobatch._plan import ceil_div
 from autobatch._report.accumulation_notes import usual_learning_rate
@@ -254,19 +253,22 @@ def _on_search(report: TuningReport, run: RunDetails) -> Iterator[str]:
 
 
 def _unreached(report: TuningReport, run: RunDetails) -> str:
+    limit, settings = run.timing_limit, report.settings
+    share = f", {limit.share}," if limit.share else ""
+    short = f"{duration(limit.seconds)}{share} did not suffice"
+    if not report.curve:
+        own, size = run.before, report.plan.micro_batch_size
+        is_free = settings.target_batch_size is None and settings.prefer == "fast"
+        is_kept = is_free and own is not None and own.micro_batch_size == size
+        kept = f", so your own batch size of {size:,} is kept" if is_kept else ""
+        return f"No size was timed: {short}{kept}. timing_seconds sets another limit."
     fitting = {size for size, trial in latest_by_size(report.trials).items() if trial.fits}
     parts = []
     if in_trials := sorted(fitting.intersection(run.unreached)):
         parts.append(f"micro-batches of {_listed(in_trials)} were timed in their trials only")
     if never := sorted(set(run.unreached) - fitting):
         parts.append(f"micro-batches of {_listed(never)} were left out")
-    is_default = report.settings.timing_seconds is None
-    is_share = is_default and run.curve_seconds < _settings.TIMING_SECONDS
-    is_decided = report.settings.prefer == "largest" and report.settings.target_batch_size is None
-    most = "half the time of the search" if is_decided else "a tenth of the planned training"
-    share = f", {most}," if is_share else ""
-    limit = f"{duration(run.curve_seconds)}{share}"
-    return f"{limit} did not suffice to time all sizes: {', '.join(parts)}."
+    return f"{short} to time all sizes: {', '.join(parts)}."
 
 
 def _listed(sizes: list[int]) -> str:

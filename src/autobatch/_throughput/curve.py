@@ -42,6 +42,14 @@ Undecided: TypeAlias = "Callable[[Mapping[int, Sequence[Timing]]], Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
+class TimingLimit:
+    """The seconds that timing sizes may take."""
+
+    seconds: float = 0.0
+    share: str = ""  # of which time this is a share; "" for a fixed number of seconds
+
+
+@dataclass(frozen=True, slots=True)
 class Throughput:
     """Measured throughput of several batch sizes."""
 

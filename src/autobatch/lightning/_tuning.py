@@ -52,7 +52,7 @@ def tune_training(
         context, loaders = resources.context, resources.loaders
         accumulate = trainer.accumulate_grad_batches
         own_plan = BatchPlan(loaders.batch_size, accumulate, data_parallel_size(trainer))
-        limits = TrainerLimits(trainer, loaders, trained or own_plan)
+        limits = TrainerLimits(trainer, loaders, trained or own_plan, trainer.global_step)
         workload = TrainingSteps(trainer, resources, start_hooks)
         splits = SplittingTest(
             trainer, module, workload, resources, arguments.settings.memory_limit
