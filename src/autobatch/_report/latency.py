@@ -13,6 +13,7 @@ from autobatch._report.units import (
     SECONDS,
     counted,
     duration,
+    listed,
     percent,
     rounded,
     trimmed,
@@ -20,7 +21,7 @@ from autobatch._report.units import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from autobatch._latency import Latency, TooSlow, Unfinished
     from autobatch._report import TuningReport
@@ -89,11 +90,12 @@ def percentile_comment(answers: Answers) -> str:
 def too_slow_reason(too_slow: TooSlow, limit: LatencyLimit) -> str:
     """Return why the memory search did not go above a size."""
     size, seconds = too_slow.batch_size, too_slow.step_seconds
+    parameter = f"latency_limit={limit.seconds:g} seconds"
     if seconds is None:
-        return f"at {size} at least half of the calls take longer than {_parameter(limit)}"
+        return f"at {size} at least half of the calls take longer than {parameter}"
     took = f"at {size} a step of its trial took {duration(seconds)}"
     if seconds > limit.seconds:
-        return f"{took}, longer than {_parameter(limit)}"
+        return f"{took}, longer than {parameter}"
     return f"{took}, too long to be timed repeatedly"
 
 
@@ -106,7 +108,7 @@ def nothing_within(latencies: Sequence[Latency], limit: LatencyLimit) -> str:
     smallest = f"a batch of {row.batch_size:,}, the smallest that was timed,"
     batch = "a single sample" if row.batch_size == 1 else smallest
     slowest = duration(row.at_percentile_seconds)
-    at = f"at the {_ordinal(limit.percentile)} percentile"
+    at = f"at {_name(limit.percentile)}"
     if not calls_above(row.calls, limit.percentile):
         at = f"in the slowest of {counted(row.calls, 'call')}"
     return (
@@ -260,13 +262,13 @@ def _not_timed(answers: Answers, unfinished: Unfinished) -> Iterator[str]:
             yield f"Timing stopped {after}: {sizes} may answer in time too."
     if row is not None and row.calls < enough:
         is_slowest = not calls_above(row.calls, percentile)
-        slowest = f": the {_ordinal(percentile)} percentile is the slowest of them"
+        slowest = f": {_name(percentile)} is the slowest of them"
         yield (
             f"There was no time for {enough:,} calls at {row.batch_size:,}, only for "
             f"{row.calls:,}{slowest if is_slowest else ''}."
         )
     if unfinished.left_out:
-        sizes = _listed(unfinished.left_out)
+        sizes = listed(unfinished.left_out)
         yield (
             f"Smaller sizes were not timed ({sizes}): they may suit one stream better, or be as "
             "fast."
@@ -284,7 +286,7 @@ def _disturbed(answers: Answers, unfinished: Unfinished) -> Iterator[str]:
     is_limited = unfinished.over is not None or over is not None  # the reason to stop at this size
     if row is not None and _is_noisy(row) and is_limited:
         yield (
-            f"At {answers.chosen:,} the {_ordinal(limit.percentile)} percentile is "
+            f"At {answers.chosen:,} {_name(limit.percentile)} is "
             f"{row.at_percentile_seconds / row.p50_seconds:,.0f} times the median, probably from "
             "noise: on a quiet machine larger batches may answer in time."
         )
@@ -297,7 +299,7 @@ def _disturbed(answers: Answers, unfinished: Unfinished) -> Iterator[str]:
     largest = answers.largest_within or 0
     if smaller := [each.batch_size for each in answers.over if each.batch_size < largest]:
         yield (
-            f"Batches of {_listed(smaller)} are over the limit although larger ones meet it: "
+            f"Batches of {listed(smaller)} are over the limit although larger ones meet it: "
             "noise, or slow kernels for these shapes."
         )
 
@@ -306,20 +308,5 @@ def _is_noisy(latency: Latency) -> bool:
     return latency.at_percentile_seconds >= _NOISY * latency.p50_seconds
 
 
-def _parameter(limit: LatencyLimit) -> str:
-    return f"latency_limit={limit.seconds:g} seconds"
-
-
-def _listed(sizes: Iterable[int]) -> str:
-    return ", ".join(f"{size:,}" for size in sizes)
-
-
 def _name(percentile: float) -> str:
     return f"p{percentile:g}"
-
-
-def _ordinal(percentile: float) -> str:
-    endings = {1: "st", 2: "nd", 3: "rd"}
-    whole = percentile == int(percentile) and int(percentile) // 10 != 1
-    last = int(percentile) % 10 if whole else 0
-    return f"{percentile:g}{endings.get(last, 'th')}"

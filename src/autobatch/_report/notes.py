@@ -11,7 +11,7 @@ from autobatch._plan import ceil_div
 from autobatch._report.accumulation_notes import usual_learning_rate
 from autobatch._report.latency import latency_notes
 from autobatch._report.tradeoff import updates_per_epoch
-from autobatch._report.units import counted, duration, percent
+from autobatch._report.units import counted, duration, listed, percent
 from autobatch._throughput import row_of
 from autobatch._trials import Outcome, latest_by_size
 
@@ -247,7 +247,7 @@ def _on_search(report: TuningReport, run: RunDetails) -> Iterator[str]:
             for text in reversed(first_of_class.values())
         )
         yield (
-            f"The workload itself raised an error at batch_size={_listed(list(refused))}, so only "
+            f"The workload itself raised an error at batch_size={listed(list(refused))}, so only "
             f"sizes that ran are used ({'; '.join(errors)})."
         )
 
@@ -265,15 +265,10 @@ def _unreached(report: TuningReport, run: RunDetails) -> str:
     fitting = {size for size, trial in latest_by_size(report.trials).items() if trial.fits}
     parts = []
     if in_trials := sorted(fitting.intersection(run.unreached)):
-        parts.append(f"micro-batches of {_listed(in_trials)} were timed in their trials only")
+        parts.append(f"micro-batches of {listed(in_trials)} were timed in their trials only")
     if never := sorted(set(run.unreached) - fitting):
-        parts.append(f"micro-batches of {_listed(never)} were left out")
+        parts.append(f"micro-batches of {listed(never)} were left out")
     return f"{short} to time all sizes: {', '.join(parts)}."
-
-
-def _listed(sizes: list[int]) -> str:
-    *first, last = map(str, sizes)
-    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _on_measurements(report: TuningReport) -> Iterator[str]:
