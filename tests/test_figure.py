@@ -20,7 +20,6 @@ from matplotlib.text import Text
 from autobatch import BatchPlan, NoiseReading, Outcome, Trial, sinks
 from autobatch._report.figure import style
 from autobatch._report.figure.style import count, short
-from autobatch._report.units import factor
 from autobatch.errors import AutobatchError
 from autobatch.report import CurvePoint, Device, Latency, LearningRateRule
 from report_examples import GIB, example, settings, with_noise
@@ -541,13 +540,6 @@ def test_measures_have_three_digits(value, text):
 )
 def test_counts_are_exact_up_to_five_digits(value, text):
     assert count(value) == text
-
-
-@pytest.mark.parametrize(
-    ("value", "text"), [(0.354, "×0.35"), (1, "×1"), (1.41, "×1.4"), (70.7, "×71")]
-)
-def test_factors_have_two_digits(value, text):
-    assert factor(value) == text
 
 
 def test_learning_rate_rule_is_named():
