@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 from pydantic import BaseModel, ValidationError
 
 from autobatch import _throughput
-from autobatch._latency import Stream, cameras, knee, stream
+from autobatch._latency import Stream, cameras, stream
 from autobatch._noise import NoiseReading  # noqa: TC001 -- pydantic reads it
 from autobatch._report import files
 from autobatch._report.layout import UNICODE, Glyphs, html, terminal
@@ -197,10 +197,8 @@ class TuningReport(BaseModel):
     @property
     def knee(self) -> int | None:
         """Smallest batch with 95 % of the fastest throughput: measured; None if none was timed."""
-        if self.latencies:
-            latency = knee(self.latencies)
-            return latency.batch_size if latency else None
-        return _throughput.knee(self.sizes)
+        timed = self.latencies or self.sizes
+        return _throughput.knee({row.batch_size: row.samples_per_second for row in timed})
 
     def stream(self, rate: float) -> Stream:
         """Return the response times to a stream of samples at each batch size that was timed.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from autobatch._latency import calls_above, enough_calls, knee, largest_within, stream
+from autobatch._latency import calls_above, enough_calls, largest_within, stream
 from autobatch._report.layout import Column, Fact, Table
 from autobatch._report.tables import bar, counts, measures, numbers, table_of, thinned
 from autobatch._report.units import (
@@ -35,11 +35,12 @@ _ALL: Final = 100  # % of calls
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """Latencies of a report with a limit, and the chosen size."""
+    """Latencies of a report with a limit, the chosen size and the knee."""
 
     latencies: Sequence[Latency]
     limit: LatencyLimit
     chosen: int
+    knee: int | None
 
     @classmethod
     def of(cls, report: TuningReport) -> Answers | None:
@@ -47,12 +48,12 @@ class Answers:
         limit = report.settings.limit_on_latency
         if limit is None:
             return None
-        return cls(report.latencies, limit, report.plan.micro_batch_size)
+        return cls(report.latencies, limit, report.plan.micro_batch_size, report.knee)
 
     @property
     def row(self) -> Latency | None:
         """Latency of the chosen size; None if it was not timed."""
-        return next((each for each in self.latencies if each.batch_size == self.chosen), None)
+        return self.at(self.chosen)
 
     @property
     def largest_within(self) -> int | None:
@@ -69,6 +70,9 @@ class Answers:
         """The smallest size above the chosen one that is over the limit."""
         larger = (each for each in self.over if each.batch_size > self.chosen)
         return min(larger, key=lambda each: each.batch_size, default=None)
+
+    def at(self, batch_size: int | None) -> Latency | None:
+        return next((each for each in self.latencies if each.batch_size == batch_size), None)
 
     def is_over(self, latency: Latency) -> bool:
         return latency.at_percentile_seconds > self.limit.seconds
@@ -123,7 +127,7 @@ def latency_facts(answers: Answers, task: str) -> list[Fact]:
     if row is None:
         return []
     facts = [_latency_fact(answers, row), _speed_fact(latencies, row)]
-    bend = knee(latencies)
+    bend = answers.at(answers.knee)
     if bend is not None and bend.batch_size <= _KNEE_APART * answers.chosen:
         share = bend.samples_per_second / max(each.samples_per_second for each in latencies)
         sooner, later = (duration(each.at_percentile_seconds) for each in (bend, row))
@@ -164,8 +168,8 @@ def _speed_fact(latencies: Sequence[Latency], row: Latency) -> Fact:
 def latency_table(answers: Answers, peaks: Mapping[int, int | None]) -> Table:
     """Return the sizes that were timed, with percentiles, throughput and peak memory."""
     latencies, chosen, limit = answers.latencies, answers.chosen, answers.limit
-    kept = (each.batch_size for each in (answers.next_over, knee(latencies)) if each)
-    sizes = thinned([each.batch_size for each in latencies], {chosen, *kept})
+    over = answers.next_over.batch_size if answers.next_over else chosen
+    sizes = thinned([each.batch_size for each in latencies], {chosen, over, answers.knee})
     shown = [each for each in latencies if each.batch_size in sizes]
     fastest = max(each.samples_per_second for each in latencies)
     shares = [each.samples_per_second / fastest for each in shown]

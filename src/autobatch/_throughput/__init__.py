@@ -225,9 +225,10 @@ def row_of(rows: Iterable[SpeedRow], batch_size: int) -> SpeedRow | None:
     return next((row for row in rows if row.batch_size == batch_size), None)
 
 
-def knee(rows: Sequence[SpeedRow]) -> int | None:
+def knee(speeds: Mapping[int, float]) -> int | None:
     """Return the smallest size with at least 95 % of the highest throughput."""
-    return min((row.batch_size for row in rows if row.of_fastest >= _KNEE), default=None)
+    fastest = max(speeds.values(), default=0.0)
+    return min((n for n, speed in speeds.items() if speed / fastest >= _KNEE), default=None)
 
 
 def fit_line(times: StepTimes) -> LineFit | None:
