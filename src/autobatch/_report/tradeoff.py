@@ -241,11 +241,12 @@ def is_of(row: EffectiveRow, plan: BatchPlan) -> bool:
 def _candidates(plan: BatchPlan, run: Iterable[int], dataset_size: int | None) -> list[BatchPlan]:
     smaller = list(islice(_smaller(plan, run), _ROWS - 1))
     larger = list(islice(_larger(plan, dataset_size), _ROWS - 1))
-    above = min(len(larger), max(_ROWS_ABOVE, _ROWS - 1 - len(smaller)))
+    whole = []  # one update per epoch
+    if dataset_size is not None and plan.effective_batch_size < dataset_size:
+        whole = [replace(plan, accumulate_grad_batches=_micro_batches(plan, dataset_size))]
+    above = min(len(larger + whole), max(_ROWS_ABOVE, _ROWS - 1 - len(smaller)))
     below = smaller[: _ROWS - 1 - above]
-    whole = _whole_epoch(plan, dataset_size)
-    larger = larger[:above] if whole is None else [*larger[: above - 1], whole]
-    return [*reversed(below), plan, *larger]
+    return [*reversed(below), plan, *larger[: above - len(whole)], *whole]
 
 
 def _smaller(plan: BatchPlan, run: Iterable[int]) -> Iterator[BatchPlan]:
@@ -261,20 +262,10 @@ def _smaller(plan: BatchPlan, run: Iterable[int]) -> Iterator[BatchPlan]:
 
 
 def _larger(plan: BatchPlan, dataset_size: int | None) -> Iterator[BatchPlan]:
-    """Double the accumulation while an epoch fills an update; end with a whole epoch."""
+    """Double the accumulation while an epoch fills an update."""
     while dataset_size is None or 3 * plan.effective_batch_size <= dataset_size:
         plan = replace(plan, accumulate_grad_batches=plan.accumulate_grad_batches * 2)
         yield plan
-    whole = _whole_epoch(plan, dataset_size)
-    if whole is not None:
-        yield whole
-
-
-def _whole_epoch(plan: BatchPlan, dataset_size: int | None) -> BatchPlan | None:
-    """Return the plan of one update per epoch; None if unknown or not larger than `plan`."""
-    if dataset_size is None or plan.effective_batch_size >= dataset_size:
-        return None
-    return replace(plan, accumulate_grad_batches=_micro_batches(plan, dataset_size))
 
 
 def updates_per_epoch(plan: BatchPlan, dataset_size: int) -> int:
