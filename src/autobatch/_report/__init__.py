@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 from contextlib import contextmanager
 from html import escape
-from typing import TYPE_CHECKING, Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal, cast
 
 from pydantic import BaseModel, ValidationError
 
@@ -52,8 +51,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from autobatch._report.figure import Picture
+
 _SCHEMA_VERSION: Final = 1
-_NOTEBOOK_DPI: Final = 100  # of the figure: about the width of a notebook
 Task = Literal["train", "answer", "validate", "test", "predict"]
 
 
@@ -323,9 +323,8 @@ class TuningReport(BaseModel):
             figure = self.plot()
         except AutobatchError:  # matplotlib is not installed
             return text
-        image = io.BytesIO()
-        figure.savefig(image, format="png", dpi=_NOTEBOOK_DPI)
-        source = f"data:image/png;base64,{base64.b64encode(image.getvalue()).decode()}"
+        image = base64.b64encode(cast("Picture", figure)._repr_png_()).decode()
+        source = f"data:image/png;base64,{image}"
         return f'{text}<img alt="{escape(content.answer)}" style="max-width:100%" src="{source}">'
 
     def __str__(self) -> str:

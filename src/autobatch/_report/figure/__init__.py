@@ -44,7 +44,7 @@ class Picture(Figure):
     """A figure without a window, shown by a notebook."""
 
     def _repr_png_(self) -> bytes:
-        return _rendered(self, "png", dpi=100)
+        return _rendered(self, "png", dpi=100)  # about the width of a notebook
 
 
 def draw(report: TuningReport, path: str | Path | None, ax: Axes | None) -> Figure:
