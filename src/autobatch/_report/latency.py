@@ -255,9 +255,7 @@ def _not_timed(answers: Answers, unfinished: Unfinished) -> Iterator[str]:
     largest, enough = answers.largest_within, enough_calls(percentile)
     if unfinished.is_open and largest is not None:
         sizes = f"sizes above {largest:,}"
-        if over == largest + 2:
-            sizes = f"batches of {largest + 1:,}"
-        elif over is not None:
+        if over is not None:
             sizes = f"sizes between {largest:,} and {over:,}"
         if unfinished.seconds is None:
             yield f"Not timed were {sizes}: they may answer in time too."

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Final
 
 from autobatch._memory import format_bytes
 from autobatch._plan import ceil_div
-from autobatch._report.accumulation_notes import usual_learning_rate
 from autobatch._report.latency import latency_notes
 from autobatch._report.tradeoff import updates_per_epoch
-from autobatch._report.units import counted, duration, listed, percent
+from autobatch._report.units import counted, duration, factor, listed, percent
 from autobatch._throughput import row_of
 from autobatch._trials import Outcome, latest_by_size
 
@@ -139,10 +138,13 @@ def _changed(report: TuningReport, before: BatchPlan | None) -> str | None:
             now, then = (updates_per_epoch(each, samples) for each in (plan, before))
             updates = f": {counted(now, 'update')} per epoch instead of {then:,}"
         sentences.append(f"The effective batch goes from {old:,} to {new:,}{updates}.")
-        if report.learning_rate is not None:
+        if (rule := report.learning_rate) is not None:
             most = max(old, new) if samples is None else samples
-            ratio = min(new, most) / min(old, most)
-            sentences.append(usual_learning_rate(report.learning_rate, ratio))
+            change = factor(rule.factor(min(new, most) / min(old, most)))
+            sentences.append(
+                f"{rule.optimizer} usually wants about {change} the learning rate for that "
+                f"({rule.rule} rule)."
+            )
     if before.accumulate_grad_batches not in (1, plan.accumulate_grad_batches):
         has_target = report.settings.target_batch_size is not None
         sentences.append(
