@@ -12,6 +12,7 @@ from autobatch import BatchPlan, NoiseReading, Outcome, Trial, TuningReport, sin
 from autobatch._report.notes import notes
 from autobatch._report.result import RunDetails, SubjectNotes
 from autobatch._settings import Bound
+from autobatch._throughput.curve import TimingLimit
 from autobatch.report import CurvePoint, Device, LearningRateRule, Loading, Look, Settings
 
 GIB = 2**30
@@ -235,7 +236,7 @@ _QUIET = RunDetails(
     bound=Bound(256, "target_batch_size=256 needs no more than 256 at once"),
     is_out_of_time=False,
     unreached=(),
-    curve_seconds=20.0,
+    timing_limit=TimingLimit(20.0),
     before=None,
     last_samples=None,
     subject_notes=SubjectNotes(),

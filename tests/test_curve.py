@@ -9,9 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import autobatch
-from autobatch._throughput.curve import curve_sizes, enough, in_turns
 from autobatch._throughput.points import point
-from autobatch._trials.runner import Accumulation
 from autobatch._trials.timing import Timing
 from autobatch.testing import PaperDevice, SimulatedAccelerator
 from conftest import set_curve_seconds
@@ -19,133 +17,9 @@ from report_examples import notes_after
 
 pytestmark = pytest.mark.curve
 
-sizes = st.sets(st.integers(1, 5000), min_size=1, max_size=12)
-
 
 def timing(*seconds, optimizer=()):
     return Timing(tuple(seconds), tuple(optimizer))
-
-
-def accumulation(samples):
-    return Accumulation(is_supported=True, default=1, target=samples, replicas=1)
-
-
-# Which sizes
-
-
-@given(sizes, st.none() | st.integers(1, 10_000))
-def test_powers_of_two_and_fitting_sizes_are_timed(fitting, samples):
-    chosen = curve_sizes(sorted(fitting), accumulation(samples))
-
-    powers = {2**i for i in range(13) if 2**i <= max(fitting)}
-    assert fitting | powers <= set(chosen)
-    assert chosen == sorted(chosen)
-    assert max(chosen) == max(fitting)
-    others = set(chosen) - fitting - powers
-    assert len(others) <= 3
-    assert all(samples % size == 0 for size in others)
-
-
-def test_the_largest_sizes_that_give_the_target_exactly_are_timed():
-    assert set(curve_sizes([8, 86], accumulation(1000))) >= {50, 40, 25}
-    assert set(curve_sizes([8, 86], accumulation(60))) >= {60, 30}
-
-
-# In turns
-
-
-def once_more(timings):
-    return [size for size, turns in timings.items() if len(turns) == 1]
-
-
-def visited(durations, bound):
-    """The sizes in the order of their visits, on a clock that only visits move."""
-    order, clock = [], [0.0]
-
-    def visit(size):
-        order.append(size)
-        clock[0] += 11 * durations[size]
-        return timing(*10 * [durations[size]])
-
-    timings = in_turns(
-        durations,
-        time_turn=visit,
-        affordable=lambda seconds: clock[0] + seconds <= bound,
-        update_seconds=lambda size: durations[size],
-        undecided=once_more,
-    )
-    return order, timings, clock[0]
-
-
-def test_sizes_are_timed_going_up_and_again_going_down():
-    order, timings, _ = visited({4: 0.01, 1: 0.01, 2: 0.01}, bound=20)
-
-    assert order == [1, 2, 4, 4, 2, 1]
-    assert {size: len(each) for size, each in timings.items()} == {1: 2, 2: 2, 4: 2}
-
-
-def test_the_largest_sizes_are_timed_first_if_time_is_short():
-    order, timings, _ = visited({1: 0.1, 2: 0.2, 4: 0.4, 8: 0.8}, bound=6)
-
-    assert order[0] == 8
-    assert 8 in timings
-    assert set(timings) < {1, 2, 4, 8}
-
-
-@given(
-    st.dictionaries(st.integers(1, 1000), st.floats(0, 0.05), min_size=1),
-    st.floats(0.1, 20),
-)
-def test_no_turn_begins_that_would_end_late(durations, bound):
-    _, timings, spent = visited(durations, bound)
-
-    assert spent <= bound * (1 + 1e-9)
-    assert all(timings.values())
-
-
-def test_sizes_without_time_are_left_out():
-    order, timings, _ = visited({1: 0.01, 2: 0.02, 64: 9.0}, bound=20)
-
-    assert 64 not in order
-    assert set(timings) == {1, 2}
-
-
-def test_a_failed_size_is_left_out():
-    order = []
-
-    def visit(size):
-        order.append(size)
-        return None if size == 2 else timing(1, 1, 1)
-
-    timings = in_turns(
-        [1, 2],
-        time_turn=visit,
-        affordable=lambda _: True,
-        update_seconds=lambda _: 1.0,
-        undecided=once_more,
-    )
-
-    assert order == [1, 2, 1]
-    assert set(timings) == {1}
-
-
-@pytest.mark.parametrize(
-    ("seconds", "is_enough"),
-    [
-        ([0.002] * 9, False),
-        ([0.002] * 10, True),
-        ([0.001] * 19, False),
-        ([0.001] * 21, True),
-        ([0.0001] * 99, False),
-        ([0.0001] * 100, True),
-        ([0.3, 0.3], False),
-        ([0.3, 0.3, 0.3], True),
-        ([0.1] * 4, False),
-        ([0.1] * 5, True),
-    ],
-)
-def test_a_turn_takes_enough_updates(seconds, is_enough):
-    assert enough(seconds) is is_enough
 
 
 # Points of the curve
@@ -237,6 +111,91 @@ def test_the_spread_contains_the_median(visits):
 def on_paper(**changes):
     asked = {"fixed": 2**20, "per_sample": 2**14} | changes
     return PaperDevice("2MiB", **asked)
+
+
+def timed_sizes(paper, **options):
+    """Return the report of a search, and the sizes of all trials and turns in their order."""
+    report = autobatch.find(paper.workload, device=paper, **options)
+    return report, paper.sizes_run
+
+
+@pytest.mark.parametrize(
+    ("target", "most", "exact"), [(1000, 86, {50, 40, 25}), (60, None, {60, 30, 20})]
+)
+def test_the_largest_sizes_that_give_the_target_exactly_are_timed(target, most, exact):
+    paper = on_paper(fixed=0)
+
+    report, _ = timed_sizes(paper, target_batch_size=target, max_micro_batch_size=most)
+
+    fitting = {trial.batch_size for trial in report.trials if trial.fits}
+    powers = {2**power for power in range(13) if 2**power <= max(fitting)}
+    assert {each.batch_size for each in report.curve} == fitting | powers | exact
+
+
+def follow(part, whole):
+    """Return whether sizes follow each other in this order."""
+    return any(whole[at : at + len(part)] == part for at in range(len(whole)))
+
+
+def test_sizes_are_timed_going_up_and_those_in_doubt_again_going_down():
+    paper = on_paper(
+        seconds_per_step=9e-3, seconds_per_sample=1e-3
+    )  # 32 has 92 % of the speed of 51
+
+    report, order = timed_sizes(paper)
+
+    upwards = [each.batch_size for each in report.curve]
+    again = [each.batch_size for each in report.curve if each.drift is not None]
+    assert 1 < len(again) < len(upwards)
+    assert follow([*upwards, *again[::-1]], order)
+
+
+def test_the_largest_sizes_are_timed_first_if_time_is_short():
+    paper = on_paper(per_sample=2**16, seconds_per_step=0, seconds_per_sample=0.02)
+
+    report, order = timed_sizes(paper, timing_seconds=3)
+
+    upwards = [each.batch_size for each in report.curve]
+    assert report.largest_fit in upwards
+    assert 1 not in upwards
+    assert follow(upwards[::-1], order)
+
+
+@given(st.floats(0, 0.1), st.floats(1e-5, 0.02), st.floats(0.1, 20), st.none() | st.just(96))
+def test_no_turn_begins_that_would_end_late(per_step, per_sample, seconds, target):
+    paper = on_paper(seconds_per_step=per_step, seconds_per_sample=per_sample)
+
+    report, _ = timed_sizes(paper, timing_seconds=seconds, target_batch_size=target)
+
+    update = max(row.step_seconds for row in report.sizes) * (2 if target else 1)
+    assert report.timing_seconds <= seconds + update
+
+
+def test_a_size_that_fails_while_it_is_timed_is_left_out():
+    def memory(size):
+        return 2**30 if size == 16 and paper.sizes_run.count(16) > 1 else 2**20
+
+    paper = on_paper(memory=memory)
+
+    report, order = timed_sizes(paper, max_micro_batch_size=64)
+
+    assert order.count(16) == 2
+    assert {8, 32, 64} <= {each.batch_size for each in report.curve}
+    assert 16 not in {each.batch_size for each in report.curve}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "updates"), [(2e-3, 10), (9.9e-4, 21), (1e-4, 100), (0.3, 3), (0.1001, 5)]
+)
+def test_a_turn_takes_enough_updates(seconds, updates):
+    """At least three in half a second, ten of quick ones, and a hundred of the quickest."""
+    paper = on_paper(seconds_per_step=seconds, seconds_per_sample=0.0)
+
+    report, _ = timed_sizes(paper, max_micro_batch_size=64)
+
+    once = [each.updates for each in report.curve if each.drift is None]
+    assert once
+    assert set(once) == {updates}
 
 
 def test_the_curve_is_exact_on_an_exact_clock():

@@ -196,6 +196,13 @@ def test_the_text_is_a_page_of_at_most_86_columns():
     assert "<pre" in of_convolutions()._repr_html_()
 
 
+def test_a_small_row_of_the_table_has_a_unit_that_shows_it():
+    text = str(of_convolutions())
+
+    assert "     96 MiB  " in text
+    assert "    5.5 KiB           0.01 %  parameters and buffers\n" in text
+
+
 def test_the_figure_shows_kinds_phases_and_budget(tmp_path):
     pytest.importorskip("matplotlib")
     estimate = of_attention()

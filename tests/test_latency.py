@@ -10,18 +10,15 @@ from hypothesis import strategies as st
 
 import autobatch
 from autobatch import BatchPlan, TuningReport
-from autobatch._latency import (
-    best_within,
-    cameras,
-    enough_calls,
-    knee,
-    largest_within,
-    slowest,
-    stream,
-)
-from autobatch._report.latency import Answers, latency_facts
-from autobatch.report import Latency, LatencyLimit
+from autobatch._latency import best_within, enough_calls, slowest
+from autobatch.report import Latency
 from latency_cases import Paper, answered, found, latency, measured, spans, steady
+from report_examples import settings
+
+
+def report_of(latencies, limit=None, size=1):
+    asked = settings(target_batch_size=None, latency_limit=limit)
+    return answered(latencies=tuple(latencies), settings=asked, plan=BatchPlan(size))
 
 
 @given(st.lists(spans, min_size=1), st.floats(0.1, 100))
@@ -62,11 +59,9 @@ def test_merged_ranks_are_as_slow_as_the_slowest(of_ranks):
 
 @given(measured(), spans, spans)
 def test_a_longer_limit_never_gives_a_smaller_batch(latencies, one, other):
-    short, long = sorted([one, other])
-    small, large = (largest_within(latencies, limit) for limit in (short, long))
+    report = report_of(latencies)
 
-    assert small is None or (large is not None and large.batch_size >= small.batch_size)
-    assert small is None or small.at_percentile_seconds <= short
+    assert report.cameras(max(one, other)) <= report.cameras(min(one, other))
 
 
 @given(measured(), spans)
@@ -99,31 +94,27 @@ def test_no_batch_is_suggested_for_a_stream_that_none_answers_in_time():
         Latency(1, 0.010, 0.050, 0.050, 0.050, 100),
         Latency(32, 0.020, 0.020, 0.020, 0.020, 100),
     )
-    limit = LatencyLimit(0.033, 99)
 
-    facts = latency_facts(Answers(latencies, limit, 32), "answer")
+    text = str(report_of(latencies, 0.033, size=32))
 
-    (streams,) = (fact for fact in facts if fact.label == "Streams")
-    assert "alone" not in streams.comment
+    (streams,) = (line for line in text.splitlines() if line.startswith("  Streams"))
+    assert "alone" not in streams
 
 
 @given(measured())
 def test_knee_is_the_smallest_size_with_nearly_the_highest_throughput(latencies):
-    fastest = max(each.samples_per_second for each in latencies)
+    speeds = {each.batch_size: each.samples_per_second for each in latencies}
+    fastest = max(speeds.values())
 
-    bend = knee(latencies)
+    bend = report_of(latencies).knee
 
-    assert bend.samples_per_second >= 0.95 * fastest
-    assert all(
-        each.samples_per_second < 0.95 * fastest
-        for each in latencies
-        if each.batch_size < bend.batch_size
-    )
+    assert speeds[bend] / fastest >= 0.95
+    assert all(speed / fastest < 0.95 for size, speed in speeds.items() if size < bend)
 
 
 @given(measured(), spans)
 def test_a_size_is_stable_if_its_throughput_exceeds_the_rate(latencies, rate):
-    for row, each in zip(stream(latencies, rate, None).rows, latencies, strict=True):
+    for row, each in zip(report_of(latencies).stream(rate).rows, latencies, strict=True):
         ratio = each.samples_per_second / rate
         if not math.isclose(ratio, 1):
             assert row.is_stable == (ratio > 1)
@@ -134,12 +125,12 @@ def test_a_size_is_stable_if_its_throughput_exceeds_the_rate(latencies, rate):
 def test_one_camera_is_best_served_with_batches_of_one(latencies, fps):
     latencies = (latency(1, 0.9 / fps), *(e for e in latencies if e.batch_size > 1))
 
-    assert stream(latencies, fps, None).best.batch_size == 1
+    assert report_of(latencies).stream(fps).best.batch_size == 1
 
 
 @given(measured(), spans, st.none() | spans)
 def test_best_size_for_a_stream_answers_soonest(latencies, rate, limit):
-    one = stream(latencies, rate, limit)
+    one = report_of(latencies, limit).stream(rate)
     fine = [
         row.worst_seconds
         for row in one.rows
@@ -154,7 +145,7 @@ def test_best_size_for_a_stream_answers_soonest(latencies, rate, limit):
 def test_cameras_share_a_batch_answered_before_their_next_frames(latencies, fps):
     sizes = [e.batch_size for e in latencies if e.at_percentile_seconds <= 1 / fps]
 
-    assert cameras(latencies, fps) == max(sizes, default=0)
+    assert report_of(latencies).cameras(fps) == max(sizes, default=0)
 
 
 @pytest.mark.parametrize("rate", [0, -30, math.nan, math.inf, True, "30", None])

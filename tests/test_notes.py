@@ -147,6 +147,7 @@ def test_quiet_result_has_no_notes():
             (
                 {
                     "trials": tuple(Trial(size, Outcome.FIT) for size in (8, 32, 56)),
+                    "curve": (drifted(None),),
                     "unreached": (2, 4, 56, 8),
                 },
                 (
@@ -155,7 +156,7 @@ def test_quiet_result_has_no_notes():
                 ),
             ),
             (
-                {"unreached": (16,)},
+                {"curve": (drifted(None),), "unreached": (16,)},
                 "20 s did not suffice to time all sizes: micro-batches of 16 were left out.",
             ),
             (
@@ -376,16 +377,6 @@ def test_bound_has_its_reason(given_bounds, world_size, batch_size, reason):
     bound = tightest_bound(arguments, world_size)
 
     assert bound == Bound(batch_size, reason)
-
-
-@pytest.mark.curve  # with the usual limit of 20 seconds
-def test_a_share_of_the_training_that_was_too_short_for_timing_is_named():
-    (note,) = notes_after(unreached=(16,), curve_seconds=0.003)
-
-    assert note == (
-        "3 ms, a tenth of the planned training, did not suffice to time all sizes: "
-        "micro-batches of 16 were left out."
-    )
 
 
 def test_no_bound_without_limits():

@@ -4,13 +4,9 @@ import pytest
 
 from autobatch import BatchPlan
 from autobatch._accumulation import BatchNorms, Splitting
-from autobatch._report.accumulation_notes import (
-    accumulation_costs,
-    batch_norm,
-    not_additive,
-    usual_learning_rate,
-)
+from autobatch._report.accumulation_notes import accumulation_costs, batch_norm, not_additive
 from autobatch.report import LearningRateRule
+from report_examples import notes_after
 
 
 @pytest.mark.parametrize(
@@ -71,19 +67,18 @@ def test_sum_loss_has_its_own_note():
 
 
 @pytest.mark.parametrize(
-    ("rule", "ratio", "expected"),
+    ("rule", "before", "expected"),
     [
-        ("square-root", 8.0, "×2.8 the learning rate for that (square-root rule)"),
-        ("linear", 8.0, "×8 the learning rate for that (linear rule)"),
-        ("linear", 1 / 32, "×0.031 the learning rate"),
-        ("linear", 128.0, "×128 the learning rate"),
+        ("square-root", 32, "×2.8 the learning rate for that (square-root rule)."),
+        ("linear", 32, "×8 the learning rate for that (linear rule)."),
+        ("linear", 8192, "×0.031 the learning rate for that (linear rule)."),
+        ("linear", 2, "×128 the learning rate for that (linear rule)."),
     ],
 )
-def test_usual_learning_rate_follows_the_rule(rule, ratio, expected):
-    note = usual_learning_rate(LearningRateRule("AdamW", rule), ratio)
+def test_usual_learning_rate_follows_the_rule(rule, before, expected):
+    (note,) = notes_after(before=BatchPlan(before), learning_rate=LearningRateRule("AdamW", rule))
 
-    assert note.startswith("AdamW usually wants about ×")
-    assert expected in note
+    assert note.endswith(f" AdamW usually wants about {expected}")
 
 
 @pytest.mark.parametrize(

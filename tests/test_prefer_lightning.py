@@ -66,3 +66,20 @@ def test_timing_takes_at_most_a_tenth_of_the_training(options, is_timed):
     # An epoch takes 0.6 seconds, and timing updates of 32 samples 0.13
     assert (report.curve != ()) == is_timed
     assert report.plan == BatchPlan(32)
+    untimed = any(
+        note.startswith("No size was timed: ")
+        and " ms, a tenth of the shortest time that the planned training may take, " in note
+        and "so your own batch size of 32 is kept. timing_seconds sets another limit." in note
+        for note in report.notes
+    )
+    assert untimed != is_timed
+
+
+def test_the_limit_that_ended_timing_is_named():
+    auto = AutoBatch(device=Timed("450KiB"), prefer="largest")
+
+    report = auto.tune(quiet_trainer(max_epochs=1), SameSpeed(), DataLoader(data(), 32))
+
+    (note,) = (note for note in report.notes if "did not suffice" in note)
+    assert "a tenth of" in note
+    assert "half the time of the search" not in note

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autobatch import BatchPlan, NoiseReading, Outcome, Trial
-from autobatch._report.tradeoff import best_accumulation, best_batch, common_rule
-from autobatch.report import CurvePoint, LearningRateRule, LineFit, NoiseRange
+from autobatch._report.tradeoff import common_rule
+from autobatch.report import CurvePoint, LearningRateRule, NoiseRange
 from report_examples import example
 
 times = st.floats(1e-6, 1e3)
@@ -335,28 +335,22 @@ def test_noise_range_is_at_least_a_factor_of_four_each_way():
     assert NoiseRange.of(NoiseReading("ok", 100, 20, 500)) == NoiseRange(100, 20, 500)
 
 
-@given(noises, st.floats(1e-4, 1), st.floats(1e-5, 1e-2), st.floats(0, 1))
-def test_best_batch_has_the_shortest_time_to_the_same_loss(noise, fixed, slope, optimizer):
-    fit, noise = LineFit(fixed, slope, 0.0), NoiseRange.of(noise)
+@given(noises, st.floats(1e-4, 1), st.floats(1e-5, 1e-2), st.floats(1e-5, 1))
+def test_the_optimum_has_the_shortest_time_to_the_same_loss(noise, fixed, slope, optimizer):
+    curve = [
+        point(size, fixed + slope * size + optimizer, optimizer_seconds=optimizer)
+        for size in (1, 4, 16, 64)
+    ]
+    best = report_of(BatchPlan(16), (), curve=curve, noise=noise).optimum
 
-    def time(batch):
-        return (1 + noise.samples / batch) * (fit.seconds(batch) + optimizer)
+    def at_once(batch):
+        return (1 + noise.samples / batch) * (fixed + slope * batch + optimizer)
 
-    best = best_batch(noise, fit, optimizer)
+    def accumulated(k):
+        return (1 + noise.samples / (16 * k)) * (k * (fixed + 16 * slope) + optimizer)
 
-    assert time(best) <= min(time(best * 0.9), time(best * 1.1)) * (1 + 1e-9)
-
-
-@given(noises, st.integers(1, 500), st.floats(1e-5, 1), st.floats(1e-6, 1))
-def test_best_accumulation_has_the_shortest_time_to_the_same_loss(
-    noise, micro, micro_seconds, optimizer
-):
-    def time(k):
-        return (1 + noise.samples / (k * micro)) * (k * micro_seconds + optimizer)
-
-    best = best_accumulation(NoiseRange.of(noise), BatchPlan(micro), micro_seconds, optimizer)
-
-    assert time(best) <= min(time(best * 0.9), time(best * 1.1)) * (1 + 1e-9)
+    for time, at in ((at_once, best.at_once), (accumulated, best.accumulate_grad_batches)):
+        assert time(at) <= min(time(at * 0.9), time(at * 1.1)) * (1 + 1e-9)
 
 
 @given(plans, tried, datasets, noises)

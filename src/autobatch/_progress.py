@@ -17,7 +17,6 @@ from rich.text import Text
 from autobatch._memory import format_bytes
 from autobatch._report.layout import glyphs_for
 from autobatch._report.units import counted, plain, rounded
-from autobatch._trials import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -101,7 +100,7 @@ class _Display:
             self._failures.add(trial.batch_size)
         if logger.isEnabledFor(logging.DEBUG):
             self.clear()  # the log may go to the same terminal
-            logger.debug("batch_size=%d %s", trial.batch_size, _result(trial, budget))
+            logger.debug("%s", _fit(trial, budget) if trial.fits else trial.failure(budget))
 
     def clear(self) -> None:
         """Erase the line on the terminal."""
@@ -198,17 +197,8 @@ def is_a_terminal(file: Any) -> bool:
         return False
 
 
-def _result(trial: Trial, budget: int) -> str:
+def _fit(trial: Trial, budget: int) -> str:
     peak = f"peak {format_bytes(trial.peak)} of {format_bytes(budget)}" if trial.peak else ""
-    match trial.outcome:
-        case Outcome.FIT:
-            speed = trial.samples_per_second
-            rate = f"{rounded(speed)} samples/s" if speed else ""
-            measured = ", ".join(filter(None, (peak, rate)))
-            return f"fits: {measured}" if measured else "fits"
-        case Outcome.OVER_BUDGET:
-            return f"is over the budget: {peak or format_bytes(budget)}"
-        case Outcome.OUT_OF_MEMORY:
-            return f"ran out of memory: the budget is {format_bytes(budget)}"
-        case Outcome.REFUSED:
-            return "was refused by the workload itself"
+    speed = f"{rounded(trial.samples_per_second)} samples/s" if trial.samples_per_second else ""
+    measured = ", ".join(filter(None, (peak, speed)))
+    return f"batch_size={trial.batch_size} fits{f': {measured}' if measured else ''}"

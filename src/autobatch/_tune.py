@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, Final
 
 from autobatch import _settings
@@ -20,7 +21,7 @@ from autobatch._search.guided import GuidedBisection
 from autobatch._search.multiples import next_multiple
 from autobatch._settings import Bound, tightest_bound
 from autobatch._subject import version_of
-from autobatch._throughput.curve import Throughput, add_to_curve, measure_throughput
+from autobatch._throughput.curve import Throughput, TimingLimit, add_to_curve, measure_throughput
 from autobatch._throughput.preference import Preference
 from autobatch._trials import is_selective, latest_by_size
 from autobatch._trials.ignored_size import check_size_is_used
@@ -49,7 +50,7 @@ class Chosen:
 
     plan: BatchPlan
     throughput: Throughput = field(default_factory=Throughput)
-    curve_seconds: float = 0.0  # time limit of the throughput curve
+    timing_limit: TimingLimit = field(default_factory=TimingLimit)
     latency: LatencySearch | None = None  # of inference within a limit
 
 
@@ -275,15 +276,15 @@ def choose_within_latency(latency: LatencySearch, runner: TrialRunner) -> Chosen
 def choose_by_speed(subject: Subject, runner: TrialRunner) -> Chosen:
     """Time the sizes that fit, and choose a plan by that; the largest if speed decides nothing."""
     preference = preference_of(subject, runner)
-    seconds = timing_seconds(subject, runner, preference)
-    if seconds:
-        runner.context.progress.begin("timing sizes", seconds)
-    throughput = measure_throughput(runner, seconds, preference)
+    limit = timing_limit(subject, runner, preference)
+    if limit.seconds:
+        runner.context.progress.begin("timing sizes", limit.seconds)
+    throughput = measure_throughput(runner, limit.seconds, preference)
     runner.begin("checking the plan")
     plan = choose_plan(runner, throughput, subject.last_micro_batch, preference)
     throughput = add_to_curve(throughput, runner, plan.micro_batch_size)
     check_size_is_used([*runner.trials, *map(runner.merge, throughput.unrecorded.values())])
-    return Chosen(plan, throughput, seconds)
+    return Chosen(plan, throughput, limit)
 
 
 def most_timing_seconds(settings: Settings) -> float:
@@ -292,22 +293,27 @@ def most_timing_seconds(settings: Settings) -> float:
     return _settings.TIMING_SECONDS if given is None else given
 
 
-def timing_seconds(subject: Subject, runner: TrialRunner, preference: Preference | None) -> float:
-    """Return the seconds that timing sizes may take.
+def timing_limit(
+    subject: Subject, runner: TrialRunner, preference: Preference | None
+) -> TimingLimit:
+    """Return the time that timing sizes may take.
 
     By default at most a tenth of the planned training, and where speed does not decide which size
     is taken, at most half of the time of the search.
     """
-    most = most_timing_seconds(runner.settings)
+    limits = [TimingLimit(most_timing_seconds(runner.settings))]
     if runner.settings.timing_seconds is not None:
-        return most
+        return limits[0]
     if preference is None:
-        most = min(most, _SHARE_OF_SEARCH * runner.time_limit.spent)
+        seconds = _SHARE_OF_SEARCH * runner.time_limit.spent
+        limits.append(TimingLimit(seconds, "half the time of the search"))
     sample_seconds = [seconds / size for size, seconds in runner.step_seconds.items()]
-    if not sample_seconds:
-        return most
-    planned, *_ = runner.gather(subject.planned_seconds(min(sample_seconds)))
-    return most if planned is None else min(most, _SHARE_OF_TRAINING * planned)
+    if sample_seconds:
+        planned, *_ = runner.gather(subject.planned_seconds(min(sample_seconds)))
+        if planned is not None:
+            share = "a tenth of the shortest time that the planned training may take"
+            limits.append(TimingLimit(_SHARE_OF_TRAINING * planned, share))
+    return min(limits, key=attrgetter("seconds"))
 
 
 def preference_of(subject: Subject, runner: TrialRunner) -> Preference | None:
@@ -347,7 +353,7 @@ def details_of_run(
         bound=bound,
         is_out_of_time=runner.is_out_of_time,
         unreached=chosen.throughput.unreached,
-        curve_seconds=chosen.curve_seconds,
+        timing_limit=chosen.timing_limit,
         before=subject.baseline.plan,
         last_samples=subject.last_micro_batch(chosen.plan.micro_batch_size),
         subject_notes=subject.notes(chosen.plan, runner.time_limit),

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
-
-from rich.text import Text
 
 from autobatch._progress import is_a_terminal, progress
 from autobatch._report import TuningReport, files, layout
@@ -68,14 +65,8 @@ def _print(text: str) -> None:
 
 
 def _rendered(content: Page) -> str:
-    text = io.StringIO()
-    is_terminal = is_a_terminal(sys.stdout) or None
-    output = layout.console(text, layout.COLOURED, force_terminal=is_terminal)
-    for segments in output.render_lines(layout.renderable(content), pad=False):
-        line = Text.assemble(*((part, style or "") for part, style, _ in segments))
-        line.rstrip()  # a narrow terminal would wrap the blanks that fill the width
-        output.print(line, soft_wrap=True)
-    return _glyphs().spell(text.getvalue())
+    options = {"color_system": "auto", "force_terminal": is_a_terminal(sys.stdout) or None}
+    return f"{layout.terminal(content, _glyphs(), **options)}\n"
 
 
 def _glyphs() -> Glyphs:

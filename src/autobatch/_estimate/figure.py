@@ -13,12 +13,10 @@ from autobatch._memory import format_bytes
 from autobatch._report.figure import Picture, checked_path, write
 from autobatch._report.figure.style import (
     ACCENT,
-    BAR,
     BLUE,
     GREEN,
     GREY,
     INK,
-    LINE,
     STYLE,
     cut,
     value_axis,
@@ -37,13 +35,14 @@ if TYPE_CHECKING:
 
 _SIZE: Final = (12.2, 5.6)  # inches
 _DPI: Final = 150
+# All of Okabe and Ito's palette, and one grey; neighbors differ in lightness
 _COLORS: Final = {
-    Held.PARAMETERS: GREY,
-    Held.OPTIMIZER_STATE: LINE,
-    Held.GRADIENTS: BLUE,
-    Held.BATCH: BAR,
+    Held.PARAMETERS: BLUE,
+    Held.OPTIMIZER_STATE: "#56B4E9",
+    Held.GRADIENTS: "#CC79A7",
+    Held.BATCH: GREY,
     Held.ACTIVATIONS: GREEN,
-    Held.TEMPORARY: "#E69F00",  # of Okabe and Ito's palette, as the others
+    Held.TEMPORARY: "#F0E442",
     Held.SCRATCH: ACCENT,
 }
 

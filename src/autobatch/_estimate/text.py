@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Final
 from autobatch._estimate.breakdown import Held
 from autobatch._memory import format_bytes
 from autobatch._report.layout import Column, Fact, Page
-from autobatch._report.tables import bar, counts, measures, table_of
-from autobatch._report.units import BYTES, counted, multiple, percent, plain
+from autobatch._report.tables import bar, counts, table_of
+from autobatch._report.units import counted, multiple, percent, plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -83,7 +83,7 @@ def _table(peak: EstimatedPeak) -> Table:
         shown.append(("everything else", rest))
     return table_of(
         [
-            measures("{}", [nbytes for _, nbytes in shown], BYTES),
+            Column("", [format_bytes(nbytes) for _, nbytes in shown]),
             Column("", [bar(nbytes / total) for _, nbytes in shown], align="<"),
             Column("share", [percent(nbytes / total) for _, nbytes in shown]),
             Column("held at the peak by", [name for name, _ in shown], align="<"),

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 FEWEST_CALLS: Final = 100  # timed at each size if there is time, whatever the percentile
 SMALLEST_SECONDS: Final = 1e-9  # of a call: a clock may not have moved at all
 _AS_FAST: Final = 0.99  # share of the most throughput that a smaller size may do with
-_NEARLY_FASTEST: Final = 0.95  # share of the highest throughput that a larger batch hardly improves
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +93,6 @@ def best_within(latencies: Iterable[Latency], seconds: float) -> Latency | None:
     most = max((each.samples_per_second for each in within), default=0.0)
     fast = (each for each in within if each.samples_per_second >= _AS_FAST * most)
     return min(fast, key=attrgetter("batch_size"), default=None)
-
-
-def knee(latencies: Iterable[Latency]) -> Latency | None:
-    """Return the smallest size with nearly the highest throughput; None if nothing was timed."""
-    ascending = sorted(latencies, key=attrgetter("batch_size"))
-    fastest = max((each.samples_per_second for each in ascending), default=0.0)
-    fast = (each for each in ascending if each.samples_per_second >= _NEARLY_FASTEST * fastest)
-    return next(fast, None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 from contextlib import contextmanager
 from html import escape
-from typing import TYPE_CHECKING, Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal, cast
 
 from pydantic import BaseModel, ValidationError
 
 from autobatch import _throughput
-from autobatch._latency import Stream, cameras, knee, stream
+from autobatch._latency import Stream, cameras, stream
 from autobatch._noise import NoiseReading  # noqa: TC001 -- pydantic reads it
 from autobatch._report import files
 from autobatch._report.layout import UNICODE, Glyphs, html, terminal
@@ -52,8 +51,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from autobatch._report.figure import Picture
+
 _SCHEMA_VERSION: Final = 1
-_NOTEBOOK_DPI: Final = 100  # of the figure: about the width of a notebook
 Task = Literal["train", "answer", "validate", "test", "predict"]
 
 
@@ -197,10 +197,8 @@ class TuningReport(BaseModel):
     @property
     def knee(self) -> int | None:
         """Smallest batch with 95 % of the fastest throughput: measured; None if none was timed."""
-        if self.latencies:
-            latency = knee(self.latencies)
-            return latency.batch_size if latency else None
-        return _throughput.knee(self.sizes)
+        timed = self.latencies or self.sizes
+        return _throughput.knee({row.batch_size: row.samples_per_second for row in timed})
 
     def stream(self, rate: float) -> Stream:
         """Return the response times to a stream of samples at each batch size that was timed.
@@ -325,9 +323,8 @@ class TuningReport(BaseModel):
             figure = self.plot()
         except AutobatchError:  # matplotlib is not installed
             return text
-        image = io.BytesIO()
-        figure.savefig(image, format="png", dpi=_NOTEBOOK_DPI)
-        source = f"data:image/png;base64,{base64.b64encode(image.getvalue()).decode()}"
+        image = base64.b64encode(cast("Picture", figure)._repr_png_()).decode()
+        source = f"data:image/png;base64,{image}"
         return f'{text}<img alt="{escape(content.answer)}" style="max-width:100%" src="{source}">'
 
     def __str__(self) -> str:

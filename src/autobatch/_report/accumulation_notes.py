@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from autobatch._report.units import counted, factor, percent
+from autobatch._report.units import counted, percent
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from autobatch._accumulation import BatchNorms, Splitting
     from autobatch._plan import BatchPlan
-    from autobatch._report.tradeoff import LearningRateRule
 
 _STEADY_BATCH: Final = 16  # samples; statistics of smaller batches are noisy
 _MOST_NAMES: Final = 5  # in a note
@@ -22,13 +21,12 @@ def batch_norm(norms: BatchNorms, plan: BatchPlan) -> tuple[str, ...]:
     """Note layers that normalize over a micro-batch instead of the effective batch."""
     if plan.accumulate_grad_batches == 1:
         return ()
-    found = []
-    if norms.alone:
-        found.append(_statistics(norms.alone, "BatchNorm", plan.micro_batch_size, plan))
-    if norms.together:
-        samples = plan.micro_batch_size * plan.world_size
-        found.append(_statistics(norms.together, "SyncBatchNorm", samples, plan))
-    return tuple(found)
+    samples = plan.micro_batch_size
+    kinds = (
+        (norms.alone, "BatchNorm", samples),
+        (norms.together, "SyncBatchNorm", samples * plan.world_size),
+    )
+    return tuple(_statistics(*each, plan) for each in kinds if each[0])
 
 
 def _statistics(layers: int, kind: str, samples: int, plan: BatchPlan) -> str:
@@ -59,15 +57,6 @@ def not_additive(splitting: Splitting, plan: BatchPlan) -> str:
         f"{percent(splitting.change)}: the loss compares samples with each other, or averages over "
         "something else, such as tokens. Accumulating does not reproduce a batch of "
         f"{whole:,}: use larger micro-batches, or divide sums by the total of the whole update."
-    )
-
-
-def usual_learning_rate(rule: LearningRateRule, ratio: float) -> str:
-    """Return the usual change of a learning rate for a change of the effective batch size."""
-    change = factor(rule.factor(ratio))
-    return (
-        f"{rule.optimizer} usually wants about {change} the learning rate for that "
-        f"({rule.rule} rule)."
     )
 
 

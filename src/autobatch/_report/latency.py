@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from autobatch._latency import calls_above, enough_calls, knee, largest_within, stream
+from autobatch._latency import calls_above, enough_calls, largest_within, stream
 from autobatch._report.layout import Column, Fact, Table
 from autobatch._report.tables import bar, counts, measures, numbers, table_of, thinned
 from autobatch._report.units import (
@@ -13,6 +13,7 @@ from autobatch._report.units import (
     SECONDS,
     counted,
     duration,
+    listed,
     percent,
     rounded,
     trimmed,
@@ -20,7 +21,7 @@ from autobatch._report.units import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from autobatch._latency import Latency, TooSlow, Unfinished
     from autobatch._report import TuningReport
@@ -34,11 +35,12 @@ _ALL: Final = 100  # % of calls
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """Latencies of a report with a limit, and the chosen size."""
+    """Latencies of a report with a limit, the chosen size and the knee."""
 
     latencies: Sequence[Latency]
     limit: LatencyLimit
     chosen: int
+    knee: int | None
 
     @classmethod
     def of(cls, report: TuningReport) -> Answers | None:
@@ -46,12 +48,12 @@ class Answers:
         limit = report.settings.limit_on_latency
         if limit is None:
             return None
-        return cls(report.latencies, limit, report.plan.micro_batch_size)
+        return cls(report.latencies, limit, report.plan.micro_batch_size, report.knee)
 
     @property
     def row(self) -> Latency | None:
         """Latency of the chosen size; None if it was not timed."""
-        return next((each for each in self.latencies if each.batch_size == self.chosen), None)
+        return self.at(self.chosen)
 
     @property
     def largest_within(self) -> int | None:
@@ -68,6 +70,9 @@ class Answers:
         """The smallest size above the chosen one that is over the limit."""
         larger = (each for each in self.over if each.batch_size > self.chosen)
         return min(larger, key=lambda each: each.batch_size, default=None)
+
+    def at(self, batch_size: int | None) -> Latency | None:
+        return next((each for each in self.latencies if each.batch_size == batch_size), None)
 
     def is_over(self, latency: Latency) -> bool:
         return latency.at_percentile_seconds > self.limit.seconds
@@ -89,11 +94,12 @@ def percentile_comment(answers: Answers) -> str:
 def too_slow_reason(too_slow: TooSlow, limit: LatencyLimit) -> str:
     """Return why the memory search did not go above a size."""
     size, seconds = too_slow.batch_size, too_slow.step_seconds
+    parameter = f"latency_limit={limit.seconds:g} seconds"
     if seconds is None:
-        return f"at {size} at least half of the calls take longer than {_parameter(limit)}"
+        return f"at {size} at least half of the calls take longer than {parameter}"
     took = f"at {size} a step of its trial took {duration(seconds)}"
     if seconds > limit.seconds:
-        return f"{took}, longer than {_parameter(limit)}"
+        return f"{took}, longer than {parameter}"
     return f"{took}, too long to be timed repeatedly"
 
 
@@ -106,7 +112,7 @@ def nothing_within(latencies: Sequence[Latency], limit: LatencyLimit) -> str:
     smallest = f"a batch of {row.batch_size:,}, the smallest that was timed,"
     batch = "a single sample" if row.batch_size == 1 else smallest
     slowest = duration(row.at_percentile_seconds)
-    at = f"at the {_ordinal(limit.percentile)} percentile"
+    at = f"at {_name(limit.percentile)}"
     if not calls_above(row.calls, limit.percentile):
         at = f"in the slowest of {counted(row.calls, 'call')}"
     return (
@@ -121,7 +127,7 @@ def latency_facts(answers: Answers, task: str) -> list[Fact]:
     if row is None:
         return []
     facts = [_latency_fact(answers, row), _speed_fact(latencies, row)]
-    bend = knee(latencies)
+    bend = answers.at(answers.knee)
     if bend is not None and bend.batch_size <= _KNEE_APART * answers.chosen:
         share = bend.samples_per_second / max(each.samples_per_second for each in latencies)
         sooner, later = (duration(each.at_percentile_seconds) for each in (bend, row))
@@ -162,8 +168,8 @@ def _speed_fact(latencies: Sequence[Latency], row: Latency) -> Fact:
 def latency_table(answers: Answers, peaks: Mapping[int, int | None]) -> Table:
     """Return the sizes that were timed, with percentiles, throughput and peak memory."""
     latencies, chosen, limit = answers.latencies, answers.chosen, answers.limit
-    kept = (each.batch_size for each in (answers.next_over, knee(latencies)) if each)
-    sizes = thinned([each.batch_size for each in latencies], {chosen, *kept})
+    over = answers.next_over.batch_size if answers.next_over else chosen
+    sizes = thinned([each.batch_size for each in latencies], {chosen, over, answers.knee})
     shown = [each for each in latencies if each.batch_size in sizes]
     fastest = max(each.samples_per_second for each in latencies)
     shares = [each.samples_per_second / fastest for each in shown]
@@ -249,9 +255,7 @@ def _not_timed(answers: Answers, unfinished: Unfinished) -> Iterator[str]:
     largest, enough = answers.largest_within, enough_calls(percentile)
     if unfinished.is_open and largest is not None:
         sizes = f"sizes above {largest:,}"
-        if over == largest + 2:
-            sizes = f"batches of {largest + 1:,}"
-        elif over is not None:
+        if over is not None:
             sizes = f"sizes between {largest:,} and {over:,}"
         if unfinished.seconds is None:
             yield f"Not timed were {sizes}: they may answer in time too."
@@ -260,13 +264,13 @@ def _not_timed(answers: Answers, unfinished: Unfinished) -> Iterator[str]:
             yield f"Timing stopped {after}: {sizes} may answer in time too."
     if row is not None and row.calls < enough:
         is_slowest = not calls_above(row.calls, percentile)
-        slowest = f": the {_ordinal(percentile)} percentile is the slowest of them"
+        slowest = f": {_name(percentile)} is the slowest of them"
         yield (
             f"There was no time for {enough:,} calls at {row.batch_size:,}, only for "
             f"{row.calls:,}{slowest if is_slowest else ''}."
         )
     if unfinished.left_out:
-        sizes = _listed(unfinished.left_out)
+        sizes = listed(unfinished.left_out)
         yield (
             f"Smaller sizes were not timed ({sizes}): they may suit one stream better, or be as "
             "fast."
@@ -284,7 +288,7 @@ def _disturbed(answers: Answers, unfinished: Unfinished) -> Iterator[str]:
     is_limited = unfinished.over is not None or over is not None  # the reason to stop at this size
     if row is not None and _is_noisy(row) and is_limited:
         yield (
-            f"At {answers.chosen:,} the {_ordinal(limit.percentile)} percentile is "
+            f"At {answers.chosen:,} {_name(limit.percentile)} is "
             f"{row.at_percentile_seconds / row.p50_seconds:,.0f} times the median, probably from "
             "noise: on a quiet machine larger batches may answer in time."
         )
@@ -297,7 +301,7 @@ def _disturbed(answers: Answers, unfinished: Unfinished) -> Iterator[str]:
     largest = answers.largest_within or 0
     if smaller := [each.batch_size for each in answers.over if each.batch_size < largest]:
         yield (
-            f"Batches of {_listed(smaller)} are over the limit although larger ones meet it: "
+            f"Batches of {listed(smaller)} are over the limit although larger ones meet it: "
             "noise, or slow kernels for these shapes."
         )
 
@@ -306,20 +310,5 @@ def _is_noisy(latency: Latency) -> bool:
     return latency.at_percentile_seconds >= _NOISY * latency.p50_seconds
 
 
-def _parameter(limit: LatencyLimit) -> str:
-    return f"latency_limit={limit.seconds:g} seconds"
-
-
-def _listed(sizes: Iterable[int]) -> str:
-    return ", ".join(f"{size:,}" for size in sizes)
-
-
 def _name(percentile: float) -> str:
     return f"p{percentile:g}"
-
-
-def _ordinal(percentile: float) -> str:
-    endings = {1: "st", 2: "nd", 3: "rd"}
-    whole = percentile == int(percentile) and int(percentile) // 10 != 1
-    last = int(percentile) % 10 if whole else 0
-    return f"{percentile:g}{endings.get(last, 'th')}"

@@ -110,11 +110,16 @@ def console(file: TextIO, theme: Theme, **options: Any) -> Console:
     )  # fmt: skip
 
 
-def terminal(page: Page, glyphs: Glyphs) -> str:
-    """Return a page as plain text."""
+def terminal(page: Page, glyphs: Glyphs, **options: Any) -> str:
+    """Return a page as text: plain, unless `options` of a Console say otherwise."""
     out = io.StringIO()
-    console(out, UNCOLOURED, color_system=None).print(renderable(page))
-    return glyphs.spell("\n".join(line.rstrip() for line in out.getvalue().splitlines()))
+    console(out, COLOURED, **({"color_system": None} | options)).print(renderable(page))
+    return "\n".join(map(_without_blanks, glyphs.spell(out.getvalue()).splitlines()))
+
+
+def _without_blanks(line: str) -> str:
+    """Remove blanks that fill the width: a narrow terminal would wrap them."""
+    return re.sub(r"( |\x1b\[[\d;]*m)+$", lambda end: "\x1b[0m" * ("\x1b" in end[0]), line)
 
 
 def html(page: Page) -> str:

@@ -6,13 +6,11 @@ import statistics
 from textwrap import shorten
 from typing import TYPE_CHECKING, Final
 
-from autobatch import _settings
 from autobatch._memory import format_bytes
 from autobatch._plan import ceil_div
-from autobatch._report.accumulation_notes import usual_learning_rate
 from autobatch._report.latency import latency_notes
 from autobatch._report.tradeoff import updates_per_epoch
-from autobatch._report.units import counted, duration, percent
+from autobatch._report.units import counted, duration, factor, listed, percent
 from autobatch._throughput import row_of
 from autobatch._trials import Outcome, latest_by_size
 
@@ -140,10 +138,13 @@ def _changed(report: TuningReport, before: BatchPlan | None) -> str | None:
             now, then = (updates_per_epoch(each, samples) for each in (plan, before))
             updates = f": {counted(now, 'update')} per epoch instead of {then:,}"
         sentences.append(f"The effective batch goes from {old:,} to {new:,}{updates}.")
-        if report.learning_rate is not None:
+        if (rule := report.learning_rate) is not None:
             most = max(old, new) if samples is None else samples
-            ratio = min(new, most) / min(old, most)
-            sentences.append(usual_learning_rate(report.learning_rate, ratio))
+            change = factor(rule.factor(min(new, most) / min(old, most)))
+            sentences.append(
+                f"{rule.optimizer} usually wants about {change} the learning rate for that "
+                f"({rule.rule} rule)."
+            )
     if before.accumulate_grad_batches not in (1, plan.accumulate_grad_batches):
         has_target = report.settings.target_batch_size is not None
         sentences.append(
@@ -248,30 +249,28 @@ def _on_search(report: TuningReport, run: RunDetails) -> Iterator[str]:
             for text in reversed(first_of_class.values())
         )
         yield (
-            f"The workload itself raised an error at batch_size={_listed(list(refused))}, so only "
+            f"The workload itself raised an error at batch_size={listed(list(refused))}, so only "
             f"sizes that ran are used ({'; '.join(errors)})."
         )
 
 
 def _unreached(report: TuningReport, run: RunDetails) -> str:
+    limit, settings = run.timing_limit, report.settings
+    share = f", {limit.share}," if limit.share else ""
+    short = f"{duration(limit.seconds)}{share} did not suffice"
+    if not report.curve:
+        own, size = run.before, report.plan.micro_batch_size
+        is_free = settings.target_batch_size is None and settings.prefer == "fast"
+        is_kept = is_free and own is not None and own.micro_batch_size == size
+        kept = f", so your own batch size of {size:,} is kept" if is_kept else ""
+        return f"No size was timed: {short}{kept}. timing_seconds sets another limit."
     fitting = {size for size, trial in latest_by_size(report.trials).items() if trial.fits}
     parts = []
     if in_trials := sorted(fitting.intersection(run.unreached)):
-        parts.append(f"micro-batches of {_listed(in_trials)} were timed in their trials only")
+        parts.append(f"micro-batches of {listed(in_trials)} were timed in their trials only")
     if never := sorted(set(run.unreached) - fitting):
-        parts.append(f"micro-batches of {_listed(never)} were left out")
-    is_default = report.settings.timing_seconds is None
-    is_share = is_default and run.curve_seconds < _settings.TIMING_SECONDS
-    is_decided = report.settings.prefer == "largest" and report.settings.target_batch_size is None
-    most = "half the time of the search" if is_decided else "a tenth of the planned training"
-    share = f", {most}," if is_share else ""
-    limit = f"{duration(run.curve_seconds)}{share}"
-    return f"{limit} did not suffice to time all sizes: {', '.join(parts)}."
-
-
-def _listed(sizes: list[int]) -> str:
-    *first, last = map(str, sizes)
-    return f"{', '.join(first)} and {last}" if first else last
+        parts.append(f"micro-batches of {listed(never)} were left out")
+    return f"{short} to time all sizes: {', '.join(parts)}."
 
 
 def _on_measurements(report: TuningReport) -> Iterator[str]:

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from autobatch._latency import Unfinished
     from autobatch._plan import BatchPlan
     from autobatch._settings import Bound
+    from autobatch._throughput.curve import TimingLimit
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ class RunDetails:
     bound: Bound | None  # kept the search from larger sizes
     is_out_of_time: bool  # the time limit ended the search
     unreached: tuple[int, ...]  # sizes that the curve had no time for
-    curve_seconds: float  # time limit of the curve
+    timing_limit: TimingLimit  # of the curve
     before: BatchPlan | None  # plan of the training so far, if known
     last_samples: int | None  # samples in the last micro-batch of an epoch, if known
     subject_notes: SubjectNotes

@@ -93,9 +93,9 @@ def _one_screen(
     return thinned([size for size in sizes if size not in left_out], keep)
 
 
-def thinned(sizes: Sequence[int], keep: Iterable[int]) -> list[int]:
+def thinned(sizes: Sequence[int], keep: Iterable[int | None]) -> list[int]:
     """Return one screen of ascending sizes: those to keep, both ends, and others far from these."""
-    shown = {*keep, *sizes[:1], *sizes[-1:]}.intersection(sizes)
+    shown = set(sizes).intersection({*keep, *sizes[:1], *sizes[-1:]})
     rest = [size for size in sizes if size not in shown]
     while rest and len(shown) < _ROWS:
         farthest = max(rest, key=lambda size: min(max(size / at, at / size) for at in shown))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from autobatch._noise import NoiseReading
     from autobatch._plan import BatchPlan
-    from autobatch._throughput import CurvePoint, LineFit, StepTimes
+    from autobatch._throughput import CurvePoint, StepTimes
     from autobatch._trials import Trial
 
 _Rule: TypeAlias = Literal["linear", "square-root"]
@@ -241,11 +241,12 @@ def is_of(row: EffectiveRow, plan: BatchPlan) -> bool:
 def _candidates(plan: BatchPlan, run: Iterable[int], dataset_size: int | None) -> list[BatchPlan]:
     smaller = list(islice(_smaller(plan, run), _ROWS - 1))
     larger = list(islice(_larger(plan, dataset_size), _ROWS - 1))
-    above = min(len(larger), max(_ROWS_ABOVE, _ROWS - 1 - len(smaller)))
+    whole = []  # one update per epoch
+    if dataset_size is not None and plan.effective_batch_size < dataset_size:
+        whole = [replace(plan, accumulate_grad_batches=_micro_batches(plan, dataset_size))]
+    above = min(len(larger + whole), max(_ROWS_ABOVE, _ROWS - 1 - len(smaller)))
     below = smaller[: _ROWS - 1 - above]
-    whole = _whole_epoch(plan, dataset_size)
-    larger = larger[:above] if whole is None else [*larger[: above - 1], whole]
-    return [*reversed(below), plan, *larger]
+    return [*reversed(below), plan, *larger[: above - len(whole)], *whole]
 
 
 def _smaller(plan: BatchPlan, run: Iterable[int]) -> Iterator[BatchPlan]:
@@ -261,20 +262,10 @@ def _smaller(plan: BatchPlan, run: Iterable[int]) -> Iterator[BatchPlan]:
 
 
 def _larger(plan: BatchPlan, dataset_size: int | None) -> Iterator[BatchPlan]:
-    """Double the accumulation while an epoch fills an update; end with a whole epoch."""
+    """Double the accumulation while an epoch fills an update."""
     while dataset_size is None or 3 * plan.effective_batch_size <= dataset_size:
         plan = replace(plan, accumulate_grad_batches=plan.accumulate_grad_batches * 2)
         yield plan
-    whole = _whole_epoch(plan, dataset_size)
-    if whole is not None:
-        yield whole
-
-
-def _whole_epoch(plan: BatchPlan, dataset_size: int | None) -> BatchPlan | None:
-    """Return the plan of one update per epoch; None if unknown or not larger than `plan`."""
-    if dataset_size is None or plan.effective_batch_size >= dataset_size:
-        return None
-    return replace(plan, accumulate_grad_batches=_micro_batches(plan, dataset_size))
 
 
 def updates_per_epoch(plan: BatchPlan, dataset_size: int) -> int:
@@ -301,7 +292,7 @@ class Optimum:
         accumulate_grad_batches: Best accumulation at the plan's micro-batch; below 1,
             accumulation costs time.
         at_once: Best batch, in samples, without a memory limit; None if times are not linear
-            in the batch size.
+            in the batch size, or do not grow with it.
     """
 
     effective_batch_size: int
@@ -319,34 +310,18 @@ def optimum(costs: Costs, rows: Sequence[EffectiveRow]) -> Optimum | None:
         return None
     shortest = min(times, key=times.__getitem__)
     near = [row for row, time in times.items() if time <= _NEAR_SHORTEST * times[shortest]]
-    fit = fit_line(costs.pace)
-    optimizer_seconds = costs.pace.optimizer_seconds
+    fit, optimizer_seconds = fit_line(costs.pace), costs.pace.optimizer_seconds
+    samples = costs.plan.micro_batch_size * costs.plan.world_size
+    accumulate = math.sqrt(costs.noise.samples / samples * optimizer_seconds / micro_seconds)
+    at_once = None
+    if fit and fit.seconds_per_sample:
+        # The noise scale times the batch that runs at half of the full speed
+        half_speed = (fit.fixed_seconds + optimizer_seconds) / fit.seconds_per_sample
+        at_once = math.sqrt(costs.noise.samples * half_speed)
     return Optimum(
         effective_batch_size=shortest.effective_batch_size,
         near_low=near[0].effective_batch_size,
         near_high=near[-1].effective_batch_size,
-        accumulate_grad_batches=best_accumulation(
-            costs.noise, costs.plan, micro_seconds, optimizer_seconds
-        ),
-        at_once=best_batch(costs.noise, fit, optimizer_seconds) if fit else None,
+        accumulate_grad_batches=accumulate,
+        at_once=at_once,
     )
-
-
-def best_batch(noise: NoiseRange, fit: LineFit, optimizer_seconds: float) -> float | None:
-    """Return the batch, in samples, with the shortest time to the same loss without memory limit.
-
-    The square root of the noise scale times the batch that runs at half of the full speed; None
-    if samples cost no time, so that every larger batch is better.
-    """
-    if not fit.seconds_per_sample:
-        return None
-    half_speed = (fit.fixed_seconds + optimizer_seconds) / fit.seconds_per_sample
-    return math.sqrt(noise.samples * half_speed)
-
-
-def best_accumulation(
-    noise: NoiseRange, plan: BatchPlan, micro_seconds: float, optimizer_seconds: float
-) -> float:
-    """Return the accumulation with the shortest time to the same loss at the micro-batch."""
-    share = optimizer_seconds / micro_seconds if micro_seconds else math.inf
-    return math.sqrt(noise.samples / (plan.micro_batch_size * plan.world_size) * share)

@@ -119,6 +119,12 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
+def listed(sizes: Iterable[int]) -> str:
+    """Return sizes as part of a sentence, "8, 1,024 and 2,048"."""
+    *first, last = (f"{size:,}" for size in sizes)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
 def plain(text: str) -> str:
     """Return text from outside as one line without control characters, cut if it is very long."""
     shown = text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}…"

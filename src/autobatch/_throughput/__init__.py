@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 
 _KNEE: Final = 0.95  # share of the highest throughput
 _MAX_RESIDUAL: Final = 0.1  # largest relative residual of a line fit that is used
-# Robust regression after Huber: points with a larger relative residual get a lower weight
-_HUBER: Final = 0.05
-_ITERATIONS: Final = 20  # of reweighting; weights settle within a few
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,43 +225,33 @@ def row_of(rows: Iterable[SpeedRow], batch_size: int) -> SpeedRow | None:
     return next((row for row in rows if row.batch_size == batch_size), None)
 
 
-def knee(rows: Sequence[SpeedRow]) -> int | None:
+def knee(speeds: Mapping[int, float]) -> int | None:
     """Return the smallest size with at least 95 % of the highest throughput."""
-    return min((row.batch_size for row in rows if row.of_fastest >= _KNEE), default=None)
+    fastest = max(speeds.values(), default=0.0)
+    return min((n for n, speed in speeds.items() if speed / fastest >= _KNEE), default=None)
 
 
 def fit_line(times: StepTimes) -> LineFit | None:
-    """Fit a line to the seconds of a micro-batch, on relative residuals with Huber's weights.
+    """Fit a line, with neither part negative, to the seconds of a micro-batch.
 
     None for fewer than three sizes, or if the line misses a size by more than 10 %.
     """
     points = list(zip(times.sizes, times.micro_seconds, strict=True))
     if len(points) < 3 or min(times.micro_seconds) <= 0:  # noqa: PLR2004 -- two fit any line
         return None
-    weights = [1.0] * len(points)
-    for _ in range(_ITERATIONS):
-        fixed, slope = _weighted_line(points, weights)
-        residuals = [abs(fixed + slope * size - seconds) / seconds for size, seconds in points]
-        weights = [min(1.0, _HUBER / residual) if residual else 1.0 for residual in residuals]
-    worst = max(residuals)
-    return LineFit(fixed, slope, worst) if worst <= _MAX_RESIDUAL else None
-
-
-def _weighted_line(
-    points: Sequence[tuple[int, float]], weights: Sequence[float]
-) -> tuple[float, float]:
-    """Return intercept and slope, neither negative, of a weighted least-squares fit."""
-    # Divided by the seconds, for relative residuals: fixed * u + slope * v = 1
-    rows = [(w, 1 / seconds, n / seconds) for w, (n, seconds) in zip(weights, points, strict=True)]
-    u1, v1 = (sum(row[0] * row[k] for row in rows) for k in (1, 2))
-    uu, vv = (sum(row[0] * row[k] ** 2 for row in rows) for k in (1, 2))
-    uv = sum(w * u * v for w, u, v in rows)
+    # Least squares of relative residuals: fixed * u + slope * v = 1
+    rows = [(1 / seconds, size / seconds) for size, seconds in points]
+    u1, v1 = (sum(column) for column in zip(*rows, strict=True))
+    uu, uv, vv = (
+        sum(u * u for u, _ in rows),
+        sum(u * v for u, v in rows),
+        sum(v * v for _, v in rows),
+    )
     determinant = uu * vv - uv * uv
-    if determinant > 0:
-        fixed = (u1 * vv - v1 * uv) / determinant
-        slope = (v1 * uu - u1 * uv) / determinant
-        if fixed >= 0 and slope >= 0:
-            return fixed, slope
-        if fixed >= 0:
-            return u1 / uu, 0.0
-    return 0.0, v1 / vv
+    fixed, slope = 0.0, v1 / vv
+    if determinant > 0 and u1 * vv >= v1 * uv:
+        fixed, slope = (u1 * vv - v1 * uv) / determinant, (v1 * uu - u1 * uv) / determinant
+    if slope < 0:
+        fixed, slope = u1 / uu, 0.0
+    worst = max(abs(fixed * u + slope * v - 1) for u, v in rows)
+    return LineFit(fixed, slope, worst) if worst <= _MAX_RESIDUAL else None

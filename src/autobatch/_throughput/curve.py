@@ -5,8 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Final
 
 from autobatch._throughput import CurvePoint, StepTimes
 from autobatch._throughput.loading import Loading, loading_watch
@@ -15,7 +14,7 @@ from autobatch._trials import is_selective, latest_by_size
 from autobatch._trials.timing import time_together, time_updates
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from autobatch._throughput.preference import Preference
     from autobatch._trials import Trial
@@ -37,8 +36,12 @@ _EXACT_SIZES: Final = 3  # additional sizes that give the target exactly
 _NO_LOADING: Final = Loading(wait_seconds=0.0, step_seconds=0.0, batches=0)
 
 
-# (timings so far, by batch size) -> the sizes to time again; none to end
-Undecided: TypeAlias = "Callable[[Mapping[int, Sequence[Timing]]], Sequence[int]]"
+@dataclass(frozen=True, slots=True)
+class TimingLimit:
+    """The seconds that timing sizes may take."""
+
+    seconds: float = 0.0
+    share: str = ""  # of which time this is a share; "" for a fixed number of seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +84,13 @@ def measure_throughput(
         timer = _UpdateTimer(runner, seconds)
         sizes = runner.fitting
         if not is_selective(runner.trials):
-            sizes = curve_sizes(sizes, runner.accumulation)
+            sizes = _curve_sizes(sizes, runner.accumulation)
         unrecorded = _run_missing(sizes, timer)
         tried = {trial.batch_size: trial for trial in runner.trials if trial.fits}
         tried |= {size: runner.merge(results) for size, results in unrecorded.items()}
         failed = {size for size, trial in tried.items() if not trial.fits}
         fitting = [tried[size] for size in sizes if size in tried and size not in failed]
-        curve = timer.points(fitting, partial(_undecided, runner.accumulation, preference))
+        curve = timer.points(fitting, preference)
     done = {*failed, *timer.failed, *(point.batch_size for point in curve)}
     return Throughput(
         curve=curve,
@@ -123,7 +126,7 @@ def add_to_curve(throughput: Throughput, runner: TrialRunner, batch_size: int) -
     trial = latest_by_size(runner.trials)[batch_size]
     with runner.time_limit.excluded():
         timer = _UpdateTimer(runner, throughput.seconds_left)
-        added = timer.points([trial], lambda _: ())
+        added = timer.points([trial], None)
     if not added:
         return replace(throughput, unreached=(*throughput.unreached, batch_size))
     return replace(
@@ -155,42 +158,63 @@ class _UpdateTimer:
     def has_time(self, seconds: float) -> bool:
         return seconds <= self.seconds_left
 
-    def points(self, tried: Iterable[Trial], undecided: Undecided) -> tuple[CurvePoint, ...]:
-        """Time sizes that were tried, as far as there is time."""
-        accumulation = self.runner.accumulation
+    def points(
+        self, tried: Iterable[Trial], preference: Preference | None
+    ) -> tuple[CurvePoint, ...]:
+        """Time sizes that were tried, and those in doubt again, as far as there is time.
+
+        If there is no time to go up once, it goes down first: plans are made of the large sizes.
+        Later it goes down and up in turns.
+        """
         trials = {trial.batch_size: trial for trial in tried}
-        timings = in_turns(
-            trials,
-            time_turn=self.time_turn,
-            affordable=self.has_time,
-            update_seconds=lambda size: (
-                (trials[size].step_seconds or 0.0) * trials[size].accumulate
-            ),
-            undecided=undecided,
-        )
-        noise = noise_of(timings)
+        expected = {size: _turn_seconds(trial) for size, trial in trials.items()}
+        turn = sorted(trials, reverse=not self.has_time(sum(expected.values())))
+        timings: dict[int, list[Timing]] = {}
+        curve: tuple[CurvePoint, ...] = ()
+        while turn:
+            timed = [size for size in turn if self._add_turn(size, expected[size], timings)]
+            curve = self._points(trials, timings)
+            doubtful = _undecided(self.runner.accumulation, preference, curve) if timed else ()
+            again = [size for size in doubtful if len(timings[size]) < _MAX_TURNS]
+            turn = sorted(again, reverse=turn == sorted(turn))
+        return curve
+
+    def _points(
+        self, trials: Mapping[int, Trial], timings: Mapping[int, Sequence[Timing]]
+    ) -> tuple[CurvePoint, ...]:
+        in_trial, noise = self.runner.accumulation.in_trial, noise_of(timings)
         return tuple(
-            point(size, accumulation.in_trial(size), turns, trials[size].peak, noise)
-            for size, turns in timings.items()
+            point(size, in_trial(size), timings[size], trials[size].peak, noise)
+            for size in sorted(timings)
         )
 
-    def time_turn(self, batch_size: int) -> Timing | None:
+    def _add_turn(self, size: int, expected: float, timings: dict[int, list[Timing]]) -> bool:
+        """Time one turn of a size; return False if there is no time for it, or it fails."""
+        if not self.has_time(expected):
+            return False
+        timing = self._time_turn(size)
+        if timing is None:
+            self.failed.add(size)
+            timings.pop(size, None)
+            return False
+        timings.setdefault(size, []).append(timing)
+        return True
+
+    def _time_turn(self, batch_size: int) -> Timing | None:
         """Return the timing of the slowest rank; None if the size failed on one of them."""
         is_dry = not self.runner.runs_together
         if not is_dry and not self.runner.has_room(batch_size):
-            self.failed.add(batch_size)
             return None
         with self.runner.on_every_rank(batch_size, is_dry=is_dry):
             turns = self.runner.gather(self._turn_here(batch_size))
         known = [turn for turn in turns if turn is not None]
         if len(known) < len(turns):
-            self.failed.add(batch_size)
             return None
-        slowest = max(known, key=lambda turn: statistics.median(turn.timing.update_seconds))
-        self.waited += slowest.waited
-        return slowest.timing
+        slowest, waited = max(known, key=lambda turn: statistics.median(turn[0].update_seconds))
+        self.waited += waited
+        return slowest
 
-    def _turn_here(self, batch_size: int) -> _Turn | None:
+    def _turn_here(self, batch_size: int) -> tuple[Timing, Loading] | None:
         clock = self.runner.context.probe.clock
         deadline = self.runner.deadline(self.seconds_left)
         # The host's own clock: waiting for the device here would slow down the updates
@@ -200,7 +224,7 @@ class _UpdateTimer:
                 if not update_seconds:  # a loader has started its workers by now
                     waited.forget()
                 is_late = len(update_seconds) >= _FEWEST_UPDATES and clock() >= deadline
-                is_enough = is_late or enough(update_seconds)
+                is_enough = is_late or _is_enough(update_seconds)
                 if self.runner.runs_together:  # rank 0 decides for all
                     is_enough, *_ = self.runner.context.ranks.gather(is_enough)
                 return is_enough
@@ -211,44 +235,25 @@ class _UpdateTimer:
         if timing is None:
             return None
         steps = max(0.0, sum(timing.update_seconds) - waited.seconds)
-        return _Turn(timing, Loading(waited.seconds, steps, waited.batches))
-
-
-@dataclass(frozen=True, slots=True)
-class _Turn:
-    """The timing of one size in one turn, on one rank."""
-
-    timing: Timing
-    waited: Loading
+        return timing, Loading(waited.seconds, steps, waited.batches)
 
 
 def _undecided(
-    accumulation: Accumulation,
-    preference: Preference | None,
-    timings: Mapping[int, Sequence[Timing]],
-) -> Sequence[int]:
+    accumulation: Accumulation, preference: Preference | None, curve: Sequence[CurvePoint]
+) -> Collection[int]:
     """Return the sizes of which one more turn could change the choice, and the fastest."""
     if preference is None:
         return ()
-    noise, samples = noise_of(timings), accumulation.samples
-    points = [
-        point(size, accumulation.in_trial(size), turns, None, noise)
-        for size, turns in sorted(timings.items())
-    ]
-    timed = StepTimes.undisturbed(points)
+    samples, timed = accumulation.samples, StepTimes.undisturbed(curve)
     times = timed.by_size(
         {size: accumulation.in_update(size) for size in timed.sizes if size <= (samples or size)}
     )
     sizes = [size for size in times if samples is None or samples % size == 0]
-    doubtful = preference.undecided(sizes, times)
-    return [size for size in doubtful if len(timings[size]) < _MAX_TURNS]
+    return preference.undecided(sizes, times)
 
 
-def curve_sizes(fitting: Sequence[int], accumulation: Accumulation) -> list[int]:
-    """Return the sizes to time.
-
-    These are the sizes that fit, powers of two below, and the largest that divide an update.
-    """
+def _curve_sizes(fitting: Sequence[int], accumulation: Accumulation) -> list[int]:
+    """Return the sizes that fit, powers of two below, and the largest that divide an update."""
     largest, samples = fitting[-1], accumulation.samples
     powers = {2**exponent for exponent in range(largest.bit_length())}
     exact: list[int] = []
@@ -258,7 +263,7 @@ def curve_sizes(fitting: Sequence[int], accumulation: Accumulation) -> list[int]
     return sorted({*fitting, *powers, *exact})
 
 
-def enough(update_seconds: Sequence[float]) -> bool:
+def _is_enough(update_seconds: Sequence[float]) -> bool:
     """Return whether one turn has timed enough updates."""
     count, spent = len(update_seconds), sum(update_seconds)
     if count >= _MAX_UPDATES:
@@ -266,50 +271,9 @@ def enough(update_seconds: Sequence[float]) -> bool:
     return count >= _MIN_UPDATES and spent >= _TURN_SECONDS
 
 
-def in_turns(
-    sizes: Iterable[int],
-    *,
-    time_turn: Callable[[int], Timing | None],
-    affordable: Callable[[float], bool],
-    update_seconds: Callable[[int], float],
-    undecided: Undecided,
-) -> dict[int, list[Timing]]:
-    """Time all sizes once, in ascending order, and undecided ones again, as far as there is time.
-
-    If there is no time to go up once, it goes down first: plans are made of the large sizes. Later
-    it goes up and down in turns.
-
-    Args:
-        sizes: Batch sizes to time.
-        time_turn: Times one turn of a size; None if that failed: the size is then left out.
-        affordable: Whether there is time for so many seconds.
-        update_seconds: Expected seconds of an update of a size.
-        undecided: Sizes to time again, by the turns so far; none to end.
-    """
-    upwards = sorted(sizes)
-    once = sum(_turn_seconds(update_seconds(size)) for size in upwards)
-    turn = upwards if affordable(once) else upwards[::-1]
-    timings: dict[int, list[Timing]] = {}
-    failed: set[int] = set()
-    while turn:
-        timed = set()
-        for size in turn:
-            if size in failed or not affordable(_turn_seconds(update_seconds(size))):
-                continue
-            timing = time_turn(size)
-            if timing is None:
-                failed.add(size)
-                timings.pop(size, None)
-            else:
-                timings.setdefault(size, []).append(timing)
-                timed.add(size)
-        is_upwards = turn == sorted(turn)
-        turn = sorted(undecided(timings), reverse=is_upwards) if timed else []
-    return timings
-
-
-def _turn_seconds(update_seconds: float) -> float:
+def _turn_seconds(trial: Trial) -> float:
     """Return the expected seconds of a turn, with the update that is not timed."""
+    update_seconds = (trial.step_seconds or 0.0) * trial.accumulate
     if not update_seconds:
         return 0.0
     most = _TURN_SECONDS / update_seconds

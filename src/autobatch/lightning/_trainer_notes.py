@@ -33,6 +33,7 @@ class TrainerLimits:
     trainer: Trainer
     loaders: Loaders  # the training loaders
     before: BatchPlan  # the plan until now
+    steps_done: int  # of training, without those of trials
 
     def samples(self, plan: BatchPlan) -> int | None:
         """Return the samples of an epoch under `drop_last` and `limit_train_batches`."""
@@ -50,7 +51,7 @@ class TrainerLimits:
             epochs = max(0, most_epochs - self.trainer.current_epoch)
             planned.append(epochs * samples / self.before.world_size * sample_seconds)
         if self.trainer.max_steps != -1:
-            updates = max(0, self.trainer.max_steps - self.trainer.global_step)
+            updates = max(0, self.trainer.max_steps - self.steps_done)
             of_rank = self.before.micro_batch_size * self.before.accumulate_grad_batches
             planned.append(updates * of_rank * sample_seconds)
         return min((each for each in planned if each is not None), default=None)

@@ -86,7 +86,7 @@ class TunedTraining:
             if before is None:
                 accumulate, ranks = trainer.accumulate_grad_batches, data_parallel_size(trainer)
                 before = BatchPlan(loaders.batch_size, accumulate, ranks)
-            limits = TrainerLimits(trainer, loaders, before)
+            limits = TrainerLimits(trainer, loaders, before, trainer.global_step)
             workload = TrainingSteps(trainer, resources, start_hooks)
             subject = LightningTraining(workload, trainer, module, arguments, resources, limits)
             settings = arguments.settings.model_copy(update={"dataset_size": loaders.samples})

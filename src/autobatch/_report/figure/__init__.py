@@ -44,7 +44,7 @@ class Picture(Figure):
     """A figure without a window, shown by a notebook."""
 
     def _repr_png_(self) -> bytes:
-        return _rendered(self, "png", dpi=100)
+        return _rendered(self, "png", dpi=100)  # about the width of a notebook
 
 
 def draw(report: TuningReport, path: str | Path | None, ax: Axes | None) -> Figure:
@@ -85,21 +85,16 @@ def _rendered(figure: Figure, kind: str, *, dpi: int) -> bytes:
 
 
 def _main_panel(report: TuningReport, axes: Axes) -> Figure:
-    if report.latencies:
-        latency.latency_panel(axes, report)
-    elif training.is_compared(report):
-        training.compared_panel(axes, report)
-    elif report.sizes:
-        training.speed_panel(axes, report)
-    else:
-        _nothing_measured(axes, report)
+    is_compared = training.is_compared(report)
+    panel = training.compared_panel if is_compared else _columns(report)[0][0][0]
+    panel(axes, report)
     return cast("Figure", axes.get_figure(root=True))  # an Axes is made in a figure
 
 
 def _picture(report: TuningReport) -> Figure:
     figure = Picture(figsize=_SIZE, dpi=_DPI, layout="constrained")
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1, wspace=0.03, hspace=0.04)
-    _title(figure, _answer(report), size=20, weight="bold")
+    _title(figure, page(report).answer, size=20, weight="bold")
     (body,) = figure.subfigures(squeeze=False).flat  # for a second title, below the first
     _title(body, _summary(report), size=12.5, color=GREY)
     body.supxlabel(_footer(report), x=_LEFT, ha="left", size=9, color=GREY)
@@ -137,19 +132,6 @@ def _nothing_measured(axes: Axes, _: TuningReport) -> None:
     axes.set_axis_off()
     text = "No size was timed, and no memory was read."
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", color=GREY)
-
-
-def _answer(report: TuningReport) -> str:
-    plan = report.plan
-    if report.task != "train":
-        return page(report).answer
-    micro_batch = f"Micro-batch {plan.micro_batch_size:,}"
-    if plan.effective_batch_size == plan.micro_batch_size:
-        return f"{micro_batch}, one per update"
-    accumulate = plan.accumulate_grad_batches
-    accumulated = f", accumulate {accumulate:,}" if accumulate > 1 else ""
-    ranks = f", {plan.world_size:,} ranks" if plan.world_size > 1 else ""
-    return f"{micro_batch}{accumulated}{ranks}: {plan.effective_batch_size:,} samples per update"
 
 
 def _summary(report: TuningReport) -> str:

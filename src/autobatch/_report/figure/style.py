@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
 from matplotlib import ticker
@@ -91,12 +90,8 @@ def cut(text: str) -> str:
 
 def drawable(text: str) -> str:
     """Return one line with "?" for each character missing in the font (matplotlib would warn)."""
-    return "".join(c if ord(c) in _characters() else "?" for c in plain(text))
-
-
-@cache
-def _characters() -> frozenset[int]:
-    return frozenset(get_font(findfont(FONT)).get_charmap())
+    known = get_font(findfont(FONT)).get_charmap()
+    return "".join(c if ord(c) in known else "?" for c in plain(text))
 
 
 def size_axis(axes: Axes, sizes: Sequence[int], failing: int | None = None) -> None:

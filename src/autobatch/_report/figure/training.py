@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.ticker import FuncFormatter
 from matplotlib.transforms import Bbox
 
+from autobatch._memory import format_bytes
 from autobatch._report.figure.style import (
     ACCENT,
     BAR,
@@ -82,14 +83,13 @@ def memory_panel(axes: Axes, report: TuningReport) -> None:
     value_axis(axes, top / unit.factor)
     chosen, size = "", report.plan.micro_batch_size
     if size in held:
-        chosen = f"{_as_in_text(held[size] / unit.factor)} at {count(size)}"
+        chosen = f"{format_bytes(held[size])} at {count(size)}"
     colors = [ACCENT if each == size else BAR for each in held]
     labels = [chosen if each == size else "" for each in held]
     heights = [peak / unit.factor for peak in held.values()]
     axes.bar(list(held), heights, _bar_widths(axes, list(held)), color=colors, label=labels)
-    budget = report.budget / unit.factor
-    above = "" if in_sight else ", above this panel"
-    axes.axhline(budget, color=INK, label=f"{_as_in_text(budget)} usable{above}")
+    usable = f"{format_bytes(report.budget)} usable{'' if in_sight else ', above this panel'}"
+    axes.axhline(report.budget / unit.factor, color=INK, label=usable)
     heading(axes, f"Peak memory, {unit.name}", chosen)
 
 
@@ -117,11 +117,6 @@ def _micro_batch_axis(axes: Axes, report: TuningReport) -> None:
         end = axes.get_xlim()[1]
         label = "does not fit"
         axes.axvspan(report.smallest_failing, end, color=SHADE, linewidth=0, zorder=0, label=label)
-
-
-def _as_in_text(value: float) -> str:
-    """Return bytes with one decimal, as in the text of a report."""
-    return short(round(value, 1)) if value >= 1 else short(value)
 
 
 def is_compared(report: TuningReport) -> bool:
