@@ -215,12 +215,12 @@ def test_the_figure_shows_kinds_phases_and_budget(tmp_path):
         estimate.plot("step.txt", batch_size=64)
 
 
-def report_of(peaks, source="NVML", **changes):
+def report_of(peaks, source="NVML", gpu="NVIDIA H200", **changes):
     report = example(**changes)
     trials = tuple(
         Trial(size, Outcome.FIT, peak=round(peak), accumulate=1) for size, peak in peaks.items()
     )
-    device = report.device.model_copy(update={"name": "NVIDIA H200 (cuda:0)", "source": source})
+    device = report.device.model_copy(update={"name": f"{gpu} (cuda:0)", "source": source})
     return report.model_copy(update={"trials": trials, "device": device})
 
 
@@ -240,6 +240,22 @@ def test_measured_peaks_correct_an_estimate_and_narrow_its_band(tmp_path):
     assert guessed.largest.low < estimate.largest < guessed.largest
     with pytest.raises(ValueError, match=r"was measured on NVIDIA H200 .*scratch memory of L4"):
         of_attention(**sgd, calibrate=path, device="L4")
+
+
+def test_a_report_calibrates_its_own_gpu_and_not_its_context(tmp_path):
+    path = tmp_path / "autobatch.json"
+    of_a100 = {"device": "A100-40GB", "memory_limit": 0.5}
+    peaks = {size: of_attention(**of_a100).at(size).reserved for size in (4096, 8192)}
+    path.write_text(report_of(peaks, gpu="NVIDIA A100-SXM4-40GB").to_json(), encoding="utf-8")
+
+    estimate = of_attention(**of_a100, calibrate=path)
+
+    assert estimate.untested == ("a CUDA context as large as on an H200",)
+    context = 300 * MIB / target_gpu("A100-40GB").reading.total
+    assert estimate.band_share == pytest.approx(0.01 + context, abs=0.001)
+    for other in ("A10", "A100-80GB"):
+        with pytest.raises(ValueError, match=f"scratch memory of {other} is another"):
+            of_attention(device=other, calibrate=path)
 
 
 def test_reports_of_another_step_calibrate_nothing(tmp_path):

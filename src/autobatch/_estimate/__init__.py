@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from autobatch._estimate.band import EXPANDABLE, Banded, band_of, calibrated
+from autobatch._estimate.band import EXPANDABLE, Band, Banded, band_of, calibrated
 from autobatch._estimate.breakdown import moments, peak
 from autobatch._estimate.changes import changed
 from autobatch._estimate.device import target_gpu
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
-    from autobatch._estimate.band import Band
     from autobatch._estimate.device import TargetGpu
     from autobatch._estimate.inputs import Optimizer
     from autobatch._memory.estimate.prediction import MemoryEstimate
@@ -92,13 +91,15 @@ def estimate_of(
 ) -> Estimate:
     """Return the estimate of checked inputs on a GPU."""
     memory = inputs.estimated(target.gpu)
-    band = band_of(inputs, memory.events.at(2), target.guesses_within(limit))
+    band = band_of(inputs, memory.events.at(2), target.guesses)
     budget = max(0, memory_budget(target.reading, limit))
     if calibrate is not None:
         accumulate = inputs.step.accumulate
         band = calibrated(
             band, memory, target.name, calibrate, budget=budget, accumulate=accumulate
         )
+    if isinstance(limit, float):  # a share of the device, less its context
+        band = reduce(Band.widened, target.guesses_of_context, band)
     return Estimate(inputs, target, limit, budget, band, memory)
 
 
