@@ -16,7 +16,6 @@ from autobatch._estimate.device import target_gpu
 from autobatch._estimate.inputs import Inputs
 from autobatch._memory import memory_budget, parse_memory_limit
 from autobatch._memory.estimate.allocator import ExpandableAllocator
-from autobatch._memory.estimate.prediction import Fit
 from autobatch._report import needing_matplotlib
 from autobatch._report.layout import UNICODE, Glyphs, html, terminal
 
@@ -202,16 +201,10 @@ class Estimate:
         """
         share = self.band_share
         low, middle, high = (
-            self._largest_within(self.budget / (1 + error)) for error in (share, 0, -share)
+            self._memory.largest(self._band.uncorrected(self.budget / (1 + error)), _MOST)
+            for error in (share, 0, -share)
         )
         return Banded(middle, min(low, middle), max(middle, high))
-
-    def _largest_within(self, nbytes: float) -> int:
-        capacity = self._band.uncorrected(nbytes)
-        found = self._memory.largest(capacity, _MOST)
-        if not found and self._memory.steps(1, capacity)[-1].fit is Fit.PLAIN:
-            return 1
-        return found
 
     def at(self, batch_size: int) -> EstimatedPeak:
         """Return the memory of a step at a batch size, and what holds it.
@@ -228,7 +221,7 @@ class Estimate:
                 "more."
             )
         size = int(batch_size)
-        peaks = self._memory.steps(size, None)
+        peaks = self._memory.steps(size)
         allocated = peaks[-1].allocated
         reserved = max(each.reserved for each in peaks)
         events = list(self._memory.events.at(size))
