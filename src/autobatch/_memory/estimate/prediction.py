@@ -13,7 +13,6 @@ from autobatch._memory.estimate.events import (
     Phase,
     UntraceableError,
     in_fixed_order,
-    in_place_sums,
 )
 from autobatch._memory.estimate.scratch import Gpu, sum_scratch
 from autobatch._memory.estimate.tracer import trace
@@ -106,7 +105,7 @@ class MemoryEstimate:
         step: TrainingStep, size: int, gpu: Gpu | None, deadline: float = math.inf
     ) -> list[Event]:
         """Return the events at one size, as they would be on the device, in a fixed order."""
-        return list(in_fixed_order(in_place_sums(trace(step, size, gpu, deadline))))
+        return list(in_fixed_order(trace(step, size, gpu, deadline)))
 
     def peaks(self, batch_size: int) -> Peaks:
         """Return the peaks of all steps together."""
