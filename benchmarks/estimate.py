@@ -214,7 +214,7 @@ def compared(names: Iterable[str]) -> Iterator[Comparison]:
         of = predicted(network)
         for row in rows:
             if row["model"] == name:
-                steady = of.estimate.steps(row["batch"], None)[-1]
+                steady = of.estimate.steps(row["batch"])[-1]
                 # Measured above what was there before the model: the workspaces of cuBLAS, and the
                 # random state of dropout in an LSTM, if an earlier row made it
                 before = sum(Gpu().workspaces) + row.get("before", 0)

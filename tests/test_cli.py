@@ -375,6 +375,7 @@ def test_estimate_prints_each_device_and_writes_json(tmp_path, capsys):
     [
         ("no_such_module:make", "cannot be imported"),
         ("networks_here:none", "is not a function"),
+        ("networks_here", "names a module and no function in it"),
         ("networks_here:nothing", "returned NoneType"),
         ("networks_here:of_width", "cannot be called without arguments"),
     ],

@@ -23,6 +23,22 @@ def others(probe: CudaProbe) -> int:
     return probe.read().foreign - CONTEXT
 
 
+def searched(gpu, index=0, **options):
+    """Return the report of a search on a card, in which a sample takes 16 MiB."""
+
+    def train(batch_size):
+        while True:
+            with gpu.holding(index, batch_size * GIB // 64):
+                yield
+
+    return autobatch.find(train, device=f"cuda:{index}", timing_seconds=0, **options)
+
+
+def device_seen(gpu, index=0):
+    """Return the device in the report of a search that takes no time."""
+    return searched(gpu, index, max_micro_batch_size=1).device
+
+
 # The right device
 
 
@@ -52,12 +68,12 @@ def others(probe: CudaProbe) -> int:
     ],
 )
 def test_the_probe_reads_the_card_that_torch_uses(monkeypatch, visible, order, expected):
-    FakeGpu(three_cards(), visible=visible, cuda_order=order).install(monkeypatch)
+    gpu = FakeGpu(three_cards(), visible=visible, cuda_order=order).install(monkeypatch)
 
-    probes = [CudaProbe(index) for index in range(len(expected))]
+    devices = [device_seen(gpu, index) for index in range(len(expected))]
 
-    assert [others(probe) // GIB for probe in probes] == expected
-    assert {probe.source for probe in probes} == {"NVML"}
+    assert [device.foreign // GIB for device in devices] == expected
+    assert {device.source for device in devices} == {"NVML"}
 
 
 def test_a_mig_instance_is_read_by_its_own_uuid(monkeypatch):
@@ -65,33 +81,26 @@ def test_a_mig_instance_is_read_by_its_own_uuid(monkeypatch):
         Card("m1", total=10 * GIB, others=1 * GIB),
         Card("m2", total=20 * GIB, others=4 * GIB),
     )
-    FakeGpu((Card("aaaa", instances=parts),), visible="MIG-m2").install(monkeypatch)
+    gpu = FakeGpu((Card("aaaa", instances=parts),), visible="MIG-m2").install(monkeypatch)
 
-    probe = CudaProbe(0)
+    device = device_seen(gpu)
 
-    assert probe.source == "NVML"
-    assert probe.read().total == 20 * GIB
-    assert others(probe) == 4 * GIB
-
-
-def test_nvml_is_not_used_for_an_unnamed_mig_instance(monkeypatch):
-    gpu = FakeGpu((Card("aaaa", instances=(Card("m1", total=79 * GIB),)),)).install(monkeypatch)
-    monkeypatch.setattr(FakeGpu, "devices", [gpu.cards[0].instances[0]])
-
-    probe = CudaProbe(0)
-
-    assert (
-        probe.source
-        == "torch.cuda.mem_get_info, because MIG is on and CUDA_VISIBLE_DEVICES does not name an instance"
-    )
-    assert probe.read().total == gpu.devices[0].seen_by_cuda
+    assert device.source == "NVML"
+    assert device.total == 20 * GIB
+    assert device.foreign == CONTEXT + 4 * GIB
 
 
-def test_none_selects_the_current_device(monkeypatch):
-    FakeGpu(three_cards()).install(monkeypatch)
+def test_cuda_without_an_index_is_the_current_device(monkeypatch):
+    gpu = FakeGpu(three_cards()).install(monkeypatch)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
 
-    assert CudaProbe(None).name == "Paper GPU (cuda:2)"
+    def train(batch_size):
+        with gpu.holding(2, batch_size * GIB):
+            yield
+
+    report = autobatch.find(train, device="cuda", max_micro_batch_size=1, timing_seconds=0)
+
+    assert report.device.name == "Paper GPU (cuda:2)"
 
 
 # Readings and caps
@@ -157,12 +166,7 @@ def test_a_search_stays_within_the_users_cap_without_a_failure(monkeypatch):
     gpu = FakeGpu().install(monkeypatch)
     gpu.cards[0].share = 0.125
 
-    def train(batch_size):
-        while True:
-            with gpu.holding(0, batch_size * GIB // 64):
-                yield
-
-    report = autobatch.find(train, device="cuda:0")
+    report = searched(gpu)
 
     assert report.budget == int(0.125 * gpu.cards[0].seen_by_cuda)
     assert all(trial.outcome != "out_of_memory" for trial in report.trials)
@@ -223,53 +227,75 @@ def test_nvml_is_opened_once_per_probe(monkeypatch):
 # Without NVML
 
 
+NVML = "NVML failed: "
+NOT_SUPPORTED = {"nvmlDeviceGetMemoryInfo": pynvml.NVML_ERROR_NOT_SUPPORTED}
+
+
+def failing(function, code):
+    return FakeGpu((Card("aaaa", others=6 * GIB),), refusals={function: code})
+
+
 @pytest.mark.parametrize(
-    ("function", "code", "message"),
+    ("machine", "reason"),
     [
         (
-            "nvmlInitWithFlags",
-            pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH,
-            "RM has detected an NVML/RM version mismatch (the driver was updated while it ran; restart the machine)",
-        ),
-        ("nvmlInitWithFlags", pynvml.NVML_ERROR_DRIVER_NOT_LOADED, "Driver Not Loaded"),
-        ("nvmlInitWithFlags", 4321, "error 4321 of the driver"),
-        ("nvmlDeviceGetHandleByUUID", pynvml.NVML_ERROR_NOT_FOUND, "Not Found"),
-        (
-            "nvmlDeviceGetHandleByUUID",
-            pynvml.NVML_ERROR_NO_PERMISSION,
-            "Insufficient Permissions",
+            failing("nvmlInitWithFlags", pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH),
+            (
+                f"{NVML}RM has detected an NVML/RM version mismatch (the driver was updated while it "
+                "ran; restart the machine)"
+            ),
         ),
         (
-            "nvmlDeviceGetMemoryInfo",
-            pynvml.NVML_ERROR_NOT_SUPPORTED,
-            "Not Supported (the driver does not count the memory of this device)",
+            failing("nvmlInitWithFlags", pynvml.NVML_ERROR_DRIVER_NOT_LOADED),
+            f"{NVML}Driver Not Loaded",
+        ),
+        (failing("nvmlInitWithFlags", 4321), f"{NVML}error 4321 of the driver"),
+        (
+            failing("nvmlDeviceGetHandleByUUID", pynvml.NVML_ERROR_NOT_FOUND),
+            f"{NVML}Not Found",
+        ),
+        (
+            failing("nvmlDeviceGetHandleByUUID", pynvml.NVML_ERROR_NO_PERMISSION),
+            f"{NVML}Insufficient Permissions",
+        ),
+        (
+            FakeGpu(refusals=NOT_SUPPORTED),
+            f"{NVML}Not Supported (the driver does not count the memory of this device)",
+        ),
+        (
+            FakeGpu((Card("aaaa", is_integrated=True),), refusals=NOT_SUPPORTED),
+            (
+                f"{NVML}Not Supported (the driver does not count the memory of this device); no more "
+                "than the free memory of the host is counted as free, because they share one memory"
+            ),
+        ),
+        (
+            FakeGpu(has_library=False),
+            f"{NVML}NVML Shared Library Not Found (no libnvidia-ml.so.1 is installed)",
+        ),
+        (FakeGpu(lacks={"nvmlDeviceGetHandleByUUID"}), f"{NVML}Function Not Found"),
+        (
+            FakeGpu((Card("aaaa", instances=(Card("m1", total=79 * GIB),)),)),
+            "MIG is on and CUDA_VISIBLE_DEVICES does not name an instance",
         ),
     ],
+    ids=[
+        *("mismatch", "no driver", "other error", "not found", "no permission"),
+        *("Jetson", "unified", "no library", "old driver", "MIG"),
+    ],
 )
-def test_cuda_replaces_nvml_and_the_source_gives_the_reason(monkeypatch, function, code, message):
-    gpu = FakeGpu((Card("aaaa", others=6 * GIB),), refusals={function: code}).install(monkeypatch)
+def test_a_search_without_nvml_reads_cuda_and_the_report_gives_the_reason(
+    monkeypatch, machine, reason
+):
+    gpu = machine.install(monkeypatch)
+    monkeypatch.setattr(HostMemory, "read", lambda: HostMemory(60 * GIB, None))
 
-    probe = CudaProbe(0)
+    report = searched(gpu, memory_limit="2GiB")
 
-    assert probe.source == f"torch.cuda.mem_get_info, because NVML failed: {message}"
-    assert probe.read().total == gpu.cards[0].seen_by_cuda
-    assert others(probe) == 6 * GIB
-
-
-def test_cuda_replaces_nvml_without_the_driver_library(monkeypatch):
-    FakeGpu(has_library=False).install(monkeypatch)
-
-    assert CudaProbe(0).source == (
-        "torch.cuda.mem_get_info, because NVML failed: NVML Shared Library Not Found (no libnvidia-ml.so.1 is installed)"
-    )
-
-
-def test_cuda_replaces_nvml_of_an_old_driver(monkeypatch):
-    FakeGpu(lacks={"nvmlDeviceGetHandleByUUID"}).install(monkeypatch)
-
-    assert CudaProbe(0).source == (
-        "torch.cuda.mem_get_info, because NVML failed: Function Not Found"
-    )
+    assert report.device.source == f"torch.cuda.mem_get_info, because {reason}"
+    assert report.device.total == gpu.cards[0].seen_by_cuda
+    assert any(f"Memory is read from {report.device.source}" in note for note in report.notes)
+    assert 125 <= report.plan.micro_batch_size <= 128
 
 
 def test_an_integrated_device_has_the_free_memory_of_the_host(
@@ -333,59 +359,10 @@ def test_memory_is_read_even_if_processes_cannot_be_listed(monkeypatch, machine)
     assert others(probe) == 0
 
 
-def cut_without_an_instance():
-    return FakeGpu((Card("aaaa", instances=(Card("m1", total=79 * GIB),)),))
-
-
-NOT_SUPPORTED = {"nvmlDeviceGetMemoryInfo": pynvml.NVML_ERROR_NOT_SUPPORTED}
-
-
-@pytest.mark.parametrize(
-    ("machine", "word"),
-    [
-        (FakeGpu(has_library=False), "no libnvidia-ml.so.1 is installed"),
-        (
-            FakeGpu(refusals={"nvmlInitWithFlags": pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH}),
-            "the driver was updated while it ran; restart the machine",
-        ),
-        (FakeGpu(lacks={"nvmlDeviceGetHandleByUUID"}), "Function Not Found"),
-        (FakeGpu(refusals=NOT_SUPPORTED), "does not count the memory of this device"),
-        (
-            FakeGpu((Card("aaaa", is_integrated=True),), refusals=NOT_SUPPORTED),
-            "because they share one memory",
-        ),
-        (cut_without_an_instance(), "CUDA_VISIBLE_DEVICES does not name an instance"),
-    ],
-    ids=["library", "mismatch", "old", "Jetson", "unified", "MIG"],
-)
-def test_a_search_without_nvml_works_and_the_report_notes_it(monkeypatch, machine, word):
-    gpu = machine.install(monkeypatch)
-    monkeypatch.setattr(HostMemory, "read", lambda: HostMemory(60 * GIB, None))
-
-    def train(batch_size):
-        while True:
-            with gpu.holding(0, batch_size * GIB // 64):
-                yield
-
-    report = autobatch.find(train, device="cuda:0", memory_limit="2GiB")
-
-    (note,) = (note for note in report.notes if note.startswith("Memory is read from"))
-    assert "torch.cuda.mem_get_info, because" in note
-    assert word in note
-    assert 125 <= report.plan.micro_batch_size <= 128
-    assert report.device.source in note
-
-
 def test_a_search_with_nvml_has_no_note_about_it(monkeypatch):
-    gpu = FakeGpu(three_cards(), visible="GPU-bb", cuda_order=(2, 1, 0))
-    gpu.install(monkeypatch)
+    gpu = FakeGpu(three_cards(), visible="GPU-bb", cuda_order=(2, 1, 0)).install(monkeypatch)
 
-    def train(batch_size):
-        while True:
-            with gpu.holding(0, batch_size * GIB // 64):
-                yield
-
-    report = autobatch.find(train, device="cuda:0", memory_limit="2GiB")
+    report = searched(gpu, memory_limit="2GiB")
 
     assert report.device.source == "NVML"
     assert not any("Memory is read from" in note for note in report.notes)
@@ -393,9 +370,8 @@ def test_a_search_with_nvml_has_no_note_about_it(monkeypatch):
 
 def test_nvml_is_used_for_cards_without_mig(monkeypatch):
     refusals = {"nvmlDeviceGetMigMode": pynvml.NVML_ERROR_NOT_SUPPORTED}
-    FakeGpu(refusals=refusals).install(monkeypatch)
 
-    assert CudaProbe(0).source == "NVML"
+    assert device_seen(FakeGpu(refusals=refusals).install(monkeypatch)).source == "NVML"
 
 
 def test_cuda_replaces_nvml_for_good_after_a_failure(monkeypatch):
@@ -418,29 +394,24 @@ def test_nvml_is_not_used_if_its_total_differs(monkeypatch):
     )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
 
-    assert (
-        CudaProbe(0).source
-        == "torch.cuda.mem_get_info, because NVML's total is 80 GiB but CUDA's is 40 GiB"
+    assert device_seen(gpu).source == (
+        "torch.cuda.mem_get_info, because NVML's total is 80 GiB but CUDA's is 40 GiB"
     )
 
 
-def test_cuda_replaces_nvml_without_pynvml(monkeypatch):
-    FakeGpu().install(monkeypatch)
-    monkeypatch.setitem(sys.modules, "pynvml", None)
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (None, "pynvml cannot be imported"),
+        (types.ModuleType("pynvml"), "the module pynvml is not the one from nvidia-ml-py"),
+    ],
+    ids=["none", "another"],
+)
+def test_cuda_replaces_nvml_without_its_module(monkeypatch, module, reason):
+    gpu = FakeGpu().install(monkeypatch)
+    monkeypatch.setitem(sys.modules, "pynvml", module)
 
-    assert CudaProbe(0).source == "torch.cuda.mem_get_info, because pynvml cannot be imported"
-
-
-def test_another_module_named_pynvml_is_not_used(monkeypatch):
-    FakeGpu().install(monkeypatch)
-    monkeypatch.setitem(sys.modules, "pynvml", types.ModuleType("pynvml"))
-
-    source = CudaProbe(0).source
-
-    assert (
-        source
-        == "torch.cuda.mem_get_info, because the module pynvml is not the one from nvidia-ml-py"
-    )
+    assert device_seen(gpu).source == f"torch.cuda.mem_get_info, because {reason}"
 
 
 def test_without_any_source_the_error_gives_both_reasons(
@@ -540,6 +511,8 @@ def test_an_allocation_rejected_before_the_driver_is_a_failure(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_a_machine_without_cuda_refuses_a_cuda_probe():
+def test_a_machine_without_cuda_refuses_a_cuda_probe(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+
     with pytest.raises(ProbeError, match=r"cuda:0 cannot be opened: .*Pass device="):
-        CudaProbe(0)
+        autobatch.find(lambda batch_size: None, device="cuda:0")

@@ -222,12 +222,12 @@ def test_the_figure_shows_kinds_phases_and_budget(tmp_path):
         estimate.plot("step.txt", batch_size=64)
 
 
-def report_of(peaks, source="NVML", **changes):
+def report_of(peaks, source="NVML", gpu="NVIDIA H200", **changes):
     report = example(**changes)
     trials = tuple(
         Trial(size, Outcome.FIT, peak=round(peak), accumulate=1) for size, peak in peaks.items()
     )
-    device = report.device.model_copy(update={"name": "NVIDIA H200 (cuda:0)", "source": source})
+    device = report.device.model_copy(update={"name": f"{gpu} (cuda:0)", "source": source})
     return report.model_copy(update={"trials": trials, "device": device})
 
 
@@ -247,6 +247,22 @@ def test_measured_peaks_correct_an_estimate_and_narrow_its_band(tmp_path):
     assert guessed.largest.low < estimate.largest < guessed.largest
     with pytest.raises(ValueError, match=r"was measured on NVIDIA H200 .*scratch memory of L4"):
         of_attention(**sgd, calibrate=path, device="L4")
+
+
+def test_a_report_calibrates_its_own_gpu_and_not_its_context(tmp_path):
+    path = tmp_path / "autobatch.json"
+    of_a100 = {"device": "A100-40GB", "memory_limit": 0.5}
+    peaks = {size: of_attention(**of_a100).at(size).reserved for size in (4096, 8192)}
+    path.write_text(report_of(peaks, gpu="NVIDIA A100-SXM4-40GB").to_json(), encoding="utf-8")
+
+    estimate = of_attention(**of_a100, calibrate=path)
+
+    assert estimate.untested == ("a CUDA context as large as on an H200",)
+    context = 300 * MIB / target_gpu("A100-40GB").reading.total
+    assert estimate.band_share == pytest.approx(0.01 + context, abs=0.001)
+    for other in ("A10", "A100-80GB"):
+        with pytest.raises(ValueError, match=f"scratch memory of {other} is another"):
+            of_attention(device=other, calibrate=path)
 
 
 def test_reports_of_another_step_calibrate_nothing(tmp_path):
@@ -380,7 +396,12 @@ def test_models_that_are_not_modelled_are_refused_in_one_sentence():
     compiled = convolutional()
     compiled._orig_mod = nn.Identity()
 
+    hooked = convolutional()
+    hooked[0].register_forward_hook(lambda *_: None)
+
+    refused("0 has hooks", hooked)
     refused("the model is a recurrent network", nn.GRU(4, 4))
+    refused("memory is a recurrent network", nn.ModuleDict({"memory": nn.LSTM(4, 4, proj_size=2)}))
     refused(
         "0 is a Linear4bit, whose kernels are not modelled", named("Linear4bit", "bitsandbytes")
     )
@@ -392,12 +413,39 @@ def test_models_that_are_not_modelled_are_refused_in_one_sentence():
     refused("needs parameters of torch.bfloat16", precision="bf16-true")
 
 
+def test_a_hook_of_transformers_for_checkpoints_is_no_matter():
+    def hook(*_):
+        """Keep nothing."""
+
+    hook.__module__ = "transformers.modeling_utils"
+    model = convolutional()
+    model[0].register_forward_hook(hook)
+
+    assert autobatch.estimate(model, loss, images(4), device="H100").largest
+
+
+def reads(model, batch):
+    return loss(model, batch) * model(batch[0]).sum().item()
+
+
+def branches(model, batch):
+    outputs = model(batch[0])
+    return outputs.sum() if (outputs > 0).all() else outputs.mean()
+
+
+def selects(model, batch):
+    return model(batch[0])[batch[1] > 0].sum()
+
+
+def loops(model, batch):
+    return sum(model(row[None]).sum() for row in batch[0])
+
+
 def test_steps_that_are_not_modelled_are_refused_in_one_sentence():
     refused("does not run on fake tensors", step=lambda model, batch: model(batch[0][:, :1]).sum())
-    refused(
-        r"the step depends on values of tensors \(aten.nonzero.default\)",
-        step=lambda model, batch: model(batch[0])[batch[1] > 0].sum(),
-    )
+    for step in (reads, branches, selects):
+        refused(r"the step depends on values of tensors \(aten\.\w+\.default\)", step=step)
+    refused("other operators at other batch sizes", step=loops)
     refused(
         "no fake impl registered for .*autobatch_tests::double",
         step=lambda model, batch: without_fake_kernel(model(batch[0])).sum(),

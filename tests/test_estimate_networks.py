@@ -1,4 +1,4 @@
-"""Ten small networks: traces equal the bytes of real tensors, and fits equal traces."""
+"""Small networks: traces equal the bytes of real tensors, and fits equal traces."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from autobatch._memory.estimate.prediction import MemoryEstimate
 from autobatch._memory.estimate.scratch import Gpu
-from test_estimate import measured, step_of
+from test_estimate import Attention, convolutional, images, measured, step_of, tokens
 
 
 class Residual(nn.Module):
@@ -63,10 +63,6 @@ def vectors(size):
     return torch.randn(size, 24), torch.randint(0, 4, (size,))
 
 
-def pictures(size):
-    return torch.randn(size, 3, 8, 8), torch.randint(0, 4, (size,))
-
-
 def words(size):
     return torch.randint(0, 32, (size, 12)), torch.randint(0, 4, (size,))
 
@@ -88,6 +84,8 @@ def norm_and_wide():
 
 
 NETWORKS = {
+    "convolutional": (convolutional, images),
+    "attention": (Attention, tokens),
     "linear": (lambda: nn.Linear(24, 4), vectors),
     "deep": (
         lambda: nn.Sequential(*(m for _ in range(4) for m in (nn.Linear(24, 24), nn.Tanh()))),
@@ -114,7 +112,7 @@ NETWORKS = {
             nn.Conv2d(8, 4, 3),
             nn.Flatten(),
         ),
-        pictures,
+        images,
     ),
     "depthwise": (
         lambda: nn.Sequential(
@@ -124,9 +122,9 @@ NETWORKS = {
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
         ),
-        pictures,
+        images,
     ),
-    "skip connection": (Skip, pictures),
+    "skip connection": (Skip, images),
     "shared weights": (Shared, words),
     "encoder layer": (
         lambda: nn.TransformerEncoderLayer(24, 4, 48, 0.0, batch_first=True),
@@ -145,8 +143,14 @@ def test_a_trace_equals_the_live_bytes_of_real_tensors(name):
     assert estimate.peaks(23).requested == measured(step, 23)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "convolutional",
+        "attention",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in list(NETWORKS)[2:]),
+    ],
+)
 def test_fitted_events_of_a_gpu_equal_those_of_a_trace(name):
     make, batch = NETWORKS[name]
     step = step_of(make().train(), batch, loss=loss, autocast=torch.bfloat16)

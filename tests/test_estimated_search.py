@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from autobatch import Outcome, Trial
-from autobatch._memory.estimate.prediction import Fit, Peaks
+from autobatch._memory.estimate.prediction import Peaks
 from autobatch._search.estimated import EstimatedSearch
 
 BUDGET, HELD = 100_000, 1000
@@ -22,7 +22,7 @@ class Line:
 
     def peaks(self, batch_size):
         requested = int(HELD + self.each * batch_size)
-        return Peaks(requested, requested, int(self.reserve * requested), Fit.PLAIN)
+        return Peaks(requested, requested, int(self.reserve * requested))
 
 
 def run(estimate, each, *, start=8, high=100_000, reserve=1.1, truth=None, error=0.02):

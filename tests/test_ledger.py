@@ -2,31 +2,33 @@ from __future__ import annotations
 
 import gc
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 
-from autobatch._memory.ledger import Ledger, unobserved
+from autobatch._memory.ledger import unobserved
+from autobatch.testing import SimulatedAccelerator
 from networks import Perceptron
 
-KIB = 1024  # bytes: 256 floats
+KIB, GIB = 2**10, 2**30  # bytes; 256 floats are 1 KiB
 
 
 def test_a_tensor_counts_from_its_allocation_to_its_death():
-    ledger = Ledger()
+    device = SimulatedAccelerator(GIB)
 
-    with ledger.watching(None, 0):
+    with device.limited(GIB):
         a = torch.empty(256)
         b = torch.empty(512)
-        held = ledger.current
+        held = device.read().reserved
         del a
 
     assert held == 3 * KIB
-    assert ledger.current == 2 * KIB
-    assert ledger.peak == 3 * KIB
+    assert device.read().reserved == 2 * KIB
+    assert device.read().peak == 3 * KIB
     del b
-    assert ledger.current == 0
+    assert device.read().reserved == 0
 
 
 @pytest.mark.parametrize(
@@ -42,23 +44,23 @@ def test_a_tensor_counts_from_its_allocation_to_its_death():
     ids=["view", "in place", "expand", "detach", "slice", "numpy"],
 )
 def test_tensors_that_share_a_storage_count_once(make):
-    ledger = Ledger()
+    device = SimulatedAccelerator(GIB)
 
-    with ledger.watching(None, 0):
+    with device.limited(GIB):
         x = torch.zeros(256)
         y = make(x)
 
-    assert ledger.current == KIB
+    assert device.read().reserved == KIB
     del y
 
 
 def test_views_of_unattached_data_are_not_charged():
-    data, ledger = torch.zeros(1024), Ledger()
+    data, device = torch.zeros(1024), SimulatedAccelerator(GIB)
 
-    with ledger.watching(None, 0):
+    with device.limited(GIB):
         batch = data[:256]
 
-    assert ledger.current == 0
+    assert device.read().reserved == 0
     del batch
 
 
@@ -67,82 +69,82 @@ def test_attached_objects_include_gradients_and_state():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     model(torch.ones(1, 16)).sum().backward()
     optimizer.step()
-    ledger = Ledger()
+    device = SimulatedAccelerator(GIB)
 
-    ledger.attach(model, optimizer)
-    ledger.attach(model)  # a second time adds nothing
+    device.attach(model, optimizer)
+    device.attach(model)  # a second time adds nothing
 
-    assert ledger.current == 3 * KIB
+    assert device.read().reserved == 3 * KIB
 
 
 def test_an_allocation_beyond_the_limit_is_refused_beforehand():
-    ledger = Ledger()
+    device = SimulatedAccelerator(GIB)
 
-    with ledger.watching(2 * KIB, 0):
+    with device.limited(2 * KIB):
         x = torch.zeros(256)
         with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
             torch.zeros(10**12)
 
-    assert ledger.failures == 1
-    assert ledger.current == KIB
+    assert device.read().failures == 1
+    assert device.read().reserved == KIB
     del x
 
 
 def test_memory_may_reach_the_limit_exactly():
-    ledger = Ledger()
+    device = SimulatedAccelerator(GIB)
 
-    with ledger.watching(2 * KIB, 0):
+    with device.limited(2 * KIB):
         x = torch.zeros(512)
 
-    assert ledger.peak == 2 * KIB
+    assert device.read().peak == 2 * KIB
     del x
 
 
 def test_any_one_allocation_can_be_refused():
-    ledger = Ledger()
-    ledger.refuse_at = 2
+    device = SimulatedAccelerator(GIB)
+    device.ledger.refuse_at = 2
     kept = []
 
-    with ledger.watching(None, 0), pytest.raises(torch.OutOfMemoryError):
+    with device.limited(GIB), pytest.raises(torch.OutOfMemoryError):
         kept.extend(torch.zeros(1) for _ in range(3))
 
-    assert ledger.failures == 1
-    assert ledger.allocations == 2
+    assert device.read().failures == 1
+    assert device.ledger.allocations == 2
 
 
 def test_a_step_leaves_nothing_but_parameters_gradients_and_state():
     model = Perceptron()
-    ledger = Ledger()
-    ledger.attach(model)
-    at_rest = ledger.current
+    device = SimulatedAccelerator(GIB)
+    device.attach(model)
+    at_rest = device.read().reserved
 
-    with ledger.watching(None, 0):
+    with device.limited(GIB):
         model.loss(32).backward()
         model.zero_grad()
 
-    assert ledger.current == at_rest
+    assert device.read().reserved == at_rest
 
 
 def test_gradients_that_meet_are_added_in_place():
     """Without a ledger autograd writes their sum into one of them."""
     x = torch.zeros(256, requires_grad=True)
-    ledger = Ledger()
+    device = SimulatedAccelerator(GIB)
 
-    with ledger.watching(None, 0):
+    with device.limited(GIB):
         hidden = x * 1  # 1 KiB, and each of its two gradients
         total = (hidden * 2).sum() + (hidden * 3).sum()  # 4 bytes, and its gradient
         total.backward()
 
-    assert ledger.peak == 3 * KIB + 2 * 4
-    assert ledger.current == 2 * KIB + 4
+    assert device.read().peak == 3 * KIB + 2 * 4
+    assert device.read().reserved == 2 * KIB + 4
     assert x.grad[0] == 5
 
 
 def test_a_sum_whose_terms_live_on_is_charged():
     x = torch.zeros(256, requires_grad=True)
-    ledger, kept = Ledger(), []
+    device, kept = SimulatedAccelerator(GIB), []
 
-    with ledger.watching(None, 0):
+    with device.limited(GIB):
         hidden = x * 1
         pair = [hidden.view(-1), hidden.view(-1)]
         for each in pair:
@@ -150,31 +152,31 @@ def test_a_sum_whose_terms_live_on_is_charged():
         (pair[0] * 2 + pair[1] * 3).sum().backward()
 
     assert x.grad[0] == 5
-    assert ledger.current == 4 * KIB  # hidden, its gradient and both kept ones
-    assert ledger.peak > 5 * KIB  # and their sum
+    assert device.read().reserved == 4 * KIB  # hidden, its gradient and both kept ones
+    assert device.read().peak > 5 * KIB  # and their sum
 
 
 def test_sums_of_the_user_are_charged():
-    ledger = Ledger()
+    device = SimulatedAccelerator(GIB)
 
-    with ledger.watching(None, 0):
+    with device.limited(GIB):
         x = torch.zeros(256)
         x = x + x
 
-    assert ledger.peak == 2 * KIB
-    assert ledger.current == KIB
+    assert device.read().peak == 2 * KIB
+    assert device.read().reserved == KIB
 
 
 def test_a_linear_layer_adds_its_bias_in_place():
     layer = nn.Linear(16, 16)
     x = torch.zeros(4, 4, 16).transpose(0, 1)  # not contiguous: a product, then a sum
-    ledger = Ledger()
+    device = SimulatedAccelerator(GIB)
 
-    with torch.no_grad(), ledger.watching(None, 0):
+    with torch.no_grad(), device.limited(GIB):
         y = layer(x)
 
-    assert ledger.current == y.nbytes
-    assert ledger.peak == y.nbytes + x.nbytes  # a contiguous copy of the input
+    assert device.read().reserved == y.nbytes
+    assert device.read().peak == y.nbytes + x.nbytes  # a contiguous copy of the input
 
 
 def test_training_is_bit_identical_under_the_ledger():
@@ -182,8 +184,8 @@ def test_training_is_bit_identical_under_the_ledger():
         torch.manual_seed(0)
         model = Perceptron()
         optimizer = torch.optim.AdamW(model.parameters())
-        ledger = Ledger()
-        with ledger.watching(None, 0) if watched else unobserved():
+        device = SimulatedAccelerator(GIB)
+        with device.limited(GIB) if watched else nullcontext():
             for _ in range(3):
                 model.loss(8).backward()
                 optimizer.step()
@@ -196,39 +198,39 @@ def test_training_is_bit_identical_under_the_ledger():
 
 
 def test_the_profile_covers_the_last_step():
-    ledger = Ledger()
+    device = SimulatedAccelerator(GIB)
 
-    with ledger.watching(None, 100) as watch:
+    with device.limited(GIB) as watch:
         for length in (256, 512):
             watch.mark()
             torch.zeros(length)
             torch.zeros(2 * length)
         watch.mark()
 
-    assert watch.profile == (2 * KIB + 100, 4 * KIB + 100)
+    assert watch.profile == (2 * KIB, 4 * KIB)
 
 
 def test_a_tensor_of_another_thread_is_credited_at_its_death():
-    ledger, made = Ledger(), []
+    device, made = SimulatedAccelerator(GIB), []
 
     def work():
-        with ledger.watching(None, 0):
+        with device.limited(GIB):
             made.append(torch.zeros(256))
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
 
-    assert ledger.current == KIB
+    assert device.read().reserved == KIB
     made.clear()
     gc.collect()
-    assert ledger.current == 0
+    assert device.read().reserved == 0
 
 
 def test_sparse_tensors_count_their_indices_and_values():
-    ledger = Ledger()
+    device = SimulatedAccelerator(GIB)
 
-    with ledger.watching(None, 0):
+    with device.limited(GIB):
         x = torch.sparse_coo_tensor(
             torch.zeros(1, 4, dtype=torch.int64),
             torch.zeros(4),
@@ -236,18 +238,18 @@ def test_sparse_tensors_count_their_indices_and_values():
             check_invariants=True,
         )
 
-    assert ledger.current >= 4 * 8 + 4 * 4
+    assert device.read().reserved >= 4 * 8 + 4 * 4
     del x
-    assert ledger.current == 0
+    assert device.read().reserved == 0
 
 
 def test_nothing_is_charged_while_unobserved():
-    ledger = Ledger()
+    device = SimulatedAccelerator(GIB)
 
-    with ledger.watching(None, 0), unobserved():
+    with device.limited(GIB), unobserved():
         x = torch.zeros(256)
 
-    assert ledger.current == 0
+    assert device.read().reserved == 0
     del x
 
 
@@ -265,30 +267,30 @@ def test_random_numbers_are_drawn_once(draw):
     plain = torch.get_rng_state()
     torch.manual_seed(0)
 
-    with Ledger().watching(10**9, 0):
+    with SimulatedAccelerator(GIB).limited(GIB):
         draw()
 
     assert torch.equal(plain, torch.get_rng_state())
 
 
 def test_the_type_of_a_number_decides_the_size_of_a_result():
-    x, ledger = torch.ones(256, dtype=torch.int8), Ledger()
+    x, device = torch.ones(256, dtype=torch.int8), SimulatedAccelerator(GIB)
 
-    with ledger.watching(300, 0):
+    with device.limited(300):
         with pytest.raises(torch.OutOfMemoryError):
             x * 2.0  # float32: 1,024 bytes
         y = x * 2  # int8: 256 bytes
 
-    assert ledger.current == 256
+    assert device.read().reserved == 256
     del y
 
 
 def test_a_lazy_parameter_counts_nothing():
-    ledger = Ledger()
+    device = SimulatedAccelerator(GIB)
 
-    ledger.attach(nn.LazyLinear(4, bias=False))
+    device.attach(nn.LazyLinear(4, bias=False))
 
-    assert ledger.current == 0
+    assert device.read().reserved == 0
 
 
 class Attention(nn.Module):
@@ -334,7 +336,7 @@ def test_attention_takes_the_same_kernels_under_the_ledger(kind, masked, autocas
             return outcome(model, x)
 
     plain = run()
-    with Ledger().watching(10**9, 0):
+    with SimulatedAccelerator(GIB).limited(GIB):
         watched = run()
 
     assert type(watched) is type(plain)

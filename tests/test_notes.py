@@ -176,6 +176,10 @@ def test_quiet_result_has_no_notes():
                 "The search stopped at time_limit=300 seconds: 56 is the largest verified so far, more may fit.",
             ),
             (
+                {"settings": settings(memory_limit="16GiB")},
+                "memory_limit='16GiB' is more than the 12 GiB of this device: the budget is 11.6 GiB.",
+            ),
+            (
                 {"foreign": 3 * 2**30},
                 "Other processes hold 3 GiB of this device's 12 GiB; the largest fit changes when they start or stop.",
             ),

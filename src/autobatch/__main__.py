@@ -146,6 +146,8 @@ def _estimate(options: argparse.Namespace) -> None:
 def _made_by(name: str) -> tuple[Any, ...]:
     """Return what a function of the user makes, imported from the current directory too."""
     module_name, _, function_name = name.partition(":")
+    if not function_name:
+        raise ValueError(f"{name} names a module and no function in it; {_MAKE}.")
     sys.path.insert(0, "")
     try:
         function = getattr(importlib.import_module(module_name), function_name)

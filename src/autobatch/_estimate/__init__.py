@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from autobatch._estimate.band import EXPANDABLE, Banded, band_of, calibrated
+from autobatch._estimate.band import EXPANDABLE, Band, Banded, band_of, calibrated
 from autobatch._estimate.breakdown import moments, peak
 from autobatch._estimate.changes import changed
 from autobatch._estimate.device import target_gpu
 from autobatch._estimate.inputs import Inputs
 from autobatch._memory import memory_budget, parse_memory_limit
 from autobatch._memory.estimate.allocator import ExpandableAllocator
-from autobatch._memory.estimate.prediction import Fit
 from autobatch._report import needing_matplotlib
 from autobatch._report.layout import UNICODE, Glyphs, html, terminal
 
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
-    from autobatch._estimate.band import Band
     from autobatch._estimate.device import TargetGpu
     from autobatch._estimate.inputs import Optimizer
     from autobatch._memory.estimate.prediction import MemoryEstimate
@@ -92,13 +90,15 @@ def estimate_of(
 ) -> Estimate:
     """Return the estimate of checked inputs on a GPU."""
     memory = inputs.estimated(target.gpu)
-    band = band_of(inputs, memory.events.at(2), target.guesses_within(limit))
+    band = band_of(inputs, memory.events.at(2), target.guesses)
     budget = max(0, memory_budget(target.reading, limit))
     if calibrate is not None:
         accumulate = inputs.step.accumulate
         band = calibrated(
             band, memory, target.name, calibrate, budget=budget, accumulate=accumulate
         )
+    if isinstance(limit, float):  # a share of the device, less its context
+        band = reduce(Band.widened, target.guesses_of_context, band)
     return Estimate(inputs, target, limit, budget, band, memory)
 
 
@@ -201,16 +201,10 @@ class Estimate:
         """
         share = self.band_share
         low, middle, high = (
-            self._largest_within(self.budget / (1 + error)) for error in (share, 0, -share)
+            self._memory.largest(self._band.uncorrected(self.budget / (1 + error)), _MOST)
+            for error in (share, 0, -share)
         )
         return Banded(middle, min(low, middle), max(middle, high))
-
-    def _largest_within(self, nbytes: float) -> int:
-        capacity = self._band.uncorrected(nbytes)
-        found = self._memory.largest(capacity, _MOST)
-        if not found and self._memory.steps(1, capacity)[-1].fit is Fit.PLAIN:
-            return 1
-        return found
 
     def at(self, batch_size: int) -> EstimatedPeak:
         """Return the memory of a step at a batch size, and what holds it.
@@ -227,7 +221,7 @@ class Estimate:
                 "more."
             )
         size = int(batch_size)
-        peaks = self._memory.steps(size, None)
+        peaks = self._memory.steps(size)
         allocated = peaks[-1].allocated
         reserved = max(each.reserved for each in peaks)
         events = list(self._memory.events.at(size))

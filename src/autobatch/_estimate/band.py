@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -229,7 +230,7 @@ def calibrated(
             f"calibrate={str(path)!r} has no peak of this step that was measured on a GPU; give "
             "the report of a tuning run on one, with the same accumulation."
         )
-    if gpu_name.split(" (", maxsplit=1)[0] not in report.device.name:
+    if not _words(gpu_name.partition(" (")[0]) <= _words(report.device.name):
         raise ValueError(
             f"calibrate={str(path)!r} was measured on {report.device.name}, and scratch memory of "
             f"{gpu_name} is another; give a report of this GPU, or device= the one of the report."
@@ -242,6 +243,11 @@ def calibrated(
             "give the report of the same model, step, optimizer and precision."
         )
     return replace(found, untested=())
+
+
+def _words(name: str) -> set[str]:
+    """Return the parts of a GPU's name: an L4 is not an L40S, and "A100-SXM4-40GB" is an A100."""
+    return set(re.split(r"[^A-Z0-9]+", name.upper()))
 
 
 def _is_comparable(trial: Trial, accumulate: int) -> bool:

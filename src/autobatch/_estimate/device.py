@@ -34,11 +34,7 @@ class TargetGpu:
     reading: MemoryReading
     gpu: Gpu  # properties for scratch memory
     guesses: tuple[Guess, ...] = ()  # what was never compared with it
-    guess_of_context: tuple[Guess, ...] = ()  # the same of its context
-
-    def guesses_within(self, limit: float) -> tuple[Guess, ...]:
-        """Return the guesses; only a limit that is a share of the device depends on its context."""
-        return self.guesses + (self.guess_of_context if isinstance(limit, float) else ())
+    guesses_of_context: tuple[Guess, ...] = ()  # of its context, which no peak shows
 
 
 def target_gpu(device: str | int | None) -> TargetGpu:

@@ -16,6 +16,7 @@ _RUN_BACKWARD: Final = torch.autograd.graph._engine_run_backward.__code__  # noq
 _BETWEEN: Final = (
     __name__,
     "autobatch._memory.ledger",
+    "autobatch._memory.estimate.recorder",
     "torch._dynamo.eval_frame",
     "torch._compile",
 )

@@ -6,7 +6,7 @@ import statistics
 from textwrap import shorten
 from typing import TYPE_CHECKING, Final
 
-from autobatch._memory import format_bytes
+from autobatch._memory import format_bytes, parse_memory_limit
 from autobatch._plan import ceil_div
 from autobatch._report.latency import latency_notes
 from autobatch._report.tradeoff import updates_per_epoch
@@ -187,6 +187,13 @@ def _on_speed(report: TuningReport) -> Iterator[str]:
 def _on_memory(report: TuningReport, run: RunDetails) -> Iterator[str]:
     """Note memory that may not suffice later, and what could leave more."""
     device, look = report.device, report.look
+    limit = parse_memory_limit(report.settings.memory_limit)
+    if limit > device.total:
+        yield (
+            f"memory_limit={report.settings.memory_limit!r} is more than the "
+            f"{format_bytes(device.total)} of this device: the budget is "
+            f"{format_bytes(report.budget)}."
+        )
     trial = latest_by_size(report.trials).get(report.plan.micro_batch_size)
     available = device.total - device.foreign
     peak = trial.peak if trial and trial.fits else None

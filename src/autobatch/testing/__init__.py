@@ -29,7 +29,7 @@ def named_device(device: Any) -> Any:
         return SimulatedAccelerator(device.partition(":")[2])
     except ValueError:
         raise ValueError(
-            f"device={device!r} names no amount of memory; give it after the colon, in bytes or as "
+            f"device={device!r} names no amount of memory; give it after the colon with its unit, as "
             "in 'simulated:2GiB'."
         ) from None
 

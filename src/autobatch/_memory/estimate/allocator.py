@@ -29,6 +29,7 @@ class Block:
     address: int
     nbytes: int
     is_small: bool
+    requested: int = 0  # bytes asked for, of a block in use
     is_free: bool = True
     before: Block | None = None
     after: Block | None = None
@@ -43,8 +44,10 @@ class CachingAllocator:
     """Bytes that torch's allocator gives out and reserves; the peaks may be reset at any time."""
 
     capacity: int | None = None  # most bytes that may be reserved; None for no limit
+    requested: int = 0
     allocated: int = 0
     reserved: int = 0
+    peak_requested: int = 0
     peak_allocated: int = 0
     peak_reserved: int = 0
     retries: int = 0  # allocations that succeeded after the cache was emptied
@@ -64,13 +67,12 @@ class CachingAllocator:
             self.retries += 1
         self._split(block, wanted)
         block.is_free = False
-        self.allocated += block.nbytes
-        self.peak_allocated = max(self.peak_allocated, self.allocated)
+        self._count(block, nbytes)
         return block
 
     def free(self, block: Block) -> None:
         """Return a block to the cache, merged with its free neighbours."""
-        self.allocated -= block.nbytes
+        self._uncount(block)
         block.is_free = True
         if (after := block.after) is not None and after.is_free:
             self._take(after)
@@ -88,7 +90,19 @@ class CachingAllocator:
             pool[:] = [block for block in pool if not block.is_whole_segment]
 
     def reset_peaks(self) -> None:
-        self.peak_allocated, self.peak_reserved = self.allocated, self.reserved
+        self.peak_requested, self.peak_allocated = self.requested, self.allocated
+        self.peak_reserved = self.reserved
+
+    def _count(self, block: Block, requested: int) -> None:
+        block.requested = requested
+        self.requested += requested
+        self.peak_requested = max(self.peak_requested, self.requested)
+        self.allocated += block.nbytes
+        self.peak_allocated = max(self.peak_allocated, self.allocated)
+
+    def _uncount(self, block: Block) -> None:
+        self.requested -= block.requested
+        self.allocated -= block.nbytes
 
     def _cached(self, wanted: int) -> Block | None:
         """Return the smallest free block that is large enough, at the lowest address."""
@@ -179,6 +193,22 @@ class ExpandableAllocator(CachingAllocator):
 
     def _leaves_a_rest(self, block: Block, rest: int) -> bool:  # noqa: ARG002 -- as its base
         return rest >= _SMALLEST
+
+
+@dataclass
+class UncachedAllocator(CachingAllocator):
+    """Allocator of a device that counts live bytes: it neither rounds nor keeps any."""
+
+    def allocate(self, nbytes: int) -> Block | None:
+        if not self._reserve(nbytes):
+            return None
+        block = Block(0, nbytes, is_small=False)
+        self._count(block, nbytes)
+        return block
+
+    def free(self, block: Block) -> None:
+        self._uncount(block)
+        self.reserved -= block.nbytes
 
 
 def segment_size(nbytes: int) -> int:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from itertools import groupby
 from operator import attrgetter
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator
 
-_ADD: Final = "aten.add.Tensor"
 SCRATCH: Final = " (scratch memory)"  # ends the name of what is freed within its operator
 
 
@@ -55,49 +54,6 @@ class Event:
     name: str  # the operator, or the phase that begins
     numbers: tuple[int, ...] = ()  # bytes of an allocation, or axes of a sum
     module: str = ""  # the module that allocates; empty if none is known
-
-
-def in_place_sums(events: Sequence[Event]) -> list[Event]:
-    """Return the events with sums written into an operand that dies with the addition.
-
-    Autograd adds gradients in place, and a linear layer its bias, but not below a dispatch mode
-    (torch 2.13, `isTensorSubclassLike` in accumulate_grad and in Linear.cpp).
-    """
-    kept: list[Event] = []
-    phase: str = Phase.BUILD
-    same_as: dict[int, int] = {}
-    numbers: dict[int, tuple[int, ...]] = {}
-    for event in events:
-        if event.kind is Kind.PHASE:
-            phase = event.name
-        elif event.kind is Kind.ALLOCATE:
-            numbers[event.block] = event.numbers
-        elif event.kind is Kind.FREE:
-            block = same_as.get(event.block, event.block)
-            if numbers[block] == _sum(kept) and _may_be_written_into(event, kept, phase):
-                same_as[kept.pop().block] = block
-            else:
-                kept.append(replace(event, block=block))
-            continue
-        kept.append(event)
-    return kept
-
-
-def _sum(events: Sequence[Event]) -> tuple[int, ...] | None:
-    """Return the size of the result that an addition allocated just now."""
-    last = events[-1] if events else None
-    is_sum = last is not None and last.kind is Kind.ALLOCATE and last.name == _ADD
-    return last.numbers if last is not None and is_sum else None
-
-
-def _may_be_written_into(freed: Event, before: Sequence[Event], phase: str) -> bool:
-    """Return True for a gradient, and for the product in a linear layer."""
-    if freed.name != _ADD or phase == Phase.BACKWARD:
-        return freed.name == _ADD
-    product = before[-2] if len(before) > 1 else None
-    if product is None or product.name != "aten.mm.default":
-        return False
-    return phase == Phase.FORWARD and product.block == freed.block
 
 
 def in_fixed_order(events: Iterable[Event]) -> Iterator[Event]:

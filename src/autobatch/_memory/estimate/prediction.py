@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from enum import StrEnum
-from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
-from autobatch._memory.estimate.allocator import CachingAllocator
+from autobatch._memory.estimate.allocator import CachingAllocator, UncachedAllocator
 from autobatch._memory.estimate.events import (
     Event,
     Kind,
     Phase,
     UntraceableError,
     in_fixed_order,
-    in_place_sums,
 )
 from autobatch._memory.estimate.scratch import Gpu, sum_scratch
 from autobatch._memory.estimate.tracer import trace
@@ -79,14 +77,6 @@ class FittedEvents:
                 yield event
 
 
-class Fit(StrEnum):
-    """Outcome of a step within a capacity."""
-
-    PLAIN = "plain"
-    FLUSHED = "flushed"  # the cache had to be emptied
-    OUT_OF_MEMORY = "out of memory"
-
-
 @dataclass(frozen=True, slots=True)
 class Peaks:
     """Peaks of memory, in bytes."""
@@ -94,7 +84,6 @@ class Peaks:
     requested: int  # bytes of live tensors, workspaces and scratch memory
     allocated: int  # bytes of blocks in use, as `torch.cuda.max_memory_allocated`
     reserved: int  # bytes of segments, as `torch.cuda.max_memory_reserved`
-    fit: Fit  # whether the step fits the capacity
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,40 +105,36 @@ class MemoryEstimate:
         step: TrainingStep, size: int, gpu: Gpu | None, deadline: float = math.inf
     ) -> list[Event]:
         """Return the events at one size, as they would be on the device, in a fixed order."""
-        return list(in_fixed_order(in_place_sums(trace(step, size, gpu, deadline))))
+        return list(in_fixed_order(trace(step, size, gpu, deadline)))
 
     def peaks(self, batch_size: int) -> Peaks:
-        """Return the peaks of all steps, without a limit of memory."""
-        steps = self.steps(batch_size, None)
+        """Return the peaks of all steps together."""
+        steps = self.steps(batch_size)
         return Peaks(
             max(peaks.requested for peaks in steps),
             max(peaks.allocated for peaks in steps),
             max(peaks.reserved for peaks in steps),
-            Fit.PLAIN,
         )
 
-    def steps(self, batch_size: int, capacity: int | None) -> list[Peaks]:
-        """Return the peaks of each step, up to the one that runs out of memory."""
-        if self.gpu is None:
-            replay = _Replay(_Count(capacity), Gpu())
-        else:
-            replay = _Replay(self.allocator(capacity), self.gpu)
-            for nbytes in self.gpu.workspaces:
-                replay.hold(nbytes)
-        return replay.run(self.events.at(batch_size))
+    def steps(self, batch_size: int) -> list[Peaks]:
+        """Return the peaks of each step."""
+        allocator = UncachedAllocator() if self.gpu is None else self.allocator()
+        for nbytes in self.gpu.workspaces if self.gpu else ():
+            allocator.allocate(nbytes)
+        return list(_replayed(self.events.at(batch_size), allocator, self.gpu or Gpu()))
 
     def largest(self, capacity: int, high: int) -> int:
-        """Return the largest size up to `high` that runs plainly, within a thousandth; 0 if none.
+        """Return the largest size up to `high` that reserves no more, within a thousandth, or 0.
 
         Memory may fall as the size grows: a larger size may fit too.
         """
 
         def fits(size: int) -> bool:
-            return self.steps(size, capacity)[-1].fit is Fit.PLAIN
+            return self.peaks(size).reserved <= capacity
 
         low = min(SIZES[0], high)
         if not fits(low):
-            return 0
+            return int(fits(1))
         bad = min(2 * low, high + 1)
         while bad <= high and fits(bad):
             low, bad = bad, min(2 * bad, high + 1)
@@ -159,96 +144,18 @@ class MemoryEstimate:
         return low
 
 
-@dataclass
-class _Count:
-    """Allocator of a device that counts live bytes."""
-
-    capacity: int | None
-    allocated: int = 0
-    peak_allocated: int = 0
-    retries: ClassVar = 0
-
-    @property
-    def peak_reserved(self) -> int:
-        return self.peak_allocated
-
-    def allocate(self, nbytes: int) -> int | None:
-        if self.capacity is not None and self.allocated + nbytes > self.capacity:
-            return None
-        self.allocated += nbytes
-        self.peak_allocated = max(self.peak_allocated, self.allocated)
-        return nbytes
-
-    def free(self, block: int) -> None:
-        self.allocated -= block
-
-    def reset_peaks(self) -> None:
-        self.peak_allocated = self.allocated
-
-
-class _Replay:
-    """Replay of events on an allocator."""
-
-    def __init__(self, allocator: CachingAllocator | _Count, gpu: Gpu) -> None:
-        self.allocator: Any = allocator
-        self._gpu = gpu
-        self._blocks: dict[int, _InUse] = {}
-        self._requested = 0
-        self._peak_requested = 0
-        self._steps: list[Peaks] = []
-
-    def hold(self, nbytes: int) -> None:
-        """Allocate a block that stays."""
-        self.allocator.allocate(nbytes)
-        self._requested += nbytes
-        self._peak_requested = self._requested
-
-    def run(self, events: Iterable[Event]) -> list[Peaks]:
-        for event in events:
-            if event.kind is Kind.FREE:
-                self._free(event.block)
-            elif event.kind is Kind.PHASE:
-                if event.name == Phase.END:
-                    self._end_step(Fit.FLUSHED if self.allocator.retries else Fit.PLAIN)
-            elif not self._allocate(event):
-                self._end_step(Fit.OUT_OF_MEMORY)
-                break
-        return self._steps
-
-    def _allocate(self, event: Event) -> bool:
-        """Allocate, or hold scratch memory for a moment; False if memory ran out."""
+def _replayed(events: Iterable[Event], allocator: CachingAllocator, gpu: Gpu) -> Iterator[Peaks]:
+    """Yield the peaks of each step in a replay of its events."""
+    blocks: dict[int, Any] = {}  # no capacity: there is a block for every request
+    for event in events:
         if event.kind is Kind.ALLOCATE:
-            return self._take(event.block, event.numbers[0])
-        scratch = sum_scratch(event.numbers, self._gpu)
-        numbers = range(-1, -1 - len(scratch), -1)
-        if not all(self._take(*each) for each in zip(numbers, scratch, strict=True)):
-            return False
-        for number in reversed(numbers):
-            self._free(number)
-        return True
-
-    def _take(self, number: int, nbytes: int) -> bool:
-        block = self.allocator.allocate(nbytes)
-        if block is None:
-            return False
-        self._blocks[number] = _InUse(block, nbytes)
-        self._requested += nbytes
-        self._peak_requested = max(self._peak_requested, self._requested)
-        return True
-
-    def _free(self, number: int) -> None:
-        used = self._blocks.pop(number)
-        self._requested -= used.nbytes
-        self.allocator.free(used.block)
-
-    def _end_step(self, fit: Fit) -> None:
-        allocator = self.allocator
-        peaks = Peaks(self._peak_requested, allocator.peak_allocated, allocator.peak_reserved, fit)
-        self._steps.append(peaks)
-        allocator.reset_peaks()
-        self._peak_requested = self._requested
-
-
-class _InUse(NamedTuple):
-    block: Any
-    nbytes: int
+            blocks[event.block] = allocator.allocate(event.numbers[0])
+        elif event.kind is Kind.FREE:
+            allocator.free(blocks.pop(event.block))
+        elif event.kind is Kind.SUM:
+            held: list[Any] = [allocator.allocate(each) for each in sum_scratch(event.numbers, gpu)]
+            for block in reversed(held):
+                allocator.free(block)
+        elif event.name == Phase.END:
+            yield Peaks(allocator.peak_requested, allocator.peak_allocated, allocator.peak_reserved)
+            allocator.reset_peaks()
