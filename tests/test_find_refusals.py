@@ -42,6 +42,7 @@ MIB, GIB = 2**20, 2**30
         ({"device": "simulated:0"}, "device='simulated:0' names no amount of memory"),
         ({"device": SimulatedAccelerator}, "device="),
         ({"plan": "no/such/report.json"}, "no/such/report.json"),
+        ({"plan": "keep"}, "plan='keep' is for AutoBatch alone"),
         ({"plan": 32}, "plan=32"),
         ({"plan": BatchPlan(0)}, "plan="),
         ({"plan": BatchPlan(8, 1, 2)}, "2 ranks"),

@@ -58,7 +58,7 @@ def tune(
 ) -> TuningReport:
     """Find a batch plan: budget, search, throughput, plan, report; every rank of a job calls it.
 
-    A plan that is known before needs one trial, and a search only if it does not fit any more.
+    A plan that is known before needs one trial, and a search only if it does not fit.
     """
     ranks, known = context.ranks, prior.plan
     settings = prior.applied_to(settings, ranks.replicas)
@@ -197,8 +197,7 @@ def verify(plan: BatchPlan, runner: TrialRunner, sizes: SearchRange) -> BatchPla
     if trial.fits and trial.batch_size == size:
         return plan
     raise DoesNotFitError(
-        f"plan={plan} does not fit any more: {trial.failure(runner.budget)}. Leave plan out to "
-        "search again."
+        f"plan={plan} does not fit: {trial.failure(runner.budget)}. Leave plan out to search."
     )
 
 

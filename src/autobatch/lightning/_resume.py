@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from torch.nn.parameter import is_lazy
 
 from autobatch._loaders.epochs import samples_of
+from autobatch._memory import format_bytes
 from autobatch._plan import BatchPlan
 from autobatch._prior_plan import PriorPlan, in_words, other_update
 from autobatch.errors import AutobatchError
@@ -236,5 +237,8 @@ def _allowed(plan: BatchPlan, settings: Settings) -> bool:
 def _on_device(checkpoint: Checkpoint, here: DeviceId) -> str:
     if checkpoint.was_on(here) or checkpoint.plan is None:
         return ""
-    device = (checkpoint.trained_on or here).device
-    return f" on {checkpoint.plan.world_size} × {device}"
+    before = checkpoint.trained_on or here
+    place = f" on {checkpoint.plan.world_size} × {before.device}"
+    if before.device != here.device or before.total == here.total:
+        return place
+    return f"{place} of {format_bytes(before.total)}, and this one has {format_bytes(here.total)}"
