@@ -133,7 +133,9 @@ def test_a_known_plan_is_verified_by_one_trial(tmp_path):
 def test_a_known_plan_that_does_not_fit_raises():
     device = PaperDevice(1000, fixed=100, per_sample=8)
 
-    with pytest.raises(autobatch.DoesNotFitError, match=r"plan=.* does not fit: .* Leave plan out to search"):
+    with pytest.raises(
+        autobatch.DoesNotFitError, match=r"plan=.* does not fit: .* Leave plan out to search"
+    ):
         autobatch.find(device.workload, device=device, plan=BatchPlan(500))
 
 
