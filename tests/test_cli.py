@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import autobatch
-from autobatch import _demo, sinks
+from autobatch import sinks
 from autobatch.__main__ import main
 from nvml_standin import DRIVER, GIB, Card, FakeGpu
 from report_examples import example
@@ -108,17 +108,19 @@ def test_demo_tunes_trains_and_reports(tmp_path):
 
 
 def test_demo_names_the_packages_it_needs(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "sklearn", None)
-    monkeypatch.setitem(sys.modules, "pytorch_lightning", sys)
+    monkeypatch.delitem(sys.modules, "autobatch._demo", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
 
     assert main(["demo"]) == 2
 
-    assert "pip install" in one_sentence(capsys)
+    assert "The demo needs matplotlib: pip install" in one_sentence(capsys)
 
 
 def test_demo_names_the_path_it_cannot_write(tmp_path, monkeypatch, capsys):
     pytest.importorskip("pytorch_lightning")
     pytest.importorskip("sklearn")
+    from autobatch import _demo
+
     result = _demo.DemoResult(example(), accuracy=0.9, updates=96)
     (tmp_path / "taken").touch()
     monkeypatch.setattr(_demo, "run_demo", lambda: result)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import inspect
 import json
 import os
+import pkgutil
 import platform
 import sys
 from importlib.metadata import version
@@ -99,8 +99,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from autobatch._demo import demo
-
+    try:
+        from autobatch._demo import demo
+    except ModuleNotFoundError as error:
+        raise AutobatchError(
+            f'The demo needs {error.name}: pip install "lightning-autobatch[demo]".'
+        ) from None
     demo(options.directory)
 
 
@@ -145,12 +149,11 @@ def _estimate(options: argparse.Namespace) -> None:
 
 def _made_by(name: str) -> tuple[Any, ...]:
     """Return what a function of the user makes, imported from the current directory too."""
-    module_name, _, function_name = name.partition(":")
     sys.path.insert(0, "")
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
+        function = pkgutil.resolve_name(name)
     except ModuleNotFoundError as error:
-        if not f"{module_name}.".startswith(f"{error.name}."):
+        if not f"{name.partition(':')[0]}.".startswith(f"{error.name}."):
             raise  # an import of the user's own module
         raise ValueError(f"{name} cannot be imported ({error}); {_MAKE}.") from error
     except (AttributeError, ValueError) as error:

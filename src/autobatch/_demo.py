@@ -8,12 +8,20 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+import matplotlib as mpl  # noqa: F401 -- found missing before the training, not after it
+import pytorch_lightning as pl
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset, random_split
+
+from autobatch import sinks
 from autobatch.errors import AutobatchError
+from autobatch.lightning import AutoBatch, NoiseScale
+from autobatch.testing import SimulatedAccelerator
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import torch
 
     from autobatch._report import TuningReport
 
@@ -37,18 +45,8 @@ def demo(directory: Path) -> None:
     """Tune and train the network, print the report, and write it and its figure.
 
     Raises:
-        AutobatchError: A package is not installed, or the directory cannot be created.
+        AutobatchError: The directory cannot be created.
     """
-    try:
-        import matplotlib as mpl  # noqa: F401 -- checked before anything is printed
-        import pytorch_lightning  # noqa: F401
-        import sklearn  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise AutobatchError(
-            f'The demo needs {error.name}: pip install "lightning-autobatch[demo]".'
-        ) from None
-    from autobatch import sinks
-
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -73,14 +71,6 @@ def run_demo() -> DemoResult:
 
     torch is left with one thread: more do not speed up so small a network.
     """
-    import pytorch_lightning as pl
-    import torch
-    from sklearn.datasets import load_digits
-    from torch.utils.data import DataLoader, TensorDataset, random_split
-
-    from autobatch.lightning import AutoBatch, NoiseScale
-    from autobatch.testing import SimulatedAccelerator
-
     _silence_lightning()
     torch.set_num_threads(1)
     pl.seed_everything(0, verbose=False)
@@ -89,7 +79,7 @@ def run_demo() -> DemoResult:
     data = TensorDataset(images, torch.tensor(digits.target))
     train, held_out = random_split(data, [0.8, 0.2])
 
-    model = _digits_net()
+    model = DigitsNet()
     tuner = AutoBatch(
         target_batch_size=256,
         repair_last_window=True,
@@ -119,8 +109,6 @@ def run_demo() -> DemoResult:
 
 def _augmented(images: Any, labels: Any) -> tuple[Any, Any]:
     """Return shifted and noisy copies of the images, with their labels."""
-    import torch
-
     shifted = [torch.roll(images, shift, dims=(2, 3)) for shift in _DEMO_SHIFTS]
     noisy = [copy + 0.3 * torch.randn_like(copy) for copy in shifted]
     return torch.cat(noisy), labels.repeat(len(_DEMO_SHIFTS))
@@ -134,34 +122,29 @@ def _silence_lightning() -> None:
     warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # raised inside torch
 
 
-def _digits_net() -> Any:
-    import pytorch_lightning as pl
-    import torch
-    from torch import nn
+class DigitsNet(pl.LightningModule):
+    """Two convolutions with BatchNorm, and a linear layer."""
 
-    class DigitsNet(pl.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.Sequential(
-                nn.Conv2d(1, 32, 3, padding=1),
-                nn.BatchNorm2d(32),
-                nn.ReLU(),
-                nn.Conv2d(32, 64, 3, padding=1),
-                nn.BatchNorm2d(64),
-                nn.ReLU(),
-                nn.MaxPool2d(2),
-                nn.Flatten(),
-                nn.Linear(1024, 10),
-            )
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(1, 32, 3, padding=1),
+            nn.BatchNorm2d(32),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 3, padding=1),
+            nn.BatchNorm2d(64),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(1024, 10),
+        )
 
-        def forward(self, images: torch.Tensor) -> Any:
-            return self.layers(images)
+    def forward(self, images: torch.Tensor) -> Any:
+        return self.layers(images)
 
-        def training_step(self, batch: Any, _: int) -> torch.Tensor:
-            images, labels = batch
-            return nn.functional.cross_entropy(self(images), labels)
+    def training_step(self, batch: Any, _: int) -> torch.Tensor:
+        images, labels = batch
+        return nn.functional.cross_entropy(self(images), labels)
 
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.AdamW(self.parameters(), lr=2e-3)
-
-    return DigitsNet()
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=2e-3)
