@@ -57,7 +57,7 @@ def test_a_deviation_is_never_silent():
 
     report = autobatch.find(device.workload, device=device, target_batch_size=257)
 
-    assert report.plan.effective_batch_size != 257
+    assert report.plan == BatchPlan(86, 3)  # 257 is a prime
     assert any("257" in note for note in report.notes)
 
 
@@ -274,10 +274,13 @@ def test_a_huge_target_is_reached():
 
 
 def test_ranks_share_the_effective_batch():
-    report = tuned(PaperDevice(1000, per_sample=10), world_size=4, target_batch_size=1000)
+    def plan(target, world_size):
+        device = PaperDevice(1000, per_sample=10)
+        return tuned(device, world_size=world_size, target_batch_size=target).plan
 
-    assert report.plan == BatchPlan(50, 5, 4)
-    assert report.plan.effective_batch_size == 1000
+    assert plan(1000, 4) == BatchPlan(50, 5, 4)
+    assert plan(256, 4) == BatchPlan(64, 1, 4)
+    assert plan(256, 3).effective_batch_size == 255
 
 
 def test_the_host_is_tuned_without_an_accelerator():
