@@ -33,23 +33,14 @@ def test_a_report_is_made_where_only_the_sources_are_on_the_path(monkeypatch):
     assert report.autobatch_version == "not installed"
 
 
-def test_only_verified_sizes_are_returned():
-    device = PaperDevice(1000, fixed=100, per_sample=8)
-
-    report = autobatch.find(device.workload, device=device, target_batch_size=1000)
-
-    assert report.plan.micro_batch_size in {
-        trial.batch_size for trial in report.trials if trial.fits
-    }
-
-
-def test_the_effective_batch_is_the_one_asked_for():
+def test_the_effective_batch_is_the_one_asked_for_with_a_verified_size():
     device = PaperDevice("1GiB", fixed=2**28, per_sample=2**21)
 
     report = autobatch.find(device.workload, device=device, target_batch_size=1024)
 
     assert report.plan.effective_batch_size == 1024
     assert report.plan.accumulate_grad_batches > 1
+    assert report.plan.micro_batch_size in {t.batch_size for t in report.trials if t.fits}
 
 
 def test_a_deviation_is_never_silent():

@@ -68,13 +68,14 @@ def test_training_after_tune_is_unchanged():
 
 def test_a_plan_of_tune_can_be_passed_to_the_callback():
     report = tuner().tune(trainer(), Model(), plain())
-    callback, fitted = tuner(plan=report.plan), trainer()
-
+    callback = tuner(plan=report.plan)
     fitted = trainer(callback)
+
     fitted.fit(Model(), plain())
 
     assert callback.report.plan == report.plan
     assert len(callback.report.trials) == 1
+    assert fitted.accumulate_grad_batches == report.plan.accumulate_grad_batches
 
 
 def test_an_error_in_tune_restores_the_callbacks():
@@ -95,7 +96,7 @@ def test_tune_refuses_what_is_no_trainer(value):
 
 def test_tune_beside_another_autobatch_changes_nothing():
     own, other = tuner(target_batch_size=60), tuner()
-    fitted, model, loader = trainer(other), Model(), plain()
+    fitted, model, loader = trainer(other, autobatch.NoiseScale()), Model(), plain()
     callbacks, listed = fitted.callbacks, list(fitted.callbacks)
 
     report = own.tune(fitted, model, loader)

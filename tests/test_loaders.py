@@ -27,15 +27,14 @@ from torch.utils.data.dataloader import _InfiniteConstantSampler
 
 import autobatch
 from autobatch.testing import SimulatedAccelerator
-from lightning_here import QUICK, pl
+from lightning_here import QUICK, pl, quiet_trainer
+from lightning_here import data as samples
 
 combined_loader = importlib.import_module(f"{pl.__name__}.utilities.combined_loader")
 
 
 def data(length=240):
-    generator = torch.Generator().manual_seed(5)
-    x = torch.randn(length, 16, generator=generator)
-    return TensorDataset(x, x[:, :4].argmax(1), torch.arange(length))
+    return TensorDataset(*samples(length).tensors, torch.arange(length))
 
 
 class Model(pl.LightningModule):
@@ -197,15 +196,7 @@ def fitted(row):
         device=SimulatedAccelerator("1MiB"),
         **QUICK,
     )
-    trainer = pl.Trainer(
-        max_epochs=2,
-        callbacks=[tuner],
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(tuner)
     trainer.fit(model, passed, datamodule=Data() if row == "datamodule" else None)
     return model, tuner, trainer, passed
 
