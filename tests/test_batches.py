@@ -9,14 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from autobatch._trials.batches import (
-    NotDividedError,
-    cut,
-    divisible_samples,
-    leaves,
-    map_leaves,
-    row_counts,
-)
+from autobatch._trials.batches import cut, leaves, map_leaves, row_counts
 from sameness import same
 
 
@@ -117,23 +110,3 @@ def test_containers_may_be_declared_leaves():
         Pair,
         torch.Tensor,
     ]
-
-
-@pytest.mark.parametrize(
-    ("batch", "reason"),
-    [
-        ([torch.zeros(4), torch.zeros(3)], "have 3, 4 rows"),
-        ([1, 2], "have no rows"),
-        ([torch.zeros(4), object()], "plain containers"),
-        ([torch.zeros(1)], "one sample"),
-    ],
-)
-def test_batch_without_two_halves_is_refused(batch, reason):
-    with pytest.raises(NotDividedError, match=reason):
-        divisible_samples(batch)
-
-
-def test_samples_in_mappings_of_other_classes_are_counted():
-    batch = collections.UserDict(ids=torch.zeros(4, 2), names=["a", "b", "c", "d"])
-
-    assert divisible_samples(batch) == 4

@@ -15,6 +15,8 @@ from autobatch.testing import SimulatedAccelerator
 from finding import OneGpu, perceptron, state_of, unchanged
 from networks import training
 
+MIB, GIB = 2**20, 2**30
+
 
 def test_modules_optimizers_and_random_state_are_restored():
     model, optimizer = perceptron()

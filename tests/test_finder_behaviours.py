@@ -1,8 +1,7 @@
 """The laws that Lightning's own tests hold for its BatchSizeFinder, one by one, for AutoBatch.
 
 The docstrings give the number of the law; where one makes no sense here, the docstring says why, and the test shows
-what stands in its place. Laws 12, 14 and 15 are about evaluations: test_evaluations.py holds them, and test_ranks.py
-holds 15 for several ranks.
+what stands in its place.
 """
 
 from __future__ import annotations
@@ -140,6 +139,14 @@ def test_the_size_is_written_everywhere_and_the_datamodule_wins(
     assert in_use.attributes == [found] * (2 if holders == "both" else 1)
     assert in_use.trains_by == model.sizes[0] == found
     assert ("train" in model.hooks) is (datamodule is None)
+
+
+@pytest.mark.parametrize("most", [7, 8, 64])
+def test_with_enough_memory_the_result_is_the_bound(most):
+    """2. No mode and no margin reduces the result: only the bound does."""
+    report = tuner("1GiB", max_micro_batch_size=most).tune(trainer(), Everything(), loader())
+
+    assert report.plan.micro_batch_size == most
 
 
 @pytest.mark.parametrize("method", ALL)
@@ -292,6 +299,20 @@ def test_a_size_bounded_by_the_data_set_is_noted():
     assert report.plan.micro_batch_size == 100
 
 
+@pytest.mark.parametrize("method", EVALUATIONS)
+def test_evaluations_are_tuned_and_count_no_steps(method):
+    """12."""
+    model, fitted = Hooked(), trainer()
+
+    report = tuner().tune(fitted, model, method=method)
+
+    assert report.task == method
+    assert report.plan.micro_batch_size > 4
+    assert report.plan.micro_batch_size == report.largest_fit
+    assert (fitted.global_step, fitted.current_epoch) == (0, 0)
+    assert model.steps_of(method) == []
+
+
 @pytest.mark.parametrize("method", ALL)
 def test_the_run_afterwards_has_the_size_found(method):
     """13."""
@@ -306,6 +327,36 @@ def test_the_run_afterwards_has_the_size_found(method):
     assert found > 4
     assert steps == [found] * full + [rest] * (rest > 0)
     assert fitted.global_step == (len(steps) if method == "fit" else 0)
+
+
+def test_an_unknown_method_is_refused():
+    """14."""
+    with pytest.raises(ValueError, match="method='prediction' is none of a Trainer's"):
+        tuner().tune(trainer(), Everything(), method="prediction")
+
+
+@pytest.mark.parametrize("method", EVALUATIONS)
+@pytest.mark.parametrize("name", ["train_dataloaders", "val_dataloaders"])
+def test_loaders_of_the_wrong_kind_are_refused_with_the_right_argument(method, name):
+    """14."""
+    with pytest.raises(ValueError, match=f"give {method} its dataloaders"):
+        tuner().tune(trainer(), Everything(), method=method, **{name: loader()})
+
+
+def test_loaders_of_evaluations_are_refused_for_fit():
+    """14."""
+    with pytest.raises(ValueError, match="give fit its train_dataloaders"):
+        tuner().tune(trainer(), Everything(), dataloaders=loader())
+
+
+def test_several_loaders_of_an_evaluation_are_tuned():
+    """15. The finder refuses them, and several ranks as well, which test_ranks.py tests."""
+    model, callback = Everything(), tuner(max_micro_batch_size=60)
+
+    trainer(callback).test(model, [loader(4), loader(8)])
+
+    assert callback.report.plan.micro_batch_size == 60
+    assert model.tested == [60] * 10 + [120] * 5
 
 
 def test_attribute_report_and_loader_agree_after_out_of_memory():
@@ -341,6 +392,13 @@ def test_a_lower_memory_limit_leaves_a_margin():
         return report.plan.micro_batch_size
 
     assert found(0.7) < found(0.9)
+
+
+def test_the_bound_holds_if_more_would_fit():
+    """18."""
+    report = tuner("1GiB", max_micro_batch_size=31).tune(trainer(), Everything(), loader())
+
+    assert max(trial.batch_size for trial in report.trials) == 31
 
 
 @pytest.mark.parametrize("method", ALL)
@@ -408,16 +466,15 @@ def test_nothing_fitting_raises(method):
 
 
 @pytest.mark.parametrize("method", ALL)
-@pytest.mark.parametrize(("most", "length"), [(7, LENGTH), (50, LENGTH), (None, 70)])
-def test_the_bound_itself_is_run_and_is_the_result(method, most, length):
-    """2 and 18. No mode and no margin reduces the result: only the bound does."""
+@pytest.mark.parametrize(("most", "length"), [(50, LENGTH), (None, 70)])
+def test_the_bound_itself_is_run(method, most, length):
     report = tuner("1GiB", max_micro_batch_size=most).tune(
         trainer(), Everything(), method=method, **passed(method, loader(length=length))
     )
 
     assert report.plan.micro_batch_size == (most or length)
     assert report.trials[-1].fits
-    assert max(trial.batch_size for trial in report.trials) == (most or length)
+    assert (most or length) in [trial.batch_size for trial in report.trials]
 
 
 def test_an_attribute_is_verified_against_the_real_batch():
@@ -434,6 +491,20 @@ def test_an_attribute_is_verified_against_the_real_batch():
     assert model.sizes[0] == callback.report.plan.micro_batch_size != 4
 
 
+def test_a_run_resumes_from_a_checkpoint_written_after_tuning(tmp_path):
+    callback = tuner(target_batch_size=120)
+    begun = trainer(callback, max_epochs=1)
+    begun.fit(Hooked())
+    begun.save_checkpoint(tmp_path / "last.ckpt")
+    model = Hooked()
+    resumed = trainer(tuner(target_batch_size=120), max_epochs=3)
+
+    resumed.fit(model, ckpt_path=tmp_path / "last.ckpt")
+
+    assert set(model.sizes) == {callback.report.plan.micro_batch_size}
+    assert resumed.global_step == 3 * 5
+
+
 @pytest.mark.parametrize("method", ALL)
 def test_random_numbers_continue_unchanged(method):
     given = loader(shuffle=True, generator=torch.Generator().manual_seed(2))
@@ -443,3 +514,24 @@ def test_random_numbers_continue_unchanged(method):
     tuner().tune(trainer(), model, method=method, **passed(method, given))
 
     assert same((torch.get_rng_state(), given.generator.get_state()), before)
+
+
+def test_a_schedule_is_as_long_as_training():
+    class Scheduled(Hooked):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            self.total = int(self.trainer.estimated_stepping_batches)
+            return [optimizer], [
+                {
+                    "scheduler": torch.optim.lr_scheduler.OneCycleLR(
+                        optimizer, 0.1, total_steps=self.total
+                    ),
+                    "interval": "step",
+                }
+            ]
+
+    model, fitted = Scheduled(), trainer(tuner(target_batch_size=120))
+
+    fitted.fit(model)
+
+    assert model.total == fitted.global_step == 2 * 5

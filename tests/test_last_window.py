@@ -12,10 +12,17 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, TensorDa
 
 import autobatch
 from autobatch.testing import SimulatedAccelerator
-from lightning_here import pl, quiet_trainer
+from lightning_here import pl
 from sameness import same
 
 SIZE, WHOLE = 8, 4  # samples of a micro-batch, micro-batches of an update
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 
 
 def data(length):
@@ -66,7 +73,9 @@ def fit(model, loader, *, repair=True, size=SIZE, whole=WHOLE, resume=None, **op
         steps_per_trial=1,
     )
     torch.manual_seed(1)
-    quiet_trainer(callback, **options).fit(model, loader, ckpt_path=resume)
+    pl.Trainer(callbacks=[callback], **{"max_epochs": 2, **QUIET, **options}).fit(
+        model, loader, ckpt_path=resume
+    )
     return callback.report
 
 
@@ -239,7 +248,7 @@ def test_epoch_does_not_end_with_a_batch_size_that_a_layer_refuses(target, drop_
         max_micro_batch_size=16,
         device=SimulatedAccelerator("64MiB"),
     )
-    trainer = quiet_trainer(callback)
+    trainer = pl.Trainer(callbacks=[callback], max_epochs=2, **QUIET)
 
     trainer.fit(Normalised(), DataLoader(data(401), 8, drop_last=drop_last))
 

@@ -82,6 +82,14 @@ def test_training_steps_get_the_tuned_batch_size_in_every_epoch(options):
     assert model.hparams_initial.batch_size == plan.micro_batch_size
 
 
+def test_fit_restores_the_batch_size_of_the_loader():
+    loader = DataLoader(data(), batch_size=4, shuffle=True)
+
+    trainer(tuner()).fit(Model(), loader)
+
+    assert loader.batch_size == loader.batch_sampler.batch_size == 4
+
+
 def test_an_error_in_training_restores_the_batch_size_of_the_loader():
     loader, model = DataLoader(data(), batch_size=4), Model()
 
@@ -420,6 +428,16 @@ def test_a_fit_without_a_logger_writes_nothing(tmp_path, monkeypatch):
     trainer(tuner()).fit(Model(), DataLoader(data(), batch_size=4))
 
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_known_plan_needs_one_trial():
+    callback = tuner(target_batch_size=None, plan=autobatch.BatchPlan(30, 4))
+
+    fitted = trainer(callback)
+    fitted.fit(Model(), DataLoader(data(), batch_size=4))
+
+    assert len(callback.report.trials) == 1
+    assert fitted.accumulate_grad_batches == 4
 
 
 def test_a_trial_has_the_peak_memory_of_training_steps():

@@ -12,13 +12,12 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 import autobatch
 from autobatch import sinks
 from autobatch.testing import SimulatedAccelerator
-from lightning_here import HERE, pl, quiet_trainer
-from lightning_here import data as samples
+from lightning_here import HERE, pl
 from report_examples import example
 
 yaml = importlib.import_module("yaml")  # Lightning needs it
@@ -26,7 +25,9 @@ _loggers = importlib.import_module("autobatch.lightning._loggers")
 
 
 def data():
-    return samples(240)
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(240, 16, generator=generator)
+    return TensorDataset(x, x[:, :4].argmax(1))
 
 
 class Model(pl.LightningModule):
@@ -103,7 +104,15 @@ def tuner(**options):
 
 
 def trainer(*callbacks, **options):
-    return quiet_trainer(*callbacks, **{"logger": None, "log_every_n_steps": 1, **options})
+    quiet = {
+        "max_epochs": 2,
+        "accelerator": "cpu",
+        "log_every_n_steps": 1,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return pl.Trainer(callbacks=list(callbacks), **{**quiet, **options})
 
 
 def fit(*loggers, model=None, datamodule=None, **options):

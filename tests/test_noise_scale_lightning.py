@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import autobatch
-from lightning_here import data as samples
 from lightning_here import pl, quiet_trainer
 from sameness import same
 
@@ -23,7 +22,9 @@ torchmetrics = importlib.import_module("torchmetrics")
 
 
 def data(length=240):
-    return samples(length)
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(length, 16, generator=generator)
+    return TensorDataset(x, x[:, :4].argmax(1))
 
 
 def loader(batch_size=8, length=240):
@@ -457,19 +458,6 @@ def test_unmeasurable_module_trains_on_and_the_reading_has_a_reason(kind, batch_
     assert re.search(reason, reason_of(reading))
     if kind is Changing:
         assert model.teacher.tolist() == [30.0] * 6
-
-
-def test_one_half_runs_once_halves_have_added_up():
-    class Counted(KnownNoise):
-        calls = ()
-
-        def training_step(self, batch, batch_idx):
-            type(self).calls += (len(batch[0]),)
-            return super().training_step(batch, batch_idx)
-
-    read(autobatch.NoiseScale(split_every=5), Counted(), limit_train_batches=11)
-
-    assert Counted.calls == (8, 4, 4, *[8] * 5, 4, *[8] * 5, 4)
 
 
 def test_half_batch_out_of_memory_is_no_error():

@@ -21,7 +21,7 @@ from torch.utils.data import (
 
 import autobatch
 from autobatch.testing import SimulatedAccelerator
-from lightning_here import pl, quiet_trainer
+from lightning_here import pl
 
 _samples = importlib.import_module("autobatch._loaders.samples")
 _reading = importlib.import_module("autobatch._loaders.reading")
@@ -72,7 +72,15 @@ class Model(pl.LightningModule):
 
 def fit(dataset, device, collate_fn=padded, workers=0, **options):
     callback = autobatch.AutoBatch(device=device, **options)
-    trainer = quiet_trainer(callback, max_epochs=1)
+    trainer = pl.Trainer(
+        max_epochs=1,
+        callbacks=[callback],
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
     model = Model()
     loader = DataLoader(dataset, 4, collate_fn=collate_fn, num_workers=workers)
     with device.limited(int(0.9 * device.capacity)):  # in training too

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import inspect
 import json
 import os
-import pkgutil
 import platform
 import sys
 from importlib.metadata import version
@@ -149,11 +149,12 @@ def _estimate(options: argparse.Namespace) -> None:
 
 def _made_by(name: str) -> tuple[Any, ...]:
     """Return what a function of the user makes, imported from the current directory too."""
+    module_name, _, function_name = name.partition(":")
     sys.path.insert(0, "")
     try:
-        function = pkgutil.resolve_name(name)
+        function = getattr(importlib.import_module(module_name), function_name)
     except ModuleNotFoundError as error:
-        if not f"{name.partition(':')[0]}.".startswith(f"{error.name}."):
+        if not f"{module_name}.".startswith(f"{error.name}."):
             raise  # an import of the user's own module
         raise ValueError(f"{name} cannot be imported ({error}); {_MAKE}.") from error
     except (AttributeError, ValueError) as error:
