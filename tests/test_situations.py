@@ -6,6 +6,7 @@ import functools
 import pathlib
 import queue
 import threading
+import types
 from collections import UserDict
 from typing import NamedTuple
 
@@ -28,6 +29,7 @@ from autobatch.errors import AutobatchError
 from autobatch.testing import SimulatedAccelerator
 from by_hand import PAIRS, Recorded, X, Y, compared
 from lightning_here import QUICK, pl, quiet_trainer
+from sameness import same
 
 
 def shuffled(batch_size, **options):
@@ -390,6 +392,84 @@ def test_callback_that_mixes_samples_runs_before_trial_steps():
     both.check()
 
 
+class Even(Recorded):
+    """Compares the halves of its batch, which have to be equally large."""
+
+    def training_step(self, batch, batch_idx):
+        if len(batch[0]) % 4:
+            raise ValueError("a batch of pairs of pairs")
+        return super().training_step(batch, batch_idx)
+
+
+def test_sizes_that_a_step_refuses_are_left_out():
+    both = compared(
+        lambda size: shuffled(size, drop_last=True), Even, own=4, max_micro_batch_size=11
+    )
+
+    assert both.tuned.sizes == both.by_hand.sizes
+    assert set(both.tuned.sizes) <= {4, 8}
+    assert both.report.plan.effective_batch_size == 24
+    assert any("a batch of pairs of pairs" in note for note in both.report.notes)
+
+
+# The name of the batch size
+
+
+class Configured(Recorded):
+    def __init__(self):
+        super().__init__()
+        self.config = types.SimpleNamespace(data={"loader": {"batch_size": 4}})
+
+    def train_dataloader(self):
+        return shuffled(self.config.data["loader"]["batch_size"])
+
+
+def test_dotted_name_reaches_into_a_configuration():
+    module = Configured()
+    callback = tuner(batch_arg_name="config.data.loader.batch_size")
+
+    quiet_trainer(callback).fit(module)
+
+    size = callback.report.plan.micro_batch_size
+    assert module.config.data == {"loader": {"batch_size": size}}
+    assert set(module.sizes) == {size}
+
+
+class Computed(Recorded):
+    """The size follows from two other numbers."""
+
+    views = 2
+
+    @property
+    def batch_size(self):
+        return 2 * self.views
+
+    @property
+    def micro(self):
+        return 2 * self.views
+
+    def train_dataloader(self):
+        return shuffled(self.batch_size)
+
+
+def test_size_that_is_computed_is_left_alone():
+    module, callback = Computed(), tuner()
+
+    quiet_trainer(callback).fit(module)
+
+    assert module.batch_size == 4
+    assert max(module.sizes) == callback.report.plan.micro_batch_size
+
+
+def test_name_that_cannot_be_assigned_is_refused_before_the_search():
+    module = Computed()
+
+    with pytest.raises(AutobatchError, match=r"^micro=4, .*\.$"):
+        quiet_trainer(tuner(batch_arg_name="micro")).fit(module)
+
+    assert module.sizes == []
+
+
 # Several runs
 
 
@@ -417,3 +497,39 @@ def test_one_callback_for_all_folds_searches_for_each_kind_of_data():
 
     assert all(a == b for a, b in sizes)
     assert sizes[1][0] < sizes[0][0] / 2
+
+
+def test_tune_leaves_a_trainer_with_its_own_callbacks_as_it_was():
+    own, noise = tuner(target_batch_size=48), autobatch.NoiseScale()
+    trainer = quiet_trainer(own, noise, accumulate_grad_batches=3)
+    loader, module = shuffled(4), Recorded()
+    weights = {name: value.clone() for name, value in module.state_dict().items()}
+    callbacks = list(trainer.callbacks)
+
+    report = tuner().tune(trainer, module, loader)
+
+    assert report.plan.effective_batch_size == 24
+    assert own.report is None
+    assert trainer.callbacks == callbacks
+    assert (trainer.accumulate_grad_batches, loader.batch_size) == (3, 4)
+    assert same(module.state_dict(), weights)
+
+
+# Plain loops
+
+
+def test_end_of_an_iterator_in_a_step_is_passed_on_with_the_size():
+    pairs = iter(())
+    model = nn.Linear(16, 4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def step(batch_size):
+        x, y = default_collate([next(pairs) for _ in range(batch_size)])
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with pytest.raises(StopIteration) as raised:
+        autobatch.find(step, device=SimulatedAccelerator("900KiB"))
+
+    assert "batch_size=" in raised.value.__notes__[0]
