@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import matplotlib as mpl  # noqa: F401 -- found missing before the training, not after it
@@ -23,8 +22,6 @@ from autobatch.testing import SimulatedAccelerator
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from autobatch._report import TuningReport
-
 _DEMO_MEMORY: Final = "8MiB"  # small enough to be filled by images of 8 × 8 pixels
 _DEMO_STEPS: Final = 10  # per trial; they take milliseconds, and more steps give steadier times
 _DEMO_TIMING: Final = 10.0  # seconds: enough for all sizes, in a training of half a minute
@@ -32,17 +29,10 @@ _DEMO_TIMING: Final = 10.0  # seconds: enough for all sizes, in a training of ha
 _DEMO_SHIFTS: Final = ((0, 0), (0, 1), (1, 0), (0, -1))
 
 
-@dataclass(frozen=True, slots=True)
-class DemoResult:
-    """Report of the demo, and the accuracy on held-out digits after training, 0 to 1."""
-
-    report: TuningReport
-    accuracy: float
-    updates: int
-
-
 def demo(directory: Path) -> None:
-    """Tune and train the network, print the report, and write it and its figure.
+    """Tune and train a network on a simulated accelerator; print and write the report.
+
+    torch is left with one thread: more do not speed up so small a network.
 
     Raises:
         AutobatchError: The directory cannot be created.
@@ -54,23 +44,6 @@ def demo(directory: Path) -> None:
             f"--directory={directory} cannot be created: {error.strerror}."
         ) from None
     began = time.perf_counter()
-    result = run_demo()  # the callback prints the report
-    report_path = directory / "autobatch.json"
-    figure_path = directory / "tradeoff.png"
-    sinks.json_file(report_path)(result.report)
-    sinks.figure_file(figure_path)(result.report)
-    print(
-        f"\nAfter {result.updates} updates the network recognises {100 * result.accuracy:.1f} % of "
-        f"the held-out digits; {time.perf_counter() - began:.0f} s in all.\n"
-        f"Report: {report_path}, figure: {figure_path}"
-    )
-
-
-def run_demo() -> DemoResult:
-    """Tune and train a network on the CPU, with a simulated accelerator of a few MiB.
-
-    torch is left with one thread: more do not speed up so small a network.
-    """
     _silence_lightning()
     torch.set_num_threads(1)
     pl.seed_everything(0, verbose=False)
@@ -97,14 +70,22 @@ def run_demo() -> DemoResult:
         enable_model_summary=False,
     )
     augmented = TensorDataset(*_augmented(*train[:]))
-    trainer.fit(model, DataLoader(augmented, batch_size=8, shuffle=True))
+    trainer.fit(model, DataLoader(augmented, batch_size=8, shuffle=True))  # prints the report
 
     if tuner.report is None:
         raise RuntimeError("fit ended without a report")
-    inputs, labels = next(iter(DataLoader(held_out, batch_size=len(held_out))))
+    report_path = directory / "autobatch.json"
+    figure_path = directory / "tradeoff.png"
+    sinks.json_file(report_path)(tuner.report)
+    sinks.figure_file(figure_path)(tuner.report)
+    inputs, labels = held_out[:]
     with torch.no_grad():
         accuracy = (model.eval()(inputs).argmax(1) == labels).float().mean().item()
-    return DemoResult(tuner.report, accuracy, trainer.global_step)
+    print(
+        f"\nAfter {trainer.global_step} updates the network recognises {100 * accuracy:.1f} % of "
+        f"the held-out digits; {time.perf_counter() - began:.0f} s in all.\n"
+        f"Report: {report_path}, figure: {figure_path}"
+    )
 
 
 def _augmented(images: Any, labels: Any) -> tuple[Any, Any]:
