@@ -7,6 +7,7 @@ import importlib
 import logging
 import tempfile
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytorch_lightning as pl
 from accelerate.utils import find_executable_batch_size
@@ -154,21 +155,9 @@ class _Marks(logging.Handler):
 # autobatch
 
 
-def _find(work, **options):
+def find(work, **options):
     options = {"device": work.probe, "dataset_size": work.ends, "prefer": "largest"} | options
     return autobatch.find(work.train, **options)
-
-
-def guided(work):
-    return _find(work)
-
-
-def guided_to_the_rim(work):
-    return _find(work, memory_limit=1.0)
-
-
-def bisection(work):
-    return _find(work, search=autobatch.Bisection())
 
 
 def in_a_trainer(work):
@@ -238,9 +227,9 @@ SHARE = 0.9
 IN_A_TRAINER = Contestant("AutoBatch in a Trainer", in_a_trainer, SHARE, has_trainer=True)
 BINSEARCH = Contestant("Lightning, binsearch", _lightning("binsearch"), has_trainer=True)
 OURS = (
-    Contestant("find", guided, SHARE),
-    Contestant("find, memory_limit=1.0", guided_to_the_rim),
-    Contestant("find, Bisection()", bisection, SHARE),
+    Contestant("find", find, SHARE),
+    Contestant("find, memory_limit=1.0", partial(find, memory_limit=1.0)),
+    Contestant("find, Bisection()", partial(find, search=autobatch.Bisection()), SHARE),
     IN_A_TRAINER,
 )
 THEIRS = (

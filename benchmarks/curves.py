@@ -17,7 +17,6 @@ MIB = 2**20
 RESIDENT = 1024 * MIB  # weights, which are there before any trial
 ROOM = 10 * 1024 * MIB  # for the memory of a step
 BUDGET = RESIDENT + ROOM
-SHARE = 0.9  # autobatch's default limit: its device is so much larger that all have the same budget
 ENDS = 100_000  # samples in the data set, beyond which none can go
 MAXIMA = (30, 100, 500, 2000, 10_000)
 STEP_SECONDS, SAMPLE_SECONDS = 0.02, 0.001  # of the paper clock

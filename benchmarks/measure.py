@@ -34,13 +34,8 @@ from pathlib import Path
 from pages import table
 
 TARGET = 1016  # samples per update; a number that occurs nowhere else
-WH_WORDS = re.compile(r"(What|Whether|Where|How|Which|Why)\b")
-# Files that present a report: the folder `_report` without its data, or their former names
+# Files of the folder `_report` that hold data; the others present a report
 DATA_OF_REPORT = {"__init__.py", "files.py", "result.py", "schema.py", "tradeoff.py"}
-FORMER_REPORT = {
-    "_cautions.py", "_findings.py", "_latency_text.py", "_notebook.py", "_notes.py", "_numbers.py", "_page.py",
-    "_tables.py", "_text.py",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,9 +63,8 @@ def lines_of(path: Path) -> int:
 
 
 def presents_a_report(path: Path) -> bool:
-    if path.parts[0] == "_report":
-        return path.name not in DATA_OF_REPORT or "figure" in path.parts
-    return path.parts[0] == "_figure" or path.as_posix() in FORMER_REPORT
+    is_data = path.name in DATA_OF_REPORT and "figure" not in path.parts
+    return path.parts[0] == "_report" and not is_data
 
 
 def docstrings(trees: dict[Path, ast.Module]) -> list[str]:
@@ -280,13 +274,11 @@ def paths_of(root: Path) -> Paths:
 def measure(root: Path, paths: Paths) -> dict[str, str]:
     package = root / "src" / "autobatch"
     trees = parsed(package)
-    described = docstrings(trees)
-    prose = words([*described, *comments(package)])
+    prose = words([*docstrings(trees), *comments(package)])
     private, tests = tests_with_private_names(parsed(root / "tests"))
     folders = {path.parts[0] for path in trees if len(path.parts) > 1}
     lines = {path: lines_of(package / path) for path in trees}
     shown = sum(count for path, count in lines.items() if presents_a_report(path))
-    wh = sum(bool(WH_WORDS.match(text)) for text in described) / len(described)
     return {
         "files in the top folder of the package": f"{len(trees) - nested(trees)} + {len(folders)} folders",
         "lines of the package": f"{sum(lines.values()):,} in {len(lines)} files",
@@ -296,7 +288,6 @@ def measure(root: Path, paths: Paths) -> dict[str, str]:
         "target_batch_size: files entered / returns to a file left": (
             f"{len(set(paths.target))} / {len(paths.target) - len(set(paths.target))}"
         ),
-        "docstrings that begin with What/Whether/Where/How/Which/Why": f"{wh:.0%}",
         "what / where per 1,000 words of docstrings and comments": " / ".join(
             f"{1000 * prose.count(word) / len(prose):.1f}" for word in ("what", "where")
         ),

@@ -22,6 +22,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from unittest import mock
 
 import contestants
 import pytorch_lightning as pl
@@ -388,15 +389,9 @@ def _search_seconds(loader):
         return time.perf_counter() - began
 
 
-class without_the_curve:  # noqa: N801 -- reads as what it does
-    """Measure no throughput curve."""
-
-    def __enter__(self):
-        self._timing_seconds = _settings.TIMING_SECONDS
-        _settings.TIMING_SECONDS = 0.0
-
-    def __exit__(self, *_):
-        _settings.TIMING_SECONDS = self._timing_seconds
+def without_the_curve():
+    """Measure no throughput curve in the body."""
+    return mock.patch.object(_settings, "TIMING_SECONDS", 0.0)
 
 
 # Copies

@@ -105,7 +105,7 @@ def on_curves(given):
 
 def _of_networks():
     """Who searches on networks, and whether it sees single allocations."""
-    bare = Contestant("find, bare peaks", contestants.guided, SHARE)
+    bare = Contestant("find, bare peaks", contestants.find, SHARE)
     ours = [c for c in contestants.OURS if "1.0" not in c.name]
     pairs = [(contestant, False) for contestant in (*ours, *contestants.THEIRS)]
     return [*pairs[:1], (bare, True), *pairs[1:]]

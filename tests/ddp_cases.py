@@ -8,13 +8,10 @@ torchrun --nproc-per-node 2 ddp_cases.py DIRECTORY CASE …
 
 from __future__ import annotations
 
-import gc
 import importlib
-import logging
 import os
 import sys
 import traceback
-import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -28,11 +25,10 @@ import autobatch
 from autobatch import _distributed, _settings
 from autobatch._distributed import current_ranks
 from autobatch.testing import PaperDevice, SimulatedAccelerator
+from lightning_here import data as samples
+from lightning_here import pl, quiet_trainer
+from torchrun import save_results
 
-try:
-    pl = importlib.import_module("pytorch_lightning")
-except ModuleNotFoundError:
-    pl = importlib.import_module("lightning.pytorch")
 torchmetrics = importlib.import_module("torchmetrics")
 
 RANK = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
@@ -40,9 +36,7 @@ NODES = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
 
 
 def data(length=600):
-    generator = torch.Generator().manual_seed(5)
-    x = torch.randn(length, 16, generator=generator)
-    return TensorDataset(x, x[:, :4].argmax(1), torch.arange(length))
+    return TensorDataset(*samples(length).tensors, torch.arange(length))
 
 
 class Model(pl.LightningModule):
@@ -122,21 +116,9 @@ class Contrastive(Model):
 
 
 def trainer(*callbacks, **options):
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    return pl.Trainer(
-        max_epochs=2,
-        accelerator="cpu",
-        devices=2 // NODES,
-        num_nodes=NODES,
-        strategy=pl.strategies.DDPStrategy(timeout=timedelta(seconds=60)),
-        callbacks=list(callbacks),
-        **{**quiet, **options},
-    )
+    strategy = pl.strategies.DDPStrategy(timeout=timedelta(seconds=60))
+    job = {"devices": 2 // NODES, "num_nodes": NODES, "strategy": strategy}
+    return quiet_trainer(*callbacks, **job, **options)
 
 
 def tuner(capacities=("500KiB", "500KiB"), device=None, **options):
@@ -307,7 +289,7 @@ def uneven():
     report = autobatch.find(
         device.workload, target_batch_size=240, dataset_size=lengths[RANK], device=device
     )
-    return report.plan
+    return report.plan, [note for note in report.notes if "not sought" in note]
 
 
 def missing():
@@ -476,16 +458,10 @@ CASES = {
 }
 
 
-def main(directory, *cases):
-    warnings.simplefilter("ignore")
+def main(directory, *names):
     _settings.TIMING_SECONDS = 0.0
-    importlib.import_module("torch._dynamo")  # or else the first step imports it
-    gc.freeze()  # keep imported objects out of the garbage collections of a search
-    for package in ("pytorch_lightning", "lightning.pytorch"):
-        logging.getLogger(package).setLevel(logging.ERROR)
-    cases_of = CASES | {"everything": lambda: everything(directory)}
-    results = {case: cases_of[case]() for case in cases}
-    torch.save(results, Path(directory) / f"rank-{RANK}.pt")
+    cases = CASES | {"everything": lambda: everything(directory)}
+    save_results(directory, names, lambda name: cases[name]())
 
 
 if __name__ == "__main__":

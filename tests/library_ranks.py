@@ -8,14 +8,11 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-import warnings
-from pathlib import Path
-
-import torch
 
 import autobatch
 from autobatch.testing import SimulatedAccelerator
 from sameness import same
+from torchrun import save_results
 
 RANK = int(os.environ["RANK"])
 MEMORY = (150_000, 120_000)  # bytes of the device of each rank
@@ -59,11 +56,6 @@ CASES = {
 }
 
 
-def main(directory, *cases):
-    warnings.simplefilter("ignore")
-    results = {case: compared(CASES[case]) for case in cases}
-    torch.save(results, Path(directory) / f"rank-{RANK}.pt")
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    directory, *names = sys.argv[1:]
+    save_results(directory, names, lambda name: compared(CASES[name]))

@@ -27,10 +27,7 @@ from torch.utils.data import (
     random_split,
 )
 
-try:
-    pl = importlib.import_module("pytorch_lightning")
-except ModuleNotFoundError:
-    pl = importlib.import_module("lightning.pytorch")
+from lightning_here import pl, quiet_trainer
 
 
 class Noisy(Dataset):
@@ -322,20 +319,12 @@ def run(case, plan):
     pl.seed_everything(1, verbose=False)
     model = options["model"](micro, options["schedule"], options["source"], options["workers"])
     model.hard_coded = micro
-    trainer = pl.Trainer(
-        **{
-            "max_epochs": 2,
-            # With manual optimization the module accumulates, if it does
-            "accumulate_grad_batches": 1 if options["by hand"] else accumulate,
-            "callbacks": callbacks,
-            "plugins": options["plugin"] and options["plugin"](),
-            "accelerator": "cpu",
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-        }
-        | options["trainer"],
+    trainer = quiet_trainer(
+        *callbacks,
+        # With manual optimization the module accumulates, if it does
+        accumulate_grad_batches=1 if options["by hand"] else accumulate,
+        plugins=options["plugin"] and options["plugin"](),
+        **options["trainer"],
     )
     if options["source"] == "datamodule":
         trainer.fit(model, datamodule=Data(micro))

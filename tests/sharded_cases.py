@@ -5,13 +5,10 @@ As torchrun starts it: sharded_cases.py DIRECTORY CASE …
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
-import time
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from random import Random
 
 import torch
@@ -22,6 +19,7 @@ from autobatch._distributed.dry import DryCollectives
 from autobatch._memory.ledger import Ledger
 from autobatch.testing import SimulatedAccelerator
 from sharded_models import KINDS, batch, parts, sharded, update
+from torchrun import save_results
 
 RANK = int(os.environ.get("RANK", "0"))
 ALL_KINDS = (*KINDS, "ddp")
@@ -259,7 +257,6 @@ def failing(kind):
 
 
 def main(directory, *names):
-    gc.freeze()  # keep imported objects out of the garbage collections of a search
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     cases = {
         **{each.__name__: each for each in (peaks, timed, raising, nested, refused)},
@@ -269,12 +266,7 @@ def main(directory, *names):
         **{f"{kind}/failing": partial(failing, kind) for kind in ALL_KINDS},
         "less": partial(searched, "fsdp2", CAPACITY - 300_000 * RANK),
     }
-    results = {}
-    for name in names:
-        began = time.perf_counter()
-        results[name] = cases[name]()
-        print(name, round(time.perf_counter() - began, 2))
-    torch.save(results, Path(directory) / f"rank-{RANK}.pt")
+    save_results(directory, names, lambda name: cases[name]())
     dist.destroy_process_group()
 
 

@@ -9,12 +9,9 @@ python strategy_cases.py DIRECTORY CASE …                             the Trai
 from __future__ import annotations
 
 import faulthandler
-import gc
 import importlib
-import logging
 import os
 import sys
-import warnings
 from datetime import timedelta
 from pathlib import Path
 from random import Random
@@ -24,17 +21,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 import autobatch
 from autobatch import _settings
 from autobatch._throughput import curve
 from autobatch.testing import SimulatedAccelerator
-
-try:
-    pl = importlib.import_module("pytorch_lightning")
-except ModuleNotFoundError:
-    pl = importlib.import_module("lightning.pytorch")
+from lightning_here import data, pl, quiet_trainer
+from torchrun import save_results
 
 RANK = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
 LONGEST = 300  # seconds of all cases
@@ -170,24 +164,19 @@ def trainer(kind, *callbacks, **options):
     # torch 2.13 cannot clip DTensors together with other tensors, or with those of another mesh;
     # Lightning 2.6 refuses to clip by the norm under FSDP1
     clip = None if kind.endswith("tp") else 0.05
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
+    options = {
         "max_epochs": 1,
+        "devices": 4 if kind == "fsdp2 and tp" else 2,
+        "strategy": strategy(kind),
         "gradient_clip_val": clip,
         "gradient_clip_algorithm": "value" if kind == "fsdp1" else "norm",
+        **options,
     }
-    devices = 4 if kind == "fsdp2 and tp" else 2
-    options = {"devices": devices, "strategy": strategy(kind), **quiet, **options}
-    return pl.Trainer(accelerator="cpu", callbacks=list(callbacks), **options)
+    return quiet_trainer(*callbacks, **options)
 
 
 def loader(batch_size=4, samples=128):
-    generator = torch.Generator().manual_seed(5)
-    x = torch.randn(samples, 16, generator=generator)
-    return DataLoader(TensorDataset(x, x[:, :4].argmax(1)), batch_size, shuffle=samples > 32)
+    return DataLoader(data(samples), batch_size, shuffle=samples > 32)
 
 
 def tuner(device, timing_seconds=None):
@@ -328,20 +317,17 @@ CASES = {
 }
 
 
-def main(directory, *cases):
+def main(directory, *names):
     faulthandler.dump_traceback_later(LONGEST, exit=True)
-    warnings.simplefilter("ignore")
     _settings.TIMING_SECONDS = 0.1  # enough for a few visits
     curve._TURN_SECONDS, curve._MAX_TURNS = 0.05, 1  # each size is timed once
-    importlib.import_module("torch._dynamo")  # or else the first step imports it
-    gc.freeze()  # keep imported objects out of the garbage collections of a search
-    for package in ("pytorch_lightning", "lightning.pytorch"):
-        logging.getLogger(package).setLevel(logging.ERROR)
-    results, cases_of = {}, CASES | {"resumed": lambda kind: resumed(kind, directory)}
-    for case in cases:
+    cases = CASES | {"resumed": lambda kind: resumed(kind, directory)}
+
+    def run(case):
         kind, _, name = case.partition("/")
-        results[case] = cases_of[name](kind)
-    torch.save(results, Path(directory) / f"rank-{RANK}.pt")
+        return cases[name](kind)
+
+    save_results(directory, names, run)
 
 
 if __name__ == "__main__":

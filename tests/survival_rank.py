@@ -5,18 +5,16 @@ torchrun --nproc-per-node 2 survival_rank.py DIRECTORY CASE …
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-import warnings
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 
 from autobatch.lightning._survival.repeats import PieceLimit
 from lightning_here import pl
-from surviving import Trained, quick_collections, trained
+from surviving import Trained, trained
+from torchrun import save_results
 
 RANK = int(os.environ.get("RANK", "0"))
 WARM_UP = 4  # windows: DistributedDataParallel rebuilds its buckets in the second
@@ -73,14 +71,9 @@ CASES = {
 }
 
 
-def main(directory, *cases):
-    warnings.simplefilter("ignore")
+def main(directory, *names):
     PieceLimit.pieces = lambda *_: 1  # each micro-batch begins as a whole
-    for package in ("pytorch_lightning", "lightning.pytorch", "autobatch"):
-        logging.getLogger(package).setLevel(logging.ERROR)
-    with quick_collections():
-        results = {case: CASES[case]() for case in cases}
-    torch.save(results, Path(directory) / f"rank-{RANK}.pt")
+    save_results(directory, names, lambda name: CASES[name]())
 
 
 if __name__ == "__main__":

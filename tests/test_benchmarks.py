@@ -138,7 +138,7 @@ def test_measure_prints_every_row_of_its_table(tmp_path):
     printed = run("measure.py", "--json", numbers, needs=["pytorch_lightning"])
 
     found = json.loads(numbers.read_text(encoding="utf-8"))
-    assert len(found) == 10
+    assert len(found) == 9
     assert all(f"| {name} " in printed for name in found)
     find, fit = map(int, found["frames from find / fit to the user's step"].split(" / "))
     assert 1 < find < fit

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from autobatch._accumulation import (
     BatchNorms,
-    Splitting,
     UndecidedError,
     batch_norms,
     split_gradient,
@@ -38,24 +37,9 @@ def mean(net, x, y):
     return F.cross_entropy(net(x), y)
 
 
-def added_up(net, x, y):
-    return F.cross_entropy(net(x), y, reduction="sum")
-
-
 def contrastive(net, x, y):
     z = F.normalize(net(x))
     return F.cross_entropy(z @ z.T / 0.1, torch.arange(len(z)))
-
-
-def token_mean(net, x, y):
-    """The weight of a sample is its number of tokens."""
-    tokens = torch.exp(2 * x[:, 0])
-    losses = F.cross_entropy(net(x), y, reduction="none")
-    return (tokens * losses).sum() / tokens.sum()
-
-
-def noisy(net, x, y):
-    return F.cross_entropy(net(x + torch.randn_like(x)), y)
 
 
 def gradient_of(loss, net):
@@ -65,19 +49,6 @@ def gradient_of(loss, net):
 
 def split(loss, net, *, threshold):
     return split_gradient(gradient_of(loss, net), batch_of(), SAMPLES, threshold)
-
-
-def test_mean_over_samples_splits(net):
-    assert split(mean, net, threshold=1e-5) is None
-
-
-@pytest.mark.parametrize("loss", [contrastive, token_mean])
-def test_loss_other_than_a_mean_over_samples_does_not_split(net, loss):
-    found = split(loss, net, threshold=0.01)
-
-    assert found.samples == SAMPLES
-    assert found.change > 0.05
-    assert not found.is_sum
 
 
 def test_change_is_the_distance_over_the_norm_of_the_whole_gradient(net):
@@ -94,22 +65,11 @@ def test_change_is_the_distance_over_the_norm_of_the_whole_gradient(net):
     assert found.change == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_sum_over_samples_is_recognised(net):
-    assert split(added_up, net, threshold=0.01) == Splitting(
-        SAMPLES, pytest.approx(0.5, rel=1e-4), is_sum=True
-    )
-
-
 def test_change_below_the_threshold_is_none(net):
     change = split(contrastive, net, threshold=0.01).change
 
     assert split(contrastive, net, threshold=0.99 * change) is not None
     assert split(contrastive, net, threshold=1.01 * change) is None
-
-
-def test_step_with_random_numbers_is_undecided(net):
-    with pytest.raises(UndecidedError, match="the same batch gave gradients"):
-        split(noisy, net, threshold=0.01)
 
 
 def test_unused_weights_have_no_effect(net):

@@ -11,8 +11,6 @@ from autobatch.report import LearningRateRule
 from autobatch.testing import SimulatedAccelerator
 from finding import perceptron
 
-MIB, GIB = 2**20, 2**30
-
 
 def test_find_sees_the_optimizers_that_step():
     layer = torch.nn.Linear(4, 1)

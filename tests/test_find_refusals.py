@@ -13,8 +13,6 @@ from autobatch.testing import PaperDevice, SimulatedAccelerator
 from finding import OneGpu, perceptron, state_of, tuned, unchanged
 from networks import training
 
-MIB, GIB = 2**20, 2**30
-
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
@@ -41,6 +39,7 @@ MIB, GIB = 2**20, 2**30
         ({"device": "simulated:8"}, "device='simulated:8' names no amount .* with its unit"),
         ({"device": SimulatedAccelerator}, "device="),
         ({"plan": "no/such/report.json"}, "no/such/report.json"),
+        ({"plan": "keep"}, "plan='keep' is for AutoBatch alone"),
         ({"plan": 32}, "plan=32"),
         ({"plan": BatchPlan(0)}, "plan="),
         ({"plan": BatchPlan(8, 1, 2)}, "2 ranks"),

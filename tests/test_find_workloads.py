@@ -8,8 +8,6 @@ from torch import nn
 import autobatch
 from autobatch.testing import PaperDevice, SimulatedAccelerator
 
-MIB, GIB = 2**20, 2**30
-
 
 def test_a_plain_function_that_runs_one_step_is_accepted():
     steps = []

@@ -68,13 +68,14 @@ def test_training_after_tune_is_unchanged():
 
 def test_a_plan_of_tune_can_be_passed_to_the_callback():
     report = tuner().tune(trainer(), Model(), plain())
-    callback, fitted = tuner(plan=report.plan), trainer()
-
+    callback = tuner(plan=report.plan)
     fitted = trainer(callback)
+
     fitted.fit(Model(), plain())
 
     assert callback.report.plan == report.plan
     assert len(callback.report.trials) == 1
+    assert fitted.accumulate_grad_batches == report.plan.accumulate_grad_batches
 
 
 def test_an_error_in_tune_restores_the_callbacks():

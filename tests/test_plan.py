@@ -78,32 +78,6 @@ def test_a_deviation_is_as_small_as_passes_allow(target, largest):
     )  # a rounding of at most half a sample per pass, or one sample short of `largest`
 
 
-def test_a_prime_target_takes_the_nearest_effective_batch():
-    plan = candidates(257, 1, 100, NO_PACE)[0]
-
-    assert plan == BatchPlan(86, 3)
-    assert plan.effective_batch_size == 258
-
-
-def test_the_smallest_micro_batch_within_five_percent_of_the_fastest_is_taken():
-    seconds = {
-        32: 0.0325,
-        64: 0.0640,
-        128: 0.1270,
-        256: 0.2530,
-    }  # 985, 1000, 1008, 1012 samples/s
-
-    assert candidates(256, 1, 256, pace(seconds))[0] == BatchPlan(32, 8)
-
-
-def test_many_passes_are_fine_if_small_micro_batches_are_as_fast():
-    # Convolutions that outgrow a cache: the largest that fits is 22 % slower than 32
-    speed = {8: 822, 16: 933, 32: 976, 64: 893, 128: 757}
-    seconds = {size: size / rate for size, rate in speed.items()}
-
-    assert candidates(256, 1, 128, pace(seconds))[0] == BatchPlan(16, 16)
-
-
 @given(
     target=st.integers(1, 500),
     largest=st.integers(1, 500),
@@ -122,23 +96,12 @@ def test_a_plan_of_many_passes_is_within_five_percent_of_the_fastest_timed(targe
         assert rate >= 0.95 * fastest * (1 - 1e-9)
 
 
-def test_a_micro_batch_that_is_slower_is_not_taken_for_being_small():
-    seconds = {128: 0.2, 256: 0.25}
-
-    assert candidates(256, 1, 256, pace(seconds))[0] == BatchPlan(256, 1)
-
-
 def test_the_optimizer_step_counts_for_the_speed_of_a_plan():
     seconds = {64: 0.1, 128: 0.2}
 
     assert candidates(128, 1, 128, pace(seconds, 0.0))[0] == BatchPlan(64, 2)
     assert candidates(128, 1, 128, pace({64: 0.11, 128: 0.2}, 0.0))[0] == BatchPlan(128, 1)
     assert candidates(128, 1, 128, pace({64: 0.11, 128: 0.2}, 2.0))[0] == BatchPlan(64, 2)
-
-
-def test_ranks_share_the_target():
-    assert candidates(256, 4, 100, NO_PACE)[0] == BatchPlan(64, 1, 4)
-    assert candidates(256, 3, 100, NO_PACE)[0].effective_batch_size in (255, 258)
 
 
 @given(target=counts, sizes=st.sets(counts, min_size=1))

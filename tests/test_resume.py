@@ -111,7 +111,10 @@ def test_another_device_is_tuned_again_for_the_same_effective_batch_size(tmp_pat
     assert plan.effective_batch_size == before.effective_batch_size == 120
     assert plan.micro_batch_size < before.micro_batch_size
     assert len(again.report.trials) > 1
-    assert any("Tuned again" in note for note in again.report.notes)
+    note = next(note for note in again.report.notes if note.startswith("Tuned again"))
+    assert note.endswith(
+        "60 × 2 on 1 × simulated accelerator of 450 KiB, and this one has 250 KiB."
+    )
     plain = checkpoint(tmp_path, **by_hand(before))
     assert same(tuned, resumed(plain, **by_hand(plan)))
     assert (tuned["epoch"], tuned["step"]) == (3, 15)

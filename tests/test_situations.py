@@ -28,7 +28,6 @@ from autobatch.errors import AutobatchError
 from autobatch.testing import SimulatedAccelerator
 from by_hand import PAIRS, Recorded, X, Y, compared
 from lightning_here import QUICK, pl, quiet_trainer
-from sameness import same
 
 
 def shuffled(batch_size, **options):
@@ -68,7 +67,7 @@ class Described(Dataset):
 class Stacked:
     """A batch made of the samples by its own `__init__`, with a device as torch's manual shows."""
 
-    def __init__(self, samples, factor):
+    def __init__(self, samples, factor=1.0):
         self.x = factor * torch.stack([x for x, _ in samples])
         self.y = torch.stack([y for _, y in samples])
 
@@ -84,10 +83,11 @@ def test_classes_among_the_attributes_of_a_data_set_are_left_alone():
     both.check()
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_class_with_bound_arguments_collates(workers):
-    collate = functools.partial(Stacked, factor=2.0)
-
+@pytest.mark.parametrize(
+    ("collate", "workers"),
+    [(Stacked, 0), *((functools.partial(Stacked, factor=2.0), workers) for workers in (0, 1))],
+)
+def test_class_collates_also_with_bound_arguments(collate, workers):
     both = compared(lambda size: shuffled(size, collate_fn=collate, num_workers=workers), OfFields)
 
     both.check()
@@ -440,61 +440,6 @@ def test_one_callback_for_all_folds_searches_for_each_kind_of_data():
 
 
 # Plain loops
-
-
-class Shadow:
-    """An average of weights with a state of its own, as packages for it have one."""
-
-    def __init__(self, model):
-        self.values = [each.detach().clone() for each in model.parameters()]
-        self.updates = 0
-
-    def update(self, model):
-        self.updates += 1
-        for value, each in zip(self.values, model.parameters(), strict=True):
-            value.lerp_(each.detach(), 0.1)
-
-    def state_dict(self):
-        return {"values": self.values, "updates": self.updates}
-
-    def load_state_dict(self, state):
-        self.values, self.updates = list(state["values"]), state["updates"]
-
-
-class Kit:
-    """What a loop uses, in one object that the loop closes over."""
-
-    def __init__(self):
-        self.model = nn.Sequential(nn.Linear(16, 256), nn.ReLU(), nn.Linear(256, 4))
-        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.1, momentum=0.9)
-        self.shadow = Shadow(self.model)
-        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, 10)
-        self.order = torch.Generator().manual_seed(1)
-
-
-def test_find_restores_the_state_of_objects_held_in_another():
-    kit = Kit()
-    before = [value.clone() for value in kit.shadow.values]
-
-    def train(batch_size, accumulate):
-        sampler = RandomSampler(PAIRS, generator=kit.order)
-        while True:
-            for i, (x, y) in enumerate(DataLoader(PAIRS, batch_size, sampler=sampler), 1):
-                (F.cross_entropy(kit.model(x), y) / accumulate).backward()
-                if i % accumulate == 0:
-                    kit.optimizer.step()
-                    kit.optimizer.zero_grad()
-                    kit.schedule.step()
-                    kit.shadow.update(kit.model)
-                    yield
-
-    autobatch.find(
-        train, target_batch_size=24, dataset_size=240, device=SimulatedAccelerator("900KiB")
-    )
-
-    assert (kit.shadow.updates, kit.schedule.last_epoch) == (0, 0)
-    assert same(kit.shadow.values, before)
-    assert torch.equal(kit.order.get_state(), torch.Generator().manual_seed(1).get_state())
 
 
 def test_end_of_an_iterator_in_a_step_is_passed_on_with_the_size():

@@ -13,7 +13,8 @@ import autobatch
 from autobatch import Outcome, Trial
 from autobatch.errors import DoesNotFitError, ShortTrialError
 from autobatch.testing import PaperDevice, SimulatedAccelerator
-from networks import Perceptron, training
+from finding import perceptron, state_of, unchanged
+from networks import training
 from nvml_standin import GIB, FakeGpu
 
 
@@ -44,12 +45,6 @@ def attempt(workload, size, device, *, memory_limit=1.0, **options):
             **options,
         )
     return once.trial
-
-
-def perceptron():
-    torch.manual_seed(0)
-    model = Perceptron()
-    return model, torch.optim.AdamW(model.parameters())
 
 
 def test_a_size_that_ran_and_stayed_in_the_budget_fits():
@@ -126,17 +121,6 @@ def test_a_workload_that_does_not_yield_when_it_starts_again_is_an_error(steps):
     match = f"ended after {steps} optimizer steps at batch_size=4, and did not yield"
     with pytest.raises(ShortTrialError, match=match):
         attempt(train, 4, PaperDevice(10))
-
-
-def test_a_user_error_passes_unchanged_with_a_note():
-    def train(batch_size, accumulate):
-        yield
-        raise KeyError("mine")
-
-    with pytest.raises(KeyError, match="mine") as caught:
-        attempt(train, 4, PaperDevice(10))
-
-    assert caught.value.__notes__ == ["autobatch was trying batch_size=4"]
 
 
 def test_swallowed_out_of_memory_is_not_a_fit():
@@ -338,13 +322,14 @@ def branching(model, optimizer):
 
 @pytest.mark.parametrize("kind", [training, branching])
 def test_memory_running_out_at_any_allocation_leaves_nothing_behind(kind):
-    """Refuse each allocation of a trial in turn: the trial fails, and no tensor is left."""
+    """Refuse each allocation of a trial in turn: it fails, no tensor is left, and none is changed."""
     model, optimizer = perceptron()
     workload, device = kind(model, optimizer), SimulatedAccelerator("1GiB")
     assert attempt(workload, 4, device, steps_per_trial=2).fits
     allocations = device.ledger.allocations
     device.attach(model, optimizer)
     at_rest = device.read().reserved
+    before = state_of(model, optimizer)
 
     assert allocations > 50
     for allocation in range(1, allocations + 1):
@@ -355,6 +340,7 @@ def test_memory_running_out_at_any_allocation_leaves_nothing_behind(kind):
         device.attach(model)  # a restored buffer is a new tensor
         assert trial.outcome is Outcome.OUT_OF_MEMORY
         assert device.read().reserved == at_rest, f"left after refusing allocation {allocation}"
+        assert unchanged(before, state_of(model, optimizer))
 
 
 def test_frames_of_a_failed_step_are_freed():

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import importlib
+import logging
+import os
 import socket
+import warnings
+from pathlib import Path
 
 import torch
 
@@ -58,3 +64,14 @@ def outputs_of_ranks(size, program, *arguments):
 
 def results(directory, size=2):
     return [torch.load(directory / f"rank-{rank}.pt", weights_only=False) for rank in range(size)]
+
+
+def save_results(directory, names, run):
+    """In one of the processes: run each case, and save the results of this rank."""
+    warnings.simplefilter("ignore")
+    importlib.import_module("torch._dynamo")  # or else the first step imports it
+    gc.freeze()  # keep imported objects out of the garbage collections of a search
+    for package in ("pytorch_lightning", "lightning.pytorch", "autobatch"):
+        logging.getLogger(package).setLevel(logging.ERROR)
+    rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
+    torch.save({name: run(name) for name in names}, Path(directory) / f"rank-{rank}.pt")

@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     estimate.add_argument("--calibrate", type=Path, help=about)
     about = "also estimate the step with other precision, optimizer, checkpointing, accumulation"
     estimate.add_argument("--changes", action="store_true", help=about)
-    about = "also write the estimates into this file, as a JSON list"
+    about = "also write the estimates into this file, as a JSON list; makes its folders"
     estimate.add_argument("--json", type=Path, help=about)
     estimate.set_defaults(command=_estimate)
 
@@ -92,15 +92,19 @@ def _parser() -> argparse.ArgumentParser:
 
     show = commands.add_parser("show", help="print a report, or draw it")
     show.add_argument("report", type=Path, help="the JSON file of a report")
-    about = "also draw the report into this file: .png, .svg or .pdf"
+    about = "also draw the report into this file: .png, .svg or .pdf; makes its folders"
     show.add_argument("--figure", type=Path, help=about)
     show.set_defaults(command=_show)
     return parser
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from autobatch._demo import demo
-
+    try:
+        from autobatch._demo import demo
+    except ModuleNotFoundError as error:
+        raise AutobatchError(
+            f'The demo needs {error.name}: pip install "lightning-autobatch[demo]".'
+        ) from None
     demo(options.directory)
 
 

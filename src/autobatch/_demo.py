@@ -5,17 +5,22 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+import matplotlib as mpl  # noqa: F401 -- found missing before the training, not after it
+import pytorch_lightning as pl
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset, random_split
+
+from autobatch import sinks
 from autobatch.errors import AutobatchError
+from autobatch.lightning import AutoBatch, NoiseScale
+from autobatch.testing import SimulatedAccelerator
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import torch
-
-    from autobatch._report import TuningReport
 
 _DEMO_MEMORY: Final = "8MiB"  # small enough to be filled by images of 8 × 8 pixels
 _DEMO_STEPS: Final = 10  # per trial; they take milliseconds, and more steps give steadier times
@@ -24,31 +29,14 @@ _DEMO_TIMING: Final = 10.0  # seconds: enough for all sizes, in a training of ha
 _DEMO_SHIFTS: Final = ((0, 0), (0, 1), (1, 0), (0, -1))
 
 
-@dataclass(frozen=True, slots=True)
-class DemoResult:
-    """Report of the demo, and the accuracy on held-out digits after training, 0 to 1."""
-
-    report: TuningReport
-    accuracy: float
-    updates: int
-
-
 def demo(directory: Path) -> None:
-    """Tune and train the network, print the report, and write it and its figure.
+    """Tune and train a network on a simulated accelerator; print and write the report.
+
+    torch is left with one thread: more do not speed up so small a network.
 
     Raises:
-        AutobatchError: A package is not installed, or the directory cannot be created.
+        AutobatchError: The directory cannot be created.
     """
-    try:
-        import matplotlib as mpl  # noqa: F401 -- checked before anything is printed
-        import pytorch_lightning  # noqa: F401
-        import sklearn  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise AutobatchError(
-            f'The demo needs {error.name}: pip install "lightning-autobatch[demo]".'
-        ) from None
-    from autobatch import sinks
-
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -56,31 +44,6 @@ def demo(directory: Path) -> None:
             f"--directory={directory} cannot be created: {error.strerror}."
         ) from None
     began = time.perf_counter()
-    result = run_demo()  # the callback prints the report
-    report_path = directory / "autobatch.json"
-    figure_path = directory / "tradeoff.png"
-    sinks.json_file(report_path)(result.report)
-    sinks.figure_file(figure_path)(result.report)
-    print(
-        f"\nAfter {result.updates} updates the network recognises {100 * result.accuracy:.1f} % of "
-        f"the held-out digits; {time.perf_counter() - began:.0f} s in all.\n"
-        f"Report: {report_path}, figure: {figure_path}"
-    )
-
-
-def run_demo() -> DemoResult:
-    """Tune and train a network on the CPU, with a simulated accelerator of a few MiB.
-
-    torch is left with one thread: more do not speed up so small a network.
-    """
-    import pytorch_lightning as pl
-    import torch
-    from sklearn.datasets import load_digits
-    from torch.utils.data import DataLoader, TensorDataset, random_split
-
-    from autobatch.lightning import AutoBatch, NoiseScale
-    from autobatch.testing import SimulatedAccelerator
-
     _silence_lightning()
     torch.set_num_threads(1)
     pl.seed_everything(0, verbose=False)
@@ -89,7 +52,7 @@ def run_demo() -> DemoResult:
     data = TensorDataset(images, torch.tensor(digits.target))
     train, held_out = random_split(data, [0.8, 0.2])
 
-    model = _digits_net()
+    model = DigitsNet()
     tuner = AutoBatch(
         target_batch_size=256,
         repair_last_window=True,
@@ -107,20 +70,26 @@ def run_demo() -> DemoResult:
         enable_model_summary=False,
     )
     augmented = TensorDataset(*_augmented(*train[:]))
-    trainer.fit(model, DataLoader(augmented, batch_size=8, shuffle=True))
+    trainer.fit(model, DataLoader(augmented, batch_size=8, shuffle=True))  # prints the report
 
     if tuner.report is None:
         raise RuntimeError("fit ended without a report")
-    inputs, labels = next(iter(DataLoader(held_out, batch_size=len(held_out))))
+    report_path = directory / "autobatch.json"
+    figure_path = directory / "tradeoff.png"
+    sinks.json_file(report_path)(tuner.report)
+    sinks.figure_file(figure_path)(tuner.report)
+    inputs, labels = held_out[:]
     with torch.no_grad():
         accuracy = (model.eval()(inputs).argmax(1) == labels).float().mean().item()
-    return DemoResult(tuner.report, accuracy, trainer.global_step)
+    print(
+        f"\nAfter {trainer.global_step} updates the network recognises {100 * accuracy:.1f} % of "
+        f"the held-out digits; {time.perf_counter() - began:.0f} s in all.\n"
+        f"Report: {report_path}, figure: {figure_path}"
+    )
 
 
 def _augmented(images: Any, labels: Any) -> tuple[Any, Any]:
     """Return shifted and noisy copies of the images, with their labels."""
-    import torch
-
     shifted = [torch.roll(images, shift, dims=(2, 3)) for shift in _DEMO_SHIFTS]
     noisy = [copy + 0.3 * torch.randn_like(copy) for copy in shifted]
     return torch.cat(noisy), labels.repeat(len(_DEMO_SHIFTS))
@@ -134,34 +103,29 @@ def _silence_lightning() -> None:
     warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # raised inside torch
 
 
-def _digits_net() -> Any:
-    import pytorch_lightning as pl
-    import torch
-    from torch import nn
+class DigitsNet(pl.LightningModule):
+    """Two convolutions with BatchNorm, and a linear layer."""
 
-    class DigitsNet(pl.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.Sequential(
-                nn.Conv2d(1, 32, 3, padding=1),
-                nn.BatchNorm2d(32),
-                nn.ReLU(),
-                nn.Conv2d(32, 64, 3, padding=1),
-                nn.BatchNorm2d(64),
-                nn.ReLU(),
-                nn.MaxPool2d(2),
-                nn.Flatten(),
-                nn.Linear(1024, 10),
-            )
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(1, 32, 3, padding=1),
+            nn.BatchNorm2d(32),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 3, padding=1),
+            nn.BatchNorm2d(64),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(1024, 10),
+        )
 
-        def forward(self, images: torch.Tensor) -> Any:
-            return self.layers(images)
+    def forward(self, images: torch.Tensor) -> Any:
+        return self.layers(images)
 
-        def training_step(self, batch: Any, _: int) -> torch.Tensor:
-            images, labels = batch
-            return nn.functional.cross_entropy(self(images), labels)
+    def training_step(self, batch: Any, _: int) -> torch.Tensor:
+        images, labels = batch
+        return nn.functional.cross_entropy(self(images), labels)
 
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.AdamW(self.parameters(), lr=2e-3)
-
-    return DigitsNet()
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=2e-3)

@@ -279,14 +279,14 @@ def candidates(
     exact = [BatchPlan(size, samples // size, world_size) for size in ordered]
     timed = {size: max(1, round(samples / size)) for size in times.sizes if size <= samples}
     fastest = min(times.by_size(timed).values(), key=attrgetter("seconds"), default=None)
-    fast = [] if fastest is None else _fast(exact, fastest, times)
-    cheap = [plan for plan in exact if plan.accumulate_grad_batches <= most]
-    plans = list(dict.fromkeys((*fast, *cheap)))
-    fast = fast or fast_plans(cheap, times, preference)
-    if fast:
-        return _preferred_first(fast, plans, times, preference)
-    if plans:  # nothing was timed: those with the fewest micro-batches come first
-        return tuple(plans)
+    fast = fast_plans(exact, times, preference, fastest)
+    plans = [plan for plan in exact if plan in fast or plan.accumulate_grad_batches <= most]
+    first = (fast or fast_plans(plans, times, preference))[:1]
+    if plans:
+        # If nothing was timed, those with the fewest micro-batches come first
+        seconds = {plan: time.seconds for plan, time in _timed(plans, times).items()}
+        others = sorted(plans, key=lambda plan: seconds.get(plan, math.inf))
+        return tuple(dict.fromkeys((*first, *others)))
     sizes = [size for size in range(largest, ceil_div(samples, most) - 1, -1) if usable(size)]
     return tuple(
         sorted(
@@ -297,39 +297,32 @@ def candidates(
 
 
 def fast_plans(
-    plans: Sequence[BatchPlan], times: StepTimes, preference: Preference
+    plans: Sequence[BatchPlan],
+    times: StepTimes,
+    preference: Preference,
+    fastest: SampleTime | None = None,
 ) -> list[BatchPlan]:
-    """Return the plans that are about as fast as the fastest of them, the preferred one first."""
-    known = [time for plan in plans if (time := _time(plan, times)) is not None]
-    if not known:
+    """Return the plans about as fast as the fastest size, the preferred one first.
+
+    The fastest size is that of these plans if none is given.
+    """
+    timed = _timed(plans, times)
+    fastest = fastest or min(timed.values(), key=attrgetter("seconds"), default=None)
+    if fastest is None:
         return []
-    fastest = min(known, key=attrgetter("seconds"))
-    fast = {plan.micro_batch_size: plan for plan in _fast(plans, fastest, times)}
+    fast = {
+        plan.micro_batch_size: plan for plan, time in timed.items() if not time.is_slow(fastest)
+    }
     return [fast[size] for size in preference.order(fast)]
 
 
-def _fast(plans: Iterable[BatchPlan], fastest: SampleTime, times: StepTimes) -> list[BatchPlan]:
-    """Return the plans about as fast as the fastest size."""
-    timed = ((plan, _time(plan, times)) for plan in plans)
-    return [plan for plan, time in timed if time is not None and not time.is_slow(fastest)]
-
-
-def _preferred_first(
-    fast: Sequence[BatchPlan], plans: Iterable[BatchPlan], times: StepTimes, preference: Preference
-) -> tuple[BatchPlan, ...]:
-    preferred = preference.order([plan.micro_batch_size for plan in fast])[0]
-    first = next(plan for plan in fast if plan.micro_batch_size == preferred)
-    others = [plan for plan in plans if plan != first]
-
-    def seconds(plan: BatchPlan) -> float:
-        known = _time(plan, times)
-        return math.inf if known is None else known.seconds
-
-    return (first, *sorted(others, key=seconds))
-
-
-def _time(plan: BatchPlan, times: StepTimes) -> SampleTime | None:
-    return times.per_sample(plan.micro_batch_size, plan.accumulate_grad_batches)
+def _timed(plans: Iterable[BatchPlan], times: StepTimes) -> dict[BatchPlan, SampleTime]:
+    """Return the time per sample of the plans whose micro-batch was timed."""
+    known = {
+        plan: times.per_sample(plan.micro_batch_size, plan.accumulate_grad_batches)
+        for plan in plans
+    }
+    return {plan: time for plan, time in known.items() if time is not None}
 
 
 def nearest(target: int, world_size: int, sizes: Iterable[int]) -> BatchPlan:

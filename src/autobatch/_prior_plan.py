@@ -73,6 +73,11 @@ def known_plan(plan: BatchPlan | str | Path | None, settings: Settings) -> Batch
             f"plan={given} is verified, and latency_limit={settings.latency_limit:g} asks "
             "for a search; give one of the two."
         )
+    if plan == "keep":
+        raise ValueError(
+            "plan='keep' is for AutoBatch alone, which can leave the batch size as it is; give a "
+            "BatchPlan, or the path of a report."
+        )
     if isinstance(plan, (str, Path)):
         report = TuningReport.read(plan)
         if report.task != "train":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Final
@@ -59,7 +59,7 @@ def tune(
 ) -> TuningReport:
     """Find a batch plan: budget, search, throughput, plan, report; every rank of a job calls it.
 
-    A plan that is known before needs one trial, and a search only if it does not fit any more.
+    A plan that is known before needs one trial, and a search only if it does not fit.
     """
     ranks, known = context.ranks, prior.plan
     settings = prior.applied_to(settings, ranks.replicas)
@@ -167,7 +167,7 @@ class SearchRange:
 
     def limited(self, high: int) -> SearchRange:
         """Return the range without sizes above `high`."""
-        return SearchRange(self.start, min(self.high, high), self.bound)
+        return replace(self, high=min(self.high, high))
 
     @property
     def bound_met(self) -> Bound:
@@ -184,7 +184,7 @@ def search_range(subject: Subject, settings: Settings, ranks: Ranks) -> SearchRa
     bound = tightest_bound(settings, ranks.replicas)
     high = max(1, bound.batch_size) if bound else _MAX_BATCH_SIZE
     ranges = ranks.gather(SearchRange(subject.baseline.start_batch_size, high, bound))
-    return SearchRange(ranges[0].start, min(each.high for each in ranges), bound)
+    return replace(min(ranges, key=lambda each: each.high), start=ranges[0].start)
 
 
 def verify(plan: BatchPlan, runner: TrialRunner, sizes: SearchRange) -> BatchPlan:
@@ -192,14 +192,12 @@ def verify(plan: BatchPlan, runner: TrialRunner, sizes: SearchRange) -> BatchPla
     check_can_accumulate(plan, runner)
     size = plan.micro_batch_size
     if size > sizes.high:
-        reason = sizes.bound.reason if sizes.bound else f"no search goes above {_MAX_BATCH_SIZE:,}"
-        raise ValueError(f"plan={plan} has micro-batches of {size}, but {reason}.")
+        raise ValueError(f"plan={plan} has micro-batches of {size}, but {sizes.bound_met.reason}.")
     trial = runner.run(size, is_timed=True, accumulate=plan.trial_accumulation)
     if trial.fits and trial.batch_size == size:
         return plan
     raise DoesNotFitError(
-        f"plan={plan} does not fit any more: {trial.failure(runner.budget)}. Leave plan out to "
-        "search again."
+        f"plan={plan} does not fit: {trial.failure(runner.budget)}. Leave plan out to search."
     )
 
 
@@ -228,9 +226,9 @@ def find_largest_fit(
         check_size_is_used(runner.trials)
         if latency and trial.fits and (too_slow := latency.too_slow(trial.batch_size)):
             # Larger sizes would fit, but take too long
-            high = min(sizes.high, trial.batch_size)
-            bound = Bound(high, too_slow_reason(too_slow, latency.limit))
-            sizes = SearchRange(sizes.start, high, bound)
+            sizes = sizes.limited(trial.batch_size)
+            bound = Bound(sizes.high, too_slow_reason(too_slow, latency.limit))
+            sizes = replace(sizes, bound=bound)
     runner.raise_first_refusal(is_timed=is_timed)
     return sizes
 

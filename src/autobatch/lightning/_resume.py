@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from torch.nn.parameter import is_lazy
 
 from autobatch._loaders.epochs import samples_of
+from autobatch._memory import format_bytes
 from autobatch._plan import BatchPlan
 from autobatch._prior_plan import PriorPlan, in_words, other_update
 from autobatch.errors import AutobatchError
@@ -202,8 +203,7 @@ def _of_checkpoint(
     if not checkpoint.between_epochs:
         return _within_epoch(plan, own, here)
     if not checkpoint.was_on(here):
-        device = (checkpoint.trained_on or here).device
-        return PriorPlan.tuned_again(plan, f" on {plan.world_size} × {device}")
+        return PriorPlan.tuned_again(plan, _place(plan, checkpoint.trained_on or here, here))
     bounds = (settings.max_micro_batch_size, settings.dataset_size)
     if any(bound is not None and plan.micro_batch_size > bound for bound in bounds):
         return PriorPlan.tuned_again(plan, "")
@@ -251,3 +251,11 @@ def _finished_with(plan: BatchPlan) -> str:
 def _device_of(report: TuningReport) -> DeviceId:
     device = report.device
     return DeviceId.of(device.name, device.total, report.plan.world_size)
+
+
+def _place(plan: BatchPlan, before: DeviceId, here: DeviceId) -> str:
+    """Return where a plan was found, and both sizes of memory where only these differ."""
+    place = f" on {plan.world_size} × {before.device}"
+    if before.device != here.device or before.total == here.total:
+        return place
+    return f"{place} of {format_bytes(before.total)}, and this one has {format_bytes(here.total)}"

@@ -7,16 +7,19 @@ import functools
 import json
 import statistics
 from bisect import bisect_left
+from collections.abc import Mapping  # noqa: TC003 -- pydantic reads the annotations
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
+
+from pydantic import TypeAdapter
 
 from autobatch._memory import MemoryReading, format_bytes
 from autobatch._report import files
 from autobatch.errors import AutobatchError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator, Mapping
+    from collections.abc import Callable, Generator, Iterator
     from contextlib import AbstractContextManager
 
     from autobatch._memory import MemoryProbe, Watch
@@ -87,19 +90,11 @@ class Recording:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
             if content.pop("schema_version") != _SCHEMA_VERSION:
                 raise ValueError("another schema_version")  # noqa: TRY301 -- like any bad content
-            runs = tuple(map(_run_from, content.pop("runs")))
-            return cls(**content, runs=runs)
+            return TypeAdapter(cls).validate_python(content)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise AutobatchError(
                 f"{path} does not hold a recording of schema_version {_SCHEMA_VERSION}."
             ) from error
-
-
-def _run_from(content: dict[str, Any]) -> Run:
-    before, after = (MemoryReading(**content[name]) for name in ("before", "after"))
-    first = content.get("first")
-    first = None if first is None else MemoryReading(**first)
-    return Run(**{**content, "before": before, "after": after, "first": first})
 
 
 class Recorder:

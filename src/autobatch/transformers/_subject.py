@@ -7,7 +7,6 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from autobatch._accumulation import batch_norms
-from autobatch._plan import BatchPlan
 from autobatch._report.accumulation_notes import batch_norm, never_stepped
 from autobatch._report.result import SubjectNotes
 from autobatch._report.tradeoff import common_rule, unwrapped
@@ -15,6 +14,7 @@ from autobatch._subject import Baseline, Description, Inference, versions
 
 if TYPE_CHECKING:
     from autobatch._loaders.samples import Samples
+    from autobatch._plan import BatchPlan
     from autobatch._report import Task
     from autobatch._trials.context import TrialContext
     from autobatch._trials.time_limit import TimeLimit
@@ -31,16 +31,7 @@ class TrainerTraining:
     trainer: Any  # the Trainer, with everything prepared
     loader: TrainerLoaders  # the training data
     context: TrialContext
-    before: BatchPlan  # the plan of the arguments
-
-    @classmethod
-    def of(
-        cls, workload: TrainerSteps, trainer: Any, loader: TrainerLoaders, context: TrialContext
-    ) -> TrainerTraining:
-        """Return the subject of a Trainer that still has its own arguments."""
-        accumulate, ranks = trainer.args.gradient_accumulation_steps, trainer.args.world_size
-        previous = BatchPlan(loader.batch_size, accumulate, ranks)
-        return cls(workload, trainer, loader, context, previous)
+    before: BatchPlan  # the plan of the arguments, outside of trials
 
     @property
     def task(self) -> Task:

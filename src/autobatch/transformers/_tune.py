@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from autobatch import sinks
 from autobatch._loaders.samples import Samples, checked_worst_case
+from autobatch._plan import BatchPlan
 from autobatch._prior_plan import PriorPlan, known_plan
 from autobatch._settings import Settings, checked_verbose
 from autobatch._tune import checked_search
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from autobatch._memory import MemoryProbe
-    from autobatch._plan import BatchPlan
     from autobatch._report import TuningReport
     from autobatch._search import Search
 
@@ -125,7 +125,9 @@ def tune(
         target = known.effective_batch_size or planned or settings.target_batch_size
         with Samples(loader, context.snapshot, trainer.args.device, largest_batch) as samples:
             workload = TrainerSteps(trainer, samples, target)
-            subject = TrainerTraining.of(workload, trainer, loader, context)
+            args = trainer.args
+            before = BatchPlan(loader.batch_size, args.gradient_accumulation_steps, args.world_size)
+            subject = TrainerTraining(workload, trainer, loader, context, before)
             report = tune_subject(subject, settings, context, strategy, known)
     if apply:
         _apply(report, trainer)
