@@ -70,6 +70,13 @@ class DeviceId:
         """Return the device without its index: devices of one model are equivalent."""
         return cls(re.sub(r" \(cuda:\d+\)$", "", name), total, world_size)
 
+    def beside(self, here: DeviceId) -> str:
+        """Return its name, with the memory of both devices if they differ in nothing else."""
+        if self.device != here.device or self.total == here.total:
+            return self.device
+        before, now = format_bytes(self.total), format_bytes(here.total)
+        return f"{self.device} of {before}, and this one has {now}"
+
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
@@ -237,8 +244,5 @@ def _allowed(plan: BatchPlan, settings: Settings) -> bool:
 def _on_device(checkpoint: Checkpoint, here: DeviceId) -> str:
     if checkpoint.was_on(here) or checkpoint.plan is None:
         return ""
-    before = checkpoint.trained_on or here
-    place = f" on {checkpoint.plan.world_size} × {before.device}"
-    if before.device != here.device or before.total == here.total:
-        return place
-    return f"{place} of {format_bytes(before.total)}, and this one has {format_bytes(here.total)}"
+    device = (checkpoint.trained_on or here).beside(here)
+    return f" on {checkpoint.plan.world_size} × {device}"
