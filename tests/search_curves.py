@@ -20,7 +20,9 @@ BUDGET = RESIDENT + ROOM
 HIGH = 100_000
 
 
-def run(search, peak, *, fits=None, profile=None, resident=None, read="fit", **options):
+def run(
+    search, peak, *, fits=None, profile=None, resident=None, allocated=None, read="fit", **options
+):
     """Search until the end; `read` selects trials with a peak: "fit", "all" or "none"."""
     options = {"start": 8, "high": HIGH, "budget": BUDGET} | options
     trials = []
@@ -37,6 +39,7 @@ def run(search, peak, *, fits=None, profile=None, resident=None, read="fit", **o
                 Outcome.FIT if fit else failed,
                 peak=peak(size) if seen else None,
                 resident=resident(len(trials)) if resident else RESIDENT,
+                allocated=allocated(size) if allocated and seen else None,
                 profile=profile(size) if profile and seen else (),
             )
         )

@@ -21,10 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 
 import autobatch
 from autobatch import _settings
+from autobatch._distributed.sharding import local_part
 from autobatch._throughput import curve
 from autobatch.testing import SimulatedAccelerator
 from lightning_here import data, pl, quiet_trainer
@@ -193,14 +195,7 @@ def tuner(device, timing_seconds=None):
 
 def shards(state):
     """Return copies of the tensors of a state, of a sharded one the part of this rank."""
-    if isinstance(state, dict):
-        return {key: shards(value) for key, value in state.items()}
-    if isinstance(state, (list, tuple)):
-        return [shards(value) for value in state]
-    if isinstance(state, torch.Tensor):
-        local = state.to_local() if hasattr(state, "to_local") else state
-        return local.detach().clone()
-    return state
+    return tree_map_only(torch.Tensor, lambda each: local_part(each).detach().clone(), state)
 
 
 def left_by(fitted, module):

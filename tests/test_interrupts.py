@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 
 import pytest
 
+import autobatch
 import interrupts
 
 pytestmark = [pytest.mark.guide, pytest.mark.filterwarnings("ignore")]
@@ -46,6 +48,14 @@ def some_changing(lines):
 @pytest.mark.parametrize("kind", interrupts.RUNS)
 def test_an_interrupt_at_some_lines_leaves_nothing(kind):
     assert problems(kind, some_changing) == {}
+
+
+def test_an_interrupt_at_any_line_of_the_method_tune_leaves_nothing():
+    tune = autobatch.AutoBatch.tune
+    source, first = inspect.getsourcelines(tune)
+    of_tune = {(tune.__code__.co_filename, first + at) for at in range(len(source))}
+
+    assert problems("tune", lambda lines: [line for line in lines if line in of_tune]) == {}
 
 
 @pytest.mark.sweep

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -121,48 +119,6 @@ def test_a_trainer_with_two_autobatches_is_refused_in_one_sentence():
 
     assert model.sizes == []
     assert loader.batch_size == 4
-
-
-def lines_of(function, act, interrupted=None):
-    """Act, and return the lines of a function that ran; Ctrl-C at the one of this number."""
-    lines = []
-
-    def trace(frame, event, _):
-        if frame.f_code is not function.__code__:
-            return None
-        if event == "line":
-            lines.append(frame.f_lineno)
-            if len(lines) - 1 == interrupted:
-                raise KeyboardInterrupt
-        return trace
-
-    former = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        act()
-    finally:
-        sys.settrace(former)
-    return lines
-
-
-def test_an_interrupt_at_any_line_of_tune_restores_the_trainer():
-    plan = autobatch.BatchPlan(micro_batch_size=20, accumulate_grad_batches=6)
-    callback, fitted, model, loader = tuner(plan=plan), trainer(), Model(), plain()
-    callbacks = fitted.callbacks
-
-    def tune():
-        callback.tune(fitted, model, loader)
-
-    for number in range(len(lines_of(autobatch.AutoBatch.tune, tune))):
-        with pytest.raises(KeyboardInterrupt):
-            lines_of(autobatch.AutoBatch.tune, tune, interrupted=number)
-
-        assert fitted.callbacks is callbacks
-        assert fitted.accumulate_grad_batches == 1
-        assert loader.batch_size == loader.batch_sampler.batch_size == 4
-
-    trainer(callback).fit(model, loader)
-    assert set(model.sizes) == {20}
 
 
 def test_fit_trains_after_an_error_in_tune():

@@ -6,39 +6,29 @@ from statistics import mean
 
 import pytest
 
-from autobatch import Bisection, GuidedBisection, Outcome, Trial
+from autobatch import Bisection, GuidedBisection
 from measured_curves import measured_curves, starts
+from search_curves import failures, found, run
 
 CURVES = measured_curves()
 
 
-def run(search, curve, start):
-    trials = []
-    options = {"start": start, "high": 100_000, "budget": curve.budget}
-    while (size := search.propose(tuple(trials), **options)) is not None:
-        fits = curve.fits(size)
-        trials.append(
-            Trial(
-                size,
-                Outcome.FIT if fits else Outcome.OUT_OF_MEMORY,
-                peak=curve.peak(size) if fits else None,
-                resident=curve.resident,
-                allocated=curve.allocated(size) if fits else None,
-            )
-        )
-    return trials
-
-
-def found(trials):
-    return max(trial.batch_size for trial in trials if trial.fits)
-
-
-def failures(trials):
-    return sum(not trial.fits for trial in trials)
+def searched(search, curve, start):
+    return run(
+        search,
+        curve.peak,
+        fits=curve.fits,
+        resident=lambda _: curve.resident,
+        allocated=curve.allocated,
+        start=start,
+        budget=curve.budget,
+    )
 
 
 def test_thirteen_searches_take_four_and_a_half_trials_and_seldom_fail():
-    searches = [run(GuidedBisection(), curve, start) for curve in CURVES for start in starts(curve)]
+    searches = [
+        searched(GuidedBisection(), curve, start) for curve in CURVES for start in starts(curve)
+    ]
 
     assert len(searches) == 13
     assert mean(map(len, searches)) <= 4.5
@@ -49,7 +39,7 @@ def test_thirteen_searches_take_four_and_a_half_trials_and_seldom_fail():
 @pytest.mark.parametrize("curve", CURVES, ids=lambda curve: curve.name)
 def test_the_size_found_ran_and_leaves_little_of_the_size_or_the_bytes(curve):
     for start in (2, 3, 5, *range(8, 49, 4)):
-        size = found(run(GuidedBisection(), curve, start))
+        size = found(searched(GuidedBisection(), curve, start))
 
         unused = (curve.budget - curve.peak(size)) / (curve.budget - curve.resident)
         assert curve.fits(size)
@@ -62,4 +52,4 @@ def test_bisection_may_stop_below_a_size_that_fails_though_larger_ones_fit():
 
     assert not gpt.fits(47)
     assert gpt.largest == 52
-    assert gpt.fits(found(run(Bisection(), gpt, 8)))
+    assert gpt.fits(found(searched(Bisection(), gpt, 8)))

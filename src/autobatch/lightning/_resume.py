@@ -72,6 +72,13 @@ class DeviceId:
         """Return the device without its index: devices of one model are equivalent."""
         return cls(re.sub(r" \(cuda:\d+\)$", "", name), total, world_size)
 
+    def beside(self, here: DeviceId) -> str:
+        """Return its name, with the memory of both devices if they differ in nothing else."""
+        if self.device != here.device or self.total == here.total:
+            return self.device
+        before, now = format_bytes(self.total), format_bytes(here.total)
+        return f"{self.device} of {before}, and this one has {now}"
+
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
@@ -203,7 +210,8 @@ def _of_checkpoint(
     if not checkpoint.between_epochs:
         return _within_epoch(plan, own, here)
     if not checkpoint.was_on(here):
-        return PriorPlan.tuned_again(plan, _place(plan, checkpoint.trained_on or here, here))
+        device = (checkpoint.trained_on or here).beside(here)
+        return PriorPlan.tuned_again(plan, f" on {plan.world_size} × {device}")
     bounds = (settings.max_micro_batch_size, settings.dataset_size)
     if any(bound is not None and plan.micro_batch_size > bound for bound in bounds):
         return PriorPlan.tuned_again(plan, "")
@@ -251,11 +259,3 @@ def _finished_with(plan: BatchPlan) -> str:
 def _device_of(report: TuningReport) -> DeviceId:
     device = report.device
     return DeviceId.of(device.name, device.total, report.plan.world_size)
-
-
-def _place(plan: BatchPlan, before: DeviceId, here: DeviceId) -> str:
-    """Return where a plan was found, and both sizes of memory where only these differ."""
-    place = f" on {plan.world_size} × {before.device}"
-    if before.device != here.device or before.total == here.total:
-        return place
-    return f"{place} of {format_bytes(before.total)}, and this one has {format_bytes(here.total)}"

@@ -13,13 +13,12 @@ from autobatch._report.tradeoff import common_rule, unwrapped
 from autobatch._subject import Baseline, Description, Inference, versions
 
 if TYPE_CHECKING:
-    from autobatch._loaders.samples import Samples
     from autobatch._plan import BatchPlan
     from autobatch._report import Task
     from autobatch._trials.context import TrialContext
     from autobatch._trials.time_limit import TimeLimit
-    from autobatch._trials.workload import Workload
     from autobatch.transformers._data import TrainerLoaders
+    from autobatch.transformers._evaluation import EvaluationSteps
     from autobatch.transformers._training import TrainerSteps
 
 
@@ -111,10 +110,7 @@ class TrainerTraining:
 class TrainerEvaluation(Inference):
     """Evaluation in a Trainer as the subject of a tuning run."""
 
-    workload: Workload
-    trainer: Any  # the Trainer, with everything prepared
-    loaders: TrainerLoaders  # the evaluation data
-    samples: Samples
+    workload: EvaluationSteps
 
     @property
     def task(self) -> Task:
@@ -122,18 +118,20 @@ class TrainerEvaluation(Inference):
 
     @property
     def baseline(self) -> Baseline:
-        return Baseline(self.loaders.batch_size, self.loaders.batch_size)
+        own = self.workload.loaders.batch_size
+        return Baseline(own, own)
 
     def describe(self) -> Description:
-        name = f"{type(self.trainer.model).__name__} · evaluate · {_precision(self.trainer)}"
-        return Description(name, _environment(), look=self.samples.look)
+        trainer = self.workload.trainer
+        name = f"{type(trainer.model).__name__} · evaluate · {_precision(trainer)}"
+        return Description(name, _environment(), look=self.workload.samples.look)
 
     def samples_per_epoch(self, plan: BatchPlan) -> int | None:
-        return self.loaders.samples
+        return self.workload.loaders.samples
 
     def planned_seconds(self, sample_seconds: float) -> float | None:
-        samples = self.loaders.samples
-        return None if samples is None else sample_seconds * samples / self.trainer.args.world_size
+        samples, ranks = self.workload.loaders.samples, self.workload.trainer.args.world_size
+        return None if samples is None else sample_seconds * samples / ranks
 
 
 def _precision(trainer: Any) -> str:

@@ -112,9 +112,7 @@ def tune_evaluation(
         ):
             snapshot.capture_small_values(trainer)
             snapshot.capture(trainer.model, trainer.optimizer)
-            subject = TrainerEvaluation(
-                EvaluationSteps(trainer, loaders, samples), trainer, loaders, samples
-            )
+            subject = TrainerEvaluation(EvaluationSteps(trainer, loaders, samples))
             beside = replace(context, snapshot=snapshot)
             report = tune(subject, settings, beside, strategy, PriorPlan())
     if apply:
