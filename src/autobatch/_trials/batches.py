@@ -29,17 +29,12 @@ def leaves(batch: Any) -> Iterator[Any]:
         yield from leaves(part)
 
 
-def map_leaves(
-    change: Callable[[Any], Any], batch: Any, *, is_leaf: Callable[[Any], bool] | None = None
-) -> Any:
-    """Return a batch in containers of its own, with `change(leaf)` in place of each leaf.
-
-    Containers for which `is_leaf` is true are leaves as well.
-    """
-    parts = None if is_leaf is not None and is_leaf(batch) else _parts(batch)
+def map_leaves(change: Callable[[Any], Any], batch: Any) -> Any:
+    """Return a batch in containers of its own, with `change(leaf)` in place of each leaf."""
+    parts = _parts(batch)
     if parts is None:
         return change(batch)
-    return _rebuilt(batch, [map_leaves(change, part, is_leaf=is_leaf) for part in parts])
+    return _rebuilt(batch, [map_leaves(change, part) for part in parts])
 
 
 def row_counts(batch: Any) -> set[int]:
