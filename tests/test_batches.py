@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from autobatch._trials.batches import cut, leaves, map_leaves, row_counts
+from autobatch._trials.batches import cut, leaves, row_counts
 from sameness import same
 
 
@@ -90,13 +90,4 @@ def test_list_of_plain_values_is_one_leaf():
         (1, 2),
         1,
         object,
-    ]
-
-
-def test_containers_may_be_declared_leaves():
-    pair = Pair(torch.ones(2), [])
-
-    assert map_leaves(type, [pair, pair.x], is_leaf=lambda part: part is pair) == [
-        Pair,
-        torch.Tensor,
     ]

@@ -18,7 +18,7 @@ CHANGING = (
     "_apply.py",
     "_autobatch.py",
     "_tuned_training.py",
-    "_batch_size.py",
+    "batch_size.py",
     "_compat.py",
     "_isolation.py",
     "_run.py",

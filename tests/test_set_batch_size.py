@@ -175,10 +175,14 @@ def test_trials_run_batches_of_the_loader_at_the_size_in_the_report():
         assert any(limit - 7 < tokens <= limit for tokens in Watched.tokens_seen)
 
 
-def test_loader_made_by_a_hook_is_set_each_epoch():
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_loader_of_a_hook_is_set_each_epoch(is_kept):
+    kept = by_budget()
+
     class Hooked(Tokens):
         def train_dataloader(self):
-            return by_budget()
+            kept.batch_sampler.tokens = 16
+            return kept if is_kept else by_budget()
 
     model, callback = Hooked(), tokens_tuned()
 

@@ -81,7 +81,7 @@ class Remaking:
     left_out: str | None = None
 
     def __call__(self, loader: DataLoader[Any], batch_size: int) -> None:
-        """Set the batch size; `UnreadableArgumentsError` if a part cannot be made again."""
+        """Set the batch size; `TypeError` if an argument of a part is not known."""
         if isinstance(getattr(loader.batch_sampler, "batch_size", None), int):
             resize(loader, batch_size, samplers_of_same_size(loader))
         with Snapshot():  # of the random numbers that a part may draw
@@ -112,10 +112,6 @@ def save_arguments(made: Any, positional: tuple[Any, ...], keywords: dict[str, A
     """Replace the arguments Lightning saved, past the guards of a DataLoader."""
     object.__setattr__(made, "__pl_saved_args", positional)
     object.__setattr__(made, "__pl_saved_kwargs", keywords)
-
-
-class UnreadableArgumentsError(Exception):
-    """An object of which an argument is not known."""
 
 
 def remade_parts(loader: DataLoader[Any]) -> list[Any]:
@@ -169,7 +165,7 @@ def _attributes(part: Any, left_out: str | None) -> Iterator[tuple[str, Any]]:
         if is_named and name in vars(part) and name != left_out:
             yield name, vars(part)[name]
         elif parameter.default is parameter.empty and name != "batch_size":
-            raise UnreadableArgumentsError(name)
+            raise TypeError(f"the argument {name} of a {type(part).__name__} is not known")
 
 
 def _take_over(part: Any, made: Any) -> None:

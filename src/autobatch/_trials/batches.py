@@ -29,17 +29,12 @@ def leaves(batch: Any) -> Iterator[Any]:
         yield from leaves(part)
 
 
-def map_leaves(
-    change: Callable[[Any], Any], batch: Any, *, is_leaf: Callable[[Any], bool] | None = None
-) -> Any:
-    """Return a batch in containers of its own, with `change(leaf)` in place of each leaf.
-
-    Containers for which `is_leaf` is true are leaves as well.
-    """
-    parts = None if is_leaf is not None and is_leaf(batch) else _parts(batch)
+def map_leaves(change: Callable[[Any], Any], batch: Any) -> Any:
+    """Return a batch in containers of its own, with `change(leaf)` in place of each leaf."""
+    parts = _parts(batch)
     if parts is None:
         return change(batch)
-    return _rebuilt(batch, [map_leaves(change, part, is_leaf=is_leaf) for part in parts])
+    return _rebuilt(batch, [map_leaves(change, part) for part in parts])
 
 
 def row_counts(batch: Any) -> set[int]:
@@ -91,7 +86,8 @@ def divisible_samples(batch: Any) -> int:
     Raises:
         NotDividedError: The batch cannot be divided.
     """
-    if not all(isinstance(leaf, torch.Tensor) or is_plain(leaf) for leaf in leaves(batch)):
+    known = (torch.Tensor, *_PLAIN)
+    if not all(isinstance(leaf, known) or is_plain_list(leaf) for leaf in leaves(batch)):
         raise NotDividedError("its batches are not of tensors in plain containers")
     counts = row_counts(batch)
     if len(counts) != 1:
@@ -123,11 +119,6 @@ def is_plain_list(value: Any) -> bool:
     """Check for a list or tuple of numbers and texts, such as the names of the samples."""
     is_list = isinstance(value, (list, tuple)) and not hasattr(value, "_fields")
     return is_list and all(isinstance(each, _PLAIN) for each in value)
-
-
-def is_plain(value: Any) -> bool:
-    """Check for a number, text or None, or a list of these."""
-    return isinstance(value, _PLAIN) or is_plain_list(value)
 
 
 def _parts(batch: Any) -> Sequence[Any] | None:

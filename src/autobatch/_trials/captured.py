@@ -16,6 +16,7 @@ from torch.utils.weak import TensorWeakRef
 
 from autobatch._distributed.sharding import local_part
 from autobatch._trials.reachable import (
+    CONTAINERS,
     LARGE,
     PLAIN,
     attributes_of,
@@ -29,7 +30,6 @@ from autobatch._trials.saved import (
     SavedEntries,
     SavedGenerator,
     Unchanged,
-    copied_to_host,
     has_shared_elements,
     is_numpy_array,
     replace_entries,
@@ -143,8 +143,7 @@ def save_all(value: Any, memo: Memo) -> Saved:
 
 def save_small_values(value: Any, memo: Memo) -> Saved:
     """Save counters, generators and small containers, but no tensors, arrays and data."""
-    is_container = isinstance(value, (dict, list, set, tuple, deque))
-    is_data = is_container and len(value) > LARGE
+    is_data = isinstance(value, CONTAINERS) and len(value) > LARGE
     if is_data or isinstance(value, torch.Tensor) or is_numpy_array(value):
         return Unchanged(value)
     return save_all(value, memo)
@@ -274,7 +273,7 @@ class SavedTensor:
         part, values = local_part(tensor), self._copy.values
         if has_shared_elements(part):
             # Elements that share memory cannot be written one by one; they rarely change
-            if not torch.equal(copied_to_host(part), values):
+            if not torch.equal(part.detach().cpu(), values):
                 tensor.data = self._copy.new_tensor()
         elif part.shape == values.shape and part.dtype == values.dtype:
             part.data.copy_(values)

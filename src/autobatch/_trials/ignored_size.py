@@ -40,14 +40,13 @@ def _allocate_the_same(one: Trial, other: Trial) -> bool:
 
     The last step alone may be a partial batch, of as many samples at two sizes.
     """
+    trials, steps = (one, other), sorted((_step(one), _step(other)), key=len)
     if one.accumulate == other.accumulate:
-        return _rise(one) == _rise(other) and _step(one) == _step(other)
+        rises = {(trial.peak or 0) - trial.resident for trial in trials}
+        return len(rises) == len({*steps}) == 1
     # The peak under accumulation has gradients besides: it has to be that of the last step
-    return (
-        _has_peak_at_last(one)
-        and _has_peak_at_last(other)
-        and _has_micro_batches_more(*sorted((_step(one), _step(other)), key=len))
-    )
+    is_last = all(max(trial.profile) == trial.peak for trial in trials)
+    return is_last and _has_micro_batches_more(*steps)
 
 
 def _has_micro_batches_more(short: Sequence[int], long: Sequence[int]) -> bool:
@@ -62,14 +61,6 @@ def _has_micro_batches_more(short: Sequence[int], long: Sequence[int]) -> bool:
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
     pairs = zip(one, other, strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-
-
-def _has_peak_at_last(trial: Trial) -> bool:
-    return max(trial.profile) == trial.peak
-
-
-def _rise(trial: Trial) -> int:
-    return (trial.peak or 0) - trial.resident
 
 
 def _step(trial: Trial) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 LARGE: Final = 1000  # entries; a larger container holds data rather than state
 # Types of values without parts that a trial could change
 PLAIN: Final = frozenset({int, float, complex, bool, str, bytes, type(None)})
-_CONTAINERS: Final = (list, tuple, set, deque, dict)
+CONTAINERS: Final = (list, tuple, set, deque, dict)
 _MOST: Final = 20_000  # values that are looked at
 _MOST_OF_HOLDER: Final = 5_000  # the same, for one object of a library
 _DEEPEST: Final = 12  # steps from the workload to a value
@@ -90,7 +90,7 @@ def _parts(reached: Reached) -> Iterator[Reached]:
     elif isinstance(value, type):
         if is_own_module(value.__module__):
             yield from _attributes_of_class(reached, value)
-    elif isinstance(value, _CONTAINERS):
+    elif isinstance(value, CONTAINERS):
         if len(value) <= LARGE:
             yield from reached.entries()
     elif isinstance(value, torch.nn.Module):
@@ -246,13 +246,13 @@ def _parts_of(holder: Reached, library: str) -> list[Reached]:
     pending, opened, looked_at = deque([holder]), {id(holder.value)}, 0
     while pending and looked_at < _MOST_OF_HOLDER:
         reached = pending.popleft()
-        if not isinstance(reached.value, _CONTAINERS):
+        if not isinstance(reached.value, CONTAINERS):
             parts.append(reached)
         for each in _inside(reached):
             looked_at += 1
             value = each.value
             is_part = has_state(value) or library_of(value) == library
-            is_opened = isinstance(value, _CONTAINERS) and len(value) <= LARGE
+            is_opened = isinstance(value, CONTAINERS) and len(value) <= LARGE
             if (is_part or is_opened) and id(value) not in opened:
                 opened.add(id(value))
                 pending.append(each)
@@ -262,7 +262,7 @@ def _parts_of(holder: Reached, library: str) -> list[Reached]:
 def _inside(reached: Reached) -> Iterator[Reached]:
     """Yield entries of a container and attributes of an object, none of what has a state."""
     value = reached.value
-    if isinstance(value, _CONTAINERS):
+    if isinstance(value, CONTAINERS):
         yield from reached.entries()
     elif not (has_state(value) or isinstance(value, torch.Tensor)):
         for name, each in (attributes_of(value) or {}).items():

@@ -102,7 +102,7 @@ class HostCopy:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         part = local_part(tensor)
-        self.values = copied_to_host(part)
+        self.values = part.detach().to("cpu", copy=True)
         self._device = part.device
         self._make = maker_of(tensor)
 
@@ -116,7 +116,3 @@ def has_shared_elements(tensor: torch.Tensor) -> bool:
         return False
     sizes = zip(tensor.shape, tensor.stride(), strict=True)
     return any(size > 1 and stride == 0 for size, stride in sizes)
-
-
-def copied_to_host(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to("cpu", copy=True)
