@@ -7,33 +7,17 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 import autobatch
 from autobatch.testing import SimulatedAccelerator
-from lightning_here import QUICK, pl, quiet_trainer
+from lightning_here import Model, data, pl, quiet_trainer, tuner
 
 strategies = importlib.import_module(f"{pl.__name__}.strategies")
 
 
 def loader(length=600, **options):
-    x = torch.randn(length, 16, generator=torch.Generator().manual_seed(5))
-    return DataLoader(TensorDataset(x, x[:, :4].argmax(1)), batch_size=4, **options)
-
-
-class Model(pl.LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(16, 256), nn.ReLU(), nn.Linear(256, 4))
-        self.sizes = []
-
-    def training_step(self, batch, batch_idx):
-        x, y = batch
-        self.sizes.append(len(x))
-        return F.cross_entropy(self.net(x), y)
-
-    def configure_optimizers(self):
-        return torch.optim.AdamW(self.parameters())
+    return DataLoader(data(length), batch_size=4, **options)
 
 
 class ByHand(Model):
@@ -66,17 +50,6 @@ class ByHand(Model):
                 [*self.other.parameters(), *self.fixed.parameters()], 0.1, momentum=0.9
             ),
         ]
-
-
-def tuner(**options):
-    return autobatch.AutoBatch(
-        **{
-            "target_batch_size": 120,
-            "device": SimulatedAccelerator("450KiB"),
-            **QUICK,
-            **options,
-        }
-    )
 
 
 def trainer(*callbacks, **options):

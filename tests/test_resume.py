@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -341,16 +340,15 @@ def test_a_second_fit_verifies_the_plan_of_the_first_by_one_trial():
 
 
 def test_a_second_fit_searches_if_the_plan_no_longer_fits():
-    callback = tuner(search=autobatch.Bisection())
-    callback.tune(trainer(), Model(), loader())
-    report = callback._results.last_fit.report.model_copy(update={"plan": PLAN})
-    callback._results.last_fit = replace(callback._results.last_fit, report=report)
+    device = SimulatedAccelerator("450KiB")
+    callback = tuner(search=autobatch.Bisection(), timing_seconds=0, device=device)
+    first = callback.tune(trainer(), Model(), loader()).plan
 
-    callback._arguments.device.foreign = "200KiB"
+    device.foreign = "200KiB"
     trainer(callback).fit(Model(), loader())
 
-    assert callback.report.plan.effective_batch_size == 120
-    assert callback.report.plan.micro_batch_size < PLAN.micro_batch_size
+    assert callback.report.plan.effective_batch_size == first.effective_batch_size == 120
+    assert callback.report.plan.micro_batch_size < first.micro_batch_size
     assert len(callback.report.trials) > 2
 
 
