@@ -182,6 +182,23 @@ def test_within_an_epoch_a_plan_that_is_kept_has_to_be_that_of_the_checkpoint(tm
     assert resumed(path, kept(), **by_hand(PLAN))["epoch"] == 3
 
 
+def test_within_an_epoch_a_kept_plan_is_kept(tmp_path):
+    path = checkpoint_within(tmp_path, kept())
+
+    with pytest.raises(autobatch.AutobatchError, match=r"micro-batches of 4 × 1, and .* 8 × 1"):
+        resumed(path, kept(), size=8)
+
+    assert resumed(path, kept())["epoch"] == 3
+
+
+def test_a_run_after_one_with_a_kept_plan_is_tuned_between_epochs(tmp_path):
+    again = tuner()
+
+    resumed(checkpoint(tmp_path, kept()), again)
+
+    assert again.report.plan.effective_batch_size == 120
+
+
 def test_between_epochs_a_plan_that_is_kept_may_be_another(tmp_path):
     assert resumed(checkpoint(tmp_path, known()), kept())["epoch"] == 3
 

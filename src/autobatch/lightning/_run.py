@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from autobatch._loaders.batch_size import LoaderSize
     from autobatch._memory import MemoryProbe
+    from autobatch._plan import BatchPlan
     from autobatch._report import TuningReport
     from autobatch.lightning._accumulation import LastWindowCorrection
     from autobatch.lightning._resources import Tuned
@@ -41,6 +42,7 @@ class Run:
     """State of one run of a Trainer, from `setup` to `teardown`."""
 
     checkpoint: Checkpoint | None = None  # the checkpoint that the run resumes from
+    kept: BatchPlan | None = None  # batch size and accumulation, with plan="keep"
     # Loaders with another batch size, by what they serve: "train", "validation", or a stage
     loaders: dict[str, Rebatched] = field(default_factory=dict)
     # Corrects the last window of each epoch, if the user wants that
