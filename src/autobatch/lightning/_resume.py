@@ -150,10 +150,10 @@ class Checkpoint:
             return
         raise other_update(effective, asked)
 
-    def check_kept(self, kept: BatchPlan) -> None:
+    def check_kept(self, kept: BatchPlan | None) -> None:
         """Raise `AutobatchError` if an epoch would be finished with other numbers than its own."""
         plan = self.plan or self.kept
-        if plan is None or plan == kept or self.between_epochs:
+        if plan is None or kept is None or plan == kept or self.between_epochs:
             return
         trained, here = plan.world_size, kept.world_size
         ranks = "" if trained == here else f" on {here} ranks instead of {trained}"

@@ -42,7 +42,6 @@ class Run:
     """State of one run of a Trainer, from `setup` to `teardown`."""
 
     checkpoint: Checkpoint | None = None  # the checkpoint that the run resumes from
-    kept: BatchPlan | None = None  # batch size and accumulation, with plan="keep"
     # Loaders with another batch size, by what they serve: "train", "validation", or a stage
     loaders: dict[str, Rebatched] = field(default_factory=dict)
     # Corrects the last window of each epoch, if the user wants that
@@ -167,6 +166,7 @@ class Results:
     # The report with the plan that training follows, or has followed
     trained: TuningReport | None = None
     last_fit: Tuned | None = None  # the previous fit, or the last `tune` for one
+    kept: BatchPlan | None = None  # batch size and accumulation of a fit with plan="keep"
 
     def train_with(self, report: TuningReport) -> None:
         """Keep the report of training, or the same one with more in it."""
