@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -186,6 +185,23 @@ def test_within_an_epoch_a_plan_that_is_kept_has_to_be_that_of_the_checkpoint(tm
     assert resumed(path, kept(), **by_hand(PLAN))["epoch"] == 3
 
 
+def test_within_an_epoch_a_kept_plan_is_kept(tmp_path):
+    path = checkpoint_within(tmp_path, kept())
+
+    with pytest.raises(autobatch.AutobatchError, match=r"micro-batches of 4 × 1, and .* 8 × 1"):
+        resumed(path, kept(), size=8)
+
+    assert resumed(path, kept())["epoch"] == 3
+
+
+def test_a_run_after_one_with_a_kept_plan_is_tuned_between_epochs(tmp_path):
+    again = tuner()
+
+    resumed(checkpoint(tmp_path, kept()), again)
+
+    assert again.report.plan.effective_batch_size == 120
+
+
 def test_between_epochs_a_plan_that_is_kept_may_be_another(tmp_path):
     assert resumed(checkpoint(tmp_path, known()), kept())["epoch"] == 3
 
@@ -344,16 +360,15 @@ def test_a_second_fit_verifies_the_plan_of_the_first_by_one_trial():
 
 
 def test_a_second_fit_searches_if_the_plan_no_longer_fits():
-    callback = tuner(search=autobatch.Bisection())
-    callback.tune(trainer(), Model(), loader())
-    report = callback._results.last_fit.report.model_copy(update={"plan": PLAN})
-    callback._results.last_fit = replace(callback._results.last_fit, report=report)
+    device = SimulatedAccelerator("450KiB")
+    callback = tuner(search=autobatch.Bisection(), timing_seconds=0, device=device)
+    first = callback.tune(trainer(), Model(), loader()).plan
 
-    callback._arguments.device.foreign = "200KiB"
+    device.foreign = "200KiB"
     trainer(callback).fit(Model(), loader())
 
-    assert callback.report.plan.effective_batch_size == 120
-    assert callback.report.plan.micro_batch_size < PLAN.micro_batch_size
+    assert callback.report.plan.effective_batch_size == first.effective_batch_size == 120
+    assert callback.report.plan.micro_batch_size < first.micro_batch_size
     assert len(callback.report.trials) > 2
 
 

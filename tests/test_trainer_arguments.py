@@ -240,31 +240,19 @@ def test_a_run_without_time_left_is_tuned_and_ends():
 # Private names of Lightning
 
 
-def delete_step(fitted, monkeypatch):
-    monkeypatch.delattr(type(fitted.fit_loop.epoch_loop), "_build_kwargs")
+OWNERS = {
+    "_build_kwargs": lambda fitted: type(fitted.fit_loop.epoch_loop),
+    "_TunerExitException": lambda _: pl.utilities.exceptions,
+    "restarted_mid_epoch": lambda fitted: type(fitted.fit_loop),
+}
 
 
-def delete_exit(fitted, monkeypatch):
-    monkeypatch.delattr(pl.utilities.exceptions, "_TunerExitException")
-
-
-def delete_stage(fitted, monkeypatch):
-    monkeypatch.delattr(type(fitted.fit_loop), "restarted_mid_epoch")
-
-
-@pytest.mark.parametrize(
-    ("delete", "name"),
-    [
-        (delete_step, "_build_kwargs"),
-        (delete_exit, "_TunerExitException"),
-        (delete_stage, "restarted_mid_epoch"),
-    ],
-)
+@pytest.mark.parametrize("name", OWNERS)
 @pytest.mark.parametrize("tune", [False, True], ids=["fit", "tune"])
-def test_a_lightning_without_a_needed_name_is_refused(monkeypatch, delete, name, tune):
+def test_a_lightning_without_a_needed_name_is_refused(monkeypatch, name, tune):
     model, callback, data_loader = Model(), known(), loader()
     fitted = trainer(*([] if tune else [callback]))
-    delete(fitted, monkeypatch)
+    monkeypatch.delattr(OWNERS[name](fitted), name)
 
     with pytest.raises(
         autobatch.AutobatchError, match=rf"has no .*{name}.*Lightning 2\.6\.0 to"

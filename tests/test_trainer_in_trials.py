@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
 import autobatch
+from autobatch.testing import SimulatedAccelerator
 from lightning_here import Model, data, pl, quiet_trainer, tuner
 
 
@@ -245,7 +246,7 @@ def test_an_evaluation_step_reads_its_loaders_and_hooks_run_around_it(method):
     for name in names[1:]:
         setattr(Evaluated, f"on_{kind}_{name}", told(name))
 
-    callback = autobatch.AutoBatch(device=tuner()._arguments.device)
+    callback = autobatch.AutoBatch(device=SimulatedAccelerator("450KiB"))
     callback.tune(
         quiet_trainer(callback), Evaluated(), dataloaders=DataLoader(data(240), 4), method=method
     )

@@ -34,7 +34,7 @@ from autobatch.lightning._estimating import estimate_training
 from autobatch.lightning._evaluation import STAGES, before_data, loaders_for
 from autobatch.lightning._package import Callback, Imported
 from autobatch.lightning._resources import CallbackArguments
-from autobatch.lightning._resume import Checkpoint
+from autobatch.lightning._resume import Checkpoint, kept_plan
 from autobatch.lightning._run import Results, Run, begin_and_restore, show
 from autobatch.lightning._tuned_training import TunedTraining
 from autobatch.lightning._tuning_evaluation import tune_evaluation
@@ -363,8 +363,11 @@ class AutoBatch(Callback):  # type: ignore[misc]  # a class made at run time
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Write the report beside the logs, now that the loggers have created their directory."""
-        if self._arguments.keeps and self._run.checkpoint is not None:
-            self._run.checkpoint.check_kept(trainer)
+        if self._arguments.keeps:
+            kept = kept_plan(trainer)
+            if self._run.checkpoint is not None:
+                self._run.checkpoint.check_kept(kept)
+            self._results.kept = kept
         if self._arguments.survives:
             self._run.survive(trainer, self._arguments.device)
         if self._training is not None:
@@ -417,6 +420,8 @@ class AutoBatch(Callback):  # type: ignore[misc]  # a class made at run time
 
     def state_dict(self) -> dict[str, Any]:
         """Return the plan and its device for the checkpoint, in plain numbers and text."""
+        if self._results.kept is not None:
+            return Checkpoint.state_of_kept(self._results.kept)
         trained = self._results.trained
         return {} if trained is None else Checkpoint.state_of(trained)
 

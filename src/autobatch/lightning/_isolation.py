@@ -50,9 +50,9 @@ def on_new_loops(trainer: Trainer) -> Iterator[None]:
 def local_collectives(trainer: Trainer) -> patched:
     """Return a patch for collectives of the strategy, as if all ranks were like this one.
 
-    Those of Lightning 2.6 sum for a decision, and read the size of what they receive: by dry
-    collectives a sum is that of one rank, and nothing is received. `reduce` stays, by which
-    `self.log` knows that it was called in the same way before.
+    Lightning 2.6 decides by a sum over ranks, and reads the sizes of received tensors: dry
+    collectives sum over one rank, and receive nothing. `reduce` stays: `self.log` compares it with
+    that of its last call.
     """
     world_size = trainer.world_size
     return patched(

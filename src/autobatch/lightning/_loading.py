@@ -27,8 +27,7 @@ class DataLoaderTimer:
     The time from one batch to the next within an epoch counts, unless something else comes between
     them (validation, a checkpoint, a new epoch and its workers). On a GPU a wait counts only if all
     queued work was finished at its end; an event shows this without holding up the device. All of
-    that wait counts then, although the queue may have become empty in the middle of it. This part
-    has not run on a GPU yet.
+    that wait counts then, although the queue may have become empty in the middle of it.
 
     Args:
         clock: Seconds, on the host.

@@ -90,6 +90,7 @@ class Checkpoint:
     target: int | None = None  # the effective batch size of the settings
     # None if an older version of autobatch wrote the checkpoint
     trained_on: DeviceId | None = None
+    kept: BatchPlan | None = None  # the numbers of a run with plan="keep"
 
     @classmethod
     def of(cls, checkpoint: dict[str, Any], *, max_steps: int) -> Checkpoint:
@@ -105,12 +106,13 @@ class Checkpoint:
         return cls(between_epochs=ready == started == progress["processed"])
 
     def with_state(self, state: dict[str, Any]) -> Checkpoint:
-        """Add the values that `state_of` wrote; older versions wrote fewer.
+        """Add the values that `state_of` or `state_of_kept` wrote; older versions wrote fewer.
 
         Raises:
             AutobatchError: The checkpoint holds a plan that no run can have.
         """
-        counts: dict[str, Any] = {name: state.get(name) for name in _COUNTS}
+        source = state["kept"] if isinstance(state.get("kept"), dict) else state
+        counts: dict[str, Any] = {name: source.get(name) for name in _COUNTS}
         for name, count in counts.items():
             if type(count) is not int or not 1 <= count <= _MOST:
                 raise AutobatchError(
@@ -118,6 +120,8 @@ class Checkpoint:
                     "count. Resume from another checkpoint, or train without AutoBatch."
                 )
         plan = BatchPlan(**counts)
+        if "kept" in state:
+            return replace(self, kept=plan)
         target = state.get("target_batch_size", plan.effective_batch_size)
         device, total, trained_on = state.get("device"), state.get("device_bytes"), None
         if isinstance(device, str) and isinstance(total, int):
@@ -136,6 +140,11 @@ class Checkpoint:
             "device_bytes": here.total,
         }
 
+    @staticmethod
+    def state_of_kept(kept: BatchPlan) -> dict[str, Any]:
+        """Return the numbers of a run with plan="keep" for the checkpoint."""
+        return {"kept": asdict(kept)}
+
     def check_effective(self, settings: Settings, own: BatchPlan | None) -> None:
         """Raise `AutobatchError` if settings or plan ask for another effective batch size."""
         if self.plan is None:
@@ -149,18 +158,15 @@ class Checkpoint:
             return
         raise other_update(effective, asked)
 
-    def check_kept(self, trainer: Trainer) -> None:
-        """Raise `AutobatchError` if a Trainer would finish an epoch with other batches."""
-        size = getattr(trainer.train_dataloader, "batch_size", None)
-        if self.plan is None or self.between_epochs or size is None:
+    def check_kept(self, kept: BatchPlan | None) -> None:
+        """Raise `AutobatchError` if an epoch would be finished with other numbers than its own."""
+        plan = self.plan or self.kept
+        if plan is None or kept is None or plan == kept or self.between_epochs:
             return
-        kept = BatchPlan(size, trainer.accumulate_grad_batches, data_parallel_size(trainer))
-        if kept == self.plan:
-            return
-        trained, here = self.plan.world_size, kept.world_size
+        trained, here = plan.world_size, kept.world_size
         ranks = "" if trained == here else f" on {here} ranks instead of {trained}"
         raise AutobatchError(
-            f"{_finished_with(self.plan)}, and plan='keep' leaves {in_words(kept)}{ranks}. Set the "
+            f"{_finished_with(plan)}, and plan='keep' leaves {in_words(kept)}{ranks}. Set the "
             "numbers of the checkpoint by hand, or leave plan='keep' out."
         )
 
@@ -168,6 +174,14 @@ class Checkpoint:
         """Return whether it was trained on such a device; for an unknown one a trial decides."""
         is_same_job = self.plan is not None and self.plan.world_size == here.world_size
         return is_same_job and self.trained_on in (None, here)
+
+
+def kept_plan(trainer: Trainer) -> BatchPlan | None:
+    """Return the numbers that loader and Trainer have; None if loaders may vary in batch size."""
+    size = getattr(trainer.train_dataloader, "batch_size", None)
+    if not isinstance(size, int):
+        return None
+    return BatchPlan(size, trainer.accumulate_grad_batches, data_parallel_size(trainer))
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from autobatch._loaders.batch_size import LoaderSize
     from autobatch._memory import MemoryProbe
+    from autobatch._plan import BatchPlan
     from autobatch._report import TuningReport
     from autobatch.lightning._accumulation import LastWindowCorrection
     from autobatch.lightning._resources import Tuned
@@ -165,6 +166,7 @@ class Results:
     # The report with the plan that training follows, or has followed
     trained: TuningReport | None = None
     last_fit: Tuned | None = None  # the previous fit, or the last `tune` for one
+    kept: BatchPlan | None = None  # batch size and accumulation of a fit with plan="keep"
 
     def train_with(self, report: TuningReport) -> None:
         """Keep the report of training, or the same one with more in it."""
