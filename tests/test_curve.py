@@ -169,6 +169,7 @@ def test_no_turn_begins_that_would_end_late(per_step, per_sample, seconds, targe
 
     update = max(row.step_seconds for row in report.sizes) * (2 if target else 1)
     assert report.timing_seconds <= seconds + update
+    assert report.settings.timing_seconds == seconds
 
 
 def test_a_size_that_fails_while_it_is_timed_is_left_out():

@@ -8,7 +8,7 @@ import math
 import subprocess
 import sys
 from functools import cache
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import pytest
 import torch
@@ -217,6 +217,8 @@ def test_the_figure_shows_kinds_phases_and_budget(tmp_path):
     peak = estimate.at(64)
     allocated = peak.allocated - peak.held["rounding"]
     assert highest == pytest.approx(allocated / 2**30, rel=1e-3)
+    colors = [collection.get_facecolor()[0][:3] for collection in axes.collections]
+    assert min(math.dist(*pair) for pair in combinations(colors, 2)) > 0.25  # of black to white √3
     assert (tmp_path / "step.svg").read_text(encoding="utf-8").startswith("<?xml")
     with pytest.raises(ValueError, match="no suffix of a known format"):
         estimate.plot("step.txt", batch_size=64)

@@ -78,11 +78,6 @@ class Answers:
         return latency.at_percentile_seconds > self.limit.seconds
 
 
-def within(limit: LatencyLimit) -> str:
-    """Return the limit as part of a sentence."""
-    return f"within {duration(limit.seconds)}"
-
-
 def percentile_comment(answers: Answers) -> str:
     """Return the share of calls that has to meet the limit, or the number of calls if few."""
     row, percentile = answers.row, answers.limit.percentile
@@ -105,7 +100,7 @@ def too_slow_reason(too_slow: TooSlow, limit: LatencyLimit) -> str:
 
 def nothing_within(latencies: Sequence[Latency], limit: LatencyLimit) -> str:
     """Return the error for a limit that no size meets."""
-    nothing = f"No batch size answers {within(limit)}"
+    nothing = f"No batch size answers within {duration(limit.seconds)}"
     if not latencies:
         return f"{nothing}: none could be timed."
     row = min(latencies, key=lambda each: each.batch_size)

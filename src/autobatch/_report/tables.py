@@ -54,7 +54,7 @@ def speed_table(trials: Iterable[Trial], rows: Iterable[SpeedRow], plan: BatchPl
     peaks = [(tried.get(size) or speeds[size]).peak for size in shown]
     # Beside the reserved bytes, which are the peak, where the allocator has reserved more
     allocated = [tried[size].allocated if size in tried else None for size in shown]
-    is_told = any(each not in (None, peak) for each, peak in zip(allocated, peaks, strict=True))
+    differ = any(each not in (None, peak) for each, peak in zip(allocated, peaks, strict=True))
     return table_of(
         [
             counts("micro-batch", shown),
@@ -63,7 +63,7 @@ def speed_table(trials: Iterable[Trial], rows: Iterable[SpeedRow], plan: BatchPl
             Column("of fastest", [percent(row.of_fastest) if row else "" for row in timed]),
             measures("step {}", [row.step_seconds if row else None for row in timed], SECONDS),
             measures("peak {}", peaks, BYTES),
-            *([measures("in use {}", allocated, BYTES)] if is_told else ()),
+            *([measures("in use {}", allocated, BYTES)] if differ else ()),
         ],
         chosen=[size == plan.micro_batch_size for size in shown],
         foot=_foot(timed if marks else (), len(sizes) - len(shown)),

@@ -7,13 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from autobatch._memory import format_bytes
 from autobatch._report.accumulation_notes import accumulation_costs
-from autobatch._report.latency import (
-    Answers,
-    latency_facts,
-    latency_table,
-    percentile_comment,
-    within,
-)
+from autobatch._report.latency import Answers, latency_facts, latency_table, percentile_comment
 from autobatch._report.layout import Fact, Page
 from autobatch._report.notes import survived, waiting
 from autobatch._report.tables import effective_table, product, speed_table, spread
@@ -100,9 +94,10 @@ def _answer(report: TuningReport) -> str:
     ranks, limit = report.plan.world_size, report.settings.limit_on_latency
     share = f" on each of {ranks} ranks" if ranks > 1 else ""
     batches = f"Batches of {report.plan.micro_batch_size:,}{share}"
+    within = f"within {duration(limit.seconds)}" if limit else ""
     if limit and report.task == "answer":
-        return f"{batches} answer {within(limit)}"
-    return f"{batches} to {report.task}{f', {within(limit)}' if limit else ''}"
+        return f"{batches} answer {within}"
+    return f"{batches} to {report.task}{f', {within}' if limit else ''}"
 
 
 def _comment(report: TuningReport) -> str:
