@@ -64,22 +64,20 @@ def cost(curves):
 # The aim is 4 trials and at most 6 with profiles, 6 and at most 9 without; no failure on lines,
 # states and grains, at most one on jumps and noise. Higher limits mark aims that cannot be reached:
 # no reading below shows the size at which memory jumps over the budget or leaves a plateau, or
-# which of two noisy sizes fits, and two readings do not show a bend. A failure near the limit of
-# two readings counts as an error of their line, as on measured curves: a second failure follows in
-# a few searches where it was a jump or a bend.
+# which of two noisy sizes fits, and two readings do not show a bend.
 LIMITS = {
     profiles: Cost(4, 4, 0),
-    profiled_pairs: Cost(4, 7, 2, 0.15),
+    profiled_pairs: Cost(4, 7, 1),
     lines: Cost(4, 6, 0),
     states: Cost(5, 6, 0),
     grains: Cost(4, 7, 0),
-    brims: Cost(13, 39, 5, 0.6),
-    pairs: Cost(5, 7, 3, 0.2),
+    brims: Cost(12, 39, 5, 0.46),
+    pairs: Cost(5, 7, 3, 0.09),
     humps: Cost(4, 9, 2, 0.02),
-    jumps: Cost(6, 9, 2, 0.05),
+    jumps: Cost(6, 9, 1),
     cliffs: Cost(11, 13, 7, 1.0),
-    plateaus: Cost(7, 12, 5, 0.38),
-    noises: Cost(6, 13, 4, 0.09),
+    plateaus: Cost(7, 12, 5, 0.36),
+    noises: Cost(6, 13, 4, 0.08),
 }
 
 

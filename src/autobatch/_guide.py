@@ -41,9 +41,8 @@ class Guide:
         self._subject = subject
         self._runner = runner
         self._guided: EstimatedSearch | None = None
-        self.followed: str | None = (
-            None  # words for the report; None where nothing was to be predicted
-        )
+        # Words for the report; None where nothing was to be predicted
+        self.followed: str | None = None
 
     def propose(self, trials: Sequence[Trial], *, start: int, high: int, budget: int) -> int | None:
         """Return an untried size from 1 to `high`, or None if the largest fit is the answer."""

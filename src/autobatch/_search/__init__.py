@@ -56,15 +56,14 @@ class Bracket(NamedTuple):
     refused: int  # largest size too small for the workload; 0 if there is none
     bad: int | None  # smallest failure above both: a failure below a fit is noise
     high: int  # largest size allowed
-    failures: int = 0  # sizes above both that failed
 
     @classmethod
     def of(cls, trials: Sequence[Trial], high: int) -> Bracket:
         good = max((t.batch_size for t in trials if t.fits), default=0)
         refused = max((t.batch_size for t in trials if t.outcome is Outcome.REFUSED), default=0)
-        failed = [t.batch_size for t in trials if not t.fits]
-        above = [size for size in failed if size > max(good, refused)]
-        return cls(good, refused, min(above, default=None), high, len(set(above)))
+        failed = (t.batch_size for t in trials if not t.fits)
+        above = (size for size in failed if size > max(good, refused))
+        return cls(good, refused, min(above, default=None), high)
 
     @property
     def low(self) -> int:

@@ -194,10 +194,7 @@ def profile_limit(readings: Sequence[Reading]) -> int | None:
     if len(profiled) < 2:  # noqa: PLR2004 -- a line needs two
         return None
     fitted = [*profiled[:2], *profiled[2:][-1:]]
-    lengths = [len(r.profile) for r in fitted]
-    count = min(lengths)
-    if max(lengths) > 2 * count:
-        return None
+    count = min(len(r.profile) for r in fitted)
     # Aligned at the end: loading the data, at the start, may take one allocation per sample
     allocations = zip(*(r.profile[-count:] for r in fitted), strict=True)
     curves = [QuadraticFit.through([r.size for r in fitted], held) for held in allocations]

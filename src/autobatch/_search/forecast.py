@@ -41,8 +41,6 @@ _FLAT: Final = 64
 _MAX_OVERSHOOT: Final = 4
 # Two readings promise too much by up to this share of the way beyond them
 _MARGIN_OF_TWO: Final = 0.04
-# A failure beyond this share of the limit is an error of an unproven line, and not a jump
-_NEAR: Final = 0.9
 # Factor between sizes on the way to a jump: small enough to see nearly every jump before it
 _JUMP_STEP: Final = 1.24
 
@@ -129,10 +127,7 @@ def from_profiles(evidence: Evidence) -> Forecast | None:
         return None
     if limit == UNLIMITED:
         return Forecast(limit, evidence.growth * top.size, is_certain=False)
-    if len(evidence.fits) >= MIN_POINTS:
-        # Peaks measured closer to the limit are more accurate than profiles
-        limit = min(limit, limit_through(evidence.fits[-2], top))
-    elif limit > evidence.growth * top.size:
+    if len(evidence.fits) < MIN_POINTS and limit > evidence.growth * top.size:
         # Far to extrapolate: check the prediction half-way, at the geometric mean
         return Forecast(limit, math.isqrt(limit * top.size), is_certain=True)
     return Forecast(limit, limit, is_certain=True)
@@ -197,11 +192,7 @@ def from_jump(evidence: Evidence) -> Forecast | None:
     if not is_well_above or line.limit < bad:
         return None
     size = math.sqrt(good * bad)
-    is_first = evidence.bracket.failures == 1
-    if line.limit <= bad / _NEAR and is_first and not line.is_proven:
-        # The line ends so close to the failure that it is in error, and memory did not jump
-        size = good + _NEAR * (bad - good)
-    elif line.limit <= _MAX_OVERSHOOT * bad and _JUMP_STEP * good < bad:
+    if line.limit <= _MAX_OVERSHOOT * bad and _JUMP_STEP * good < bad:
         size = max(bad / 2, _JUMP_STEP * good)
     return Forecast(line.limit, size, is_certain=False)
 
@@ -213,15 +204,12 @@ def from_line(evidence: Evidence) -> Forecast:
         sizes = [line.limit - max(round(evidence.margin * line.limit), line.uncertainty)]
     else:
         sizes = _unproven_sizes(evidence)
-    sizes += [limit_through(top, r) for r in evidence.failed]
     # A short line is not extrapolated far
     length = top.size - line.first.size
     sizes += [top.size * evidence.growth, top.size + evidence.growth * length]
-    # Ending the search takes more proof than continuing it
-    is_straight = line.is_noisy or line.residual <= evidence.margin
     is_full = top.left <= evidence.margin * top.room
     noise = 2 * line.residual if line.is_noisy else 0.0
-    return Forecast(line.limit, min(sizes), is_full or (line.is_proven and is_straight), noise)
+    return Forecast(line.limit, min(sizes), is_full or line.is_proven, noise)
 
 
 def _unproven_sizes(evidence: Evidence) -> list[float]:

@@ -61,7 +61,7 @@ class CudaOperators(Undo):
         # otherwise
         asked = sys.modules.get("transformers.utils.import_utils")
         if hasattr(asked, "is_fake_tensor"):
-            self.enter_context(patched(asked, is_fake_tensor=_is_never))
+            self.enter_context(patched(asked, is_fake_tensor=lambda _: False))
         self._cast_as_cuda()
 
     def _cast_as_cuda(self) -> None:
@@ -80,10 +80,6 @@ class CudaOperators(Undo):
                 for name in lists[macro]:
                     if (operator := _operator(name)) is not None:
                         library.impl(name, partial(kernel, operator), allow_override=True)
-
-
-def _is_never(_: object) -> bool:
-    return False
 
 
 def _dropout(input: torch.Tensor, p: float, train: bool) -> torch.Tensor:

@@ -92,7 +92,8 @@ def trace(
             recorder.attach(tree_leaves(list(optimizer.state.values())), Origin.OPTIMIZER_STATE)
             batch, tensors = _fake_batch(step.batch(batch_size), fake)
             recorder.attach(tensors, Origin.BATCH)
-            with _operators_of(gpu), fake, recorder, running:
+            operators = contextlib.nullcontext() if gpu is None else CudaOperators(gpu)
+            with operators, fake, recorder, running:
                 _run(step, model, optimizer, batch, recorder)
     except UntraceableError:
         raise
@@ -143,16 +144,11 @@ def _described(value: object) -> str:
     return type(value).__name__
 
 
-def _operators_of(gpu: Gpu | None) -> contextlib.AbstractContextManager[Any]:
-    if gpu is None:
-        return contextlib.nullcontext()
-    return CudaOperators(gpu)
-
-
 def _check(model: torch.nn.Module, gpu: Gpu | None) -> None:
     """Refuse models whose memory is not modelled, or that the trace might change."""
     for name, part in model.named_modules():
-        if isinstance(part, torch.nn.RNNBase) and not (gpu and _is_plain_lstm(part)):
+        is_plain_lstm = isinstance(part, torch.nn.LSTM) and not part.proj_size
+        if isinstance(part, torch.nn.RNNBase) and not (gpu and is_plain_lstm):
             raise UntraceableError(
                 f"{name or 'the model'} is a recurrent network, of which only the LSTM of cuDNN "
                 "without a projection is modelled"
@@ -165,10 +161,6 @@ def _check(model: torch.nn.Module, gpu: Gpu | None) -> None:
             raise UntraceableError(f"{name} has hooks, which may keep tensors")
         if torch.nn.parameter.is_lazy(parameter):
             raise UntraceableError(f"{name} has no shape yet")
-
-
-def _is_plain_lstm(part: torch.nn.RNNBase) -> bool:
-    return isinstance(part, torch.nn.LSTM) and not part.proj_size
 
 
 def _fake_copy(
@@ -207,7 +199,8 @@ class _CopyToCpu(FakeCopyMode):
         args: Any = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> Any:
-        if func not in (torch.Tensor.__deepcopy__, torch.Tensor.clone) or _is_on_cpu(args[0]):
+        copies = func in (torch.Tensor.__deepcopy__, torch.Tensor.clone)
+        if not copies or args[0].device.type == "cpu":
             return super().__torch_function__(func, types, args, kwargs)  # type: ignore[arg-type]
         if func is torch.Tensor.clone:  # of a parameter
             return _on_fake_cpu(args[0], self.fake_mode)
@@ -215,10 +208,6 @@ class _CopyToCpu(FakeCopyMode):
         if id(tensor) not in memo:
             memo[id(tensor)] = _on_fake_cpu(tensor, self.fake_mode)
         return memo[id(tensor)]
-
-
-def _is_on_cpu(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cpu"
 
 
 def _choose_foreach(optimizer: torch.optim.Optimizer) -> None:
