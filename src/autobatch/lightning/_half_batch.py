@@ -35,15 +35,9 @@ class HalfBatch:
         self._add_up: bool | None = None  # None until the first time
 
     def measure(
-        self,
-        trainer: Any,
-        batch: Any,
-        index: int,
-        *,
-        update: int,
-        unit: float | torch.Tensor,
+        self, trainer: Any, batch: Any, index: int, *, update: int, unit: float | torch.Tensor
     ) -> GradientNorms:
-        """Compare half a batch with the batch, whose gradient is in `.grad` of the parameters.
+        """Return the norms of an update of one batch, whose gradient is in `.grad`, and its halves.
 
         Raises:
             NotDividedError: The batch or the module cannot be measured in halves.
@@ -74,8 +68,15 @@ class HalfBatch:
             small, big = _norms_from_one(whole, one, first / samples)
         before = torch.zeros_like(big)
         sums = torch.stack((small, big, before, before + 1))
-        harmonic_mean = 2 * first * second / samples
-        return GradientNorms(update, 1, 1, harmonic_mean, samples, unit, sums)
+        return GradientNorms(
+            update,
+            passes=1,
+            world_size=1,
+            part_size=2 * first * second / samples,
+            batch_size=samples,
+            unit=unit,
+            sums=sums,
+        )
 
     def _gradients(
         self, trainer: Any, batches: Sequence[Any], index: int, parameters: Sequence[Parameter]
