@@ -71,8 +71,9 @@ def tune(
         steps_per_trial: Optimizer steps per trial.
         time_limit: Seconds for the search; the best size verified by then is taken. None: no limit.
         timing_seconds: Further seconds for timing sizes, which ends as soon as the choice is
-            settled. 0: no timing; the largest sizes are taken. None: at most 20, and at most a
-            tenth of the training that the Trainer plans.
+            settled. 0: no timing; the largest sizes are taken. None: at most 20, a tenth of the
+            training that the Trainer plans, and half the time of the search if speed does not
+            decide (`prefer="largest"` without a target).
         search: The search strategy; None: `GuidedBisection()`.
         device: The device whose memory is read: a name such as "cuda:1", "simulated:2GiB" for one
             on the CPU (`autobatch.testing`), or a probe. None: the device of the Trainer.
