@@ -6,9 +6,10 @@ import collections
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 import autobatch
-from autobatch._trials import batches
+from lightning_here import pl, quiet_trainer
 from test_noise_scale_lightning import KnownNoise, read
 
 
@@ -25,6 +26,20 @@ def test_one_half_runs_once_halves_have_added_up():
     assert Counted.calls == (8, 4, 4, *[8] * 5, 4, *[8] * 5, 4)
 
 
+class Blind(pl.LightningModule):
+    """Trains on any batch, without a look at it."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.ones(3))
+
+    def training_step(self, batch, batch_idx):
+        return self.w.square().sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
 @pytest.mark.parametrize(
     ("batch", "reason"),
     [
@@ -32,14 +47,15 @@ def test_one_half_runs_once_halves_have_added_up():
         ([1, 2], "have no rows"),
         ([torch.zeros(4), object()], "plain containers"),
         ([torch.zeros(1)], "one sample"),
+        (collections.UserDict(ids=torch.zeros(4, 2), names=["a", "b", "c", "d"]), "updates"),
     ],
 )
-def test_batch_without_two_halves_is_refused(batch, reason):
-    with pytest.raises(batches.NotDividedError, match=reason):
-        batches.divisible_samples(batch)
+def test_batch_without_two_halves_is_not_measured(batch, reason):
+    noise = autobatch.NoiseScale()
 
+    quiet_trainer(noise, max_epochs=1).fit(
+        Blind(), DataLoader(range(4), collate_fn=lambda _: batch)
+    )
 
-def test_samples_in_mappings_of_other_classes_are_counted():
-    batch = collections.UserDict(ids=torch.zeros(4, 2), names=["a", "b", "c", "d"])
-
-    assert batches.divisible_samples(batch) == 4
+    assert reason in noise.reading.reason
+    assert ("cannot be compared" in noise.reading.reason) is isinstance(batch, list)
