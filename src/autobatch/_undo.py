@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
@@ -38,13 +37,8 @@ class Undo(ExitStack):
     def hook(self, register: Callable[..., Any], *arguments: Any, **keywords: Any) -> None:
         """Register a hook of torch, and remove it on leaving."""
         handles: list[Any] = []
-        self.add(partial(_remove_all, handles))
+        self.add(lambda: [handle.remove() for handle in handles])
         handles.append(register(*arguments, **keywords))
-
-
-def _remove_all(handles: list[Any]) -> None:
-    for handle in handles:
-        handle.remove()
 
 
 class Absent:

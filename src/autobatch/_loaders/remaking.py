@@ -67,7 +67,9 @@ def _update_saved_arguments(made: Any, batch_size: int) -> None:
         positional = (*positional[:at], batch_size, *positional[at + 1 :])
     elif "batch_size" in inspect.signature(type(made).__init__).parameters:
         keywords = {**keywords, "batch_size": batch_size}
-    save_arguments(made, positional, keywords)
+    # Past the guards of a DataLoader
+    object.__setattr__(made, "__pl_saved_args", positional)
+    object.__setattr__(made, "__pl_saved_kwargs", keywords)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +108,6 @@ def saved_arguments(made: Any) -> SavedArguments | None:
         return None
     positional = getattr(made, "__pl_saved_args")
     return SavedArguments(names, positional, getattr(made, "__pl_saved_kwargs"))
-
-
-def save_arguments(made: Any, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-    """Replace the arguments Lightning saved, past the guards of a DataLoader."""
-    object.__setattr__(made, "__pl_saved_args", positional)
-    object.__setattr__(made, "__pl_saved_kwargs", keywords)
 
 
 def remade_parts(loader: DataLoader[Any]) -> list[Any]:
