@@ -75,7 +75,7 @@ class Recorder(TorchDispatchMode):
         self._blocks = 0
         self._live: dict[int, _Live] = {}  # by address
         self._in_place = InPlaceSums()
-        self._sum: int | None = None  # address of the sum that the latest operator allocated
+        self._sum = 0  # address of the sum that the latest operator allocated; 0 for none
 
     def begin(self, phase: Phase) -> None:
         self._phase = phase
@@ -117,7 +117,7 @@ class Recorder(TorchDispatchMode):
                 return True
         if self._phase is Phase.FORWARD and self._operator.startswith(_PRODUCTS):
             _check_dtypes(args)
-        self._sum, is_sum = None, self._in_place.recognises(func)
+        self._sum, is_sum = 0, self._in_place.recognises(func)
         # Also of recomputed activations: so peaks of a checkpointed GPT-2 are nearest to measured ones
         is_sum |= self._phase is Phase.BACKWARD and func is torch.ops.aten.add.Tensor
         results = func(*args, **(kwargs or {}))
@@ -185,12 +185,12 @@ class Recorder(TorchDispatchMode):
 
     def _is_taken_over(self, term: _Live) -> bool:
         """Give the block of a term to its sum, if that was the last allocation."""
-        total = None if self._sum is None else self._live.get(self._sum)
-        last = self.events[-1]
-        if total is None or total.nbytes != term.nbytes or last.block != total.block:
+        total = self._live.get(self._sum)
+        if total is None or total.nbytes != term.nbytes or self.events[-1].block != total.block:
             return False
         self.events.pop()
-        self._live[self._sum], self._sum = replace(total, block=term.block), None
+        self._live[self._sum] = replace(total, block=term.block)
+        self._sum = 0
         return True
 
     def _record_scratch(self, args: tuple[Any, ...], gpu: Gpu) -> None:
