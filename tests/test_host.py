@@ -12,7 +12,7 @@ from torch import nn
 import autobatch
 from autobatch._memory.host import HostMemory
 from autobatch._trials.snapshot import Snapshot
-from kernel_files import group, machine, old_group
+from kernel_files import machine
 from sameness import same
 
 GIB, MIB, KIB = 2**30, 2**20, 2**10
@@ -23,20 +23,6 @@ GIB, MIB, KIB = 2**30, 2**20, 2**10
 
 def test_available_memory_is_read_from_the_kernel(tmp_path):
     assert HostMemory.read(machine(tmp_path)).available == 600 * KIB
-
-
-@pytest.mark.parametrize(
-    ("groups", "files"),
-    [
-        ("0::/job\n", group("job", limit=300, usage=200, cache=80)),
-        ("4:memory:/job\n", old_group("job", limit=300, usage=200, cache=80)),
-    ],
-    ids=["version 2", "version 1"],
-)
-def test_a_control_group_leaves_less(tmp_path, groups, files):
-    host = HostMemory.read(machine(tmp_path, groups=groups, files=files))
-
-    assert host.available == 180 * KIB
 
 
 def test_memory_is_unknown_without_kernel_files(tmp_path):

@@ -13,7 +13,7 @@ from torch import nn
 from autobatch._report import TuningReport
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from autobatch._estimate.inputs import Inputs
@@ -93,7 +93,6 @@ class Band:
     untested: tuple[str, ...] = ()  # what was guessed
     ratio: float = 1.0  # measured over predicted peaks
     offset: int = 0  # bytes by which measured peaks are larger
-    error: float = 0.0  # measured peak over the predicted one, less 1, before the correction
 
     def around(self, nbytes: int) -> Banded:
         """Return a corrected peak with its band."""
@@ -120,29 +119,6 @@ class Band:
             share=self.share + guess.share,
             share_of_small=self.share_of_small + guess.share,
             untested=(*self.untested, guess.what),
-        )
-
-    def calibrated(self, trials: Sequence[Trial], predicted: Sequence[int], budget: int) -> Self:
-        """Return a band around measured peaks; the largest trial corrects the prediction.
-
-        A small trial gives an offset and a large one a ratio: allocators have plateaus.
-        """
-        peaks = [trial.peak or 0 for trial in trials]
-        largest = max(range(len(peaks)), key=peaks.__getitem__)
-        if peaks[largest] >= _LARGE_TRIAL * budget:
-            corrected = replace(self, ratio=peaks[largest] / predicted[largest], offset=0)
-        else:
-            corrected = replace(self, ratio=1.0, offset=peaks[largest] - predicted[largest])
-        share = _CALIBRATED + max(
-            abs(corrected.corrected(nbytes) / peak - 1)
-            for nbytes, peak in zip(predicted, peaks, strict=True)
-            if peak >= peaks[largest] / _FACTOR
-        )
-        return replace(
-            corrected,
-            share=min(share, self.share),
-            share_of_small=min(share, self.share_of_small),
-            error=peaks[largest] / predicted[largest] - 1,
         )
 
 
@@ -218,7 +194,7 @@ def calibrated(
     budget: int,
     accumulate: int,
 ) -> Band:
-    """Return the band around the peaks in a report of the same step.
+    """Return the band around the peaks in a report of the same step; the largest corrects others.
 
     Raises:
         ValueError: The file is not a report, or not one that fits this step.
@@ -235,14 +211,27 @@ def calibrated(
             f"calibrate={str(path)!r} was measured on {report.device.name}, and scratch memory of "
             f"{gpu_name} is another; give a report of this GPU, or device= the one of the report."
         )
+    peaks = [trial.peak or 0 for trial in trials]
     predicted = [memory.peaks(trial.batch_size).reserved for trial in trials]
-    found = band.calibrated(trials, predicted, budget)
-    if abs(found.error) > _MAX_ERROR:
+    largest = max(peaks)
+    foretold = predicted[peaks.index(largest)]
+    error = largest / foretold - 1
+    if abs(error) > _MAX_ERROR:
         raise ValueError(
-            f"calibrate={str(path)!r} has peaks that are {found.error:+.0%} off the predicted ones; "
+            f"calibrate={str(path)!r} has peaks that are {error:+.0%} off the predicted ones; "
             "give the report of the same model, step, optimizer and precision."
         )
-    return replace(found, untested=())
+    # A small trial gives an offset and a large one a ratio: allocators have plateaus
+    is_large = largest >= _LARGE_TRIAL * budget
+    ratio, offset = (largest / foretold, 0) if is_large else (1.0, largest - foretold)
+    found = replace(band, ratio=ratio, offset=offset, untested=())
+    share = _CALIBRATED + max(
+        abs(found.corrected(nbytes) / peak - 1)
+        for nbytes, peak in zip(predicted, peaks, strict=True)
+        if peak >= largest / _FACTOR
+    )
+    share_of_small = min(share, band.share_of_small)
+    return replace(found, share=min(share, band.share), share_of_small=share_of_small)
 
 
 def _words(name: str) -> set[str]:

@@ -31,21 +31,18 @@ def detect(device: str | torch.device | MemoryProbe | None, default: torch.devic
         ProbeError: There is no back end for the device, or its memory cannot be read.
     """
     visible = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    sees = f"this process sees {', '.join(visible)}."
     if device is None:
         device = default
     elif isinstance(device, str):
         try:
             device = torch.device(device)
         except RuntimeError as error:
-            raise ValueError(
-                f"device={device!r} is not the name of a device; "
-                f"this process sees {', '.join(visible)}."
-            ) from error
+            raise ValueError(f"device={device!r} is not the name of a device; {sees}") from error
     elif not isinstance(device, torch.device):
         if isinstance(device, type) or not hasattr(device, "limited"):
             raise ValueError(
-                f"device={device!r} is neither a MemoryProbe nor the name of a device; "
-                f"this process sees {', '.join(visible)}."
+                f"device={device!r} is neither a MemoryProbe nor the name of a device; {sees}"
             )
         return device
     if device.type not in _PROBES:
@@ -54,7 +51,5 @@ def detect(device: str | torch.device | MemoryProbe | None, default: torch.devic
             f"only of {' and '.join(_PROBES)}. {PROBE_REMEDY}"
         )
     if not {device.type, f"{device.type}:{device.index or 0}"}.intersection(visible):
-        raise ValueError(
-            f"device={str(device)!r} does not exist; this process sees {', '.join(visible)}."
-        )
+        raise ValueError(f"device={str(device)!r} does not exist; {sees}")
     return _PROBES[device.type](device.index)

@@ -75,7 +75,7 @@ class Recorder(TorchDispatchMode):
         self._blocks = 0
         self._live: dict[int, _Live] = {}  # by address
         self._in_place = InPlaceSums()
-        self._sum: int | None = None  # address of the sum that the latest operator allocated
+        self._sum = 0  # address of the sum that the latest operator allocated; 0 for none
 
     def begin(self, phase: Phase) -> None:
         self._phase = phase
@@ -117,8 +117,8 @@ class Recorder(TorchDispatchMode):
                 return True
         if self._phase is Phase.FORWARD and self._operator.startswith(_PRODUCTS):
             _check_dtypes(args)
-        self._sum, is_sum = None, self._in_place.recognises(func)
-        # Also of recomputed activations: so peaks of a checkpointed GPT-2 are nearest to measured ones
+        self._sum, is_sum = 0, self._in_place.recognises(func)
+        # Recomputed activations too: peaks of a checkpointed GPT-2 are then nearest to measured ones
         is_sum |= self._phase is Phase.BACKWARD and func is torch.ops.aten.add.Tensor
         results = func(*args, **(kwargs or {}))
         tensors = [leaf for leaf in tree_leaves(results) if isinstance(leaf, torch.Tensor)]
@@ -141,7 +141,7 @@ class Recorder(TorchDispatchMode):
             return
         if live is not None:  # resized
             self._forget(key, live.ref)
-        block = 0 if self._is_on_host(nbytes) or not nbytes else self._allocate((nbytes,))
+        block = 0 if self._is_on_host(nbytes) or not nbytes else self._allocate(nbytes)
         ref = weakref.ref(storage, partial(self._forget, key))
         self._live[key] = _Live(block, nbytes, self._module, ref)
 
@@ -166,11 +166,10 @@ class Recorder(TorchDispatchMode):
         is_constant = "lift" in self._operator or "scalar" in self._operator
         return is_constant and nbytes <= _SCALAR and self._phase is Phase.OPTIMIZER
 
-    def _allocate(self, numbers: tuple[int, ...]) -> int:
+    def _allocate(self, nbytes: int) -> int:
         self._blocks += 1
-        self.events.append(
-            Event(Kind.ALLOCATE, self._blocks, self._operator, numbers, self._module)
-        )
+        event = Event(Kind.ALLOCATE, self._blocks, self._operator, (nbytes,), self._module)
+        self.events.append(event)
         return self._blocks
 
     def _free(self, block: int) -> None:
@@ -185,12 +184,12 @@ class Recorder(TorchDispatchMode):
 
     def _is_taken_over(self, term: _Live) -> bool:
         """Give the block of a term to its sum, if that was the last allocation."""
-        total = None if self._sum is None else self._live.get(self._sum)
-        last = self.events[-1]
-        if total is None or total.nbytes != term.nbytes or last.block != total.block:
+        total = self._live.get(self._sum)
+        if total is None or total.nbytes != term.nbytes or self.events[-1].block != total.block:
             return False
         self.events.pop()
-        self._live[self._sum], self._sum = replace(total, block=term.block), None
+        self._live[self._sum] = replace(total, block=term.block)
+        self._sum = 0
         return True
 
     def _record_scratch(self, args: tuple[Any, ...], gpu: Gpu) -> None:
@@ -217,7 +216,7 @@ class Recorder(TorchDispatchMode):
         """Record memory that is allocated and freed within the operator."""
         operator = self._operator
         self._operator += SCRATCH
-        for block in [self._allocate((nbytes,)) for nbytes in scratch][::-1]:
+        for block in [*map(self._allocate, scratch)][::-1]:
             self._free(block)
         self._operator = operator
 
