@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 import autobatch
@@ -45,9 +46,9 @@ def notes_of(module, loader=None, **options):
     return " ".join(caught.value.__notes__)
 
 
-def fit(module, loader, **options):
+def fit(module, loader, accumulate_grad_batches=1, **options):
     callback = autobatch.AutoBatch(**{**SPLIT, **options})
-    trainer = quiet_trainer(callback, max_epochs=1)
+    trainer = quiet_trainer(callback, max_epochs=1, accumulate_grad_batches=accumulate_grad_batches)
     trainer.fit(module, loader)
     return callback
 
@@ -92,6 +93,28 @@ class WritesIntoMetric(Failing):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
+class MovesTeacher(Failing):
+    """Moves a frozen copy in each step, as networks with a momentum encoder do."""
+
+    def __init__(self):
+        super().__init__()
+        self.teacher = torch.nn.Linear(3, 3).requires_grad_(False)
+
+    def loss(self, x, y):
+        with torch.no_grad():
+            self.teacher.weight.add_(1)
+        return super().loss(x, y)
+
+
+class MovesTeacherAfterwards(MovesTeacher):
+    """Moves it where a failed attempt has not got to."""
+
+    def loss(self, x, y):
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return super().loss(x, y)
+
+
 class ReplacesStatistics(Failing):
     def loss(self, x, y):
         self.net[1].running_mean = self.net[1].running_mean.clone()
@@ -116,6 +139,8 @@ class OneSampleWithNorm(Failing):
         (WritesIntoBatch, "training_step writes into its batch"),
         (WritesIntoBuffer, r"training_step writes into a \(5000,\) buffer"),
         (WritesIntoMetric, r"training_step writes into a \(\) buffer"),
+        (MovesTeacher, r"training_step writes into a \(3, 3\) parameter"),
+        (MovesTeacherAfterwards, r"training_step writes into a \(3, 3\) parameter"),
         (ReplacesStatistics, "buffers of a BatchNorm were replaced since training began"),
         (OneSample, "a single sample does not fit"),
         (OneSampleWithNorm, "3 samples do not fit, and BatchNorm needs 2"),
@@ -125,6 +150,65 @@ def test_error_passes_with_the_reason(kind, reason):
     notes = notes_of(kind())
 
     assert re.search(f"did not run the batch again in pieces: {reason}", notes)
+
+
+class TwoPasses(Failing):
+    """Runs out of memory between two backward passes of the third micro-batch."""
+
+    most = 99
+
+    def backward(self, loss):
+        (0.5 * loss).backward(retain_graph=True)
+        if len(self.sizes) == 3 and self.sizes[-1] == 6:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        (0.5 * loss).backward()
+
+
+class _RunsOut(torch.autograd.Function):
+    """Runs out of memory in the backward pass of the third micro-batch."""
+
+    @staticmethod
+    def forward(ctx, x, module):
+        ctx.module = module
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if len(ctx.module.sizes) == 3 and ctx.module.sizes[-1] == 6:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return gradient, None
+
+
+class SharedByCheckpoints(Failing):
+    """Has a layer in two reentrant checkpoints; memory runs out between them."""
+
+    most = 99
+
+    def __init__(self):
+        super().__init__("deterministic")
+        self.shared = torch.nn.Linear(16, 16)
+
+    def loss(self, x, y):
+        x = _RunsOut.apply(checkpoint(self.shared, x.requires_grad_(), use_reentrant=True), self)
+        return super().loss(checkpoint(self.shared, x, use_reentrant=True), y)
+
+
+@pytest.mark.parametrize("kind", [TwoPasses, SharedByCheckpoints])
+def test_gradient_that_may_be_accumulated_in_part_passes_the_error(kind):
+    loader = DataLoader(data(24), 6)
+
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        fit(kind(), loader, accumulate_grad_batches=4)
+
+    assert "may add to an accumulated gradient in parts" in caught.value.__notes__[-1]
+
+
+@pytest.mark.parametrize("kind", [TwoPasses, SharedByCheckpoints])
+def test_gradient_of_one_micro_batch_is_removed_again(kind):
+    callback = fit(module := kind(), DataLoader(data(24), 6))
+
+    assert module.sizes == [6, 6, 3, 3, 3, 3]
+    assert len(callback.survived) == 1
 
 
 @pytest.mark.parametrize("ignored", [-100, 255])

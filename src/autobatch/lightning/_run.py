@@ -67,8 +67,7 @@ class Run:
     def survive(self, trainer: Trainer, device: str | MemoryProbe | None) -> None:
         """Let training go on when memory runs out in it."""
         probe = detect(device, trainer.lightning_module.device)
-        size = getattr(trainer.train_dataloader, "batch_size", None)
-        self.survival = Survival(trainer, probe, size if isinstance(size, int) else None)
+        self.survival = Survival(trainer, probe)
         for patch in self.survival.patches():
             self.replace(patch)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils.data import IterableDataset
 
 from autobatch._accumulation import batch_norms
 from autobatch._distributed import current_ranks
@@ -38,15 +39,13 @@ class Survival:
     Args:
         trainer: The Trainer.
         probe: The device, whose memory is released after a failure.
-        batch_size: Samples of each micro-batch but the last of an epoch; None if that varies.
     """
 
-    def __init__(self, trainer: Any, probe: MemoryProbe, batch_size: int | None) -> None:
+    def __init__(self, trainer: Any, probe: MemoryProbe) -> None:
         self.events: list[Survived] = []
         self._trainer = trainer
-        self._batch_size = batch_size
-        least = 2 if batch_norms(trainer.lightning_module.modules()) else 1
-        self._repeats = Repeats(trainer, probe, batch_size, least)
+        self._repeats = Repeats(trainer, probe)
+        self._epoch: int | None = None  # in which `_repeats` has looked at the module
         wrapper = trainer.strategy.model
         self._wrapper = wrapper if isinstance(wrapper, DistributedDataParallel) else None
         self._clears = _clears(trainer)
@@ -66,6 +65,8 @@ class Survival:
     def run(self, *arguments: Any) -> Any:
         """Run a micro-batch, and return its `ClosureResult`."""
         self._has_gradient = False
+        if self._trainer.current_epoch != self._epoch:
+            self._begin_epoch()
         micro_batch = MicroBatch(self._trainer, self._wrapper, self._clears, *arguments)
         self._gradients = micro_batch.gradients
         result = self._repeats.run(micro_batch)
@@ -107,7 +108,8 @@ class Survival:
     @property
     def _own_plan(self) -> BatchPlan:
         """The plan of a Trainer that was not tuned, if micro-batches have one size."""
-        size = self._batch_size or max((each.samples for each in self.events), default=1)
+        largest = max((each.samples for each in self.events), default=1)
+        size = _batch_size(self._trainer) or largest
         return BatchPlan(
             size, self._trainer.accumulate_grad_batches, data_parallel_size(self._trainer)
         )
@@ -121,7 +123,18 @@ class Survival:
                 loss.register_hook(self._gradients.note)
             else:
                 self._gradients.note()
-        self._backward(loss, *arguments, **options)
+        try:
+            self._backward(loss, *arguments, **options)
+        except Exception:
+            if self._gradients is not None:
+                self._gradients.fail(loss, is_own=self._has_own_backward)
+            raise
+
+    def _begin_epoch(self) -> None:
+        """Look at the module and its loader once the hooks of an epoch have run."""
+        self._epoch = self._trainer.current_epoch
+        least = 2 if batch_norms(self._trainer.lightning_module.modules()) else 1
+        self._repeats.begin_epoch(_batch_size(self._trainer), least)
 
     def _count(self, pieces: Pieces) -> None:
         """Count a micro-batch that failed, and log it."""
@@ -134,6 +147,15 @@ class Survival:
             at = batches_that_stepped(trainer.fit_loop.epoch_loop)
             for logger in trainer.loggers:
                 logger.log_metrics({"autobatch/out_of_memory": len(self.events)}, step=at)
+
+
+def _batch_size(trainer: Any) -> int | None:
+    """Return the samples of each training batch but the last; None if that varies."""
+    loader = trainer.train_dataloader
+    size = getattr(loader, "batch_size", None)
+    if isinstance(getattr(loader, "dataset", None), IterableDataset) and loader.num_workers > 1:
+        return None  # the last batch of each worker may be smaller
+    return size if isinstance(size, int) else None
 
 
 def _clears(trainer: Any) -> bool:

@@ -44,7 +44,7 @@ class EvaluationSurvival:
 
     def __init__(self, trainer: Trainer, probe: MemoryProbe) -> None:
         self._trainer = trainer
-        self._repeats = Repeats(trainer, probe, batch_size=None, least=1)
+        self._repeats = Repeats(trainer, probe)
         strategy = trainer.strategy
         names = ("validation_step", "test_step")
         steps = {name: partial(self._run, name, getattr(strategy, name)) for name in names}
@@ -52,6 +52,7 @@ class EvaluationSurvival:
 
     def start(self) -> None:
         """Survive until `end`."""
+        self._repeats.begin_epoch(batch_size=None, least=1)
         self._patch.apply()
 
     def end(self) -> None:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from autobatch.lightning._survival.state import NotUndoneError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -26,6 +28,7 @@ class LocalGradients:
         self._optimizer = optimizer
         self._done: Sequence[torch.Tensor] = ()  # left out of this backward pass
         self._are_none = False  # all gradients, when it began
+        self._adds_twice = False  # more than once to a gradient, in parts
         # When it began: parameters, their gradients, and the versions of those that were there
         self._noted: list[torch.Tensor] = []
         self._before: list[torch.Tensor | None] = []
@@ -49,18 +52,29 @@ class LocalGradients:
         self._before = [each.grad for each in self._noted]
         self._versions = [each._version for each in self._before if each is not None]
 
+    def fail(self, loss: torch.Tensor, *, is_own: bool) -> None:
+        """Note a backward pass that failed, of the user's `backward` or of one loss."""
+        self._adds_twice = is_own or _is_reentrant(loss)
+
     def forget(self) -> None:
-        """Forget a backward pass that succeeded."""
+        """Forget a backward pass that has ended."""
         self._are_none = False
         self._noted, self._before, self._versions = [], [], []
 
     def undo(self) -> list[torch.Tensor]:
-        """Undo a failed backward pass where that is free, and return the parameters done."""
+        """Undo a failed backward pass where that is free, and return the parameters done.
+
+        Raises:
+            NotUndoneError: Some of them may be done in part.
+        """
         changed = self._changed()
         for parameter, before in changed:
             if before is None:
                 parameter.grad = None
-        return [parameter for parameter, before in changed if before is not None]
+        done = [parameter for parameter, before in changed if before is not None]
+        if done and self._adds_twice:
+            raise NotUndoneError("its backward pass may add to an accumulated gradient in parts")
+        return done
 
     def add(
         self,
@@ -150,3 +164,17 @@ class SynchronizedGradients(LocalGradients):
             unused = self._wrapper.find_unused_parameters
             self._wrapper.reducer.prepare_for_backward(roots if unused else [])
         torch.autograd.backward(roots, zeros)
+
+
+def _is_reentrant(loss: torch.Tensor) -> bool:
+    """Return whether a backward pass runs others, as reentrant checkpoints do."""
+    found, left = set(), [loss.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in found:
+            continue
+        if node.name() == "CheckpointFunctionBackward":
+            return True
+        found.add(node)
+        left += [each for each, _ in node.next_functions]
+    return False

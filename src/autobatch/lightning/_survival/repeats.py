@@ -56,21 +56,25 @@ class Repeats:
     Args:
         trainer: The Trainer.
         probe: The device, whose memory is released after a failure.
-        batch_size: Samples of each batch but the last of an epoch; None if that varies.
-        least: Samples of the smallest piece: BatchNorm needs 2.
     """
 
-    def __init__(
-        self, trainer: Any, probe: MemoryProbe, batch_size: int | None, least: int
-    ) -> None:
+    def __init__(self, trainer: Any, probe: MemoryProbe) -> None:
         self._trainer = trainer
         self._probe = probe
-        self._batch_size = batch_size
-        self._least = least
-        self._state = StepState(trainer)
         self._limit = PieceLimit()
         self._has_failed = False
         self._is_sum: bool | None = None  # the loss; None: not known yet, and taken for a mean
+
+    def begin_epoch(self, batch_size: int | None, least: int) -> None:
+        """Look at the module anew, which hooks may have changed.
+
+        Args:
+            batch_size: Samples of each batch but the last of an epoch; None if that varies.
+            least: Samples of the smallest piece: BatchNorm needs 2.
+        """
+        self._batch_size = batch_size
+        self._least = least
+        self._state = StepState(self._trainer)
 
     def run(self, whole: Divisible) -> Any:
         """Run a batch, and return its result."""
@@ -185,6 +189,7 @@ class Repeats:
             kept.restore()
             if self._is_sum is None and not pieces.lost_seconds:
                 self._is_sum = whole.is_sum(kept)
+                kept.check_unwritten()  # steps of this test have run to their end
         except NotUndoneError as problem:
             error.add_note(f"autobatch did not run the batch again in pieces: {problem}.")
             return None

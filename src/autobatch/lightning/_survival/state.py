@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+import numpy as np
 import torch
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -22,8 +23,11 @@ if TYPE_CHECKING:
 # Elements of a tensor; a larger one is not copied before each micro-batch, its version shows if it
 # was changed
 _SMALL: Final = 4096
+_CONTAINERS: Final = (list, dict, set, deque)  # and classes derived from them
 # Types of attributes whose contents may change; all others are replaced, or not known
-_CHANGING: Final = frozenset({torch.Tensor, torch.Generator, list, dict, set, deque})
+_CHANGING: Final = (torch.Tensor, torch.Generator, np.ndarray, *_CONTAINERS)
+_FEW: Final = 32  # entries; in a container of more, containers and tensors are not looked for
+_LEVELS: Final = 3  # of containers in containers
 # Attributes of a metric: results, which it replaces, and what it is made of
 _UNCHANGED: Final = frozenset(
     {"_forward_cache", "_computed", "_defaults", "_persistent", "_reductions"}
@@ -52,6 +56,15 @@ class StepState:
         self._statistics = _with_one_dimension(
             [each for part in norms for each in part.buffers(recurse=False)]
         )
+        optimized = {
+            id(each)
+            for optimizer in trainer.optimizers
+            for group in optimizer.param_groups
+            for each in group["params"]
+            if each.requires_grad
+        }
+        # Such as those of a teacher, which a step moves after the student's
+        self._fixed = [each for each in module.parameters() if id(each) not in optimized]
         # Without torchmetrics being imported: its classes and those derived from them
         unchanged = _UNCHANGED | vars(package(trainer).LightningModule()).keys()
         buffers = [vars(part)["_buffers"] for part in parts if not isinstance(part, _NormBase)]
@@ -66,9 +79,10 @@ class StepState:
 
     def keep(self, batch: Any) -> Kept:
         """Keep the state before an attempt at a batch."""
-        attributes, contents, generators = [], [], self._generators.copy()
+        attributes, generators = [], self._generators.copy()
+        contents = _Contents()
         copied: list[torch.Tensor] = []
-        noted: list[torch.Tensor] = []
+        noted = self._fixed.copy()
         for owner in self._owners:
             entries = owner.copy()
             attributes.append((owner.entries, entries))
@@ -79,8 +93,10 @@ class StepState:
                     tensors.append(value)
                 elif isinstance(value, torch.Generator):
                     generators.append(value)
-                elif len(value) <= LARGE:
-                    contents.append((value, value.copy()))
+                else:
+                    contents.note(value, _LEVELS if owner.nests else 1)
+            tensors += contents.tensors
+            contents.tensors = []
             if tensors:
                 (copied if owner.may_write_into(tensors) else noted).extend(tensors)
         logged = logged_in_step(self._logged)
@@ -95,7 +111,8 @@ class StepState:
             batch=_with_tensors(batch, noted),
             attributes=attributes,
             norms=self._norms,
-            contents=contents,
+            contents=contents.copies,
+            lengths=contents.lengths,
             logged=(self._logged, logged.keys()),
             copies=copies,
             versions=[(each, each._version) for each in noted if not each.is_inference()],
@@ -109,6 +126,8 @@ class _Attributes:
     Names whose contents may change are found anew when names or types change; contents of those
     in `unchanged` do not.
     """
+
+    nests = True  # containers may hold others, and tensors that are written into
 
     def __init__(self, entries: dict[str, Any], unchanged: Collection[str]) -> None:
         self.entries = entries
@@ -125,7 +144,7 @@ class _Attributes:
             self.changing = [
                 name
                 for name, value in entries.items()
-                if type(value) in _CHANGING and name not in self._unchanged
+                if isinstance(value, _CHANGING) and name not in self._unchanged
             ]
         return entries
 
@@ -136,6 +155,8 @@ class _Attributes:
 
 class _OfMetric(_Attributes):
     """Attributes of a metric: its `forward` replaces the states, its `update` may write into them."""
+
+    nests = False
 
     def __init__(self, entries: dict[str, Any], unchanged: Collection[str]) -> None:
         super().__init__(entries, unchanged)
@@ -151,6 +172,32 @@ class _OfMetric(_Attributes):
         return self._has_written or not last or not is_replaced
 
 
+class _Contents:
+    """Contents of containers and arrays before an attempt."""
+
+    def __init__(self) -> None:
+        self.copies: list[tuple[Any, Any]] = []
+        self.lengths: list[tuple[Any, int]] = []  # of containers too large to copy
+        self.tensors: list[torch.Tensor] = []  # in containers
+
+    def note(self, value: Any, levels: int) -> None:
+        """Note a container or an array, and as many levels of containers in it."""
+        if isinstance(value, np.ndarray):
+            if value.size <= _SMALL:
+                self.copies.append((value, value.copy()))
+            return
+        if len(value) > LARGE:
+            self.lengths.append((value, len(value)))
+            return
+        self.copies.append((value, value.copy()))
+        if levels > 1 and len(value) <= _FEW:
+            for each in value.values() if isinstance(value, dict) else value:
+                if isinstance(each, torch.Tensor):
+                    self.tensors.append(each)
+                elif isinstance(each, (np.ndarray, *_CONTAINERS)):
+                    self.note(each, levels - 1)
+
+
 class Kept(NamedTuple):
     """State before an attempt.
 
@@ -158,11 +205,12 @@ class Kept(NamedTuple):
         batch: The batch, in containers of its own.
         attributes: Dictionaries of attributes, buffers and logged values, and their entries.
         norms: Dictionaries of the buffers of BatchNorm, and their entries when training began.
-        contents: Small containers among the attributes, and copies of them.
+        contents: Small containers and arrays among the attributes, and copies of them.
+        lengths: Large containers, and their lengths.
         logged: Logged values, and the names of those of the step. Those of the hooks that run once
             after it, before the backward pass, stay.
         copies: Tensors, and their values one after the other.
-        versions: Other tensors, and their versions.
+        versions: Other tensors, such as parameters without an optimizer, and their versions.
         random: Generators, and their states.
     """
 
@@ -170,6 +218,7 @@ class Kept(NamedTuple):
     attributes: list[tuple[dict[str, Any], dict[str, Any]]]
     norms: list[tuple[dict[str, Any], dict[str, Any]]]
     contents: list[tuple[Any, Any]]
+    lengths: list[tuple[Any, int]]
     logged: tuple[dict[str, Any], Collection[str]]
     copies: list[tuple[list[torch.Tensor], torch.Tensor]]
     versions: list[tuple[torch.Tensor, int]]
@@ -192,8 +241,18 @@ class Kept(NamedTuple):
         for name in logged_in_step(results).keys() - names:
             del results[name]
         for container, values in self.contents:
+            if isinstance(container, np.ndarray):
+                container[...] = values
+                continue
             container.clear()
             (container.extend if hasattr(container, "extend") else container.update)(values)
+        for container, length in self.lengths:
+            if isinstance(container, list):
+                del container[length:]
+            if len(container) != length:
+                raise NotUndoneError(
+                    f"training_step changes a {type(container).__name__} of more than {LARGE:,} entries"
+                )
         for generator, state in self.random:
             generator.set_state(state)
         with unobserved(), torch.no_grad():
@@ -201,10 +260,15 @@ class Kept(NamedTuple):
                 of_each = values.flatten().split([tensor.numel() for tensor in tensors])
                 for tensor, value in zip(tensors, of_each, strict=True):
                     tensor.copy_(value.view(tensor.shape))
+        self.check_unwritten()
+
+    def check_unwritten(self) -> None:
+        """Raise `NotUndoneError` if a tensor was written into of which there is no copy."""
         inputs = {id(leaf) for leaf in leaves(self.batch)}
         for tensor, version in self.versions:
             if tensor._version != version:
-                what = "its batch" if id(tensor) in inputs else f"a {tuple(tensor.shape)} buffer"
+                kind = "parameter" if isinstance(tensor, torch.nn.Parameter) else "buffer"
+                what = "its batch" if id(tensor) in inputs else f"a {tuple(tensor.shape)} {kind}"
                 raise NotUndoneError(f"training_step writes into {what}")
 
 
