@@ -32,8 +32,9 @@ _SHARE: Final = 0.1
 class Guide:
     """A search that follows predicted memory while trials confirm it, or else measured memory.
 
-    The step is traced after the first trial, if the second would not be the last. Predictions end
-    with their time, so that ranks could not agree on them: one rank alone is guided.
+    The step is traced after the first trial, unless the search ends there or goes to the largest
+    size allowed. Each rank would run out of prediction time at another size, so only a single rank
+    is guided.
     """
 
     def __init__(self, search: Search, subject: Subject, runner: TrialRunner) -> None:

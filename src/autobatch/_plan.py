@@ -108,7 +108,7 @@ class _Choice:
         self._run_end_of_epoch(size)
         if is_selective(self.runner.trials):
             while self._run_end_of_epoch(self._usable[-1]):
-                pass
+                pass  # if it was refused, another size is the largest usable one
         elif not self._ends_well(size):
             below = next(filter(self._ends_well, range(size - 1, 0, -1)), size)
             if below not in self.runner.fitting and self.runner.check_time_for(below):
@@ -146,7 +146,10 @@ class _Choice:
         return plan
 
     def _confirm(self, target: int, preference: Preference) -> None:
-        """Run the micro-batch of the best plan if the search did not, until the best one ran."""
+        """Run the best plan's micro-batch; if another plan is the best then, run that one too.
+
+        At most `MAX_CONFIRMATIONS` times; a micro-batch that the search ran is not run again.
+        """
         left = MAX_CONFIRMATIONS
         while left:
             failed = {trial.batch_size for trial in self.runner.trials if not trial.fits}
@@ -220,7 +223,7 @@ class _Choice:
         """Run the last micro-batch of an epoch of this size, if the workload may refuse it.
 
         It may be a single sample, of which BatchNorm may need two, or any size, if the workload
-        has refused others.
+        has refused others. Return True if a trial was run, which may change the choice.
         """
         last, trials = self.last_micro_batch(batch_size), self.runner.trials
         if last is None or not (last == 1 or is_selective(trials)):

@@ -44,7 +44,7 @@ class Baseline:
     can_accumulate: bool = False
     accumulate: int = 1  # micro-batches per update without a target
     max_samples_per_update: int | None = None  # those of an epoch; None: no limit
-    plan: BatchPlan | None = None  # that was trained with until now; None if it is not known
+    plan: BatchPlan | None = None  # trained with until now; None if it is not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class Description:
 class Subject(Protocol):
     """A workload to tune: a plain loop, or training or evaluation in a Trainer.
 
-    Methods are called only after trials have run, properties at any time.
+    Properties and `describe` are called at any time, other methods only after a trial.
     """
 
     @property

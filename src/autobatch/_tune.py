@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 _MAX_BATCH_SIZE: Final = 2**20
 # Share of the planned training that timing sizes may take
 _SHARE_OF_TRAINING: Final = 0.1
-# Share of the search that it may take where speed does not decide which size is taken
+# Share of the search's time that timing sizes may take where speed does not decide between them
 _SHARE_OF_SEARCH: Final = 0.5
 
 
@@ -63,7 +63,7 @@ def tune(
     """
     ranks, known = context.ranks, prior.plan
     settings = prior.applied_to(settings, ranks.replicas)
-    if ranks.as_if:
+    if ranks.as_if:  # one process stands for the ranks of a job that does not run
         settings = without_timing(settings, ranks.as_if)
     accumulation = accumulation_of(subject, settings, ranks)
     own_size = own_batch_size(subject, known, ranks)
@@ -77,6 +77,7 @@ def tune(
         try:
             chosen = Chosen(verify(known, runner, sizes))
         except DoesNotFitError as error:
+            # A new run begins, with a budget, a time limit and a record of its own
             return tune(subject, settings, context, search, prior.after(error))
     elif settings.limit_on_latency is not None:
         latency = LatencySearch(settings.limit_on_latency, runner)
@@ -127,7 +128,7 @@ def accumulation_of(subject: Subject, settings: Settings, ranks: Ranks) -> Accum
 
 
 def own_batch_size(subject: Subject, known: BatchPlan | None, ranks: Ranks) -> int | None:
-    """Return the user's own batch size, of rank 0: an error at this size is the user's."""
+    """Return the user's own batch size, at which errors are the user's: of a plan, or of rank 0."""
     own, *_ = ranks.gather(subject.baseline.own_batch_size)
     return own if known is None else known.micro_batch_size
 
@@ -236,14 +237,17 @@ def find_largest_fit(
 def _next_size(
     search: Search, runner: TrialRunner, sizes: SearchRange, latency: LatencySearch | None
 ) -> int | None:
-    """Return the size that the search proposes, if there is time for it; None to end."""
-    trials_after = MAX_CONFIRMATIONS if runner.accumulation.is_split else 0
+    """Return the size that the search proposes, if there is time for it; None to end.
+
+    If there is not, the search proposes a smaller one. Sets `runner.is_out_of_time` by its latest
+    proposal alone: once it has its answer, sizes left out before do not matter.
+    """
+    trials_after = MAX_CONFIRMATIONS if runner.accumulation.has_target else 0
     has_time_for = partial(runner.has_time_for, trials_after=trials_after)
     if latency is not None and runner.fitting:
         # Memory may have room for sizes that are far too slow
         sizes = sizes.limited(latency.reach)
     size = _proposal(search, runner, sizes)
-    # Once the search has its answer, sizes left out for lack of time do not matter
     runner.is_out_of_time = size is not None and not has_time_for(size)
     if not runner.is_out_of_time:
         return size
@@ -302,7 +306,8 @@ def timing_limit(
     limits = [TimingLimit(most_timing_seconds(runner.settings))]
     if runner.settings.timing_seconds is not None:
         return limits[0]
-    if preference is None:
+    takes_largest = preference is None
+    if takes_largest:
         seconds = _SHARE_OF_SEARCH * runner.time_limit.spent
         limits.append(TimingLimit(seconds, "half the time of the search"))
     sample_seconds = [seconds / size for size, seconds in runner.step_seconds.items()]
@@ -317,11 +322,12 @@ def timing_limit(
 def preference_of(subject: Subject, runner: TrialRunner) -> Preference | None:
     """Return the order of sizes that are about as fast; None if the largest is taken."""
     has_batch_norm, *_ = runner.gather(subject.has_batch_norm())
-    settings, is_split = runner.settings, runner.accumulation.is_split
+    settings, has_target = runner.settings, runner.accumulation.has_target
     is_untimed = not most_timing_seconds(settings)
-    if not is_split and (settings.prefer == "largest" or is_untimed):
+    takes_largest = not has_target and (settings.prefer == "largest" or is_untimed)
+    if takes_largest:
         return None
-    return Preference(runner.own_size, has_batch_norm, is_split)
+    return Preference(runner.own_size, has_batch_norm, is_split=has_target)
 
 
 def check_same_plan(plan: BatchPlan, ranks: Ranks) -> None:
@@ -346,7 +352,7 @@ def keep_within_budget(plan: BatchPlan, runner: TrialRunner) -> None:
 def details_of_run(
     subject: Subject, runner: TrialRunner, chosen: Chosen, bound: Bound, prior: PriorPlan
 ) -> RunDetails:
-    """Return what notes depend on beside the report; the subject may measure for its own."""
+    """Return facts for notes that the report lacks; the subject may measure for its own notes."""
     return RunDetails(
         bound=bound,
         is_out_of_time=runner.is_out_of_time,

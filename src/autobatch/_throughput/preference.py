@@ -51,7 +51,7 @@ class SampleTime:
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """Order of sizes that are about as fast."""
+    """Order of sizes that are about as fast; without one (None) the largest is taken."""
 
     own_size: int | None  # the user's own batch size, which comes first; None if it is not known
     has_batch_norm: bool  # the network takes statistics of a micro-batch

@@ -28,7 +28,8 @@ class Trial:
     Args:
         batch_size: Samples per forward pass.
         outcome: Outcome of the trial.
-        peak: Most memory this process held during the trial, in bytes; None when it did not end.
+        peak: Most memory this process held during the trial, in bytes; None if an allocation failed
+            or the trial did not end.
         step_seconds: Seconds per micro-batch, its share of the optimizer step included; None when
             not timed. Without a point on the throughput curve they may be longer, since memory was
             watched meanwhile.

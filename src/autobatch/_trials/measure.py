@@ -31,8 +31,8 @@ def run_trial(
         sized: The workload at that size.
         steps: Optimizer steps to run.
         is_timed: Whether to run the steps once more if watching memory slows them down.
-        deadline: Reading of the device's clock after which no step begins that the size does not
-            need: it needs one step after the first.
+        deadline: Reading of the device's clock after which no step begins but those that any trial
+            needs: one to warm up, and one that is timed.
         context: Resources of the trials.
 
     Raises:
@@ -58,10 +58,11 @@ def run_trial(
             with context.capturing_new_modules():
                 warm_up(run, watch, deadline, context)
                 warm = probe.read()
-                is_eager = watch is not None or not uses_torch_compile()
-                if is_eager:
+                # The hooks that capture modules would break graphs of torch.compile
+                is_timed_under_hooks = watch is not None or not uses_torch_compile()
+                if is_timed_under_hooks:
                     timing = time_steps(run, enough, watch, context)
-            if not is_eager:
+            if not is_timed_under_hooks:
                 run.step()  # hooks are gone: modules that ran eagerly until now compile
                 timing = time_steps(run, enough, watch, context)
     if failure.outcome is not None:

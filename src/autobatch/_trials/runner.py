@@ -36,7 +36,7 @@ class Accumulation:
     replicas: int  # ranks that train on different data
 
     @property
-    def is_split(self) -> bool:
+    def has_target(self) -> bool:
         """True if a micro-batch may be one of several that reach a target."""
         return self.target is not None
 
@@ -95,7 +95,9 @@ class TrialRunner:
         self._results: list[Sequence[Trial]] = []  # of every rank, in the order of the trials
         self._budgets: Sequence[int] = ()  # of every rank, in bytes
         self._now = 0.0  # reading of this rank's clock at the latest gather
-        self.runs_together = False  # whether updates are timed with all ranks in step
+        # Whether updates are timed with real collectives, all ranks in step: a module is sharded
+        self.runs_together = False
+        # Whether all ranks have run an update together; also True if they need not
         self._has_communicated = False
 
     # The record, the same on every rank
@@ -127,7 +129,7 @@ class TrialRunner:
 
     def record(self, results: Sequence[Trial]) -> None:
         """Record a trial that every rank has run already."""
-        if self._ranks.as_if:  # its time is without communication
+        if self._ranks.as_if:  # the other ranks do not run: its time is without communication
             results = [replace(each, step_seconds=None) for each in results]
         self._results.append(results)
 
@@ -159,7 +161,7 @@ class TrialRunner:
     def run(self, batch_size: int, *, is_timed: bool, accumulate: int | None = None) -> Trial:
         """Run one trial on every rank, restore all state, and record the merged result.
 
-        It accumulates as training at this size will, unless told otherwise.
+        Without `accumulate` it accumulates as training at this size will.
         """
         began, deadline = self.time_limit.spent, self.deadline(self.time_limit.left)
         with self.on_every_rank(batch_size):
@@ -188,8 +190,8 @@ class TrialRunner:
     def _communicate_once(self) -> None:
         """Run one update of a sharded module by all ranks together, once a size fits.
 
-        What only real communication takes, such as the buffers of NCCL, is then there, and counts.
-        A single sample takes the least.
+        Memory that only real communication takes, such as the buffers of NCCL, is allocated then,
+        and counts. A single sample takes the least.
         """
         trial = self.trials[-1]
         if self._has_communicated or not trial.fits:
@@ -249,8 +251,9 @@ class TrialRunner:
     def on_every_rank(self, batch_size: int, *, is_dry: bool = True) -> Iterator[None]:
         """Prepare the block that runs a batch size, and restore all state after it.
 
-        If it is dry, collectives in it wait for no other rank, and an exception is raised on every
-        rank. Otherwise others may wait for the rank in a collective, which only its end breaks.
+        If it is dry, its collectives wait for no other rank, and an exception is raised on every
+        rank. Otherwise a rank that fails may leave others waiting in a collective until its process
+        ends.
         """
         self.context.progress.trying(batch_size)
         self.context.probe.attach(*self.context.snapshot.alive)
@@ -296,11 +299,13 @@ class TrialRunner:
 
     def has_time_for(self, batch_size: int, *, trials_after: int) -> bool:
         """Return whether there is time for a trial, and more of the largest size that fits."""
-        return self.time_limit.allows(batch_size, self._yardstick, self._seconds_of(trials_after))
+        known, reserve = self._size_to_predict_from, self._seconds_of(trials_after)
+        return self.time_limit.allows(batch_size, known, reserve)
 
     def affordable(self, *, trials_after: int) -> int | None:
-        """Return the largest size that should take half of the time left; None: any."""
-        return self.time_limit.affordable(self._yardstick, self._seconds_of(trials_after))
+        """Return the largest size expected to take half of the time left; None: any."""
+        known, reserve = self._size_to_predict_from, self._seconds_of(trials_after)
+        return self.time_limit.affordable(known, reserve)
 
     def check_time_for(self, batch_size: int) -> bool:
         """Return whether there is time for one more trial; remember if there is not."""
@@ -309,7 +314,8 @@ class TrialRunner:
         return has_time
 
     @property
-    def _yardstick(self) -> int | None:
+    def _size_to_predict_from(self) -> int | None:
+        """The size whose trial predicts the time of others: the largest that fits, or else ran."""
         return self.fitting[-1] if self.fitting else self.time_limit.largest
 
     def _seconds_of(self, trials: int) -> float:

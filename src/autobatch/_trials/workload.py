@@ -107,11 +107,11 @@ def _as_count(yielded: Any) -> int | None:
 
 
 class FailureCleanup:
-    """A context manager that ends the error of a failed size, and frees everything the step held.
+    """A context manager that catches the error of a failed size, and frees what the step held.
 
     An error fails the size if memory ran out, or if the workload may refuse the size. Other errors,
-    and those of autobatch itself, pass through with a note that names the batch size. So does a
-    refusal after which the state cannot be restored, as it then counts more than that failure.
+    and those of autobatch itself, pass through with a note that names the batch size. So does the
+    error of a refused size if the state cannot be restored after it.
     """
 
     def __init__(self, sized: SizedWorkload, context: TrialContext) -> None:

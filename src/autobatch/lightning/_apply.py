@@ -55,7 +55,7 @@ class Application:
             attribute.set(self.plan.micro_batch_size)
             if before.read_the_plan:
                 before.create_again(trainer)
-            undo.pop_all()  # all went well: the caller undoes it
+            undo.pop_all()  # all went well: the plan stays, and `Run.undo` restores the loaders
 
     def between_epochs(self, before_data: StateBefore) -> None:
         """Make this Trainer continue with the plan in the epoch that starts now.

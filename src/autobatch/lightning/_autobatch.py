@@ -76,7 +76,8 @@ class AutoBatch(Callback):  # type: ignore[misc]  # a class made at run time
             that fits.
         max_micro_batch_size: The largest micro-batch to consider, in samples.
         plan: A known plan, or the report file that holds one: verified by one trial instead of a
-            search. "keep" tunes nothing: batch size and accumulation stay as they are.
+            search. "keep", for `on_out_of_memory="split"` alone, tunes nothing: batch size and
+            accumulation stay as they are.
         steps_per_trial: Optimizer steps per trial.
         time_limit: Seconds for the search; the best size verified by then is taken. None: no limit.
         timing_seconds: Further seconds for timing sizes, which ends as soon as the choice is
@@ -304,7 +305,10 @@ class AutoBatch(Callback):  # type: ignore[misc]  # a class made at run time
         return self._estimated
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Move to the front, so that other callbacks see the tuned loader and optimizers."""
+        """Start a new run, and let an evaluation be tuned when its loop sets up its data.
+
+        Move to the front, so that other callbacks see the tuned loader and optimizers.
+        """
         # Without the checkpoint of the previous run: LearningRateFinder loads one that it saved
         # itself
         self._run = Run()
@@ -323,7 +327,7 @@ class AutoBatch(Callback):  # type: ignore[misc]  # a class made at run time
             self._run.replace(before_data(trainer, STAGES[stage], evaluate))
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Read from a checkpoint if it was written within an epoch."""
+        """Note that the run resumes, and if its checkpoint was written between epochs."""
         self._run.checkpoint = Checkpoint.of(checkpoint, max_steps=trainer.max_steps)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -332,7 +336,7 @@ class AutoBatch(Callback):  # type: ignore[misc]  # a class made at run time
             self._run.checkpoint = self._run.checkpoint.with_state(state_dict)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Tune, and make the Trainer train with the plan."""
+        """Check that the run can be tuned, tune it, and make the Trainer train with the plan."""
         if self._arguments.survives:
             check_survival(trainer, pl_module)
         reason = why_idle(trainer)

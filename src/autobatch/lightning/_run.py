@@ -104,8 +104,8 @@ def before_epochs(
 ) -> patched:
     """Return a patch that acts before and after the hooks `on_train_epoch_start` of each epoch.
 
-    It does not if a checkpoint resumes within the epoch. A callback of its own would act between
-    them: those of other callbacks and of the module come later.
+    `before_hooks` runs before all of them and `after_hooks` after; neither if a checkpoint resumes
+    within the epoch. A hook of AutoBatch itself would run in between.
     """
     loop = trainer.fit_loop
 

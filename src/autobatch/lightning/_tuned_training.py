@@ -49,9 +49,11 @@ class TunedTraining:
     run: Run  # changes to the Trainer, which are undone at its end
     results: Results  # takes the reports
     _target: int = 0  # the effective batch size of the first plan
-    _held: int | None = None  # as `Tuned.held_by_callbacks`
-    _is_to_compare: bool = True  # memory of callbacks, before the next epoch
-    _steps_before: int | None = None  # updates before an epoch in which it is compared
+    # Memory of callbacks in trials, as `Tuned.held_by_callbacks`. Training may exceed it: it is
+    # compared before an epoch, and after the first update of that epoch
+    _callback_bytes_in_trials: int | None = None
+    _compare_at_next_epoch: bool = True
+    _compare_after_step: int | None = None  # updates before that one; None: not any more
 
     @property
     def plan(self) -> BatchPlan:
@@ -129,11 +131,12 @@ class TunedTraining:
 
     def look_after_first_step(self) -> None:
         """Warn if callbacks hold memory since the first step that makes training run out of it."""
-        if self._steps_before is None or self.trainer.global_step <= self._steps_before:
+        before = self._compare_after_step
+        if before is None or self.trainer.global_step <= before:
             return
-        self._steps_before = None
+        self._compare_after_step = None
         if excess := self._excess():
-            self._is_to_compare = True
+            self._compare_at_next_epoch = True
             note = f"{excess} The next epoch is tuned again, if training reaches it."
             _log.warning("%s", note)
             self._complete_report({"notes": (*self._report.notes, note)})
@@ -165,17 +168,18 @@ class TunedTraining:
     def _before_hooks(self) -> None:
         """Tune again before the first epoch if callbacks hold memory already that trials lacked.
 
-        What hooks of the epoch make of optimizers and schedules comes after these are created
-        again.
+        Before the hooks of the epoch, which may change optimizers and schedules: these are created
+        again here.
         """
         if self.trainer.global_step == 0 and not self._is_wanted:
             self._retune_if_needed()
 
     def _before_epoch(self) -> None:
         """Tune again where the user wants it, or where callbacks hold memory that trials lacked."""
-        if self._is_to_compare or self._is_wanted:
+        if self._compare_at_next_epoch or self._is_wanted:
             self._retune_if_needed()
-            self._is_to_compare, self._steps_before = False, self.trainer.global_step
+            self._compare_at_next_epoch = False
+            self._compare_after_step = self.trainer.global_step
         self.run.before_data.forget()
 
     @property
@@ -190,9 +194,9 @@ class TunedTraining:
             self._retune(f"{excess} {reason}" if excess else reason)
 
     def _excess(self) -> str | None:
-        if self._held is None:
+        if self._callback_bytes_in_trials is None:
             return None
-        return excess_of_callbacks(self.trainer, self._held, self._report)
+        return excess_of_callbacks(self.trainer, self._callback_bytes_in_trials, self._report)
 
     def _retune(self, reason: str) -> None:
         """Tune again in the middle of training, for the effective batch size it started with."""
@@ -213,7 +217,7 @@ class TunedTraining:
     def _continue_with(self, tuned: Tuned) -> None:
         """Train with a plan that was applied."""
         self.results.train_with(tuned.report)
-        self._held = tuned.held_by_callbacks
+        self._callback_bytes_in_trials = tuned.held_by_callbacks
         if self.arguments.repairs:
             self.run.window = LastWindowCorrection(tuned.report.plan.micro_batch_size)
         if tuned.validation_sizes is not None:
