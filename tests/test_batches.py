@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any, NamedTuple
 
 import pytest
@@ -49,12 +49,58 @@ class Sequence(list):
 
 
 @dataclass(frozen=True)
-class Derived:
+class Frozen:
     x: Any
-    count: int = field(init=False)
 
-    def __post_init__(self):
-        object.__setattr__(self, "count", len(self.x))
+
+@dataclass(frozen=True, slots=True)
+class Slots:
+    x: Any
+
+
+@dataclass
+class Scaled:
+    x: Any
+    scale: InitVar[float]
+
+    def __post_init__(self, scale):
+        self.x = self.x * scale
+
+
+@dataclass
+class Collated:
+    x: Any
+    missing: Any = field(init=False)
+
+    def __init__(self, samples):
+        self.x = torch.stack(samples)
+
+
+class Incremented(Named):
+    def __new__(cls, x):
+        return super().__new__(cls, x + 1, None)
+
+
+class OwnMapping(collections.abc.MutableMapping):
+    """Keeps its items in a dict, which a shallow copy shares."""
+
+    def __init__(self, **items):
+        self.items_by_name = items
+
+    def __getitem__(self, key):
+        return self.items_by_name[key]
+
+    def __setitem__(self, key, value):
+        self.items_by_name[key] = value
+
+    def __delitem__(self, key):
+        del self.items_by_name[key]
+
+    def __iter__(self):
+        return iter(self.items_by_name)
+
+    def __len__(self):
+        return len(self.items_by_name)
 
 
 @pytest.mark.parametrize(
@@ -69,8 +115,8 @@ class Derived:
         lambda x: collections.defaultdict(list, x=x),
         lambda x: Mapping(x=x),
         lambda x: Sequence([x]),
-        Derived,
-        lambda x: [{"x": (Named(Derived(x), 1),)}],
+        Frozen,
+        lambda x: [{"x": (Named(Frozen(x), 1),)}],
     ],
 )
 def test_containers_keep_their_kind(container):
@@ -82,6 +128,29 @@ def test_containers_keep_their_kind(container):
     assert type(half) is type(expected)
     assert str(half) == str(expected)
     assert row_counts(half) == {2}
+
+
+@pytest.mark.parametrize(
+    "container",
+    [
+        Slots,
+        lambda x: Scaled(x, 0.5),
+        lambda x: Collated([*x]),
+        Incremented,
+        lambda x: OwnMapping(x=x),
+        lambda x: torch.stack([x, x], 1).max(1),
+    ],
+)
+def test_parts_are_made_by_no_constructor(container):
+    """It would take other arguments, or change the tensors a second time."""
+    batch = container(torch.arange(4.0))
+    (before, *_) = [leaf.clone() for leaf in leaves(batch) if isinstance(leaf, torch.Tensor)]
+
+    halves = [cut(batch, 4, rows) for rows in (slice(0, 2), slice(2, 4))]
+
+    assert all(type(half) is type(batch) for half in halves)
+    assert same(torch.cat([next(iter(leaves(half))) for half in halves]), before)
+    assert same(next(iter(leaves(batch))), before)
 
 
 def test_list_of_plain_values_is_one_leaf():

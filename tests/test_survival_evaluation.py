@@ -187,6 +187,42 @@ def test_collections_of_metrics_are_those_of_whole_batches():
         assert torch.allclose(found[name], value, rtol=1e-6)
 
 
+class LogsSizeOfLoader(Evaluated):
+    def validation_step(self, batch, batch_idx):
+        outputs = super().validation_step(batch, batch_idx)
+        self.log("weighted", outputs["loss"], batch_size=16)
+        return outputs
+
+
+def test_batch_size_of_the_loader_counts_by_the_share_of_a_piece():
+    expected = evaluated(LogsSizeOfLoader())[1].callback_metrics
+
+    found = evaluated(LogsSizeOfLoader(most=8))[1].callback_metrics
+
+    assert torch.allclose(found["weighted"], expected["weighted"], rtol=1e-6)
+    assert not torch.allclose(found["weighted"], found["loss_epoch"], rtol=1e-6)
+
+
+class SumOfSecondLoader(Evaluated):
+    def test_step(self, batch, batch_idx, dataloader_idx):
+        self.is_sum = dataloader_idx == 1
+        return self.validation_step(batch, batch_idx)
+
+    def loss(self, logits, y):
+        return F.cross_entropy(logits, y, reduction="sum" if self.is_sum else "mean")
+
+    def on_test_batch_end(self, *_):
+        pass
+
+
+def test_values_of_each_loader_are_compared(caplog):
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        evaluated(SumOfSecondLoader(most=8), [loader(), loader()])
+
+    assert caplog.text.count("test_step: out of memory, batch 16 done in 2 × 8") == 1
+    assert "outputs or logged values of 8 samples are not means" in caught.value.__notes__[-1]
+
+
 def test_single_sample_that_does_not_fit_passes_the_error():
     with pytest.raises(torch.OutOfMemoryError) as caught:
         evaluated(Evaluated(most=0))

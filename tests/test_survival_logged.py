@@ -41,6 +41,11 @@ class LogsEverywhere(pl.LightningModule):
         self.accuracy(logits, labels)
         self.log("loss", loss, on_epoch=True)
         self.log("accuracy", self.accuracy, on_step=True, on_epoch=True)
+        for name, size in {"loader": ROWS, "batch": len(inputs)}.items():
+            self.log(f"loss_by_{name}", loss, on_epoch=True, batch_size=size)
+        reduced = {"sum": float(len(inputs)), "max": inputs.max(), "min": inputs.min()}
+        for name, value in reduced.items():
+            self.log(name, value, on_step=True, on_epoch=True, reduce_fx=name)
         if self.trainer.global_step == self.fails_at and len(inputs) == ROWS:
             if self.place == "forward":
                 raise torch.OutOfMemoryError("CUDA out of memory.")

@@ -13,7 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 import autobatch
+from autobatch._memory.ledger import Ledger
 from autobatch.lightning._checks import check_survival
+from autobatch.lightning._survival.halves import telling_samples
 from lightning_here import QUICK, Model, data, pl, quiet_trainer
 from surviving import SPLIT, Trained, quick_collections, torchmetrics, trained
 
@@ -234,6 +236,42 @@ def test_loss_that_ignores_a_few_labels_is_not_taken_for_a_mean(ignored, at):
     assert "its loss mixes samples or does not weigh them equally: halves of a batch of 8" in notes
 
 
+class Masked(Failing):
+    """Has a loss over valid positions, by a mask of 0 and 1, or of infinity and 0."""
+
+    most = 8
+
+    def training_step(self, batch, batch_idx):
+        x, mask = batch
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        valid = mask.exp() if mask.min() < 0 else mask
+        return (self.net(x).square().mean(1, keepdim=True) * valid).sum() / valid.sum()
+
+
+@pytest.mark.parametrize("make", [torch.Tensor.clone, torch.log], ids=["factor", "summand"])
+def test_loss_over_a_mask_of_floats_is_not_taken_for_a_mean(make):
+    mask = torch.ones(32, 6)
+    mask[24:, 2:] = 0
+    batch = (torch.randn(32, 16), make(mask))
+
+    notes = notes_of(Masked("deterministic"), DataLoader([batch], batch_size=None))
+
+    assert "its loss mixes samples or does not weigh them equally: halves of a batch of 8" in notes
+
+
+def test_samples_are_compared_without_a_copy_of_all_rows():
+    labels = torch.zeros(64, 2**15, dtype=torch.uint8)
+    labels[40] = 1
+    ledger = Ledger()
+
+    with ledger.watching(None, 0):
+        (samples,) = telling_samples([labels], 2)
+
+    assert sorted(samples[:, 0].tolist()) == [0, 1]
+    assert ledger.peak < labels.nbytes / 2
+
+
 def test_fewer_samples_are_compared_where_eight_do_not_fit():
     notes = notes_of(Contrastive(), DataLoader(data(32), 16))
 
@@ -256,14 +294,32 @@ def opaque(samples):
     return [Opaque(x) for x, _ in samples]
 
 
+def sparse(samples):
+    return torch.stack([x for x, _ in samples]).to_sparse()
+
+
+def compressed(samples):
+    return torch.stack([x for x, _ in samples]).to_sparse_csr()
+
+
+def nested(samples):
+    return torch.nested.nested_tensor(
+        [x[: 3 + row] for row, (x, _) in enumerate(samples)], layout=torch.jagged
+    )
+
+
 def time_first(samples):
     return torch.stack([x for x, _ in samples], 1)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
 @pytest.mark.parametrize(
     ("collate", "size", "reason"),
     [
         (opaque, 4, "its batches are not of tensors in plain containers"),
+        (sparse, 4, "its batches have sparse or nested tensors"),
+        (compressed, 4, "its batches have sparse or nested tensors"),
+        (nested, 4, "its batches have sparse or nested tensors"),
         (time_first, 4, "its tensors have 16 rows, and a batch has 4 samples"),
         (None, 1, "its batches are of one sample"),
     ],
@@ -306,6 +362,20 @@ def test_error_of_a_piece_passes_with_a_note():
     assert "autobatch was running a batch in pieces" in caught.value.__notes__[-1]
 
 
+class RefusesLaterPieces(Failing):
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 1 and len(batch[1]) == self.most:
+            raise ValueError("a whole batch is needed")
+        return super().training_step(batch, batch_idx)
+
+
+def test_error_of_a_later_batch_in_pieces_passes_with_a_note():
+    with pytest.raises(ValueError, match="whole batch") as caught:
+        trained(RefusesLaterPieces(), count=2)
+
+    assert "autobatch was running a batch in pieces" in caught.value.__notes__[-1]
+
+
 class StepsInBackward(Failing):
     def __init__(self):
         super().__init__()
@@ -334,7 +404,7 @@ class OutOfMemoryInStep(torch.optim.SGD):
 def test_error_of_the_optimizer_says_that_weights_may_be_half_updated(tmp_path):
     notes = notes_of(Trained(optimizer=OutOfMemoryInStep))
 
-    assert "weights and optimizer state may be half updated" in notes
+    assert "Within that step weights and optimizer state may be half updated" in notes
     assert "No checkpoint was written before." in notes
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import MutableMapping, Sized
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -89,6 +89,9 @@ def divisible_samples(batch: Any) -> int:
     known = (torch.Tensor, *_PLAIN)
     if not all(isinstance(leaf, known) or is_plain_list(leaf) for leaf in leaves(batch)):
         raise NotDividedError("its batches are not of tensors in plain containers")
+    tensors = (leaf for leaf in leaves(batch) if isinstance(leaf, torch.Tensor))
+    if any(each.is_nested or each.layout is not torch.strided for each in tensors):
+        raise NotDividedError("its batches have sparse or nested tensors")
     counts = row_counts(batch)
     if len(counts) != 1:
         raise NotDividedError(f"the tensors in its batches have {listed(counts)} rows")
@@ -132,15 +135,24 @@ def _parts(batch: Any) -> Sequence[Any] | None:
     if isinstance(batch, MutableMapping):
         return list(batch.values())
     if is_dataclass(batch) and not isinstance(batch, type):
-        return [getattr(batch, field.name) for field in fields(batch)]
+        return [getattr(batch, name) for name in _field_names(batch)]
     return None
 
 
+def _field_names(batch: Any) -> list[str]:
+    """Return the fields of a dataclass that have a value."""
+    return [field.name for field in fields(batch) if hasattr(batch, field.name)]
+
+
 def _rebuilt(container: Any, parts: Sequence[Any]) -> Any:
-    """Return a container of the same kind with other contents."""
+    """Return a container of the same kind with other contents.
+
+    No constructor runs: it may take other arguments, or change the contents a second time.
+    """
     if isinstance(container, tuple):
         kind = type(container)
-        return kind(*parts) if hasattr(container, "_fields") else kind(parts)
+        # Results of torch, as of `max`, are made by their constructor alone
+        return kind(parts) if hasattr(kind, "n_fields") else tuple.__new__(kind, parts)
     if isinstance(container, list):
         items = copy.copy(container)
         items[:] = parts
@@ -149,8 +161,13 @@ def _rebuilt(container: Any, parts: Sequence[Any]) -> Any:
         # A copy keeps a default factory and attributes; item by item, since ModelOutput of
         # transformers refuses update()
         mapping = copy.copy(container)
+        if not isinstance(mapping, dict):  # the copy may share the dict that holds its items
+            inner = vars(mapping)
+            inner.update({name: {**each} for name, each in inner.items() if type(each) is dict})
         for key, part in zip(container, parts, strict=True):
             mapping[key] = part
         return mapping
-    pairs = zip(fields(container), parts, strict=True)
-    return replace(container, **{field.name: part for field, part in pairs if field.init})
+    record = copy.copy(container)
+    for name, part in zip(_field_names(container), parts, strict=True):
+        object.__setattr__(record, name, part)  # of a frozen one as well
+    return record

@@ -175,15 +175,19 @@ def logged_in_step(results: Any) -> dict[str, Any]:
 
 
 def logged_on_step(trainer: Trainer) -> dict[str, Any]:
-    """Return the scalars that the last step has logged for itself: means, and values of metrics."""
+    """Return the scalars that the last step has logged for itself, with values of metrics."""
     return {
         name: result._forward_cache
         for name, result in logged_in_step(trainer._results).items()
         if result.meta.on_step
-        and result.meta.is_mean_reduction
         and isinstance(result._forward_cache, torch.Tensor)
         and result._forward_cache.is_floating_point()
     }
+
+
+def reduction_on_step(trainer: Trainer, name: str) -> str:
+    """Return the `reduce_fx` of a value that `training_step` has logged, such as "mean"."""
+    return str(trainer._results[name].meta.reduce_fx.__name__)
 
 
 def set_logged_on_step(trainer: Trainer, name: str, value: Any) -> None:

@@ -201,9 +201,12 @@ class Trainer(Protocol):
     should_stop: bool
     state: Any
     strategy: Strategy
+    test_dataloaders: Any
     test_loop: EvaluationLoop
+    testing: bool
     train_dataloader: Any
     training: bool
+    val_dataloaders: Any
     validate_loop: EvaluationLoop
     world_size: int
     _active_loop: Any

@@ -101,8 +101,9 @@ class Survival:
         path = saver and (getattr(saver, "last_model_path", "") or saver.best_model_path)
         good = f"The last good checkpoint is {path}" if path else "No checkpoint was written before"
         error.add_note(
-            "Memory ran out in the step of the optimizer: weights and optimizer state may be half "
-            f"updated, also in a checkpoint written on this exception. {good}."
+            "Memory ran out after the backward pass, which autobatch does not repeat: in a hook, in "
+            "clipping, or in the step of the optimizer. Within that step weights and optimizer state "
+            f"may be half updated, also in a checkpoint written on this exception. {good}."
         )
 
     @property

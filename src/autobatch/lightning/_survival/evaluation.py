@@ -17,7 +17,7 @@ from autobatch.lightning._survival.halves import (
     metric_states,
     telling_samples,
 )
-from autobatch.lightning._survival.pieces import Pieces, show_piece
+from autobatch.lightning._survival.pieces import Pieces, shown
 from autobatch.lightning._survival.repeats import Repeats
 from autobatch.lightning._survival.state import NotUndoneError
 
@@ -44,7 +44,8 @@ class EvaluationSurvival:
 
     def __init__(self, trainer: Trainer, probe: MemoryProbe) -> None:
         self._trainer = trainer
-        self._repeats = Repeats(trainer, probe)
+        self._probe = probe
+        self._repeats: dict[Any, Repeats] = {}  # by the step and the number of the loader
         strategy = trainer.strategy
         names = ("validation_step", "test_step")
         steps = {name: partial(self._run, name, getattr(strategy, name)) for name in names}
@@ -52,7 +53,8 @@ class EvaluationSurvival:
 
     def start(self) -> None:
         """Survive until `end`."""
-        self._repeats.begin_epoch(batch_size=None, least=1)
+        for repeats in self._repeats.values():
+            repeats.begin_epoch(batch_size=None, least=1)
         self._patch.apply()
 
     def end(self) -> None:
@@ -61,7 +63,12 @@ class EvaluationSurvival:
 
     def _run(self, name: str, step: Callable[..., Any], batch: Any, *arguments: Any) -> Any:
         pass_on = lambda piece: step(piece, *arguments)  # noqa: E731
-        return self._repeats.run(_EvaluationBatch(self._trainer, name, pass_on, batch))
+        # The step may do something else for each loader
+        key = (name, logged_results(self._trainer).dataloader_idx)
+        if key not in self._repeats:
+            self._repeats[key] = Repeats(self._trainer, self._probe)
+            self._repeats[key].begin_epoch(batch_size=None, least=1)
+        return self._repeats[key].run(_EvaluationBatch(self._trainer, name, pass_on, batch))
 
 
 class _EvaluationBatch:
@@ -88,8 +95,8 @@ class _EvaluationBatch:
         return nullcontext()
 
     def run_piece(self, piece: Any, *_: Any) -> dict[str, Any]:
-        show_piece(self._trainer, piece)
-        output = self._step(piece)
+        with shown(self._trainer, self.batch, piece):  # hooks after it log for the whole
+            output = self._step(piece)
         self._is_mapping = isinstance(output, dict)
         return output if self._is_mapping else {"": output}
 
@@ -142,7 +149,6 @@ class _EvaluationBatch:
         return [*outputs, *states.values()]
 
     def finish(self, outputs: dict[str, Any], pieces: Pieces) -> Any:
-        show_piece(self._trainer, self.batch)  # hooks after it log for the whole
         if pieces.lost_seconds:
             _log.warning("%s: out of memory, batch %s", self._name, pieces)
         return outputs if self._is_mapping else outputs[""]

@@ -31,7 +31,10 @@ if TYPE_CHECKING:
 _log = logging.getLogger("autobatch")
 
 _MAX_SAMPLES: Final = 8  # and half of the batch: memory has just run out
-_MOST_ELEMENTS: Final = 2**20  # of the gradients that are compared, from the smallest on
+# Of the gradients that are compared, from the smallest on, and of rows that are summed at a time
+_MOST_ELEMENTS: Final = 2**20
+_MOST_VALUES: Final = 8  # of a sample in a mask or in labels; an image has more
+_LARGE_SUM: Final = 2.0**60  # in place of infinity, as in additive masks
 # Share of the norm by which results of halves may differ: of 16 bits, and of others
 _ROUNDING: Final = {2: 0.03, 4: 1e-3, 8: 1e-6}
 
@@ -77,13 +80,14 @@ def few(samples: int) -> Iterator[int]:
 
 
 def telling_samples(batch: Any, count: int) -> Any:
-    """Return the samples of a batch that differ most in a tensor of integers, in copies.
+    """Return the samples of a batch that differ most in their labels and masks, in copies.
 
     Labels that a loss ignores, such as -100 or 255, then are among them, and more of them in one
-    half than in the other. Without such tensors these are the first samples.
+    half than in the other, and so are the shortest and the longest of masked samples. Without tensors
+    of few whole numbers these are the first samples.
     """
     samples = divisible_samples(batch)
-    rows = _extremes([leaf for leaf in leaves(batch) if _is_integer(leaf)], count) or range(count)
+    rows = _extremes([leaf for leaf in leaves(batch) if _may_be_mask(leaf)], count) or range(count)
 
     def take(leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
@@ -152,16 +156,21 @@ def _measured(
     return found
 
 
-def _is_integer(leaf: Any) -> bool:
-    is_tensor = isinstance(leaf, torch.Tensor) and leaf.ndim > 0
-    return is_tensor and not (leaf.is_floating_point() or leaf.is_complex())
+def _may_be_mask(leaf: Any) -> bool:
+    """Check for a tensor of integers, or of floats: a few whole numbers in its first sample."""
+    if not isinstance(leaf, torch.Tensor) or not leaf.ndim or not leaf.numel() or leaf.is_complex():
+        return False
+    if not leaf.is_floating_point():
+        return True
+    values = leaf[0].unique()
+    return len(values) <= _MOST_VALUES and bool((values == values.round()).all())
 
 
 def _extremes(tensors: list[torch.Tensor], count: int) -> list[int]:
     """Return rows with low and high sums: most of the low ones first, then most of the high ones."""
     if not tensors:
         return []
-    sums = [each.double().flatten(1).sum(1) if each.ndim > 1 else each.double() for each in tensors]
+    sums = [_sums_of_rows(each) for each in tensors]
     # In standard deviations, and in the tensor where a row deviates most
     scores = torch.stack([(each - each.mean()) / (each.std() + 1e-9) for each in sums])
     score = scores.gather(0, scores.abs().argmax(0, keepdim=True))[0]
@@ -169,6 +178,15 @@ def _extremes(tensors: list[torch.Tensor], count: int) -> list[int]:
     low, high = order[: count // 2], order[: -1 - count // 2 : -1]
     low[-1], high[-1] = high[-1], low[-1]
     return low + high
+
+
+def _sums_of_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """Return finite sums of rows, a few rows at a time: sums of another type copy their tensor."""
+    few_rows = max(1, _MOST_ELEMENTS // tensor[0].numel())
+    parts = [
+        part.reshape(len(part), -1).sum(1, dtype=torch.double) for part in tensor.split(few_rows)
+    ]
+    return torch.cat(parts).cpu().clamp(-_LARGE_SUM, _LARGE_SUM).nan_to_num()
 
 
 def _smallest(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:

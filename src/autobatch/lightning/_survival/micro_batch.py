@@ -21,7 +21,7 @@ from autobatch.lightning._compat import (
 )
 from autobatch.lightning._survival.gradients import LocalGradients, SynchronizedGradients
 from autobatch.lightning._survival.halves import is_sum
-from autobatch.lightning._survival.pieces import show_piece
+from autobatch.lightning._survival.pieces import shown
 from autobatch.lightning._survival.state import NotUndoneError
 
 if TYPE_CHECKING:
@@ -121,12 +121,11 @@ class MicroBatch:
         self.gradients.forget()
         if self._result is not None:
             go_on_logging(self._trainer)
-        show_piece(self._trainer, piece)
         arguments = copy.copy(self._arguments)
         arguments["batch"] = piece
         with torch.enable_grad():
-            result = training_step_result(self._trainer.fit_loop.epoch_loop, arguments)
-            show_piece(self._trainer, self.batch)  # hooks log for the whole
+            with shown(self._trainer, self.batch, piece):  # hooks after it log for the whole
+                result = training_step_result(self._trainer.fit_loop.epoch_loop, arguments)
             self._zero_grad()
             self._stage = _Stage.BACKWARD
             if backward_of(self._closure) is not None and result.closure_loss is not None:

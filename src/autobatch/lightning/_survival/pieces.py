@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from autobatch.lightning._compat import logged_on_step, logged_results, set_logged_on_step
+from autobatch._trials.batches import row_counts
+from autobatch._undo import patched
+from autobatch.lightning._compat import (
+    logged_on_step,
+    logged_results,
+    reduction_on_step,
+    set_logged_on_step,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
     from autobatch.lightning._trainer import Trainer
+
+# Reductions of `self.log` other than the mean
+_REDUCTIONS: Final[dict[str, Callable[..., torch.Tensor]]] = {
+    "sum": torch.sum,
+    "max": torch.amax,
+    "min": torch.amin,
+}
 
 
 class Pieces:
@@ -42,15 +57,19 @@ class Pieces:
         self._logged.append(logged_on_step(self._trainer))
 
     def merged(self, sums: Collection[str] = ()) -> dict[str, Any]:
-        """Return the outputs of all pieces, and let values logged on this step be means.
+        """Return the outputs of all pieces, and reduce values logged on this step.
 
-        Outputs are means over samples as well; those named in `sums` are sums of scalars.
+        Outputs are means over samples, as are values without another `reduce_fx`; those named in `sums` are sums of scalars.
         """
         first, *others = self._logged
         for name in first:
             if all(name in each for each in others):
                 values = [each[name] for each in self._logged]
-                set_logged_on_step(self._trainer, name, _weighted(values, self._shares))
+                if reduce := _REDUCTIONS.get(reduction_on_step(self._trainer, name)):
+                    value = reduce(torch.stack(values), 0)
+                else:
+                    value = _weighted(values, self._shares)
+                set_logged_on_step(self._trainer, name, value)
         return {name: self._merged(name, is_sum=name in sums) for name in self._outputs[0]}
 
     @property
@@ -71,10 +90,39 @@ class Pieces:
         return torch.cat(values) if is_of_samples else values[-1]
 
 
-def show_piece(trainer: Trainer, piece: Any) -> None:
-    """Let `self.log` take the batch size from a piece."""
-    results = logged_results(trainer)
-    results.batch, results.batch_size = piece, None
+@contextmanager
+def shown(trainer: Trainer, batch: Any, piece: Any) -> Iterator[None]:
+    """Let `self.log` in the body take the batch size from a piece of a batch.
+
+    A `batch_size` that the step gives is scaled to the piece if it is that of the whole batch, or
+    of the loader.
+    """
+    module, results = trainer.lightning_module, logged_results(trainer)
+    samples, total = max(row_counts(piece)), max(row_counts(batch))
+    of_whole = {total, *_loader_batch_sizes(trainer)} - {samples, None}
+    log = module.log
+
+    def log_piece(*arguments: Any, **options: Any) -> None:
+        if options.get("batch_size") in of_whole:
+            options["batch_size"] *= samples / total
+        log(*arguments, **options)
+
+    try:
+        results.batch, results.batch_size = piece, None
+        with patched(module, log=log_piece):
+            yield
+    finally:
+        results.batch, results.batch_size = batch, None
+
+
+def _loader_batch_sizes(trainer: Trainer) -> set[int | None]:
+    """Return the batch sizes of the loaders of this stage."""
+    if trainer.training:
+        loaders = trainer.train_dataloader
+    else:
+        loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
+    each = loaders if isinstance(loaders, (list, tuple)) else [loaders]
+    return {getattr(loader, "batch_size", None) for loader in each}
 
 
 def _weighted(values: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:

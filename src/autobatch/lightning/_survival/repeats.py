@@ -179,7 +179,7 @@ class Repeats:
             None if the error passes: another one, or out of memory with a note that gives the reason.
         """
         if not is_oom(error):
-            if pieces.lost_seconds:
+            if samples is not None:
                 error.add_note("autobatch was running a batch in pieces after out of memory")
             return None
         try:
