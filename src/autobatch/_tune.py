@@ -242,7 +242,7 @@ def _next_size(
     If there is not, the search proposes a smaller one. Sets `runner.is_out_of_time` by its latest
     proposal alone: once it has its answer, sizes left out before do not matter.
     """
-    trials_after = MAX_CONFIRMATIONS if runner.accumulation.has_target else 0
+    trials_after = MAX_CONFIRMATIONS if runner.accumulation.samples else 0
     has_time_for = partial(runner.has_time_for, trials_after=trials_after)
     if latency is not None and runner.fitting:
         # Memory may have room for sizes that are far too slow
@@ -322,12 +322,12 @@ def timing_limit(
 def preference_of(subject: Subject, runner: TrialRunner) -> Preference | None:
     """Return the order of sizes that are about as fast; None if the largest is taken."""
     has_batch_norm, *_ = runner.gather(subject.has_batch_norm())
-    settings, has_target = runner.settings, runner.accumulation.has_target
+    settings, samples = runner.settings, runner.accumulation.samples
     is_untimed = not most_timing_seconds(settings)
-    takes_largest = not has_target and (settings.prefer == "largest" or is_untimed)
+    takes_largest = samples is None and (settings.prefer == "largest" or is_untimed)
     if takes_largest:
         return None
-    return Preference(runner.own_size, has_batch_norm, is_split=has_target)
+    return Preference(runner.own_size, has_batch_norm, is_split=samples is not None)
 
 
 def check_same_plan(plan: BatchPlan, ranks: Ranks) -> None:

@@ -36,11 +36,6 @@ class Accumulation:
     replicas: int  # ranks that train on different data
 
     @property
-    def has_target(self) -> bool:
-        """True if a micro-batch may be one of several that reach a target."""
-        return self.target is not None
-
-    @property
     def samples(self) -> int | None:
         """Samples per update and rank that reach the target; None without one."""
         return None if self.target is None else per_rank(self.target, self.replicas)

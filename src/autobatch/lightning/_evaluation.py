@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import count
 from math import inf
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -136,7 +136,9 @@ class EvaluationSteps:
                 evaluation_shown(self.trainer, loop, self.resources.loaders, batch_size, limit)
             )
             with self._evaluating():
-                self._hooks.begin(partial(self._begin, batches, lengths))
+                for attempt in self._hooks.attempts():
+                    with attempt:
+                        self._begin(batches, lengths)
             for index in count(1):
                 yield
                 with self._evaluating():

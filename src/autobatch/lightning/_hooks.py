@@ -11,7 +11,7 @@ from autobatch._memory.oom import is_oom
 from autobatch.lightning._compat import call_callback_hook, call_module_hook
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Iterator, Sequence
 
     from autobatch._trials.snapshot import Snapshot
     from autobatch.lightning._trainer import Trainer
@@ -36,20 +36,20 @@ class Hooks:
     snapshot: Snapshot  # restores what a failed first step has changed
     with_callbacks: bool = False  # those of callbacks are called as well
 
-    def begin(self, first_step: Callable[[], None]) -> None:
-        """Run the first step of a trial, and again with hooks of callbacks if it fails without.
+    def attempts(self) -> Iterator[Attempt]:
+        """Yield a block for the first step of a trial, and one with hooks of callbacks if it fails.
 
         If that fails too, the first error counts, unless memory ran out.
         """
-        if self.with_callbacks or not self._are_in_callbacks:
-            first_step()
+        first = Attempt(is_last=self.with_callbacks or not self._are_in_callbacks)
+        yield first
+        if first.error is None:
             return
-        error = _error_of(first_step)
-        if error is None:
-            return
+        error, first.error = first.error, None  # its frames hold the tensors of the step
         self.snapshot.restore()
         self.with_callbacks = True
-        if _error_of(first_step) is not None:
+        yield (second := Attempt(is_last=False))
+        if second.error is not None:
             self.with_callbacks = False
             raise error from None
 
@@ -79,15 +79,21 @@ class Hooks:
         return any(overrides(each, name) for each in self.trainer.callbacks for name in names)
 
 
-def _error_of(step: Callable[[], None]) -> Exception | None:
-    """Run a step, and return its error, if any; out of memory is raised."""
-    try:
-        step()
-    except Exception as error:
-        if is_oom(error):
-            raise
-        return error
-    return None
+class Attempt:
+    """A block for a first step; it keeps an error other than out of memory unless it is the last."""
+
+    def __init__(self, *, is_last: bool) -> None:
+        self.error: Exception | None = None
+        self._is_last = is_last
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> bool:
+        if self._is_last or not isinstance(error, Exception) or is_oom(error):
+            return False
+        self.error = error
+        return True
 
 
 def users_callbacks(trainer: Trainer) -> list[Any]:

@@ -70,13 +70,11 @@ class TrainingSteps:
             _optimizers_to_step(self._trainer.optimizers) as waiting,
         ):
             batches = self._resources.samples.batches(batch_size)
-
-            def first_step() -> None:
-                windows.restart()
-                self.start()
-                self._micro_batch(batches, windows)
-
-            self._hooks.begin(first_step)
+            for attempt in self._hooks.attempts():
+                with attempt:
+                    windows.restart()
+                    self.start()
+                    self._micro_batch(batches, windows)
             self._complete(batches, windows)
             while waiting and not self._is_automatic and windows.taken < _FIRST_STEPS_WITHIN:
                 # Some optimizers step every few micro-batches only, and need their memory then
