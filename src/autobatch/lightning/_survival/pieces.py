@@ -59,7 +59,8 @@ class Pieces:
     def merged(self, sums: Collection[str] = ()) -> dict[str, Any]:
         """Return the outputs of all pieces, and reduce values logged on this step.
 
-        Outputs are means over samples, as are values without another `reduce_fx`; those named in `sums` are sums of scalars.
+        Outputs are means over samples, as are values without another `reduce_fx`; those named in
+        `sums` are sums of scalars.
         """
         first, *others = self._logged
         for name in first:
