@@ -205,6 +205,23 @@ def test_gradient_that_may_be_accumulated_in_part_passes_the_error(kind):
     assert "may add to an accumulated gradient in parts" in caught.value.__notes__[-1]
 
 
+def test_accumulated_gradient_that_a_hook_has_scaled_passes_the_error():
+    class Scales(Failing):
+        most = 99
+
+        def on_after_backward(self):
+            for each in self.parameters():
+                each.grad.mul_(0.5)
+            if len(self.sizes) == 3 and self.sizes[-1] == 6:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        fit(Scales(), DataLoader(data(24), 6), accumulate_grad_batches=4)
+
+    note = caught.value.__notes__[-1]
+    assert "gradients of earlier micro-batches were changed more than once" in note
+
+
 @pytest.mark.parametrize("kind", [TwoPasses, SharedByCheckpoints])
 def test_gradient_of_one_micro_batch_is_removed_again(kind):
     callback = fit(module := kind(), DataLoader(data(24), 6))

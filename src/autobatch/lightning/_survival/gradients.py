@@ -65,13 +65,17 @@ class LocalGradients:
         """Undo a failed backward pass where that is free, and return the parameters done.
 
         Raises:
-            NotUndoneError: Some of them may be done in part.
+            NotUndoneError: Some of them may be done in part, or were changed by a hook as well.
         """
+        pairs = zip(filter(torch.is_tensor, self._before), self._versions, strict=False)
+        is_twice = any(before._version > version + 1 for before, version in pairs)
         changed = self._changed()
         for parameter, before in changed:
             if before is None:
                 parameter.grad = None
         done = [parameter for parameter, before in changed if before is not None]
+        if is_twice:
+            raise NotUndoneError("gradients of earlier micro-batches were changed more than once")
         if done and self._adds_twice:
             raise NotUndoneError("its backward pass may add to an accumulated gradient in parts")
         return done
