@@ -111,19 +111,21 @@ class Refusing(pl.Callback):
 
     def __init__(self, position, accumulate, refusals):
         self.position, self.accumulate, self.refusals = position, accumulate, refusals
-        self.ledger = Ledger()
+        self.ledger = Ledger()  # of the last of these micro-batches
         self.allocations = []  # of the micro-batch in each window
         self.gradients = []  # of each window, before they are clipped
         self.rows = []  # all values that the Trainer shows after each batch
         self._pending = []
         self._watch = contextlib.ExitStack()
-        self.ledger._refusal = self._refusal
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         window, position = divmod(batch_idx, self.accumulate)
         torch.manual_seed(100 + position)
         if position == self.position:
             self._pending = list(self.refusals[window]) if window < len(self.refusals) else []
+            # Without storages of earlier ones: a new one at the address of such would not count
+            self.ledger = Ledger()
+            self.ledger._refusal = self._refusal
             self._watch.enter_context(self.ledger.watching(None, 0))
             self._refuse_next()
 
